@@ -1,0 +1,54 @@
+// What every operator demands of its arguments: one place, one wording. Each check names the operator and the argument,
+// what was expected and what came.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+
+namespace secondorder {
+
+// `t` has exactly this shape.
+inline void check_shape(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(t.sizes() == shape, op, ": expected ", name, " of shape ", shape, ", got ", t.sizes());
+}
+
+inline void check_dim(const char* op, const char* name, const at::Tensor& t, int64_t dim) {
+  TORCH_CHECK_VALUE(t.dim() == dim, op, ": expected ", name, " with ", dim, " dimensions, got ", t.dim(), " (shape ",
+                    t.sizes(), ")");
+}
+
+inline void check_square(const char* op, const char* name, const at::Tensor& t) {
+  check_dim(op, name, t, 2);
+  TORCH_CHECK_VALUE(t.size(0) == t.size(1), op, ": expected a square ", name, ", got shape ", t.sizes());
+}
+
+inline void check_floating(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, op, ": expected ", name,
+                   " of dtype float32 or float64, got ", t.scalar_type());
+}
+
+// `t` has the dtype and the device of `like`.
+inline void check_same(const char* op, const char* name, const at::Tensor& t, const char* like_name,
+                       const at::Tensor& like) {
+  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), op, ": expected ", name, " of dtype ", like.scalar_type(),
+                   " as ", like_name, ", got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.device() == like.device(), op, ": expected ", name, " on ", like.device(), " as ", like_name,
+                    ", got ", t.device());
+}
+
+inline void check_alpha(const char* op, double alpha) {
+  TORCH_CHECK_VALUE(alpha > 0 && alpha < 1, op, ": expected alpha in (0, 1), got ", alpha);
+}
+
+inline void check_gamma(const char* op, double gamma) {
+  TORCH_CHECK_VALUE(gamma <= 0, op, ": expected gamma <= 0 (-1: PCH-1, 0: PCH-2), got ", gamma);
+}
+
+inline void check_cg(const char* op, int64_t max_iter, double tol) {
+  TORCH_CHECK_VALUE(max_iter >= 1, op, ": expected max_iter >= 1, got ", max_iter);
+  TORCH_CHECK_VALUE(tol >= 0, op, ": expected tol >= 0, got ", tol);
+}
+
+}  // namespace secondorder

@@ -1,0 +1,224 @@
+// bias_hessian: one step of the backward recursion of the bias Hessian (Chen et al., Eq. 6 and 8b),
+//
+//   G = (W^T H W) * (d1^T d1 / m) + diag(PosEig_gamma(sum_i d2_i * grad_input_i)),   * elementwise
+//
+// All three products have the form X^T Y with row-major X and Y (H is symmetric), so each operand is packed once into
+// strips of columns and one register kernel serves them all. A tile of G, of the lower triangle alone, is computed from
+// both of its products at once, finished, and stored with its mirror image: W^T H W and d1^T d1 never exist whole, and
+// of H W only the columns of the current panel do.
+#include <ATen/Dispatch.h>
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include <cstring>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "../activations.h"
+#include "../checks.h"
+#include "../formulas.h"
+#include "activation.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace secondorder::cpu {
+namespace {
+
+constexpr int64_t kTileStrips = 4;    // a tile of G is this many strips square
+constexpr int64_t kDepth = 256;       // rows of X and Y multiplied at a time: two strips of them fit the L1 cache
+
+// The columns of a row-major matrix in strips of nr, [strips][rows][nr], the last one padded with zeros.
+template <typename T>
+struct Strips {
+  int64_t rows, cols, nr, count;
+  at::Tensor storage;
+
+  Strips(int64_t rows, int64_t cols, int64_t nr, at::ScalarType dtype)
+      : rows(rows), cols(cols), nr(nr), count(ceil_div(cols, nr)),
+        storage(at::empty({count * rows * nr}, at::TensorOptions(dtype))) {}
+
+  T* strip(int64_t s) const { return storage.mutable_data_ptr<T>() + s * rows * nr; }
+  int64_t width(int64_t s) const { return std::min(nr, cols - s * nr); }
+
+  // Only the last strip has padding; whoever fills it calls this first.
+  void clear_padding(int64_t s) const {
+    if (width(s) < nr) std::memset(strip(s), 0, sizeof(T) * rows * nr);
+  }
+
+  void pack(int64_t s, const T* matrix) const {
+    clear_padding(s);
+    T* out = strip(s);
+    const T* in = matrix + s * nr;
+    for (int64_t r = 0; r < rows; ++r, out += nr, in += cols) std::memcpy(out, in, sizeof(T) * width(s));
+  }
+};
+
+// C = X^T Y for strips [x_begin, x_end) of X and [y_begin, y_end) of Y; C's row r, strip s at c + r * row + s * strip.
+// With `lower`, X and Y cover the same columns and register tiles wholly above the diagonal are left undefined.
+template <typename T>
+void multiply_strips(const Kernels<T>& kernel, int64_t rows, const T* x, int64_t x_strips, const T* y,
+                     int64_t y_strips, T* c, int64_t c_row, int64_t c_strip, bool lower) {
+  const int64_t nr = kernel.nr;
+  for (int64_t k = 0; k < rows; k += kDepth) {
+    const int64_t depth = std::min(kDepth, rows - k);
+    for (int64_t ys = 0; ys < y_strips; ++ys)
+      for (int64_t xs = lower ? ys : 0; xs < x_strips; ++xs)
+        for (int64_t i = 0; i < nr; i += kernel.mr)
+          kernel.multiply(depth, x + (xs * rows + k) * nr + i, y + (ys * rows + k) * nr,
+                          c + (xs * nr + i) * c_row + ys * c_strip, c_row, k > 0);
+  }
+}
+
+// G from H [k, k] and W [k, n], both contiguous, and d1 [m, n], which `fill(strip, out, sums)` writes as strips while
+// it adds the strip's columns of sum_i d2_i * grad_input_i to sums (null where there is no diagonal).
+template <typename T, typename Fill>
+void recursion(const T* hessian, const T* weight, int64_t k, int64_t n, int64_t m, bool diagonal, T gamma, T* out,
+               Fill&& fill) {
+  const Kernels<T>& kernel = kernels<T>();
+  const int64_t nr = kernel.nr, tile = kTileStrips * nr;
+  const auto dtype = c10::CppTypeToScalarType<T>::value;
+  const Strips<T> h(k, k, nr, dtype), w(k, n, nr, dtype), d1(m, n, nr, dtype);
+  std::vector<double> sums(diagonal ? d1.count * nr : 0, 0.0);
+
+  parallel_items(d1.count + w.count + h.count, (m + k) * n + k * k, [&](int64_t, int64_t item) {
+    if (item < d1.count) {
+      d1.clear_padding(item);
+      fill(d1, item, diagonal ? sums.data() + item * nr : nullptr);
+    } else if (item < d1.count + w.count) {
+      w.pack(item - d1.count, weight);
+    } else {
+      h.pack(item - d1.count - w.count, hessian);
+    }
+  });
+
+  // Panel p of G: its tile columns, from the diagonal down. The first panels are the longest, as parallel_items wants.
+  const int64_t panels = ceil_div(d1.count, kTileStrips), h_rows = h.count * nr;
+  const int64_t work = k * k * n + (k + m) * n * n / 2;
+  struct Scratch {
+    std::vector<T> hw, curvature, moment;
+  };
+  std::vector<Scratch> scratch(std::max<int64_t>(1, std::min<int64_t>(panels, at::get_num_threads())));
+  const T inverse_batch = T(1) / T(m);
+
+  parallel_items(panels, work, [&](int64_t worker, int64_t panel) {
+    auto& [hw, curvature, moment] = scratch[worker];
+    hw.resize(kTileStrips * h_rows * nr);
+    curvature.resize(tile * tile);
+    moment.resize(tile * tile);
+    const int64_t first = panel * kTileStrips, columns = std::min(kTileStrips, d1.count - first);
+
+    // hw: the panel's columns of H W as strips [k, nr] (h_rows >= k rows are written, k are used).
+    for (int64_t s = 0; s < columns; ++s)
+      multiply_strips(kernel, k, h.strip(0), h.count, w.strip(first + s), 1, hw.data() + s * h_rows * nr, nr, 0, false);
+    for (int64_t s = 1; s < columns && h_rows != k; ++s)
+      std::memmove(hw.data() + s * k * nr, hw.data() + s * h_rows * nr, sizeof(T) * k * nr);
+
+    for (int64_t block = first; block < d1.count; block += kTileStrips) {
+      const int64_t rows = std::min(kTileStrips, d1.count - block);
+      const bool on_diagonal = block == first;
+      multiply_strips(kernel, k, w.strip(block), rows, hw.data(), columns, curvature.data(), tile, nr, on_diagonal);
+      multiply_strips(kernel, m, d1.strip(block), rows, d1.strip(first), columns, moment.data(), tile, nr, on_diagonal);
+
+      const int64_t row0 = block * nr, col0 = first * nr;
+      const int64_t valid_rows = std::min(n - row0, rows * nr), valid_cols = std::min(n - col0, columns * nr);
+      for (int64_t i = 0; i < valid_rows; ++i) {
+        T *c = curvature.data() + i * tile, *e = moment.data() + i * tile;
+        const int64_t end = on_diagonal ? i + 1 : valid_cols;
+        for (int64_t j = 0; j < end; ++j) c[j] *= e[j] * inverse_batch;
+        if (on_diagonal && diagonal) c[i] += pos_eig(T(sums[row0 + i]), gamma);
+        std::memcpy(out + (row0 + i) * n + col0, c, sizeof(T) * end);
+      }
+      // The mirror image, in small squares that stay in cache.
+      constexpr int64_t kSquare = 16;
+      for (int64_t j0 = 0; j0 < valid_cols; j0 += kSquare)
+        for (int64_t i0 = on_diagonal ? j0 : 0; i0 < valid_rows; i0 += kSquare)
+          for (int64_t j = j0; j < std::min(j0 + kSquare, valid_cols); ++j)
+            for (int64_t i = std::max(i0, on_diagonal ? j + 1 : 0); i < std::min(i0 + kSquare, valid_rows); ++i)
+              out[(col0 + j) * n + row0 + i] = curvature[i * tile + j];
+    }
+  });
+}
+
+void check_recursion(const char* op, const at::Tensor& hessian, const at::Tensor& weight, const char* d1_name,
+                     const at::Tensor& d1, const std::optional<at::Tensor>& grad_input, double gamma) {
+  check_square(op, "bias_hessian", hessian);
+  check_floating(op, "bias_hessian", hessian);
+  check_dim(op, "weight", weight, 2);
+  check_shape(op, "weight", weight, {hessian.size(0), weight.size(1)});
+  check_same(op, "weight", weight, "bias_hessian", hessian);
+  check_dim(op, d1_name, d1, 2);
+  check_shape(op, d1_name, d1, {d1.size(0), weight.size(1)});
+  check_same(op, d1_name, d1, "bias_hessian", hessian);
+  TORCH_CHECK_VALUE(d1.size(0) > 0, op, ": expected at least one instance in ", d1_name, ", got shape ", d1.sizes(),
+                    "; an expectation over an empty batch is undefined");
+  if (grad_input) {
+    check_shape(op, "grad_input", *grad_input, d1.sizes());
+    check_same(op, "grad_input", *grad_input, "bias_hessian", hessian);
+  }
+  check_gamma(op, gamma);
+}
+
+at::Tensor bias_hessian(const at::Tensor& hessian_, const at::Tensor& weight_, const at::Tensor& d1_,
+                        const std::optional<at::Tensor>& d2_, const std::optional<at::Tensor>& grad_input_,
+                        double gamma) {
+  constexpr const char* op = "bias_hessian";
+  check_recursion(op, hessian_, weight_, "d1", d1_, grad_input_, gamma);
+  TORCH_CHECK_VALUE(d2_.has_value() == grad_input_.has_value(), op,
+                    ": expected d2 and grad_input together (with the diagonal) or neither (without), got only ",
+                    d2_ ? "d2" : "grad_input");
+  if (d2_) {
+    check_shape(op, "d2", *d2_, d1_.sizes());
+    check_same(op, "d2", *d2_, "bias_hessian", hessian_);
+  }
+  const at::Tensor hessian = hessian_.contiguous(), weight = weight_.contiguous(), d1 = d1_.contiguous();
+  const at::Tensor d2 = d2_ ? d2_->contiguous() : at::Tensor(), grad = d2_ ? grad_input_->contiguous() : at::Tensor();
+  const int64_t n = weight.size(1), m = d1.size(0);
+  at::Tensor out = at::empty({n, n}, hessian.options());
+  AT_DISPATCH_FLOATING_TYPES(hessian.scalar_type(), op, [&] {
+    using T = scalar_t;
+    const T *source = d1.const_data_ptr<T>(), *second = d2.defined() ? d2.const_data_ptr<T>() : nullptr,
+            *g = d2.defined() ? grad.const_data_ptr<T>() : nullptr;
+    recursion<T>(hessian.const_data_ptr<T>(), weight.const_data_ptr<T>(), weight.size(0), n, m, second != nullptr,
+                 T(gamma), out.mutable_data_ptr<T>(), [&](const Strips<T>& strips, int64_t s, double* sums) {
+                   const int64_t at = s * strips.nr;
+                   strips.pack(s, source);
+                   if (sums) kernels<T>().column_products(m, strips.width(s), second + at, g + at, n, sums);
+                 });
+  });
+  return out;
+}
+
+at::Tensor bias_hessian_activation(const at::Tensor& hessian_, const at::Tensor& weight_, const at::Tensor& saved_,
+                                   c10::string_view name, double parameter,
+                                   const std::optional<at::Tensor>& grad_input_, double gamma) {
+  constexpr const char* op = "bias_hessian";
+  check_recursion(op, hessian_, weight_, "saved", saved_, grad_input_, gamma);
+  const Activation activation = activation_by_name(op, std::string_view(name.data(), name.size()), parameter);
+  const at::Tensor hessian = hessian_.contiguous(), weight = weight_.contiguous(), saved = saved_.contiguous();
+  const at::Tensor grad = grad_input_ ? grad_input_->contiguous() : at::Tensor();
+  const auto [e0, e1] = transcendentals(activation, parameter, saved);
+  const int64_t n = weight.size(1), m = saved.size(0);
+  at::Tensor out = at::empty({n, n}, hessian.options());
+  AT_DISPATCH_FLOATING_TYPES(hessian.scalar_type(), op, [&] {
+    using T = scalar_t;
+    const T *v = saved.const_data_ptr<T>(), *p0 = e0.defined() ? e0.const_data_ptr<T>() : v,
+            *p1 = e1.defined() ? e1.const_data_ptr<T>() : v, *g = grad.defined() ? grad.const_data_ptr<T>() : v;
+    recursion<T>(hessian.const_data_ptr<T>(), weight.const_data_ptr<T>(), weight.size(0), n, m, grad.defined(),
+                 T(gamma), out.mutable_data_ptr<T>(), [&](const Strips<T>& strips, int64_t s, double* sums) {
+                   const int64_t at = s * strips.nr;
+                   kernels<T>().derivatives(activation, T(parameter), m, strips.width(s), v + at, p0 + at, p1 + at,
+                                            g + at, n, strips.strip(s), strips.nr, nullptr, sums);
+                 });
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(secondorder, CPU, m) {
+  m.impl("bias_hessian", bias_hessian);
+  m.impl("bias_hessian.activation", bias_hessian_activation);
+}
+
+}  // namespace secondorder::cpu

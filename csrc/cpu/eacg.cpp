@@ -1,0 +1,337 @@
+// EA-CG (Chen et al., Eq. 9 to 11b): ((1-alpha) H P a a^T + alpha P) = -B and ((1-alpha) H + alpha I) d = -g.
+//
+// In the orthogonal split B = B' + u a^T/s, with u = B a and s = a^T a, every matrix that conjugate gradients meet from a
+// zero start has the form c B' + (v/sqrt(s)) a^T, and the system falls apart into a scalar and an n_out-dimensional one:
+//
+//   alpha c = -1     and     (alpha I + (1-alpha) s H) v = -u/sqrt(s).
+//
+// The closed form divides in the first and runs CG on the second. The paper's truncated iterates are CG on both together,
+// the scalar entering as one more coordinate of length |B'|. Either way an iteration is one product with H, which the
+// bias system, the same H under another shift, shares. P is a rank-one change of B, so an update reads B and W once.
+#include <ATen/Dispatch.h>
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <functional>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace secondorder::cpu {
+namespace {
+
+template <typename T>
+double dot(const std::vector<T>& x, const std::vector<T>& y) {
+  double sum = 0;
+  for (size_t i = 0; i < x.size(); ++i) sum += double(x[i]) * double(y[i]);
+  return sum;
+}
+
+// Conjugate gradients for (shift I + scale H) x = rhs, with one more, uncoupled coordinate whose matrix is `shift`.
+template <typename T>
+class ConjugateGradient {
+ public:
+  ConjugateGradient(std::vector<T> rhs, double extra_rhs, double shift, double scale, double tol)
+      : x_(rhs.size(), T(0)), r_(std::move(rhs)), p_(r_), extra_r_(extra_rhs), extra_p_(extra_rhs), shift_(shift),
+        scale_(scale), rr_(dot(r_, r_) + extra_r_ * extra_r_), stop_(tol * tol * rr_), active_(!(rr_ <= 0)) {}
+
+  bool active() const { return active_; }
+  const std::vector<T>& direction() const { return p_; }
+
+  // One iteration, given hp = H p. Stops where the residual is at most tol of the first one; where p^T A p <= 0, which
+  // only an indefinite H can give; and at a number that is not finite, which the solution then holds too.
+  void step(const std::vector<T>& hp) {
+    std::vector<T>& ap = ap_;
+    ap.resize(hp.size());
+    for (size_t i = 0; i < hp.size(); ++i) ap[i] = T(scale_) * hp[i] + T(shift_) * p_[i];
+    const double curvature = dot(p_, ap) + shift_ * extra_p_ * extra_p_;
+    if (curvature <= 0) {
+      active_ = false;
+      return;
+    }
+    const double step = rr_ / curvature;
+    for (size_t i = 0; i < x_.size(); ++i) {
+      x_[i] += T(step) * p_[i];
+      r_[i] -= T(step) * ap[i];
+    }
+    extra_x_ += step * extra_p_;
+    extra_r_ -= step * shift_ * extra_p_;
+    const double rr = dot(r_, r_) + extra_r_ * extra_r_, beta = rr / rr_;
+    for (size_t i = 0; i < x_.size(); ++i) p_[i] = r_[i] + T(beta) * p_[i];
+    extra_p_ = extra_r_ + beta * extra_p_;
+    rr_ = rr;
+    ++iterations_;
+    active_ = rr_ > stop_ && std::isfinite(rr_);
+  }
+
+  const std::vector<T>& solution() const { return x_; }
+  double extra_solution() const { return extra_x_; }
+  int64_t iterations() const { return iterations_; }
+
+ private:
+  std::vector<T> x_, r_, p_, ap_;
+  double extra_x_ = 0, extra_r_, extra_p_, shift_, scale_, rr_, stop_;
+  int64_t iterations_ = 0;
+  bool active_;
+};
+
+// The solution of one layer's two systems: P = c B + w a^T and the bias direction.
+template <typename T>
+struct Direction {
+  double c;
+  std::vector<T> w, bias;
+  int64_t iterations;  // of the weight system
+
+  bool finite() const {
+    const auto all = [](const std::vector<T>& v) {
+      for (T x : v)
+        if (!std::isfinite(x)) return false;
+      return true;
+    };
+    return std::isfinite(c) && all(w) && all(bias);
+  }
+};
+
+struct Settings {
+  int64_t max_iter;
+  double tol;
+  bool truncated;
+};
+
+// bias_hessian [n_out, n_out], mean_input [n_in], grad_weight [n_out, n_in], grad_bias [n_out] or null
+template <typename T>
+Direction<T> solve(const T* hessian, const T* mean_input, const T* grad_weight, const T* grad_bias, int64_t n_out,
+                   int64_t n_in, double alpha, const Settings& settings) {
+  const Kernels<T>& kernel = kernels<T>();
+  const double s = kernel.squares(n_in, mean_input), root = std::sqrt(s);
+  std::vector<T> u(n_out);
+  parallel_rows(n_out, n_in, [&](int64_t begin, int64_t end) {
+    kernel.matvec(end - begin, n_in, grad_weight + begin * n_in, mean_input, nullptr, u.data() + begin, nullptr);
+  });
+  double across = 0;  // |B'|
+  if (settings.truncated) {
+    std::vector<double> squares(n_out);
+    parallel_rows(n_out, n_in, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) squares[i] = kernel.squares(n_in, grad_weight + i * n_in);
+    });
+    for (double row : squares) across += row;
+    if (s > 0) across -= dot(u, u) / s;
+    // Rounding can leave a small negative number where B is all along a; NaN must stay.
+    across = across < 0 ? 0 : std::sqrt(across);
+  }
+
+  std::vector<T> weight_rhs(n_out), bias_rhs(grad_bias ? n_out : 0);
+  // With a = 0 nothing is along it, and u = 0; but a NaN in B then stands in u alone, and must reach the solution.
+  for (int64_t i = 0; i < n_out; ++i) weight_rhs[i] = T(s > 0 ? -double(u[i]) / root : double(u[i]));
+  for (size_t i = 0; i < bias_rhs.size(); ++i) bias_rhs[i] = -grad_bias[i];
+  ConjugateGradient<T> weight(std::move(weight_rhs), -across, alpha, (1 - alpha) * s, settings.tol);
+  ConjugateGradient<T> bias(std::move(bias_rhs), 0, alpha, 1 - alpha, settings.tol);
+
+  std::vector<T> h1(n_out), h2(bias.direction().size());
+  for (int64_t i = 0; i < settings.max_iter && (weight.active() || bias.active()); ++i) {
+    const bool both = weight.active() && bias.active();
+    const T* p1 = weight.active() ? weight.direction().data() : bias.direction().data();
+    T* y1 = weight.active() ? h1.data() : h2.data();
+    const T* p2 = both ? bias.direction().data() : nullptr;
+    parallel_rows(n_out, n_out, [&](int64_t begin, int64_t end) {
+      kernel.matvec(end - begin, n_out, hessian + begin * n_out, p1, p2, y1 + begin, both ? h2.data() + begin : nullptr);
+    });
+    if (weight.active()) weight.step(h1);
+    if (bias.active()) bias.step(h2);
+  }
+
+  Direction<T> result;
+  // -1/alpha in the closed form; the extra coordinate, undone from its length |B'|, in the truncated one.
+  result.c = settings.truncated ? (across == 0 ? 0 : weight.extra_solution() / across) : -1 / alpha;
+  result.w.resize(n_out);
+  for (int64_t i = 0; i < n_out; ++i)
+    result.w[i] = s > 0 ? T((weight.solution()[i] * root - result.c * u[i]) / s) : T(weight.solution()[i]);
+  result.bias = bias.solution();
+  result.iterations = weight.iterations();
+  return result;
+}
+
+void check_layer(const char* op, const at::Tensor& hessian, const at::Tensor& mean_input, const at::Tensor& grad_weight,
+                 const at::Tensor& grad_bias, double alpha) {
+  check_square(op, "bias_hessian", hessian);
+  check_floating(op, "bias_hessian", hessian);
+  check_dim(op, "mean_input", mean_input, 1);
+  check_same(op, "mean_input", mean_input, "bias_hessian", hessian);
+  check_shape(op, "grad_weight", grad_weight, {hessian.size(0), mean_input.size(0)});
+  check_same(op, "grad_weight", grad_weight, "bias_hessian", hessian);
+  if (grad_bias.numel() > 0 || grad_bias.dim() != 1) check_shape(op, "grad_bias", grad_bias, {hessian.size(0)});
+  check_same(op, "grad_bias", grad_bias, "bias_hessian", hessian);
+  check_alpha(op, alpha);
+}
+
+// Solves one layer and hands the direction, the gradient and the mean input (both contiguous) to f.
+template <typename F>
+void solve_layer(const at::Tensor& hessian_, const at::Tensor& mean_input_, const at::Tensor& grad_weight_,
+                 const at::Tensor& grad_bias_, double alpha, const Settings& settings, F&& f) {
+  const at::Tensor hessian = hessian_.contiguous(), mean_input = mean_input_.contiguous(),
+                   grad_weight = grad_weight_.contiguous(), grad_bias = grad_bias_.contiguous();
+  AT_DISPATCH_FLOATING_TYPES(hessian.scalar_type(), "eacg_solve", [&] {
+    using T = scalar_t;
+    f(solve<T>(hessian.const_data_ptr<T>(), mean_input.const_data_ptr<T>(), grad_weight.const_data_ptr<T>(),
+               grad_bias.numel() ? grad_bias.const_data_ptr<T>() : nullptr, hessian.size(0), mean_input.size(0), alpha,
+               settings),
+      grad_weight.const_data_ptr<T>(), mean_input.const_data_ptr<T>());
+  });
+}
+
+at::Tensor eacg_hvp(const at::Tensor& hessian, const at::Tensor& mean_input, const at::Tensor& p) {
+  constexpr const char* op = "eacg_hvp";
+  check_square(op, "bias_hessian", hessian);
+  check_floating(op, "bias_hessian", hessian);
+  check_dim(op, "mean_input", mean_input, 1);
+  check_same(op, "mean_input", mean_input, "bias_hessian", hessian);
+  check_shape(op, "p", p, {hessian.size(0), mean_input.size(0)});
+  check_same(op, "p", p, "bias_hessian", hessian);
+  const at::Tensor h = hessian.contiguous(), a = mean_input.contiguous(), x = p.contiguous();
+  const int64_t n_out = h.size(0), n_in = a.size(0);
+  at::Tensor out = at::empty({n_out, n_in}, h.options());
+  AT_DISPATCH_FLOATING_TYPES(h.scalar_type(), op, [&] {
+    using T = scalar_t;
+    const Kernels<T>& kernel = kernels<T>();
+    std::vector<T> u(n_out), v(n_out);
+    const T *ap = a.const_data_ptr<T>(), *xp = x.const_data_ptr<T>(), *hp = h.const_data_ptr<T>();
+    T* op_ = out.mutable_data_ptr<T>();
+    parallel_rows(n_out, n_in, [&](int64_t begin, int64_t end) {
+      kernel.matvec(end - begin, n_in, xp + begin * n_in, ap, nullptr, u.data() + begin, nullptr);
+    });
+    parallel_rows(n_out, n_out + n_in, [&](int64_t begin, int64_t end) {
+      kernel.matvec(end - begin, n_out, hp + begin * n_out, u.data(), nullptr, v.data() + begin, nullptr);
+      for (int64_t i = begin; i < end; ++i) kernel.combine(n_in, T(0), ap, v[i], ap, op_ + i * n_in);
+    });
+  });
+  return out;
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor> eacg_solve_list(
+    at::TensorList hessians, at::TensorList mean_inputs, at::TensorList grad_weights, at::TensorList grad_biases,
+    at::ArrayRef<double> alpha, int64_t max_iter, double tol, bool truncated) {
+  constexpr const char* op = "eacg_solve";
+  const size_t layers = hessians.size();
+  TORCH_CHECK_VALUE(mean_inputs.size() == layers && grad_weights.size() == layers && grad_biases.size() == layers &&
+                        alpha.size() == layers,
+                    op, ": expected lists of one length, got ", layers, " bias_hessian, ", mean_inputs.size(),
+                    " mean_input, ", grad_weights.size(), " grad_weight, ", grad_biases.size(), " grad_bias and ",
+                    alpha.size(), " alpha");
+  check_cg(op, max_iter, tol);
+  std::vector<at::Tensor> weights, biases;
+  at::Tensor iterations = at::empty({int64_t(layers)}, at::kLong);
+  for (size_t l = 0; l < layers; ++l) {
+    check_layer(op, hessians[l], mean_inputs[l], grad_weights[l], grad_biases[l], alpha[l]);
+    at::Tensor weight = at::empty(grad_weights[l].sizes(), hessians[l].options());
+    at::Tensor bias = at::empty(grad_biases[l].sizes(), hessians[l].options());
+    solve_layer(hessians[l], mean_inputs[l], grad_weights[l], grad_biases[l], alpha[l], {max_iter, tol, truncated},
+                [&]<typename T>(const Direction<T>& direction, const T* b, const T* a) {
+                  const int64_t n_in = weight.size(1);
+                  T* out = weight.mutable_data_ptr<T>();
+                  parallel_rows(weight.size(0), n_in, [&](int64_t begin, int64_t end) {
+                    for (int64_t i = begin; i < end; ++i)
+                      kernels<T>().combine(n_in, T(direction.c), b + i * n_in, direction.w[i], a, out + i * n_in);
+                  });
+                  std::copy(direction.bias.begin(), direction.bias.end(), bias.mutable_data_ptr<T>());
+                  iterations.mutable_data_ptr<int64_t>()[l] = direction.iterations;
+                });
+    weights.push_back(std::move(weight));
+    biases.push_back(std::move(bias));
+  }
+  return {std::move(weights), std::move(biases), iterations};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> eacg_solve(const at::Tensor& hessian, const at::Tensor& mean_input,
+                                                          const at::Tensor& grad_weight,
+                                                          const std::optional<at::Tensor>& grad_bias, double alpha,
+                                                          int64_t max_iter, double tol, bool truncated) {
+  const at::Tensor bias = grad_bias ? *grad_bias : at::empty({0}, hessian.options());
+  auto [weights, biases, iterations] =
+      eacg_solve_list(hessian, mean_input, grad_weight, bias, alpha, max_iter, tol, truncated);
+  return {weights[0], biases[0], iterations.select(0, 0).clone()};
+}
+
+at::Tensor eacg_update_(at::TensorList hessians, at::TensorList mean_inputs, at::TensorList grad_weights,
+                        at::TensorList grad_biases, at::TensorList weights, at::TensorList biases,
+                        at::TensorList weight_momenta, at::TensorList bias_momenta, at::ArrayRef<double> lr,
+                        at::ArrayRef<double> alpha, at::ArrayRef<double> momentum, at::ArrayRef<double> weight_decay,
+                        int64_t max_iter, double tol, bool truncated) {
+  constexpr const char* op = "eacg_update_";
+  const size_t layers = hessians.size();
+  TORCH_CHECK_VALUE(mean_inputs.size() == layers && grad_weights.size() == layers && grad_biases.size() == layers &&
+                        weights.size() == layers && biases.size() == layers && lr.size() == layers &&
+                        alpha.size() == layers && momentum.size() == layers && weight_decay.size() == layers &&
+                        weight_momenta.size() == bias_momenta.size() &&
+                        (weight_momenta.size() == layers || weight_momenta.empty()),
+                    op, ": expected lists of one length (the momenta may be empty lists), got ", layers,
+                    " bias_hessian, ", mean_inputs.size(), " mean_input, ", grad_weights.size(), " grad_weight, ",
+                    grad_biases.size(), " grad_bias, ", weights.size(), " weight, ", biases.size(), " bias, ",
+                    weight_momenta.size(), " weight_momentum, ", bias_momenta.size(), " bias_momentum");
+  check_cg(op, max_iter, tol);
+  const auto check_target = [&](const char* name, const at::Tensor& t, const char* like_name, const at::Tensor& like) {
+    check_shape(op, name, t, like.sizes());
+    check_same(op, name, t, like_name, like);
+    TORCH_CHECK_VALUE(t.is_contiguous(), op, ": expected a contiguous ", name, ", got strides ", t.strides());
+  };
+  for (size_t l = 0; l < layers; ++l) {
+    check_layer(op, hessians[l], mean_inputs[l], grad_weights[l], grad_biases[l], alpha[l]);
+    check_target("weight", weights[l], "grad_weight", grad_weights[l]);
+    check_target("bias", biases[l], "grad_bias", grad_biases[l]);
+    if (!weight_momenta.empty()) {
+      check_target("weight_momentum", weight_momenta[l], "weight", weights[l]);
+      check_target("bias_momentum", bias_momenta[l], "bias", biases[l]);
+    }
+  }
+
+  at::Tensor iterations = at::empty({int64_t(layers)}, at::kLong);
+  int64_t* counts = iterations.mutable_data_ptr<int64_t>();
+  bool finite = true;
+  // Each layer's update, to be run once every layer is known to be finite.
+  std::vector<std::function<void()>> updates;
+  for (size_t l = 0; l < layers; ++l) {
+    const at::Tensor grad_weight = grad_weights[l].contiguous(), mean_input = mean_inputs[l].contiguous();
+    solve_layer(hessians[l], mean_input, grad_weight, grad_biases[l], alpha[l], {max_iter, tol, truncated},
+                [&]<typename T>(Direction<T> direction, const T*, const T*) {
+                  const bool layer_finite = direction.finite();
+                  counts[l] = layer_finite ? direction.iterations : -1;
+                  finite = finite && layer_finite;
+                  updates.push_back([=, direction = std::move(direction)] {
+                    const Kernels<T>& kernel = kernels<T>();
+                    const int64_t n_out = weights[l].size(0), n_in = weights[l].size(1);
+                    const T rate = T(lr[l]), decay = T(lr[l] * weight_decay[l]), mu = T(momentum[l]);
+                    const bool keep = !weight_momenta.empty();
+                    const T *b = grad_weight.const_data_ptr<T>(), *a = mean_input.const_data_ptr<T>();
+                    T *x = weights[l].mutable_data_ptr<T>(),
+                      *v = keep ? weight_momenta[l].mutable_data_ptr<T>() : nullptr;
+                    parallel_rows(n_out, n_in, [&](int64_t begin, int64_t end) {
+                      for (int64_t i = begin; i < end; ++i)
+                        kernel.update(n_in, T(direction.c), b + i * n_in, direction.w[i], a, rate, decay, mu,
+                                      v ? v + i * n_in : nullptr, x + i * n_in);
+                    });
+                    const T* d = direction.bias.data();
+                    kernel.update(direction.bias.size(), T(1), d, T(0), d, rate, decay, mu,
+                                  keep ? bias_momenta[l].mutable_data_ptr<T>() : nullptr,
+                                  biases[l].mutable_data_ptr<T>());
+                  });
+                });
+  }
+  if (finite)
+    for (const auto& update : updates) update();
+  return iterations;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(secondorder, CPU, m) {
+  m.impl("eacg_hvp", eacg_hvp);
+  m.impl("eacg_solve", eacg_solve);
+  m.impl("eacg_solve.list", eacg_solve_list);
+  m.impl("eacg_update_", eacg_update_);
+}
+
+}  // namespace secondorder::cpu

@@ -1,0 +1,37 @@
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace secondorder::cpu {
+
+// Below this much work (multiply-adds, or elements touched) a phase stays on one thread: waking others costs more.
+constexpr int64_t kSerialWork = 1 << 16;
+
+// Calls f(worker, item) for every item, items handed out one by one in order, so put the largest first.
+// `work` is the total work of all items.
+template <typename F>
+void parallel_items(int64_t items, int64_t work, F&& f) {
+  const int64_t workers =
+      work < kSerialWork || at::in_parallel_region() ? 1 : std::min<int64_t>(items, at::get_num_threads());
+  std::atomic<int64_t> next{0};
+  const auto run = [&](int64_t worker) {
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(worker, item);
+  };
+  if (workers <= 1) return run(0);
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) run(worker);
+  });
+}
+
+// Rows of `row_work` each, in contiguous ranges f(begin, end), split among threads only where that pays.
+template <typename F>
+void parallel_rows(int64_t rows, int64_t row_work, F&& f) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, kSerialWork / std::max<int64_t>(1, row_work)), f);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace secondorder::cpu

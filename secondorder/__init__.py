@@ -1,0 +1,1 @@
+from secondorder import _C
