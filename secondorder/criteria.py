@@ -10,9 +10,9 @@ gradient is, so that a Newton step does not depend on the reduction (but for the
 Criteria whose Hessian is diagonal give it as a vector [K].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,23 +40,141 @@ class OutputHessian:
             return torch.diag(self.values if self.convex else pos_eig(self.values, gamma))
         if self.convex:
             return self.values
-        if not torch.isfinite(self.values).all():
-            raise ValueError("expected a finite Hessian of the criterion with respect to the network output, got NaN or inf")
         # In float64: eigh of an ill-conditioned float32 matrix can fail to converge.
-        symmetric = self.values.double()
-        eigenvalues, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
+        eigenvalues, vectors = torch.linalg.eigh(_finite(self.values).double())
         return ((vectors * pos_eig(eigenvalues, gamma)) @ vectors.T).to(self.values.dtype)
+
+    def semidefinite(self) -> Tensor:
+        """H itself, dense [K, K], which Gauss-Newton needs to be positive semi-definite.
+
+        Raises:
+            ValueError: it is not, or has entries that are not finite.
+        """
+        if not self.convex:
+            dense = torch.diag(self.values) if self.values.dim() == 1 else self.values
+            _check_semidefinite(torch.linalg.eigvalsh(_finite(dense).double()), self.values.dtype)
+        return self.positive(0.0)
+
+
+class OutputRoot(Protocol):
+    """A square root of the criterion's Hessian for every instance, H_i = sum_c s_ic s_ic^T, on the scale of the loss.
+
+    Attributes:
+        count: how many columns s_i1, s_i2, ... an instance has.
+    """
+
+    count: int
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        """The columns from `begin` to before `end`, [end - begin, *output.shape]."""
+
+
+class LikelihoodRoot(OutputRoot, Protocol):
+    """The root of a criterion that is -log p(target | output)."""
+
+    def sample(self) -> Tensor:
+        """The gradient of the loss where each label is drawn from the model, [*output.shape]; E[s_i s_i^T] = H_i."""
+
+
+@dataclass(frozen=True)
+class SoftmaxRoot:
+    """Of H_i = mass_i (diag p_i - p_i p_i^T): one column sqrt(mass_i p_ik) (p_i - e_k) for each class k."""
+
+    p: Tensor  # [m, K]
+    mass: Tensor  # [m]
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return self.p.shape[1]
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        """See `OutputRoot`."""
+        one_hot = torch.eye(self.count, dtype=self.p.dtype, device=self.p.device)[begin:end]
+        return (self.p - one_hot.unsqueeze(1)) * (self.mass * self.p[:, begin:end].T).sqrt().unsqueeze(-1)
+
+    def sample(self) -> Tensor:
+        """Categorical labels."""
+        label = torch.multinomial(self.p, 1).squeeze(1)
+        return (self.p - F.one_hot(label, self.count).to(self.p.dtype)) * self.mass.sqrt().unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class GaussianRoot:
+    """Of a diagonal H_i = diag(root_i^2): one column root_ik e_k for each output k."""
+
+    root: Tensor  # [..., K]
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return self.root.shape[-1]
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        """See `OutputRoot`."""
+        columns = self.root.new_zeros(end - begin, *self.root.shape)
+        for row, k in enumerate(range(begin, end)):
+            columns[row, ..., k] = self.root[..., k]
+        return columns
+
+    def sample(self) -> Tensor:
+        """Labels with Gaussian noise."""
+        return self.root * torch.randn_like(self.root)
+
+
+@dataclass(frozen=True)
+class BernoulliRoot(GaussianRoot):
+    """Of H_i = diag(mass_i p_i (1 - p_i))."""
+
+    p: Tensor  # [..., K]
+    mass: Tensor  # [..., K]
+
+    def sample(self) -> Tensor:
+        """Bernoulli labels."""
+        return self.mass.sqrt() * (self.p - torch.bernoulli(self.p))
+
+
+@dataclass(frozen=True)
+class DenseRoot:
+    """Of any positive semi-definite H_i = R_i R_i^T."""
+
+    root: Tensor  # R [..., K, K]
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return self.root.shape[-1]
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        """See `OutputRoot`."""
+        return self.root[..., begin:end].movedim(-1, 0)
 
 
 def analytic_hessian(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: Any) -> OutputHessian | None:
     """H for the criteria that have an analytic form here, at `output` [..., K]; None for every other."""
+    return _evaluated(_FORMULAS, criterion, output, args, kwargs) if output.dim() >= 2 else None
+
+
+def likelihood_root(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: Any) -> LikelihoodRoot | None:
+    """The root for the criteria known to be a negative log-likelihood, at `output` [..., K]; None for every other.
+
+    They are nn.CrossEntropyLoss (categorical), nn.MSELoss (Gaussian) and nn.BCEWithLogitsLoss (Bernoulli) and their functions.
+    For them it is a root of the Hessian itself: the Fisher matrix is the Gauss-Newton matrix.
+    """
+    return _evaluated(_ROOTS, criterion, output, args, kwargs)
+
+
+def _evaluated(
+    table: dict[type, Callable[..., Any]], criterion: nn.Module, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What the table's formula for this criterion gives, or None if it has none."""
     if isinstance(criterion, FunctionCriterion):
         module = _FUNCTIONS.get(criterion.function)
         if module is None or len(args) != 1:
             return None
         criterion, kwargs = module(**kwargs), {}
-    formula = _FORMULAS.get(type(criterion))
-    if formula is None or len(args) != 1 or kwargs or output.dim() < 2:
+    formula = table.get(type(criterion))
+    if formula is None or len(args) != 1 or kwargs:
         return None
     with torch.no_grad():
         return formula(criterion, output, args[0])
@@ -68,27 +186,67 @@ def autograd_hessian(loss: Tensor, source: Node) -> OutputHessian:
     Needs K backward passes through the criterion, or two where it acts on every element of z on its own. Instances must not
     be coupled by the criterion; a coupling enters as if it stood within the instances.
     """
+    diagonal, rows = _autograd_rows(loss, source)
+    k = diagonal.shape[-1]
+    if rows is None:
+        return OutputHessian(diagonal.reshape(-1, k).sum(0), convex=not bool(diagonal.any()))
+    return OutputHessian(torch.stack([row.reshape(-1, k).sum(0) for row in rows]), convex=False)
+
+
+def autograd_root(loss: Tensor, source: Node) -> OutputRoot:
+    """The root of every instance's H_i, as `autograd_hessian` computes it.
+
+    Raises:
+        ValueError: an H_i is not positive semi-definite.
+    """
+    diagonal, rows = _autograd_rows(loss, source)
+    if rows is None:
+        _check_semidefinite(diagonal, diagonal.dtype)
+        return GaussianRoot(diagonal.clamp(min=0).sqrt())
+    eigenvalues, vectors = torch.linalg.eigh(_finite(torch.stack(list(rows), -1)).double())
+    _check_semidefinite(eigenvalues, diagonal.dtype)
+    return DenseRoot((vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)).to(diagonal.dtype))
+
+
+def _autograd_rows(loss: Tensor, source: Node) -> tuple[Tensor, Iterator[Tensor] | None]:
+    """Every instance's H_i: its diagonal [..., K] and None, or its row sums and its rows, K tensors [..., K]."""
     edge = GradientEdge(source, 0)
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(loss, edge, create_graph=True)
-        k = gradient.shape[-1]
-        if not gradient.requires_grad:  # a loss that is linear in z
-            return OutputHessian(gradient.new_zeros(k), convex=True)
+    if not gradient.requires_grad:  # a loss that is linear in z
+        return torch.zeros_like(gradient), None
 
-        def product(v: Tensor) -> Tensor:
-            (hv,) = torch.autograd.grad(gradient, edge, v, retain_graph=True, allow_unused=True)
-            return torch.zeros_like(gradient) if hv is None else hv.detach()
+    def product(v: Tensor) -> Tensor:
+        (hv,) = torch.autograd.grad(gradient, edge, v, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(gradient) if hv is None else hv.detach()
 
-        # A diagonal Hessian has H v = (H 1) * v for every v.
-        diagonal, signs = product(torch.ones_like(gradient)), mixed_signs(gradient)
-        if ((product(signs) - diagonal * signs).abs() <= 1e-4 * diagonal.abs().max()).all():
-            return OutputHessian(diagonal.reshape(-1, k).sum(0), convex=False)
-        rows = []
-        for column in range(k):
-            v = torch.zeros_like(gradient)
-            v[..., column] = 1
-            rows.append(product(v).reshape(-1, k).sum(0))
-        return OutputHessian(torch.stack(rows), convex=False)
+    # A diagonal Hessian has H v = (H 1) * v for every v.
+    diagonal, signs = product(torch.ones_like(gradient)), mixed_signs(gradient)
+    if ((product(signs) - diagonal * signs).abs() <= 1e-4 * diagonal.abs().max()).all():
+        return diagonal, None
+
+    def unit(k: int) -> Tensor:
+        v = torch.zeros_like(gradient)
+        v[..., k] = 1
+        return v
+
+    return diagonal, (product(unit(k)) for k in range(gradient.shape[-1]))
+
+
+def _finite(hessian: Tensor) -> Tensor:
+    if not torch.isfinite(hessian).all():
+        raise ValueError("expected a finite Hessian of the criterion with respect to the network output, got NaN or inf")
+    return (hessian + hessian.mT) / 2
+
+
+def _check_semidefinite(eigenvalues: Tensor, dtype: torch.dtype) -> None:
+    lowest, tolerance = eigenvalues.min(), torch.finfo(dtype).eps ** 0.5 * eigenvalues.abs().max()
+    if not lowest >= -tolerance:
+        raise ValueError(
+            "expected a criterion whose Hessian with respect to the network output is positive semi-definite, got the eigenvalue "
+            f"{lowest:.3g}; the Gauss-Newton matrix is then indefinite: use the positive-curvature Hessian, curvature='pch-abs' or "
+            "'pch-clip'"
+        )
 
 
 class FunctionCriterion(nn.Module):
@@ -161,8 +319,8 @@ def _normalizer(criterion: Any, count: float | Tensor) -> float | Tensor:
     return 1.0 if criterion.reduction == "sum" else count
 
 
-def _cross_entropy(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> OutputHessian | None:
-    # L = -sum_i sum_k t_ik log p_ik / N with t the weighted, smoothed target: its Hessian is sum_i (sum_k t_ik) (diag p_i - p_i p_i^T) / N.
+def _cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> SoftmaxRoot | None:
+    # L = -sum_i sum_k t_ik log p_ik / N with t the weighted, smoothed target: H_i = (sum_k t_ik) (diag p_i - p_i p_i^T) / N.
     if output.dim() != 2:
         return None
     k, smoothing = output.shape[1], criterion.label_smoothing
@@ -175,10 +333,15 @@ def _cross_entropy(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tenso
         own = weight[torch.where(kept, target, 0)] * kept
         mass = (1 - smoothing) * own + smoothing / k * weight.sum() * kept
         count = own.sum()
-    p = output.softmax(1)
-    weighted = p * mass.unsqueeze(1)
-    hessian = torch.diag(weighted.sum(0)) - p.T @ weighted
-    return OutputHessian(hessian / _normalizer(criterion, count), convex=True)
+    return SoftmaxRoot(output.softmax(1), mass / _normalizer(criterion, count))
+
+
+def _cross_entropy(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> OutputHessian | None:
+    root = _cross_entropy_root(criterion, output, target)
+    if root is None:
+        return None
+    weighted = root.p * root.mass.unsqueeze(1)
+    return OutputHessian(torch.diag(weighted.sum(0)) - root.p.T @ weighted, convex=True)
 
 
 def _mse(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> OutputHessian:
@@ -187,15 +350,23 @@ def _mse(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> OutputHessian
     return OutputHessian(output.new_full((k,), 2 * (count / k)) / _normalizer(criterion, count), convex=True)
 
 
-def _bce_with_logits(criterion: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor) -> OutputHessian:
+def _mse_root(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> GaussianRoot:
+    return GaussianRoot(output.new_full(output.shape, (2 / float(_normalizer(criterion, output.numel()))) ** 0.5))
+
+
+def _bce_with_logits_root(criterion: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor) -> BernoulliRoot:
     p = output.sigmoid()
-    second = p * (1 - p)
+    mass = torch.full_like(p, 1 / float(_normalizer(criterion, output.numel())))
     if criterion.pos_weight is not None:
-        second = second * (1 + (criterion.pos_weight - 1) * target)
+        mass = mass * (1 + (criterion.pos_weight - 1) * target)
     if criterion.weight is not None:
-        second = second * criterion.weight
-    diagonal = second.reshape(-1, output.shape[-1]).sum(0)
-    return OutputHessian(diagonal / _normalizer(criterion, output.numel()), convex=True)
+        mass = mass * criterion.weight
+    return BernoulliRoot((mass * p * (1 - p)).sqrt(), p, mass)
+
+
+def _bce_with_logits(criterion: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor) -> OutputHessian:
+    root = _bce_with_logits_root(criterion, output, target)
+    return OutputHessian((root.mass * root.p * (1 - root.p)).reshape(-1, output.shape[-1]).sum(0), convex=True)
 
 
 def _bounded_classification(criterion: BoundedClassificationLoss, output: Tensor, target: Tensor) -> OutputHessian | None:
@@ -226,6 +397,12 @@ _FORMULAS: dict[type, Callable[..., OutputHessian | None]] = {
     nn.BCEWithLogitsLoss: _bce_with_logits,
     BoundedClassificationLoss: _bounded_classification,
     TukeyBiweightLoss: _tukey,
+}
+
+_ROOTS: dict[type, Callable[..., LikelihoodRoot | None]] = {
+    nn.CrossEntropyLoss: _cross_entropy_root,
+    nn.MSELoss: _mse_root,
+    nn.BCEWithLogitsLoss: _bce_with_logits_root,
 }
 
 _FUNCTIONS: dict[Callable[..., Tensor], type[nn.Module]] = {

@@ -1,32 +1,41 @@
 """The bias Hessian of every layer: which curvature a step uses.
 
-A curvature turns the tape's records into {layer: H [n_out, n_out]}. All start from the criterion's Hessian with respect to the
-network's output and go backward by `ops.bias_hessian`; they differ in the diagonal term and in Pos-Eig.
+A curvature turns the tape's records into {layer: H [n_out, n_out]}, in the dtype of the layer's weight and on the scale of the
+loss: for a mean loss H is a mean over the instances, for a sum it is the sum. There are three kinds:
 
-Where the recursion is not defined (another function than an elementwise one follows the layer, or its output is used in several
-places) the layer starts anew from its empirical Fisher block, and the recursion goes on below it.
+- recursions (`PCH`, `GaussNewton`) start from the criterion's Hessian with respect to the network's output and go backward by
+  `ops.bias_hessian`. Where the recursion is not defined (another function than an elementwise one follows the layer, or its output
+  is used in several places) the layer starts anew from its empirical Fisher block, and the recursion goes on below it;
+- columns (`FisherMC`, `FisherExact`, `KFLR`) take a square root of the output's Hessian back through the graph of the forward
+  pass, delta_ic = J_i^T s_ic, and sum delta_ic delta_ic^T. They know no obstacle;
+- `FisherEmpirical` needs only the gradients of the backward pass itself.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
 
 from secondorder import ops
 from secondorder.activations import Analytic
-from secondorder.tape import LayerRecord
+from secondorder.criteria import LikelihoodRoot, OutputHessian, OutputRoot, autograd_root, likelihood_root
+from secondorder.tape import Columns, LayerRecord
 
 
-@dataclass(frozen=True)
-class PCH:
-    """The positive-curvature Hessian (Chen et al., Eq. 8): gamma = -1 is PCH-1, gamma = 0 is PCH-2."""
+class Curvature:
+    """What the optimizers ask of a curvature.
 
-    gamma: float
-    diagonal = True  # the recursion's diagonal term is wanted
+    Attributes:
+        diagonal: whether the tape must keep the gradients that the recursion's diagonal needs.
+        grad_outputs: whether the tape must keep every layer's delta.
+        columns: what the tape must take back to every layer, or None (`secondorder.tape.Tape`).
+    """
 
-    def __post_init__(self) -> None:
-        if not self.gamma <= 0:
-            raise ValueError(f"expected gamma <= 0 (-1: PCH-1, 0: PCH-2), got {self.gamma}")
+    diagonal = False
+    grad_outputs = False
+    columns: Columns | None = None
 
     def bias_hessians(self, records: list[LayerRecord]) -> dict[nn.Linear, Tensor]:
         """H of every recorded layer, in the dtype of its weight (at least float32).
@@ -37,13 +46,29 @@ class PCH:
         hessians: dict[nn.Linear, Tensor] = {}
         for record in records:
             dtype = torch.promote_types(record.layer.weight.dtype, torch.float32)
-            if record.losses:
-                hessians[record.layer] = self._from_losses(record).to(dtype)
-            elif record.next is None:
-                hessians[record.layer] = empirical_fisher(record).to(dtype)
-            else:
-                hessians[record.layer] = self._step(record, hessians[record.next.layer], record.next.layer.weight.detach())
+            hessians[record.layer] = self._block(record, hessians).to(dtype)
         return hessians
+
+    def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
+        """H of one layer, given those of the layers after it."""
+        raise NotImplementedError
+
+
+class Recursion(Curvature):
+    """Backward recursion of the bias Hessian, with Pos-Eig_gamma where it has a diagonal."""
+
+    gamma: float
+
+    def _top(self, hessian: OutputHessian) -> Tensor:
+        """The recursion's start [K, K]."""
+        raise NotImplementedError
+
+    def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
+        if record.losses:
+            return self._from_losses(record)
+        if record.next is None:
+            return empirical_fisher(record)
+        return self._step(record, above[record.next.layer], record.next.layer.weight.detach())
 
     def _from_losses(self, record: LayerRecord) -> Tensor:
         # The loss of each micro-batch enters backward() with a factor of its own, and so does its Hessian.
@@ -55,7 +80,7 @@ class PCH:
             total = values if total is None else _dense_sum(total, values)
         assert total is not None
         convex = all(loss.hessian is not None and loss.hessian.convex for loss in record.losses)
-        return type(hessian)(total, convex).positive(self.gamma)
+        return self._top(type(hessian)(total, convex))
 
     def _step(self, record: LayerRecord, hessian: Tensor, weight: Tensor) -> Tensor:
         dtype = hessian.dtype
@@ -79,6 +104,137 @@ class PCH:
         )
 
 
+@dataclass(frozen=True)
+class PCH(Recursion):
+    """The positive-curvature Hessian (Chen et al., Eq. 8): gamma = -1 is PCH-1, gamma = 0 is PCH-2."""
+
+    gamma: float
+    diagonal = True
+
+    def __post_init__(self) -> None:
+        if not self.gamma <= 0:
+            raise ValueError(f"expected gamma <= 0 (-1: PCH-1, 0: PCH-2), got {self.gamma}")
+
+    def _top(self, hessian: OutputHessian) -> Tensor:
+        return hessian.positive(self.gamma)
+
+
+@dataclass(frozen=True)
+class GaussNewton(Recursion):
+    """KFRA's approximate expected Gauss-Newton blocks (Botev et al., Eq. 26): PCH's recursion without the diagonal.
+
+    Raises:
+        ValueError: from `bias_hessians`, where the criterion's Hessian is not positive semi-definite.
+    """
+
+    gamma = 0.0
+
+    def _top(self, hessian: OutputHessian) -> Tensor:
+        return hessian.semidefinite()
+
+
+class FromColumns(Curvature):
+    """H = sum_i sum_c delta_ic delta_ic^T of columns at the network's output."""
+
+    def columns(  # type: ignore[override]  # a method here, None in the base
+        self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[GradientEdge, OutputRoot]:
+        """Where the columns start, and a root of which they are the columns."""
+        raise NotImplementedError
+
+    def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
+        # A layer that the criterion sees by another way than the columns': they say that it has no curvature.
+        n_out = record.layer.out_features
+        return record.layer.weight.new_zeros(n_out, n_out) if record.block is None else record.block
+
+
+class FisherExact(FromColumns):
+    """The Fisher blocks E[delta delta^T], in expectation over the model's own labels (Botev et al., Eq. 46 to 48).
+
+    For a categorical likelihood that is the sum over all classes, weighted by their probabilities.
+
+    Raises:
+        ValueError: in the forward pass, where the criterion is none of those that `secondorder.criteria.likelihood_root` knows.
+    """
+
+    def columns(
+        self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[GradientEdge, OutputRoot]:
+        """See `FromColumns`."""
+        output = args[0] if args else None
+        root = None
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            root = likelihood_root(criterion, output.detach(), *args[1:], **kwargs)
+        if root is None:
+            raise ValueError(
+                "expected a criterion that is a likelihood the Fisher matrix's labels can be drawn from, called with the network's "
+                f"output first: cross-entropy, MSE or BCE with logits; got {criterion}: use curvature='pch-abs' or 'fisher-empirical'"
+            )
+        assert isinstance(output, Tensor) and output.grad_fn is not None
+        return GradientEdge(output.grad_fn, output.output_nr), self._labels(root)
+
+    def _labels(self, root: LikelihoodRoot) -> OutputRoot:
+        return root
+
+
+@dataclass(frozen=True)
+class FisherMC(FisherExact):
+    """KFAC's Fisher blocks: `FisherExact` by labels sampled from the model, with torch's global generator.
+
+    Args:
+        samples: how many labels per instance, >= 1; the mean over them is unbiased, its error falls as 1/sqrt(samples).
+    """
+
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.samples >= 1:
+            raise ValueError(f"expected samples >= 1, got {self.samples}")
+
+    def _labels(self, root: LikelihoodRoot) -> OutputRoot:
+        return _Samples(root, self.samples)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    root: LikelihoodRoot
+    count: int
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        return torch.stack([self.root.sample() for _ in range(begin, end)]) / self.count**0.5
+
+
+class KFLR(FromColumns):
+    """Exact expected Gauss-Newton blocks (Botev et al., Eq. 23 to 25), of K columns per instance for K outputs.
+
+    Raises:
+        ValueError: in the forward pass, where an instance's Hessian of the criterion is not positive semi-definite, or several
+            linear layers enter the criterion and it is not one that `likelihood_root` knows.
+    """
+
+    def columns(
+        self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[GradientEdge, OutputRoot]:
+        """See `FromColumns`."""
+        output = args[0] if args else None
+        if isinstance(output, Tensor) and output.grad_fn is not None and (source is None or output.grad_fn is source):
+            root = likelihood_root(criterion, output.detach(), *args[1:], **kwargs)
+            if root is not None:
+                return GradientEdge(output.grad_fn, output.output_nr), root
+        if source is None:
+            raise ValueError(f"expected one linear layer's output to enter {criterion}, got several; use curvature='pch-abs'")
+        return GradientEdge(source, 0), autograd_root(loss, source)
+
+
+class FisherEmpirical(Curvature):
+    """The empirical Fisher blocks E[delta delta^T] of the true labels' gradients; `empirical_fisher` gives the scale."""
+
+    grad_outputs = True
+
+    def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
+        return empirical_fisher(record)
+
+
 def empirical_fisher(record: LayerRecord) -> Tensor:
     """M sum_i delta_i delta_i^T with delta_i the gradient of the mean loss: E of the instances' own gradients' outer products."""
     delta = record.grad_output()
@@ -91,12 +247,20 @@ def _dense_sum(x: Tensor, y: Tensor) -> Tensor:
     return x + y
 
 
-CURVATURES = {"pch-abs": PCH(-1.0), "pch-clip": PCH(0.0)}
+CURVATURES: dict[str, Curvature] = {
+    "pch-abs": PCH(-1.0),
+    "pch-clip": PCH(0.0),
+    "gauss-newton": GaussNewton(),
+    "kflr": KFLR(),
+    "fisher-mc": FisherMC(),
+    "fisher-empirical": FisherEmpirical(),
+    "fisher-exact": FisherExact(),
+}
 
 
-def curvature_by_name(name: str | PCH) -> PCH:
+def curvature_by_name(name: str | Curvature) -> Curvature:
     """The curvature of this name, or the one given."""
-    if isinstance(name, PCH):
+    if isinstance(name, Curvature):
         return name
     if name not in CURVATURES:
         raise ValueError(f"expected curvature to be one of {', '.join(map(repr, CURVATURES))}, got {name!r}")

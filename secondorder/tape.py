@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
 from secondorder import activations
 from secondorder.activations import Transfer, rows
-from secondorder.criteria import OutputHessian, analytic_hessian, autograd_hessian
+from secondorder.criteria import OutputHessian, OutputRoot, analytic_hessian, autograd_hessian
 
 
 @dataclass(eq=False)
@@ -63,7 +63,15 @@ class LossCall:
     sources: list[LayerCall]  # the layers whose outputs it sees
     hessian: OutputHessian | None  # w.r.t. the source's output; None if there are several
     loss: Tensor  # the scalar it returned, detached
+    blocks: dict[LayerCall, Tensor] = field(default_factory=dict)  # sum of delta delta^T [n_out, n_out] over its columns
     scale: Tensor | None = None  # d(what backward() was called on) / d(loss), summed over backward passes
+
+
+# (criterion, loss, autograd node of the one linear layer's output it depends on, its arguments) -> where the columns start, and they
+Columns = Callable[[nn.Module, Tensor, Node | None, tuple[Any, ...], dict[str, Any]], tuple[GradientEdge, OutputRoot]]
+
+# At most so many numbers of all layers' deltas are held at once while columns are propagated.
+_COLUMN_BUDGET = 2**25
 
 
 @dataclass(eq=False)
@@ -76,6 +84,7 @@ class LayerRecord:
     links: list[Link] = field(default_factory=list)  # to `next`, one per call
     losses: list[LossCall] = field(default_factory=list)  # or the criterion does, one call per call
     obstacle: str = ""  # or neither, for this reason
+    block: Tensor | None = None  # sum of the losses' blocks, each with its factor
 
     def input(self) -> Tensor:
         """H [m, n_in]."""
@@ -103,15 +112,21 @@ class Tape:
         criterion: a module whose calls return the scalar loss.
         diagonal: whether the gradients that the recursion's diagonal needs are kept.
         grad_outputs: whether every layer's delta is kept.
+        columns: gives columns s_ic at the network's output, which are taken back to every layer, delta_ic = J_i^T s_ic, while the
+            graph lives; the sum of delta_ic delta_ic^T becomes the layer's `block`. Nothing for the recursion is kept then.
 
     `recording` may be switched off and on at any time.
     """
 
-    def __init__(self, layers: dict[nn.Linear, str], criterion: nn.Module, *, diagonal: bool, grad_outputs: bool = False):
+    def __init__(
+        self, layers: dict[nn.Linear, str], criterion: nn.Module, *, diagonal: bool, grad_outputs: bool = False,
+        columns: Columns | None = None,
+    ):  # fmt: skip
         self.names = layers
         self.criterion = criterion
         self.diagonal = diagonal
         self.grad_outputs = grad_outputs
+        self.columns = columns
         self.recording = True
         self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
         self._muted = False
@@ -142,6 +157,10 @@ class Tape:
         for loss in self._losses:
             for call in _consumers_first(loss, consumers, self.names):
                 records.setdefault(call.layer, LayerRecord(call.layer, [])).calls.append(call)
+            for call, block in loss.blocks.items():
+                record = records[call.layer]
+                block = block if loss.scale is None else block * loss.scale
+                record.block = block if record.block is None else record.block + block
         owner = {link: records[call.layer] for record in records.values() for call in record.calls for link in call.inputs_from}
         for record in records.values():
             _connect(record, [consumers[call] for call in record.calls], owner, self.names)
@@ -215,7 +234,10 @@ class Tape:
                 "use reduction='mean' or 'sum', or pass a function that reduces"
             )
         call = LossCall([self._use(node) for node in nodes], None, loss.detach())
-        if len(nodes) == 1:
+        if self.columns is not None:
+            with self._mute():
+                call.blocks = self._blocks(*self.columns(criterion, loss, nodes[0] if len(nodes) == 1 else None, args, kwargs))
+        elif len(nodes) == 1:
             output = args[0] if args else None
             if isinstance(output, Tensor) and output.grad_fn is nodes[0]:
                 call.hessian = analytic_hessian(criterion, output.detach(), *args[1:], **kwargs)
@@ -235,6 +257,23 @@ class Tape:
             _accumulate(call, "scale", gradient)
 
         loss.register_hook(self._when_backward(backward))
+
+    def _blocks(self, edge: GradientEdge, root: OutputRoot) -> dict[LayerCall, Tensor]:
+        """Sum over the columns of delta delta^T for every layer upstream of `edge`, in chunks of columns."""
+        nodes = _source_nodes(edge.node, self._key, nearest=False)
+        calls: list[LayerCall] = [node.metadata[self._key] for node in nodes]
+        instances = max((call.input.numel() // call.input.shape[-1] for call in calls), default=1)
+        chunk = max(1, _COLUMN_BUDGET // max(1, sum(instances * call.layer.out_features for call in calls)))
+        blocks: dict[LayerCall, Tensor] = {}
+        for begin in range(0, root.count, chunk):
+            columns = root.columns(begin, min(begin + chunk, root.count))
+            deltas = torch.autograd.grad(
+                [edge], [GradientEdge(node, 0) for node in nodes], [columns], retain_graph=True, is_grads_batched=True
+            )
+            for call, delta in zip(calls, deltas, strict=True):
+                flat = delta.reshape(-1, delta.shape[-1])
+                blocks[call] = flat.T @ flat + blocks.get(call, 0)
+        return blocks
 
     def _when_backward(self, f: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         """A gradient hook that calls f in backward passes proper.
@@ -291,14 +330,15 @@ def _accumulate(record: Any, name: str, gradient: Tensor) -> None:
     setattr(record, name, gradient if before is None else before + gradient)
 
 
-def _source_nodes(start: Node, key: str) -> list[Node]:
-    """The nearest autograd nodes upstream of (or at) `start` that are outputs of recorded linear layers."""
+def _source_nodes(start: Node, key: str, nearest: bool = True) -> list[Node]:
+    """The nearest autograd nodes upstream of (or at) `start` that are outputs of recorded linear layers, or all of them."""
     found, seen, stack = [], {start}, [start]
     while stack:
         node = stack.pop()
         if key in node.metadata:
             found.append(node)
-            continue
+            if nearest:
+                continue
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)

@@ -1,0 +1,212 @@
+"""Gauss-Newton, KFLR and the Fisher matrices, against Jacobians and instances' gradients by autograd in float64."""
+
+import pytest
+import torch
+from oracles import hessian_block
+from test_curvature import CRITERIA, Branching, network
+from torch import nn
+from torch.func import functional_call, hessian, jacrev
+from torch.nn import functional as F
+
+from secondorder import tape as tape_module
+from secondorder.criteria import BoundedClassificationLoss, FunctionCriterion
+from secondorder.curvature import CURVATURES, FisherMC
+from secondorder.optim.base import linear_layers
+from secondorder.tape import Tape
+
+
+def blocks(model, criterion, curvature, *batches, scale=1.0):
+    """{layer name: H} of a curvature after backward passes over the batches."""
+    layers = linear_layers(model)
+    tape = Tape(
+        layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns
+    )
+    for x, y in batches:
+        (scale * criterion(model(x), y)).backward()
+    hessians = curvature.bias_hessians(tape.records())
+    tape.remove()
+    return {layers[layer]: h for layer, h in hessians.items()}
+
+
+def gauss_newton_blocks(model, criterion, x, y):
+    """sum_i J_i^T H_i J_i / m for every bias, J_i the output's Jacobian and H_i the criterion's Hessian for instance i alone."""
+    fixed = {n: p.detach() for n, p in model.named_parameters()}
+    result = {}
+    for name in linear_layers(model).values():
+        key, total = f"{name}.bias", 0
+        for i in range(len(x)):
+            output = lambda b, i=i, key=key: functional_call(model, {**fixed, key: b}, (x[i : i + 1],))[0]  # noqa: E731
+            jacobian = jacrev(output)(fixed[key])
+            top = hessian(lambda z, i=i: criterion(z[None], y[i : i + 1]))(output(fixed[key]))
+            total = total + jacobian.T @ top @ jacobian / len(x)
+        result[name] = total
+    return result
+
+
+def assert_blocks(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, block in expected.items():
+        torch.testing.assert_close(actual[name], block, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def log_sum_exp(z, y):
+    """Convex, with a dense Hessian that no formula here knows."""
+    return (torch.logsumexp(2 * z, -1) - z.gather(1, y.unsqueeze(1)).squeeze(1)).mean()
+
+
+CONVEX = {name: CRITERIA[name] for name in ("cross-entropy", "mse", "bce", "huber")} | {
+    "log-sum-exp": (FunctionCriterion(log_sum_exp), CRITERIA["cross-entropy"][1])
+}
+LIKELIHOODS = ["cross-entropy", "mse", "bce"]
+
+
+@pytest.mark.parametrize("name", CONVEX)
+@pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.ReLU(inplace=True), nn.Mish()], ids=repr)
+def test_kflr_is_the_expected_gauss_newton_block(activation, name, monkeypatch):
+    criterion, target = CONVEX[name]
+    model, x, y = network([4, 6, 5, 3], activation), torch.randn(7, 4).double(), target(7, 3)
+    expected = gauss_newton_blocks(model, criterion, x, y)
+    assert_blocks(blocks(model, criterion, CURVATURES["kflr"], (x, y)), expected)
+    monkeypatch.setattr(tape_module, "_COLUMN_BUDGET", 2 * 7 * 14)  # two columns at a time
+    assert_blocks(blocks(model, criterion, CURVATURES["kflr"], (x, y)), expected)
+
+
+@pytest.mark.parametrize("kind", ["norm", "softmax", "residual", "heads"])
+@pytest.mark.parametrize("curvature", ["kflr", "fisher-exact"])
+def test_columns_know_no_obstacle(curvature, kind):
+    model, criterion = Branching(kind).double(), nn.CrossEntropyLoss()
+    x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    assert_blocks(blocks(model, criterion, CURVATURES[curvature], (x, y)), gauss_newton_blocks(model, criterion, x, y))
+
+
+@pytest.mark.parametrize("name", CONVEX)
+def test_gauss_newton_is_exact_for_one_instance_and_the_recursion_for_many(name):
+    criterion, target = CONVEX[name]
+    model = network([4, 6, 5, 3], nn.Tanh())
+    x, y = torch.randn(1, 4).double(), target(1, 3)
+    assert_blocks(blocks(model, criterion, CURVATURES["gauss-newton"], (x, y)), gauss_newton_blocks(model, criterion, x, y))
+    x, y = torch.randn(7, 4).double(), target(7, 3)
+    actual = blocks(model, criterion, CURVATURES["gauss-newton"], (x, y))
+    current = hessian_block(model, criterion, x, y, "4.bias")  # the last layer's, where Gauss-Newton is the Hessian
+    for layer, above in ((4, None), (2, 4), (0, 2)):
+        if above is not None:
+            h = model[:above](x)  # tanh' = 1 - h^2
+            moment = sum(torch.outer(1 - row**2, 1 - row**2) for row in h) / 7
+            current = (model[above].weight.T @ current @ model[above].weight * moment).detach()
+        torch.testing.assert_close(actual[f"{layer}"], current, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_exact_fisher_is_gauss_newton(name):
+    criterion, target = CRITERIA[name]
+    model, x, y = network([4, 6, 3], nn.Sigmoid()), torch.randn(7, 4).double(), target(7, 3)
+    assert_blocks(blocks(model, criterion, CURVATURES["fisher-exact"], (x, y)), gauss_newton_blocks(model, criterion, x, y))
+
+
+def instance_gradients(model, criterion, x, y):
+    """Every instance's own gradient w.r.t. every bias."""
+    names = list(linear_layers(model).values())
+    rows = {name: [] for name in names}
+    for i in range(len(x)):
+        gradients = torch.autograd.grad(
+            criterion(model(x[i : i + 1]), y[i : i + 1]), [model.get_parameter(f"{n}.bias") for n in names]
+        )
+        for name, gradient in zip(names, gradients, strict=True):
+            rows[name].append(gradient)
+    return {name: torch.stack(gradients) for name, gradients in rows.items()}
+
+
+def test_exact_fisher_is_the_sum_over_all_labels():
+    model, criterion, x = network([4, 6, 3], nn.Sigmoid()), nn.CrossEntropyLoss(), torch.randn(7, 4).double()
+    p, expected = model(x).softmax(1).detach(), {}
+    for k in range(3):
+        for name, g in instance_gradients(model, criterion, x, torch.full((7,), k)).items():
+            expected[name] = expected.get(name, 0) + g.T @ (p[:, k : k + 1] * g) / 7
+    assert_blocks(blocks(model, criterion, CURVATURES["fisher-exact"], (x, torch.zeros(7, dtype=torch.long))), expected)
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "mse", "bce", "eq14"])
+def test_empirical_fisher(name):
+    criterion, target = CRITERIA[name]
+    model, x, y = network([4, 6, 5, 3], nn.Sigmoid()), torch.randn(7, 4).double(), target(7, 3)
+    expected = {n: g.T @ g / 7 for n, g in instance_gradients(model, criterion, x, y).items()}
+    assert_blocks(blocks(model, criterion, CURVATURES["fisher-empirical"], (x, y)), expected)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_sampled_fisher_converges_as_one_over_the_root_of_the_samples(name):
+    criterion, target = CRITERIA[name]
+    model, x, y = network([4, 6, 3], nn.Sigmoid()), torch.randn(7, 4).double(), target(7, 3)
+    exact = gauss_newton_blocks(model, criterion, x, y)
+
+    def error(samples, runs):
+        squares = 0
+        for _ in range(runs):
+            sampled = blocks(model, criterion, FisherMC(samples), (x, y))
+            squares += sum(float((sampled[n] - exact[n]).square().sum()) for n in exact) / runs
+        return squares**0.5
+
+    few, many = error(4, 60), error(400, 30)
+    assert 7 < few / many < 14  # 10 in expectation
+    size = sum(float(b.square().sum()) for b in exact.values()) ** 0.5
+    assert many < 0.15 * size
+
+
+@pytest.mark.parametrize("kwargs", [
+    {"weight": torch.tensor([1.0, 0.3, 2.0]).double()}, {"label_smoothing": 0.2}, {"ignore_index": 1}, {"reduction": "sum"},
+])  # fmt: skip
+@pytest.mark.parametrize("curvature", ["kflr", "fisher-exact", "gauss-newton"])
+def test_settings_of_cross_entropy(curvature, kwargs):
+    criterion, model = nn.CrossEntropyLoss(**kwargs), nn.Sequential(nn.Linear(4, 3)).double()
+    x, y = torch.randn(6, 4).double(), torch.tensor([0, 1, 2, 0, 1, 2])
+    expected = {"0": hessian_block(model, criterion, x, y, "0.bias")}
+    assert_blocks(blocks(model, criterion, CURVATURES[curvature], (x, y)), expected)
+
+
+def test_settings_of_bce():
+    criterion = nn.BCEWithLogitsLoss(weight=torch.tensor([1.0, 0.4]).double(), pos_weight=torch.tensor([3.0, 1.0]).double())
+    model, x, y = nn.Sequential(nn.Linear(4, 2)).double(), torch.randn(6, 4).double(), torch.rand(6, 2).double()
+    expected = {"0": hessian_block(model, criterion, x, y, "0.bias")}
+    for curvature in ("kflr", "fisher-exact", "gauss-newton"):
+        assert_blocks(blocks(model, criterion, CURVATURES[curvature], (x, y)), expected)
+
+
+@pytest.mark.parametrize("curvature", ["gauss-newton", "kflr", "fisher-exact", "fisher-empirical"])
+def test_micro_batches_and_factors(curvature):
+    model, criterion = network([4, 6, 3], nn.Sigmoid()), nn.CrossEntropyLoss()
+    x, y = torch.randn(12, 4).double(), torch.randint(3, (12,))
+    kind = CURVATURES[curvature]
+    whole = blocks(model, criterion, kind, (x, y))
+    model.zero_grad()
+    parts = blocks(model, criterion, kind, *((x[i : i + 4], y[i : i + 4]) for i in (0, 4, 8)), scale=1 / 3)
+    assert_blocks(parts, whole)
+
+
+@pytest.mark.parametrize("curvature", ["gauss-newton", "kflr"])
+@pytest.mark.parametrize("name", ["eq14", "tukey"])
+def test_a_criterion_that_is_not_convex_is_refused_by_name_of_what_to_use(name, curvature):
+    criterion, target = CRITERIA[name]
+    model = network([4, 6, 3], nn.Sigmoid())
+    with torch.no_grad():
+        model[-1].weight *= 20
+    with pytest.raises(ValueError, match="positive semi-definite, got the eigenvalue -.*curvature='pch-abs'"):
+        blocks(model, criterion, CURVATURES[curvature], (torch.randn(9, 4).double(), target(9, 3)))
+
+
+def test_a_criterion_that_is_no_likelihood_is_refused():
+    model = network([4, 6, 3], nn.Sigmoid())
+    for curvature in ("fisher-mc", "fisher-exact"):
+        with pytest.raises(ValueError, match=r"likelihood .* got BoundedClassificationLoss\(\): use curvature='pch-abs'"):
+            blocks(model, BoundedClassificationLoss(), CURVATURES[curvature], (torch.randn(3, 4).double(), torch.zeros(3).long()))
+    with pytest.raises(ValueError, match="expected samples >= 1"):
+        FisherMC(0)
+
+
+def test_functions_and_outputs_of_one_dimension():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1), nn.Flatten(0)).double()
+    criterion = FunctionCriterion(F.binary_cross_entropy_with_logits)
+    x, y = torch.randn(6, 4).double(), torch.rand(6).double()
+    rows = nn.Sequential(*model[:3])
+    expected = gauss_newton_blocks(rows, nn.BCEWithLogitsLoss(), x, y.unsqueeze(1))
+    for curvature in ("fisher-exact", "kflr"):
+        assert_blocks(blocks(model, criterion, CURVATURES[curvature], (x, y)), expected)
