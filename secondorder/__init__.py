@@ -18,9 +18,9 @@ except ImportError as error:
     ) from error
 
 from secondorder import criteria, ops, reference
-from secondorder.optim import EACG
+from secondorder.optim import EACG, KFAC, KFLR, KFRA
 
-__all__ = ["EACG", "build_info", "criteria", "ops", "reference"]
+__all__ = ["EACG", "KFAC", "KFLR", "KFRA", "build_info", "criteria", "ops", "reference"]
 __version__ = "0.1.0"
 
 

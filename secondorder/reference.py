@@ -95,7 +95,10 @@ def conjugate_gradient(matrix, rhs: Tensor, max_iter: int, tol: float) -> tuple[
         if rr <= tol**2 * first or math.isnan(rr):
             return x, iteration
         ap = matrix(p)
-        step = rr / (p * ap).sum()
+        curvature = (p * ap).sum()
+        if curvature <= 0:  # by rounding alone
+            return x, iteration
+        step = rr / curvature
         x += step * p
         r -= step * ap
         rr, previous = (r * r).sum(), rr

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from secondorder import activations
@@ -57,12 +58,23 @@ class Link:
 
 
 @dataclass(eq=False)
+class ModelCall:
+    """The arguments of one call of the model, detached."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(eq=False)
 class LossCall:
     """One call of the criterion."""
 
     sources: list[LayerCall]  # the layers whose outputs it sees
     hessian: OutputHessian | None  # w.r.t. the source's output; None if there are several
     loss: Tensor  # the scalar it returned, detached
+    inputs: ModelCall | None = None  # of the model, where the criterion's first argument is its very output
+    args: tuple[Any, ...] = ()  # of the criterion after the output, kept together with `inputs`
+    kwargs: dict[str, Any] = field(default_factory=dict)
     blocks: dict[LayerCall, Tensor] = field(default_factory=dict)  # sum of delta delta^T [n_out, n_out] over its columns
     scale: Tensor | None = None  # d(what backward() was called on) / d(loss), summed over backward passes
 
@@ -114,13 +126,14 @@ class Tape:
         grad_outputs: whether every layer's delta is kept.
         columns: gives columns s_ic at the network's output, which are taken back to every layer, delta_ic = J_i^T s_ic, while the
             graph lives; the sum of delta_ic delta_ic^T becomes the layer's `block`. Nothing for the recursion is kept then.
+        model: the model whose own arguments are to be kept, and the criterion's, for evaluating them anew.
 
     `recording` may be switched off and on at any time.
     """
 
     def __init__(
         self, layers: dict[nn.Linear, str], criterion: nn.Module, *, diagonal: bool, grad_outputs: bool = False,
-        columns: Columns | None = None,
+        columns: Columns | None = None, model: nn.Module | None = None,
     ):  # fmt: skip
         self.names = layers
         self.criterion = criterion
@@ -135,6 +148,8 @@ class Tape:
             module.register_forward_hook(_Hook(self, method), with_kwargs=True)
             for module, method in [(layer, "_on_layer") for layer in layers] + [(criterion, "_on_criterion")]
         ]
+        if model is not None:
+            self._handles.append(model.register_forward_hook(_Hook(self, "_on_model"), with_kwargs=True))
         weakref.finalize(self, _remove, self._handles)
 
     def remove(self) -> None:
@@ -172,7 +187,7 @@ class Tape:
             return
         input = args[0] if args else kwargs["input"]
         call = LayerCall(layer, input.detach(), output=output.detach(), version=output._version)
-        with self._mute():
+        with self.muted():
             call.inputs_from = self._links(input)
         node.metadata[self._key] = call
         if self.grad_outputs:
@@ -180,6 +195,10 @@ class Tape:
         if self.diagonal and any(link.transfer is not None and link.transfer.curved for link in call.inputs_from):
             (link,) = call.inputs_from
             input.register_hook(self._when_backward(lambda g: _accumulate(link, "grad", g)))
+
+    def _on_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(output, Tensor) and output.grad_fn is not None and self._active():
+            output.grad_fn.metadata[self._key + ".model"] = ModelCall(*_detached((args, kwargs)))
 
     def _links(self, input: Tensor) -> list[Link]:
         """Where a layer's input comes from."""
@@ -234,15 +253,19 @@ class Tape:
                 "use reduction='mean' or 'sum', or pass a function that reduces"
             )
         call = LossCall([self._use(node) for node in nodes], None, loss.detach())
+        if args and isinstance(args[0], Tensor) and args[0].grad_fn is not None:
+            call.inputs = args[0].grad_fn.metadata.get(self._key + ".model")
+            if call.inputs is not None:
+                call.args, call.kwargs = _detached((args[1:], kwargs))
         if self.columns is not None:
-            with self._mute():
+            with self.muted():
                 call.blocks = self._blocks(*self.columns(criterion, loss, nodes[0] if len(nodes) == 1 else None, args, kwargs))
         elif len(nodes) == 1:
             output = args[0] if args else None
             if isinstance(output, Tensor) and output.grad_fn is nodes[0]:
                 call.hessian = analytic_hessian(criterion, output.detach(), *args[1:], **kwargs)
             if call.hessian is None:
-                with self._mute():
+                with self.muted():
                     call.hessian = autograd_hessian(loss, nodes[0])
         else:
             for node in nodes:
@@ -294,7 +317,7 @@ class Tape:
         return self.recording and not self._muted and torch.is_grad_enabled()
 
     @contextmanager
-    def _mute(self) -> Iterator[None]:
+    def muted(self) -> Iterator[None]:
         """Autograd runs inside do not count as backward passes."""
         self._muted = True
         try:
@@ -317,6 +340,10 @@ class _Hook:
 
     def __reduce__(self) -> tuple[type, tuple[None, str]]:  # also what copy.deepcopy goes by
         return _Hook, (None, self.method)
+
+
+def _detached(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -1,5 +1,8 @@
-"""The optimizers, one file each over what `base` shares."""
+"""The optimizers, one file each over what `base` and `layerwise` share."""
 
 from secondorder.optim.eacg import EACG
+from secondorder.optim.kfac import KFAC
+from secondorder.optim.kflr import KFLR
+from secondorder.optim.kfra import KFRA
 
-__all__ = ["EACG"]
+__all__ = ["EACG", "KFAC", "KFLR", "KFRA"]

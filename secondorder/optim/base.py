@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder.criteria import FunctionCriterion
-from secondorder.tape import LayerRecord, Tape
+from secondorder.tape import Columns, LayerRecord, Tape
 
 
 class CurvatureOptimizer(torch.optim.Optimizer):
@@ -24,6 +24,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         defaults: the param_group values.
         diagonal: whether the curvature needs the recursion's diagonal term.
         fallback: "sgd" or "error".
+        grad_outputs: see `secondorder.tape.Tape`; likewise `columns`.
+        columns: see there.
+        keep_inputs: whether the tape keeps the model's and the criterion's arguments.
     """
 
     def __init__(
@@ -34,6 +37,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         *,
         diagonal: bool,
         fallback: str,
+        grad_outputs: bool = False,
+        columns: Columns | None = None,
+        keep_inputs: bool = False,
     ):
         name = type(self).__name__
         if not isinstance(model, nn.Module):
@@ -64,7 +70,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._fallback = fallback
         self._fallback_warned: set[Tensor] = set()
         self._restart_warned: set[nn.Linear] = set()
-        self._tape = Tape(layers, self.criterion, diagonal=diagonal)
+        self._tape = Tape(
+            layers, self.criterion, diagonal=diagonal, grad_outputs=grad_outputs, columns=columns,
+            model=model if keep_inputs else None,
+        )  # fmt: skip
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, and with them what the tape recorded for them."""
@@ -93,8 +102,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 f"by the criterion given to the optimizer ({self.criterion!r}; optimizer.criterion(output, target) where it is a "
                 "function), with the model in training mode; optimizer.zero_grad() forgets the calls before it."
             )
+        recursion = self._tape.columns is None and not self._tape.grad_outputs
         for record in records:
-            if record.obstacle and record.layer not in self._restart_warned:
+            if recursion and record.obstacle and record.layer not in self._restart_warned:
                 self._restart_warned.add(record.layer)
                 warnings.warn(
                     f"secondorder: the output of layer {self._layers[record.layer]!r} {record.obstacle}; the bias Hessian's recursion "

@@ -1,0 +1,283 @@
+"""From a layer's curvature and gradients to its update directions: which linear system a step solves, and how.
+
+For a layer z = W h + b with gradients B and g of the mean loss, bias Hessian H, input factor A ~ E[h h^T], a scale c and a
+damping l, the directions P and d solve
+
+    c H P A + l P = -B     and     (c H + l I) d = -g.
+
+EACG's fixed damping alpha is c = 1 - alpha, l = alpha (Chen et al., Eq. 9); c = 1 is Levenberg-Marquardt's. The solvers differ in A
+and in exactness:
+
+| solver            | A                              | method                                     |
+|-------------------|--------------------------------|--------------------------------------------|
+| `ea-cg`           | a a^T (Eq. 11b)                | closed form across a, CG along it          |
+| `ea-cg-truncated` | a a^T                          | the paper's CG iterates                    |
+| `kron-cg`         | E[h h^T] (Eq. 11a)             | CG                                         |
+| `kfi`             | E[h h^T], factored damping     | two Cholesky factorisations (Eq. 12)       |
+| `kfi-rank-one`    | a a^T, factored damping        | Cholesky and Sherman-Morrison (Eq. 13)     |
+| `exact`           | E[h h^T]                       | both eigendecompositions                   |
+| `ea-isotropic`    | a a^T + rho I (docs/math.md)   | three Cholesky factorisations of n_out     |
+
+Every statistic of the input is an expectation, so that averages of it over steps are statistics again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from secondorder import ops
+from secondorder.reference import conjugate_gradient
+
+# What a layer's solver works with: "bias_hessian" [n_out, n_out] and its statistics of the input, by name.
+Factors = dict[str, Tensor]
+
+
+class Solver(Protocol):
+    """One way to solve a layer's systems. `prepare` may be amortised over steps; `solve` is cheap in comparison."""
+
+    def statistics(self, input: Tensor) -> Factors:
+        """The expectations over the instances that the solver needs of a layer's input [m, n_in].
+
+        "mean_input" a = E[h] [n_in], "input_second_moment" E[h h^T] [n_in, n_in], or "mean_square_input" E[|h|^2] (0-dim).
+        """
+
+    def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
+        """What `solve` needs, as tensors (an optimizer keeps them in its state).
+
+        Raises:
+            RuntimeError: a factorisation failed; the message names the factor.
+        """
+
+    def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """P [n_out, n_in] and d [n_out] (None without `grad_bias`). Numbers that are not finite come out as such."""
+
+
+@dataclass(frozen=True)
+class EACG:
+    """The solvers `ea-cg` and `ea-cg-truncated`, by `ops.eacg_solve`; see there for the arguments."""
+
+    max_cg: int
+    eps_cg: float
+    truncated: bool = False
+
+    def statistics(self, input: Tensor) -> Factors:
+        """See `Solver`."""
+        return {"mean_input": input.mean(0)}
+
+    def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
+        """See `Solver`."""
+        return {**factors, **_shift(factors["bias_hessian"], scale, damping)}
+
+    def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Solver`."""
+        # (c H P a a^T + l P) / (c + l) is the operator's own form, with alpha = l / (c + l).
+        scale, damping = prepared["shift"].tolist()
+        total = scale + damping
+        weight, bias, _ = ops.eacg_solve(
+            prepared["bias_hessian"], prepared["mean_input"], grad_weight / total, None if grad_bias is None else grad_bias / total,
+            damping / total, self.max_cg, self.eps_cg, self.truncated,
+        )  # fmt: skip
+        return weight, None if grad_bias is None else bias
+
+
+@dataclass(frozen=True)
+class KroneckerCG:
+    """The solver `kron-cg`: conjugate gradients on Eq. 11a from zero, two products n_out x n_out x n_in and n_out x n_in x n_in each."""
+
+    max_cg: int
+    eps_cg: float
+
+    def statistics(self, input: Tensor) -> Factors:
+        """See `Solver`."""
+        return _second_moment(input)
+
+    def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
+        """See `Solver`."""
+        return {**factors, **_shift(factors["bias_hessian"], scale, damping)}
+
+    def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Solver`."""
+        h, a = prepared["bias_hessian"], prepared["input_second_moment"]
+        scale, damping = prepared["shift"]
+
+        def cg(matrix: Callable[[Tensor], Tensor], rhs: Tensor) -> Tensor:
+            return conjugate_gradient(matrix, rhs, self.max_cg, self.eps_cg)[0]
+
+        weight = cg(lambda p: scale * (h @ p @ a) + damping * p, -grad_weight)
+        return weight, None if grad_bias is None else cg(lambda p: scale * (h @ p) + damping * p, -grad_bias)
+
+
+@dataclass(frozen=True)
+class KFI:
+    """The solvers `kfi` and `kfi-rank-one`: Kronecker-factored inverses (Chen et al., Eq. 12, 13; Botev et al., Eq. 36 to 38).
+
+        P = -(H + sqrt(l)/pi I)^{-1} B (A + pi sqrt(l) I)^{-1},   pi^2 = (tr A / n_in) / (tr H / n_out),   d = -(H + l I)^{-1} g.
+
+    As in the papers there is no scale c: it counts as 1.
+
+    Args:
+        max_elements: A = E[h h^T] where n_in^2 is at most this, else a a^T (Eq. 13), inverted by Sherman-Morrison; 0: always that.
+    """
+
+    max_elements: int
+
+    def statistics(self, input: Tensor) -> Factors:
+        """See `Solver`."""
+        return _second_moment(input) if input.shape[1] ** 2 <= self.max_elements else {"mean_input": input.mean(0)}
+
+    def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
+        """See `Solver`."""
+        h = factors["bias_hessian"]
+        root = damping**0.5
+        if "mean_input" in factors:
+            a = factors["mean_input"]
+            pi = _balance(a @ a / len(a), h)
+            prepared = {"mean_input": a, "input_shift": pi * root}
+        else:
+            moment = factors["input_second_moment"]
+            pi = _balance(moment.trace() / len(moment), h)
+            prepared = {"input_cholesky": cholesky(_shifted(moment, 1.0, pi * root), "input second moment")}
+        shifted = torch.stack([_shifted(h, 1.0, root / pi), _shifted(h, 1.0, damping)])
+        return {**prepared, "hessian_cholesky": cholesky(shifted, "bias Hessian")}
+
+    def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Solver`."""
+        factor, bias_factor = prepared["hessian_cholesky"]
+        left = -torch.cholesky_solve(grad_weight, factor)
+        if "mean_input" in prepared:
+            a, shift = prepared["mean_input"], prepared["input_shift"]
+            weight = (left - torch.outer(left @ a / (shift + a @ a), a)) / shift
+        else:
+            weight = torch.cholesky_solve(left.T, prepared["input_cholesky"]).T.contiguous()
+        return weight, _solve_vector(bias_factor, grad_bias)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The solver `exact`: P = -Q_H [(Q_H^T B Q_A) / (c l_H l_A^T + l)] Q_A^T by both eigendecompositions (docs/math.md, section 3)."""
+
+    def statistics(self, input: Tensor) -> Factors:
+        """See `Solver`."""
+        return _second_moment(input)
+
+    def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
+        """See `Solver`."""
+        values_h, vectors_h = eigh(factors["bias_hessian"], "bias Hessian")
+        values_a, vectors_a = eigh(factors["input_second_moment"], "input second moment")
+        return {
+            "hessian_vectors": vectors_h, "input_vectors": vectors_a,
+            "weight_values": scale * torch.outer(values_h, values_a) + damping, "bias_values": scale * values_h + damping,
+        }  # fmt: skip
+
+    def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Solver`."""
+        q_h, q_a = prepared["hessian_vectors"], prepared["input_vectors"]
+        weight = -q_h @ ((q_h.T @ grad_weight @ q_a) / prepared["weight_values"]) @ q_a.T
+        return weight, None if grad_bias is None else -q_h @ ((q_h.T @ grad_bias) / prepared["bias_values"])
+
+
+@dataclass(frozen=True)
+class Isotropic:
+    """The solver `ea-isotropic`: A = a a^T + rho I, rho = tr Cov(h) / n_in, solved exactly (docs/math.md, section 6).
+
+        P = -[M^{-1} (B - u a^T / s) + q a^T / s],   M = c rho H + l I,   (c (s + rho) H + l I) q = u,   u = B a,   s = a^T a.
+    """
+
+    def statistics(self, input: Tensor) -> Factors:
+        """See `Solver`."""
+        return {"mean_input": input.mean(0), "mean_square_input": input.square().sum(1).mean()}
+
+    def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
+        """See `Solver`."""
+        h, a = factors["bias_hessian"], factors["mean_input"]
+        s = a @ a
+        rho = ((factors["mean_square_input"] - s) / len(a)).clamp(min=0)
+        systems = torch.stack([_shifted(h, scale * c, damping) for c in (rho, s + rho, 1.0)])
+        return {"mean_input": a, "hessian_cholesky": cholesky(systems, "bias Hessian")}
+
+    def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Solver`."""
+        across, along, bias_factor = prepared["hessian_cholesky"]
+        a = prepared["mean_input"]
+        s = a @ a
+        u = grad_weight @ a
+        unit = torch.where(s > 0, a / s, 0)
+        rest = torch.cholesky_solve(torch.addr(grad_weight, u, unit, alpha=-1), across)
+        q = torch.cholesky_solve(u.unsqueeze(1), along).squeeze(1)
+        return torch.addr(rest, q, unit).neg_(), _solve_vector(bias_factor, grad_bias)
+
+
+def cholesky(matrix: Tensor, name: str) -> Tensor:
+    """The lower Cholesky factor of a positive semi-definite matrix [..., n, n] that rounding may have left indefinite.
+
+    Raises:
+        RuntimeError: it holds NaN or inf; the message names it.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if not info.any():
+        return factor
+    values, vectors = _eigh(matrix.double(), name)
+    floor = values.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) * torch.finfo(matrix.dtype).eps
+    return torch.linalg.cholesky((vectors * values.clamp(min=floor).unsqueeze(-2)) @ vectors.mT).to(matrix.dtype)
+
+
+def eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, rounding's negative ones set to 0, and eigenvectors of a positive semi-definite matrix [n, n].
+
+    In float32 LAPACK may fail to converge on an ill-conditioned matrix; it is then done in float64.
+
+    Raises:
+        RuntimeError: the matrix holds NaN or inf; the message names it.
+    """
+    try:
+        values, vectors = _eigh(matrix, name)
+    except torch.linalg.LinAlgError:
+        values, vectors = (t.to(matrix.dtype) for t in _eigh(matrix.double(), name))
+    return values.clamp(min=0), vectors
+
+
+def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    if not torch.isfinite(matrix).all():
+        raise RuntimeError(f"NaN or inf in its {name}")
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    return values, vectors
+
+
+def _second_moment(input: Tensor) -> Factors:
+    return {"input_second_moment": input.T @ input / len(input)}
+
+
+def _shift(like: Tensor, scale: float, damping: float) -> Factors:
+    return {"shift": torch.tensor([scale, damping], dtype=like.dtype, device=like.device)}
+
+
+def _shifted(matrix: Tensor, scale: float | Tensor, shift: float | Tensor) -> Tensor:
+    result = scale * matrix
+    result.diagonal().add_(shift)
+    return result
+
+
+def _balance(mean_a: Tensor, hessian: Tensor) -> Tensor:
+    """Pi of KFI; a zero trace says nothing about the balance, so that it is 1 then."""
+    mean_h = hessian.trace() / len(hessian)
+    pi = (mean_a / mean_h).sqrt()
+    return torch.where((mean_a > 0) & (mean_h > 0) & torch.isfinite(pi), pi, torch.ones_like(pi))
+
+
+def _solve_vector(factor: Tensor, grad_bias: Tensor | None) -> Tensor | None:
+    return None if grad_bias is None else -torch.cholesky_solve(grad_bias.unsqueeze(1), factor).squeeze(1)
+
+
+# name -> the solver, given max_cg, eps_cg and the budget of elements of an input factor
+SOLVERS: dict[str, Callable[[int, float, int], Solver]] = {
+    "ea-cg": lambda max_cg, eps_cg, elements: EACG(max_cg, eps_cg),
+    "ea-cg-truncated": lambda max_cg, eps_cg, elements: EACG(max_cg, eps_cg, truncated=True),
+    "kron-cg": lambda max_cg, eps_cg, elements: KroneckerCG(max_cg, eps_cg),
+    "kfi": lambda max_cg, eps_cg, elements: KFI(elements),
+    "kfi-rank-one": lambda max_cg, eps_cg, elements: KFI(0),
+    "exact": lambda max_cg, eps_cg, elements: Exact(),
+    "ea-isotropic": lambda max_cg, eps_cg, elements: Isotropic(),
+}
