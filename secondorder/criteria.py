@@ -95,7 +95,8 @@ class SoftmaxRoot:
 
     def sample(self) -> Tensor:
         """Categorical labels."""
-        label = torch.multinomial(self.p, 1).squeeze(1)
+        # NaN is left to the step's own check: it stays in p, and so in the column.
+        label = torch.multinomial(self.p.nan_to_num(nan=1.0), 1).squeeze(1)
         return (self.p - F.one_hot(label, self.count).to(self.p.dtype)) * self.mass.sqrt().unsqueeze(1)
 
 
@@ -131,7 +132,7 @@ class BernoulliRoot(GaussianRoot):
 
     def sample(self) -> Tensor:
         """Bernoulli labels."""
-        return self.mass.sqrt() * (self.p - torch.bernoulli(self.p))
+        return self.mass.sqrt() * (self.p - (torch.rand_like(self.p) < self.p).to(self.p.dtype))
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,10 @@ class Adaptation:
         return tau * factor if rho > 0.75 else tau / factor if rho < 0.25 else tau
 
 
+# Fewer say too little about a batch's loss for a step to be judged by them.
+_LEAST_INSTANCES = 100
+
+
 class LocalLoss:
     """The recorded loss as a function of the parameters, on a subsample of every recorded batch.
 
@@ -60,7 +64,7 @@ class LocalLoss:
         criterion: the recorded criterion; a mean over the instances, or a sum where its `reduction` says so.
         losses: what the tape recorded.
         names: the names of the parameters it is a function of.
-        fraction: of each batch, in (0, 1].
+        fraction: of each batch, in (0, 1]; but at least 100 instances, or all.
         offset: which instances: every (1 / fraction)-th from this one on.
         tape: muted during the evaluations.
 
@@ -72,7 +76,7 @@ class LocalLoss:
         self, model: nn.Module, criterion: nn.Module, losses: list[LossCall], names: list[str], fraction: float, offset: int, tape: Tape
     ):
         self.model, self.criterion, self.names, self.tape = model, criterion, names, tape
-        self.seed, stride = offset, max(1, round(1 / fraction))
+        self.seed = offset
         self.pieces = []
         for loss in losses:
             if loss.inputs is None:
@@ -81,7 +85,8 @@ class LocalLoss:
                     "criterion(model(x), y)"
                 )
             batch = _batch_size((loss.inputs.args, loss.inputs.kwargs))
-            keep = slice(offset % min(stride, batch), None, stride)
+            stride = max(1, min(round(1 / fraction), batch // _LEAST_INSTANCES))
+            keep = slice(offset % stride, None, stride)
             scale = 1.0 if loss.scale is None else float(loss.scale)
             if getattr(criterion, "reduction", "mean") == "sum":
                 scale *= batch / len(range(batch)[keep])
@@ -122,7 +127,7 @@ class LocalLoss:
                     mean = autograd_hessian(loss, output.grad_fn) if hessian is None else hessian
                     matrix = mean.positive(-1.0) * (z.shape[-1] / z.numel())
                     curved = [t @ matrix for t in tangents]
-            value += scale * float(loss)
+            value += scale * float(loss.detach())
             first += scale * torch.stack([(gradient.detach() * t).sum() for t in tangents]).double().cpu()
             second += scale * torch.stack([torch.stack([(x * y).sum() for y in curved]) for x in tangents]).double().cpu()
         return value, first, (second + second.T) / 2

@@ -92,7 +92,9 @@ def conjugate_gradient(matrix, rhs: Tensor, max_iter: int, tol: float) -> tuple[
     r, p = rhs.clone(), rhs.clone()
     rr = first = (r * r).sum()
     for iteration in range(max_iter):
-        if rr <= tol**2 * first or math.isnan(rr):
+        if math.isnan(rr):
+            return torch.full_like(rhs, math.nan), iteration
+        if rr <= tol**2 * first:
             return x, iteration
         ap = matrix(p)
         curvature = (p * ap).sum()

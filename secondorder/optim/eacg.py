@@ -47,7 +47,7 @@ class EACG(LayerwiseOptimizer):
         inverse_every: the solver's factorisations are renewed every so many steps, >= 1.
         max_factor_elements: "kfi" takes "kfi-rank-one" for a layer with n_in^2 above this, >= 0.
         damping: where the damping of lr=None starts, relative to the first loss, > 0.
-        subsample: the fraction of the batch that the quadratic model of lr=None is evaluated on, in (0, 1].
+        subsample: the fraction of the batch that the quadratic model of lr=None is evaluated on, in (0, 1], but at least 100 instances.
         average: whether averages of the parameters are kept, for `averaged_parameters`.
         fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error".
 

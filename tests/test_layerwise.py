@@ -1,0 +1,338 @@
+"""Every curvature with every solver in one optimizer; step sizes without a learning rate against explicit quadratic models."""
+
+import copy
+import io
+
+import pytest
+import torch
+from oracles import pos_eig_matrix
+from test_optimizer import assert_same, batch, network, one_step, poison_gradient, poison_input, snapshot
+from torch import nn
+from torch.func import functional_call, hessian, jacrev
+from torch.nn import functional as F
+
+import secondorder as so
+from secondorder import damping
+from secondorder.criteria import BoundedClassificationLoss
+from secondorder.curvature import CURVATURES
+from secondorder.damping import Adaptation, LocalLoss, best_step
+from secondorder.optim.base import linear_layers
+from secondorder.solvers import SOLVERS
+from secondorder.tape import Tape
+
+
+@pytest.mark.parametrize("lr", [0.05, None])
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_curvature_with_every_solver(solver, curvature, lr):
+    model, criterion, (x, y) = network(), nn.CrossEntropyLoss(), batch(30)
+    optimizer = so.EACG(model, criterion, lr=lr, curvature=curvature, solver=solver, alpha=0.1, inverse_every=2)
+    losses = [one_step(model, criterion, optimizer, x, y) for _ in range(6)]
+    assert losses[-1] < losses[0]
+
+
+def test_an_exact_step_with_momentum_decay_and_averages():
+    model, criterion = network(), nn.CrossEntropyLoss()
+    kwargs = {"alpha": 0.1, "momentum": 0.7, "weight_decay": 0.2, "factor_decay": 0.5}
+    optimizer = so.EACG(model, criterion, lr=0.3, solver="exact", curvature="kflr", **kwargs)
+    average, velocity = {}, {}
+    for step in (1, 2, 3):
+        x, y = batch(seed=step)
+        old = copy.deepcopy(model)
+        tape = Tape(linear_layers(old), criterion, diagonal=False, columns=CURVATURES["kflr"].columns)
+        criterion(old(x), y).backward()
+        records = {r.layer: r for r in tape.records()}
+        tape.remove()
+        one_step(model, criterion, optimizer, x, y)
+        for i in (0, 2, 4):
+            layer, record = old[i], records[old[i]]
+            new = (record.block, record.input().T @ record.input() / len(x))
+            average[i] = [0.5 * a + 0.5 * n for a, n in zip(average.get(i, (0, 0)), new, strict=True)]
+            h, a = (f / (1 - 0.5**step) for f in average[i])
+            matrix = 0.9 * torch.kron(h, a) + 0.1 * torch.eye(layer.weight.numel()).double()
+            p = torch.linalg.solve(matrix, -layer.weight.grad.reshape(-1)).reshape(layer.weight.shape)
+            velocity[i] = 0.7 * velocity.get(i, 0) + p
+            expected = (1 - 0.3 * 0.2) * layer.weight + 0.3 * velocity[i]
+            torch.testing.assert_close(model[i].weight, expected, rtol=1e-8, atol=1e-10)
+
+
+OPTIMIZERS = {
+    **{f"EACG {s}": lambda m, c, s=s: so.EACG(m, c, solver=s, inverse_every=3, average=True) for s in SOLVERS},
+    "EACG lr=None": lambda m, c: so.EACG(m, c, lr=None, curvature_every=2, weight_decay=1e-3),
+    "KFAC": lambda m, c: so.KFAC(m, c, inverse_every=2),
+    "KFRA": lambda m, c: so.KFRA(m, c),
+    "KFLR": lambda m, c: so.KFLR(m, c),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_dict_resumes_to_the_bit(name):
+    criterion = nn.CrossEntropyLoss()
+
+    def run(model, optimizer, steps):
+        for step in steps:
+            torch.manual_seed(step)
+            one_step(model, criterion, optimizer, *batch(seed=step))
+
+    straight = network().float()
+    run_float = lambda o, m, steps: run(m, o, steps)  # noqa: E731
+    straight.register_forward_pre_hook(lambda m, args: (args[0].float(),))
+    run_float(OPTIMIZERS[name](straight, criterion), straight, range(8))
+    for stop in (1, 4):
+        first = network().float()
+        first.register_forward_pre_hook(lambda m, args: (args[0].float(),))
+        optimizer = OPTIMIZERS[name](first, criterion)
+        run(first, optimizer, range(stop))
+        file = io.BytesIO()
+        torch.save((first.state_dict(), optimizer.state_dict()), file)
+        file.seek(0)
+        model_state, optimizer_state = torch.load(file, weights_only=True)
+        second = network().float()
+        second.register_forward_pre_hook(lambda m, args: (args[0].float(),))
+        second.load_state_dict(model_state)
+        resumed = OPTIMIZERS[name](second, criterion)
+        resumed.load_state_dict(optimizer_state)
+        run(second, resumed, range(stop, 8))
+        assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters(), strict=True))
+
+
+def local_loss(model, criterion, x, y, fraction=1.0, offset=0):
+    """A recorded LocalLoss, its parameters and their gradients."""
+    tape = Tape(linear_layers(model), criterion, diagonal=False, model=model)
+    model.zero_grad()
+    criterion(model(x), y).backward()
+    local = LocalLoss(model, criterion, tape.losses, [n for n, _ in model.named_parameters()], fraction, offset, tape)
+    return local, [p.detach() for p in model.parameters()], [p.grad.clone() for p in model.parameters()]
+
+
+def dense_gauss_newton(model, criterion, x, y, gamma=None):
+    """The full Gauss-Newton matrix over all parameters; with gamma, the output's mean Hessian goes through Pos-Eig."""
+    names, values = zip(*((n, p.detach()) for n, p in model.named_parameters()), strict=True)
+    flat = torch.cat([v.reshape(-1) for v in values])
+
+    def output(theta, row):
+        parts = [t.reshape(v.shape) for t, v in zip(theta.split([v.numel() for v in values]), values, strict=True)]
+        return functional_call(model, dict(zip(names, parts, strict=True)), (row,))[0]
+
+    jacobians = [jacrev(lambda t, i=i: output(t, x[i : i + 1]))(flat) for i in range(len(x))]
+    tops = [hessian(lambda z, i=i: criterion(z[None], y[i : i + 1]))(output(flat, x[i : i + 1])) for i in range(len(x))]
+    if gamma is not None:
+        tops = [pos_eig_matrix(sum(tops) / len(x), gamma)] * len(x)
+    return sum(j.T @ h @ j for j, h in zip(jacobians, tops, strict=True)) / len(x)
+
+
+CASES = {
+    "cross-entropy": (nn.CrossEntropyLoss(), None, lambda y: y),
+    "mse": (nn.MSELoss(), None, lambda y: F.one_hot(y, 3).double()),
+    "eq14": (BoundedClassificationLoss(), -1.0, lambda y: y),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_quadratic_model_is_the_explicit_one(case):
+    criterion, gamma, target = CASES[case]
+    model, (x, y) = network(), batch(7)
+    y = target(y)
+    local, parameters, gradients = local_loss(model, criterion, x, y)
+    vectors = [[torch.randn_like(p) for p in parameters] for _ in range(2)]
+    loss, first, gram = local.products(parameters, vectors)
+    matrix = dense_gauss_newton(model, criterion, x, y, gamma)
+    v = torch.stack([torch.cat([t.reshape(-1) for t in vector]) for vector in vectors])
+    g = torch.cat([t.reshape(-1) for t in gradients])
+    assert loss == pytest.approx(float(criterion(model(x), y)), rel=1e-12)
+    torch.testing.assert_close(first, v @ g)
+    torch.testing.assert_close(gram, v @ matrix @ v.T)
+    # The minimum of the damped and decayed model over the span, and what it predicts there.
+    tau, eta = 0.3, 0.05
+    step = best_step(local, parameters, gradients, vectors, tau, [eta] * len(parameters))
+    c = matrix + (tau + eta) * torch.eye(len(g)).double()
+    expected = -torch.linalg.solve(v @ c @ v.T, v @ g)
+    torch.testing.assert_close(step.coefficients, expected)
+    delta = expected @ v
+    torch.testing.assert_close(torch.cat([t.reshape(-1) for t in step.delta]), delta)
+    assert step.predicted == pytest.approx(float(delta @ g + delta @ c @ delta / 2), rel=1e-9)
+    undamped = matrix + eta * torch.eye(len(g)).double()
+    assert step.undamped == pytest.approx(float(delta @ g + delta @ undamped @ delta / 2), rel=1e-9)
+    assert step.modelled == pytest.approx(float(delta @ g + delta @ matrix @ delta / 2), rel=1e-9)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_subsample_stands_for_the_batch(reduction, monkeypatch):
+    monkeypatch.setattr(damping, "_LEAST_INSTANCES", 1)
+    model, (x, y), criterion = network(), batch(12), nn.CrossEntropyLoss(reduction=reduction)
+    for offset in (0, 1, 5):
+        local, parameters, _ = local_loss(model, criterion, x, y, fraction=0.25, offset=offset)
+        rows = list(range(offset % 4, 12, 4))
+        expected = criterion(model(x[rows]), y[rows]).item() * (4 if reduction == "sum" else 1)
+        assert local.value(parameters) == pytest.approx(expected, rel=1e-12)
+
+
+def test_random_layers_and_buffers_are_left_alone():
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    (x, y), criterion = batch(12), nn.CrossEntropyLoss()
+    local, parameters, _ = local_loss(model, criterion, x, y)
+    buffers, generator = copy.deepcopy(list(model.buffers())), torch.get_rng_state()
+    values = {local.value(parameters) for _ in range(3)}
+    assert len(values) == 1  # the same mask each time
+    local.products(parameters, [[torch.ones_like(p) for p in parameters]])
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+
+
+def test_the_first_step_without_a_learning_rate_is_the_explicit_minimum():
+    model, (x, y), criterion = network(), batch(20), nn.CrossEntropyLoss()
+    optimizer = so.EACG(model, criterion, lr=None, subsample=1.0, damping=0.05, solver="exact", weight_decay=0.01)
+    old = copy.deepcopy(model)
+    loss = one_step(model, criterion, optimizer, x, y)
+    group = optimizer.param_groups[0]
+    moved = torch.cat([(a - b).detach().reshape(-1) for a, b in zip(model.parameters(), old.parameters(), strict=True)])
+    theta = torch.cat([p.detach().reshape(-1) for p in old.parameters()])
+    gradients = torch.autograd.grad(criterion(old(x), y), list(old.parameters()))
+    g = torch.cat([t.reshape(-1) for t in gradients]) + 0.01 * theta
+    tau = 0.05 * loss
+    c = dense_gauss_newton(old, criterion, x, y) + (tau + 0.01) * torch.eye(len(g)).double()
+    # Along the direction taken the model has its minimum at the step taken.
+    assert float(moved @ g + moved @ c @ moved) == pytest.approx(0, abs=1e-10)
+    change = float(criterion(model(x), y)) - loss + 0.005 * float((theta + moved).square().sum() - theta.square().sum())
+    assert group["rho"] == pytest.approx(change / float(moved @ g + moved @ c @ moved / 2), rel=1e-6)
+    assert group["tau"] == pytest.approx(Adaptation(1.0, every=1).adapted(tau, group["rho"]))
+
+
+def test_levenberg_marquardt():
+    rule = Adaptation(tau=1.0, omega=0.9, every=2)
+    assert [rule.adapted(2.0, rho) for rho in (0.9, 0.5, 0.1, -3.0)] == pytest.approx([2 * 0.81, 2, 2 / 0.81, 2 / 0.81])
+
+
+class Fence(nn.Module):
+    """Cross-entropy that is `beyond` wherever the outputs are not those of the recorded forward pass."""
+
+    def __init__(self, beyond):
+        super().__init__()
+        self.beyond, self.seen = beyond, None
+
+    def forward(self, z, y):
+        if torch.is_grad_enabled() and z.grad_fn is not None and self.seen is None:
+            self.seen = z.detach().clone()
+        loss = F.cross_entropy(z, y)
+        return loss if torch.allclose(z.detach(), self.seen, atol=1e-12) else loss + self.beyond
+
+
+@pytest.mark.parametrize("beyond", [float("nan"), float("inf"), 10.0])
+@pytest.mark.parametrize("make", [lambda m, c: so.EACG(m, c, lr=None, subsample=1.0), lambda m, c: so.KFRA(m, c)])
+def test_a_step_that_fails_its_check_is_taken_back(make, beyond):
+    model, (x, y), criterion = network(), batch(), Fence(beyond)
+    optimizer, old = make(model, criterion), copy.deepcopy(model.state_dict())
+    loss = one_step(model, criterion, optimizer, x, y)
+    assert all(torch.equal(p, old[n]) for n, p in model.state_dict().items())
+    assert optimizer.param_groups[0]["tau"] > 100 * 0.01 * loss
+    criterion.beyond = 0.0
+    assert one_step(model, criterion, optimizer, x, y) == loss
+    assert not torch.equal(model[0].weight, old["0.weight"])
+
+
+@pytest.mark.parametrize("poison", [poison_input, poison_gradient])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_numbers_that_are_not_finite_change_nothing(name, poison):
+    model, (x, y), criterion = network(), batch(), nn.CrossEntropyLoss()
+    optimizer = OPTIMIZERS[name](model, criterion)
+    one_step(model, criterion, optimizer, x, y)
+    good = copy.deepcopy(model.state_dict())
+    poison(model, x)
+    before = snapshot(model, optimizer)
+    with pytest.raises((RuntimeError, ValueError), match=r"(?i)nan or inf|not finite"):
+        one_step(model, criterion, optimizer, x, y)
+    assert_same(snapshot(model, optimizer), before)
+    if model[0].weight._backward_hooks:
+        model[0].weight._backward_hooks.clear()
+    model.load_state_dict(good)
+    one_step(model, criterion, optimizer, *batch())
+
+
+def test_averaged_parameters():
+    model, criterion = network(), nn.CrossEntropyLoss()
+    optimizer = so.EACG(model, criterion, average=True)
+    average, own = None, None
+    for t in range(1, 30):
+        one_step(model, criterion, optimizer, *batch(seed=t))
+        beta, own = min(0.95, 1 - 1 / t), model[0].weight.detach().clone()
+        average = own if t == 1 else beta * average + (1 - beta) * own
+    with optimizer.averaged_parameters():
+        torch.testing.assert_close(model[0].weight.detach(), average)
+    assert torch.equal(model[0].weight, own)
+    with pytest.raises(RuntimeError, match="expected an optimizer made with average=True"), so.EACG(
+        model, criterion
+    ).averaged_parameters():
+        pass
+
+
+def test_parameters_without_curvature_move_too():
+    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    criterion, (x, y) = nn.CrossEntropyLoss(), batch(30)
+    optimizer, old = so.EACG(model, criterion, lr=None), copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match="not elementwise|no curvature covers"):
+        losses = [one_step(model, criterion, optimizer, x, y) for _ in range(20)]
+    assert all(not torch.equal(p, old[n]) for n, p in model.state_dict().items())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_micro_batches_without_a_learning_rate_are_one_batch():
+    criterion, (x, y) = nn.CrossEntropyLoss(), batch(12)
+    models = [network(), network()]
+    optimizers = [so.EACG(model, criterion, lr=None, subsample=1.0) for model in models]
+    for _ in range(3):
+        one_step(models[0], criterion, optimizers[0], x, y)
+        optimizers[1].zero_grad()
+        for i in (0, 4, 8):
+            (criterion(models[1](x[i : i + 4]), y[i : i + 4]) / 3).backward()
+        optimizers[1].step()
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_criterion_off_the_models_output_is_refused():
+    model, criterion, (x, y) = network(), nn.CrossEntropyLoss(), batch()
+    with pytest.raises(RuntimeError, match="lr=None evaluates the model anew: the criterion must be called on the very tensor"):
+        one_step(lambda x: 2 * model(x), criterion, so.EACG(model, criterion, lr=None), x, y)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("case", ["dead units", "constant input", "one sample", "one input"])
+def test_degenerate_nets(name, case):
+    torch.manual_seed(0)
+    n_in, m = (1 if case == "one input" else 5), (1 if case == "one sample" else 9)
+    model = nn.Sequential(nn.Linear(n_in, 6), nn.ReLU(), nn.Linear(6, 3))
+    if case == "dead units":
+        nn.init.constant_(model[0].bias, -100.0)
+    x, y = torch.ones(m, n_in) if case == "constant input" else torch.randn(m, n_in), torch.randint(3, (m,))
+    criterion = nn.CrossEntropyLoss()
+    optimizer = OPTIMIZERS[name](model, criterion)
+    losses = [one_step(model, criterion, optimizer, x, y) for _ in range(5)]
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert losses[-1] < losses[0]
+
+
+def test_overflowing_factors_name_the_layer_and_the_factor():
+    model, criterion = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), nn.MSELoss()
+    optimizer = so.EACG(model, criterion, solver="kfi")
+    before = snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match="layer '0': NaN or inf in its input second moment.*No parameter and no state"):
+        one_step(model, criterion, optimizer, torch.full((3, 4), 1e25), torch.zeros(3, 2))
+    assert_same(snapshot(model, optimizer), before)
+
+
+@pytest.mark.parametrize("name", ["KFAC", "KFRA", "KFLR", "EACG lr=None"])
+def test_the_family_trains(name):
+    torch.manual_seed(1)
+    model, criterion = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)), nn.CrossEntropyLoss()
+    x = torch.rand(200, 2) * 2 - 1
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    optimizer = OPTIMIZERS[name](model, criterion)
+    losses = [one_step(model, criterion, optimizer, x, y) for _ in range(100)]
+    assert losses[-1] < losses[0] / 3
+
+
+@pytest.mark.parametrize("kwargs", [{"inverse_every": 0}, {"max_factor_elements": -1}, {"damping": 0.0}, {"subsample": 0.0}])
+def test_bad_arguments(kwargs):
+    (name,) = kwargs
+    with pytest.raises(ValueError, match=f"EACG: expected {name} "):
+        so.EACG(network(), nn.CrossEntropyLoss(), lr=None, **kwargs)
