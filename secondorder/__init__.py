@@ -17,10 +17,10 @@ except ImportError as error:
         "source folder (`pip install -e . --no-build-isolation` to work on it)."
     ) from error
 
-from secondorder import criteria, ops, reference
+from secondorder import criteria, diagnostics, ops, reference
 from secondorder.optim import EACG, KFAC, KFLR, KFRA
 
-__all__ = ["EACG", "KFAC", "KFLR", "KFRA", "build_info", "criteria", "ops", "reference"]
+__all__ = ["EACG", "KFAC", "KFLR", "KFRA", "build_info", "criteria", "diagnostics", "ops", "reference"]
 __version__ = "0.1.0"
 
 
