@@ -8,6 +8,8 @@ over pixels. The losses are evaluated on 4000 training digits after each epoch, 
 """
 
 import argparse
+import functools
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -21,17 +23,23 @@ import secondorder as so
 BATCH = 500
 
 
+@functools.cache
+def _mnist() -> tuple[Tensor, Tensor]:
+    images, labels = (torch.from_numpy(a) for a in mnist_data())
+    return images.float() / 255, labels.long()
+
+
 def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training and test images [n, 784] in [0, 1], with their labels."""
-    images, labels = (torch.from_numpy(a) for a in mnist_data())
+    images, labels = _mnist()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    x, y = images[order].float() / 255, labels[order].long()
+    x, y = images[order], labels[order]
     return x[:4000], y[:4000], x[4000:], y[4000:]
 
 
 def network(widths: list[int], activation: type[nn.Module]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for n_in, n_out in zip(widths, widths[1:], strict=False):
+    for n_in, n_out in itertools.pairwise(widths):
         layers += [nn.Linear(n_in, n_out), activation()]
     if activation is nn.Sigmoid:
         for layer in layers:
@@ -45,6 +53,7 @@ class PixelLoss(nn.Module):
     """Binary cross-entropy with logits, summed over pixels, mean over images."""
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        """The scalar loss."""
         return nn.functional.binary_cross_entropy_with_logits(output, target, reduction="sum") / len(output)
 
 
@@ -56,7 +65,7 @@ TASKS: dict[str, Callable[[], tuple[nn.Sequential, nn.Module]]] = {
 Optimizers = dict[str, Callable[[nn.Module, nn.Module], torch.optim.Optimizer]]
 OPTIMIZERS: Optimizers = {
     **{f"Adam {lr:g}": lambda m, c, lr=lr: torch.optim.Adam(m.parameters(), lr) for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)},
-    "EACG": lambda m, c: so.EACG(m, c),
+    "EACG lr=0.02": lambda m, c: so.EACG(m, c, lr=0.02),
     "EACG lr=None": lambda m, c: so.EACG(m, c, lr=None),
     "EACG lr=None gauss-newton": lambda m, c: so.EACG(m, c, lr=None, curvature="gauss-newton"),
     "EACG lr=None exact": lambda m, c: so.EACG(m, c, lr=None, solver="exact", inverse_every=5),

@@ -59,11 +59,12 @@ class OutputHessian:
 class OutputRoot(Protocol):
     """A square root of the criterion's Hessian for every instance, H_i = sum_c s_ic s_ic^T, on the scale of the loss.
 
-    Attributes:
-        count: how many columns s_i1, s_i2, ... an instance has.
+    It has `count` columns s_i1, s_i2, ... for each instance.
     """
 
-    count: int
+    @property
+    def count(self) -> int:
+        """How many columns an instance has."""
 
     def columns(self, begin: int, end: int) -> Tensor:
         """The columns from `begin` to before `end`, [end - begin, *output.shape]."""
@@ -245,8 +246,8 @@ def _check_semidefinite(eigenvalues: Tensor, dtype: torch.dtype) -> None:
     if not lowest >= -tolerance:
         raise ValueError(
             "expected a criterion whose Hessian with respect to the network output is positive semi-definite, got the eigenvalue "
-            f"{lowest:.3g}; the Gauss-Newton matrix is then indefinite: use the positive-curvature Hessian, curvature='pch-abs' or "
-            "'pch-clip'"
+            f"{lowest:.3g}; the Gauss-Newton matrix is then indefinite: use the positive-curvature Hessian, curvature='pch-abs' "
+            "or 'pch-clip'"
         )
 
 

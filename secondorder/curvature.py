@@ -4,8 +4,8 @@ A curvature turns the tape's records into {layer: H [n_out, n_out]}, in the dtyp
 loss: for a mean loss H is a mean over the instances, for a sum it is the sum. There are three kinds:
 
 - recursions (`PCH`, `GaussNewton`) start from the criterion's Hessian with respect to the network's output and go backward by
-  `ops.bias_hessian`. Where the recursion is not defined (another function than an elementwise one follows the layer, or its output
-  is used in several places) the layer starts anew from its empirical Fisher block, and the recursion goes on below it;
+  `ops.bias_hessian`. Where the recursion is not defined (another function than an elementwise one follows the layer, or its
+  output is used in several places) the layer starts anew from its empirical Fisher block, and the recursion goes on below it;
 - columns (`FisherMC`, `FisherExact`, `KFLR`) take a square root of the output's Hessian back through the graph of the forward
   pass, delta_ic = J_i^T s_ic, and sum delta_ic delta_ic^T. They know no obstacle;
 - `FisherEmpirical` needs only the gradients of the backward pass itself.
@@ -167,10 +167,12 @@ class FisherExact(FromColumns):
             root = likelihood_root(criterion, output.detach(), *args[1:], **kwargs)
         if root is None:
             raise ValueError(
-                "expected a criterion that is a likelihood the Fisher matrix's labels can be drawn from, called with the network's "
-                f"output first: cross-entropy, MSE or BCE with logits; got {criterion}: use curvature='pch-abs' or 'fisher-empirical'"
+                "expected a criterion that is a likelihood the Fisher matrix's labels can be drawn from, called with the "
+                f"network's output first: cross-entropy, MSE or BCE with logits; got {criterion}: use curvature='pch-abs' or "
+                "'fisher-empirical'"
             )
-        assert isinstance(output, Tensor) and output.grad_fn is not None
+        assert isinstance(output, Tensor)
+        assert output.grad_fn is not None
         return GradientEdge(output.grad_fn, output.output_nr), self._labels(root)
 
     def _labels(self, root: LikelihoodRoot) -> OutputRoot:

@@ -73,16 +73,17 @@ class LocalLoss:
     """
 
     def __init__(
-        self, model: nn.Module, criterion: nn.Module, losses: list[LossCall], names: list[str], fraction: float, offset: int, tape: Tape
-    ):
+        self, model: nn.Module, criterion: nn.Module, losses: list[LossCall], names: list[str], fraction: float, offset: int,
+        tape: Tape,
+    ):  # fmt: skip
         self.model, self.criterion, self.names, self.tape = model, criterion, names, tape
         self.seed = offset
         self.pieces = []
         for loss in losses:
             if loss.inputs is None:
                 raise RuntimeError(
-                    "lr=None evaluates the model anew: the criterion must be called on the very tensor that the model returned, as in "
-                    "criterion(model(x), y)"
+                    "lr=None evaluates the model anew: the criterion must be called on the very tensor that the model returned, "
+                    "as in criterion(model(x), y)"
                 )
             batch = _batch_size((loss.inputs.args, loss.inputs.kwargs))
             stride = max(1, min(round(1 / fraction), batch // _LEAST_INSTANCES))
@@ -112,7 +113,9 @@ class LocalLoss:
             tangents = []
             for vector in vectors:
                 with torch.no_grad(), self._replayed():
-                    z, tangent = jvp(lambda *p, a=args, k=kwargs: self._output(list(p), a, k), tuple(parameters), tuple(vector))
+                    z, tangent = jvp(  # type: ignore[misc]
+                        lambda *p, a=args, k=kwargs: self._output(list(p), a, k), tuple(parameters), tuple(vector)
+                    )
                 tangents.append(tangent)
             with torch.enable_grad(), self._replayed():
                 leaf = z.detach().requires_grad_()
@@ -171,7 +174,7 @@ def best_step(
     _, first, gram = local.products(parameters, vectors)
     slope = torch.stack([_dot(x, gradients) for x in vectors])
     inner = torch.stack([torch.stack([_dot(x, y) for y in vectors]) for x in vectors])
-    decay = torch.stack([torch.stack([_dot(x, y, eta) for y in vectors]) for x in vectors]) if any(eta) else torch.zeros_like(inner)
+    decay = torch.stack([torch.stack([_dot(x, y, eta) for y in vectors]) for x in vectors])
     c = gram + tau * inner + decay
     # Two nearly parallel vectors make C singular; scaled to a unit diagonal, what is below rounding is left out.
     unit = c.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()

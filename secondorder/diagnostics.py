@@ -15,7 +15,7 @@ from secondorder.tape import Tape
 
 @dataclass(frozen=True)
 class CurvatureErrors:
-    """A table of errors: `errors[curvature][layer]`, and over all layers in `totals[curvature]`; None where one is not defined."""
+    """A table: `errors[curvature][layer]`, and over all layers `totals[curvature]`; None where one is not defined."""
 
     errors: dict[str, dict[str, float] | None]
 
@@ -45,8 +45,8 @@ def curvature_error(
 ) -> CurvatureErrors:
     """|| H - |E[true Hessian w.r.t. the bias]| ||_F for every linear layer with a bias (Chen et al., before Table 2).
 
-    |M| takes the absolute values of M's eigenvalues. The true Hessian is autograd's of the whole loss, n_out^2 numbers per layer, one
-    forward-over-backward pass for each of its rows. Gradients, buffers and the model's mode are left as they were.
+    |M| takes the absolute values of M's eigenvalues. The true Hessian is autograd's of the whole loss, n_out^2 numbers per layer,
+    one forward-over-backward pass for each of its rows. Gradients, buffers and the model's mode are left as they were.
 
     Args:
         model: as for an optimizer; called as model(x).
@@ -77,7 +77,7 @@ def curvature_error(
 
 
 def bias_hessians(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, curvature: Curvature) -> dict[str, Tensor]:
-    """The curvature's block of every linear layer on this batch, {layer name: H [n_out, n_out]}, as an optimizer would have it."""
+    """The curvature's block of every linear layer on this batch, {layer name: H [n_out, n_out]}, as an optimizer has it."""
     layers = linear_layers(model)
     tape = Tape(
         layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns

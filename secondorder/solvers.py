@@ -5,8 +5,8 @@ damping l, the directions P and d solve
 
     c H P A + l P = -B     and     (c H + l I) d = -g.
 
-EACG's fixed damping alpha is c = 1 - alpha, l = alpha (Chen et al., Eq. 9); c = 1 is Levenberg-Marquardt's. The solvers differ in A
-and in exactness:
+EACG's fixed damping alpha is c = 1 - alpha, l = alpha (Chen et al., Eq. 9); c = 1 is Levenberg-Marquardt's. The solvers
+differ in A and in exactness:
 
 | solver            | A                              | method                                     |
 |-------------------|--------------------------------|--------------------------------------------|
@@ -77,15 +77,15 @@ class EACG:
         scale, damping = prepared["shift"].tolist()
         total = scale + damping
         weight, bias, _ = ops.eacg_solve(
-            prepared["bias_hessian"], prepared["mean_input"], grad_weight / total, None if grad_bias is None else grad_bias / total,
-            damping / total, self.max_cg, self.eps_cg, self.truncated,
+            prepared["bias_hessian"], prepared["mean_input"], grad_weight / total,
+            None if grad_bias is None else grad_bias / total, damping / total, self.max_cg, self.eps_cg, self.truncated,
         )  # fmt: skip
         return weight, None if grad_bias is None else bias
 
 
 @dataclass(frozen=True)
 class KroneckerCG:
-    """The solver `kron-cg`: conjugate gradients on Eq. 11a from zero, two products n_out x n_out x n_in and n_out x n_in x n_in each."""
+    """The solver `kron-cg`: conjugate gradients on Eq. 11a from zero, an iteration being the product H P A."""
 
     max_cg: int
     eps_cg: float
@@ -119,7 +119,7 @@ class KFI:
     As in the papers there is no scale c: it counts as 1.
 
     Args:
-        max_elements: A = E[h h^T] where n_in^2 is at most this, else a a^T (Eq. 13), inverted by Sherman-Morrison; 0: always that.
+        max_elements: A = E[h h^T] where n_in^2 is at most this, else a a^T (Eq. 13), by Sherman-Morrison; 0: always that.
     """
 
     max_elements: int
@@ -157,7 +157,7 @@ class KFI:
 
 @dataclass(frozen=True)
 class Exact:
-    """The solver `exact`: P = -Q_H [(Q_H^T B Q_A) / (c l_H l_A^T + l)] Q_A^T by both eigendecompositions (docs/math.md, section 3)."""
+    """The solver `exact`: P = -Q_H [(Q_H^T B Q_A) / (c l_H l_A^T + l)] Q_A^T by both eigendecompositions (docs/math.md)."""
 
     def statistics(self, input: Tensor) -> Factors:
         """See `Solver`."""
@@ -183,7 +183,9 @@ class Exact:
 class Isotropic:
     """The solver `ea-isotropic`: A = a a^T + rho I, rho = tr Cov(h) / n_in, solved exactly (docs/math.md, section 6).
 
-        P = -[M^{-1} (B - u a^T / s) + q a^T / s],   M = c rho H + l I,   (c (s + rho) H + l I) q = u,   u = B a,   s = a^T a.
+        P = -[M^{-1} (B - u a^T / s) + q a^T / s],   M = c rho H + l I,   (c (s + rho) H + l I) q = u,
+
+    with u = B a and s = a^T a.
     """
 
     def statistics(self, input: Tensor) -> Factors:

@@ -79,7 +79,7 @@ class LossCall:
     scale: Tensor | None = None  # d(what backward() was called on) / d(loss), summed over backward passes
 
 
-# (criterion, loss, autograd node of the one linear layer's output it depends on, its arguments) -> where the columns start, and they
+# (criterion, loss, autograd node of the one linear layer's output it depends on, its arguments) -> where columns start, and they
 Columns = Callable[[nn.Module, Tensor, Node | None, tuple[Any, ...], dict[str, Any]], tuple[GradientEdge, OutputRoot]]
 
 # At most so many numbers of all layers' deltas are held at once while columns are propagated.

@@ -224,7 +224,7 @@ def test_a_step_that_fails_its_check_is_taken_back(make, beyond):
     optimizer, old = make(model, criterion), copy.deepcopy(model.state_dict())
     loss = one_step(model, criterion, optimizer, x, y)
     assert all(torch.equal(p, old[n]) for n, p in model.state_dict().items())
-    assert optimizer.param_groups[0]["tau"] > 100 * 0.01 * loss
+    assert optimizer.param_groups[0]["tau"] > 100 * 0.001 * loss
     criterion.beyond = 0.0
     assert one_step(model, criterion, optimizer, x, y) == loss
     assert not torch.equal(model[0].weight, old["0.weight"])

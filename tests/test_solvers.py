@@ -116,8 +116,8 @@ def test_factorisations_name_a_broken_factor():
     for factorise in (cholesky, eigh):
         with pytest.raises(RuntimeError, match="NaN or inf in its bias Hessian"):
             factorise(broken, "bias Hessian")
+    h, input, b, g = problem(3, 4, torch.float32)
     with pytest.raises(RuntimeError, match="NaN or inf in its input second moment"):
-        h, input, b, g = problem(3, 4, torch.float32)
         run(KFI(100), h, input * 1e30, b, g, 1.0, 0.1)
 
 

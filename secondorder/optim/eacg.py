@@ -38,8 +38,9 @@ class EACG(LayerwiseOptimizer):
         alpha: damping, in (0, 1): the weight of the identity against H.
         max_cg: at most this many conjugate gradient iterations, >= 1.
         eps_cg: CG stops at this residual, relative to the first one, >= 0.
-        solver: "ea-cg" (exact across the mean input, CG along it; the default with a learning rate), "ea-cg-truncated" (the paper's
-            iterates), "kron-cg", "kfi", "kfi-rank-one", "exact", or "ea-isotropic" (the default without one); `secondorder.solvers`.
+        solver: "ea-cg" (exact across the mean input, CG along it; the default with a learning rate), "ea-cg-truncated" (the
+            paper's iterates), "kron-cg", "kfi", "kfi-rank-one", "exact", or "ea-isotropic" (the default
+            without one); see `secondorder.solvers`.
         momentum: in [0, 1).
         weight_decay: >= 0; decoupled, but with lr=None a penalty weight_decay/2 |theta|^2.
         factor_decay: in [0, 1); H and a are bias-corrected exponential averages with this decay over steps; 0: this step's alone.
@@ -47,7 +48,8 @@ class EACG(LayerwiseOptimizer):
         inverse_every: the solver's factorisations are renewed every so many steps, >= 1.
         max_factor_elements: "kfi" takes "kfi-rank-one" for a layer with n_in^2 above this, >= 0.
         damping: where the damping of lr=None starts, relative to the first loss, > 0.
-        subsample: the fraction of the batch that the quadratic model of lr=None is evaluated on, in (0, 1], but at least 100 instances.
+        subsample: the fraction of the batch that the quadratic model of lr=None is evaluated on, in (0, 1]; at least 100
+            instances.
         average: whether averages of the parameters are kept, for `averaged_parameters`.
         fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error".
 
@@ -75,7 +77,7 @@ class EACG(LayerwiseOptimizer):
         curvature_every: int = 1,
         inverse_every: int = 1,
         max_factor_elements: int = 2**24,
-        damping: float = 0.01,
+        damping: float = 0.001,
         subsample: float = 0.25,
         average: bool = False,
         fallback: str = "sgd",

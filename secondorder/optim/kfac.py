@@ -12,8 +12,8 @@ from secondorder.optim.layerwise import LayerwiseOptimizer
 class KFAC(LayerwiseOptimizer):
     """The directions of Eq. 12 of Chen et al. with the sampled Fisher matrix; step size and momentum from the quadratic model.
 
-    As in the paper the damping starts large and Levenberg-Marquardt brings it down; gamma is adapted every 20 steps, and the inverses
-    are renewed every 20. Biases have a system of their own, (H + k I) d = -g, rather than an input of ones.
+    As in the paper the damping starts large and Levenberg-Marquardt brings it down; gamma is adapted every 20 steps, and the
+    inverses are renewed every 20. Biases have a system of their own, (H + k I) d = -g, rather than an input of ones.
 
     Args:
         model: see `LayerwiseOptimizer`.

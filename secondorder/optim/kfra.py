@@ -22,7 +22,8 @@ class KFRA(LayerwiseOptimizer):
         lr: None for the step size of Eq. 40; a number fixes it, with the damping `alpha` of the groups.
         curvature: see there.
         solver: see there.
-        tau: the start of the full Gauss-Newton matrix' damping, relative to the first loss, > 0; Levenberg-Marquardt adapts it every 5 steps.
+        tau: the start of the full Gauss-Newton matrix' damping, relative to the first loss, > 0; Levenberg-Marquardt adapts it
+            every 5 steps.
         gamma: the start of the blocks' damping, likewise; chosen greedily every 20 steps.
         weight_decay: eta, >= 0.
         factor_decay: of the factors' averages, in [0, 1); the paper's two variants are 0 and 0.9.

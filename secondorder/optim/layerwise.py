@@ -22,13 +22,13 @@ _FACTORS = ("bias_hessian", "mean_input", "input_second_moment", "mean_square_in
 class LayerwiseOptimizer(CurvatureOptimizer):
     """Damped Newton steps layer by layer, from a curvature and a solver.
 
-    With a learning rate, V <- momentum V + P, W <- (1 - lr weight_decay) W + lr V, likewise for b, where P and d solve the layer's
-    systems with scale 1 - alpha and damping alpha (`secondorder.solvers`).
+    With a learning rate, V <- momentum V + P, W <- (1 - lr weight_decay) W + lr V, likewise for b, where P and d solve the
+    layer's systems with scale 1 - alpha and damping alpha (`secondorder.solvers`).
 
-    With lr=None the step is delta = c P + c' (previous delta), c and c' minimising the quadratic model of the regularised loss, in
-    which weight_decay is eta (`secondorder.damping`). Every step's loss is compared with what the model predicted, on the same
-    subsample; where it has not fallen, the step is taken back and tried with a larger damping, without the previous delta. If that
-    does not help either, the parameters stay as they were for this step.
+    With lr=None the step is delta = c P + c' (previous delta), c and c' minimising the quadratic model of the regularised loss,
+    in which weight_decay is eta (`secondorder.damping`). Every step's loss is compared with what the model predicted, on the
+    same subsample; where it has not fallen, the step is taken back and tried with a larger damping, without the previous delta.
+    If that does not help either, the parameters stay as they were for this step.
 
     Args:
         model: any module; its nn.Linear layers are covered.
@@ -41,15 +41,15 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         eps_cg: and stop at this residual, relative to the first one, >= 0.
         momentum: in [0, 1); with a fixed lr.
         weight_decay: >= 0; decoupled with a fixed lr.
-        factor_decay: in [0, 1); the factors are bias-corrected exponential averages with this decay over steps; 0: this step's alone.
+        factor_decay: in [0, 1); the factors are bias-corrected exponential averages with this decay; 0: this step's alone.
         curvature_every: the factors are renewed every so many steps, >= 1.
         inverse_every: the solver's factorisations are renewed every so many steps, >= 1.
         max_factor_elements: "kfi" takes Eq. 13 instead of Eq. 12 for a layer with n_in^2 above this, >= 0.
         adaptation: the dampings of lr=None.
         subsample: the fraction of the batch that lr=None evaluates the model on, in (0, 1].
         average: whether averages of the parameters are kept, for `averaged_parameters`.
-        fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error". With lr=None they are part of the
-            quadratic model, with -g as their direction, scaled as the covered parameters' directions are on the whole.
+        fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error". With lr=None they are part of
+            the quadratic model, with -g as their direction, scaled as the covered parameters' directions are on the whole.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -210,9 +210,21 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         return covered
 
     def _directions(
-        self, covered: dict[nn.Linear, Factors], scale: float | None, damping: float | None, grads: dict[Tensor, Tensor]
+        self,
+        covered: dict[nn.Linear, Factors],
+        grads: dict[Tensor, Tensor],
+        scale: float | None = None,
+        damping: float | None = None,
+        fresh: bool = False,
     ) -> tuple[dict[Tensor, Tensor], dict[nn.Linear, Factors]]:
-        """P and d of every covered layer by parameter, and what the solver prepared for it; None: by the group's alpha.
+        """P and d of every covered layer by parameter, and what the solver prepared for it.
+
+        Args:
+            covered: the layers, with their factors.
+            grads: the gradients by parameter.
+            scale: as the solver's; None: by the alpha of the weight's group.
+            damping: likewise.
+            fresh: prepare in any case, not only every `inverse_every` steps.
 
         Raises:
             RuntimeError: a direction is not finite.
@@ -225,7 +237,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 raise ValueError(f"{type(self).__name__}: expected alpha in (0, 1), got {alpha}")
             try:
                 ready = state.get("prepared")
-                if ready is None or state["step"] % self._inverse_every == 0 or damping is not None and self._inverse_every == 1:
+                if fresh or ready is None or state["step"] % self._inverse_every == 0:
                     ready = self._solver.prepare(
                         factors, 1 - alpha if scale is None else scale, alpha if damping is None else damping
                     )
@@ -246,7 +258,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         """A step of fixed size by any solver; raises before anything has changed."""
         groups, covered = self._groups(), self._covered(factors)
         grads = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
-        directions, prepared = self._directions(covered, None, None, grads)
+        directions, prepared = self._directions(covered, grads)
         self._fallback_update(self._uncovered(set(directions)))
         for p, direction in directions.items():
             group = groups[p]
@@ -271,7 +283,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
         others = self._uncovered({*weights, *biases})
         if layers:
-            iterations = ops.eacg_update_(
+            iterations = ops.eacg_update_(  # type: ignore[call-arg]
                 [each["bias_hessian"] for each in covered.values()],
                 [each["mean_input"] for each in covered.values()],
                 [weight.grad for weight in weights],  # type: ignore[misc]
@@ -279,7 +291,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 weights,
                 biases,
                 *momenta,
-                *([float(group[key]) for group in own] for key in ("lr", "alpha", "momentum", "weight_decay")),
+                *([float(group[key]) for group in own] for key in ("lr", "alpha", "momentum", "weight_decay")),  # type: ignore
                 solver.max_cg,
                 solver.eps_cg,
                 solver.truncated,
@@ -306,8 +318,9 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         others = [p for p, _ in self._uncovered({p for layer in covered for p in layer.parameters(recurse=False)})]
         parameters = [p.detach() for p in grads]
         local = LocalLoss(
-            self._model, self.criterion, self._tape.losses, [self._parameter_names[p] for p in grads], self._subsample, steps, self._tape
-        )
+            self._model, self.criterion, self._tape.losses, [self._parameter_names[p] for p in grads], self._subsample, steps,
+            self._tape,
+        )  # fmt: skip
         before = local.value(parameters)
         if not math.isfinite(before):
             raise RuntimeError(self._not_finite({}, covered))
@@ -319,10 +332,10 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         if rule.momentum and all("momentum" in self.state.get(p, {}) for p in grads):
             previous = [self.state[p]["momentum"] for p in grads]
 
-        def proposal(tau: float, gamma: float | None) -> tuple[Step, dict[nn.Linear, Factors]]:
-            # eta is the same for all of a layer's solver: that of its first group.
+        def proposal(tau: float, gamma: float | None, fresh: bool) -> tuple[Step, dict[nn.Linear, Factors]]:
+            # The solvers know one damping for all layers: eta is the first group's.
             damping = (tau if gamma is None else gamma) + float(group["weight_decay"])
-            directions, prepared = self._directions(covered, 1.0, damping, grads)
+            directions, prepared = self._directions(covered, grads, 1.0, damping, fresh)
             gain = _norm(directions.values()) / max(_norm(grads[p] for p in directions), torch.finfo(torch.float32).tiny)
             directions |= {p: -grads[p] * gain for p in others}
             vectors = [[directions[p] for p in grads]] + ([] if previous is None else [previous])
@@ -330,11 +343,12 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
         rho = None
         for attempt in range(rule.tries + 1):
-            step, prepared = proposal(tau, gamma)
-            if gamma is not None and attempt == 0 and steps % rule.gamma_every == rule.gamma_every - 1:
+            choose = gamma is not None and attempt == 0 and steps % rule.gamma_every == rule.gamma_every - 1
+            step, prepared = proposal(tau, gamma, fresh=choose or attempt > 0)
+            if choose:
                 factor = rule.omega**rule.gamma_every
                 choices = [(step, prepared, gamma)]
-                choices += [(*proposal(tau, g), g) for g in (gamma * factor, gamma / factor)]
+                choices += [(*proposal(tau, g, fresh=True), g) for g in (gamma * factor, gamma / factor)]
                 step, prepared, gamma = min(choices, key=lambda choice: choice[0].predicted)
             if not step.predicted < 0:  # no gradient to follow
                 step.delta = [torch.zeros_like(p) for p in parameters]
@@ -385,7 +399,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             parts.append("the loss itself is not finite")
         for layer, reason in layers.items():
             tensors = {"weight gradient": layer.weight.grad}
-            tensors |= {name.replace("_", " ").replace("hessian", "Hessian"): tensor for name, tensor in covered[layer].items()}
+            tensors |= {name.replace("_", " ").replace("hessian", "Hessian"): factor for name, factor in covered[layer].items()}
             if layer.bias is not None:
                 tensors["bias gradient"] = layer.bias.grad
             bad = [name for name, tensor in tensors.items() if tensor is not None and not torch.isfinite(tensor).all()]
