@@ -29,8 +29,9 @@ test: .venv/compiled
 
 # Microbenchmarks against plain PyTorch: prints a table and stores it in bench/results/.
 bench: .venv/compiled
-	$(BIN)/python -m bench.operators
-	$(BIN)/python -m bench.steps
+	$(BIN)/python -m bench.bench_bias_hessian
+	$(BIN)/python -m bench.bench_eacg
+	$(BIN)/python -m bench.bench_step
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

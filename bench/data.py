@@ -59,7 +59,9 @@ def read_idx(path: Path) -> Tensor:
     Raises:
         ValueError: it is not one, or it is cut short.
     """
-    data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        data = gzip.decompress(data)
     if len(data) < 4 or data[:3] != b"\x00\x00\x08":
         raise ValueError(f"expected {path} to be an IDX file of unsigned bytes, got a header of {data[:4].hex()!r}")
     dims = data[3]

@@ -5,10 +5,9 @@ Learning rates are tuned for every optimizer over a grid of three, by the traini
 
 import json
 import math
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +24,7 @@ from tqdm import tqdm
 import secondorder as so
 from bench.data import Images, load
 from bench.literal import LiteralEACG
+from bench.timing import interleaved
 
 WIDTHS = [784, 256, 128, 64, 32, 10]
 ALPHA, CG, EPS = 0.01, 20, 1e-10  # of the paper's EA-CG: points of its grid
@@ -37,7 +37,6 @@ class Curve:
 
     name: str
     setting: str
-    seconds: list[float]
     losses: list[float]
     accuracies: list[float]
 
@@ -94,13 +93,11 @@ def train(name: str, make: Callable[..., Step], lr: float | None, data: Images, 
     model = network(seed=0)
     step = make(model, lr)
     order = torch.Generator().manual_seed(1)
-    curve = Curve(name, "defaults" if lr is None else f"lr {lr:g}", [0.0], [], [])
+    curve = Curve(name, "defaults" if lr is None else f"lr {lr:g}", [], [])
     for epoch in range(epochs + 1):
         if epoch > 0:
-            begin = time.perf_counter()
             for chosen in torch.randperm(len(data.train_x), generator=order).split(batch):
                 step(data.train_x[chosen], data.train_y[chosen])
-            curve.seconds.append(curve.seconds[-1] + time.perf_counter() - begin)
         with torch.no_grad():
             curve.losses.append(F.cross_entropy(model(data.train_x), data.train_y).item())
             curve.accuracies.append((model(data.test_x).argmax(1) == data.test_y).float().mean().item())
@@ -109,25 +106,14 @@ def train(name: str, make: Callable[..., Step], lr: float | None, data: Images, 
     return curve
 
 
-def milliseconds_per_step(rounds: int, data: Images, batch: int, steps: dict[str, Step]) -> dict[str, float]:
-    """Medians over interleaved steps, so that what else the machine does meets all alike."""
-    x, y = data.train_x[:batch], data.train_y[:batch]
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            step(x, y)
-            times[name].append(1000 * (time.perf_counter() - begin))
-    return {name: statistics.median(values[2:]) for name, values in times.items()}
-
-
-def draw(curves: list[Curve], title: str, path: Path) -> None:
+def draw(curves: list[Curve], epoch_seconds: dict[str, float], title: str, path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharey="row", layout="constrained")
     styles = {"EA-CG, plain PyTorch": ("C4", "--"), "EA-CG, fused": ("C3", "-"), "EACG defaults": ("C2", "-")}
     for i, curve in enumerate(curves):
         color, line = styles.get(curve.name, (f"C{i}", "-"))
         label = curve.name if curve.setting == "defaults" else f"{curve.name} ({curve.setting})"
-        for column, xs in enumerate((curve.seconds, range(len(curve.losses)))):
+        epochs = range(len(curve.losses))
+        for column, xs in enumerate(([epoch_seconds[curve.name] * e for e in epochs], epochs)):
             axes[0, column].semilogy(xs, curve.losses, line, color=color, label=label)
             axes[1, column].plot(xs, [100 * a for a in curve.accuracies], line, color=color)
     axes[0, 0].set_ylabel("training loss")
@@ -135,7 +121,7 @@ def draw(curves: list[Curve], title: str, path: Path) -> None:
     for column, label in enumerate(("seconds of training", "epochs")):
         axes[1, column].set_xlabel(label)
     # The plain-PyTorch run is many times longer than the others: show their span, and leave it cut off.
-    longest = max(c.seconds[-1] for c in curves if c.name != "EA-CG, plain PyTorch")
+    longest = max(epoch_seconds[c.name] * (len(c.losses) - 1) for c in curves if c.name != "EA-CG, plain PyTorch")
     for axis in axes[:, 0]:
         axis.set_xlim(-0.02 * longest, 1.05 * longest)
     for axis in axes.flat:
@@ -178,16 +164,18 @@ def main(
 
     makers = {"SGD, momentum 0.9": sgd, "Adam": adam, "EA-CG, fused": eacg_paper, "EA-CG, plain PyTorch": eacg_literal}
     steps = {name: make(network(0), 1e-3) for name, make in makers.items()} | {"EACG defaults": eacg(network(0), None)}
-    cost = milliseconds_per_step(15, data, batch, steps)
-    base = cost["SGD, momentum 0.9"]
+    x, y = data.train_x[:batch], data.train_y[:batch]
+    cost = interleaved({name: partial(step, x, y) for name, step in steps.items()}, "SGD, momentum 0.9")
     print(f"\n{'optimizer':22}{'setting':>10}{'loss':>9}{'accuracy':>10}{'ms/step':>9}{'x SGD':>7}")
     for c in curves:
         print(
-            f"{c.name:22}{c.setting:>10}{c.losses[-1]:9.4f}{c.accuracies[-1]:10.3f}{cost[c.name]:9.2f}{cost[c.name] / base:7.2f}"
+            f"{c.name:22}{c.setting:>10}{c.losses[-1]:9.4f}{c.accuracies[-1]:10.3f}{cost[c.name]['ms']:9.2f}{cost[c.name]['ratio']:7.2f}"
         )
     print(
-        f"EA-CG: PCH-1, alpha {ALPHA}, {CG} CG iterations, momentum 0, as in the paper; EACG defaults: momentum and factor averages 0.9.\n"
-        "Settings: the best of three learning rates by final training loss; the defaults are not tuned. Steps timed interleaved, medians."
+        f"EA-CG: PCH-1, alpha {ALPHA}, {CG} CG iterations, momentum 0, as in the paper. "
+        "EACG defaults: momentum and factor averages.\n"
+        "Settings: the best of three learning rates by final training loss; the defaults are not tuned.\n"
+        "Steps are timed interleaved, medians; seconds in the picture are steps times that."
     )
     out.mkdir(parents=True, exist_ok=True)
     draw(
@@ -195,7 +183,7 @@ def main(
         f"{data.name}, deep sigmoid network {'-'.join(map(str, WIDTHS))}, batch {batch}, {threads} CPU threads",
         out / "demo.png",
     )
-    (out / "demo.json").write_text(json.dumps({"curves": [asdict(c) for c in curves], "ms_per_step": cost}, indent=1))
+    (out / "demo.json").write_text(json.dumps({"curves": [asdict(c) for c in curves], "step": cost}, indent=1))
     print(f"wrote {out / 'demo.png'} and {out / 'demo.json'}")
 
 

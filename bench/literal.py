@@ -18,6 +18,7 @@ class LiteralEACG:
         self.lr, self.alpha, self.max_cg, self.eps_cg, self.gamma = lr, alpha, max_cg, eps_cg, gamma
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """One step on one batch."""
         inputs, h = [], x
         for layer in self.layers:
             if h is not x:
