@@ -53,7 +53,8 @@ class EACG(LayerwiseOptimizer):
         average: whether averages of the parameters are kept, for `averaged_parameters`.
         fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error".
 
-    lr, alpha, momentum, weight_decay and factor_decay are read from `param_groups` at every step (a layer's from its weight's group).
+    lr, alpha, momentum, weight_decay and factor_decay are read from `param_groups` at every step, a layer's from
+    its weight's group.
 
     Raises:
         TypeError, ValueError: an argument is not as described.

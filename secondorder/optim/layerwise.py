@@ -291,7 +291,10 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 weights,
                 biases,
                 *momenta,
-                *([float(group[key]) for group in own] for key in ("lr", "alpha", "momentum", "weight_decay")),  # type: ignore
+                [float(group["lr"]) for group in own],
+                [float(group["alpha"]) for group in own],
+                [float(group["momentum"]) for group in own],
+                [float(group["weight_decay"]) for group in own],
                 solver.max_cg,
                 solver.eps_cg,
                 solver.truncated,
@@ -405,8 +408,8 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             bad = [name for name, tensor in tensors.items() if tensor is not None and not torch.isfinite(tensor).all()]
             parts.append(f"layer {self._layers[layer]!r}: " + (f"NaN or inf in its {' and '.join(bad)}" if bad else reason))
         return (
-            f"{type(self).__name__}.step(): {'; '.join(parts)}. No parameter and no state has changed; skip this batch, or lower lr "
-            "or raise alpha if the training has diverged."
+            f"{type(self).__name__}.step(): {'; '.join(parts)}. No parameter and no state has changed; skip this batch, or "
+            "lower lr or raise alpha if the training has diverged."
         )
 
 
