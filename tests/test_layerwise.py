@@ -336,3 +336,20 @@ def test_bad_arguments(kwargs):
     (name,) = kwargs
     with pytest.raises(ValueError, match=f"EACG: expected {name} "):
         so.EACG(network(), nn.CrossEntropyLoss(), lr=None, **kwargs)
+
+
+def mixture_of_two_classifiers(h, y):
+    """-log p(y | h) of Botev et al., Eq. 27, which is not convex in h."""
+    first, second = (torch.where(y > 0, F.logsigmoid(h[:, k]), F.logsigmoid(-h[:, k])) for k in (1, 2))
+    return -torch.logaddexp(F.logsigmoid(h[:, 0]) + first, F.logsigmoid(-h[:, 0]) + second).mean()
+
+
+@pytest.mark.parametrize("make", [so.KFRA, so.EACG])
+def test_a_mixture_model_trains(make):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
+    x = torch.rand(200, 2) * 2 - 1
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    optimizer = make(model, mixture_of_two_classifiers, lr=None, curvature="pch-abs")
+    losses = [one_step(model, optimizer.criterion, optimizer, x, y) for _ in range(60)]
+    assert losses[-1] < losses[0] / 3
