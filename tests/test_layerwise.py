@@ -139,7 +139,7 @@ def test_the_quadratic_model_is_the_explicit_one(case):
     matrix = dense_gauss_newton(model, criterion, x, y, gamma)
     v = torch.stack([torch.cat([t.reshape(-1) for t in vector]) for vector in vectors])
     g = torch.cat([t.reshape(-1) for t in gradients])
-    assert loss == pytest.approx(float(criterion(model(x), y)), rel=1e-12)
+    assert loss == pytest.approx(criterion(model(x), y).item(), rel=1e-12)
     torch.testing.assert_close(first, v @ g)
     torch.testing.assert_close(gram, v @ matrix @ v.T)
     # The minimum of the damped and decayed model over the span, and what it predicts there.
