@@ -74,14 +74,9 @@ class EACG(CurvatureOptimizer):
         fallback: str = "sgd",
     ):
         checks: list[tuple[str, Any, bool, str]] = [
-            ("lr", lr, lr >= 0, ">= 0"),
-            ("alpha", alpha, 0 < alpha < 1, "in (0, 1)"),
             ("max_cg", max_cg, max_cg >= 1, ">= 1"),
             ("eps_cg", eps_cg, eps_cg >= 0, ">= 0"),
             ("solver", solver, solver in _SOLVERS, f"one of {', '.join(map(repr, _SOLVERS))}"),
-            ("momentum", momentum, 0 <= momentum < 1, "in [0, 1)"),
-            ("weight_decay", weight_decay, weight_decay >= 0, ">= 0"),
-            ("factor_decay", factor_decay, 0 <= factor_decay < 1, "in [0, 1)"),
             ("curvature_every", curvature_every, curvature_every >= 1, ">= 1"),
         ]
         for name, value, valid, expected in checks:
@@ -109,7 +104,7 @@ class EACG(CurvatureOptimizer):
         self._check_gradients()
         factors = self._new_factors(self._records()) if self._tape.recording else {}
         self._update(factors)
-        self._tape.clear()
+        self._tape.clear(release=True)
         self._schedule()
         return loss
 
@@ -130,7 +125,7 @@ class EACG(CurvatureOptimizer):
         factors = {}
         for record in records:
             weight = record.layer.weight
-            if weight.grad is None:
+            if weight.grad is None or weight not in groups:
                 continue
             hessian, state = hessians[record.layer], self.state.get(weight, {})
             mean_input = record.input().to(hessian.dtype).mean(0)
@@ -149,7 +144,7 @@ class EACG(CurvatureOptimizer):
         layers, curvatures, mean_inputs = [], [], []
         for layer in self._layers:
             state = self.state.get(layer.weight, {})
-            if layer.weight.grad is not None and (layer in factors or "bias_hessian" in state):
+            if layer.weight in groups and layer.weight.grad is not None and (layer in factors or "bias_hessian" in state):
                 layers.append(layer)
                 hessian, mean_input = factors.get(layer) or (state["bias_hessian"], state["mean_input"])
                 curvatures.append(hessian)
