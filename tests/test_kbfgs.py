@@ -31,11 +31,11 @@ def autoencoder(bias=True, activation=nn.ReLU, dtype=torch.float64):
 class Paper:
     """The paper's algorithm for an nn.Sequential, by autograd on per-layer matrices [W | b] and three-product BFGS."""
 
-    def __init__(self, model, criterion, lr, damping, mu1, decay, weight_decay, memory=None):
+    def __init__(self, model, criterion, lr, damping, mu1, decay, weight_decay, bias_correction, memory=None):
         self.model, self.criterion, self.lr, self.mu1, self.decay = model, criterion, lr, mu1, decay
         self.shift, self.weight_decay, self.memory = math.sqrt(damping), weight_decay, memory
         self.layers = [m for m in model if isinstance(m, nn.Linear)]
-        self.state = None
+        self.state, self.bias_correction, self.steps = None, bias_correction, 0
 
     def passes(self, x, y):
         h, inputs, outputs = x, [], []
@@ -68,6 +68,7 @@ class Paper:
         loss, inputs, outputs, grads = self.passes(x, y)
         moments = [h.T @ h / len(h) for h in inputs]
         first = self.state is None
+        self.steps += 1
         if first:
             self.state = [
                 {
@@ -88,7 +89,8 @@ class Paper:
             state["m"] = self.decay * state["m"] + (1 - self.decay) * gradient
             if not first:
                 state["a"] = self.decay * state["a"] + (1 - self.decay) * a
-            parameters = parameters - self.lr * self.inverse_output(state) @ state["m"] @ state["ha"]
+            correction = 1 - self.decay**self.steps if self.bias_correction else 1
+            parameters = parameters - self.lr / correction * self.inverse_output(state) @ state["m"] @ state["ha"]
             layer.weight.data = parameters[:, : layer.in_features].clone()
             if layer.bias is not None:
                 layer.bias.data = parameters[:, -1].clone()
@@ -118,11 +120,11 @@ class Paper:
 
 @pytest.mark.parametrize("memory", [None, 3, 50])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
-def test_steps_are_the_papers(bias, activation, memory):
+@pytest.mark.parametrize(("activation", "bias_correction"), [(nn.ReLU, False), (nn.Tanh, True)])
+def test_steps_are_the_papers(bias, activation, memory, bias_correction):
     model = autoencoder(bias, activation)
     twin = copy.deepcopy(model)
-    options = {"damping": 0.3, "mu1": 0.2, "decay": 0.9, "weight_decay": 1e-3}
+    options = {"damping": 0.3, "mu1": 0.2, "decay": 0.9, "weight_decay": 1e-3, "bias_correction": bias_correction}
     paper = Paper(twin, nn.MSELoss(), 0.3, memory=memory, **options)
     if memory is None:
         optimizer = so.KBFGS(model, nn.MSELoss(), 0.3, max_increase=math.inf, **options)

@@ -72,6 +72,7 @@ class KBFGS(CurvatureOptimizer):
         mu1: float = 0.2,
         decay: float = 0.9,
         weight_decay: float = 0.0,
+        bias_correction: bool = True,
         max_increase: float = 0.05,
         fallback: str = "sgd",
     ):
@@ -93,7 +94,7 @@ class KBFGS(CurvatureOptimizer):
         # Means over two passes are all that is needed here, and `_Pass` takes them during a step.
         self._tape.recording = False
         self._model = model
-        self._max_increase = max_increase
+        self._max_increase, self._bias_correction = max_increase, bias_correction
 
     @torch.no_grad()
     def initialize(self, inputs: Iterable[Any]) -> None:
@@ -242,9 +243,20 @@ class KBFGS(CurvatureOptimizer):
                 moment = _second_moment(layer, first.input(layer), first.mean_input(layer))
                 state = self._start(layer, moment, group["damping"])
             states.append(state)
-            updates[layer] = {**state, "gradient": _averaged_gradient(layer, state["gradient"], group)}
+            updates[layer] = {**state, "gradient": self._averaged_gradient(layer, state, group)}
         halves = self._times_inverse_output(states, [updates[layer]["gradient"] for layer in layers])
         return [half @ state["inverse_input"] for state, half in zip(states, halves, strict=True)], updates
+
+    def _averaged_gradient(self, layer: nn.Linear, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """M after this step's gradient of [W | b]."""
+        average, decay = state["gradient"], group["decay"]
+        share = (1 - decay) / (1 - decay ** (state["step"] + 1)) if self._bias_correction else 1 - decay
+        result = torch.empty_like(average)
+        for p, columns in zip(_parameters(layer), _columns(layer), strict=False):
+            torch.lerp(average[:, columns], p.grad.view(len(p), -1), share, out=result[:, columns])  # type: ignore[union-attr]
+            if group["weight_decay"] != 0:
+                result[:, columns].add_(p.view(len(p), -1), alpha=share * group["weight_decay"])
+        return result
 
     def _try(
         self,
@@ -478,16 +490,6 @@ def _second_moment(
         for border, value in ((average[n, :n], mean), (average[:n, n], mean), (average[n, n], mean.new_ones(()))):
             border.mul_(decay).add_(value, alpha=1 - decay)
     return average
-
-
-def _averaged_gradient(layer: nn.Linear, average: Tensor, group: dict[str, Any]) -> Tensor:
-    """The moving average of [W | b]'s gradient, with the L2 term in it."""
-    result, share = torch.empty_like(average), 1 - group["decay"]
-    for p, columns in zip(_parameters(layer), _columns(layer), strict=False):
-        torch.lerp(average[:, columns], p.grad.view(len(p), -1), share, out=result[:, columns])  # type: ignore[union-attr]
-        if group["weight_decay"] != 0:
-            result[:, columns].add_(p.view(len(p), -1), alpha=share * group["weight_decay"])
-    return result
 
 
 def _columns(layer: nn.Linear) -> tuple[slice, slice]:
