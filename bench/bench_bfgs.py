@@ -2,7 +2,8 @@
 
     python bench/bench_bfgs.py
 
-Every variant runs once per round, in turn, and the medians over the rounds are compared: what disturbs the machine disturbs all.
+Every variant runs once per round, in turn, and the medians over the rounds are compared: what disturbs the machine
+disturbs all of them.
 """
 
 import argparse
@@ -66,13 +67,12 @@ def factor_updates(n: int, rounds: int) -> None:
     medians = interleaved(variants, rounds)
     size, own = h.numel() * h.element_size(), next(iter(medians.values()))
     print(
-        f"\nFactor update, n = {n}, float32, {torch.get_num_threads()} threads: at least two passes over H, {3 * size / 1e6:.1f} MB moved, "
-        f"{(4 + 4) * n * n / 1e6:.1f} MFLOP; median of {rounds}"
+        f"\nFactor update, n = {n}, float32, {torch.get_num_threads()} threads; H read, then read and written: "
+        f"{3 * size / 1e6:.1f} MB; two products and a rank-two update: {8 * n * n / 1e6:.1f} MFLOP; median of {rounds}"
     )
     for name, median in medians.items():
-        print(
-            f"  {name:38} {1e3 * median:8.3f} ms  {median / own:6.1f} x  {3e-9 * size / median:6.1f} GB/s  {8e-9 * n * n / median:6.1f} GFLOP/s"
-        )
+        rates = f"{3e-9 * size / median:6.1f} GB/s  {8e-9 * n * n / median:6.1f} GFLOP/s"
+        print(f"  {name:38} {1e3 * median:8.3f} ms  {median / own:6.1f} x  {rates}")
 
 
 def steps(rounds: int) -> None:
@@ -99,7 +99,8 @@ def steps(rounds: int) -> None:
             optimizer.param_groups[0]["lr"] = 0.01  # no step is halved: each is two passes
     medians = interleaved(variants, rounds)
     print(
-        f"\nWhole step, autoencoder {'-'.join(map(str, SIZES))}, batch {BATCH}, {torch.get_num_threads()} threads; median of {rounds}"
+        f"\nWhole step, autoencoder {'-'.join(map(str, SIZES))}, batch {BATCH}, {torch.get_num_threads()} threads; "
+        f"median of {rounds}"
     )
     for name, median in medians.items():
         print(f"  {name:12} {1e3 * median:8.1f} ms  {median / medians['SGD']:5.2f} x SGD")

@@ -2,10 +2,10 @@
 
     python bench/kbfgs_autoencoder.py --data-dir DIR
 
-DIR holds train-images-idx3-ubyte, plain or with .gz. Net 784-1000-500-250-30 and back, ReLU but for the code and the output, BCE with
-logits summed over pixels, batch 1000, lr 0.3, damping 0.3, L2 1e-5: the setting whose training losses after epochs
-1, 2, 3 the authors' notebook gives as 169.0, 109.6, 85.2. Seconds are of training alone, without evaluation. KFAC is not in
-the table, since the package has none yet.
+DIR holds train-images-idx3-ubyte, plain or with .gz. Net 784-1000-500-250-30 and back, ReLU but for the code and the
+output, BCE with logits summed over pixels, batch 1000, lr 0.3, damping 0.3, L2 1e-5: the setting whose training losses
+after epochs 1, 2, 3 the authors' notebook gives as 169.0, 109.6, 85.2. Seconds are of training alone, without
+evaluation. KFAC is not in the table, since the package has none yet.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import gzip
 import json
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def criterion(output: Tensor, target: Tensor) -> Tensor:
 def autoencoder(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     modules: list[nn.Module] = []
-    for i, (n_in, n_out) in enumerate(zip(SIZES, SIZES[1:], strict=False)):
+    for i, (n_in, n_out) in enumerate(pairwise(SIZES)):
         modules.append(nn.Linear(n_in, n_out))
         if i not in (3, len(SIZES) - 2):
             modules.append(nn.ReLU())
@@ -124,7 +125,7 @@ def loss_at(run: dict, second: float) -> float:
     seconds, losses = run["seconds"], run["losses"]
     if second < seconds[0]:
         return float("nan")
-    for (t0, t1), (l0, l1) in zip(zip(seconds, seconds[1:], strict=False), zip(losses, losses[1:], strict=False), strict=True):
+    for (t0, t1), (l0, l1) in zip(pairwise(seconds), pairwise(losses), strict=True):
         if second <= t1:
             return l0 + (l1 - l0) * (second - t0) / (t1 - t0)
     return losses[-1]
@@ -158,8 +159,8 @@ def save(runs: list[dict], arguments: argparse.Namespace) -> None:
     )
     text = (
         f"# K-BFGS on the MNIST autoencoder\n\n    {command}\n\n"
-        f"torch {torch.__version__}, {arguments.threads} threads, {so.build_info()['vectors']} vectors. Training loss per image; "
-        f"seconds of training alone.\n\n{tables(runs, arguments.epochs)}\n"
+        f"torch {torch.__version__}, {arguments.threads} threads, {so.build_info()['vectors']} vectors. "
+        f"Training loss per image; seconds of training alone.\n\n{tables(runs, arguments.epochs)}\n"
     )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.with_suffix(".json").write_text(json.dumps({"command": command, "runs": runs}, indent=1) + "\n")

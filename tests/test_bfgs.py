@@ -1,4 +1,4 @@
-"""Double damping, the BFGS update, its Hessian-action form and compact L-BFGS: against formulas and by their invariants."""
+"""Double damping, the BFGS update, its Hessian-action form and compact L-BFGS: by formulas and by invariants."""
 
 import math
 
@@ -139,7 +139,7 @@ def test_invariants_over_long_sequences(n, seed, mu1, mu2):
 @settings(max_examples=20, deadline=None)
 @given(n=st.sampled_from(SIZES[:-1]), seed=st.integers(0, 2**31))
 def test_eigenvalues_and_secant_equation_at_moderate_scales(n, seed):
-    """Where float64 resolves the eigenvalues, every one of them is positive, and the secant equation holds to rounding."""
+    """Where float64 resolves the eigenvalues every one is positive, and the secant equation holds to rounding."""
     generator = torch.Generator().manual_seed(seed)
     h = torch.eye(n, dtype=torch.float64)
     for i in range(60):
@@ -264,7 +264,10 @@ def test_lbfgs_forgets_the_oldest_pair():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("s", "y"),
-    [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, math.inf), (1.0, -1.0), (0.0, 1.0), (1.0, 0.0), (1e-40, 1e-40), (1e25, 1e-20)],
+    [
+        (math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, math.inf), (1.0, -1.0), (0.0, 1.0), (1.0, 0.0),
+        (1e-40, 1e-40), (1e25, 1e-20),
+    ],
 )  # fmt: skip
 def test_updates_that_cannot_be_made_are_skipped(s, y, dtype):
     """A whole vector of the given numbers beside a good layer: the bad one keeps its H, the good one is updated."""

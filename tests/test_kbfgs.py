@@ -1,4 +1,4 @@
-"""KBFGS and KBFGSL against a plain float64 account of the paper's algorithm, on all sorts of models, and with bad input."""
+"""KBFGS and KBFGSL: against a plain float64 account of the paper's algorithm, on all sorts of models, on bad input."""
 
 import copy
 import math
@@ -420,9 +420,17 @@ def test_bad_closures_change_nothing(steps):
         model, optimizer, lambda: optimizer.step(closure_of(optimizer, model, nn.MSELoss(), bad, x)), RuntimeError,
         "gradient of layer '0', '2', '3', '5' holds NaN or inf",
     )  # fmt: skip
-    unchanged(model, optimizer, lambda: optimizer.step(lambda: model(x).sum().backward()), RuntimeError, "return the scalar loss")
+    unchanged(
+        model,
+        optimizer,
+        lambda: optimizer.step(lambda: model(x).sum().backward()),
+        RuntimeError,
+        "return the scalar loss",
+    )
     optimizer.zero_grad()
-    unchanged(model, optimizer, lambda: optimizer.step(lambda: model(x).sum()), RuntimeError, "expected gradients, found none")
+    unchanged(
+        model, optimizer, lambda: optimizer.step(lambda: model(x).sum()), RuntimeError, "expected gradients, found none"
+    )
     # A closure that draws from torch's generator draws the same batch twice: that is no error.
     optimizer.step(other_data)
 

@@ -13,20 +13,22 @@ from secondorder.activations import rows
 from secondorder.optim.base import CurvatureOptimizer
 
 _HALVINGS = 10  # of a step before it is given up
+_COUNTS = ("step", "halvings", "rejected", "updated", "damped_s", "damped_y", "skipped", "input_skipped")
 
 
 class KBFGS(CurvatureOptimizer):
-    """Trains the linear layers of a model by K-BFGS: both Kronecker factors of each layer's inverse Hessian are BFGS estimates.
+    """Trains the linear layers of a model by K-BFGS: BFGS estimates of both Kronecker factors of each inverse Hessian.
 
-    For each layer z = W h + b, with [W | b] [n_out, n_in + 1] and h extended by a 1 (neither for a layer without bias), one step is
+    For each layer z = W h + b, with [W | b] [n_out, n_in + 1] and h extended by a 1 (neither without a bias), per step
 
-        M <- decay M + (1 - decay) (gradient + weight_decay [W | b])             moving average of the gradient of the loss
-        [W | b] <- [W | b] - lr H_g M H_a                                        Eq. 4
-        s <- decay s + (1 - decay) (E[z+] - E[z]),  y <- likewise from dL/dz     Eq. 5; z+: after the step, same mini-batch
-        H_g <- BFGS(H_g, double damping of (s, y))                               Eq. 6, Algorithm 3
-        A <- decay A + (1 - decay) E[h h^T],  s_a = H_a E[h],  y_a = (A + lambda_A I) s_a,  H_a <- BFGS(H_a, (s_a, y_a))   Section 4
+        M <- decay M + (1 - decay) (gradient of the loss + weight_decay [W | b])
+        [W | b] <- [W | b] - lr H_g M H_a                                                  Eq. 4
+        s <- decay s + (1 - decay) (E[z+] - E[z]),   y <- likewise with dL/dz              Eq. 5; z+: after the step
+        H_g <- BFGS update of H_g by the double damping of (s, y)                          Algorithm 3, Eq. 6
+        A <- decay A + (1 - decay) E[h h^T]
+        H_a <- BFGS update of H_a by s_a = H_a E[h], y_a = (A + lambda_A I) s_a            Section 4
 
-    from M = s = y = 0, H_g = I and H_a = (A + lambda_A I)^-1 (`initialize`), with lambda_A = mu2 = sqrt(damping).
+    from s = y = 0, H_g = I, A = E[h h^T] (`initialize`), H_a = (A + lambda_A I)^-1; lambda_A = mu2 = sqrt(damping).
 
         optimizer = secondorder.KBFGS(model, criterion)
         for x, y in loader:
@@ -37,29 +39,31 @@ class KBFGS(CurvatureOptimizer):
                 return loss
             optimizer.step(closure)
 
-    `step` calls the closure a second time, at the new weights and with the random state of the first time: dropout masks repeat.
-    No weight gradient is computed then, and p.grad holds the first call's gradients afterwards. That second call also
-    tells the loss after the step: where it exceeds the loss before by more than `max_increase` times its size, or is
-    not finite, the step is halved and tried again, and given up after 10 halvings. Nothing else departs from the paper.
+    `step` calls the closure a second time, at the new weights, on the same mini-batch and from the same random state,
+    so that dropout masks repeat. No parameter's gradient is computed then, and p.grad keeps those of the first call. The
+    second call also tells the loss after the step: where that exceeds the loss before by more than `max_increase`
+    times its size, or is not finite, the step is halved and tried again, and given up after 10 halvings.
 
     Args:
         model: any module; its nn.Linear layers are covered, whatever lies between them.
-        criterion: taken for uniformity with the other optimizers, and unused: the closure computes the loss, any loss.
+        criterion: as for the other optimizers, but unused: the closure computes the loss, any loss.
         lr: step size, >= 0.
         damping: lambda in (0, 1].
         mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
         decay: of all moving averages (beta in the paper), in [0, 1).
         weight_decay: >= 0; enters the gradient of the covered layers (the fallback's is decoupled).
-        max_increase: >= 0, see above; math.inf takes every finite step, as the paper does.
+        bias_correction: M is the average over the steps so far, as in Adam. False starts from M = 0 without correction,
+            as the authors' published numbers do; the first steps are then short.
+        max_increase: >= 0, see above. math.inf takes every step with a finite loss after it, as the authors do.
         fallback: what updates parameters outside of the linear layers, after the step: "sgd" (warns once) or "error".
 
-    lr, damping, mu1, decay and weight_decay are read from `param_groups` at every step (a layer's from its weight's group), as is
-    "momentum", 0 unless set there, which the fallback alone uses.
+    lr, damping, mu1, decay and weight_decay are read from `param_groups` at every step (a layer's from its weight's
+    group), as is "momentum", 0 unless set there, which the fallback alone uses.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
-        RuntimeError: from `step`, where there is no closure, gradients are missing or not finite, or the closure's second call sees
-            other data; the weights and the optimizer's state have not changed then.
+        RuntimeError: from `step`, where there is no closure, gradients are missing or not finite, or the closure's
+            second call sees other data; the weights and the optimizer's state have not changed then.
     """
 
     def __init__(
@@ -98,25 +102,26 @@ class KBFGS(CurvatureOptimizer):
 
     @torch.no_grad()
     def initialize(self, inputs: Iterable[Any]) -> None:
-        """Sets A = E[h h^T] of every layer over all the given batches, as the paper does, and H_a = (A + lambda_A I)^-1.
+        """Sets A = E[h h^T] over all the given batches, as the paper does, and H_a = (A + lambda_A I)^-1 from it.
 
         Before the first step, and optional: without it the first mini-batch alone gives A.
 
         Args:
             inputs: what the model is called with, batch after batch; for example `(x for x, _ in loader)`.
         """
+        if any(state.get("step", 0) > 0 for state in self.state.values()):
+            raise RuntimeError(f"{type(self).__name__}.initialize(): expected no step before it")
         moments: dict[nn.Linear, Tensor] = {}
         counts: dict[nn.Linear, int] = {}
 
-        def add(layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
-            h = args[0].reshape(-1, layer.in_features)
+        def add(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            h = _input(layer, args, kwargs)
             counts[layer] = counts.get(layer, 0) + len(h)
-            share = len(h) / counts[layer]
-            moments[layer] = _second_moment(layer, h, h.mean(0), moments.get(layer), 1 - share)
+            moments[layer] = _second_moment(layer, h, h.mean(0), moments.get(layer), 1 - len(h) / counts[layer])
 
         groups = self._groups()
         layers = [layer for layer in self._layers if layer.weight in groups]
-        handles = [layer.register_forward_hook(add) for layer in layers]
+        handles = [layer.register_forward_hook(add, with_kwargs=True) for layer in layers]
         try:
             for batch in inputs:
                 self._model(batch)
@@ -131,7 +136,7 @@ class KBFGS(CurvatureOptimizer):
         """One step; calls the closure at least twice.
 
         Args:
-            closure: zero_grad, forward and backward on one mini-batch, the same at every call of a step; returns the loss.
+            closure: zero_grad, forward and backward on one mini-batch, the same at each call of a step; returns the loss.
 
         Returns:
             The loss before the step.
@@ -148,7 +153,7 @@ class KBFGS(CurvatureOptimizer):
         self._check_gradients()
         groups = self._groups()
         layers = [n for n in self._layers if n in first.gradient and n.weight in groups and n.weight.grad is not None]
-        covered = {p for layer in layers for p in _parameters(layer)}
+        covered: set[Tensor] = {p for layer in layers for p in _parameters(layer)}
         others = self._uncovered(covered)
         self._check_finite(loss, layers)
 
@@ -173,13 +178,12 @@ class KBFGS(CurvatureOptimizer):
     def diagnostics(self) -> dict[str, dict[str, int]]:
         """Counts since the start, by layer.
 
-        "step"; "halvings" of the step that the loss after it called for; "rejected" steps, given up after 10 halvings; updates of H_g
-        "updated", with its s damped ("damped_s"), with its y damped ("damped_y"), and "skipped" (curvature not positive, or
-        not finite); updates of H_a "input_skipped".
+        "step"; "halvings" of a step that the loss after it called for; "rejected" steps, given up after 10 halvings; of
+        H_g the updates made ("updated"), those with s damped ("damped_s") and with y damped ("damped_y"), and those
+        "skipped" (curvature not positive, or something not finite); of H_a those skipped ("input_skipped").
         """
-        counts = ("step", "halvings", "rejected", "updated", "damped_s", "damped_y", "skipped", "input_skipped")
         return {
-            name: {count: self.state[layer.weight][count] for count in counts}
+            name: {count: self.state[layer.weight][count] for count in _COUNTS}
             for layer, name in self._layers.items()
             if "step" in self.state.get(layer.weight, {})
         }
@@ -192,11 +196,8 @@ class KBFGS(CurvatureOptimizer):
             n, dtype=second_moment.dtype, device=second_moment.device
         )
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        counts = dict.fromkeys(
-            ("step", "halvings", "rejected", "updated", "damped_s", "damped_y", "skipped", "input_skipped"), 0
-        )
         return {
-            **counts,
+            **dict.fromkeys(_COUNTS, 0),
             "gradient": zeros(n_out, n),
             "input_second_moment": second_moment,
             "inverse_input": ((inverse + inverse.T) / 2).contiguous(),
@@ -219,23 +220,20 @@ class KBFGS(CurvatureOptimizer):
         return ops.damped_bfgs_update_(h, s, y, group["mu1"], math.sqrt(group["damping"]))
 
     def _check_finite(self, loss: Tensor, layers: list[nn.Linear]) -> None:
-        gradients = {layer: [p.grad for p in _parameters(layer)] for layer in layers}
-        # One number tells in nearly every step that there is nothing to look for.
-        total = sum(torch._foreach_norm([g for each in gradients.values() for g in each]))  # type: ignore[arg-type]
-        if math.isfinite(loss) and math.isfinite(total):  # type: ignore[arg-type]
-            return
-        bad = [layer for layer in layers if not all(torch.isfinite(g).all() for g in gradients[layer])]  # type: ignore[arg-type]
+        norms = {layer: torch._foreach_norm([_gradient(p) for p in _parameters(layer)]) for layer in layers}
+        bad = [layer for layer in layers if not torch.isfinite(torch.stack(norms[layer])).all()]
         if bad or not math.isfinite(loss):
             names = ", ".join(repr(self._layers[layer]) for layer in bad)
             raise RuntimeError(
-                f"{type(self).__name__}.step(): {f'the gradient of layer {names}' if bad else 'the loss'} holds NaN or inf; no parameter "
-                "and no state has changed. Skip this batch, or lower lr or raise damping if the training has diverged."
+                f"{type(self).__name__}.step(): {f'the gradient of layer {names}' if bad else 'the loss'} holds NaN or "
+                "inf; no parameter and no state has changed. Skip this batch, or lower lr or raise damping if the "
+                "training has diverged."
             )
 
     def _directions(
         self, layers: list[nn.Linear], first: "_Pass", groups: dict[Tensor, dict[str, Any]]
     ) -> tuple[list[Tensor], dict[nn.Linear, dict[str, Any]]]:
-        """H_g M H_a of every layer, and what its state becomes once the step is taken."""
+        """H_g M H_a of every layer, and what its state becomes after the step."""
         states, updates = [], {}
         for layer in layers:
             state, group = self.state.get(layer.weight, {}), groups[layer.weight]
@@ -253,7 +251,7 @@ class KBFGS(CurvatureOptimizer):
         share = (1 - decay) / (1 - decay ** (state["step"] + 1)) if self._bias_correction else 1 - decay
         result = torch.empty_like(average)
         for p, columns in zip(_parameters(layer), _columns(layer), strict=False):
-            torch.lerp(average[:, columns], p.grad.view(len(p), -1), share, out=result[:, columns])  # type: ignore[union-attr]
+            torch.lerp(average[:, columns], _gradient(p).view(len(p), -1), share, out=result[:, columns])
             if group["weight_decay"] != 0:
                 result[:, columns].add_(p.view(len(p), -1), alpha=share * group["weight_decay"])
         return result
@@ -268,7 +266,7 @@ class KBFGS(CurvatureOptimizer):
         first: "_Pass",
         random: Any,
     ) -> tuple["_Pass | None", int]:
-        """Takes the step, halved until the loss after it is acceptable; the pass there (None: none was), and the halvings."""
+        """Takes the step, halved until the loss is acceptable; returns the pass after it (None: no step) and halvings."""
         name = type(self).__name__
         parameters = [_parameters(layer) for layer in layers]
         before = [[p.clone() for p in each] for each in parameters]
@@ -330,13 +328,17 @@ class KBFGS(CurvatureOptimizer):
 
     def _update_outputs(self, layers: list[nn.Linear], first: "_Pass", trial: "_Pass", group: dict[str, Any]) -> None:
         """s, y and H_g of the layers of a group."""
-        states = [self.state[layer.weight] for layer in layers]
-        for layer, state in zip(layers, states, strict=True):
+        states = []
+        for layer in layers:
+            state = self.state[layer.weight]
             s = trial.mean_preactivation(layer) - first.mean_preactivation(layer)
             y = trial.gradient[layer] - first.gradient[layer]
-            if torch.isfinite(s).all() and torch.isfinite(y).all():
+            if torch.isfinite(s + y).all():
                 state["s"].lerp_(s, 1 - group["decay"])
                 state["y"].lerp_(y, 1 - group["decay"])
+                states.append(state)
+            else:
+                state["skipped"] += 1
         for state, bits in zip(states, self._damped_update(states, group).tolist(), strict=True):
             state["updated"] += bool(bits & ops.UPDATED)
             state["skipped"] += not bits & ops.UPDATED
@@ -347,7 +349,7 @@ class KBFGS(CurvatureOptimizer):
 class KBFGSL(KBFGS):
     """K-BFGS(L): K-BFGS with H_g in limited memory, the last `memory` damped pairs (s, y) of each layer.
 
-    With as many pairs or more than steps it takes the steps of `KBFGS`. Less arithmetic where memory < n_out / 2, roughly.
+    While no pair has been dropped its steps are those of `KBFGS`. Less arithmetic where memory < n_out / 2, roughly.
 
     Args:
         model: as in `KBFGS`, likewise the arguments not named here.
@@ -387,8 +389,8 @@ class KBFGSL(KBFGS):
 class _Pass:
     """What one call of the closure leaves behind at each linear layer that its loss depends on.
 
-    Recorded when the gradient arrives, so that forward passes without a backward one do not count; several passes add up to the
-    union of their batches.
+    Recorded when the gradient arrives, so that forward passes without a backward one do not count; several passes add
+    up to the union of their batches.
 
     Args:
         layers: the layers to record.
@@ -439,7 +441,7 @@ class _Pass:
         return torch.stack([mean * (count / total) for mean, count in self._preactivations[layer]]).sum(0)
 
     def check_same_data(self, first: "_Pass", name: str) -> None:
-        """Raises RuntimeError unless the input of the first layer, which no covered weight has changed, is that of `first`."""
+        """Raises RuntimeError unless the first layer's input, on which no covered weight acts, is that of `first`."""
         layer = next(layer for layer in first._order if layer in first._inputs)
         if layer in self._inputs:
             new, old = self.mean_input(layer), first.mean_input(layer)
@@ -447,23 +449,22 @@ class _Pass:
             if len(self.input(layer)) == len(first.input(layer)) and (new - old).norm() <= 1e-3 * old.norm():
                 return
         raise RuntimeError(
-            f"{name}.step(): expected the closure to evaluate the same mini-batch at every call, but the first layer's input has changed. "
-            "Draw the batch outside of the closure. The parameters are those before the step."
+            f"{name}.step(): expected the closure to evaluate the same mini-batch at every call, but the first layer's "
+            "input has changed. Draw the batch outside of the closure. No parameter and no state has changed."
         )
 
     def _forward(self, layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if not torch.is_grad_enabled():
             return
-        input = (args[0] if args else kwargs["input"]).detach()
-        mean = output.detach().reshape(-1, layer.out_features).mean(0)
+        input = _input(layer, args, kwargs)
+        mean = output.detach().reshape(-1, layer.out_features).mean(0, dtype=layer.weight.dtype)
         if self._anchored and not output.requires_grad:
             output.add_(torch.zeros(layer.out_features, dtype=output.dtype, device=output.device, requires_grad=True))
 
         def backward(gradient: Tensor) -> None:
-            gradient = gradient.reshape(-1, layer.out_features)
             self._inputs.setdefault(layer, []).append(input)
-            self._preactivations.setdefault(layer, []).append((mean, len(gradient)))
-            total = gradient.sum(0)
+            self._preactivations.setdefault(layer, []).append((mean, len(input)))
+            total = gradient.reshape(-1, layer.out_features).sum(0, dtype=layer.weight.dtype)
             self.gradient[layer] = self.gradient[layer] + total if layer in self.gradient else total
 
         if output.requires_grad:
@@ -472,15 +473,26 @@ class _Pass:
             output.register_hook(backward)
 
 
-def _parameters(layer: nn.Linear) -> list[nn.Parameter]:
+def _parameters(layer: nn.Linear) -> list[Tensor]:
     """The parameters that are trained together: the weight, and the bias where there is one with a gradient."""
     return [layer.weight] if layer.bias is None or layer.bias.grad is None else [layer.weight, layer.bias]
+
+
+def _input(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The h [m, n_in] of a call, in the parameters' dtype."""
+    h: Tensor = args[0] if args else kwargs["input"]
+    return h.detach().reshape(-1, layer.in_features).to(layer.weight.dtype)
+
+
+def _gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
 
 
 def _second_moment(
     layer: nn.Linear, h: Tensor, mean: Tensor, average: Tensor | None = None, decay: float = 0.0
 ) -> Tensor:
-    """decay A + (1 - decay) E[h h^T], in place where A (`average`) is given; h is extended by a 1 where the layer has a bias."""
+    """A <- decay A + (1 - decay) E[h h^T], in place where A is given (`average`); with a bias h ends in a 1."""
     n = layer.in_features
     if average is None:
         size = n + (layer.bias is not None and layer.bias.requires_grad)
@@ -497,7 +509,7 @@ def _columns(layer: nn.Linear) -> tuple[slice, slice]:
     return slice(0, layer.in_features), slice(layer.in_features, layer.in_features + 1)
 
 
-def _move(parameters: list[nn.Parameter], old: list[Tensor], direction: Tensor, lr: float) -> None:
+def _move(parameters: list[Tensor], old: list[Tensor], direction: Tensor, lr: float) -> None:
     """[W | b] = old - lr direction."""
     n = parameters[0].shape[1]
     for p, start, d in zip(parameters, old, (direction[:, :n], direction[:, n:].flatten()), strict=False):
