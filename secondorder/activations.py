@@ -48,24 +48,24 @@ class Probed:
 
 Transfer = Analytic | Probed
 
-# Name of the autograd node -> (name, parameter, whether `saved` is the output), or None where these settings have no analytic form.
+# Name of the autograd node, without its number -> (name, parameter, whether `saved` is the output), or None where these settings have no analytic form.
 _NODES: dict[str, Callable[[Any], tuple[str, float, bool] | None]] = {
-    "SigmoidBackward0": lambda node: ("sigmoid", 1.0, True),
-    "TanhBackward0": lambda node: ("tanh", 1.0, True),
-    "ReluBackward0": lambda node: ("relu", 1.0, True),
-    "LeakyReluBackward0": lambda node: (
+    "SigmoidBackward": lambda node: ("sigmoid", 1.0, True),
+    "TanhBackward": lambda node: ("tanh", 1.0, True),
+    "ReluBackward": lambda node: ("relu", 1.0, True),
+    "LeakyReluBackward": lambda node: (
         ("leaky_relu", node._saved_negative_slope, True) if node._saved_negative_slope > 0 else None
     ),
-    "EluBackward0": lambda node: (
+    "EluBackward": lambda node: (
         ("elu", node._saved_alpha, True)
         if node._saved_alpha > 0 and node._saved_scale == 1 and node._saved_input_scale == 1
         else None
     ),
-    "SoftplusBackward0": lambda node: (
+    "SoftplusBackward": lambda node: (
         ("softplus", node._saved_beta, False) if node._saved_threshold == 20 and node._saved_beta > 0 else None
     ),
-    "SiluBackward0": lambda node: ("silu", 1.0, False),
-    "GeluBackward0": lambda node: ("gelu_tanh" if node._saved_approximate == "tanh" else "gelu", 1.0, False),
+    "SiluBackward": lambda node: ("silu", 1.0, False),
+    "GeluBackward": lambda node: ("gelu_tanh" if node._saved_approximate == "tanh" else "gelu", 1.0, False),
 }
 
 
@@ -77,7 +77,7 @@ def analytic(output: Tensor, source: Node, preactivation: Callable[[], Tensor]) 
     node: Any = output.grad_fn
     if node is source:
         return Analytic("identity", 1.0, output.detach())
-    settings = _NODES.get(node.name())
+    settings = _NODES.get(node.name().rstrip("0123456789"))  # ...Backward0, or 1 in place
     known = settings(node) if settings and node.next_functions[0][0] is source else None
     if known is None:
         return None

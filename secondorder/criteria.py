@@ -41,9 +41,7 @@ class OutputHessian:
         if self.convex:
             return self.values
         if not torch.isfinite(self.values).all():
-            raise ValueError(
-                "expected a finite Hessian of the criterion with respect to the network output, got NaN or inf"
-            )
+            raise ValueError("expected a finite Hessian of the criterion with respect to the network output, got NaN or inf")
         # In float64: eigh of an ill-conditioned float32 matrix can fail to converge.
         symmetric = self.values.double()
         eigenvalues, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
@@ -200,9 +198,7 @@ def _bce_with_logits(criterion: nn.BCEWithLogitsLoss, output: Tensor, target: Te
     return OutputHessian(diagonal / _normalizer(criterion, output.numel()), convex=True)
 
 
-def _bounded_classification(
-    criterion: BoundedClassificationLoss, output: Tensor, target: Tensor
-) -> OutputHessian | None:
+def _bounded_classification(criterion: BoundedClassificationLoss, output: Tensor, target: Tensor) -> OutputHessian | None:
     # C(q), q = p_y: C'' grad q grad q^T + C' Hess q with grad q = q v, v = e_y - p, and Hess q = q (v v^T - diag p + p p^T).
     if output.dim() != 2 or target.is_floating_point():
         return None

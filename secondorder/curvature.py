@@ -42,9 +42,7 @@ class PCH:
             elif record.next is None:
                 hessians[record.layer] = empirical_fisher(record).to(dtype)
             else:
-                hessians[record.layer] = self._step(
-                    record, hessians[record.next.layer], record.next.layer.weight.detach()
-                )
+                hessians[record.layer] = self._step(record, hessians[record.next.layer], record.next.layer.weight.detach())
         return hessians
 
     def _from_losses(self, record: LayerRecord) -> Tensor:

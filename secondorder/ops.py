@@ -130,9 +130,7 @@ def eacg_solve(
         return _ops.eacg_solve(bias_hessian, mean_input, grad_weight, grad_bias, alpha, max_iter, tol, truncated)
     alphas = [alpha] * len(bias_hessian) if isinstance(alpha, float) else list(alpha)  # type: ignore[arg-type]
     biases = [h.new_empty(0) if g is None else g for g, h in zip(grad_bias, bias_hessian, strict=True)]  # type: ignore[arg-type]
-    return _ops.eacg_solve.list(
-        list(bias_hessian), list(mean_input), list(grad_weight), biases, alphas, max_iter, tol, truncated
-    )
+    return _ops.eacg_solve.list(list(bias_hessian), list(mean_input), list(grad_weight), biases, alphas, max_iter, tol, truncated)
 
 
 def eacg_update_(

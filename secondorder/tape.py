@@ -24,8 +24,6 @@ from secondorder import activations
 from secondorder.activations import Transfer, rows
 from secondorder.criteria import OutputHessian, analytic_hessian, autograd_hessian
 
-_KEY = "secondorder.call"  # in the metadata of the autograd node of a layer's output
-
 
 @dataclass(eq=False)
 class LayerCall:
@@ -33,9 +31,7 @@ class LayerCall:
 
     layer: nn.Linear
     input: Tensor  # [..., n_in]
-    inputs_from: list["Link"] = field(
-        default_factory=list
-    )  # empty: the network's own input, or one no linear layer made
+    inputs_from: list["Link"] = field(default_factory=list)  # empty: the network's own input, or one no linear layer made
     output: Tensor | None = None  # [..., n_out], kept only until what follows is known
     version: int = 0
     used: bool = False  # by another layer or by the criterion
@@ -111,14 +107,13 @@ class Tape:
     `recording` may be switched off and on at any time.
     """
 
-    def __init__(
-        self, layers: dict[nn.Linear, str], criterion: nn.Module, *, diagonal: bool, grad_outputs: bool = False
-    ):
+    def __init__(self, layers: dict[nn.Linear, str], criterion: nn.Module, *, diagonal: bool, grad_outputs: bool = False):
         self.names = layers
         self.criterion = criterion
         self.diagonal = diagonal
         self.grad_outputs = grad_outputs
         self.recording = True
+        self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
         self._muted = False
         self._losses: list[LossCall] = []
         self._handles: list[RemovableHandle] = [
@@ -147,12 +142,7 @@ class Tape:
         for loss in self._losses:
             for call in _consumers_first(loss, consumers, self.names):
                 records.setdefault(call.layer, LayerRecord(call.layer, [])).calls.append(call)
-        owner = {
-            link: records[call.layer]
-            for record in records.values()
-            for call in record.calls
-            for link in call.inputs_from
-        }
+        owner = {link: records[call.layer] for record in records.values() for call in record.calls for link in call.inputs_from}
         for record in records.values():
             _connect(record, [consumers[call] for call in record.calls], owner, self.names)
         return _recursion_order(records)
@@ -165,7 +155,7 @@ class Tape:
         call = LayerCall(layer, input.detach(), output=output.detach(), version=output._version)
         with self._mute():
             call.inputs_from = self._links(input)
-        node.metadata[_KEY] = call
+        node.metadata[self._key] = call
         if self.grad_outputs:
             self._keep_gradient(node)
         if self.diagonal and any(link.transfer is not None and link.transfer.curved for link in call.inputs_from):
@@ -176,20 +166,18 @@ class Tape:
         """Where a layer's input comes from."""
         if input.grad_fn is None:
             return []
-        nodes = _source_nodes(input.grad_fn)
+        nodes = _source_nodes(input.grad_fn, self._key)
         if len(nodes) != 1:
-            names = ", ".join(sorted({repr(self.names[node.metadata[_KEY].layer]) for node in nodes}))
+            names = ", ".join(sorted({repr(self.names[node.metadata[self._key].layer]) for node in nodes}))
             return [self._blocked(node, f"is combined with other linear layers ({names})") for node in nodes]
         (node,) = nodes
-        source: LayerCall = node.metadata[_KEY]
+        source: LayerCall = node.metadata[self._key]
         transfer: Transfer | None = activations.analytic(input, node, source.preactivation)
         if transfer is None:
             try:
                 transfer = activations.probe(input, node, second=self.diagonal)
             except RuntimeError as error:
-                return [
-                    self._blocked(node, f"goes through a function that autograd cannot differentiate twice ({error})")
-                ]
+                return [self._blocked(node, f"goes through a function that autograd cannot differentiate twice ({error})")]
         if transfer is None:
             return [self._blocked(node, f"goes through a function that is not elementwise ({input.grad_fn.name()})")]
         self._use(node)
@@ -201,14 +189,14 @@ class Tape:
         return Link(self._use(node), None, obstacle)
 
     def _use(self, node: Node) -> LayerCall:
-        call: LayerCall = node.metadata[_KEY]
+        call: LayerCall = node.metadata[self._key]
         if call.used:
             self._keep_gradient(node)
         call.used = True
         return call
 
     def _keep_gradient(self, node: Node) -> None:
-        call: LayerCall = node.metadata[_KEY]
+        call: LayerCall = node.metadata[self._key]
         if not call.keeps_gradient:
             call.keeps_gradient = True
             keep = self._when_backward(lambda g: _accumulate(call, "grad_output", g))
@@ -218,7 +206,7 @@ class Tape:
         node = loss.grad_fn if isinstance(loss, Tensor) else None
         if node is None or not self._active():
             return
-        nodes = _source_nodes(node)
+        nodes = _source_nodes(node, self._key)
         if not nodes:
             return
         if loss.dim() != 0:
@@ -303,12 +291,12 @@ def _accumulate(record: Any, name: str, gradient: Tensor) -> None:
     setattr(record, name, gradient if before is None else before + gradient)
 
 
-def _source_nodes(start: Node) -> list[Node]:
+def _source_nodes(start: Node, key: str) -> list[Node]:
     """The nearest autograd nodes upstream of (or at) `start` that are outputs of recorded linear layers."""
     found, seen, stack = [], {start}, [start]
     while stack:
         node = stack.pop()
-        if _KEY in node.metadata:
+        if key in node.metadata:
             found.append(node)
             continue
         for following, _ in node.next_functions:

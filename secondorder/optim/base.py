@@ -81,9 +81,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _check_gradients(self) -> None:
         if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
-            raise RuntimeError(
-                f"{type(self).__name__}.step(): expected gradients, found none; call loss.backward() first"
-            )
+            raise RuntimeError(f"{type(self).__name__}.step(): expected gradients, found none; call loss.backward() first")
 
     def _records(self) -> list[LayerRecord]:
         """The layers that the losses since the last step reach, or an error that says what is missing."""
@@ -107,12 +105,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _uncovered(self, covered: set[Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
         """The parameters with a gradient outside of `covered`, with their groups, once their gradients are known to be finite."""
-        found = [
-            (p, group)
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None and p not in covered
-        ]
+        found = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None and p not in covered]
         new = [p for p, _ in found if p not in self._fallback_warned]
         if new:
             names = ", ".join(repr(self._parameter_names.get(p, "?")) for p in new)

@@ -59,7 +59,7 @@ class EACG(CurvatureOptimizer):
         self,
         model: nn.Module,
         criterion: nn.Module | Callable[..., Tensor],
-        lr: float = 0.05,
+        lr: float = 0.02,
         *,
         curvature: str | PCH = "pch-abs",
         alpha: float = 0.01,
@@ -119,9 +119,7 @@ class EACG(CurvatureOptimizer):
 
     def _schedule(self) -> None:
         """Has the next forward pass recorded if the next step renews the factors."""
-        steps = max(
-            (self.state[layer.weight].get("step", 0) for layer in self._layers if layer.weight in self.state), default=0
-        )
+        steps = max((self.state[layer.weight].get("step", 0) for layer in self._layers if layer.weight in self.state), default=0)
         self._tape.recording = steps % self._curvature_every == 0
 
     def _new_factors(self, records: list[LayerRecord]) -> dict[nn.Linear, tuple[Tensor, Tensor]]:
@@ -158,8 +156,7 @@ class EACG(CurvatureOptimizer):
         weights = [layer.weight for layer in layers]
         none = [weight.new_empty(0) for weight in weights]
         biases = [
-            e if layer.bias is None or layer.bias.grad is None else layer.bias
-            for layer, e in zip(layers, none, strict=True)
+            e if layer.bias is None or layer.bias.grad is None else layer.bias for layer, e in zip(layers, none, strict=True)
         ]
         own = [groups[weight] for weight in weights]
         momenta: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -182,9 +179,7 @@ class EACG(CurvatureOptimizer):
                 self._truncated,
             )
             if (iterations < 0).any():
-                raise RuntimeError(
-                    self._not_finite([layers[i] for i in (iterations < 0).nonzero().flatten().tolist()], factors)
-                )
+                raise RuntimeError(self._not_finite([layers[i] for i in (iterations < 0).nonzero().flatten().tolist()], factors))
 
         self._fallback_update(others)
         for layer in layers:
