@@ -40,7 +40,7 @@ class KBFGS(CurvatureOptimizer):
             optimizer.step(closure)
 
     `step` calls the closure a second time, at the new weights, on the same mini-batch and from the same random state,
-    so that dropout masks repeat. No parameter's gradient is computed then, and p.grad keeps those of the first call. The
+    so that dropout masks repeat. No parameter's gradient is computed then: p.grad keeps those of the first call. The
     second call also tells the loss after the step: where that exceeds the loss before by more than `max_increase`
     times its size, or is not finite, the step is halved and tried again, and given up after 10 halvings.
 
@@ -136,7 +136,7 @@ class KBFGS(CurvatureOptimizer):
         """One step; calls the closure at least twice.
 
         Args:
-            closure: zero_grad, forward and backward on one mini-batch, the same at each call of a step; returns the loss.
+            closure: zero_grad, forward and backward on one mini-batch, the same at every call; returns the loss.
 
         Returns:
             The loss before the step.
@@ -266,7 +266,7 @@ class KBFGS(CurvatureOptimizer):
         first: "_Pass",
         random: Any,
     ) -> tuple["_Pass | None", int]:
-        """Takes the step, halved until the loss is acceptable; returns the pass after it (None: no step) and halvings."""
+        """Takes the step, halved until the loss is acceptable; returns the pass after it (None: no step), halvings."""
         name = type(self).__name__
         parameters = [_parameters(layer) for layer in layers]
         before = [[p.clone() for p in each] for each in parameters]
