@@ -4,8 +4,9 @@
 
 DIR holds train-images-idx3-ubyte, plain or with .gz. Net 784-1000-500-250-30 and back, ReLU but for the code and the
 output, BCE with logits summed over pixels, batch 1000, lr 0.3, damping 0.3, L2 1e-5: the setting whose training losses
-after epochs 1, 2, 3 the authors' notebook gives as 169.0, 109.6, 85.2. Seconds are CPU seconds of training
-alone, all threads together: what else the machine does enters less than into wall time. KFAC is not in the table, since the package has none yet.
+after epochs 1, 2, 3 the authors' notebook gives as 169.0, 109.6, 85.2. Seconds are CPU seconds of training alone, all
+threads together: what else the machine does enters less than into wall time. KFAC is not in the table, since the
+package has none yet.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Fast second-order optimizers for PyTorch.
 
-`EACG` is a drop-in torch optimizer, `KBFGS` and `KBFGSL` are ones whose step takes a closure; `ops` holds its operators, `reference` their plain-PyTorch twins, `criteria` the papers'
-criteria.
+`EACG` is a drop-in torch optimizer, `KBFGS` and `KBFGSL` are ones whose step takes a closure; `ops` holds their operators,
+`reference` the operators' plain-PyTorch twins, `criteria` the papers' criteria.
 """
 
 from typing import Any

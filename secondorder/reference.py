@@ -126,19 +126,34 @@ def bfgs_update_(inverse_hessian: Tensor, s: Tensor, y: Tensor) -> Tensor:
 
 def damped_bfgs_update_(
     inverse_hessian: Sequence[Tensor], s: Sequence[Tensor], y: Sequence[Tensor], mu1: float, mu2: float
-) -> None:
+) -> Tensor:
     """Goldfarb et al., Algorithm 3 and Eq. 6, layer by layer."""
-    for h, s_layer, y_layer in zip(inverse_hessian, s, y, strict=True):
-        bfgs_update_(h, *double_damping(s_layer, y_layer, h, mu1, mu2))
+    statuses = []
+    for h, *pair in zip(inverse_hessian, s, y, strict=True):
+        damped = double_damping(*pair, h, mu1, mu2)
+        statuses.append(_status(pair, damped))
+        bfgs_update_(h, *damped)
+    return torch.tensor(statuses)
 
 
 def hessian_action_update_(
     inverse: Sequence[Tensor], matrix: Sequence[Tensor], vector: Sequence[Tensor], damping: float
-) -> None:
+) -> Tensor:
     """Goldfarb et al., Section 4: BFGS with s = H a and y = (A + lambda_A I) s, layer by layer."""
+    statuses = []
     for h, a, mean in zip(inverse, matrix, vector, strict=True):
         s = h @ mean
-        bfgs_update_(h, s, a @ s + damping * s)
+        pair = s, a @ s + damping * s
+        statuses.append(_status(pair, pair))
+        bfgs_update_(h, *pair)
+    return torch.tensor(statuses)
+
+
+def _status(pair: Sequence[Tensor], damped: Sequence[Tensor]) -> int:
+    """The bits ops.UPDATED, DAMPED_S and DAMPED_Y (but for updates that would overflow)."""
+    s_damped, y_damped = (not torch.equal(a, b) for a, b in zip(pair, damped, strict=True))
+    curvature = damped[0] @ damped[1]
+    return bool(curvature > 0 and torch.isfinite(curvature)) + 2 * s_damped + 4 * y_damped
 
 
 def lbfgs_product(s_pairs: Tensor, y_pairs: Tensor, v: Tensor) -> Tensor:
@@ -151,3 +166,23 @@ def lbfgs_product(s_pairs: Tensor, y_pairs: Tensor, v: Tensor) -> Tensor:
     for s, y, rho in pairs:
         v = v + torch.outer(s, shares.pop() - rho * (y @ v))
     return v
+
+
+def damped_lbfgs_update_(
+    s_pairs: Sequence[Tensor],
+    y_pairs: Sequence[Tensor],
+    s: Sequence[Tensor],
+    y: Sequence[Tensor],
+    mu1: float,
+    mu2: float,
+) -> Tensor:
+    """Goldfarb et al., Algorithm 3 with the H that the pairs stand for, layer by layer; then the oldest pair makes room."""
+    statuses = []
+    for s_memory, y_memory, *pair in zip(s_pairs, y_pairs, s, y, strict=True):
+        h = lbfgs_product(s_memory, y_memory, torch.eye(len(pair[0]), dtype=pair[0].dtype))
+        damped = double_damping(*pair, h, mu1, mu2)
+        statuses.append(_status(pair, damped))
+        if statuses[-1] % 2:
+            for memory, new in zip((s_memory, y_memory), damped, strict=True):
+                memory.copy_(torch.cat([memory[1:], new[None]]))
+    return torch.tensor(statuses)

@@ -106,6 +106,32 @@ def test_fused_update_equals_damping_then_update(dtype):
     assert {ops.UPDATED | d for d in (0, ops.DAMPED_S, ops.DAMPED_Y, ops.DAMPED_S | ops.DAMPED_Y)} <= seen
 
 
+def test_list_operators_equal_their_twins():
+    """State and statuses over a sequence of pairs of every kind, on three layers at once."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = (1, 5, 33)
+    for make, update in [
+        (lambda n: [torch.eye(n).double()], "damped_bfgs_update_"),
+        (lambda n: [torch.zeros(4, n).double() for _ in range(2)], "damped_lbfgs_update_"),
+    ]:
+        states = [[make(n) for n in sizes] for _ in range(2)]
+        for i in range(10):
+            s, y = ([torch.randn(n, generator=generator).double() for n in sizes] for _ in range(2))
+            y[0] = 0.0 * y[0] if i == 4 else y[0]
+            y[1] = -y[1] if s[1] @ y[1] > 0 and i % 2 else y[1]
+            s[2] = math.nan * s[2] if i == 5 else s[2]
+            statuses = [
+                getattr(module, update)(*zip(*state, strict=True), s, y, MU1, MU2)
+                for module, state in zip((ops, reference), states, strict=True)
+            ]
+            assert torch.equal(statuses[0] & ops.UPDATED, statuses[1] & ops.UPDATED)
+            if i != 5:
+                assert torch.equal(*statuses)
+        for ours, twins in zip(*states, strict=True):
+            for a, b in zip(ours, twins, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
 # The invariants
 
 
@@ -127,9 +153,7 @@ def test_invariants_over_long_sequences(n, seed, mu1, mu2):
         # Positive definite: up to rounding for the largest eigenvalue, here at most 1e24 times the smallest.
         values = torch.linalg.eigvalsh(h)
         assert values[0] > -1e-12 * values[-1]
-        assert (h @ y_damped - s_damped).norm() <= 1e-9 * (
-            s_damped.norm() + (before.norm() + h.norm()) * y_damped.norm()
-        )
+        assert (h @ y_damped - s_damped).norm() <= 1e-9 * (s_damped.norm() + (before.norm() + h.norm()) * y_damped.norm())
         # Eq. 10, where the second damping leaves the first one's bound intact.
         if y_damped @ before @ y_damped <= sy / mu1:
             bound = (torch.linalg.matrix_norm(before, 2).sqrt() + 1 / math.sqrt(mu1 * mu2)) ** 2 + 1 / mu2
@@ -208,8 +232,8 @@ def test_hessian_action_with_damping_equals_reference(n):
         [torch.randn(k, dtype=torch.float64) for k in (n, n + 1)],
     )
     expected = [h.clone() for h in inverses]
-    reference.hessian_action_update_(expected, matrices, vectors, 0.55)
-    ops.hessian_action_update_(inverses, matrices, vectors, 0.55)
+    statuses = reference.hessian_action_update_(expected, matrices, vectors, 0.55)
+    assert torch.equal(ops.hessian_action_update_(inverses, matrices, vectors, 0.55), statuses)
     for h, e in zip(inverses, expected, strict=True):
         torch.testing.assert_close(h, e, rtol=1e-9, atol=1e-9)
 

@@ -95,9 +95,7 @@ class Paper:
             if layer.bias is not None:
                 layer.bias.data = parameters[:, -1].clone()
         _, _, new_outputs, new_grads = self.passes(x, y)
-        for state, h, z, g, z_new, g_new in zip(
-            self.state, inputs, outputs, grads, new_outputs, new_grads, strict=True
-        ):
+        for state, h, z, g, z_new, g_new in zip(self.state, inputs, outputs, grads, new_outputs, new_grads, strict=True):
             state["s"] = self.decay * state["s"] + (1 - self.decay) * (z_new.mean(0) - z.mean(0))
             state["y"] = self.decay * state["y"] + (1 - self.decay) * (g_new.sum(0) - g.sum(0))
             s, y_, hg = state["s"], state["y"], self.inverse_output(state)
@@ -325,6 +323,26 @@ def test_evaluation_inside_the_closure_does_not_count():
     assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
+def test_autocast():
+    """Under autocast the layers compute in bfloat16; the factors keep the parameters' dtype."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9, bias=False), nn.ReLU(), nn.Linear(9, 6))
+    optimizer = so.KBFGS(model, nn.MSELoss(), lr=0.1)
+    x = torch.randn(50, 6)
+
+    def closure():
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(x)
+        loss = nn.functional.mse_loss(output.float(), x)
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(20)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert optimizer.state[model[2].weight]["input_second_moment"].dtype == torch.float32
+
+
 # torch.optim's contract
 
 
@@ -428,9 +446,7 @@ def test_bad_closures_change_nothing(steps):
         "return the scalar loss",
     )
     optimizer.zero_grad()
-    unchanged(
-        model, optimizer, lambda: optimizer.step(lambda: model(x).sum()), RuntimeError, "expected gradients, found none"
-    )
+    unchanged(model, optimizer, lambda: optimizer.step(lambda: model(x).sum()), RuntimeError, "expected gradients, found none")
     # A closure that draws from torch's generator draws the same batch twice: that is no error.
     optimizer.step(other_data)
 

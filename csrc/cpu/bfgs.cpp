@@ -72,7 +72,7 @@ void for_rows(const std::vector<int64_t>& sizes, F&& f) {
   std::vector<Rows> ranges;
   int64_t work = 0;
   for (size_t l = 0; l < sizes.size(); ++l) {
-    const int64_t n = sizes[l], step = n ? std::max<int64_t>(4, kSerialWork / 2 / n & ~int64_t(3)) : 1;
+    const int64_t n = sizes[l], step = n ? std::max<int64_t>(4, (kSerialWork / 2 / n) & ~int64_t(3)) : 1;
     for (int64_t begin = 0; begin < n; begin += step) ranges.push_back({l, begin, std::min(begin + step, n)});
     work += n * n;
   }
@@ -110,13 +110,12 @@ struct Pair {
   int64_t status = 0;
 };
 
-// Double damping (Algorithm 3) of each pair, whose hy must be known. `hs`: H s where the caller wants hy to become that of
-// the damped y, else empty.
+// Double damping (Algorithm 3), in its two halves, of a pair whose hy is known. hy stays that of the undamped y.
 template <typename T>
 struct Damping {
   double mu1, mu2;
 
-  void first(Pair<T>& pair) {
+  void first(Pair<T>& pair) const {
     const double theta1 = powell_theta(dot(pair.s, pair.y), dot(pair.y, pair.hy), mu1);
     if (theta1 == 1) return;
     pair.s = combine(theta1, pair.s, 1 - theta1, pair.hy);
@@ -218,7 +217,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> double_damping_list
       products.push_back({contiguous[l].const_data_ptr<T>(), &pairs[l].y, nullptr, &pairs[l].hy, nullptr});
     }
     multiply(products);
-    Damping<T> damping{mu1, mu2};
+    const Damping<T> damping{mu1, mu2};
     for (size_t l = 0; l < s.size(); ++l) {
       damping.first(pairs[l]);
       damping.second(pairs[l], damping.second(pairs[l]));
@@ -284,7 +283,7 @@ at::Tensor damped_bfgs_update_(at::TensorList inverses, at::TensorList s, at::Te
       products.push_back({matrices[l], &pairs[l].y, &undamped_s[l], &pairs[l].hy, &hs[l]});
     }
     multiply(products);
-    Damping<T> damping{mu1, mu2};
+    const Damping<T> damping{mu1, mu2};
     std::vector<double> theta2(layers);
     for (size_t l = 0; l < layers; ++l) {
       damping.first(pairs[l]);
@@ -411,7 +410,7 @@ at::Tensor damped_lbfgs_update_(at::TensorList s_pairs, at::TensorList y_pairs, 
       using T = scalar_t;
       Pair<T> pair{to_vector<T>(s[l]), to_vector<T>(y[l])};
       pair.hy = to_vector<T>(compact_product(s_pairs[l], y_pairs[l], y[l].unsqueeze(1)));
-      Damping<T> damping{mu1, mu2};
+      const Damping<T> damping{mu1, mu2};
       damping.first(pair);
       damping.second(pair, damping.second(pair));
       const double sy = dot(pair.s, pair.y);
