@@ -129,9 +129,9 @@ def damped_bfgs_update_(
 ) -> Tensor:
     """Goldfarb et al., Algorithm 3 and Eq. 6, layer by layer."""
     statuses = []
-    for h, *pair in zip(inverse_hessian, s, y, strict=True):
-        damped = double_damping(*pair, h, mu1, mu2)
-        statuses.append(_status(pair, damped))
+    for h, s_layer, y_layer in zip(inverse_hessian, s, y, strict=True):
+        damped = double_damping(s_layer, y_layer, h, mu1, mu2)
+        statuses.append(_status((s_layer, y_layer), damped))
         bfgs_update_(h, *damped)
     return torch.tensor(statuses)
 
@@ -178,10 +178,10 @@ def damped_lbfgs_update_(
 ) -> Tensor:
     """Goldfarb et al., Algorithm 3 with the H that the pairs stand for, layer by layer; then the oldest pair makes room."""
     statuses = []
-    for s_memory, y_memory, *pair in zip(s_pairs, y_pairs, s, y, strict=True):
-        h = lbfgs_product(s_memory, y_memory, torch.eye(len(pair[0]), dtype=pair[0].dtype))
-        damped = double_damping(*pair, h, mu1, mu2)
-        statuses.append(_status(pair, damped))
+    for s_memory, y_memory, s_layer, y_layer in zip(s_pairs, y_pairs, s, y, strict=True):
+        h = lbfgs_product(s_memory, y_memory, torch.eye(len(s_layer), dtype=s_layer.dtype))
+        damped = double_damping(s_layer, y_layer, h, mu1, mu2)
+        statuses.append(_status((s_layer, y_layer), damped))
         if statuses[-1] % 2:
             for memory, new in zip((s_memory, y_memory), damped, strict=True):
                 memory.copy_(torch.cat([memory[1:], new[None]]))
