@@ -48,7 +48,8 @@ class Probed:
 
 Transfer = Analytic | Probed
 
-# Name of the autograd node, without its number -> (name, parameter, whether `saved` is the output), or None where these settings have no analytic form.
+# Name of the autograd node, without its number -> (name, parameter, whether `saved` is the output), or None where its
+# settings have no analytic form.
 _NODES: dict[str, Callable[[Any], tuple[str, float, bool] | None]] = {
     "SigmoidBackward": lambda node: ("sigmoid", 1.0, True),
     "TanhBackward": lambda node: ("tanh", 1.0, True),

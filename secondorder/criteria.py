@@ -162,7 +162,8 @@ def _normalizer(criterion: Any, count: float | Tensor) -> float | Tensor:
 
 
 def _cross_entropy(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> OutputHessian | None:
-    # L = -sum_i sum_k t_ik log p_ik / N with t the weighted, smoothed target: its Hessian is sum_i (sum_k t_ik) (diag p_i - p_i p_i^T) / N.
+    # L = -sum_i sum_k t_ik log p_ik / N with t the weighted, smoothed target:
+    # H = sum_i (sum_k t_ik) (diag p_i - p_i p_i^T) / N.
     if output.dim() != 2:
         return None
     k, smoothing = output.shape[1], criterion.label_smoothing

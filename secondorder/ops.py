@@ -7,6 +7,7 @@ devices and values raise ValueError, wrong dtypes TypeError, before anything is 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def bias_hessian(
         weight: W [n_out, n_in] of this layer.
         d1: [m, n_in], sigma' at the preactivation of the layer below, m >= 1.
         d2: [m, n_in], sigma'' there; None together with `grad_input` leaves the diagonal out (Gauss-Newton).
-        grad_input: [m, n_in], gradient of the mean loss with respect to this layer's input: the sum over i is then the expectation.
+        grad_input: [m, n_in], gradient of the mean loss w.r.t. this layer's input: the sum over i is the expectation.
         gamma: <= 0. -1 takes absolute values (PCH-1), 0 clips (PCH-2).
 
     Returns:
@@ -97,12 +98,12 @@ def eacg_solve(
     bias_hessian: Tensor | Sequence[Tensor],
     mean_input: Tensor | Sequence[Tensor],
     grad_weight: Tensor | Sequence[Tensor],
-    grad_bias: Tensor | None | Sequence[Tensor | None],
+    grad_bias: Tensor | Sequence[Tensor | None] | None,
     alpha: float | Sequence[float],
     max_iter: int,
     tol: float,
     truncated: bool,
-):  # type: ignore[no-untyped-def]  # one layer's tensors in, tensors out; lists in, lists out
+) -> tuple[Any, Any, Tensor]:
     """Solves EA-CG's two systems (Chen et al., Eq. 10a, 10b with 11b), for one layer or, given lists, for all layers of a net.
 
     (1 - alpha) H P a a^T + alpha P = -B     and     ((1 - alpha) H + alpha I) d = -g.
@@ -124,7 +125,7 @@ def eacg_solve(
 
     Returns:
         P [n_out, n_in], d [n_out] (empty without grad_bias), and the iterations of the weight system, a 0-dim int64 tensor;
-        given lists, two lists and an int64 tensor [layers]. Numbers that are not finite come out as such, never as an endless loop.
+        given lists, two lists and an int64 tensor [layers]. Input that is not finite gives a solution that is not, either.
     """
     if isinstance(bias_hessian, Tensor):
         return _ops.eacg_solve(bias_hessian, mean_input, grad_weight, grad_bias, alpha, max_iter, tol, truncated)

@@ -1,10 +1,10 @@
 """What a forward and backward pass leaves behind: per linear layer its input, what follows it, and the gradients there.
 
-A forward hook on every linear layer of the model makes a `LayerCall` and ties it to the autograd node of the layer's output; from the
-graph it also reads which call made its input, and through which function. A forward hook on the criterion makes a `LossCall`
-likewise. So the chain of layers is known whatever the model's `forward` looks like, and a record lives exactly as long as its
-graph: a forward pass without a backward one leaves nothing behind. Gradients come from tensor hooks, which fire with the values of
-before an in-place activation. The hook on the loss says that a backward pass took place, and with which factor.
+A forward hook on every linear layer of the model makes a `LayerCall` and ties it to the autograd node of the layer's output;
+from the graph it also reads which call made its input, and through which function. A forward hook on the criterion makes a
+`LossCall` likewise. So the chain of layers is known whatever the model's `forward` looks like, and a record lives exactly as
+long as its graph: a forward pass without a backward one leaves nothing behind. Gradients come from tensor hooks, which fire with
+the values of before an in-place activation. The hook on the loss says that a backward pass took place, and with which factor.
 
 Nothing is recorded in eval mode, without grad mode, or while `recording` is off.
 """
@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +155,7 @@ class Tape:
         call = LayerCall(layer, input.detach(), output=output.detach(), version=output._version)
         with self._mute():
             call.inputs_from = self._links(input)
-        node.metadata[self._key] = call
+        _metadata(node)[self._key] = call
         if self.grad_outputs:
             self._keep_gradient(node)
         if self.diagonal and any(link.transfer is not None and link.transfer.curved for link in call.inputs_from):
@@ -168,10 +168,10 @@ class Tape:
             return []
         nodes = _source_nodes(input.grad_fn, self._key)
         if len(nodes) != 1:
-            names = ", ".join(sorted({repr(self.names[node.metadata[self._key].layer]) for node in nodes}))
+            names = ", ".join(sorted({repr(self.names[_metadata(node)[self._key].layer]) for node in nodes}))
             return [self._blocked(node, f"is combined with other linear layers ({names})") for node in nodes]
         (node,) = nodes
-        source: LayerCall = node.metadata[self._key]
+        source: LayerCall = _metadata(node)[self._key]
         transfer: Transfer | None = activations.analytic(input, node, source.preactivation)
         if transfer is None:
             try:
@@ -189,14 +189,14 @@ class Tape:
         return Link(self._use(node), None, obstacle)
 
     def _use(self, node: Node) -> LayerCall:
-        call: LayerCall = node.metadata[self._key]
+        call: LayerCall = _metadata(node)[self._key]
         if call.used:
             self._keep_gradient(node)
         call.used = True
         return call
 
     def _keep_gradient(self, node: Node) -> None:
-        call: LayerCall = node.metadata[self._key]
+        call: LayerCall = _metadata(node)[self._key]
         if not call.keeps_gradient:
             call.keeps_gradient = True
             keep = self._when_backward(lambda g: _accumulate(call, "grad_output", g))
@@ -286,6 +286,10 @@ def _remove(handles: list[RemovableHandle]) -> None:
     handles.clear()
 
 
+def _metadata(node: Node) -> dict[str, Any]:
+    return cast(dict[str, Any], node.metadata)  # torch's stub takes the attribute for a method
+
+
 def _accumulate(record: Any, name: str, gradient: Tensor) -> None:
     before = getattr(record, name)
     setattr(record, name, gradient if before is None else before + gradient)
@@ -296,7 +300,7 @@ def _source_nodes(start: Node, key: str) -> list[Node]:
     found, seen, stack = [], {start}, [start]
     while stack:
         node = stack.pop()
-        if key in node.metadata:
+        if key in _metadata(node):
             found.append(node)
             continue
         for following, _ in node.next_functions:

@@ -276,7 +276,9 @@ def test_where_the_recursion_ends_a_layer_restarts_from_its_fisher_block(kind, r
             continue
         expected = 0  # E of the outer products of the instances' own gradients, each from a hook on the layer's output
         deltas = []
-        handle = record.layer.register_forward_hook(lambda module, args, out: out.register_hook(deltas.append) and None)
+        handle = record.layer.register_forward_hook(
+            lambda module, args, out, deltas=deltas: out.register_hook(deltas.append) and None
+        )
         for i in range(6):
             if kind == "flip":  # instances are not independent: take the batch's rows
                 criterion(model(x), y).backward()

@@ -218,7 +218,8 @@ def test_non_contiguous():
 def test_bad_input(change, error, message):
     h, a, b, g = problem(3, 2)
     arguments = {
-        "bias_hessian": h, "mean_input": a, "grad_weight": b, "grad_bias": g, "alpha": 0.1, "max_iter": 5, "tol": 0.0, "truncated": False,
+        "bias_hessian": h, "mean_input": a, "grad_weight": b, "grad_bias": g, "alpha": 0.1, "max_iter": 5, "tol": 0.0,
+        "truncated": False,
     }  # fmt: skip
     with pytest.raises(error, match=message):
         ops.eacg_solve(**{**arguments, **change})

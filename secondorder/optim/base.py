@@ -38,11 +38,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"{name}: expected model to be an nn.Module, got {type(model).__name__}; pass the model itself, not its parameters"
+                f"{name}: expected model to be an nn.Module, got {type(model).__name__}; "
+                "pass the model itself, not its parameters"
             )
         if not callable(criterion):
             raise TypeError(
-                f"{name}: expected criterion to be an nn.Module or a function (output, target) -> loss, got {type(criterion).__name__}"
+                f"{name}: expected criterion to be an nn.Module or a function (output, target) -> loss, "
+                f"got {type(criterion).__name__}"
             )
         if fallback not in ("sgd", "error"):
             raise ValueError(f"{name}: expected fallback 'sgd' or 'error', got {fallback!r}")
@@ -55,7 +57,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         for layer in trainable:
             if layer.weight.dtype not in (torch.float32, torch.float64):
                 raise TypeError(
-                    f"{name}: expected parameters of dtype float32 or float64, got {layer.weight.dtype} in layer {layers[layer]!r}"
+                    f"{name}: expected parameters of dtype float32 or float64, got {layer.weight.dtype} "
+                    f"in layer {layers[layer]!r}"
                 )
         super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
         self.criterion = criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)
@@ -89,16 +92,17 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         records = self._tape.records()
         if not records:
             raise RuntimeError(
-                f"{name}.step(): there are gradients, but no call of the criterion that leads to them was recorded. Compute the loss "
-                f"by the criterion given to the optimizer ({self.criterion!r}; optimizer.criterion(output, target) where it is a "
-                "function), with the model in training mode; optimizer.zero_grad() forgets the calls before it."
+                f"{name}.step(): there are gradients, but no call of the criterion that leads to them was recorded. Compute "
+                f"the loss by the criterion given to the optimizer ({self.criterion!r}; optimizer.criterion(output, target) "
+                "where it is a function), with the model in training mode; optimizer.zero_grad() forgets the calls before it."
             )
         for record in records:
             if record.obstacle and record.layer not in self._restart_warned:
                 self._restart_warned.add(record.layer)
                 warnings.warn(
-                    f"secondorder: the output of layer {self._layers[record.layer]!r} {record.obstacle}; the bias Hessian's recursion "
-                    "is not defined there. The layer gets its empirical Fisher block, and the recursion starts anew from it.",
+                    f"secondorder: the output of layer {self._layers[record.layer]!r} {record.obstacle}; the bias Hessian's "
+                    "recursion is not defined there. The layer gets its empirical Fisher block, and the recursion "
+                    "starts anew from it.",
                     stacklevel=3,
                 )
         return records

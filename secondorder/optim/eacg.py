@@ -48,7 +48,8 @@ class EACG(CurvatureOptimizer):
         curvature_every: H and a are renewed every so many steps, >= 1; in between nothing is recorded.
         fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error".
 
-    lr, alpha, momentum, weight_decay and factor_decay are read from `param_groups` at every step (a layer's from its weight's group).
+    lr, alpha, momentum, weight_decay and factor_decay are read from `param_groups` at every step, a layer's from
+    its weight's group.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -173,7 +174,10 @@ class EACG(CurvatureOptimizer):
                 weights,
                 biases,
                 *momenta,
-                *([float(group[key]) for group in own] for key in ("lr", "alpha", "momentum", "weight_decay")),
+                [float(group["lr"]) for group in own],
+                [float(group["alpha"]) for group in own],
+                [float(group["momentum"]) for group in own],
+                [float(group["weight_decay"]) for group in own],
                 self._max_cg,
                 self._eps_cg,
                 self._truncated,
@@ -213,6 +217,6 @@ class EACG(CurvatureOptimizer):
                 + (f"NaN or inf in its {' and '.join(bad)}" if bad else "the solution overflows")
             )
         return (
-            f"EACG.step(): {'; '.join(parts)}. No parameter and no state has changed; skip this batch, or lower lr or raise alpha if "
-            "the training has diverged."
+            f"EACG.step(): {'; '.join(parts)}. No parameter and no state has changed; skip this batch, or lower lr "
+            "or raise alpha if the training has diverged."
         )
