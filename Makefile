@@ -32,6 +32,7 @@ bench: .venv/compiled
 	$(BIN)/python -m bench.bench_bias_hessian
 	$(BIN)/python -m bench.bench_eacg
 	$(BIN)/python -m bench.bench_step
+	$(BIN)/python -m bench.bench_bfgs
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

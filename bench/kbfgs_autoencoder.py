@@ -1,6 +1,6 @@
 """The published MNIST autoencoder run of K-BFGS (Goldfarb, Ren & Bahamou, 2020), over several seeds, beside Adam.
 
-    python bench/kbfgs_autoencoder.py --data-dir DIR
+    python -m bench.kbfgs_autoencoder --data-dir DIR
 
 DIR holds train-images-idx3-ubyte, plain or with .gz. Net 784-1000-500-250-30 and back, ReLU but for the code and the
 output, BCE with logits summed over pixels, batch 1000, lr 0.3, damping 0.3, L2 1e-5: the setting whose training losses
@@ -10,7 +10,6 @@ package has none yet.
 """
 
 import argparse
-import gzip
 import json
 import statistics
 import time
@@ -21,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import secondorder as so
+from bench.data import find, read_idx
+from bench.timing import RESULTS, cpu_name
 
 SIZES = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
 BATCH = 1000
@@ -45,15 +46,6 @@ def autoencoder(seed: int) -> nn.Sequential:
         if i not in (3, len(SIZES) - 2):
             modules.append(nn.ReLU())
     return nn.Sequential(*modules)
-
-
-def mnist(folder: Path) -> Tensor:
-    """The training images [60000, 784] in [0, 1] from an IDX file."""
-    path = folder / "train-images-idx3-ubyte"
-    data = path.read_bytes() if path.exists() else gzip.decompress(path.with_suffix(".gz").read_bytes())
-    if data[:4] != b"\x00\x00\x08\x03":
-        raise ValueError(f"expected an IDX file of images (magic 0x00000803) at {path}, got 0x{data[:4].hex()}")
-    return torch.frombuffer(bytearray(data[16:]), dtype=torch.uint8).view(-1, SIZES[0]).float() / 255
 
 
 @torch.no_grad()
@@ -139,10 +131,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kbfgs_autoencoder")
+    parser.add_argument("--out", type=Path, default=RESULTS / "kbfgs_autoencoder")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    x = mnist(arguments.data_dir)
+    x = read_idx(find(arguments.data_dir, "train-images-idx3-ubyte")).reshape(-1, SIZES[0]).float() / 255
     runs = []
     for seed in range(arguments.seeds):
         for name in arguments.optimizers:
@@ -154,13 +146,13 @@ def main() -> None:
 def save(runs: list[dict], arguments: argparse.Namespace) -> None:
     """Writes what there is so far."""
     command = (
-        f"python bench/kbfgs_autoencoder.py --data-dir DIR --seeds {arguments.seeds} --epochs {arguments.epochs} "
+        f"python -m bench.kbfgs_autoencoder --data-dir DIR --seeds {arguments.seeds} --epochs {arguments.epochs} "
         f"--optimizers {' '.join(repr(name) if '(' in name else name for name in arguments.optimizers)} "
         f"--threads {arguments.threads}"
     )
     text = (
         f"# K-BFGS on the MNIST autoencoder\n\n    {command}\n\n"
-        f"torch {torch.__version__}, {arguments.threads} threads, {so.build_info()['vectors']} vectors. "
+        f"torch {torch.__version__}, {arguments.threads} threads, {cpu_name()}, {so.build_info()['vectors']} vectors. "
         f"Training loss per image; CPU seconds of training alone.\n\n{tables(runs, arguments.epochs)}\n"
     )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -192,9 +192,7 @@ class KBFGS(CurvatureOptimizer):
         """The state of a layer before its first step, with A as given."""
         zeros = second_moment.new_zeros
         n_out, n = layer.out_features, len(second_moment)
-        damped = second_moment + math.sqrt(damping) * torch.eye(
-            n, dtype=second_moment.dtype, device=second_moment.device
-        )
+        damped = second_moment + math.sqrt(damping) * torch.eye(n, dtype=second_moment.dtype, device=second_moment.device)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         return {
             **dict.fromkeys(_COUNTS, 0),
@@ -377,9 +375,7 @@ class KBFGSL(KBFGS):
         return {key: zero.new_zeros(self._memory, len(zero)) for key in ("s_pairs", "y_pairs")}
 
     def _times_inverse_output(self, states: list[dict[str, Any]], gradients: list[Tensor]) -> list[Tensor]:
-        return ops.lbfgs_product(
-            [state["s_pairs"] for state in states], [state["y_pairs"] for state in states], gradients
-        )
+        return ops.lbfgs_product([state["s_pairs"] for state in states], [state["y_pairs"] for state in states], gradients)
 
     def _damped_update(self, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
         s, y, s_pairs, y_pairs = ([state[key] for state in states] for key in ("s", "y", "s_pairs", "y_pairs"))
@@ -420,9 +416,7 @@ class _Pass:
         with torch.enable_grad():
             loss = closure()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise RuntimeError(
-                f"{name}.step(): expected the closure to return the scalar loss, got {type(loss).__name__}"
-            )
+            raise RuntimeError(f"{name}.step(): expected the closure to return the scalar loss, got {type(loss).__name__}")
         return loss.detach()
 
     def input(self, layer: nn.Linear) -> Tensor:
@@ -489,9 +483,7 @@ def _gradient(p: Tensor) -> Tensor:
     return p.grad
 
 
-def _second_moment(
-    layer: nn.Linear, h: Tensor, mean: Tensor, average: Tensor | None = None, decay: float = 0.0
-) -> Tensor:
+def _second_moment(layer: nn.Linear, h: Tensor, mean: Tensor, average: Tensor | None = None, decay: float = 0.0) -> Tensor:
     """A <- decay A + (1 - decay) E[h h^T], in place where A is given (`average`); with a bias h ends in a 1."""
     n = layer.in_features
     if average is None:
