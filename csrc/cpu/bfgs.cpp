@@ -122,7 +122,7 @@ struct Damping {
     pair.status |= kDampedS;
   }
   // The weight of y in the damped y.
-  double second(const Pair<T>& pair) const { return powell_theta(dot(pair.s, pair.y), dot(pair.s, pair.s), mu2); }
+  double theta2(const Pair<T>& pair) const { return powell_theta(dot(pair.s, pair.y), dot(pair.s, pair.s), mu2); }
   void second(Pair<T>& pair, double theta2) const {
     if (theta2 == 1) return;
     pair.y = combine(theta2, pair.y, 1 - theta2, pair.s);
@@ -220,7 +220,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> double_damping_list
     const Damping<T> damping{mu1, mu2};
     for (size_t l = 0; l < s.size(); ++l) {
       damping.first(pairs[l]);
-      damping.second(pairs[l], damping.second(pairs[l]));
+      damping.second(pairs[l], damping.theta2(pairs[l]));
       s_damped.push_back(to_tensor(pairs[l].s, s[l]));
       y_damped.push_back(to_tensor(pairs[l].y, y[l]));
     }
@@ -287,7 +287,7 @@ at::Tensor damped_bfgs_update_(at::TensorList inverses, at::TensorList s, at::Te
     std::vector<double> theta2(layers);
     for (size_t l = 0; l < layers; ++l) {
       damping.first(pairs[l]);
-      theta2[l] = damping.second(pairs[l]);
+      theta2[l] = damping.theta2(pairs[l]);
       // Only where both dampings act does H s~ need H (H y), another pass.
       const bool both = theta2[l] != 1 && pairs[l].status & kDampedS;
       products[l] = {both ? matrices[l] : nullptr, &pairs[l].s, nullptr, &hhy[l], nullptr};
@@ -412,7 +412,7 @@ at::Tensor damped_lbfgs_update_(at::TensorList s_pairs, at::TensorList y_pairs, 
       pair.hy = to_vector<T>(compact_product(s_pairs[l], y_pairs[l], y[l].unsqueeze(1)));
       const Damping<T> damping{mu1, mu2};
       damping.first(pair);
-      damping.second(pair, damping.second(pair));
+      damping.second(pair, damping.theta2(pair));
       const double sy = dot(pair.s, pair.y);
       if (sy > 0 && std::isfinite(1 / sy) && std::isfinite(dot(pair.y, pair.y) / sy) &&
           std::isfinite(dot(pair.s, pair.s) / sy)) {
