@@ -485,14 +485,16 @@ def _gradient(p: Tensor) -> Tensor:
 
 def _second_moment(layer: nn.Linear, h: Tensor, mean: Tensor, average: Tensor | None = None, decay: float = 0.0) -> Tensor:
     """A <- decay A + (1 - decay) E[h h^T], in place where A is given (`average`); with a bias h ends in a 1."""
-    n = layer.in_features
+    # One step of the bias Hessian's recursion from H = W = 1: it computes half of the symmetric product, a GEMM all of it.
+    n, one = layer.in_features, h.new_ones(1, 1)
+    moment = ops.bias_hessian(one, one.expand(1, n), h, None, None, 0.0)
     if average is None:
         size = n + (layer.bias is not None and layer.bias.requires_grad)
         average = h.new_zeros(size, size)
-    average[:n, :n].addmm_(h.T, h, beta=decay, alpha=(1 - decay) / len(h))
+    average[:n, :n].lerp_(moment, 1 - decay)
     if len(average) > n:
-        for border, value in ((average[n, :n], mean), (average[:n, n], mean), (average[n, n], mean.new_ones(()))):
-            border.mul_(decay).add_(value, alpha=1 - decay)
+        for border, value in ((average[n, :n], mean), (average[:n, n], mean), (average[n, n], one[0, 0])):
+            border.lerp_(value, 1 - decay)
     return average
 
 
