@@ -127,7 +127,7 @@ def loss_at(run: dict, second: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -136,7 +136,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     x = read_idx(find(arguments.data_dir, "train-images-idx3-ubyte")).reshape(-1, SIZES[0]).float() / 255
     runs = []
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for name in arguments.optimizers:
             runs.append(train(name, seed, x, arguments.epochs))
             save(runs, arguments)
@@ -146,7 +146,7 @@ def main() -> None:
 def save(runs: list[dict], arguments: argparse.Namespace) -> None:
     """Writes what there is so far."""
     command = (
-        f"python -m bench.kbfgs_autoencoder --data-dir DIR --seeds {arguments.seeds} --epochs {arguments.epochs} "
+        f"python -m bench.kbfgs_autoencoder --data-dir DIR --seeds {' '.join(map(str, arguments.seeds))} --epochs {arguments.epochs} "
         f"--optimizers {' '.join(repr(name) if '(' in name else name for name in arguments.optimizers)} "
         f"--threads {arguments.threads}"
     )
