@@ -145,10 +145,10 @@ def main() -> None:
 
 def save(runs: list[dict], arguments: argparse.Namespace) -> None:
     """Writes what there is so far."""
+    names = " ".join(repr(name) if "(" in name else name for name in arguments.optimizers)
     command = (
-        f"python -m bench.kbfgs_autoencoder --data-dir DIR --seeds {' '.join(map(str, arguments.seeds))} --epochs {arguments.epochs} "
-        f"--optimizers {' '.join(repr(name) if '(' in name else name for name in arguments.optimizers)} "
-        f"--threads {arguments.threads}"
+        f"python -m bench.kbfgs_autoencoder --data-dir DIR --seeds {' '.join(map(str, arguments.seeds))} "
+        f"--epochs {arguments.epochs} --optimizers {names} --threads {arguments.threads}"
     )
     text = (
         f"# K-BFGS on the MNIST autoencoder\n\n    {command}\n\n"
