@@ -7,34 +7,29 @@ OUT ?= build/demo
 
 .PHONY: demo test bench lint clean
 
-# The environment: torch first, since the extension compiles against the one that is installed.
-.venv/installed: pyproject.toml setup.py Makefile csrc/sources.txt
+# The environment and the extension, which compiles against the torch that is there: so torch comes first.
+.venv/ready: pyproject.toml setup.py Makefile $(shell find csrc -type f)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/pip install -q torch==$(TORCH) numpy ninja pybind11 "setuptools>=77"
 	$(BIN)/pip install -q --no-build-isolation -e .[bench,dev]
 	touch $@
 
-# The extension, rebuilt where a source has changed.
-.venv/compiled: .venv/installed $(shell find csrc -type f)
-	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
-	touch $@
-
 # Trains SGD, Adam and EA-CG on digits: prints a table and writes $(OUT)/demo.png. DATA=folder of IDX files uses those.
-demo: .venv/compiled
+demo: .venv/ready
 	$(BIN)/python -m bench.demo --out $(OUT) $(if $(DATA),--data-dir $(DATA))
 
-test: .venv/compiled
+test: .venv/ready
 	$(BIN)/python -m pytest
 
 # Microbenchmarks against plain PyTorch: prints a table and stores it in bench/results/.
-bench: .venv/compiled
+bench: .venv/ready
 	$(BIN)/python -m bench.bench_bias_hessian
 	$(BIN)/python -m bench.bench_eacg
 	$(BIN)/python -m bench.bench_step
 	$(BIN)/python -m bench.bench_bfgs
 
-lint: .venv/installed
+lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
