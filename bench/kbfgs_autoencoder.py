@@ -102,7 +102,7 @@ def tables(runs: list[dict], epochs: int) -> str:
             )
     published = ", ".join(f"{loss:.1f} after {epoch}" for epoch, loss in PUBLISHED.items() if epoch <= max(epochs, 3))
     lines += ["", f"Published for K-BFGS (one seed): {published}.", ""]
-    longest = max(run["seconds"][-1] for run in runs)
+    longest = max(min(run["seconds"][-1] for run in group) for group in by_name.values())
     marks = [longest * share for share in (0.25, 0.5, 0.75, 1.0)]
     lines += [
         "| optimizer | " + " | ".join(f"{mark:.0f} s" for mark in marks) + " |",
