@@ -39,6 +39,9 @@ struct Kernels {
   // has none); d1: row stride d1_ld; d2 (or null): row stride ld; sums (or null): sums[j] += sum_i sigma''[i, j] g[i, j].
   void (*derivatives)(Activation activation, T p, int64_t rows, int64_t cols, const T* v, const T* e0, const T* e1,
                       const T* g, int64_t ld, T* d1, int64_t d1_ld, T* d2, double* sums);
+
+  // One row of H += a a^T - b b^T: h = h + ai a - bi b over n. Every entry is rounded as its mirror image is.
+  void (*rank_two)(int64_t n, T ai, const T* a, T bi, const T* b, T* h);
 };
 
 // The table for this machine's widest supported vectors.
