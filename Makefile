@@ -27,6 +27,7 @@ bench: .venv/ready
 	$(BIN)/python -m bench.bench_bias_hessian
 	$(BIN)/python -m bench.bench_eacg
 	$(BIN)/python -m bench.bench_step
+	$(BIN)/python -m bench.bench_bfgs
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

@@ -26,4 +26,22 @@ TORCH_LIBRARY(secondorder, m) {
       "Tensor(a!)[] weight, Tensor(b!)[] bias, Tensor(c!)[] weight_momentum, Tensor(d!)[] bias_momentum, "
       "float[] lr, float[] alpha, float[] momentum, float[] weight_decay, int max_iter, float tol, bool truncated) "
       "-> Tensor iterations");
+
+  m.def("double_damping(Tensor s, Tensor y, Tensor inverse_hessian, float mu1, float mu2) -> (Tensor s, Tensor y)");
+  m.def(
+      "double_damping.list(Tensor[] s, Tensor[] y, Tensor[] inverse_hessian, float mu1, float mu2) "
+      "-> (Tensor[] s, Tensor[] y)");
+  m.def("bfgs_update_(Tensor(a!) inverse_hessian, Tensor s, Tensor y) -> Tensor status");
+  m.def("bfgs_update_.list(Tensor(a!)[] inverse_hessian, Tensor[] s, Tensor[] y) -> Tensor status");
+  m.def(
+      "damped_bfgs_update_(Tensor(a!)[] inverse_hessian, Tensor[] s, Tensor[] y, float mu1, float mu2) "
+      "-> Tensor status");
+  m.def(
+      "hessian_action_update_(Tensor(a!)[] inverse, Tensor[] matrix, Tensor[] vector, float damping) "
+      "-> Tensor status");
+  m.def("lbfgs_product(Tensor s_pairs, Tensor y_pairs, Tensor v) -> Tensor");
+  m.def("lbfgs_product.list(Tensor[] s_pairs, Tensor[] y_pairs, Tensor[] v) -> Tensor[]");
+  m.def(
+      "damped_lbfgs_update_(Tensor(a!)[] s_pairs, Tensor(b!)[] y_pairs, Tensor[] s, Tensor[] y, float mu1, float mu2) "
+      "-> Tensor status");
 }

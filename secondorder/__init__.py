@@ -1,7 +1,7 @@
 """Fast second-order optimizers for PyTorch.
 
-`EACG` is a drop-in torch optimizer; `ops` holds its operators, `reference` their plain-PyTorch twins, `criteria` the papers'
-criteria.
+`EACG` is a drop-in torch optimizer, `KBFGS` and `KBFGSL` are ones whose step takes a closure; `ops` holds their operators,
+`reference` the operators' plain-PyTorch twins, `criteria` the papers' criteria.
 """
 
 from typing import Any
@@ -18,9 +18,9 @@ except ImportError as error:
     ) from error
 
 from secondorder import criteria, diagnostics, ops, reference
-from secondorder.optim import EACG, KFAC, KFLR, KFRA
+from secondorder.optim import EACG, KBFGS, KBFGSL, KFAC, KFLR, KFRA
 
-__all__ = ["EACG", "KFAC", "KFLR", "KFRA", "build_info", "criteria", "diagnostics", "ops", "reference"]
+__all__ = ["EACG", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "build_info", "criteria", "diagnostics", "ops", "reference"]
 __version__ = "0.1.0"
 
 

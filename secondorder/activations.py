@@ -89,7 +89,7 @@ def analytic(output: Tensor, source: Node, preactivation: Callable[[], Tensor]) 
 def probe(output: Tensor, source: Node, second: bool) -> Probed | None:
     """d1 and, if `second`, d2 of `output` as an elementwise function of node `source`'s tensor; None if it is not elementwise.
 
-    An elementwise function has a diagonal Jacobian J, so J^T v = (J^T 1) * v for every v; it is tried with one v of mixed signs.
+    An elementwise function has a diagonal Jacobian J, so J^T v = (J^T 1) * v for every v; an irregular one is tried.
     """
     edge = GradientEdge(source, 0)
     with torch.enable_grad():
@@ -97,7 +97,7 @@ def probe(output: Tensor, source: Node, second: bool) -> Probed | None:
         (d1,) = torch.autograd.grad(output, edge, ones, create_graph=True)
         if d1.shape[-1] != output.shape[-1] or d1.numel() != output.numel():
             return None
-        v = mixed_signs(output)
+        v = irregular(output)
         (jv,) = torch.autograd.grad(output, edge, v, retain_graph=True)
         if not _close(jv, d1.detach() * v.reshape(d1.shape)):
             return None
@@ -107,10 +107,12 @@ def probe(output: Tensor, source: Node, second: bool) -> Probed | None:
     return Probed(d1.detach(), d2 if d2 is None else d2.detach())
 
 
-def mixed_signs(like: Tensor) -> Tensor:
-    """A tensor of +1 and -1 in a fixed irregular pattern: it leaves every random generator alone."""
-    index = torch.arange(like.numel(), device=like.device, dtype=torch.int64)
-    return (((index * 2654435761) >> 13) & 1).mul_(2).sub_(1).to(like.dtype).reshape(like.shape)
+def irregular(like: Tensor) -> Tensor:
+    """Numbers of mixed signs and sizes, no two alike, from 0.5 to 1.5: fixed, so that every random generator is left alone."""
+    index = torch.arange(like.numel(), device=like.device, dtype=torch.float64)
+    fraction = (index * 0.6180339887498949).frac()  # the golden ratio's multiples fill [0, 1) without ever repeating
+    signs = 1 - 2 * ((index * 0.7548776662466927).frac() < 0.5).double()
+    return ((0.5 + fraction) * signs).to(like.dtype).reshape(like.shape)
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:

@@ -10,6 +10,7 @@ gradient is, so that a Newton step does not depend on the reduction (but for the
 Criteria whose Hessian is diagonal give it as a vector [K].
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder.activations import mixed_signs
+from secondorder.activations import irregular
 from secondorder.reference import pos_eig
 
 
@@ -172,14 +173,15 @@ def _evaluated(
     """What the table's formula for this criterion gives, or None if it has none."""
     if isinstance(criterion, FunctionCriterion):
         module = _FUNCTIONS.get(criterion.function)
-        if module is None or len(args) != 1:
+        if module is None or len(args) != 1 or not kwargs.keys() <= inspect.signature(module).parameters.keys():
             return None
         criterion, kwargs = module(**kwargs), {}
     formula = table.get(type(criterion))
     if formula is None or len(args) != 1 or kwargs:
         return None
     with torch.no_grad():
-        return formula(criterion, output, args[0])
+        # Rounded as half-precision outputs are, as under autocast, H would not be positive semi-definite.
+        return formula(criterion, output.to(torch.promote_types(output.dtype, torch.float32)), args[0])
 
 
 def autograd_hessian(loss: Tensor, source: Node) -> OutputHessian:
@@ -223,8 +225,8 @@ def _autograd_rows(loss: Tensor, source: Node) -> tuple[Tensor, Iterator[Tensor]
         return torch.zeros_like(gradient) if hv is None else hv.detach()
 
     # A diagonal Hessian has H v = (H 1) * v for every v.
-    diagonal, signs = product(torch.ones_like(gradient)), mixed_signs(gradient)
-    if ((product(signs) - diagonal * signs).abs() <= 1e-4 * diagonal.abs().max()).all():
+    diagonal, v = product(torch.ones_like(gradient)), irregular(gradient)
+    if ((product(v) - diagonal * v).abs() <= 1e-4 * diagonal.abs().max()).all():
         return diagonal, None
 
     def unit(k: int) -> Tensor:
@@ -305,7 +307,15 @@ class TukeyBiweightLoss(nn.Module):
         self.c, self.reduction = c, _checked_reduction(reduction)
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """The scalar loss of an output and a target of the same shape."""
+        """The scalar loss of an output and a target of the same shape.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        if output.shape != target.shape:
+            raise ValueError(
+                f"TukeyBiweightLoss: expected a target of the output's shape {tuple(output.shape)}, got {tuple(target.shape)}"
+            )
         inside = (1 - ((output - target) / self.c) ** 2).clamp(min=0)
         losses = self.c**2 / 6 * (1 - inside**3)
         return losses.mean() if self.reduction == "mean" else losses.sum()
@@ -346,7 +356,9 @@ def _cross_entropy(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tenso
     return OutputHessian(torch.diag(weighted.sum(0)) - root.p.T @ weighted, convex=True)
 
 
-def _mse(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> OutputHessian:
+def _mse(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> OutputHessian | None:
+    if target.shape != output.shape:  # broadcast: autograd counts the terms
+        return None
     k = output.shape[-1]
     count = output.numel()
     return OutputHessian(output.new_full((k,), 2 * (count / k)) / _normalizer(criterion, count), convex=True)

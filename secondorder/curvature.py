@@ -79,7 +79,8 @@ class Recursion(Curvature):
             values = hessian.values * loss.scale
             total = values if total is None else _dense_sum(total, values)
         assert total is not None
-        convex = all(loss.hessian is not None and loss.hessian.convex for loss in record.losses)
+        # A negative factor, as for a loss that is maximised, turns a convex criterion into a concave one.
+        convex = all(loss.hessian.convex and bool(loss.scale >= 0) for loss in record.losses)  # type: ignore[union-attr,operator]
         return self._top(type(hessian)(total, convex))
 
     def _step(self, record: LayerRecord, hessian: Tensor, weight: Tensor) -> Tensor:
@@ -238,9 +239,19 @@ class FisherEmpirical(Curvature):
 
 
 def empirical_fisher(record: LayerRecord) -> Tensor:
-    """M sum_i delta_i delta_i^T with delta_i the gradient of the mean loss: E of the instances' own gradients' outer products."""
-    delta = record.grad_output()
-    return len(delta) * (delta.T @ delta)
+    """The outer products of the instances' own gradients, reduced as the criterion does: m sum_i delta_i delta_i^T for a mean.
+
+    On the scale of what backward() was called on: a factor on the loss is a factor on the block.
+    """
+    total: Tensor | None = None
+    for gradient, loss in record.grad_outputs():
+        delta = gradient.reshape(-1, gradient.shape[-1]).to(torch.promote_types(gradient.dtype, torch.float32))
+        assert loss.scale is not None
+        # delta_i is scale / m times the instance's own gradient; for a sum, scale times it.
+        block = (delta.T @ delta) * ((len(delta) if loss.mean else 1) / loss.scale)
+        total = block if total is None else total + block
+    assert total is not None
+    return total
 
 
 def _dense_sum(x: Tensor, y: Tensor) -> Tensor:

@@ -79,9 +79,7 @@ def curvature_error(
 def bias_hessians(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, curvature: Curvature) -> dict[str, Tensor]:
     """The curvature's block of every linear layer on this batch, {layer name: H [n_out, n_out]}, as an optimizer has it."""
     layers = linear_layers(model)
-    tape = Tape(
-        layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns
-    )
+    tape = Tape(layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns)
     parameters = list(model.parameters())
     gradients, modes = [p.grad for p in parameters], {layer: layer.training for layer in layers}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]

@@ -5,6 +5,7 @@ any device and dtype. Nothing here is fast on purpose.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -106,3 +107,87 @@ def conjugate_gradient(matrix, rhs: Tensor, max_iter: int, tol: float) -> tuple[
         rr, previous = (r * r).sum(), rr
         p = r + (rr / previous) * p
     return x, max_iter
+
+
+def double_damping(s: Tensor, y: Tensor, inverse_hessian: Tensor, mu1: float, mu2: float) -> tuple[Tensor, Tensor]:
+    """Goldfarb et al., Algorithm 3: Powell's damping on H, then with B = I."""
+    hy = inverse_hessian @ y
+    sy, yhy = s @ y, y @ hy
+    theta1 = torch.where(sy < mu1 * yhy, (1 - mu1) * yhy / (yhy - sy), 1)
+    s = theta1 * s + (1 - theta1) * hy
+    sy, ss = s @ y, s @ s
+    theta2 = torch.where(sy < mu2 * ss, (1 - mu2) * ss / (ss - sy), 1)
+    return s, theta2 * y + (1 - theta2) * s
+
+
+def bfgs_update_(inverse_hessian: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """Goldfarb et al., Eq. 6, multiplied out: H - rho (s q^T + q s^T) + rho (1 + rho y.q) s s^T with q = H y."""
+    q, rho = inverse_hessian @ y, 1 / (s @ y)
+    update = rho * (1 + rho * (y @ q)) * torch.outer(s, s) - rho * (torch.outer(s, q) + torch.outer(q, s))
+    if s @ y > 0 and torch.isfinite(update).all():
+        inverse_hessian += update
+    return inverse_hessian
+
+
+def damped_bfgs_update_(
+    inverse_hessian: Sequence[Tensor], s: Sequence[Tensor], y: Sequence[Tensor], mu1: float, mu2: float
+) -> Tensor:
+    """Goldfarb et al., Algorithm 3 and Eq. 6, layer by layer."""
+    statuses = []
+    for h, s_layer, y_layer in zip(inverse_hessian, s, y, strict=True):
+        damped = double_damping(s_layer, y_layer, h, mu1, mu2)
+        statuses.append(_status((s_layer, y_layer), damped))
+        bfgs_update_(h, *damped)
+    return torch.tensor(statuses)
+
+
+def hessian_action_update_(
+    inverse: Sequence[Tensor], matrix: Sequence[Tensor], vector: Sequence[Tensor], damping: float
+) -> Tensor:
+    """Goldfarb et al., Section 4: BFGS with s = H a and y = (A + lambda_A I) s, layer by layer."""
+    statuses = []
+    for h, a, mean in zip(inverse, matrix, vector, strict=True):
+        s = h @ mean
+        pair = s, a @ s + damping * s
+        statuses.append(_status(pair, pair))
+        bfgs_update_(h, *pair)
+    return torch.tensor(statuses)
+
+
+def _status(pair: Sequence[Tensor], damped: Sequence[Tensor]) -> int:
+    """The bits ops.UPDATED, DAMPED_S and DAMPED_Y (but for updates that would overflow)."""
+    s_damped, y_damped = (not torch.equal(a, b) for a, b in zip(pair, damped, strict=True))
+    curvature = damped[0] @ damped[1]
+    return bool(curvature > 0 and torch.isfinite(curvature)) + 2 * s_damped + 4 * y_damped
+
+
+def lbfgs_product(s_pairs: Tensor, y_pairs: Tensor, v: Tensor) -> Tensor:
+    """The two-loop recursion from H = I (Nocedal & Wright, Algorithm 7.4), on the columns of v; empty places are skipped."""
+    pairs = [(s, y, 1 / (s @ y)) for s, y in zip(s_pairs, y_pairs, strict=True) if s @ y != 0]
+    shares = []
+    for s, y, rho in reversed(pairs):
+        shares.append(rho * (s @ v))
+        v = v - torch.outer(y, shares[-1])
+    for s, y, rho in pairs:
+        v = v + torch.outer(s, shares.pop() - rho * (y @ v))
+    return v
+
+
+def damped_lbfgs_update_(
+    s_pairs: Sequence[Tensor],
+    y_pairs: Sequence[Tensor],
+    s: Sequence[Tensor],
+    y: Sequence[Tensor],
+    mu1: float,
+    mu2: float,
+) -> Tensor:
+    """Goldfarb et al., Algorithm 3 with the H that the pairs stand for, layer by layer; then the oldest pair makes room."""
+    statuses = []
+    for s_memory, y_memory, s_layer, y_layer in zip(s_pairs, y_pairs, s, y, strict=True):
+        h = lbfgs_product(s_memory, y_memory, torch.eye(len(s_layer), dtype=s_layer.dtype))
+        damped = double_damping(s_layer, y_layer, h, mu1, mu2)
+        statuses.append(_status((s_layer, y_layer), damped))
+        if statuses[-1] % 2:
+            for memory, new in zip((s_memory, y_memory), damped, strict=True):
+                memory.copy_(torch.cat([memory[1:], new[None]]))
+    return torch.tensor(statuses)

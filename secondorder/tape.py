@@ -39,8 +39,18 @@ class LayerCall:
     grad_output: Tensor | None = None  # [..., n_out], kept only where `_keep_gradient` was called
     keeps_gradient: bool = False
 
+    def upstream(self) -> list["LayerCall"]:
+        """This call and all that it depends on."""
+        found = dict.fromkeys([self])
+        stack = [self]
+        while stack:
+            new = [link.source for link in stack.pop().inputs_from if link.source not in found]
+            found.update(dict.fromkeys(new))
+            stack += new
+        return list(found)
+
     def preactivation(self) -> Tensor:
-        """Z = W h + b, computed anew where an in-place activation has overwritten it."""
+        """The preactivation z = W h + b, computed anew where an in-place activation has overwritten it."""
         if self.output is not None and self.output._version == self.version:
             return self.output
         with torch.no_grad():
@@ -72,11 +82,17 @@ class LossCall:
     sources: list[LayerCall]  # the layers whose outputs it sees
     hessian: OutputHessian | None  # w.r.t. the source's output; None if there are several
     loss: Tensor  # the scalar it returned, detached
+    mean: bool  # whether it is a mean over instances, rather than their sum
     inputs: ModelCall | None = None  # of the model, where the criterion's first argument is its very output
     args: tuple[Any, ...] = ()  # of the criterion after the output, kept together with `inputs`
     kwargs: dict[str, Any] = field(default_factory=dict)
     blocks: dict[LayerCall, Tensor] = field(default_factory=dict)  # sum of delta delta^T [n_out, n_out] over its columns
     scale: Tensor | None = None  # d(what backward() was called on) / d(loss), summed over backward passes
+    released: bool = False
+
+    def calls(self) -> list[LayerCall]:
+        """All calls of layers that it depends on."""
+        return list(dict.fromkeys(call for source in self.sources for call in source.upstream()))
 
 
 # (criterion, loss, autograd node of the one linear layer's output it depends on, its arguments) -> where columns start, and they
@@ -92,19 +108,21 @@ class LayerRecord:
 
     layer: nn.Linear
     calls: list[LayerCall]
+    origins: list[LossCall] = field(default_factory=list)  # the loss that each call is part of
     next: "LayerRecord | None" = None  # the layer that takes this one's output, elementwise transformed
     links: list[Link] = field(default_factory=list)  # to `next`, one per call
-    losses: list[LossCall] = field(default_factory=list)  # or the criterion does, one call per call
+    losses: list[LossCall] = field(default_factory=list)  # or the criterion does, in these calls
     obstacle: str = ""  # or neither, for this reason
     block: Tensor | None = None  # sum of the losses' blocks, each with its factor
 
     def input(self) -> Tensor:
-        """H [m, n_in]."""
+        """The inputs h [m, n_in]."""
         return rows([call.input for call in self.calls])
 
-    def grad_output(self) -> Tensor:
-        """Delta [m, n_out]; recorded only for layers with an obstacle behind them, or where the tape was told to."""
-        return rows([call.grad_output for call in self.calls if call.grad_output is not None])
+    def grad_outputs(self) -> list[tuple[Tensor, LossCall]]:
+        """Each call's delta [..., n_out], with its loss; recorded only with an obstacle, or where the tape was told to."""
+        pairs = zip(self.calls, self.origins, strict=True)
+        return [(call.grad_output, loss) for call, loss in pairs if call.grad_output is not None]
 
     def transfer(self) -> Transfer:
         """What lies between this layer and `next`, over all instances [m, n_out]."""
@@ -143,7 +161,11 @@ class Tape:
         self.recording = True
         self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
         self._muted = False
+        self._run: _Run | None = None
         self._losses: list[LossCall] = []
+        self._consumer: dict[nn.Linear, nn.Module] = {}  # what took each layer's output first: a layer, or the criterion
+        self._several_consumers: set[nn.Linear] = set()
+        self._not_elementwise: set[tuple[nn.Linear, nn.Linear, tuple[str, ...]]] = set()
         self._handles: list[RemovableHandle] = [
             module.register_forward_hook(_Hook(self, method), with_kwargs=True)
             for module, method in [(layer, "_on_layer") for layer in layers] + [(criterion, "_on_criterion")]
@@ -156,8 +178,20 @@ class Tape:
         """Takes all hooks off the modules."""
         _remove(self._handles)
 
-    def clear(self) -> None:
-        """Forgets every backward pass so far."""
+    def clear(self, release: bool = False) -> None:
+        """Forgets every backward pass so far; with `release` also the forward passes that they went through.
+
+        A graph that somebody still holds (by its loss, say) then keeps none of the tape's tensors alive.
+        """
+        for loss in self._losses:
+            loss.scale, loss.released = None, release
+            for call in loss.calls():
+                call.grad_output = None
+                for link in call.inputs_from:
+                    link.grad = None
+                    link.transfer = None if release else link.transfer
+                if release:
+                    call.input, call.output, call.inputs_from = call.input.new_empty(0), None, []
         self._losses = []
 
     @property
@@ -171,7 +205,9 @@ class Tape:
         consumers: dict[LayerCall, list[Link | LossCall]] = {}
         for loss in self._losses:
             for call in _consumers_first(loss, consumers, self.names):
-                records.setdefault(call.layer, LayerRecord(call.layer, [])).calls.append(call)
+                record = records.setdefault(call.layer, LayerRecord(call.layer, []))
+                record.calls.append(call)
+                record.origins.append(loss)
             for call, block in loss.blocks.items():
                 record = records[call.layer]
                 block = block if loss.scale is None else block * loss.scale
@@ -188,47 +224,52 @@ class Tape:
         input = args[0] if args else kwargs["input"]
         call = LayerCall(layer, input.detach(), output=output.detach(), version=output._version)
         with self.muted():
-            call.inputs_from = self._links(input)
+            call.inputs_from = self._links(layer, input)
         _metadata(node)[self._key] = call
         if self.grad_outputs:
             self._keep_gradient(node)
         if self.diagonal and any(link.transfer is not None and link.transfer.curved for link in call.inputs_from):
             (link,) = call.inputs_from
-            input.register_hook(self._when_backward(lambda g: _accumulate(link, "grad", g)))
+            input.register_hook(self._collect(link, "grad"))
 
     def _on_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if isinstance(output, Tensor) and output.grad_fn is not None and self._active():
             _metadata(output.grad_fn)[self._key + ".model"] = ModelCall(*_detached((args, kwargs)))
 
-    def _links(self, input: Tensor) -> list[Link]:
+    def _links(self, layer: nn.Linear, input: Tensor) -> list[Link]:
         """Where a layer's input comes from."""
         if input.grad_fn is None:
             return []
-        nodes = _source_nodes(input.grad_fn, self._key)
+        nodes, passed = _source_nodes(input.grad_fn, self._key)
         if len(nodes) != 1:
-            names = ", ".join(sorted({repr(self.names[_metadata(node)[self._key].layer]) for node in nodes}))
-            return [self._blocked(node, f"is combined with other linear layers ({names})") for node in nodes]
+            names = sorted({repr(self.names[_metadata(node)[self._key].layer]) for node in nodes[:4]})
+            obstacle = f"is combined with other linear layers ({', '.join(names)}{', ...' if len(nodes) > 4 else ''})"
+            return [self._blocked(node, layer, obstacle) for node in nodes]
         (node,) = nodes
         source: LayerCall = _metadata(node)[self._key]
         transfer: Transfer | None = activations.analytic(input, node, source.preactivation)
-        if transfer is None:
+        signature = (source.layer, layer, passed)
+        if transfer is None and signature not in self._not_elementwise:
             try:
                 transfer = activations.probe(input, node, second=self.diagonal)
             except RuntimeError as error:
-                return [self._blocked(node, f"goes through a function that autograd cannot differentiate twice ({error})")]
+                return [self._blocked(node, layer, f"goes through a function that autograd cannot differentiate twice ({error})")]
         if transfer is None:
-            return [self._blocked(node, f"goes through a function that is not elementwise ({input.grad_fn.name()})")]
-        self._use(node)
+            self._not_elementwise.add(signature)  # probing it at every forward pass would cost more than the pass
+            return [self._blocked(node, layer, f"goes through a function that is not elementwise ({', '.join(passed[:6])})")]
+        self._use(node, layer)
         source.output = None
         return [Link(source, transfer)]
 
-    def _blocked(self, node: Node, obstacle: str) -> Link:
+    def _blocked(self, node: Node, consumer: nn.Module, obstacle: str) -> Link:
         self._keep_gradient(node)
-        return Link(self._use(node), None, obstacle)
+        return Link(self._use(node, consumer), None, obstacle)
 
-    def _use(self, node: Node) -> LayerCall:
+    def _use(self, node: Node, consumer: nn.Module) -> LayerCall:
         call: LayerCall = _metadata(node)[self._key]
-        if call.used:
+        if self._consumer.setdefault(call.layer, consumer) is not consumer:
+            self._several_consumers.add(call.layer)
+        if call.used or call.layer in self._several_consumers:
             self._keep_gradient(node)
         call.used = True
         return call
@@ -237,14 +278,14 @@ class Tape:
         call: LayerCall = _metadata(node)[self._key]
         if not call.keeps_gradient:
             call.keeps_gradient = True
-            keep = self._when_backward(lambda g: _accumulate(call, "grad_output", g))
+            keep = self._collect(call, "grad_output")
             node.register_prehook(lambda gradients: keep(gradients[0]))
 
     def _on_criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor) -> None:
         node = loss.grad_fn if isinstance(loss, Tensor) else None
         if node is None or not self._active():
             return
-        nodes = _source_nodes(node, self._key)
+        nodes, _ = _source_nodes(node, self._key)
         if not nodes:
             return
         if loss.dim() != 0:
@@ -252,7 +293,8 @@ class Tape:
                 f"expected the criterion {criterion} to return a scalar, got shape {tuple(loss.shape)}; "
                 "use reduction='mean' or 'sum', or pass a function that reduces"
             )
-        call = LossCall([self._use(node) for node in nodes], None, loss.detach())
+        reduction = getattr(criterion, "reduction", kwargs.get("reduction", "mean"))
+        call = LossCall([self._use(node, criterion) for node in nodes], None, loss.detach(), mean=reduction != "sum")
         if args and isinstance(args[0], Tensor) and args[0].grad_fn is not None:
             call.inputs = _metadata(args[0].grad_fn).get(self._key + ".model")
             if call.inputs is not None:
@@ -262,7 +304,7 @@ class Tape:
                 call.blocks = self._blocks(*self.columns(criterion, loss, nodes[0] if len(nodes) == 1 else None, args, kwargs))
         elif len(nodes) == 1:
             output = args[0] if args else None
-            if isinstance(output, Tensor) and output.grad_fn is nodes[0]:
+            if isinstance(output, Tensor) and _is_view_of(output, nodes[0], call.sources[0].layer.out_features):
                 call.hessian = analytic_hessian(criterion, output.detach(), *args[1:], **kwargs)
             if call.hessian is None:
                 with self.muted():
@@ -270,20 +312,18 @@ class Tape:
         else:
             for node in nodes:
                 self._keep_gradient(node)
+        reference = weakref.ref(self)
 
         def backward(gradient: Tensor) -> None:
-            weight = call.sources[0].layer.weight
-            if weight.requires_grad and weight.grad is None:
-                self.clear()  # gradients were set to None since: those that earlier records belong to are gone
-            if call.scale is None:
-                self._losses.append(call)
-            _accumulate(call, "scale", gradient)
+            tape = reference()
+            if tape is not None:
+                tape._enter_run(call, gradient.detach())
 
-        loss.register_hook(self._when_backward(backward))
+        loss.register_hook(backward)
 
     def _blocks(self, edge: GradientEdge, root: OutputRoot) -> dict[LayerCall, Tensor]:
         """Sum over the columns of delta delta^T for every layer upstream of `edge`, in chunks of columns."""
-        nodes = _source_nodes(edge.node, self._key, nearest=False)
+        nodes, _ = _source_nodes(edge.node, self._key, nearest=False)
         calls: list[LayerCall] = [_metadata(node)[self._key] for node in nodes]
         instances = max((call.input.numel() // call.input.shape[-1] for call in calls), default=1)
         chunk = max(1, _COLUMN_BUDGET // max(1, sum(instances * call.layer.out_features for call in calls)))
@@ -298,18 +338,43 @@ class Tape:
                 blocks[call] = flat.T @ flat + blocks.get(call, 0)
         return blocks
 
-    def _when_backward(self, f: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-        """A gradient hook that calls f in backward passes proper.
+    def _enter_run(self, loss: LossCall, gradient: Tensor) -> None:
+        """A backward pass has reached a loss: from here to its end, the gradients that it leaves are collected."""
+        run = self._run
+        if run is None or run.id != torch._C._current_graph_task_id():
+            gradients = self._gradients()
+            discarded = bool(self._losses) and all(g is None or not g.any() for g, _ in gradients)
+            run = self._run = _Run(torch._C._current_graph_task_id(), gradients, discarded)
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish_run)
+        run.losses.append(loss)
+        run.events.append((loss, "scale", gradient))
 
-        Not in the tape's own autograd runs, and not in those that build a graph: they are derivatives inside of a loss or of
-        a regulariser, not the loss's own backward pass. Nor after the tape is gone.
-        """
+    def _finish_run(self) -> None:
+        run, self._run = self._run, None
+        # torch.autograd.grad leaves the weights' gradients as they were: nothing that a step will use has come of it.
+        if run is None or all(a is b and v == w for (a, v), (b, w) in zip(run.gradients, self._gradients(), strict=True)):
+            return
+        if run.discarded:
+            self.clear()  # the gradients that earlier records belong to had been zeroed or set to None
+        for record, name, gradient in run.events:
+            before = getattr(record, name)
+            setattr(record, name, gradient if before is None else before + gradient)
+        self._losses += [loss for loss in dict.fromkeys(run.losses) if not loss.released and loss not in self._losses]
+
+    def _gradients(self) -> list[tuple[Tensor | None, int]]:
+        """Every trainable weight's gradient, and its version."""
+        gradients = [layer.weight.grad for layer in self.names if layer.weight.requires_grad]
+        return [(g, 0 if g is None else g._version) for g in gradients]
+
+    def _collect(self, record: LayerCall | Link, name: str) -> Callable[[Tensor], None]:
+        """A gradient hook that adds to an attribute of the record, in backward passes that come from a recorded loss."""
         reference = weakref.ref(self)
 
         def hook(gradient: Tensor) -> None:
             tape = reference()
-            if tape is not None and not tape._muted and not torch.is_grad_enabled():
-                f(gradient)
+            run = tape._run if tape is not None else None
+            if run is not None and run.id == torch._C._current_graph_task_id():
+                run.events.append((record, name, gradient.detach()))
 
         return hook
 
@@ -318,12 +383,23 @@ class Tape:
 
     @contextmanager
     def muted(self) -> Iterator[None]:
-        """Autograd runs inside do not count as backward passes."""
+        """Layers that are called inside, as checkpointing does in autograd runs of the tape's own, are not recorded."""
         self._muted = True
         try:
             yield
         finally:
             self._muted = False
+
+
+@dataclass(eq=False)
+class _Run:
+    """One run of the autograd engine."""
+
+    id: int
+    gradients: list[tuple[Tensor | None, int]]  # of the weights when it reached the first loss, with their versions
+    discarded: bool  # whether they were all None or zero, though there were earlier records
+    losses: list[LossCall] = field(default_factory=list)
+    events: list[tuple[Any, str, Tensor]] = field(default_factory=list)  # (record, attribute, gradient to add to it)
 
 
 class _Hook:
@@ -356,25 +432,32 @@ def _metadata(node: Node) -> dict[str, Any]:
     return cast(dict[str, Any], node.metadata)  # torch's stub takes the attribute for a method
 
 
-def _accumulate(record: Any, name: str, gradient: Tensor) -> None:
-    before = getattr(record, name)
-    setattr(record, name, gradient if before is None else before + gradient)
+def _source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node], tuple[str, ...]]:
+    """The nearest autograd nodes upstream of (or at) `start` that are outputs of recorded linear layers, or all of them.
 
-
-def _source_nodes(start: Node, key: str, nearest: bool = True) -> list[Node]:
-    """The nearest autograd nodes upstream of (or at) `start` that are outputs of recorded linear layers, or all of them."""
-    found, seen, stack = [], {start}, [start]
+    And the names of the nodes passed on the way to them.
+    """
+    found, names, seen, stack = [], [], {start}, [start]
     while stack:
         node = stack.pop()
         if key in _metadata(node):
             found.append(node)
             if nearest:
                 continue
+        names.append(node.name())
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 stack.append(following)
-    return found
+    return found, tuple(names)
+
+
+def _is_view_of(output: Tensor, source: Node, width: int) -> bool:
+    """Whether `output` is the tensor of `source`, at most reshaped with its last dimension kept."""
+    node = output.grad_fn
+    while node is not None and node is not source and node.name() in ("ViewBackward0", "UnsafeViewBackward0"):
+        node = node.next_functions[0][0]
+    return node is source and output.dim() > 0 and output.shape[-1] == width
 
 
 def _consumers_first(
@@ -406,17 +489,15 @@ def _connect(
     names: dict[nn.Linear, str],
 ) -> None:
     """Sets what follows a record, from the consumers of each of its calls."""
-    singles = [each[0] for each in consumers if len(each) == 1]
-    losses = [c for c in singles if isinstance(c, LossCall)]
-    links = [c for c in singles if isinstance(c, Link)]
-    if len(singles) < len(consumers):
-        record.obstacle = "is used in several places"
-    elif len(losses) == len(consumers):
+    losses = [c for each in consumers for c in each if isinstance(c, LossCall)]
+    links = [c for each in consumers for c in each if isinstance(c, Link)]
+    if not links:
+        # Several losses of one output add up, and so do their Hessians.
         if all(loss.hessian is not None for loss in losses):
             record.losses = losses
         else:
             record.obstacle = "enters the criterion together with other linear layers' outputs"
-    elif len(links) < len(consumers) or len({id(owner[link]) for link in links}) > 1:
+    elif losses or len(links) > len(consumers) or len({id(owner[link]) for link in links}) > 1:
         record.obstacle = "is used in several places"
     elif any(link.transfer is None for link in links):
         record.obstacle = next(link.obstacle for link in links if link.transfer is None)

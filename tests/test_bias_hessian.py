@@ -67,6 +67,14 @@ def test_fused_activation(activation, dtype):
         assert_as_accurate(ops.bias_hessian_activation(h, w, saved, activation, parameter, None, -1.0), plain, exact, ulps=32)
 
 
+def test_no_outputs_and_no_inputs():
+    w, d = torch.zeros(0, 300).double(), torch.randn(4, 300).double()
+    ops.bias_hessian(*problem(300, 300, 4), -1.0)  # leaves its numbers in whatever memory comes next
+    expected = torch.diag((d * d).sum(0))
+    assert torch.equal(ops.bias_hessian(torch.zeros(0, 0).double(), w, d, d, d, -1.0), expected)
+    assert ops.bias_hessian(torch.eye(3), torch.zeros(3, 0), torch.zeros(2, 0), None, None, 0.0).shape == (0, 0)
+
+
 def test_any_strides():
     h, w, d1, d2, g = problem(20, 50, 40)
     expected = ops.bias_hessian(h, w, d1, d2, g, -1.0)

@@ -153,6 +153,44 @@ def test_pos_eig(gamma):
         OutputHessian(matrix * float("nan"), convex=False).positive(gamma)
 
 
+def test_a_plain_function_without_analytic_form_is_made_positive():
+    """Neither form of autograd's Hessian may pass for convex."""
+    output = 2 * values()
+    for function, target in [(lambda z, y: -F.cross_entropy(z, y), CLASSES), (lambda z, y: -((z - y) ** 2).mean(), values())]:
+        result = by_autograd(function, output, target)
+        assert torch.linalg.eigvalsh(result.positive(-1.0))[0] > -1e-12
+        torch.testing.assert_close(result.positive(-1.0), -exact(function, output, target))
+
+
+def test_diagonal_by_accident():
+    """Off-diagonal blocks that a vector of signs could cancel."""
+    for k in (3, 4, 5):
+        for free in range(k):
+            mask = torch.ones(k, dtype=torch.bool)
+            mask[free] = False
+
+            def function(z, y, mask=mask, free=free):
+                return z[:, free].square().mean() + F.cross_entropy(z[:, mask], y)
+
+            output, target = torch.randn(1, k).double(), torch.tensor([1])
+            torch.testing.assert_close(dense(by_autograd(function, output, target)), exact(function, output, target))
+
+
+def test_half_precision_outputs():
+    output = 2 * values()
+    result = analytic_hessian(nn.CrossEntropyLoss(), output.bfloat16(), CLASSES)
+    assert result.values.dtype == torch.float32
+    assert torch.linalg.eigvalsh(result.values)[0] > -1e-6
+
+
+def test_broadcast_targets():
+    output, target = values()[:, :1], values()[:, 0]
+    assert analytic_hessian(nn.MSELoss(), output, target) is None
+    with pytest.raises(ValueError, match=r"expected a target of the output's shape \(7, 1\), got \(7,\)"):
+        TukeyBiweightLoss()(output, target)
+    assert analytic_hessian(FunctionCriterion(F.mse_loss), output, output, weight=output) is None
+
+
 def test_eq_14_values():
     output = torch.tensor([[0.0, 0.0]]).double()  # p = 1/2
     assert BoundedClassificationLoss()(output, torch.tensor([1])).item() == pytest.approx(

@@ -291,6 +291,30 @@ def test_where_the_recursion_ends_a_layer_restarts_from_its_fisher_block(kind, r
         torch.testing.assert_close(hessians[record.layer], expected)
 
 
+def test_flattened_logits_have_the_analytic_hessian(monkeypatch):
+    model, criterion = network([3, 6, 4], nn.Tanh()), nn.CrossEntropyLoss()
+    x, y = torch.randn(2, 5, 3).double(), torch.randint(4, (2, 5))
+    monkeypatch.setattr("secondorder.tape.autograd_hessian", None)
+    tape = Tape(linear_layers(model), criterion, diagonal=True)
+    criterion(model(x).view(-1, 4), y.view(-1)).backward()
+    true = hessian_block(
+        model[2], lambda z, t: criterion(z, t), torch.tanh(model[0](x)).detach().flatten(0, 1), y.view(-1), "bias"
+    )
+    torch.testing.assert_close(PCH(-1.0).bias_hessians(tape.records())[model[2]], true)
+
+
+def test_what_is_not_elementwise_is_probed_once(monkeypatch):
+    model, criterion = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2)).double(), nn.MSELoss()
+    tape = Tape(linear_layers(model), criterion, diagonal=True)
+    probes = []
+    real = activations.probe
+    monkeypatch.setattr(activations, "probe", lambda *a, **k: probes.append(1) or real(*a, **k))
+    for _ in range(4):
+        criterion(model(torch.randn(6, 3).double()), torch.randn(6, 2).double()).backward()
+    assert len(probes) == 1
+    assert all(record.obstacle for record in tape.records() if record.layer is model[0])
+
+
 def test_a_layer_called_twice_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh()).double()
     criterion = nn.MSELoss()

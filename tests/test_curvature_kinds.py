@@ -18,9 +18,7 @@ from secondorder.tape import Tape
 def blocks(model, criterion, curvature, *batches, scale=1.0):
     """{layer name: H} of a curvature after backward passes over the batches."""
     layers = linear_layers(model)
-    tape = Tape(
-        layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns
-    )
+    tape = Tape(layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns)
     for x, y in batches:
         (scale * criterion(model(x), y)).backward()
     hessians = curvature.bias_hessians(tape.records())

@@ -259,9 +259,10 @@ def test_averaged_parameters():
     with optimizer.averaged_parameters():
         torch.testing.assert_close(model[0].weight.detach(), average)
     assert torch.equal(model[0].weight, own)
-    with pytest.raises(RuntimeError, match="expected an optimizer made with average=True"), so.EACG(
-        model, criterion
-    ).averaged_parameters():
+    with (
+        pytest.raises(RuntimeError, match="expected an optimizer made with average=True"),
+        so.EACG(model, criterion).averaged_parameters(),
+    ):
         pass
 
 

@@ -293,6 +293,220 @@ def test_nothing_is_recorded_in_eval_mode_or_without_grad():
     one_step(model, criterion, optimizer, x, y)
 
 
+def trace(optimizer, layer):
+    return float(optimizer.state[layer.weight]["bias_hessian"].trace())
+
+
+def traces_after(model, backward, **kwargs):
+    """The traces of all bias Hessians after one step from what `backward(model, optimizer)` did."""
+    optimizer = so.EACG(model, nn.CrossEntropyLoss(), **kwargs)
+    backward(model, optimizer)
+    optimizer.step()
+    return torch.tensor([trace(optimizer, layer) for layer in model if isinstance(layer, nn.Linear)])
+
+
+def plain(model, optimizer, factor=1.0, seed=0):
+    x, y = batch(seed=seed)
+    (factor * optimizer.criterion(model(x), y)).backward()
+
+
+def two_batches_in_one_backward(model, optimizer):
+    losses = [optimizer.criterion(model(batch(seed=s)[0]), batch(seed=s)[1]) for s in (0, 1)]
+    (losses[0] + losses[1]).backward()
+
+
+def two_batches_in_two(model, optimizer):
+    plain(model, optimizer, seed=0)
+    plain(model, optimizer, seed=1)
+
+
+def two_losses_of_one_output(model, optimizer):
+    x, y = batch()
+    z = model(x)
+    (0.25 * optimizer.criterion(z, y) + 0.75 * optimizer.criterion(z, y)).backward()
+
+
+def after_autograd_grad(model, optimizer):
+    x, y = batch()
+    loss = optimizer.criterion(model(x), y)
+    torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    loss.backward()
+
+
+def after_zeroed_gradients(set_to_none, frozen_head=False):
+    def run(model, optimizer):
+        plain(model, optimizer, seed=5)
+        model[-1].requires_grad_(not frozen_head)
+        model.zero_grad(set_to_none=set_to_none)  # not the optimizer's, which would know
+        plain(model, optimizer)
+
+    return run
+
+
+def same_graph_after_zero_grad(model, optimizer):
+    x, y = batch()
+    loss = optimizer.criterion(model(x), y)
+    loss.backward(retain_graph=True)
+    optimizer.zero_grad()
+    loss.backward()
+
+
+def creating_a_graph(model, optimizer):
+    x, y = batch()
+    optimizer.criterion(model(x), y).backward(create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (two_batches_in_one_backward, two_batches_in_two),
+        (two_losses_of_one_output, plain),
+        (after_autograd_grad, plain),
+        (after_zeroed_gradients(True), plain),
+        (after_zeroed_gradients(False), plain),
+        (same_graph_after_zero_grad, plain),
+        (creating_a_graph, plain),
+    ],
+    ids=lambda f: f.__qualname__.split(".")[0],
+)
+def test_what_counts_as_a_backward_pass(run, expected):
+    torch.testing.assert_close(traces_after(network(), run), traces_after(network(), expected))
+
+
+def test_zero_grad_forgets():
+    def skip_one(model, optimizer):
+        plain(model, optimizer, seed=5)
+        optimizer.zero_grad(set_to_none=False)
+        for p in model.parameters():
+            p.grad.add_(1e-30)  # so that only zero_grad itself can have told
+        plain(model, optimizer)
+
+    torch.testing.assert_close(traces_after(network(), skip_one), traces_after(network(), plain))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x, head):
+        return getattr(self, head)(torch.tanh(self.trunk(x)))
+
+
+def test_heads_trained_by_backward_passes_of_their_own():
+    torch.manual_seed(0)
+    model, criterion, (x, y) = TwoHeads().double(), nn.CrossEntropyLoss(), batch()
+    optimizer = so.EACG(model, criterion)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no curvature covers.*")
+        warnings.filterwarnings("ignore", message=".*is used in several places.*")
+        for head in ("a", "b"):
+            criterion(model(x, head), y).backward()
+        optimizer.step()
+    for layer in (model.trunk, model.a, model.b):
+        assert trace(optimizer, layer) > 0
+
+
+@pytest.mark.parametrize("factor", [3.0, 1 / 3])
+def test_a_factor_on_the_loss_is_one_on_fisher_blocks_too(factor):
+    def run(reduction, factor):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
+        criterion = nn.CrossEntropyLoss(reduction=reduction)
+        optimizer = so.EACG(model, criterion)
+        x, y = batch(11)
+        (factor * criterion(model(x), y)).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+        return torch.tensor([trace(optimizer, model[0]), trace(optimizer, model[3])])
+
+    torch.testing.assert_close(run("mean", factor), factor * run("mean", 1.0))
+    torch.testing.assert_close(run("sum", factor), 11 * factor * run("mean", 1.0))
+
+
+def test_a_loss_that_is_maximised():
+    """The criterion's Hessian is then negative, and Pos-Eig must see it: PCH-1 has the magnitude of the minimised loss's."""
+    top = [traces_after(network(), lambda m, o, f=f: plain(m, o, f))[-1] for f in (1.0, -1.0)]
+    torch.testing.assert_close(top[1], top[0])
+
+
+def test_two_param_groups():
+    criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
+    before = copy.deepcopy(model)
+    optimizer = so.EACG(model, criterion, lr=0.3, alpha=0.1, max_cg=500, eps_cg=1e-13)
+    head = list(model[4].parameters())
+    optimizer.param_groups[0]["params"] = [p for p in model.parameters() if all(p is not h for h in head)]
+    optimizer.add_param_group({"params": head, "lr": 0.01, "alpha": 0.4})
+    one_step(model, criterion, optimizer, x, y)
+    linears = [0, 2, 4]
+    for lr, alpha, chosen in ((0.3, 0.1, (0, 1)), (0.01, 0.4, (2,))):
+        directions = dense_directions(before, criterion, x, y, -1.0, alpha)
+        for i in chosen:
+            moved = model[linears[i]].weight.detach() - before[linears[i]].weight.detach()
+            torch.testing.assert_close(moved, lr * directions[i][0], rtol=1e-8, atol=1e-10)
+
+
+def test_parameters_outside_of_the_groups_are_left_alone():
+    criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
+    optimizer = so.EACG(model, criterion)
+    optimizer.param_groups[0]["params"] = list(model[4].parameters())
+    before = model[0].weight.clone()
+    one_step(model, criterion, optimizer, x, y)
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_copies_of_model_and_optimizer_train_alike(how, scheduled):
+    model, criterion = network(), nn.CrossEntropyLoss()
+    optimizer = so.EACG(model, criterion, curvature_every=2)
+    if scheduled:
+        torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    for step in range(3):
+        one_step(model, criterion, optimizer, *batch(seed=step))
+    twin, twin_optimizer, twin_criterion = how((model, optimizer, criterion))
+    for step in range(3, 6):
+        one_step(model, criterion, optimizer, *batch(seed=step))
+        one_step(twin, twin_criterion, twin_optimizer, *batch(seed=step))
+    assert_same(snapshot(model, optimizer), snapshot(twin, twin_optimizer))
+
+
+@pytest.mark.parametrize("key", ["lr", "momentum", "weight_decay", "factor_decay", "alpha"])
+@pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf"), "fast"])
+def test_groups_are_checked_at_every_step(key, value):
+    criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
+    optimizer = so.EACG(model, criterion)
+    one_step(model, criterion, optimizer, x, y)
+    before = copy.deepcopy(model.state_dict())
+    optimizer.param_groups[0][key] = value
+    with pytest.raises((ValueError, TypeError), match=f"expected {key} "):
+        one_step(model, criterion, optimizer, x, y)
+    assert_same(model.state_dict(), before)
+
+
+def test_an_overflowing_update_is_refused():
+    model, criterion, (x, y) = network().float(), nn.CrossEntropyLoss(), batch()
+    optimizer = so.EACG(model, criterion)
+    optimizer.zero_grad()
+    criterion(model(x.float() * 0), y).backward()
+    model[0].weight.grad.fill_(1e37)  # finite, and invisible along a mean input of 0; over alpha it is not
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="layer '0': the solution overflows"):
+        optimizer.step()
+    assert_same(model.state_dict(), before)
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(10, 5, sparse=True)
+    model = nn.Sequential(embedding, nn.Linear(5, 3))
+    criterion = nn.CrossEntropyLoss()
+    optimizer = so.EACG(model, criterion)
+    with pytest.warns(UserWarning, match="fallback"), pytest.raises(RuntimeError, match=r"sparse one for '0.weight'"):
+        one_step(model, criterion, optimizer, torch.arange(6), torch.randint(3, (6,)))
+
+
 def live_tensors():
     gc.collect()
     return {id(o): o for o in gc.get_objects() if type(o) is torch.Tensor and o.numel() > 8}
@@ -307,7 +521,9 @@ def test_no_memory_is_held_between_steps_nor_by_forward_passes_alone():
     before = live_tensors()
     for _ in range(3):
         criterion(model(x), y)  # a forward pass that nobody goes backward through
-    one_step(model, criterion, optimizer, x, y)
+    loss = criterion(model(x), y)  # held, with its graph, as training loops do
+    loss.backward()
+    optimizer.step()
     optimizer.zero_grad()
     kept = [o.shape for i, o in live_tensors().items() if i not in before]
     assert not [shape for shape in kept if 50 in shape]

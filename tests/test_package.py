@@ -50,6 +50,7 @@ def test_the_narrower_vector_loops(vectors):
             "tests/test_bias_hessian.py",
             "tests/test_eacg_ops.py",
             "tests/test_activation.py",
+            "tests/test_bfgs.py",
         ],
         cwd=ROOT,
         env={**os.environ, "SECONDORDER_VECTORS": vectors},

@@ -60,14 +60,16 @@ template <typename T>
 void multiply_strips(const Kernels<T>& kernel, int64_t rows, const T* x, int64_t x_strips, const T* y,
                      int64_t y_strips, T* c, int64_t c_row, int64_t c_strip, bool lower) {
   const int64_t nr = kernel.nr;
-  for (int64_t k = 0; k < rows; k += kDepth) {
+  int64_t k = 0;
+  do {  // once for no rows at all: C = 0
     const int64_t depth = std::min(kDepth, rows - k);
     for (int64_t ys = 0; ys < y_strips; ++ys)
       for (int64_t xs = lower ? ys : 0; xs < x_strips; ++xs)
         for (int64_t i = 0; i < nr; i += kernel.mr)
           kernel.multiply(depth, x + (xs * rows + k) * nr + i, y + (ys * rows + k) * nr,
                           c + (xs * nr + i) * c_row + ys * c_strip, c_row, k > 0);
-  }
+    k += kDepth;
+  } while (k < rows);
 }
 
 // G from H [k, k] and W [k, n], both contiguous, and d1 [m, n], which `fill(strip, out, sums)` writes as strips while

@@ -12,6 +12,7 @@
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -89,15 +90,7 @@ struct Direction {
   double c;
   std::vector<T> w, bias;
   int64_t iterations;  // of the weight system
-
-  bool finite() const {
-    const auto all = [](const std::vector<T>& v) {
-      for (T x : v)
-        if (!std::isfinite(x)) return false;
-      return true;
-    };
-    return std::isfinite(c) && all(w) && all(bias);
-  }
+  double largest;      // a bound on every |P_ij| and |d_i|; NaN where anything is not finite
 };
 
 struct Settings {
@@ -111,17 +104,15 @@ template <typename T>
 Direction<T> solve(const T* hessian, const T* mean_input, const T* grad_weight, const T* grad_bias, int64_t n_out,
                    int64_t n_in, double alpha, const Settings& settings) {
   const Kernels<T>& kernel = kernels<T>();
-  const double s = kernel.squares(n_in, mean_input), root = std::sqrt(s);
-  std::vector<T> u(n_out);
+  double s, same;  // s = a^T a
+  kernel.project(1, n_in, mean_input, mean_input, &s, &same);
+  const double root = std::sqrt(s);
+  std::vector<double> u(n_out), squares(n_out);
   parallel_rows(n_out, n_in, [&](int64_t begin, int64_t end) {
-    kernel.matvec(end - begin, n_in, grad_weight + begin * n_in, mean_input, nullptr, u.data() + begin, nullptr);
+    kernel.project(end - begin, n_in, grad_weight + begin * n_in, mean_input, u.data() + begin, squares.data() + begin);
   });
   double across = 0;  // |B'|
   if (settings.truncated) {
-    std::vector<double> squares(n_out);
-    parallel_rows(n_out, n_in, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) squares[i] = kernel.squares(n_in, grad_weight + i * n_in);
-    });
     for (double row : squares) across += row;
     if (s > 0) across -= dot(u, u) / s;
     // Rounding can leave a small negative number where B is all along a; NaN must stay.
@@ -129,8 +120,7 @@ Direction<T> solve(const T* hessian, const T* mean_input, const T* grad_weight, 
   }
 
   std::vector<T> weight_rhs(n_out), bias_rhs(grad_bias ? n_out : 0);
-  // With a = 0 nothing is along it, and u = 0; but a NaN in B then stands in u alone, and must reach the solution.
-  for (int64_t i = 0; i < n_out; ++i) weight_rhs[i] = T(s > 0 ? -double(u[i]) / root : double(u[i]));
+  for (int64_t i = 0; i < n_out; ++i) weight_rhs[i] = s > 0 ? T(-u[i] / root) : T(0);  // with a = 0 nothing is along it
   for (size_t i = 0; i < bias_rhs.size(); ++i) bias_rhs[i] = -grad_bias[i];
   ConjugateGradient<T> weight(std::move(weight_rhs), -across, alpha, (1 - alpha) * s, settings.tol);
   ConjugateGradient<T> bias(std::move(bias_rhs), 0, alpha, 1 - alpha, settings.tol);
@@ -152,10 +142,18 @@ Direction<T> solve(const T* hessian, const T* mean_input, const T* grad_weight, 
   // -1/alpha in the closed form; the extra coordinate, undone from its length |B'|, in the truncated one.
   result.c = settings.truncated ? (across == 0 ? 0 : weight.extra_solution() / across) : -1 / alpha;
   result.w.resize(n_out);
-  for (int64_t i = 0; i < n_out; ++i)
-    result.w[i] = s > 0 ? T((weight.solution()[i] * root - result.c * u[i]) / s) : T(weight.solution()[i]);
   result.bias = bias.solution();
   result.iterations = weight.iterations();
+  result.largest = s - s;  // 0, or NaN where the mean input is not finite
+  const auto enlarge = [&](double bound) {
+    if (!(bound <= result.largest)) result.largest = bound;  // also where it is NaN, for good
+  };
+  for (int64_t i = 0; i < n_out && !std::isnan(result.largest); ++i) {
+    const double w = s > 0 ? (weight.solution()[i] * root - result.c * u[i]) / s : double(weight.solution()[i]);
+    result.w[i] = T(w);
+    enlarge(std::abs(result.c) * std::sqrt(squares[i]) + std::abs(w) * std::max(1.0, root));
+  }
+  for (size_t i = 0; i < result.bias.size() && !std::isnan(result.largest); ++i) enlarge(std::abs(double(result.bias[i])));
   return result;
 }
 
@@ -300,7 +298,9 @@ at::Tensor eacg_update_(at::TensorList hessians, at::TensorList mean_inputs, at:
     const at::Tensor grad_weight = grad_weights[l].contiguous(), mean_input = mean_inputs[l].contiguous();
     solve_layer(hessians[l], mean_input, grad_weight, grad_biases[l], alpha[l], {max_iter, tol, truncated},
                 [&]<typename T>(Direction<T> direction, const T*, const T*) {
-                  const bool layer_finite = direction.finite();
+                  // |V| <= max |P| / (1 - mu): neither momentum mu V + P nor update lr V may overflow, now or later.
+                  const double reach = direction.largest * std::max(1.0, std::abs(lr[l])) / std::max(1e-3, 1 - momentum[l]);
+                  const bool layer_finite = reach <= double(std::numeric_limits<T>::max()) / 8;
                   counts[l] = layer_finite ? direction.iterations : -1;
                   finite = finite && layer_finite;
                   updates.push_back([=, direction = std::move(direction)] {

@@ -22,8 +22,9 @@ struct Kernels {
   // y1 = M x1, and y2 = M x2 in the same pass where x2 is given.   m [rows, n] contiguous; x1, x2 [n]; y1, y2 [rows]
   void (*matvec)(int64_t rows, int64_t n, const T* m, const T* x1, const T* x2, T* y1, T* y2);
 
-  // sum of m[i]^2 over n elements
-  double (*squares)(int64_t n, const T* m);
+  // y[i] = m_i . x and squares[i] = |m_i|^2 for every row m_i, accumulated in double.
+  //   m [rows, n] contiguous; x [n]; y, squares [rows]
+  void (*project)(int64_t rows, int64_t n, const T* m, const T* x, double* y, double* squares);
 
   // out = c b + w a, elementwise over n (c, w scalars)
   void (*combine)(int64_t n, T c, const T* b, T w, const T* a, T* out);
@@ -38,6 +39,9 @@ struct Kernels {
   // has none); d1: row stride d1_ld; d2 (or null): row stride ld; sums (or null): sums[j] += sum_i sigma''[i, j] g[i, j].
   void (*derivatives)(Activation activation, T p, int64_t rows, int64_t cols, const T* v, const T* e0, const T* e1,
                       const T* g, int64_t ld, T* d1, int64_t d1_ld, T* d2, double* sums);
+
+  // One row of H += a a^T - b b^T: h = h + ai a - bi b over n. Every entry is rounded as its mirror image is.
+  void (*rank_two)(int64_t n, T ai, const T* a, T bi, const T* b, T* h);
 };
 
 // The table for this machine's widest supported vectors.

@@ -1,5 +1,6 @@
 """What the optimizers share: which layers a model has, the tape on them, and the parameters that no curvature covers."""
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,15 @@ from torch import Tensor, nn
 
 from secondorder.criteria import FunctionCriterion
 from secondorder.tape import Columns, LayerRecord, Tape
+
+# What the numbers in param_groups must be, at construction and at every step.
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "lr": (lambda v: 0 <= v < math.inf, ">= 0"),
+    "alpha": (lambda v: 0 < v < 1, "in (0, 1)"),
+    "momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "weight_decay": (lambda v: 0 <= v < math.inf, ">= 0"),
+    "factor_decay": (lambda v: 0 <= v < 1, "in [0, 1)"),
+}
 
 
 class CurvatureOptimizer(torch.optim.Optimizer):
@@ -61,11 +71,17 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 f"{name}: expected a model with at least one trainable nn.Linear, got {type(model).__name__} with none"
             )
         for layer in trainable:
+            if not layer.weight.is_contiguous():
+                raise ValueError(
+                    f"{name}: expected contiguous weights, got strides {layer.weight.stride()} in layer {layers[layer]!r}; "
+                    "make it contiguous first: layer.weight.data = layer.weight.data.contiguous()"
+                )
             if layer.weight.dtype not in (torch.float32, torch.float64):
                 raise TypeError(
                     f"{name}: expected parameters of dtype float32 or float64, got {layer.weight.dtype} "
                     f"in layer {layers[layer]!r}"
                 )
+        check_numbers(name, defaults)
         super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
         self.criterion = criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)
         self._layers = layers
@@ -73,10 +89,26 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._fallback = fallback
         self._fallback_warned: set[Tensor] = set()
         self._restart_warned: set[nn.Linear] = set()
-        self._tape = Tape(
-            layers, self.criterion, diagonal=diagonal, grad_outputs=grad_outputs, columns=columns,
-            model=model if keep_inputs else None,
-        )  # fmt: skip
+        self._tape_options: dict[str, Any] = {
+            "diagonal": diagonal,
+            "grad_outputs": grad_outputs,
+            "columns": columns,
+            "model": model if keep_inputs else None,
+        }
+        self._tape = Tape(layers, self.criterion, **self._tape_options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the tape, which hangs on the model's hooks, and what a scheduler has put around `step`."""
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("_tape", "step")}
+        return {**kept, "_recording": self._tape.recording}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Lays a tape on the copy's own model; `load_state_dict` comes here too, with the state alone."""
+        recording = state.pop("_recording", None)
+        super().__setstate__(state)
+        if recording is not None:
+            self._tape = Tape(self._layers, self.criterion, **self._tape_options)
+            self._tape.recording = recording
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, and with them what the tape recorded for them."""
@@ -88,7 +120,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._tape.remove()
 
     def _groups(self) -> dict[Tensor, dict[str, Any]]:
-        """The param_group of every parameter."""
+        """The param_group of every parameter, once the groups' numbers are known to be valid."""
+        for group in self.param_groups:
+            check_numbers(f"{type(self).__name__}.step()", group)
         return {p: group for group in self.param_groups for p in group["params"]}
 
     def _check_gradients(self) -> None:
@@ -117,8 +151,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 )
         return records
 
-    def _uncovered(self, covered: set[Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
-        """The parameters with a gradient outside of `covered`, with their groups, once their gradients are known to be finite."""
+    def _uncovered(self, covered: set[Tensor]) -> list[tuple[Tensor, float, float, float]]:
+        """The fallback's updates: (parameter, lr, momentum, weight decay) of all with a gradient outside of `covered`.
+
+        Raises RuntimeError unless everything about them is sound.
+        """
         found = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None and p not in covered]
         new = [p for p, _ in found if p not in self._fallback_warned]
         if new:
@@ -132,26 +169,54 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 f"secondorder: no curvature covers the parameters {names}; they are updated by the fallback, SGD.",
                 stacklevel=3,
             )
-        for p, _ in found:
-            if not torch.isfinite(p.grad).all():
+        updates = []
+        for p, group in found:
+            name, gradient = self._parameter_names.get(p, "?"), p.grad
+            if gradient.layout is not torch.strided:
                 raise RuntimeError(
-                    f"{type(self).__name__}.step(): the gradient of {self._parameter_names.get(p, '?')!r} holds NaN or inf; "
+                    f"{type(self).__name__}.step(): expected dense gradients, got a sparse one for {name!r}; use sparse=False"
+                )
+            lr, momentum, decay = (float(group[key] or 0) for key in ("lr", "momentum", "weight_decay"))
+            # |v| <= max |g| / (1 - momentum): bounded like this, no update overflows. NaN fails the comparison.
+            reach = gradient.abs().amax() * (max(1.0, lr) / (1 - momentum)) if gradient.numel() else 0.0
+            if not reach <= torch.finfo(gradient.dtype).max / 8:
+                raise RuntimeError(
+                    f"{type(self).__name__}.step(): the gradient of {name!r} holds NaN or inf, or is too large; "
                     "no parameter and no state has changed"
                 )
-        return found
+            updates.append((p, lr, momentum, decay))
+        return updates
 
-    def _fallback_update(self, parameters: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    def _fallback_update(self, updates: list[tuple[Tensor, float, float, float]]) -> None:
         """SGD: v <- momentum v + g, p <- (1 - lr weight_decay) p - lr v."""
-        for p, group in parameters:
+        for p, lr, momentum, decay in updates:
             direction = p.grad
             assert direction is not None
-            if group["momentum"] != 0:
+            if momentum != 0:
                 state = self.state[p]
                 if "momentum" in state:
-                    direction = state["momentum"].mul_(group["momentum"]).add_(direction)
+                    direction = state["momentum"].mul_(momentum).add_(direction)
                 else:
                     direction = state["momentum"] = direction.clone()
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+            p.mul_(1 - lr * decay).add_(direction, alpha=-lr)
+
+
+def check_numbers(owner: str, values: dict[str, Any]) -> None:
+    """Raises where one of the numbers that a param_group holds is not what it must be.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is out of range.
+    """
+    for name, (valid, expected) in _NUMBERS.items():
+        value = values.get(name)
+        if value is not None:  # lr=None: the quadratic model gives it
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                raise TypeError(f"{owner}: expected {name} to be a number, got {value!r}") from None
+            if not valid(number):
+                raise ValueError(f"{owner}: expected {name} {expected}, got {value!r}")
 
 
 def linear_layers(model: nn.Module) -> dict[nn.Linear, str]:

@@ -79,14 +79,9 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         fallback: str,
     ):
         checks: list[tuple[str, Any, bool, str]] = [
-            ("lr", lr, lr is None or lr >= 0, ">= 0"),
-            ("alpha", alpha, 0 < alpha < 1, "in (0, 1)"),
             ("max_cg", max_cg, max_cg >= 1, ">= 1"),
             ("eps_cg", eps_cg, eps_cg >= 0, ">= 0"),
             ("solver", solver, solver in SOLVERS, f"one of {', '.join(map(repr, SOLVERS))}"),
-            ("momentum", momentum, 0 <= momentum < 1, "in [0, 1)"),
-            ("weight_decay", weight_decay, weight_decay >= 0, ">= 0"),
-            ("factor_decay", factor_decay, 0 <= factor_decay < 1, "in [0, 1)"),
             ("curvature_every", curvature_every, curvature_every >= 1, ">= 1"),
             ("inverse_every", inverse_every, inverse_every >= 1, ">= 1"),
             ("max_factor_elements", max_factor_elements, max_factor_elements >= 0, ">= 0"),
@@ -135,7 +130,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             self._update(factors)
         if self._average:
             self._update_averages()
-        self._tape.clear()
+        self._tape.clear(release=True)
         self._schedule()
         return loss
 
@@ -188,7 +183,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         factors = {}
         for record in records:
             weight = record.layer.weight
-            if weight.grad is None:
+            if weight.grad is None or weight not in groups:
                 continue
             hessian, state = hessians[record.layer], self.state.get(weight, {})
             new = {"bias_hessian": hessian, **self._solver.statistics(record.input().to(hessian.dtype))}
@@ -202,10 +197,10 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
     def _covered(self, factors: dict[nn.Linear, Factors]) -> dict[nn.Linear, Factors]:
         """The layers to be updated, with their factors, new or old."""
-        covered = {}
+        groups, covered = self._groups(), {}
         for layer in self._layers:
             state = self.state.get(layer.weight, {})
-            if layer.weight.grad is not None and (layer in factors or "bias_hessian" in state):
+            if layer.weight in groups and layer.weight.grad is not None and (layer in factors or "bias_hessian" in state):
                 covered[layer] = factors.get(layer) or {name: state[name] for name in _FACTORS if name in state}
         return covered
 
@@ -233,8 +228,6 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         for layer, factors in covered.items():
             weight, bias, state = layer.weight, layer.bias, self.state.get(layer.weight, {})
             alpha = groups[weight]["alpha"]
-            if scale is None and not 0 < alpha < 1:
-                raise ValueError(f"{type(self).__name__}: expected alpha in (0, 1), got {alpha}")
             try:
                 ready = state.get("prepared")
                 if fresh or ready is None or state["step"] % self._inverse_every == 0:
@@ -283,7 +276,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
         others = self._uncovered({*weights, *biases})
         if layers:
-            iterations = ops.eacg_update_(  # type: ignore[call-arg]
+            iterations = ops.eacg_update_(
                 [each["bias_hessian"] for each in covered.values()],
                 [each["mean_input"] for each in covered.values()],
                 [weight.grad for weight in weights],  # type: ignore[misc]
@@ -318,7 +311,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             p: p.grad if eta[p] == 0 else p.grad.add(p, alpha=eta[p])
             for each in self.param_groups for p in each["params"] if p.grad is not None
         }  # fmt: skip
-        others = [p for p, _ in self._uncovered({p for layer in covered for p in layer.parameters(recurse=False)})]
+        others = [p for p, *_ in self._uncovered({p for layer in covered for p in layer.parameters(recurse=False)})]
         parameters = [p.detach() for p in grads]
         local = LocalLoss(
             self._model, self.criterion, self._tape.losses, [self._parameter_names[p] for p in grads], self._subsample, steps,

@@ -1,0 +1,520 @@
+"""KBFGS and KBFGSL: Kronecker-factored quasi-Newton methods (Goldfarb, Ren & Bahamou, 2020)."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secondorder import ops
+from secondorder.activations import rows
+from secondorder.optim.base import CurvatureOptimizer
+
+_HALVINGS = 10  # of a step before it is given up
+_COUNTS = ("step", "halvings", "rejected", "updated", "damped_s", "damped_y", "skipped", "input_skipped")
+
+
+class KBFGS(CurvatureOptimizer):
+    """Trains the linear layers of a model by K-BFGS: BFGS estimates of both Kronecker factors of each inverse Hessian.
+
+    For each layer z = W h + b, with [W | b] [n_out, n_in + 1] and h extended by a 1 (neither without a bias), per step
+
+        M <- decay M + (1 - decay) (gradient of the loss + weight_decay [W | b])
+        [W | b] <- [W | b] - lr H_g M H_a                                                  Eq. 4
+        s <- decay s + (1 - decay) (E[z+] - E[z]),   y <- likewise with dL/dz              Eq. 5; z+: after the step
+        H_g <- BFGS update of H_g by the double damping of (s, y)                          Algorithm 3, Eq. 6
+        A <- decay A + (1 - decay) E[h h^T]
+        H_a <- BFGS update of H_a by s_a = H_a E[h], y_a = (A + lambda_A I) s_a            Section 4
+
+    from s = y = 0, H_g = I, A = E[h h^T] (`initialize`), H_a = (A + lambda_A I)^-1; lambda_A = mu2 = sqrt(damping).
+
+        optimizer = secondorder.KBFGS(model, criterion)
+        for x, y in loader:
+            def closure():
+                optimizer.zero_grad()
+                loss = criterion(model(x), y)
+                loss.backward()
+                return loss
+            optimizer.step(closure)
+
+    `step` calls the closure a second time, at the new weights, on the same mini-batch and from the same random state,
+    so that dropout masks repeat. No parameter's gradient is computed then: p.grad keeps those of the first call. The
+    second call also tells the loss after the step: where that exceeds the loss before by more than `max_increase`
+    times its size, or is not finite, the step is halved and tried again, and given up after 10 halvings.
+
+    Args:
+        model: any module; its nn.Linear layers are covered, whatever lies between them.
+        criterion: as for the other optimizers, but unused: the closure computes the loss, any loss.
+        lr: step size, >= 0.
+        damping: lambda in (0, 1].
+        mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
+        decay: of all moving averages (beta in the paper), in [0, 1).
+        weight_decay: >= 0; enters the gradient of the covered layers (the fallback's is decoupled).
+        bias_correction: M is the average over the steps so far, as in Adam. False starts from M = 0 without correction,
+            as the authors' published numbers do; the first steps are then short.
+        max_increase: >= 0, see above. math.inf takes every step with a finite loss after it, as the authors do.
+        fallback: what updates parameters outside of the linear layers, after the step: "sgd" (warns once) or "error".
+
+    lr, damping, mu1, decay and weight_decay are read from `param_groups` at every step (a layer's from its weight's
+    group), as is "momentum", 0 unless set there, which the fallback alone uses.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+        RuntimeError: from `step`, where there is no closure, gradients are missing or not finite, or the closure's
+            second call sees other data; the weights and the optimizer's state have not changed then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | Callable[..., Tensor],
+        lr: float = 0.3,
+        *,
+        damping: float = 0.3,
+        mu1: float = 0.2,
+        decay: float = 0.9,
+        weight_decay: float = 0.0,
+        bias_correction: bool = True,
+        max_increase: float = 0.05,
+        fallback: str = "sgd",
+    ):
+        checks: list[tuple[str, Any, bool, str]] = [
+            ("lr", lr, lr >= 0, ">= 0"),
+            ("damping", damping, 0 < damping <= 1, "in (0, 1]"),
+            ("mu1", mu1, 0 < mu1 < 1, "in (0, 1)"),
+            ("decay", decay, 0 <= decay < 1, "in [0, 1)"),
+            ("weight_decay", weight_decay, weight_decay >= 0, ">= 0"),
+            ("max_increase", max_increase, max_increase >= 0, ">= 0"),
+        ]
+        for name, value, valid, expected in checks:
+            if not valid:
+                raise ValueError(f"{type(self).__name__}: expected {name} {expected}, got {value!r}")
+        defaults = {
+            "lr": lr, "damping": damping, "mu1": mu1, "decay": decay, "weight_decay": weight_decay, "momentum": 0.0,
+        }  # fmt: skip
+        super().__init__(model, criterion, defaults, diagonal=False, fallback=fallback)
+        # Means over two passes are all that is needed here, and `_Pass` takes them during a step.
+        self._tape.recording = False
+        self._model = model
+        self._max_increase, self._bias_correction = max_increase, bias_correction
+
+    @torch.no_grad()
+    def initialize(self, inputs: Iterable[Any]) -> None:
+        """Sets A = E[h h^T] over all the given batches, as the paper does, and H_a = (A + lambda_A I)^-1 from it.
+
+        Before the first step, and optional: without it the first mini-batch alone gives A.
+
+        Args:
+            inputs: what the model is called with, batch after batch; for example `(x for x, _ in loader)`.
+        """
+        if any(state.get("step", 0) > 0 for state in self.state.values()):
+            raise RuntimeError(f"{type(self).__name__}.initialize(): expected no step before it")
+        moments: dict[nn.Linear, Tensor] = {}
+        counts: dict[nn.Linear, int] = {}
+
+        def add(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            h = _input(layer, args, kwargs)
+            counts[layer] = counts.get(layer, 0) + len(h)
+            moments[layer] = _second_moment(layer, h, h.mean(0), moments.get(layer), 1 - len(h) / counts[layer])
+
+        groups = self._groups()
+        layers = [layer for layer in self._layers if layer.weight in groups]
+        handles = [layer.register_forward_hook(add, with_kwargs=True) for layer in layers]
+        try:
+            for batch in inputs:
+                self._model(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for layer, moment in moments.items():
+            self.state[layer.weight].update(self._start(layer, moment, groups[layer.weight]["damping"]))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
+        """One step; calls the closure at least twice.
+
+        Args:
+            closure: zero_grad, forward and backward on one mini-batch, the same at every call; returns the loss.
+
+        Returns:
+            The loss before the step.
+        """
+        name = type(self).__name__
+        if closure is None:
+            raise RuntimeError(
+                f"{name}.step(): expected a closure, since the loss is needed at two points: a function that calls "
+                "optimizer.zero_grad(), computes the loss, calls loss.backward() and returns the loss"
+            )
+        random = _random_state()
+        with _Pass(list(self._layers)) as first:
+            loss = first.run(closure, name)
+        self._check_gradients()
+        groups = self._groups()
+        layers = [n for n in self._layers if n in first.gradient and n.weight in groups and n.weight.grad is not None]
+        covered: set[Tensor] = {p for layer in layers for p in _parameters(layer)}
+        others = self._uncovered(covered)
+        self._check_finite(loss, layers)
+
+        directions, updates = self._directions(layers, first, groups)
+        rates = [groups[layer.weight]["lr"] for layer in layers]
+        trial, halvings = self._try(closure, loss, layers, directions, rates, first, random)
+        self._fallback_update(others)
+        for layer in layers:
+            state = self.state[layer.weight]
+            state.update(updates[layer])
+            state["step"] += 1
+            state["halvings"] += halvings
+            state["rejected"] += trial is None
+        for group in self.param_groups:
+            own = [layer for layer in layers if groups[layer.weight] is group]
+            if own:
+                self._update_inputs(own, first, group)
+                if trial is not None:
+                    self._update_outputs(own, first, trial, group)
+        return loss
+
+    def diagnostics(self) -> dict[str, dict[str, int]]:
+        """Counts since the start, by layer.
+
+        "step"; "halvings" of a step that the loss after it called for; "rejected" steps, given up after 10 halvings; of
+        H_g the updates made ("updated"), those with s damped ("damped_s") and with y damped ("damped_y"), and those
+        "skipped" (curvature not positive, or something not finite); of H_a those skipped ("input_skipped").
+        """
+        return {
+            name: {count: self.state[layer.weight][count] for count in _COUNTS}
+            for layer, name in self._layers.items()
+            if "step" in self.state.get(layer.weight, {})
+        }
+
+    def _start(self, layer: nn.Linear, second_moment: Tensor, damping: float) -> dict[str, Any]:
+        """The state of a layer before its first step, with A as given."""
+        zeros = second_moment.new_zeros
+        n_out, n = layer.out_features, len(second_moment)
+        damped = second_moment + math.sqrt(damping) * torch.eye(n, dtype=second_moment.dtype, device=second_moment.device)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return {
+            **dict.fromkeys(_COUNTS, 0),
+            "gradient": zeros(n_out, n),
+            "input_second_moment": second_moment,
+            "inverse_input": ((inverse + inverse.T) / 2).contiguous(),
+            "s": zeros(n_out),
+            "y": zeros(n_out),
+            **self._start_output(zeros(n_out)),
+        }
+
+    def _start_output(self, zero: Tensor) -> dict[str, Tensor]:
+        """The state that stands for H_g = I."""
+        return {"inverse_output": torch.eye(len(zero), dtype=zero.dtype, device=zero.device)}
+
+    def _times_inverse_output(self, states: list[dict[str, Any]], gradients: list[Tensor]) -> list[Tensor]:
+        """H_g M of every layer."""
+        return [state["inverse_output"] @ m for state, m in zip(states, gradients, strict=True)]
+
+    def _damped_update(self, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+        """Updates H_g by the damped (s, y) of every layer."""
+        s, y, h = ([state[key] for state in states] for key in ("s", "y", "inverse_output"))
+        return ops.damped_bfgs_update_(h, s, y, group["mu1"], math.sqrt(group["damping"]))
+
+    def _check_finite(self, loss: Tensor, layers: list[nn.Linear]) -> None:
+        norms = {layer: torch._foreach_norm([_gradient(p) for p in _parameters(layer)]) for layer in layers}
+        bad = [layer for layer in layers if not torch.isfinite(torch.stack(norms[layer])).all()]
+        if bad or not math.isfinite(loss):
+            names = ", ".join(repr(self._layers[layer]) for layer in bad)
+            raise RuntimeError(
+                f"{type(self).__name__}.step(): {f'the gradient of layer {names}' if bad else 'the loss'} holds NaN or "
+                "inf; no parameter and no state has changed. Skip this batch, or lower lr or raise damping if the "
+                "training has diverged."
+            )
+
+    def _directions(
+        self, layers: list[nn.Linear], first: "_Pass", groups: dict[Tensor, dict[str, Any]]
+    ) -> tuple[list[Tensor], dict[nn.Linear, dict[str, Any]]]:
+        """H_g M H_a of every layer, and what its state becomes after the step."""
+        states, updates = [], {}
+        for layer in layers:
+            state, group = self.state.get(layer.weight, {}), groups[layer.weight]
+            if "step" not in state:
+                moment = _second_moment(layer, first.input(layer), first.mean_input(layer))
+                state = self._start(layer, moment, group["damping"])
+            states.append(state)
+            updates[layer] = {**state, "gradient": self._averaged_gradient(layer, state, group)}
+        halves = self._times_inverse_output(states, [updates[layer]["gradient"] for layer in layers])
+        return [half @ state["inverse_input"] for state, half in zip(states, halves, strict=True)], updates
+
+    def _averaged_gradient(self, layer: nn.Linear, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """M after this step's gradient of [W | b]."""
+        average, decay = state["gradient"], group["decay"]
+        share = (1 - decay) / (1 - decay ** (state["step"] + 1)) if self._bias_correction else 1 - decay
+        result = torch.empty_like(average)
+        for p, columns in zip(_parameters(layer), _columns(layer), strict=False):
+            torch.lerp(average[:, columns], _gradient(p).view(len(p), -1), share, out=result[:, columns])
+            if group["weight_decay"] != 0:
+                result[:, columns].add_(p.view(len(p), -1), alpha=share * group["weight_decay"])
+        return result
+
+    def _try(
+        self,
+        closure: Callable[[], Tensor],
+        loss: Tensor,
+        layers: list[nn.Linear],
+        directions: list[Tensor],
+        rates: list[float],
+        first: "_Pass",
+        random: Any,
+    ) -> tuple["_Pass | None", int]:
+        """Takes the step, halved until the loss is acceptable; returns the pass after it (None: no step), halvings."""
+        name = type(self).__name__
+        parameters = [_parameters(layer) for layer in layers]
+        before = [[p.clone() for p in each] for each in parameters]
+        limit = math.inf if self._max_increase == math.inf else float(loss) + self._max_increase * abs(float(loss))
+        after = _random_state()
+        accepted = None
+        try:
+            with self._without_parameter_gradients():
+                for halvings in range(_HALVINGS + 1):
+                    for each, old, direction, lr in zip(parameters, before, directions, rates, strict=True):
+                        _move(each, old, direction, lr * 0.5**halvings)
+                    _set_random_state(random)
+                    with _Pass(list(self._layers), anchored=True) as trial:
+                        value = float(trial.run(closure, name))
+                    trial.check_same_data(first, name)
+                    if math.isfinite(value) and value <= limit:
+                        accepted = trial
+                        break
+        finally:
+            _set_random_state(after)
+            if accepted is None:
+                for each, old in zip(parameters, before, strict=True):
+                    for p, value_before in zip(each, old, strict=True):
+                        p.copy_(value_before)
+        return accepted, halvings
+
+    @contextmanager
+    def _without_parameter_gradients(self) -> Iterator[None]:
+        """Backward passes inside compute no gradient of any parameter, and leave those of before in p.grad."""
+        parameters = [p for p in self._model.parameters() if p.requires_grad]
+        gradients = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.requires_grad_(True)
+                p.grad = gradient
+
+    def _update_inputs(self, layers: list[nn.Linear], first: "_Pass", group: dict[str, Any]) -> None:
+        """A and H_a of the layers of a group."""
+        states = [self.state[layer.weight] for layer in layers]
+        means = []
+        for layer, state in zip(layers, states, strict=True):
+            mean, a = first.mean_input(layer), state["input_second_moment"]
+            if state["step"] > 1:  # the first step's A is the start's
+                _second_moment(layer, first.input(layer), mean, a, group["decay"])
+            means.append(mean if len(mean) == len(a) else torch.cat([mean, mean.new_ones(1)]))
+        status = ops.hessian_action_update_(
+            [state["inverse_input"] for state in states],
+            [state["input_second_moment"] for state in states],
+            means,
+            math.sqrt(group["damping"]),
+        )
+        for state, bits in zip(states, status.tolist(), strict=True):
+            state["input_skipped"] += not bits & ops.UPDATED
+
+    def _update_outputs(self, layers: list[nn.Linear], first: "_Pass", trial: "_Pass", group: dict[str, Any]) -> None:
+        """s, y and H_g of the layers of a group."""
+        states = []
+        for layer in layers:
+            state = self.state[layer.weight]
+            s = trial.mean_preactivation(layer) - first.mean_preactivation(layer)
+            y = trial.gradient[layer] - first.gradient[layer]
+            if torch.isfinite(s + y).all():
+                state["s"].lerp_(s, 1 - group["decay"])
+                state["y"].lerp_(y, 1 - group["decay"])
+                states.append(state)
+            else:
+                state["skipped"] += 1
+        for state, bits in zip(states, self._damped_update(states, group).tolist(), strict=True):
+            state["updated"] += bool(bits & ops.UPDATED)
+            state["skipped"] += not bits & ops.UPDATED
+            state["damped_s"] += bool(bits & ops.DAMPED_S)
+            state["damped_y"] += bool(bits & ops.DAMPED_Y)
+
+
+class KBFGSL(KBFGS):
+    """K-BFGS(L): K-BFGS with H_g in limited memory, the last `memory` damped pairs (s, y) of each layer.
+
+    While no pair has been dropped its steps are those of `KBFGS`. Less arithmetic where memory < n_out / 2, roughly.
+
+    Args:
+        model: as in `KBFGS`, likewise the arguments not named here.
+        criterion: as in `KBFGS`.
+        lr: as in `KBFGS`.
+        memory: pairs kept, >= 1.
+        **options: the other arguments of `KBFGS`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | Callable[..., Tensor],
+        lr: float = 0.3,
+        *,
+        memory: int = 100,
+        **options: Any,
+    ):
+        if memory < 1:
+            raise ValueError(f"KBFGSL: expected memory >= 1, got {memory!r}")
+        super().__init__(model, criterion, lr, **options)
+        self._memory = memory
+
+    def _start_output(self, zero: Tensor) -> dict[str, Tensor]:
+        return {key: zero.new_zeros(self._memory, len(zero)) for key in ("s_pairs", "y_pairs")}
+
+    def _times_inverse_output(self, states: list[dict[str, Any]], gradients: list[Tensor]) -> list[Tensor]:
+        return ops.lbfgs_product([state["s_pairs"] for state in states], [state["y_pairs"] for state in states], gradients)
+
+    def _damped_update(self, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+        s, y, s_pairs, y_pairs = ([state[key] for state in states] for key in ("s", "y", "s_pairs", "y_pairs"))
+        return ops.damped_lbfgs_update_(s_pairs, y_pairs, s, y, group["mu1"], math.sqrt(group["damping"]))
+
+
+class _Pass:
+    """What one call of the closure leaves behind at each linear layer that its loss depends on.
+
+    Recorded when the gradient arrives, so that forward passes without a backward one do not count; several passes add
+    up to the union of their batches.
+
+    Args:
+        layers: the layers to record.
+        anchored: gives a layer's output, where it needs no gradient, a zero to depend on that does.
+    """
+
+    def __init__(self, layers: list[nn.Linear], anchored: bool = False):
+        self._layers = layers
+        self._anchored = anchored
+        self._handles: list[Any] = []
+        self._order: list[nn.Linear] = []
+        self._inputs: dict[nn.Linear, list[Tensor]] = {}
+        self._mean_inputs: dict[nn.Linear, Tensor] = {}
+        self._preactivations: dict[nn.Linear, list[tuple[Tensor, int]]] = {}
+        self.gradient: dict[nn.Linear, Tensor] = {}  # [n_out], summed over the instances: of the loss, whose mean it is
+
+    def __enter__(self) -> "_Pass":
+        self._handles = [layer.register_forward_hook(self._forward, with_kwargs=True) for layer in self._layers]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def run(self, closure: Callable[[], Tensor], name: str) -> Tensor:
+        """Calls the closure with gradients enabled and returns the loss, detached."""
+        with torch.enable_grad():
+            loss = closure()
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise RuntimeError(f"{name}.step(): expected the closure to return the scalar loss, got {type(loss).__name__}")
+        return loss.detach()
+
+    def input(self, layer: nn.Linear) -> Tensor:
+        """The instances' h [m, n_in]."""
+        return rows(self._inputs[layer])
+
+    def mean_input(self, layer: nn.Linear) -> Tensor:
+        """E[h] [n_in]."""
+        if layer not in self._mean_inputs:
+            self._mean_inputs[layer] = self.input(layer).mean(0)
+        return self._mean_inputs[layer]
+
+    def mean_preactivation(self, layer: nn.Linear) -> Tensor:
+        """E[z] [n_out]."""
+        total = sum(count for _, count in self._preactivations[layer])
+        return torch.stack([mean * (count / total) for mean, count in self._preactivations[layer]]).sum(0)
+
+    def check_same_data(self, first: "_Pass", name: str) -> None:
+        """Raises RuntimeError unless the first layer's input, on which no covered weight acts, is that of `first`."""
+        layer = next(layer for layer in first._order if layer in first._inputs)
+        if layer in self._inputs:
+            new, old = self.mean_input(layer), first.mean_input(layer)
+            # Equal but for the rounding of whatever comes before that layer.
+            if len(self.input(layer)) == len(first.input(layer)) and (new - old).norm() <= 1e-3 * old.norm():
+                return
+        raise RuntimeError(
+            f"{name}.step(): expected the closure to evaluate the same mini-batch at every call, but the first layer's "
+            "input has changed. Draw the batch outside of the closure. No parameter and no state has changed."
+        )
+
+    def _forward(self, layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            return
+        input = _input(layer, args, kwargs)
+        mean = output.detach().reshape(-1, layer.out_features).mean(0, dtype=layer.weight.dtype)
+        if self._anchored and not output.requires_grad:
+            output.add_(torch.zeros(layer.out_features, dtype=output.dtype, device=output.device, requires_grad=True))
+
+        def backward(gradient: Tensor) -> None:
+            self._inputs.setdefault(layer, []).append(input)
+            self._preactivations.setdefault(layer, []).append((mean, len(input)))
+            total = gradient.reshape(-1, layer.out_features).sum(0, dtype=layer.weight.dtype)
+            self.gradient[layer] = self.gradient[layer] + total if layer in self.gradient else total
+
+        if output.requires_grad:
+            if layer not in self._order:
+                self._order.append(layer)
+            output.register_hook(backward)
+
+
+def _parameters(layer: nn.Linear) -> list[Tensor]:
+    """The parameters that are trained together: the weight, and the bias where there is one with a gradient."""
+    return [layer.weight] if layer.bias is None or layer.bias.grad is None else [layer.weight, layer.bias]
+
+
+def _input(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The h [m, n_in] of a call, in the parameters' dtype."""
+    h: Tensor = args[0] if args else kwargs["input"]
+    return h.detach().reshape(-1, layer.in_features).to(layer.weight.dtype)
+
+
+def _gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
+def _second_moment(layer: nn.Linear, h: Tensor, mean: Tensor, average: Tensor | None = None, decay: float = 0.0) -> Tensor:
+    """A <- decay A + (1 - decay) E[h h^T], in place where A is given (`average`); with a bias h ends in a 1."""
+    # One step of the bias Hessian's recursion from H = W = 1: it computes half of the symmetric product, a GEMM all of it.
+    n, one = layer.in_features, h.new_ones(1, 1)
+    moment = ops.bias_hessian(one, one.expand(1, n), h, None, None, 0.0)
+    if average is None:
+        size = n + (layer.bias is not None and layer.bias.requires_grad)
+        average = h.new_zeros(size, size)
+    average[:n, :n].lerp_(moment, 1 - decay)
+    if len(average) > n:
+        for border, value in ((average[n, :n], mean), (average[:n, n], mean), (average[n, n], one[0, 0])):
+            border.lerp_(value, 1 - decay)
+    return average
+
+
+def _columns(layer: nn.Linear) -> tuple[slice, slice]:
+    """Where W and b stand in [W | b]."""
+    return slice(0, layer.in_features), slice(layer.in_features, layer.in_features + 1)
+
+
+def _move(parameters: list[Tensor], old: list[Tensor], direction: Tensor, lr: float) -> None:
+    """[W | b] = old - lr direction."""
+    n = parameters[0].shape[1]
+    for p, start, d in zip(parameters, old, (direction[:, :n], direction[:, n:].flatten()), strict=False):
+        torch.add(start, d, alpha=-lr, out=p)
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])

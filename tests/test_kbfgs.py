@@ -1,0 +1,476 @@
+"""KBFGS and KBFGSL: against a plain float64 account of the paper's algorithm, on all sorts of models, on bad input."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import secondorder as so
+
+
+def closure_of(optimizer, model, criterion, x, y):
+    def closure():
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def autoencoder(bias=True, activation=nn.ReLU, dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(7, 9, bias=bias), activation(), nn.Linear(9, 4, bias=bias), nn.Linear(4, 6, bias=bias), activation(),
+        nn.Linear(6, 7, bias=bias),
+    ).to(dtype)  # fmt: skip
+
+
+class Paper:
+    """The paper's algorithm for an nn.Sequential, by autograd on per-layer matrices [W | b] and three-product BFGS."""
+
+    def __init__(self, model, criterion, lr, damping, mu1, decay, weight_decay, bias_correction, memory=None):
+        self.model, self.criterion, self.lr, self.mu1, self.decay = model, criterion, lr, mu1, decay
+        self.shift, self.weight_decay, self.memory = math.sqrt(damping), weight_decay, memory
+        self.layers = [m for m in model if isinstance(m, nn.Linear)]
+        self.state, self.bias_correction, self.steps = None, bias_correction, 0
+
+    def passes(self, x, y):
+        h, inputs, outputs = x, [], []
+        for module in self.model:
+            if isinstance(module, nn.Linear):
+                one = h.new_ones(len(h), module.bias is not None)
+                inputs.append(torch.cat([h.detach(), one], 1))
+                h = module(h)
+                outputs.append(h)
+            else:
+                h = module(h)
+        loss = self.criterion(h, y)
+        grads = torch.autograd.grad(loss, outputs)
+        return loss.item(), inputs, [z.detach() for z in outputs], grads
+
+    @staticmethod
+    def bfgs(h, s, y):
+        v = torch.eye(len(s), dtype=s.dtype) - torch.outer(y, s) / (s @ y)
+        return v.T @ h @ v + torch.outer(s, s) / (s @ y)
+
+    def inverse_output(self, state):
+        if self.memory is None:
+            return state["hg"]
+        h = torch.eye(len(state["s"]), dtype=torch.float64)
+        for s, y in state["pairs"][-self.memory :]:
+            h = self.bfgs(h, s, y)
+        return h
+
+    def step(self, x, y):
+        loss, inputs, outputs, grads = self.passes(x, y)
+        moments = [h.T @ h / len(h) for h in inputs]
+        first = self.state is None
+        self.steps += 1
+        if first:
+            self.state = [
+                {
+                    "m": torch.zeros(z.shape[1], len(a)).double(),
+                    "a": a,
+                    "ha": torch.linalg.inv(a + self.shift * torch.eye(len(a)).double()),
+                    "hg": torch.eye(z.shape[1]).double(),
+                    "s": torch.zeros(z.shape[1]).double(),
+                    "y": torch.zeros(z.shape[1]).double(),
+                    "pairs": [],
+                }
+                for a, z in zip(moments, outputs, strict=True)
+            ]
+        for layer, state, h, g, a in zip(self.layers, self.state, inputs, grads, moments, strict=True):
+            own = [layer.weight] if layer.bias is None else [layer.weight, layer.bias.unsqueeze(1)]
+            parameters = torch.cat([p.detach() for p in own], 1)
+            gradient = g.T @ h + self.weight_decay * parameters
+            state["m"] = self.decay * state["m"] + (1 - self.decay) * gradient
+            if not first:
+                state["a"] = self.decay * state["a"] + (1 - self.decay) * a
+            correction = 1 - self.decay**self.steps if self.bias_correction else 1
+            parameters = parameters - self.lr / correction * self.inverse_output(state) @ state["m"] @ state["ha"]
+            layer.weight.data = parameters[:, : layer.in_features].clone()
+            if layer.bias is not None:
+                layer.bias.data = parameters[:, -1].clone()
+        _, _, new_outputs, new_grads = self.passes(x, y)
+        for state, h, z, g, z_new, g_new in zip(self.state, inputs, outputs, grads, new_outputs, new_grads, strict=True):
+            state["s"] = self.decay * state["s"] + (1 - self.decay) * (z_new.mean(0) - z.mean(0))
+            state["y"] = self.decay * state["y"] + (1 - self.decay) * (g_new.sum(0) - g.sum(0))
+            s, y_, hg = state["s"], state["y"], self.inverse_output(state)
+            yhy = y_ @ hg @ y_
+            if s @ y_ < self.mu1 * yhy:
+                theta = (1 - self.mu1) * yhy / (yhy - s @ y_)
+                s = theta * s + (1 - theta) * hg @ y_
+            if s @ y_ < self.shift * (s @ s):
+                theta = (1 - self.shift) * (s @ s) / (s @ s - s @ y_)
+                y_ = theta * y_ + (1 - theta) * s
+            state["hg"] = self.bfgs(hg, s, y_)
+            state["pairs"].append((s, y_))
+            s = state["ha"] @ h.mean(0)
+            state["ha"] = self.bfgs(state["ha"], s, state["a"] @ s + self.shift * s)
+        return loss
+
+
+# The algorithm
+
+
+@pytest.mark.parametrize("memory", [None, 3, 50])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("activation", "bias_correction"), [(nn.ReLU, False), (nn.Tanh, True)])
+def test_steps_are_the_papers(bias, activation, memory, bias_correction):
+    model = autoencoder(bias, activation)
+    twin = copy.deepcopy(model)
+    options = {"damping": 0.3, "mu1": 0.2, "decay": 0.9, "weight_decay": 1e-3, "bias_correction": bias_correction}
+    paper = Paper(twin, nn.MSELoss(), 0.3, memory=memory, **options)
+    if memory is None:
+        optimizer = so.KBFGS(model, nn.MSELoss(), 0.3, max_increase=math.inf, **options)
+    else:
+        optimizer = so.KBFGSL(model, nn.MSELoss(), 0.3, memory=memory, max_increase=math.inf, **options)
+    for step in range(12):
+        torch.manual_seed(step)
+        x = torch.randn(16, 7, dtype=torch.float64)
+        loss = optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x))
+        assert loss.item() == pytest.approx(paper.step(x, x), rel=1e-9)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+    assert all(counts["updated"] == 12 for counts in optimizer.diagnostics().values())
+
+
+def test_limited_memory_with_room_for_every_pair_is_kbfgs():
+    models = [autoencoder() for _ in range(2)]
+    optimizers = [so.KBFGS(models[0], nn.MSELoss()), so.KBFGSL(models[1], nn.MSELoss(), memory=30)]
+    for step in range(20):
+        torch.manual_seed(step)
+        x = torch.randn(16, 7, dtype=torch.float64)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x))
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+def test_initialize_takes_the_moments_of_all_batches():
+    model = autoencoder()
+    optimizer = so.KBFGS(model, nn.MSELoss(), damping=0.25)
+    x = torch.randn(50, 7, dtype=torch.float64)
+    optimizer.initialize(x.split(15))
+    h = torch.cat([torch.relu(model[0](x)), torch.ones(50, 1)], 1).detach()
+    state = optimizer.state[model[2].weight]
+    torch.testing.assert_close(state["input_second_moment"], h.T @ h / 50)
+    damped = h.T @ h / 50 + 0.5 * torch.eye(10, dtype=torch.float64)
+    torch.testing.assert_close(state["inverse_input"] @ damped, torch.eye(10, dtype=torch.float64), atol=1e-10, rtol=0)
+    batch = x[:15]
+    optimizer.step(closure_of(optimizer, model, nn.MSELoss(), batch, batch))
+    torch.testing.assert_close(state["input_second_moment"], h.T @ h / 50)  # the first step's A is the start's
+
+
+def test_gradients_after_a_step_are_those_of_the_first_call():
+    model = autoencoder()
+    optimizer = so.KBFGS(model, nn.MSELoss())
+    x = torch.randn(16, 7, dtype=torch.float64)
+    closure = closure_of(optimizer, model, nn.MSELoss(), x, x)
+    closure()
+    expected = [p.grad.clone() for p in model.parameters()]
+    optimizer.step(closure)
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(p.grad, gradient)
+        assert p.requires_grad
+
+
+def test_second_call_computes_no_parameter_gradients():
+    model = autoencoder()
+    optimizer = so.KBFGS(model, nn.MSELoss())
+    x = torch.randn(16, 7, dtype=torch.float64)
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), x)
+        loss.backward()
+        seen.append([p.grad is None for p in model.parameters()])
+        return loss
+
+    optimizer.step(closure)
+    assert not any(seen[0])
+    assert all(seen[1])
+
+
+# The safeguard
+
+
+def test_a_step_that_raises_the_loss_is_halved():
+    model = autoencoder()
+    optimizer = so.KBFGS(model, nn.MSELoss(), lr=1e3)
+    x = torch.randn(64, 7, dtype=torch.float64)
+    closure = closure_of(optimizer, model, nn.MSELoss(), x, x)
+    for _ in range(5):
+        before = optimizer.step(closure)
+        assert closure().item() <= 1.05 * before.item()
+    assert all(counts["halvings"] > 0 for counts in optimizer.diagnostics().values())
+
+
+def test_a_hopeless_step_is_given_up():
+    model = autoencoder()
+    optimizer = so.KBFGS(model, nn.MSELoss(), lr=1e12)
+    x = torch.randn(64, 7, dtype=torch.float64)
+    before = [p.clone() for p in model.parameters()]
+    optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert all(c["rejected"] == 1 and c["updated"] == c["skipped"] == 0 for c in optimizer.diagnostics().values())
+    optimizer.param_groups[0]["lr"] = 0.3
+    optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x))
+    assert not torch.equal(model[0].weight, before[0])
+
+
+# Models
+
+
+class Custom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(5, 8, bias=False), nn.Linear(8, 3)
+        self.norm, self.scale = nn.LayerNorm(8), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        h = nn.functional.relu(self.a(x), inplace=True) * torch.sigmoid(self.b(input=x))
+        return self.scale * self.c(self.norm(h))
+
+
+@pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
+def test_custom_module_with_fallback_trains(cls):
+    torch.manual_seed(0)
+    model = Custom()
+    optimizer = cls(model, nn.CrossEntropyLoss(), lr=0.1)
+    x = torch.randn(200, 5)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
+    closure = closure_of(optimizer, model, nn.CrossEntropyLoss(), x, y)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.warns(UserWarning, match=r"'scale', 'norm.weight', 'norm.bias'; they are updated by the fallback"):
+        losses = [optimizer.step(closure).item()]
+    losses += [optimizer.step(closure).item() for _ in range(30)]
+    assert losses[-1] < 0.6 * losses[0]
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert set(optimizer.diagnostics()) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("activation", [nn.Sigmoid, nn.GELU, lambda: nn.ReLU(inplace=True), nn.Identity])
+def test_sequences_and_extra_dimensions(activation):
+    """Inputs [batch, time, n] count as batch * time instances."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), activation(), nn.Linear(6, 2))
+    twin = copy.deepcopy(model)
+    x, y = torch.randn(10, 3, 4), torch.randn(10, 3, 2)
+    for m, inputs, targets in ((model, x, y), (twin, x.reshape(30, 4), y.reshape(30, 2))):
+        optimizer = so.KBFGS(m, nn.MSELoss())
+        for _ in range(3):
+            optimizer.step(closure_of(optimizer, m, nn.MSELoss(), inputs, targets))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_are_their_union():
+    """A closure of two forward-backward passes, each of half the loss, is one over both halves."""
+    torch.manual_seed(0)
+    models = [autoencoder() for _ in range(2)]
+    x = torch.randn(20, 7, dtype=torch.float64)
+    optimizers = [so.KBFGS(m, nn.MSELoss()) for m in models]
+
+    def halves():
+        optimizers[1].zero_grad()
+        total = 0
+        for part in x.split(10):
+            loss = nn.functional.mse_loss(models[1](part), part) / 2
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    for _ in range(5):
+        optimizers[0].step(closure_of(optimizers[0], models[0], nn.MSELoss(), x, x))
+        optimizers[1].step(halves)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
+
+
+def test_dropout_repeats_its_mask():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 2))
+    x, y = torch.randn(30, 6), torch.randn(30, 2)
+    masks = []
+    model[0].register_forward_hook(lambda module, args, output: masks.append(output == 0))
+    optimizer = so.KBFGS(model, nn.MSELoss())
+    for _ in range(2):
+        optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, y))
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[-2], masks[-1])
+    assert not torch.equal(masks[0], masks[-1])
+
+
+def test_evaluation_inside_the_closure_does_not_count():
+    models = [autoencoder() for _ in range(2)]
+    x = torch.randn(20, 7, dtype=torch.float64)
+    optimizers = [so.KBFGS(m, nn.MSELoss()) for m in models]
+
+    def closure():
+        models[1](2 * x)
+        with torch.no_grad():
+            models[1](3 * x)
+        return closure_of(optimizers[1], models[1], nn.MSELoss(), x, x)()
+
+    for _ in range(3):
+        optimizers[0].step(closure_of(optimizers[0], models[0], nn.MSELoss(), x, x))
+        optimizers[1].step(closure)
+    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_autocast():
+    """Under autocast the layers compute in bfloat16; the factors keep the parameters' dtype."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9, bias=False), nn.ReLU(), nn.Linear(9, 6))
+    optimizer = so.KBFGS(model, nn.MSELoss(), lr=0.1)
+    x = torch.randn(50, 6)
+
+    def closure():
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(x)
+        loss = nn.functional.mse_loss(output.float(), x)
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(20)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert optimizer.state[model[2].weight]["input_second_moment"].dtype == torch.float32
+
+
+# torch.optim's contract
+
+
+@pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
+def test_state_dict_round_trip_is_exact(cls, tmp_path):
+    torch.manual_seed(0)
+    model = autoencoder(dtype=torch.float32)
+    optimizer = cls(model, nn.MSELoss())
+    x = torch.randn(20, 7)
+
+    def train(optimizer, model, steps):
+        return [optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x)).item() for _ in range(steps)]
+
+    train(optimizer, model, 4)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint")
+    other = autoencoder(dtype=torch.float32)
+    resumed = cls(other, nn.MSELoss(), lr=1.0)
+    checkpoint = torch.load(tmp_path / "checkpoint")
+    other.load_state_dict(checkpoint["model"])
+    resumed.load_state_dict(checkpoint["optimizer"])
+    assert resumed.diagnostics() == optimizer.diagnostics()
+    assert train(resumed, other, 4) == train(optimizer, model, 4)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_parameter_groups_and_schedulers_are_read_at_every_step():
+    model = autoencoder()
+    optimizer = so.KBFGS(model, nn.MSELoss(), lr=0.1)
+    optimizer.param_groups[0]["params"] = list(model[0].parameters())
+    optimizer.add_param_group({"params": [p for m in model[1:] for p in m.parameters()], "lr": 0.0})
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.0)
+    before = [p.clone() for p in model.parameters()]
+    x = torch.randn(20, 7, dtype=torch.float64)
+    optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x))
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert moved == [True, True] + [False] * 6
+    scheduler.step()
+    before = model[0].weight.clone()
+    optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x))
+    assert torch.equal(model[0].weight, before)
+
+
+# Bad input
+
+
+def unchanged(model, optimizer, action, error, match):
+    parameters, state = [p.clone() for p in model.parameters()], copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(error, match=match):
+        action()
+    assert all(torch.equal(p, q) and p.requires_grad for p, q in zip(model.parameters(), parameters, strict=True))
+    for key, value in optimizer.state_dict()["state"].items():
+        for name, v in value.items():
+            other = state["state"][key][name]
+            assert torch.equal(v, other) if isinstance(v, torch.Tensor) else v == other
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_bad_closures_change_nothing(steps):
+    torch.manual_seed(0)
+    model = autoencoder()
+    optimizer = so.KBFGS(model, nn.MSELoss())
+    x = torch.randn(20, 7, dtype=torch.float64)
+    for _ in range(steps):
+        optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x))
+
+    def other_data():
+        return closure_of(optimizer, model, nn.MSELoss(), torch.randn(20, 7).double(), x)()
+
+    def other_size():
+        n = next(sizes)
+        return closure_of(optimizer, model, nn.MSELoss(), x[:n], x[:n])()
+
+    sizes = iter([20, 10])
+
+    def fails_at_second_call():
+        if model[0].weight.requires_grad:
+            return closure_of(optimizer, model, nn.MSELoss(), x, x)()
+        raise KeyError("second call")
+
+    bad = x.clone()
+    bad[3, 3] = math.nan
+    batches = iter([torch.randn(20, 7).double(), torch.randn(20, 7).double()])
+
+    def next_batch():
+        batch = next(batches)
+        return closure_of(optimizer, model, nn.MSELoss(), batch, batch)()
+
+    unchanged(model, optimizer, lambda: optimizer.step(), RuntimeError, "expected a closure")
+    unchanged(model, optimizer, lambda: optimizer.step(next_batch), RuntimeError, "same mini-batch at every call")
+    unchanged(model, optimizer, lambda: optimizer.step(other_size), RuntimeError, "same mini-batch at every call")
+    unchanged(model, optimizer, lambda: optimizer.step(fails_at_second_call), KeyError, "second call")
+    unchanged(
+        model, optimizer, lambda: optimizer.step(closure_of(optimizer, model, nn.MSELoss(), bad, x)), RuntimeError,
+        "gradient of layer '0', '2', '3', '5' holds NaN or inf",
+    )  # fmt: skip
+    unchanged(
+        model,
+        optimizer,
+        lambda: optimizer.step(lambda: model(x).sum().backward()),
+        RuntimeError,
+        "return the scalar loss",
+    )
+    optimizer.zero_grad()
+    unchanged(model, optimizer, lambda: optimizer.step(lambda: model(x).sum()), RuntimeError, "expected gradients, found none")
+    # A closure that draws from torch's generator draws the same batch twice: that is no error.
+    optimizer.step(other_data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1}, "lr >= 0"), ({"damping": 0}, r"damping in \(0, 1\]"), ({"damping": 1.5}, "damping"),
+        ({"mu1": 1.0}, "mu1"), ({"decay": 1.0}, "decay"), ({"weight_decay": -1}, "weight_decay"),
+        ({"max_increase": -0.1}, "max_increase"), ({"fallback": "no"}, "fallback"), ({"memory": 0}, "memory >= 1"),
+    ],
+)  # fmt: skip
+def test_constructor_arguments_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        so.KBFGSL(autoencoder(), nn.MSELoss(), **options)
+
+
+def test_zero_input_layer_is_skipped_and_counted():
+    """Without a bias, a mean input of zero gives Hessian action nothing to act on."""
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = so.KBFGS(model, nn.MSELoss())
+    x = torch.zeros(10, 3)
+    optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, torch.ones(10, 2)))
+    counts = optimizer.diagnostics()
+    assert counts["0"]["input_skipped"] == 1
+    assert counts["0"]["damped_s"] == 1  # s = 0 there: no step can move the preactivations
+    assert counts["2"]["input_skipped"] == counts["2"]["skipped"] == 0
