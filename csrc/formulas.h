@@ -118,7 +118,7 @@ struct GeluTanh {  // v = z, e0 = tanh(y(z))
 
 // Calls f with the struct of one activation.
 template <typename F>
-void with_activation(Activation activation, F&& f) {
+SECONDORDER_HD void with_activation(Activation activation, F&& f) {
   switch (activation) {
     case Activation::identity: return f(Identity{});
     case Activation::sigmoid: return f(Sigmoid{});
@@ -131,6 +131,12 @@ void with_activation(Activation activation, F&& f) {
     case Activation::gelu: return f(Gelu{});
     case Activation::gelu_tanh: return f(GeluTanh{});
   }
+}
+
+// Powell's damping: the weight theta of the undamped vector that lifts the curvature s.y to mu times `reference` (y^T H y
+// when s is damped, s^T s when y is) where it is below that. 1: nothing to damp.
+SECONDORDER_HD double powell_theta(double curvature, double reference, double mu) {
+  return curvature < mu * reference ? (1 - mu) * reference / (reference - curvature) : 1;
 }
 
 }  // namespace secondorder
