@@ -34,10 +34,9 @@ struct Races {
   bool busy = false;  // this check's own accesses are instrumented too
 };
 
-NO_RACE_CHECK inline Races& races() {
-  static Races races;
-  return races;
-}
+inline Races the_races;  // not local to a function: its construction is instrumented too
+
+NO_RACE_CHECK inline Races& races() { return the_races; }
 
 struct Busy {
   NO_RACE_CHECK Busy() { races().busy = true; }
@@ -76,7 +75,8 @@ NO_RACE_CHECK inline bool ordered(const Event& event, const Thread& thread, bool
 
 NO_RACE_CHECK inline void check_access(const void* address, size_t bytes, Access access, void* code) {
   Races& r = races();
-  if (!current || r.busy) return;
+  if (!current || r.busy) return;  // the scheduler, or this check
+  Busy busy;
   const Thread& thread = *current;
   const Block& block = *thread.block;
   const char* begin = static_cast<const char*>(address);
@@ -89,7 +89,6 @@ NO_RACE_CHECK inline void check_access(const void* address, size_t bytes, Access
       within(m.blocks.data(), m.blocks.size() * sizeof(Block)) ||
       within(block.threads.data(), block.threads.size() * sizeof(Thread)))
     return;
-  Busy busy;
   const bool shared = within(static_shared().first, static_shared().second) || within(block.dynamic.get(), m.dynamic_bytes);
   const Event now{m.launch, block.linear, block.epoch, thread.clock, thread.linear, access, code};
   for (size_t k = 0; k < bytes; ++k) {
