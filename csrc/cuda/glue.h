@@ -8,7 +8,6 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "../checks.h"
 #include "kernels.h"
 
 namespace secondorder::cuda {
@@ -19,9 +18,9 @@ struct Launch {
 
   Device device() const {
     Device found;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, guard.current_device().index()));
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                          guard.current_device().index()));
+    const int index = guard.current_device().index();
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, index));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
     return found;
   }
 

@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "../activations.h"
-#include "../recursion_checks.h"
+#include "../argument_checks.h"
 #include "glue.h"
 
 namespace secondorder::cuda {
@@ -52,7 +52,7 @@ at::Tensor from_derivatives(const at::Tensor& hessian, const at::Tensor& weight,
                             const std::optional<at::Tensor>& d2, const std::optional<at::Tensor>& grad_input,
                             double gamma) {
   check_recursion("bias_hessian", hessian, weight, "d1", d1, grad_input, gamma);
-  check_second("bias_hessian", d2, grad_input, hessian);
+  check_second_derivative("bias_hessian", hessian, d1, d2, grad_input);
   return recursion(hessian, weight, d1, d2, grad_input, {}, 1, gamma);
 }
 

@@ -1,6 +1,7 @@
 """Compiles the CUDA kernels for the CPU (cuda_on_cpu.h) and calls their launchers on numpy arrays."""
 
 import ctypes
+import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,31 +20,39 @@ MODES = {
     "address": (["-O1", "-g", "-fsanitize=address"], ["-fsanitize=address"]),
     "races": (["-O1", "-g", "-fsanitize=thread", "-DCUDA_ON_CPU_RACES"], ["-ldl"]),
 }
-FLAGS = ["-x", "c++", "-std=c++17", "-fPIC", "-Wall", "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{KERNELS}"]
+# Without gnu-unique symbols, each library has state of its own though several are loaded.
+FLAGS = ["-x", "c++", "-std=c++17", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wno-unknown-pragmas", f"-I{HERE}"]
 
 
-def build(mode: str, out: Path, replace: tuple[str, str, str] | None = None) -> Path:
-    """The shared library of all kernels and the driver; `replace` (file, old, new) plants a bug in one of them."""
-    compile_flags, link_flags = MODES[mode]
-    out.mkdir(parents=True, exist_ok=True)
-
-    def compile_one(source: Path) -> Path:
-        object_file = out / f"{source.stem}.o"
-        if replace and source.name == replace[0]:
-            text = source.read_text()
-            assert text.count(replace[1]) == 1, f"{replace[1]!r} must stand in {source.name} once"
-            source = out / source.name
-            source.write_text(text.replace(replace[1], replace[2]).replace('"../formulas.h"', '"formulas.h"'))
-            extra = [f"-I{KERNELS.parent}"]
-        else:
-            extra = []
-        subprocess.run(["g++", *FLAGS, *extra, *compile_flags, "-c", source, "-o", object_file], check=True)
-        return object_file
-
+def build(mode: str, out: Path) -> Path:
+    """The shared library of all kernels and the driver, in a new folder `out`."""
+    out.mkdir(parents=True)
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, [*SOURCES, HERE / "driver.cpp"]))
+        list(pool.map(lambda source: compile_one(mode, source, KERNELS, out), [*SOURCES, HERE / "driver.cpp"]))
+    return link(mode, out)
+
+
+def build_with_bug(mode: str, healthy: Path, out: Path, source: str, file: str, old: str, new: str) -> Path:
+    """The library with `old` replaced by `new` in `file`, and of the kernel files `source` alone compiled anew."""
+    shutil.copytree(KERNELS.parent, out / "csrc", ignore=shutil.ignore_patterns("cpu"))
+    patched = out / "csrc" / "cuda" / file
+    text = patched.read_text()
+    assert text.count(old) == 1, f"{old!r} must stand in {file} once"
+    patched.write_text(text.replace(old, new))
+    for object_file in healthy.parent.glob("*.o"):
+        shutil.copy(object_file, out)
+    compile_one(mode, out / "csrc" / "cuda" / source, patched.parent, out)
+    return link(mode, out)
+
+
+def compile_one(mode: str, source: Path, kernels: Path, out: Path) -> None:
+    flags = [*FLAGS, f"-I{kernels}", *MODES[mode][0]]
+    subprocess.run(["g++", *flags, "-c", source, "-o", out / f"{source.stem}.o"], check=True)
+
+
+def link(mode: str, out: Path) -> Path:
     library = out / "kernels.so"
-    subprocess.run(["g++", "-shared", *objects, *link_flags, "-o", library], check=True)
+    subprocess.run(["g++", "-shared", *out.glob("*.o"), *MODES[mode][1], "-o", library], check=True)
     return library
 
 

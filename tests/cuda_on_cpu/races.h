@@ -112,8 +112,8 @@ NO_RACE_CHECK inline void check_access(const void* address, size_t bytes, Access
                         describe(*conflict));
     }
     if (access != Access::read) byte.write = now;
-    else if (byte.reads[0].thread == now.thread || ordered(byte.reads[0], thread, shared)) byte.reads[0] = now;
-    else byte.reads[1] = now;
+    else if (ordered(byte.reads[0], thread, shared)) byte.reads[0] = now;
+    else byte.reads[1] = now;  // two readers that nothing orders: a later write misses neither
   }
 }
 
