@@ -87,7 +87,7 @@ BUGS = {
         "races", "eacg_every_plan", "eacg.cu", "eacg.cu", "    __threadfence();\n    atomicAdd", "    atomicAdd",
     ),
     "one buffer where two alternate": (
-        "races", "eacg_every_plan", "eacg.cu", "eacg.cu", "(iteration & 1) * kSystems * n", "0",
+        "values", "eacg_every_plan", "eacg.cu", "eacg.cu", "(iteration & 1) * kSystems * n", "0",
     ),
     "off-by-one guard of a row": (
         "address", "bfgs_update", "bfgs.cu", "bfgs.cu", "if (row >= n) return;", "if (row > n) return;",

@@ -9,8 +9,8 @@
 // symmetric to the bit. The damped q is theta2 H y + (1-theta2) H s~ with H s~ = theta1 H s + (1-theta1) H (H y), so one pass
 // over H, for H y and H s together, serves both dampings, unless both thetas are below 1.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
-#include <limits>
 
 #include "kernels.h"
 #include "reduce.cuh"
@@ -18,7 +18,6 @@
 namespace secondorder::cuda {
 namespace {
 
-constexpr int kRowThreads = kRowsPerBlock * kWarp;
 constexpr int kThreads = 256;  // of the kernels with a block to a layer
 constexpr int64_t kUpdated = 1, kDampedS = 2, kDampedY = 4;
 
@@ -51,7 +50,7 @@ enum class Products { hy, hy_and_hs, hs_damped };
 // hy = H y; or hy and hs in one pass; or hs = H s~ for the layers where both dampings act.
 // Parallel over the rows of every H, a warp each.
 template <Products kProducts, typename T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     products_kernel(const Layers<T> __grid_constant__ layers, const Blocks __grid_constant__ division) {
   const int l = division.layer(layers.count, blockIdx.x);
   const BfgsLayer<T>& in = layers.layer[l].in;
@@ -129,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) factors_kernel(const Layers<T> __gri
   });
   block_sum(sums, partial);
   const double rho = 1 / sums[0], tau = 1 / (1 + rho * sums[1]);
-  constexpr double most = double(std::numeric_limits<T>::max()) / 4;
+  constexpr double most = (sizeof(T) == 4 ? double(FLT_MAX) : DBL_MAX) / 4;
   bool valid = sums[0] > 0 && rho - rho == 0 && sums[1] >= 0 && tau > 0;
   const double root_a = std::sqrt(rho / tau), root_b = std::sqrt(rho * tau);
   each_element(in.n, [&](int64_t i) {
@@ -150,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) factors_kernel(const Layers<T> __gri
 
 // H += a a^T - b b^T where the status allows. Parallel over the rows of every H, a warp each.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     update_kernel(const Layers<T> __grid_constant__ layers, const Blocks __grid_constant__ division) {
   const int l = division.layer(layers.count, blockIdx.x);
   const BfgsLayer<T>& in = layers.layer[l].in;

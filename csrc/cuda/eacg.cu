@@ -22,7 +22,6 @@
 namespace secondorder::cuda {
 namespace {
 
-constexpr int kRowThreads = kRowsPerBlock * kWarp;
 constexpr int kGroupThreads = 512;
 constexpr int kSystems = 2;        // the weight's and the bias's
 constexpr int kVectors = 4 * kSystems;  // x, r, p, A p of each
@@ -66,7 +65,7 @@ __device__ __forceinline__ double row_squares(int64_t n, bool vectors, const T* 
 
 // u, s and (truncated) the squared rows. Parallel over the rows of every B, a warp each.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads) products_kernel(const Layers<T> __grid_constant__ layers,
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks) products_kernel(const Layers<T> __grid_constant__ layers,
                                                                const Blocks __grid_constant__ division, bool truncated) {
   const int l = division.layer(layers.count, blockIdx.x);
   const EacgLayer<T>& in = layers.layer[l].in;
@@ -299,7 +298,7 @@ __device__ __forceinline__ void apply(Width width, T c, const T* b, T w, const T
 // kUpdate: weight and bias += lr * direction; else they become the direction. Parallel over the rows of every weight.
 //   not_finite [1] or null: the update of no layer, where it is not 0
 template <bool kUpdate, typename T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     update_kernel(const Layers<T> __grid_constant__ layers, const Blocks __grid_constant__ division,
                   const int* __restrict__ not_finite) {
   if (kUpdate && *not_finite) return;
@@ -325,7 +324,7 @@ __global__ void __launch_bounds__(kRowThreads)
 
 // u = p a. Parallel over rows, a warp each.   p [n_out, n_in], a [n_in], u [n_out]
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     hvp_products_kernel(int64_t n_out, int64_t n_in, const T* __restrict__ p, const T* __restrict__ a, T* __restrict__ u) {
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
   if (row >= n_out) return;
@@ -336,7 +335,7 @@ __global__ void __launch_bounds__(kRowThreads)
 
 // out = (H u) a^T. Parallel over rows, a warp each.   hessian [n_out, n_out], u [n_out], a [n_in], out [n_out, n_in]
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     hvp_kernel(int64_t n_out, int64_t n_in, const T* __restrict__ hessian, const T* __restrict__ u,
                const T* __restrict__ a, T* __restrict__ out) {
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;

@@ -85,8 +85,10 @@ __device__ __forceinline__ void each_column(int64_t n, bool vectors, F&& f) {
   const int lane = threadIdx.x % kWarp;
   if (vectors) {
     constexpr int kSize = Vector<T>::kSize;
+#pragma unroll 2
     for (int64_t j = lane * kSize; j < n; j += kWarp * kSize) f(j, Width<kSize>{});
   } else {
+#pragma unroll 2
     for (int64_t j = lane; j < n; j += kWarp) f(j, Width<1>{});
   }
 }
@@ -117,7 +119,10 @@ struct Blocks {
   }
 };
 
-// Rows of matrices are given a warp each, kRowsPerBlock to a block.
+// Rows of matrices are given a warp each, kRowsPerBlock to a block; at least kRowBlocks blocks fit a multiprocessor, which
+// leaves each thread 64 registers.
 constexpr int kRowsPerBlock = 8;
+constexpr int kRowThreads = kRowsPerBlock * kWarp;
+constexpr int kRowBlocks = 4;
 
 }  // namespace secondorder::cuda
