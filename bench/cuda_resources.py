@@ -64,12 +64,9 @@ def demangle(symbols: list[str]) -> dict[str, str]:
     lines = subprocess.run(["c++filt", *symbols], capture_output=True, text=True, check=True).stdout.splitlines()
     names = {}
     for symbol, line in zip(symbols, lines, strict=True):
-        name = re.sub(r"secondorder::cuda::|\(anonymous namespace\)::|^void ", "", line).split("(", 1)[0]
-        # Shape<float, 64>, float -> float, 64
-        name = re.sub(r"Shape<(\w+), (\d+)>, \w+", r"\1, \2", name)
-        if "(" in line and name.count("<") > name.count(">"):  # (Products)0
-            name = re.sub(r"secondorder::cuda::|\(anonymous namespace\)::|^void |\(\w+\)", "", line).split("(", 1)[0]
-        names[symbol] = name
+        line = re.sub(r"secondorder::cuda::|\(anonymous namespace\)::|^void ", "", line)
+        line = re.sub(r"\(\w+\)(?=\d)", "", line)  # an enumerator's type
+        names[symbol] = re.sub(r"Shape<(\w+), (\d+)>, \w+", r"\1, \2", line.split("(", 1)[0])
     return names
 
 
