@@ -99,20 +99,16 @@ struct Gelu {  // v = z, e0 = erf(z / sqrt 2), e1 = exp(-z^2 / 2)
   }
 };
 
-// The argument of GELU's tanh form, y(z) = sqrt(2/pi) (z + 0.044715 z^3).
-template <typename T>
-SECONDORDER_HD T gelu_tanh_argument(T z) {
-  return T(0.79788456080286535588) * z * (T(1) + T(0.044715) * z * z);
-}
-
-struct GeluTanh {  // v = z, e0 = tanh(y(z))
+struct GeluTanh {  // v = z, e0 = sigmoid(-2 |y|), y = sqrt(2/pi) (z + 0.044715 z^3): 1 - |tanh y| without cancellation
   template <typename T>
-  static SECONDORDER_HD void derivatives(T z, T t, T, T, T& d1, T& d2) {
+  static SECONDORDER_HD void derivatives(T z, T s, T, T, T& d1, T& d2) {
     const T dy = T(0.79788456080286535588) * (T(1) + T(3 * 0.044715) * z * z);
     const T d2y = T(0.79788456080286535588 * 6 * 0.044715) * z;
-    const T dt = (T(1) - t) * (T(1) + t);
-    d1 = T(0.5) * (T(1) + t + z * dt * dy);
-    d2 = dt * (dy + T(0.5) * z * (d2y - T(2) * t * dy * dy));
+    const T small = s + s, large = T(1) - small + T(1);  // 1 - |tanh y|, 1 + |tanh y|
+    const T tanh = z < T(0) ? small - T(1) : T(1) - small;
+    const T dt = small * large;
+    d1 = T(0.5) * ((z < T(0) ? small : large) + z * dt * dy);
+    d2 = dt * (dy + T(0.5) * z * (d2y - T(2) * tanh * dy * dy));
   }
 };
 

@@ -87,7 +87,7 @@ def eacg_solve(
 
 
 def conjugate_gradient(matrix, rhs: Tensor, max_iter: int, tol: float) -> tuple[Tensor, int]:  # type: ignore[no-untyped-def]
-    """Textbook CG from 0 for a positive definite `matrix` (a function), until |r| <= tol |rhs| or max_iter iterations."""
+    """Textbook CG from 0 for a positive definite `matrix` (a function), until |r| <= tol |rhs| or max_iter times."""
     x = torch.zeros_like(rhs)
     r, p = rhs.clone(), rhs.clone()
     rr = first = (r * r).sum()
@@ -95,7 +95,10 @@ def conjugate_gradient(matrix, rhs: Tensor, max_iter: int, tol: float) -> tuple[
         if rr <= tol**2 * first or math.isnan(rr):
             return x, iteration
         ap = matrix(p)
-        step = rr / (p * ap).sum()
+        curvature = (p * ap).sum()
+        if curvature <= 0:  # an indefinite matrix, or p has become too small for its square
+            return x, iteration
+        step = rr / curvature
         x += step * p
         r -= step * ap
         rr, previous = (r * r).sum(), rr

@@ -24,8 +24,8 @@ std::pair<at::Tensor, at::Tensor> transcendentals(Activation activation, double 
     case Activation::gelu:
       return {at::mul(saved, std::numbers::sqrt2 / 2).erf_(), at::mul(saved, saved).mul_(-0.5).exp_()};
     case Activation::gelu_tanh: {
-      const double c = std::sqrt(2 / std::numbers::pi);
-      return {at::mul(saved, saved).mul_(0.044715 * c).add_(c).mul_(saved).tanh_(), {}};
+      const double c = 2 * std::sqrt(2 / std::numbers::pi);
+      return {at::mul(saved, saved).mul_(0.044715 * c).add_(c).mul_(saved).abs_().neg_().sigmoid_(), {}};
     }
     default: return {};
   }

@@ -14,6 +14,7 @@
 
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -44,13 +45,14 @@ class ConjugateGradient {
   const std::vector<T>& direction() const { return p_; }
 
   // One iteration, given hp = H p. Stops where the residual is at most tol of the first one; where p^T A p <= 0, which
-  // only an indefinite H can give; and at a number that is not finite, which the solution then holds too.
+  // only an indefinite H can give; and at a number that is not finite: the solution is then NaN.
   void step(const std::vector<T>& hp) {
     std::vector<T>& ap = ap_;
     ap.resize(hp.size());
     for (size_t i = 0; i < hp.size(); ++i) ap[i] = T(scale_) * hp[i] + T(shift_) * p_[i];
     const double curvature = dot(p_, ap) + shift_ * extra_p_ * extra_p_;
-    if (curvature <= 0) {
+    if (curvature <= 0 || !std::isfinite(curvature)) {
+      if (!std::isfinite(curvature)) std::fill(x_.begin(), x_.end(), std::numeric_limits<T>::quiet_NaN());
       active_ = false;
       return;
     }
@@ -66,7 +68,8 @@ class ConjugateGradient {
     extra_p_ = extra_r_ + beta * extra_p_;
     rr_ = rr;
     ++iterations_;
-    active_ = rr_ > stop_ && std::isfinite(rr_);
+    if (!std::isfinite(rr_)) std::fill(x_.begin(), x_.end(), std::numeric_limits<T>::quiet_NaN());
+    active_ = rr_ > stop_;
   }
 
   const std::vector<T>& solution() const { return x_; }
@@ -270,6 +273,8 @@ at::Tensor eacg_update_(at::TensorList hessians, at::TensorList mean_inputs, at:
                     kernel.update(direction.bias.size(), T(1), d, T(0), d, rate, decay, mu,
                                   keep ? bias_momenta[l].mutable_data_ptr<T>() : nullptr,
                                   biases[l].mutable_data_ptr<T>());
+                    for (const auto* targets : {&weights, &biases, &weight_momenta, &bias_momenta})
+                      if (!targets->empty()) (*targets)[l].unsafeGetTensorImpl()->bump_version();
                   });
                 });
   }

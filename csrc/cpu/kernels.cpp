@@ -1,5 +1,8 @@
 #include "kernels.h"
 
+#include <cstdlib>
+#include <string_view>
+
 // Everything that kernels.inc uses is included above, outside of the target regions: an inline function of a
 // standard header compiled inside one could be shared with code that must run on older machines.
 
@@ -40,13 +43,17 @@ constexpr int kBytes = 64, kMR = 8, kNV = 2;  // 32 registers: 16 sums
 
 namespace {
 
+// The widest that the machine has, or what SECONDORDER_VECTORS names if that is narrower (the tests run them all).
 template <typename T>
 Kernels<T> choose() {
 #if defined(SECONDORDER_X86_VARIANTS)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw"))
-    return avx512::table<T>();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table<T>();
+  const char* variable = std::getenv("SECONDORDER_VECTORS");
+  const std::string_view limit = variable ? variable : "";
+  if (limit.empty() || limit == "avx512")
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw"))
+      return avx512::table<T>();
+  if (limit != "baseline" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table<T>();
 #endif
   return baseline::table<T>();
 }

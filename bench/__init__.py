@@ -1,0 +1,1 @@
+"""Microbenchmarks, the demo and the papers' experiments; never imported by the package."""

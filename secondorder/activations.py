@@ -1,0 +1,151 @@
+"""sigma' and sigma'' of whatever stands between two linear layers, read off the autograd graph.
+
+The graph, not the module tree, says what happened: it is the same for nn.Sequential, a `forward` of ordinary Python,
+functional calls and in-place ones. A single node of a known activation gives the analytic form (`Analytic`); anything else is
+differentiated by autograd while its graph lives (`Probed`), after a check that it acts elementwise.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from secondorder import ops
+
+# Activations with sigma'' = 0 wherever it exists: their diagonal term vanishes, so its gradient need not be kept.
+_PIECEWISE_LINEAR = {"identity", "relu", "leaky_relu"}
+
+
+@dataclass(eq=False)
+class Analytic:
+    """An activation that the operators know by name; `saved` [..., n] is what `ops.activation_derivatives` takes for it."""
+
+    activation: str
+    parameter: float
+    saved: Tensor
+
+    @property
+    def curved(self) -> bool:
+        """Whether sigma'' is not identically 0."""
+        return self.activation not in _PIECEWISE_LINEAR
+
+
+@dataclass(eq=False)
+class Probed:
+    """Any other elementwise function, by its derivatives d1 and d2 (None: identically 0), each [..., n]."""
+
+    d1: Tensor
+    d2: Tensor | None
+
+    @property
+    def curved(self) -> bool:
+        """Whether sigma'' is not identically 0."""
+        return self.d2 is not None
+
+
+Transfer = Analytic | Probed
+
+# Name of the autograd node, without its number -> (name, parameter, whether `saved` is the output), or None where its
+# settings have no analytic form.
+_NODES: dict[str, Callable[[Any], tuple[str, float, bool] | None]] = {
+    "SigmoidBackward": lambda node: ("sigmoid", 1.0, True),
+    "TanhBackward": lambda node: ("tanh", 1.0, True),
+    "ReluBackward": lambda node: ("relu", 1.0, True),
+    "LeakyReluBackward": lambda node: (
+        ("leaky_relu", node._saved_negative_slope, True) if node._saved_negative_slope > 0 else None
+    ),
+    "EluBackward": lambda node: (
+        ("elu", node._saved_alpha, True)
+        if node._saved_alpha > 0 and node._saved_scale == 1 and node._saved_input_scale == 1
+        else None
+    ),
+    "SoftplusBackward": lambda node: (
+        ("softplus", node._saved_beta, False) if node._saved_threshold == 20 and node._saved_beta > 0 else None
+    ),
+    "SiluBackward": lambda node: ("silu", 1.0, False),
+    "GeluBackward": lambda node: ("gelu_tanh" if node._saved_approximate == "tanh" else "gelu", 1.0, False),
+}
+
+
+def analytic(output: Tensor, source: Node, preactivation: Callable[[], Tensor]) -> Analytic | None:
+    """The analytic form of `output` as a function of node `source`'s tensor, if it is one known activation of it.
+
+    `preactivation` gives that tensor's values; it is called only where they are needed.
+    """
+    node: Any = output.grad_fn
+    if node is source:
+        return Analytic("identity", 1.0, output.detach())
+    settings = _NODES.get(node.name().rstrip("0123456789"))  # ...Backward0, or 1 in place
+    known = settings(node) if settings and node.next_functions[0][0] is source else None
+    if known is None:
+        return None
+    name, parameter, from_output = known
+    return Analytic(name, float(parameter), output.detach() if from_output else preactivation())
+
+
+def probe(output: Tensor, source: Node, second: bool) -> Probed | None:
+    """d1 and, if `second`, d2 of `output` as an elementwise function of node `source`'s tensor; None if it is not elementwise.
+
+    An elementwise function has a diagonal Jacobian J, so J^T v = (J^T 1) * v for every v; it is tried with one v of mixed signs.
+    """
+    edge = GradientEdge(source, 0)
+    with torch.enable_grad():
+        ones = torch.ones_like(output)
+        (d1,) = torch.autograd.grad(output, edge, ones, create_graph=True)
+        if d1.shape[-1] != output.shape[-1] or d1.numel() != output.numel():
+            return None
+        v = mixed_signs(output)
+        (jv,) = torch.autograd.grad(output, edge, v, retain_graph=True)
+        if not _close(jv, d1.detach() * v.reshape(d1.shape)):
+            return None
+        d2 = None
+        if second and d1.requires_grad:
+            (d2,) = torch.autograd.grad(d1, edge, torch.ones_like(d1), retain_graph=True, allow_unused=True)
+    return Probed(d1.detach(), d2 if d2 is None else d2.detach())
+
+
+def mixed_signs(like: Tensor) -> Tensor:
+    """A tensor of +1 and -1 in a fixed irregular pattern: it leaves every random generator alone."""
+    index = torch.arange(like.numel(), device=like.device, dtype=torch.int64)
+    return (((index * 2654435761) >> 13) & 1).mul_(2).sub_(1).to(like.dtype).reshape(like.shape)
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    scale = expected.abs().max() if expected.numel() else expected.new_zeros(())
+    # Non-finite values are not this check's to judge: the step's own check reports them.
+    return bool(((actual - expected).abs() <= 1e-3 * scale).all() | ~torch.isfinite(scale))
+
+
+def merge(transfers: list[Transfer]) -> Transfer:
+    """One transfer for the union of several micro-batches, flattened to [m, n]."""
+    first = transfers[0]
+    if all(
+        isinstance(t, Analytic)
+        and isinstance(first, Analytic)
+        and (t.activation, t.parameter) == (first.activation, first.parameter)
+        for t in transfers
+    ):
+        assert isinstance(first, Analytic)
+        return Analytic(first.activation, first.parameter, rows([t.saved for t in transfers]))  # type: ignore[union-attr]
+    probed = [t if isinstance(t, Probed) else Probed(*derivatives(t)) for t in transfers]
+    d1 = rows([p.d1 for p in probed])
+    if not any(p.curved for p in probed):
+        return Probed(d1, None)
+    return Probed(d1, rows([torch.zeros_like(p.d1) if p.d2 is None else p.d2 for p in probed]))
+
+
+def derivatives(transfer: Transfer) -> tuple[Tensor, Tensor | None]:
+    """d1 and d2 (None: identically 0) of either form."""
+    if isinstance(transfer, Probed):
+        return transfer.d1, transfer.d2
+    d1, d2 = ops.activation_derivatives(transfer.saved, transfer.activation, transfer.parameter)
+    return d1, d2 if transfer.curved else None
+
+
+def rows(tensors: list[Tensor]) -> Tensor:
+    """[m, n] from tensors [..., n]: the union of their instances."""
+    flat = [t.reshape(-1, t.shape[-1]) for t in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)

@@ -1,0 +1,219 @@
+"""The operators of `secondorder`: fused C++ behind PyTorch's dispatcher, each with a plain twin in `secondorder.reference`.
+
+Notation (docs/math.md): a linear layer computes z = W h + b. H is its bias Hessian [n_out, n_out], a = E[h] its mean input
+[n_in], B and g the gradients of the mean loss with respect to W [n_out, n_in] and b [n_out]. All tensors of a call have one
+dtype (float32 or float64) and one device; they need not be contiguous unless an operator writes to them. Wrong shapes,
+devices and values raise ValueError, wrong dtypes TypeError, before anything is computed. No operator is differentiable.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secondorder import _C  # noqa: F401  (importing it registers torch.ops.secondorder)
+
+_ops = torch.ops.secondorder
+
+__all__ = [
+    "activation_derivatives",
+    "bias_hessian",
+    "bias_hessian_activation",
+    "eacg_hvp",
+    "eacg_solve",
+    "eacg_update_",
+]
+
+
+def activation_derivatives(saved: Tensor, activation: str, parameter: float = 1.0) -> tuple[Tensor, Tensor]:
+    """First and second derivative of an activation, d1 = sigma'(z) and d2 = sigma''(z), elementwise.
+
+    Args:
+        saved: any shape. What autograd itself keeps: the output sigma(z) for "identity", "sigmoid", "tanh", "relu",
+            "leaky_relu" and "elu"; the preactivation z for "softplus", "silu", "gelu" and "gelu_tanh".
+        activation: one of the names above.
+        parameter: the slope of "leaky_relu", the alpha of "elu", the beta of "softplus" (each > 0); else unused.
+
+    Returns:
+        d1 and d2, each of the shape of `saved`. At a kink they are what torch's backward takes there, and d2 = 0.
+    """
+    return _ops.activation_derivatives(saved, activation, parameter)
+
+
+def bias_hessian(
+    bias_hessian: Tensor, weight: Tensor, d1: Tensor, d2: Tensor | None, grad_input: Tensor | None, gamma: float
+) -> Tensor:
+    """One step of the backward recursion of the bias Hessian (Chen et al., Eq. 8b; without diagonal: KFRA, Eq. 26).
+
+    G = (W^T H W) * (1/m) sum_i d1_i d1_i^T + diag(PosEig_gamma(sum_i d2_i * grad_input_i)),   * elementwise,
+
+    where PosEig_gamma turns a negative entry l into gamma * l. G is symmetric to the bit, and positive semi-definite where H is.
+
+    Args:
+        bias_hessian: H [n_out, n_out] of this layer, symmetric (only H^T is read where it is not).
+        weight: W [n_out, n_in] of this layer.
+        d1: [m, n_in], sigma' at the preactivation of the layer below, m >= 1.
+        d2: [m, n_in], sigma'' there; None together with `grad_input` leaves the diagonal out (Gauss-Newton).
+        grad_input: [m, n_in], gradient of the mean loss w.r.t. this layer's input: the sum over i is the expectation.
+        gamma: <= 0. -1 takes absolute values (PCH-1), 0 clips (PCH-2).
+
+    Returns:
+        G [n_in, n_in], the bias Hessian of the layer below.
+    """
+    return _ops.bias_hessian(bias_hessian, weight, d1, d2, grad_input, gamma)
+
+
+def bias_hessian_activation(
+    bias_hessian: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    activation: str,
+    parameter: float,
+    grad_input: Tensor | None,
+    gamma: float,
+) -> Tensor:
+    """`bias_hessian` with d1 and d2 computed inside from `saved` [m, n_in], as `activation_derivatives` would.
+
+    Saves writing and reading d1 and d2. Without `grad_input` the diagonal is left out.
+    """
+    return _ops.bias_hessian.activation(bias_hessian, weight, saved, activation, parameter, grad_input, gamma)
+
+
+def eacg_hvp(bias_hessian: Tensor, mean_input: Tensor, p: Tensor) -> Tensor:
+    """EA-CG's Hessian-vector product H P a a^T (Chen et al., Eq. 11b), for P [n_out, n_in]; returns [n_out, n_in]."""
+    return _ops.eacg_hvp(bias_hessian, mean_input, p)
+
+
+def eacg_solve(
+    bias_hessian: Tensor | Sequence[Tensor],
+    mean_input: Tensor | Sequence[Tensor],
+    grad_weight: Tensor | Sequence[Tensor],
+    grad_bias: Tensor | Sequence[Tensor | None] | None,
+    alpha: float | Sequence[float],
+    max_iter: int,
+    tol: float,
+    truncated: bool,
+) -> tuple[Any, Any, Tensor]:
+    """Solves EA-CG's two systems (Chen et al., Eq. 10a, 10b with 11b), for one layer or, given lists, for all layers of a net.
+
+    (1 - alpha) H P a a^T + alpha P = -B     and     ((1 - alpha) H + alpha I) d = -g.
+
+    Both are solved by conjugate gradients from zero, until the residual is at most `tol` times the first one or `max_iter`
+    iterations are done, in an n_out-dimensional space (docs/math.md). With `truncated` P is, iterate by iterate, what CG on
+    the n_out x n_in system gives; without, the part of P across the mean input is exact (-B/alpha there), and only the part
+    along it is iterated.
+
+    Args:
+        bias_hessian: H [n_out, n_out], symmetric positive semi-definite.
+        mean_input: a [n_in].
+        grad_weight: B [n_out, n_in].
+        grad_bias: g [n_out], or None for a layer without bias.
+        alpha: in (0, 1), the damping of Eq. 9; one for all layers, or one each.
+        max_iter: at least 1.
+        tol: at least 0, relative.
+        truncated: see above.
+
+    Returns:
+        P [n_out, n_in], d [n_out] (empty without grad_bias), and the iterations of the weight system, a 0-dim int64 tensor;
+        given lists, two lists and an int64 tensor [layers]. Input that is not finite gives a solution that is not, either.
+    """
+    if isinstance(bias_hessian, Tensor):
+        return _ops.eacg_solve(bias_hessian, mean_input, grad_weight, grad_bias, alpha, max_iter, tol, truncated)
+    alphas = [alpha] * len(bias_hessian) if isinstance(alpha, float) else list(alpha)  # type: ignore[arg-type]
+    biases = [h.new_empty(0) if g is None else g for g, h in zip(grad_bias, bias_hessian, strict=True)]  # type: ignore[arg-type]
+    return _ops.eacg_solve.list(list(bias_hessian), list(mean_input), list(grad_weight), biases, alphas, max_iter, tol, truncated)
+
+
+def eacg_update_(
+    bias_hessian: list[Tensor],
+    mean_input: list[Tensor],
+    grad_weight: list[Tensor],
+    grad_bias: list[Tensor],
+    weight: list[Tensor],
+    bias: list[Tensor],
+    weight_momentum: list[Tensor],
+    bias_momentum: list[Tensor],
+    lr: list[float],
+    alpha: list[float],
+    momentum: list[float],
+    weight_decay: list[float],
+    max_iter: int,
+    tol: float,
+    truncated: bool,
+) -> Tensor:
+    """`eacg_solve` for all layers of a net and the update of their parameters, without storing a direction.
+
+    V <- momentum V + P,   W <- (1 - lr weight_decay) W + lr V,   and likewise for the biases.
+
+    Args:
+        bias_hessian: a list with one tensor per layer, as in `eacg_solve`; likewise the next three.
+        mean_input: see `eacg_solve`.
+        grad_weight: see `eacg_solve`.
+        grad_bias: see `eacg_solve`; an empty tensor for a layer without bias.
+        weight: W, contiguous, written in place.
+        bias: b, contiguous, written in place; an empty tensor where there is none.
+        weight_momentum: V, contiguous, written in place; an empty list for no momentum.
+        bias_momentum: its twin for the biases.
+        lr: one number per layer; likewise the next three.
+        alpha: see `eacg_solve`.
+        momentum: see above.
+        weight_decay: decoupled: it shrinks the parameters and does not enter the gradient.
+        max_iter: see `eacg_solve`.
+        tol: see `eacg_solve`.
+        truncated: see `eacg_solve`.
+
+    Returns:
+        int64 [layers], the iterations of each weight system; -1 for a layer whose solution is not finite, which any NaN or
+        inf in its gradients, its mean input or its bias Hessian makes it. If there is one, nothing has been written.
+    """
+    return _ops.eacg_update_(
+        bias_hessian, mean_input, grad_weight, grad_bias, weight, bias, weight_momentum, bias_momentum,
+        lr, alpha, momentum, weight_decay, max_iter, tol, truncated,
+    )  # fmt: skip
+
+
+# Fake implementations: shapes and dtypes alone, for torch.compile and torch.export.
+
+
+@torch.library.register_fake("secondorder::activation_derivatives")
+def _(saved, activation, parameter):  # type: ignore[no-untyped-def]
+    return (
+        torch.empty_like(saved, memory_format=torch.contiguous_format),
+        torch.empty_like(saved, memory_format=torch.contiguous_format),
+    )
+
+
+@torch.library.register_fake("secondorder::bias_hessian")
+def _(bias_hessian, weight, d1, d2, grad_input, gamma):  # type: ignore[no-untyped-def]
+    return bias_hessian.new_empty(weight.shape[1], weight.shape[1])
+
+
+@torch.library.register_fake("secondorder::bias_hessian.activation")
+def _(bias_hessian, weight, saved, activation, parameter, grad_input, gamma):  # type: ignore[no-untyped-def]
+    return bias_hessian.new_empty(weight.shape[1], weight.shape[1])
+
+
+@torch.library.register_fake("secondorder::eacg_hvp")
+def _(bias_hessian, mean_input, p):  # type: ignore[no-untyped-def]
+    return p.new_empty(p.shape)
+
+
+@torch.library.register_fake("secondorder::eacg_solve")
+def _(bias_hessian, mean_input, grad_weight, grad_bias, alpha, max_iter, tol, truncated):  # type: ignore[no-untyped-def]
+    bias = grad_weight.new_empty(0 if grad_bias is None else grad_bias.shape[0])
+    return grad_weight.new_empty(grad_weight.shape), bias, grad_weight.new_empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("secondorder::eacg_solve.list")
+def _(bias_hessian, mean_input, grad_weight, grad_bias, alpha, max_iter, tol, truncated):  # type: ignore[no-untyped-def]
+    return (
+        [g.new_empty(g.shape) for g in grad_weight],
+        [g.new_empty(g.shape) for g in grad_bias],
+        grad_weight[0].new_empty(len(grad_weight), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("secondorder::eacg_update_")
+def _(bias_hessian, mean_input, grad_weight, *rest):  # type: ignore[no-untyped-def]
+    return grad_weight[0].new_empty(len(grad_weight), dtype=torch.int64)

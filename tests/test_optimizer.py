@@ -1,0 +1,502 @@
+"""EACG as a torch optimizer: steps against dense matrices, habits, and bad input."""
+
+import copy
+import gc
+import io
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from oracles import eacg_matrix, pch_by_loops, textbook_cg
+from torch import nn
+from torch.nn import functional as F
+
+import secondorder as so
+from secondorder.criteria import BoundedClassificationLoss
+from secondorder.curvature import PCH
+
+WIDTHS = [5, 7, 4, 3]
+
+
+def network(bias=True, activation=nn.Sigmoid):
+    torch.manual_seed(1)
+    layers = []
+    for n_in, n_out in zip(WIDTHS, WIDTHS[1:]):
+        layers += [nn.Linear(n_in, n_out, bias=bias), activation()]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def batch(m=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(m, WIDTHS[0], generator=generator).double(), torch.randint(WIDTHS[-1], (m,), generator=generator)
+
+
+def one_step(model, criterion, optimizer, x, y):
+    optimizer.zero_grad()
+    loss = criterion(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def dense_directions(model, criterion, x, y, gamma, alpha, iterations=None, factors=None):
+    """Each layer's (P, d) from assembled matrices; `factors` collects (H, a) to average outside."""
+    linears = [layer for layer in model if isinstance(layer, nn.Linear)]
+    m = len(x)
+    blocks = pch_by_loops(
+        [layer.weight.detach() for layer in linears],
+        [torch.zeros(layer.out_features).double() if layer.bias is None else layer.bias.detach() for layer in linears],
+        [torch.sigmoid] * (len(linears) - 1),
+        lambda z, i: criterion(z[None], y[i : i + 1]) / m,
+        x,
+        gamma,
+    )
+    parameters = list(model.parameters())
+    grads = dict(zip(parameters, torch.autograd.grad(criterion(model(x), y), parameters), strict=True))
+    h, result = x, []
+    for i, (layer, block) in enumerate(zip(linears, blocks, strict=True)):
+        a = h.mean(0)
+        if factors is not None:
+            block, a = factors(i, block, a)
+        matrix, rhs = eacg_matrix(block, a, alpha), -grads[layer.weight].reshape(-1)
+        p = torch.linalg.solve(matrix, rhs) if iterations is None else textbook_cg(matrix, rhs, iterations)
+        d = None
+        if layer.bias is not None:
+            shifted = (1 - alpha) * block + alpha * torch.eye(len(block)).double()
+            d = (
+                torch.linalg.solve(shifted, -grads[layer.bias])
+                if iterations is None
+                else textbook_cg(shifted, -grads[layer.bias], iterations)
+            )
+        result.append((p.reshape(layer.weight.shape), d))
+        h = torch.sigmoid(layer(h)).detach()
+    return result
+
+
+def assert_moved(model, before, directions, lr):
+    linears = [layer for layer in model if isinstance(layer, nn.Linear)]
+    for layer, old, (p, d) in zip(linears, [m for m in before if isinstance(m, nn.Linear)], directions, strict=True):
+        torch.testing.assert_close(layer.weight.detach(), old.weight.detach() + lr * p, rtol=1e-8, atol=1e-10)
+        if d is not None:
+            torch.testing.assert_close(layer.bias.detach(), old.bias.detach() + lr * d, rtol=1e-8, atol=1e-10)
+
+
+CRITERIA = [nn.CrossEntropyLoss(), BoundedClassificationLoss()]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("criterion", CRITERIA, ids=["cross-entropy", "eq14"])
+@pytest.mark.parametrize(("curvature", "gamma"), [("pch-abs", -1.0), ("pch-clip", 0.0), (PCH(-0.4), -0.4)])
+def test_a_step_is_the_dense_step(curvature, gamma, criterion, bias):
+    model, (x, y) = network(bias), batch()
+    before = copy.deepcopy(model)
+    optimizer = so.EACG(model, criterion, lr=0.3, curvature=curvature, alpha=0.1, max_cg=500, eps_cg=1e-13)
+    one_step(model, criterion, optimizer, x, y)
+    assert_moved(model, before, dense_directions(before, criterion, x, y, gamma, 0.1), 0.3)
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 5])
+def test_the_papers_truncated_step(iterations):
+    criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
+    before = copy.deepcopy(model)
+    optimizer = so.EACG(
+        model, criterion, lr=0.1, alpha=0.02, solver="ea-cg-truncated", max_cg=iterations, eps_cg=0, momentum=0, factor_decay=0
+    )
+    one_step(model, criterion, optimizer, x, y)
+    directions = dense_directions(before, criterion, x, y, -1.0, 0.02, iterations)
+    # CG on the small systems ends early: textbook CG then stands at the solution too.
+    assert_moved(model, before, directions, 0.1)
+
+
+def test_momentum_weight_decay_and_factor_averages():
+    criterion, model = nn.CrossEntropyLoss(), network()
+    optimizer = so.EACG(
+        model, criterion, lr=0.2, alpha=0.1, max_cg=500, eps_cg=1e-13, momentum=0.8, weight_decay=0.3, factor_decay=0.6
+    )
+    sums, velocity = {}, None
+    for step in range(1, 5):
+        x, y = batch(seed=step)
+
+        def average(i, block, a):
+            # The raw average and its bias correction, as one writes them down.
+            old = sums.get(i, (0, 0))
+            sums[i] = tuple(0.6 * o + 0.4 * n for o, n in zip(old, (block, a), strict=True))
+            return tuple(s / (1 - 0.6**step) for s in sums[i])  # noqa: B023
+
+        before = copy.deepcopy(model)
+        directions = dense_directions(before, criterion, x, y, -1.0, 0.1, factors=average)
+        velocity = directions if velocity is None else [
+            (0.8 * v[0] + p, 0.8 * v[1] + d) for v, (p, d) in zip(velocity, directions, strict=True)
+        ]  # fmt: skip
+        one_step(model, criterion, optimizer, x, y)
+        with torch.no_grad():
+            for parameter in before.parameters():
+                parameter.mul_(1 - 0.2 * 0.3)
+        assert_moved(model, before, velocity, 0.2)
+
+
+def test_curvature_every():
+    criterion, model = nn.CrossEntropyLoss(), network()
+    optimizer = so.EACG(model, criterion, lr=0.1, curvature_every=3)
+    weight = model[0].weight
+    seen, recording = [], []
+    for step in range(7):
+        x, y = batch(seed=step)
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        recording.append(bool(model[0](x).grad_fn.metadata))
+        loss.backward()
+        optimizer.step()
+        seen.append(optimizer.state[weight]["bias_hessian"].clone())
+    renewed = [True] + [not torch.equal(a, b) for a, b in zip(seen, seen[1:])]
+    assert renewed == recording == [True, False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"lr": 0.2, "alpha": 0.1, "momentum": 0.0}, {"solver": "ea-cg-truncated", "curvature": "pch-clip", "alpha": 0.05}],
+)
+@pytest.mark.parametrize("criterion", CRITERIA, ids=["cross-entropy", "eq14"])
+def test_trains(criterion, kwargs):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
+    x = torch.rand(200, 2) * 2 - 1
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    optimizer = so.EACG(model, criterion, **kwargs)
+    first = one_step(model, criterion, optimizer, x, y)
+    for _ in range(150):
+        last = one_step(model, criterion, optimizer, x, y)
+    assert last < first / 3
+    assert (model(x).argmax(1) == y).float().mean() > 0.9
+
+
+def test_a_function_as_criterion():
+    model, (x, y) = network(), batch()
+    twin = copy.deepcopy(model)
+    module = nn.CrossEntropyLoss(label_smoothing=0.1)
+    optimizer = so.EACG(model, lambda z, t: F.cross_entropy(z, t, label_smoothing=0.1), eps_cg=1e-12, max_cg=500)
+    one_step(model, optimizer.criterion, optimizer, x, y)
+    one_step(twin, module, so.EACG(twin, module, eps_cg=1e-12, max_cg=500), x, y)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_closure():
+    criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
+    optimizer = so.EACG(model, criterion)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        return loss
+
+    expected = criterion(model(x), y).item()
+    assert optimizer.step(closure).item() == expected
+    assert criterion(model(x), y).item() < expected
+
+
+def test_param_groups_are_read_at_every_step():
+    criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
+    optimizer = so.EACG(model, criterion, lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0)
+    one_step(model, criterion, optimizer, x, y)
+    scheduler.step()
+    before = copy.deepcopy(list(model.parameters()))
+    one_step(model, criterion, optimizer, x, y)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    optimizer.param_groups[0]["alpha"] = 2.0
+    with pytest.raises(ValueError, match=r"expected alpha in \(0, 1\), got 2"):
+        one_step(model, criterion, optimizer, x, y)
+
+
+def test_state_dict_resumes_to_the_bit():
+    criterion = nn.CrossEntropyLoss()
+
+    def run(model, optimizer, steps):
+        for step in steps:
+            one_step(model, criterion, optimizer, *batch(seed=step))
+
+    straight = network()
+    run(straight, so.EACG(straight, criterion, curvature_every=2), range(7))
+    for stop in (1, 2, 4):
+        first = network()
+        optimizer = so.EACG(first, criterion, curvature_every=2)
+        run(first, optimizer, range(stop))
+        file = io.BytesIO()
+        torch.save((first.state_dict(), optimizer.state_dict()), file)
+        file.seek(0)
+        model_state, optimizer_state = torch.load(file, weights_only=True)
+        second = network()
+        second.load_state_dict(model_state)
+        resumed = so.EACG(second, criterion, curvature_every=2)
+        resumed.load_state_dict(optimizer_state)
+        run(second, resumed, range(stop, 7))
+        assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters(), strict=True))
+
+
+class Mixed(nn.Module):
+    """A convolution and a norm before two linear layers, and a parameter of the model's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(1, 2, 3), nn.LayerNorm(6)
+        self.hidden, self.frozen, self.out = nn.Linear(6, 5), nn.Linear(5, 5).requires_grad_(False), nn.Linear(5, 3)
+        self.shift = nn.Parameter(torch.zeros(5))
+
+    def forward(self, x):
+        h = self.norm(torch.relu(self.conv(x.unsqueeze(1))).flatten(1))
+        return self.out(torch.tanh(self.frozen(torch.tanh(self.hidden(h) + self.shift))))
+
+
+def test_uncovered_parameters_get_the_fallback_and_one_warning():
+    model, criterion, (x, y) = Mixed().double(), nn.CrossEntropyLoss(), batch()
+    optimizer = so.EACG(model, criterion, lr=0.1, momentum=0.5, weight_decay=0.2)
+    with pytest.warns(UserWarning, match="'shift', 'conv.weight', 'conv.bias', 'norm.weight', 'norm.bias'.*fallback, SGD"):
+        one_step(model, criterion, optimizer, x, y)
+    sgd = copy.deepcopy(model)
+    reference = [p for n, p in sgd.named_parameters() if n.split(".")[0] in ("conv", "norm", "shift")]
+    covered = [n for n, _ in model.named_parameters() if n.split(".")[0] in ("hidden", "out")]
+    buffers = [p.grad.clone() for n, p in model.named_parameters() if n.split(".")[0] in ("conv", "norm", "shift")]
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one_step(model, criterion, optimizer, x, y)
+    sgd.zero_grad()
+    criterion(sgd(x), y).backward()
+    for p, buffer in zip(reference, buffers, strict=True):
+        p.data = p.data * (1 - 0.1 * 0.2) - 0.1 * (0.5 * buffer + p.grad)
+    for name, p in sgd.named_parameters():
+        if name not in covered:
+            torch.testing.assert_close(dict(model.named_parameters())[name], p)
+    assert all(not torch.equal(before[n], dict(model.named_parameters())[n]) for n in covered)
+    assert torch.equal(before["frozen.weight"], model.frozen.weight)
+    strict = so.EACG(model, criterion, fallback="error")
+    with pytest.raises(RuntimeError, match="no curvature covers the parameters 'shift'.*fallback='error'"):
+        one_step(model, criterion, strict, x, y)
+
+
+def test_nothing_is_recorded_in_eval_mode_or_without_grad():
+    criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
+    optimizer = so.EACG(model, criterion)
+    one_step(model, criterion, optimizer, x, y)
+    optimizer.zero_grad()
+    with torch.no_grad():
+        criterion(model(x), y)
+    model.eval()
+    criterion(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="no call of the criterion .* model in training mode"):
+        optimizer.step()
+    model.train()
+    one_step(model, criterion, optimizer, x, y)
+
+
+def live_tensors():
+    gc.collect()
+    return {id(o): o for o in gc.get_objects() if type(o) is torch.Tensor and o.numel() > 8}
+
+
+def test_no_memory_is_held_between_steps_nor_by_forward_passes_alone():
+    criterion, model, (x, y) = nn.CrossEntropyLoss(), network(activation=nn.Mish), batch(50)
+    optimizer = so.EACG(model, criterion)
+    for _ in range(2):
+        one_step(model, criterion, optimizer, x, y)
+    optimizer.zero_grad()
+    before = live_tensors()
+    for _ in range(3):
+        criterion(model(x), y)  # a forward pass that nobody goes backward through
+    one_step(model, criterion, optimizer, x, y)
+    optimizer.zero_grad()
+    kept = [o.shape for i, o in live_tensors().items() if i not in before]
+    assert not [shape for shape in kept if 50 in shape]
+
+
+def test_a_discarded_backward_pass_is_forgotten():
+    criterion = nn.CrossEntropyLoss()
+    models = [network(), network()]
+    optimizers = [so.EACG(model, criterion) for model in models]
+    criterion(models[0](batch(seed=9)[0]), batch(seed=9)[1]).backward()
+    models[0].zero_grad()  # not the optimizer's, which would know
+    for model, optimizer in zip(models, optimizers, strict=True):
+        criterion(model(batch()[0]), batch()[1]).backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
+
+
+def test_two_backward_passes_through_one_graph():
+    criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
+    twin = copy.deepcopy(model)
+    optimizer, other = so.EACG(model, criterion), so.EACG(twin, criterion)
+    loss = criterion(model(x), y)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    (2 * criterion(twin(x), y)).backward()
+    optimizer.step()
+    other.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_copies_of_the_model_are_not_recorded():
+    criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
+    optimizer = so.EACG(model, criterion)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not clone(x).grad_fn.metadata
+    one_step(model, criterion, optimizer, x, y)
+
+
+def test_hooks_go_with_the_optimizer():
+    criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
+    hooks = lambda: sum(len(m._forward_hooks) for m in [*model.modules(), criterion])  # noqa: E731
+    optimizer = so.EACG(model, criterion)
+    assert hooks() == 4
+    optimizer.remove_hooks()
+    assert hooks() == 0
+    optimizer = so.EACG(model, criterion)
+    one_step(model, criterion, optimizer, x, y)
+    reference = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert reference() is None
+    assert hooks() == 0
+
+
+def snapshot(model, optimizer):
+    return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def poison_input(model, x):
+    x[2, 3] = float("nan")
+
+
+def poison_weight(model, x):
+    with torch.no_grad():
+        model[2].weight[1, 1] = float("inf")
+
+
+def poison_gradient(model, x):
+    model[0].weight.register_hook(lambda g: g.index_fill(0, torch.tensor([1]), float("nan")))
+
+
+@pytest.mark.parametrize("poison", [poison_input, poison_weight, poison_gradient])
+@pytest.mark.parametrize("solver", ["ea-cg", "ea-cg-truncated"])
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("criterion", CRITERIA, ids=["cross-entropy", "eq14"])
+def test_numbers_that_are_not_finite_change_nothing(poison, solver, warm, criterion):
+    model, (x, y) = network(), batch()
+    optimizer = so.EACG(model, criterion, solver=solver)
+    if warm:
+        one_step(model, criterion, optimizer, x, y)
+    good = copy.deepcopy(model.state_dict())
+    poison(model, x)
+    before = snapshot(model, optimizer)
+    with pytest.raises((RuntimeError, ValueError), match=r"(?i)nan or inf|not finite"):
+        one_step(model, criterion, optimizer, x, y)
+    if poison is not poison_weight:
+        assert_same(snapshot(model, optimizer), before)
+        model[0].weight._backward_hooks and model[0].weight._backward_hooks.clear()
+    model.load_state_dict(good)
+    one_step(model, criterion, optimizer, *batch())  # and it goes on
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_failed_step_names_the_layer():
+    criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
+    optimizer = so.EACG(model, criterion)
+    poison_gradient(model, x)
+    with pytest.raises(RuntimeError, match="layer '0': NaN or inf in its weight gradient. No parameter and no state has changed"):
+        one_step(model, criterion, optimizer, x, y)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"lr": -0.1}, "expected lr >= 0, got -0.1"),
+        ({"lr": float("nan")}, "expected lr >= 0, got nan"),
+        ({"alpha": 0.0}, r"expected alpha in \(0, 1\), got 0.0"),
+        ({"alpha": 1.0}, r"expected alpha in \(0, 1\), got 1.0"),
+        ({"curvature": PCH}, "expected curvature to be one of"),
+        ({"curvature": "hessian"}, "expected curvature to be one of 'pch-abs', 'pch-clip', got 'hessian'"),
+        ({"solver": "cg"}, "expected solver one of 'ea-cg', 'ea-cg-truncated', got 'cg'"),
+        ({"max_cg": 0}, "expected max_cg >= 1, got 0"),
+        ({"eps_cg": -1.0}, "expected eps_cg >= 0"),
+        ({"momentum": 1.0}, r"expected momentum in \[0, 1\), got 1.0"),
+        ({"weight_decay": -1.0}, "expected weight_decay >= 0"),
+        ({"factor_decay": 1.0}, r"expected factor_decay in \[0, 1\)"),
+        ({"curvature_every": 0}, "expected curvature_every >= 1"),
+        ({"fallback": "adam"}, "expected fallback 'sgd' or 'error', got 'adam'"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        so.EACG(network(), nn.CrossEntropyLoss(), **kwargs)
+    with pytest.raises(ValueError, match="expected gamma <= 0"):
+        PCH(0.1)
+
+
+def test_bad_models_and_criteria():
+    criterion = nn.CrossEntropyLoss()
+    with pytest.raises(TypeError, match="expected model to be an nn.Module, got generator; pass the model itself"):
+        so.EACG(network().parameters(), criterion)
+    with pytest.raises(TypeError, match="expected criterion to be an nn.Module or a function .*, got str"):
+        so.EACG(network(), "mse")
+    with pytest.raises(ValueError, match="at least one trainable nn.Linear, got Conv1d with none"):
+        so.EACG(nn.Conv1d(1, 1, 3), criterion)
+    with pytest.raises(ValueError, match="at least one trainable nn.Linear"):
+        so.EACG(network().requires_grad_(False), criterion)
+    with pytest.raises(TypeError, match="float32 or float64, got torch.bfloat16 in layer '0'"):
+        so.EACG(network().bfloat16(), criterion)
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    tied[2].weight = tied[0].weight
+    with pytest.raises(ValueError, match=r"'0.weight' and '2.weight' are one parameter"):
+        so.EACG(tied, criterion)
+    shared = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="are one parameter"):
+        so.EACG(nn.Sequential(shared, nn.Tanh(), shared), criterion)
+
+
+def test_bad_loops():
+    criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
+    optimizer = so.EACG(model, criterion)
+    with pytest.raises(RuntimeError, match=r"expected gradients, found none; call loss.backward\(\) first"):
+        optimizer.step()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="no call of the criterion .*CrossEntropyLoss"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"expected the criterion .* to return a scalar, got shape \(8,\)"):
+        vector = nn.CrossEntropyLoss(reduction="none")
+        one_step(model, vector, so.EACG(model, vector), x, y)
+    loop = nn.Linear(5, 5).double()
+    recurrent = so.EACG(loop, nn.MSELoss())
+    with pytest.raises(ValueError, match="called more than once"):
+        one_step(lambda x: loop(torch.tanh(loop(x))), recurrent.criterion, recurrent, x, x)
+
+
+def test_a_non_elementwise_function_warns_once_and_trains():
+    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    criterion, (x, y) = nn.CrossEntropyLoss(), batch()
+    optimizer = so.EACG(model, criterion)
+    with pytest.warns(UserWarning) as caught:
+        losses = [one_step(model, criterion, optimizer, x, y) for _ in range(10)]
+    messages = [str(w.message) for w in caught]
+    assert sum("layer '0' goes through a function that is not elementwise" in m for m in messages) == 1
+    assert sum("'1.weight', '1.bias'; they are updated by the fallback, SGD" in m for m in messages) == 1
+    assert losses[-1] < losses[0]
