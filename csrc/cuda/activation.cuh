@@ -18,7 +18,10 @@ __device__ __forceinline__ void transcendentals(Formula, T v, T p, T& e0, T& e1)
     e0 = std::erf(T(0.70710678118654752440) * v);
     e1 = std::exp(T(-0.5) * v * v);
   }
-  if constexpr (std::is_same_v<Formula, GeluTanh>) e0 = std::tanh(gelu_tanh_argument(v));
+  if constexpr (std::is_same_v<Formula, GeluTanh>) {
+    const T y = T(0.79788456080286535588) * v * (T(1) + T(0.044715) * v * v);
+    e0 = T(1) / (T(1) + std::exp(T(2) * std::abs(y)));
+  }
 }
 
 // sigma' and sigma'' at one element. The activation is the same for a whole launch: a branch, but never a divergent one.

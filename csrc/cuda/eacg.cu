@@ -105,7 +105,7 @@ __device__ __forceinline__ void group_barrier(unsigned* arrived, unsigned blocks
 struct Scalars {
   double shift, scale, rr, stop, extra_x, extra_r, extra_p, step, beta;
   int iterations;
-  bool active;
+  bool active, finite;
 
   __device__ void start(double shift_, double scale_, double square, double extra, double tol) {
     shift = shift_;
@@ -116,12 +116,15 @@ struct Scalars {
     stop = tol * tol * rr;
     iterations = 0;
     active = !(rr <= 0);
+    finite = true;
   }
 
-  // Stops where p^T A p <= 0, which only an indefinite H can give; NaN goes on, into the solution.
+  // Stops where p^T A p <= 0, which only an indefinite H can give, and where a number is not finite: the solution is then NaN.
   __device__ void found_curvature(double curvature) {
+    if (!active) return;
     curvature += shift * extra_p * extra_p;
-    active = active && !(curvature <= 0);
+    finite = curvature - curvature == 0;  // NaN where it is not
+    active = finite && curvature > 0;
     if (!active) return;
     step = rr / curvature;
     extra_x += step * extra_p;
@@ -135,7 +138,8 @@ struct Scalars {
     extra_p = extra_r + beta * extra_p;
     rr = square;
     ++iterations;
-    active = rr > stop && rr - rr == 0;  // rr - rr is NaN where rr is not finite
+    finite = rr - rr == 0;
+    active = finite && rr > stop;
   }
 };
 
@@ -260,7 +264,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   const double c = settings.truncated ? (across == 0 ? 0 : system[0].extra_x / across) : -1 / in.alpha;
   bool finite = c - c == 0;
   each_element(n, [&](int64_t i) {
-    const T x = vector(0, 0)[i], w = s > 0 ? T((double(x) * root - c * double(work.u[i])) / s) : x, d = vector(0, 1)[i];
+    const T x = system[0].finite ? vector(0, 0)[i] : T(NAN), d = system[1].finite ? vector(0, 1)[i] : T(NAN);
+    const T w = s > 0 ? T((double(x) * root - c * double(work.u[i])) / s) : x;
     work.w[i] = w;
     work.d[i] = d;
     finite = finite && w - w == T(0) && d - d == T(0);

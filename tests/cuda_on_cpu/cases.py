@@ -249,8 +249,6 @@ def eacg_not_finite(kernels: Kernels) -> None:
     """A number that is not finite anywhere: no parameter changes anywhere, and -1 iterations where it was."""
     for name in ("bias_hessian", "mean_input", "grad_weight", "grad_bias"):
         for bad in (np.nan, np.inf):
-            if name == "bias_hessian" and bad == np.inf:
-                continue  # its step length is 0: conjugate gradients stop at the start, which is finite
             layers = eacg_layers(np.random.default_rng(7), np.float32, [(9, 5), (33, 7)], None)
             getattr(layers[1], name).flat[3] = bad
             before = copy.deepcopy(layers)
