@@ -1,6 +1,6 @@
 """Writes the tables of docs/cuda.md: what ptxas reports of every kernel, the occupancy that follows, and roofline floors.
 
-`python bench/cuda_resources.py` needs nvcc and no GPU. Every time in the tables is computed, none is measured.
+`python -m bench.cuda_resources` needs nvcc and no GPU. Every time in the tables is computed, none is measured.
 """
 
 import re
@@ -9,11 +9,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.timing import CIFAR_NET
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "cuda.md"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-WIDTHS = (3072, 1024, 512, 256, 128, 64, 32, 16, 10)
 BATCH, ITERATIONS = 1000, 20
 
 
@@ -82,8 +83,8 @@ def occupancy(kernel: Kernel) -> int:
 
 
 def floors() -> list[tuple[str, float, float]]:
-    """(kernel, bytes, FLOPs) in float32, summed over the layers of the net WIDTHS, every array counted once."""
-    pairs = list(zip(WIDTHS[:-1], WIDTHS[1:], strict=True))
+    """(kernel, bytes, FLOPs) in float32, summed over the layers of CIFAR_NET, every array counted once."""
+    pairs = list(zip(CIFAR_NET, CIFAR_NET[1:]))
     hidden = pairs[1:]  # the recursion reaches the first layer's output
     squares = sum(o * o for _, o in pairs)
     weights = sum(i * o for i, o in pairs)

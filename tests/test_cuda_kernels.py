@@ -1,5 +1,6 @@
 """The CUDA kernels without a GPU: compiled by nvcc for every architecture, and their source run on the CPU."""
 
+import contextlib
 import os
 import platform
 import shutil
@@ -12,11 +13,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "cuda_on_cpu"), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT / "tests" / "cuda_on_cpu"), str(ROOT)]
 
 import cases  # noqa: E402
-import cuda_resources  # noqa: E402
 import harness  # noqa: E402
+
+from bench import cuda_resources  # noqa: E402
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 emulated = pytest.mark.skipif(
@@ -36,9 +38,7 @@ def run_with_address_sanitizer(library: Path, names: list[str]) -> subprocess.Co
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     environment = {**os.environ, "LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
     script = ROOT / "tests" / "cuda_on_cpu" / "cases.py"
-    return subprocess.run(
-        [sys.executable, script, library, "shuffled", *names], env=environment, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, script, library, "shuffled", *names], env=environment, capture_output=True, text=True)
 
 
 @emulated
@@ -115,9 +115,7 @@ BUGS = {
 
 @emulated
 @pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(
-    libraries: dict[str, Path], bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_planted_bug_is_caught(libraries: dict[str, Path], bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few(monkeypatch)
     mode, name, *change = BUGS[bug]
     library = harness.build_with_bug(mode, libraries[mode], tmp_path / "bug", *change)
@@ -129,11 +127,8 @@ def test_planted_bug_is_caught(
     kernels = harness.Kernels(library)
     kernels.configure("shuffled", seed=3)
     if mode == "races":
-        with np.errstate(all="ignore"):
-            try:
-                cases.CASES[name](kernels)
-            except AssertionError:
-                pass  # a race may show in the values too
+        with np.errstate(all="ignore"), contextlib.suppress(AssertionError):  # a race may show in the values too
+            cases.CASES[name](kernels)
         assert kernels.races() != []
     else:
         with pytest.raises((AssertionError, RuntimeError)):

@@ -156,8 +156,18 @@ def eacg_layers(rng: np.random.Generator, dtype: type, sizes: list[tuple[int, in
         biases = [normal(rng, n_out, dtype=dtype) for _ in range(3)] if index % 3 != 2 else [None] * 3
         layers.append(
             EacgLayer(
-                spd(rng, n_out, dtype), normal(rng, n_in, dtype=dtype, offset=offset), weights[0], biases[0], weights[1],
-                biases[1], weights[2], biases[2], alpha=0.1 + 0.1 * (index % 3), lr=0.3, momentum=0.9, weight_decay=0.01,
+                spd(rng, n_out, dtype),
+                normal(rng, n_in, dtype=dtype, offset=offset),
+                weights[0],
+                biases[0],
+                weights[1],
+                biases[1],
+                weights[2],
+                biases[2],
+                alpha=0.1 + 0.1 * (index % 3),
+                lr=0.3,
+                momentum=0.9,
+                weight_decay=0.01,
             )  # fmt: skip
         )
     return layers
@@ -271,9 +281,9 @@ def check_bfgs(kernels: Kernels, dtype: type, sizes: list[int]) -> None:
     for layer, before in zip(layers, old, strict=True):
         # The oracle in float64 of the very inputs: damping has no plain operator to compare with.
         s, y = damped(*(a.astype(np.float64) for a in (before.s, before.y, before.inverse_hessian)))
-        tolerance = dict(rtol=1e-4, atol=1e-4) if dtype is np.float32 else dict(rtol=1e-10, atol=1e-12)
-        np.testing.assert_allclose(layer.damped_s, s, **tolerance)
-        np.testing.assert_allclose(layer.damped_y, y, **tolerance)
+        tolerance = 1e-4 if dtype is np.float32 else 1e-10
+        np.testing.assert_allclose(layer.damped_s, s, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(layer.damped_y, y, rtol=tolerance, atol=tolerance)
         np.testing.assert_array_equal(layer.inverse_hessian, before.inverse_hessian)
         updated = bfgs(before.inverse_hessian.astype(np.float64), s, y)
         for mode in ("bfgs_update", "damped_bfgs_update"):
@@ -293,9 +303,7 @@ def check_bfgs(kernels: Kernels, dtype: type, sizes: list[int]) -> None:
         np.testing.assert_array_equal(layer.inverse_hessian, single.inverse_hessian)
 
 
-def damped(
-    s: np.ndarray, y: np.ndarray, h: np.ndarray, mu1: float = 0.2, mu2: float = 0.001
-) -> tuple[np.ndarray, np.ndarray]:
+def damped(s: np.ndarray, y: np.ndarray, h: np.ndarray, mu1: float = 0.2, mu2: float = 0.001) -> tuple[np.ndarray, np.ndarray]:
     """Algorithm 3 of Goldfarb, Ren & Bahamou, as printed."""
     yhy = y @ h @ y
     theta1 = (1 - mu1) * yhy / (yhy - s @ y) if s @ y < mu1 * yhy else 1
