@@ -168,7 +168,7 @@ def eacg_layers(rng: np.random.Generator, dtype: type, sizes: list[tuple[int, in
                 lr=0.3,
                 momentum=0.9,
                 weight_decay=0.01,
-            )  # fmt: skip
+            )
         )
     return layers
 
@@ -322,6 +322,19 @@ def bfgs(h: np.ndarray, s: np.ndarray, y: np.ndarray) -> np.ndarray:
 def bfgs_update(kernels: Kernels) -> None:
     for dtype in DTYPES:
         check_bfgs(kernels, dtype, [1, 2, 3, 17, 129, 64])
+
+
+@case
+def bfgs_more_layers_than_a_launch_holds(kernels: Kernels) -> None:
+    rng = np.random.default_rng(11)
+    layers = []
+    for n in range(1, 132):
+        s = normal(rng, n % 5 + 1, dtype=np.float64)
+        layers.append(BfgsLayer(spd(rng, s.size, np.float64), s, exact_size(s)))
+    expected = [bfgs(layer.inverse_hessian, layer.s, layer.y) for layer in layers]
+    assert kernels.bfgs("bfgs_update", layers) == [1] * len(layers)
+    for layer, exact in zip(layers, expected, strict=True):
+        np.testing.assert_allclose(layer.inverse_hessian, exact, rtol=1e-9, atol=1e-9)
 
 
 @case
