@@ -92,7 +92,7 @@ inline void check_update(const char* op, at::TensorList hessians, at::TensorList
   const auto check_target = [&](const char* name, const at::Tensor& t, const char* like_name, const at::Tensor& like) {
     check_shape(op, name, t, like.sizes());
     check_same(op, name, t, like_name, like);
-    TORCH_CHECK_VALUE(t.is_contiguous(), op, ": expected a contiguous ", name, ", got strides ", t.strides());
+    check_contiguous(op, name, t);
   };
   for (size_t l = 0; l < layers; ++l) {
     check_layer(op, hessians[l], mean_inputs[l], grad_weights[l], grad_biases[l], alpha[l]);
@@ -102,6 +102,24 @@ inline void check_update(const char* op, at::TensorList hessians, at::TensorList
       check_target("weight_momentum", weight_momenta[l], "weight", weights[l]);
       check_target("bias_momentum", bias_momenta[l], "bias", biases[l]);
     }
+  }
+}
+
+// double_damping, bfgs_update_ and damped_bfgs_update_; `written`: the inverses are
+inline void check_pairs(const char* op, at::TensorList inverses, at::TensorList s, at::TensorList y, bool written) {
+  const size_t layers = inverses.size();
+  TORCH_CHECK_VALUE(s.size() == layers && y.size() == layers, op, ": expected lists of one length, got ", layers,
+                    " inverse_hessian, ", s.size(), " s and ", y.size(), " y");
+  for (size_t l = 0; l < layers; ++l) {
+    const at::Tensor& h = inverses[l];
+    check_square(op, "inverse_hessian", h);
+    check_floating(op, "inverse_hessian", h);
+    check_same(op, "inverse_hessian", h, "the first one", inverses[0]);
+    if (written) check_contiguous(op, "inverse_hessian", h);
+    check_shape(op, "s", s[l], {h.size(0)});
+    check_same(op, "s", s[l], "inverse_hessian", h);
+    check_shape(op, "y", y[l], {h.size(0)});
+    check_same(op, "y", y[l], "inverse_hessian", h);
   }
 }
 

@@ -8,6 +8,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <vector>
+
 #include "kernels.h"
 
 namespace secondorder::cuda {
@@ -32,6 +34,12 @@ struct Launch {
 template <typename T>
 const T* data(const at::Tensor& t) {
   return t.defined() && t.numel() ? t.const_data_ptr<T>() : nullptr;
+}
+
+inline std::vector<at::Tensor> contiguous(at::TensorList tensors) {
+  std::vector<at::Tensor> out;
+  for (const at::Tensor& t : tensors) out.push_back(t.contiguous());
+  return out;
 }
 
 inline at::Tensor workspace(size_t bytes, const at::Tensor& like) {

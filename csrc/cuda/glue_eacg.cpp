@@ -48,12 +48,6 @@ struct Net {
   }
 };
 
-std::vector<at::Tensor> contiguous(at::TensorList tensors) {
-  std::vector<at::Tensor> out;
-  for (const at::Tensor& t : tensors) out.push_back(t.contiguous());
-  return out;
-}
-
 void check_one_device(const char* op, at::TensorList hessians) {
   for (const at::Tensor& h : hessians)
     TORCH_CHECK_VALUE(h.device() == hessians[0].device(), op, ": expected all layers on ", hessians[0].device(), ", got ",
