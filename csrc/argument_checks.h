@@ -60,8 +60,9 @@ inline void check_layer(const char* op, const at::Tensor& hessian, const at::Ten
   check_alpha(op, alpha);
 }
 
-inline void check_solve(const char* op, at::TensorList hessians, at::TensorList mean_inputs, at::TensorList grad_weights,
-                        at::TensorList grad_biases, at::ArrayRef<double> alpha, int64_t max_iter, double tol) {
+inline void check_solve(const char* op, at::TensorList hessians, at::TensorList mean_inputs,
+                        at::TensorList grad_weights, at::TensorList grad_biases, at::ArrayRef<double> alpha,
+                        int64_t max_iter, double tol) {
   const size_t layers = hessians.size();
   TORCH_CHECK_VALUE(mean_inputs.size() == layers && grad_weights.size() == layers && grad_biases.size() == layers &&
                         alpha.size() == layers,

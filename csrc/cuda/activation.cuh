@@ -24,7 +24,8 @@ __device__ __forceinline__ void transcendentals(Formula, T v, T p, T& e0, T& e1)
   }
 }
 
-// sigma' and sigma'' at one element. The activation is the same for a whole launch: a branch, but never a divergent one.
+// sigma' and sigma'' at one element. The activation is the same for a whole launch: a branch, but never a divergent
+// one.
 template <typename T>
 __device__ __forceinline__ void derivatives(Activation activation, T v, T p, T& d1, T& d2) {
   with_activation(activation, [&](auto formula) {

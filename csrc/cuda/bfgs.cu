@@ -1,13 +1,13 @@
-// K-BFGS (Goldfarb, Ren & Bahamou): Powell's double damping (Algorithm 3) and the BFGS update of an inverse H, all layers of
-// a net in each launch.
+// K-BFGS (Goldfarb, Ren & Bahamou): Powell's double damping (Algorithm 3) and the BFGS update of an inverse H, all
+// layers of a net in each launch.
 //
 // With q = H y, rho = 1/(s.y) and tau = 1/(1 + rho y.q) the update H - rho (s q^T + q s^T) + rho (1 + rho y.q) s s^T,
 // its square completed, is
 //
 //   H + a a^T - b b^T,   a = sqrt(rho/tau) (s - tau q),   b = sqrt(rho tau) q,
 //
-// symmetric to the bit. The damped q is theta2 H y + (1-theta2) H s~ with H s~ = theta1 H s + (1-theta1) H (H y), so one pass
-// over H, for H y and H s together, serves both dampings, unless both thetas are below 1.
+// symmetric to the bit. The damped q is theta2 H y + (1-theta2) H s~ with H s~ = theta1 H s + (1-theta1) H (H y), so
+// one pass over H, for H y and H s together, serves both dampings, unless both thetas are below 1.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -112,7 +112,8 @@ __global__ void __launch_bounds__(kThreads) damping_kernel(const Layers<T> __gri
   }
 }
 
-// a, b and the status, from the pair and q; kDamped: q is first made from hy and hs. Parallel over layers, a block each.
+// a, b and the status, from the pair and q; kDamped: q is first made from hy and hs. Parallel over layers, a block
+// each.
 template <bool kDamped, typename T>
 __global__ void __launch_bounds__(kThreads) factors_kernel(const Layers<T> __grid_constant__ layers) {
   __shared__ double partial[2][kWarp];
@@ -169,8 +170,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   });
 }
 
-// Calls f(layers, division of the rows) for every kLayersPerLaunch layers; returns the bytes of workspace. With `damped` the
-// update takes the damped pair. `workspace` may be null, to measure.
+// Calls f(layers, division of the rows) for every kLayersPerLaunch layers; returns the bytes of workspace. With
+// `damped` the update takes the damped pair. `workspace` may be null, to measure.
 template <typename T, typename F>
 size_t each_launch(const BfgsLayer<T>* in, int count, void* workspace, bool damped, F&& f) {
   size_t used = 0;

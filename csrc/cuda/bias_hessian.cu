@@ -2,11 +2,11 @@
 //
 //   G = (W^T H W) * (d1^T d1 / m) + diag(PosEig_gamma(sum_i d2_i * grad_input_i)),   * elementwise
 //
-// All three products have the form X^T Y with row-major X and Y (H is symmetric), so one tile loop serves them all and every
-// load runs along rows. A first launch stores H W; the second gives a block to each tile of G's lower triangle, where both
-// products are accumulated side by side in registers, multiplied, finished and stored with the mirror image.
-// d1 and d2 are made from the activation while a tile is loaded, and the diagonal's column sums fall off the loads of the
-// tiles on the diagonal: nothing of size [m, n] is ever written.
+// All three products have the form X^T Y with row-major X and Y (H is symmetric), so one tile loop serves them all and
+// every load runs along rows. A first launch stores H W; the second gives a block to each tile of G's lower triangle,
+// where both products are accumulated side by side in registers, multiplied, finished and stored with the mirror image.
+// d1 and d2 are made from the activation while a tile is loaded, and the diagonal's column sums fall off the loads of
+// the tiles on the diagonal: nothing of size [m, n] is ever written.
 #include "activation.cuh"
 #include "kernels.h"
 
@@ -16,8 +16,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kDepth = 16;  // rows of X and Y in shared memory at a time
 
-// A tile of kTile x kTile elements, kPer x kPer of them to a thread: kPer / kRun runs of kRun neighbours, apart by the width
-// of all threads' runs, so that neighbouring threads read neighbouring words of shared memory.
+// A tile of kTile x kTile elements, kPer x kPer of them to a thread: kPer / kRun runs of kRun neighbours, apart by the
+// width of all threads' runs, so that neighbouring threads read neighbouring words of shared memory.
 template <typename T_, int kTile_>
 struct Shape {
   using T = T_;
@@ -98,8 +98,8 @@ struct FirstDerivative {
 
 // acc [kPer, kPer] of this thread += X^T Y, X's columns from x_col and Y's from y_col on. Ends with a barrier.
 template <typename S, typename X, typename Y>
-__device__ __forceinline__ void multiply(typename S::T (&acc)[S::kPer][S::kPer], Tiles<S>& tiles, int64_t rows, const X& x,
-                                         int64_t x_col, const Y& y, int64_t y_col) {
+__device__ __forceinline__ void multiply(typename S::T (&acc)[S::kPer][S::kPer], Tiles<S>& tiles, int64_t rows,
+                                         const X& x, int64_t x_col, const Y& y, int64_t y_col) {
   using T = typename S::T;
   constexpr int kVector = S::kVector;
   const int load_row = threadIdx.x / (S::kTile / kVector), load_col = threadIdx.x % (S::kTile / kVector) * kVector;
@@ -189,7 +189,8 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
               FirstDerivative<S>{source, m, n, vectors, false, sums}, col0);
 
   if (with_sums) {
-    // The threads that loaded one column each have a part of its sum. The tiles are free: `multiply` ended with a barrier.
+    // The threads that loaded one column each have a part of its sum. The tiles are free: `multiply` ended with a
+    // barrier.
     static_assert(sizeof(tiles) >= sizeof(double) * S::kLoadRows * S::kTile);
     double* parts = reinterpret_cast<double*>(&tiles);  // [kLoadRows, kTile]
 #pragma unroll

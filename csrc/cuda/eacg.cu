@@ -1,16 +1,16 @@
-// EA-CG (Chen et al., Eq. 9 to 11b): ((1-alpha) H P a a^T + alpha P) = -B and ((1-alpha) H + alpha I) d = -g, for all layers
-// of a net in three launches:
+// EA-CG (Chen et al., Eq. 9 to 11b): ((1-alpha) H P a a^T + alpha P) = -B and ((1-alpha) H + alpha I) d = -g, for all
+// layers of a net in three launches:
 //
 //   products    u = B a, s = a^T a and, for the truncated form, the squared rows of B: one pass over every B
 //   directions  conjugate gradients of every layer and of both right-hand sides, from the first iteration to the last
 //   update      W += lr (c B + w a^T), or the direction alone: one pass over every B and W
 //
-// The mathematics is that of csrc/cpu/eacg.cpp: P = c B + w a^T, found from (alpha I + (1-alpha) s H) v = -u/sqrt(s), with
-// one more coordinate of length |B'| in the truncated form.
+// The mathematics is that of csrc/cpu/eacg.cpp: P = c B + w a^T, found from (alpha I + (1-alpha) s H) v = -u/sqrt(s),
+// with one more coordinate of length |B'| in the truncated form.
 //
 // A layer's group of blocks shares the rows of H, each block keeping its own rows in shared memory where they fit. All
-// blocks of a group carry every vector and compute every scalar alike, to the bit, so that an iteration exchanges nothing
-// but H p, and waits for the group once.
+// blocks of a group carry every vector and compute every scalar alike, to the bit, so that an iteration exchanges
+// nothing but H p, and waits for the group once.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -65,8 +65,8 @@ __device__ __forceinline__ double row_squares(int64_t n, bool vectors, const T* 
 
 // u, s and (truncated) the squared rows. Parallel over the rows of every B, a warp each.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks) products_kernel(const Layers<T> __grid_constant__ layers,
-                                                               const Blocks __grid_constant__ division, bool truncated) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    products_kernel(const Layers<T> __grid_constant__ layers, const Blocks __grid_constant__ division, bool truncated) {
   const int l = division.layer(layers.count, blockIdx.x);
   const EacgLayer<T>& in = layers.layer[l].in;
   const Work<T>& work = layers.layer[l].work;
@@ -99,9 +99,9 @@ __device__ __forceinline__ void group_barrier(unsigned* arrived, unsigned blocks
   __syncthreads();
 }
 
-// The scalars of conjugate gradients for (shift I + scale H) x = rhs, with one more, uncoupled coordinate (extra) whose matrix
-// is `shift`; as csrc/cpu/eacg.cpp has it. They lie in shared memory and one thread computes them: double divisions are slow
-// on many devices, and 512 threads doing them alike would wait for each other.
+// The scalars of conjugate gradients for (shift I + scale H) x = rhs, with one more, uncoupled coordinate (extra) whose
+// matrix is `shift`; as csrc/cpu/eacg.cpp has it. They lie in shared memory and one thread computes them: double
+// divisions are slow on many devices, and 512 threads doing them alike would wait for each other.
 struct Scalars {
   double shift, scale, rr, stop, extra_x, extra_r, extra_p, step, beta;
   int iterations;
@@ -119,7 +119,8 @@ struct Scalars {
     finite = true;
   }
 
-  // Stops where p^T A p <= 0, which only an indefinite H can give, and where a number is not finite: the solution is then NaN.
+  // Stops where p^T A p <= 0, which only an indefinite H can give, and where a number is not finite: the solution is
+  // then NaN.
   __device__ void found_curvature(double curvature) {
     if (!active) return;
     curvature += shift * extra_p * extra_p;
@@ -150,8 +151,8 @@ __device__ __forceinline__ void each_element(int64_t n, F&& f) {
   for (int64_t i = threadIdx.x; i < n; i += kGroupThreads) f(i);
 }
 
-// The solve, from rhs to P's factors c and w and to the bias direction. Parallel over layers, a group of blocks each, that
-// must all be resident.
+// The solve, from rhs to P's factors c and w and to the bias direction. Parallel over layers, a group of blocks each,
+// that must all be resident.
 //   not_finite [1] or null; dynamic shared memory: [kVectors, n_out] vectors, then this block's rows of H, as each fits
 template <typename T>
 __global__ void __launch_bounds__(kGroupThreads, 1)
@@ -280,7 +281,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
 
 // Elements [j, j + width) of: p = c b + w a; v = momentum v + p where v is given; x = (1 - decay) x + lr (v or p).
 template <bool kUpdate, typename T, typename Width>
-__device__ __forceinline__ void apply(Width width, T c, const T* b, T w, const T* a, T lr, T keep, T momentum, T* v, T* x) {
+__device__ __forceinline__ void apply(Width width, T c, const T* b, T w, const T* a, T lr, T keep, T momentum, T* v,
+                                      T* x) {
   T p[width.value], t[width.value];
   load(b, p);
   load(a, t);
@@ -318,19 +320,21 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   T *x = in.weight + row * n, *v = in.weight_momentum ? in.weight_momentum + row * n : nullptr;
   each_column<T>(n, aligned(n, in.grad_weight, in.mean_input, in.weight, in.weight_momentum),
                  [&](int64_t j, auto width) {
-                   apply<kUpdate>(width, c, b + j, w, in.mean_input + j, lr, keep, momentum, v ? v + j : nullptr, x + j);
+                   apply<kUpdate>(width, c, b + j, w, in.mean_input + j, lr, keep, momentum, v ? v + j : nullptr,
+                                  x + j);
                  });
   if (in.bias && threadIdx.x % kWarp == 0) {
     const T *d = work.d + row;
-    apply<kUpdate>(Width<1>{}, T(1), d, T(0), d, lr, keep, momentum, in.bias_momentum ? in.bias_momentum + row : nullptr,
-                   in.bias + row);
+    T* const bias_momentum = in.bias_momentum ? in.bias_momentum + row : nullptr;
+    apply<kUpdate>(Width<1>{}, T(1), d, T(0), d, lr, keep, momentum, bias_momentum, in.bias + row);
   }
 }
 
 // u = p a. Parallel over rows, a warp each.   p [n_out, n_in], a [n_in], u [n_out]
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
-    hvp_products_kernel(int64_t n_out, int64_t n_in, const T* __restrict__ p, const T* __restrict__ a, T* __restrict__ u) {
+    hvp_products_kernel(int64_t n_out, int64_t n_in, const T* __restrict__ p, const T* __restrict__ a,
+                        T* __restrict__ u) {
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
   if (row >= n_out) return;
   T sum[1];
@@ -356,8 +360,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   });
 }
 
-// One launch's layers with their groups and memory. The plan depends on the layers' sizes and the device alone, so that every
-// launcher that is given them lays the workspace out alike.
+// One launch's layers with their groups and memory. The plan depends on the layers' sizes and the device alone, so that
+// every launcher that is given them lays the workspace out alike.
 template <typename T>
 struct Plan {
   Layers<T> layers;
@@ -366,7 +370,8 @@ struct Plan {
   int shared_bytes;
 };
 
-// H takes at least this many bytes for each block of a group: with less the group's barrier costs more than the products.
+// H takes at least this many bytes for each block of a group: with less the group's barrier costs more than the
+// products.
 constexpr int64_t kBytesPerBlock = 32 << 10;
 
 // Calls f(plan) for every kLayersPerLaunch layers; returns the bytes of workspace. `workspace` may be null, to measure.
@@ -444,8 +449,8 @@ void eacg_directions(const EacgLayer<T>* layers, int count, const EacgSettings& 
     if (const unsigned blocks = plan.rows.first[plan.layers.count])
       LAUNCH(products_kernel<T>, blocks, kRowThreads, 0, stream, plan.layers, plan.rows, settings.truncated);
     cudaFuncSetAttribute(directions_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
-    LAUNCH_COOPERATIVE(directions_kernel<T>, plan.groups.first[plan.layers.count], kGroupThreads, plan.shared_bytes, stream,
-                       plan.layers, plan.groups, settings, plan.shared_bytes, not_finite);
+    LAUNCH_COOPERATIVE(directions_kernel<T>, plan.groups.first[plan.layers.count], kGroupThreads, plan.shared_bytes,
+                       stream, plan.layers, plan.groups, settings, plan.shared_bytes, not_finite);
   });
 }
 
@@ -469,12 +474,12 @@ void eacg_hvp(int64_t n_out, int64_t n_in, const T* hessian, const T* mean_input
   LAUNCH(hvp_kernel<T>, blocks, kRowThreads, 0, stream, n_out, n_in, hessian, u, mean_input, out);
 }
 
-#define INSTANTIATE(T)                                                                                                  \
-  template size_t eacg_workspace(const EacgLayer<T>*, int, const Device&);                                              \
-  template void eacg_directions(const EacgLayer<T>*, int, const EacgSettings&, void*, int*, const Device&,              \
-                                cudaStream_t);                                                                          \
-  template void eacg_write(const EacgLayer<T>*, int, void*, const Device&, cudaStream_t);                               \
-  template void eacg_update(const EacgLayer<T>*, int, void*, const int*, const Device&, cudaStream_t);                  \
+#define INSTANTIATE(T)                                                                                                \
+  template size_t eacg_workspace(const EacgLayer<T>*, int, const Device&);                                            \
+  template void eacg_directions(const EacgLayer<T>*, int, const EacgSettings&, void*, int*, const Device&,            \
+                                cudaStream_t);                                                                        \
+  template void eacg_write(const EacgLayer<T>*, int, void*, const Device&, cudaStream_t);                             \
+  template void eacg_update(const EacgLayer<T>*, int, void*, const int*, const Device&, cudaStream_t);                \
   template void eacg_hvp(int64_t, int64_t, const T*, const T*, const T*, T*, T*, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -50,12 +50,12 @@ struct Net {
 
 void check_one_device(const char* op, at::TensorList hessians) {
   for (const at::Tensor& h : hessians)
-    TORCH_CHECK_VALUE(h.device() == hessians[0].device(), op, ": expected all layers on ", hessians[0].device(), ", got ",
-                      h.device());
+    TORCH_CHECK_VALUE(h.device() == hessians[0].device(), op, ": expected all layers on ", hessians[0].device(),
+                      ", got ", h.device());
 }
 
-// Solves every layer, those of one dtype together; then writes the directions, or updates the parameters if all layers of
-// both dtypes are finite.
+// Solves every layer, those of one dtype together; then writes the directions, or updates the parameters if all layers
+// of both dtypes are finite.
 void solve(const Net& net, int64_t max_iter, double tol, bool truncated, bool update, const Launch& launch) {
   const EacgSettings settings{int(std::min<int64_t>(max_iter, INT_MAX)), tol, truncated};
   const at::Tensor not_finite = at::zeros({1}, net.iterations.options().dtype(at::kInt));
@@ -98,8 +98,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor> solve_l
     biases.push_back(at::empty(grad_biases[l].sizes(), hessians[l].options()));
   }
   at::Tensor iterations = at::empty({int64_t(hessians.size())}, hessians[0].options().dtype(at::kLong));
-  solve({contiguous(hessians), contiguous(mean_inputs), contiguous(grad_weights), contiguous(grad_biases), weights, biases,
-         {}, {}, alpha, {}, {}, {}, iterations},
+  solve({contiguous(hessians), contiguous(mean_inputs), contiguous(grad_weights), contiguous(grad_biases), weights,
+         biases, {}, {}, alpha, {}, {}, {}, iterations},
         max_iter, tol, truncated, false, launch);
   return {std::move(weights), std::move(biases), iterations};
 }
@@ -125,8 +125,8 @@ at::Tensor update_(at::TensorList hessians, at::TensorList mean_inputs, at::Tens
   check_one_device(op, hessians);
   const Launch launch(hessians[0]);
   at::Tensor iterations = at::empty({int64_t(hessians.size())}, hessians[0].options().dtype(at::kLong));
-  solve({contiguous(hessians), contiguous(mean_inputs), contiguous(grad_weights), contiguous(grad_biases), weights, biases,
-         weight_momenta, bias_momenta, alpha, lr, momentum, weight_decay, iterations},
+  solve({contiguous(hessians), contiguous(mean_inputs), contiguous(grad_weights), contiguous(grad_biases), weights,
+         biases, weight_momenta, bias_momenta, alpha, lr, momentum, weight_decay, iterations},
         max_iter, tol, truncated, true, launch);
   // What autograd saved of them is no longer what they hold.
   for (const auto* targets : {&weights, &biases, &weight_momenta, &bias_momenta})

@@ -1,5 +1,6 @@
-// The launchers: what the glue calls. Each takes raw device pointers to contiguous arrays, their sizes and a stream, for
-// T = float or double, enqueues its kernels and returns; the caller checks the launch. Nothing here waits for the device.
+// The launchers: what the glue calls. Each takes raw device pointers to contiguous arrays, their sizes and a stream,
+// for T = float or double, enqueues its kernels and returns; the caller checks the launch. Nothing here waits for the
+// device.
 #pragma once
 
 #include <cstddef>
@@ -69,8 +70,8 @@ void eacg_hvp(int64_t n_out, int64_t n_in, const T* hessian, const T* mean_input
 template <typename T>
 size_t eacg_workspace(const EacgLayer<T>* layers, int count, const Device& device);
 
-// The directions of all layers, in factored form in the workspace, and each layer's iterations. not_finite [1] (or null) is
-// set to 1 where a layer has a direction with a number that is not finite, and that layer's iterations to -1.
+// The directions of all layers, in factored form in the workspace, and each layer's iterations. not_finite [1] (or
+// null) is set to 1 where a layer has a direction with a number that is not finite, and that layer's iterations to -1.
 template <typename T>
 void eacg_directions(const EacgLayer<T>* layers, int count, const EacgSettings& settings, void* workspace,
                      int* not_finite, const Device& device, cudaStream_t stream);
@@ -79,7 +80,8 @@ void eacg_directions(const EacgLayer<T>* layers, int count, const EacgSettings& 
 template <typename T>
 void eacg_write(const EacgLayer<T>* layers, int count, void* workspace, const Device& device, cudaStream_t stream);
 
-// weight, bias += lr * (direction, through the momentum where there is one), with weight decay; nothing where *not_finite.
+// weight, bias += lr * (direction, through the momentum where there is one), with weight decay; nothing where
+// *not_finite.
 template <typename T>
 void eacg_update(const EacgLayer<T>* layers, int count, void* workspace, const int* not_finite, const Device& device,
                  cudaStream_t stream);
@@ -105,13 +107,13 @@ size_t bfgs_workspace(const BfgsLayer<T>* layers, int count);
 template <typename T>
 void double_damping(const BfgsLayer<T>* layers, int count, void* workspace, cudaStream_t stream);
 
-// inverse_hessian = its BFGS update by (s, y). It stays as it is where s.y is not positive, where it turns out indefinite,
-// and where a number would not be finite.
+// inverse_hessian = its BFGS update by (s, y). It stays as it is where s.y is not positive, where it turns out
+// indefinite, and where a number would not be finite.
 template <typename T>
 void bfgs_update(const BfgsLayer<T>* layers, int count, void* workspace, cudaStream_t stream);
 
-// Both in two passes over each inverse Hessian, one that reads it and one that updates it; where both thetas are below 1, a
-// third reads it once more.
+// Both in two passes over each inverse Hessian, one that reads it and one that updates it; where both thetas are below
+// 1, a third reads it once more.
 template <typename T>
 void damped_bfgs_update(const BfgsLayer<T>* layers, int count, void* workspace, cudaStream_t stream);
 

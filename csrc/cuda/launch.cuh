@@ -1,5 +1,5 @@
-// What the kernel files share: launches, vector loads, and the table that lets one launch serve many layers. No torch header
-// here or in any kernel file: they are plain CUDA C++, and tests compile them with g++ as well (cuda_on_cpu.h).
+// What the kernel files share: launches, vector loads, and the table that lets one launch serve many layers. No torch
+// header here or in any kernel file: they are plain CUDA C++, and tests compile them with g++ as well (cuda_on_cpu.h).
 #pragma once
 
 #if defined(__CUDACC__)
@@ -119,8 +119,8 @@ struct Blocks {
   }
 };
 
-// Rows of matrices are given a warp each, kRowsPerBlock to a block; at least kRowBlocks blocks fit a multiprocessor, which
-// leaves each thread 64 registers.
+// Rows of matrices are given a warp each, kRowsPerBlock to a block; at least kRowBlocks blocks fit a multiprocessor,
+// which leaves each thread 64 registers.
 constexpr int kRowsPerBlock = 8;
 constexpr int kRowThreads = kRowsPerBlock * kWarp;
 constexpr int kRowBlocks = 4;

@@ -1,12 +1,13 @@
 // Runs unmodified kernel source on the CPU: what CUDA C++ takes from nvcc and from cuda_runtime.h, for g++ on x86-64.
 //
-// A block's threads are fibers on one OS thread. Each runs until it waits (barrier, warp collective, __nanosleep), in an
-// order that `configure` sets. Static __shared__ variables are thread_local, so they lie in one piece of memory, which is
-// poisoned with 0xFF bytes (NaN) at a block's start and saved and restored where several blocks are resident. Blocks run one
-// after the other, those of a cooperative launch in turns. Every misuse that is noticed throws std::runtime_error.
+// A block's threads are fibers on one OS thread. Each runs until it waits (barrier, warp collective, __nanosleep), in
+// an order that `configure` sets. Static __shared__ variables are thread_local, so they lie in one piece of memory,
+// which is poisoned with 0xFF bytes (NaN) at a block's start and saved and restored where several blocks are resident.
+// Blocks run one after the other, those of a cooperative launch in turns. Every misuse that is noticed throws
+// std::runtime_error.
 //
-// With -DCUDA_ON_CPU_RACES -fsanitize=thread (at compilation, not at linking) races.h checks every access.
-// What this cannot show: speed, rounding of fast intrinsics, and the weak ordering of memory beyond what races.h models.
+// With -DCUDA_ON_CPU_RACES -fsanitize=thread (at compilation, not at linking) races.h checks every access. What this
+// cannot show: speed, rounding of fast intrinsics, and the weak ordering of memory beyond what races.h models.
 #pragma once
 
 #if !defined(__x86_64__)
@@ -88,7 +89,6 @@ struct Thread {
   int linear, lane, line;
   State state;
   int vote;                      // the result of the last __syncthreads_and
-  unsigned clock, seen[kLanes];  // races.h: this lane's time, and what it knows of its warp's
   bool fenced;                   // has passed __threadfence since its last barrier
   std::map<unsigned, unsigned> acquired;  // races.h: what its atomics have read of other blocks' epochs
 };
@@ -102,7 +102,7 @@ struct Block {
   std::vector<unsigned char> statics;  // its static shared memory while another block runs
   unsigned done, at_barrier, epoch;    // epoch: barriers passed
   bool vote;
-  std::map<unsigned, unsigned> known, pending;  // races.h: epochs of other blocks known to precede, now and after a barrier
+  std::map<unsigned, unsigned> known, pending;  // races.h: other blocks' epochs that precede, now and after a barrier
 };
 
 enum class Order { forward, reverse, shuffled };
@@ -157,8 +157,8 @@ NO_RACE_CHECK inline void resume(Thread& thread) {
 
 // Ends the launch from inside a kernel.
 [[noreturn]] NO_RACE_CHECK inline void fail(const std::string& message) {
-  machine().error = "block " + std::to_string(current->block->linear) + " thread " + std::to_string(current->linear) + ": " +
-                    message;
+  machine().error = "block " + std::to_string(current->block->linear) + " thread " +
+                    std::to_string(current->linear) + ": " + message;
   to_scheduler();
   std::abort();
 }
@@ -172,20 +172,6 @@ NO_RACE_CHECK inline void barrier(int line) {
   to_scheduler();
 }
 
-// __syncwarp orders the memory accesses of its lanes: each learns what all of them know.
-NO_RACE_CHECK inline void join_clocks(const Thread* lanes, unsigned mask, Thread* out) {
-  unsigned joined[kLanes] = {};
-  for (int lane = 0; lane < kLanes; ++lane)
-    if (mask >> lane & 1)
-      for (int k = 0; k < kLanes; ++k)
-        joined[k] = std::max({joined[k], lanes[lane].seen[k], k == lane ? lanes[lane].clock : 0u});
-  for (int lane = 0; lane < kLanes; ++lane)
-    if (mask >> lane & 1) {
-      std::memcpy(out[lane].seen, joined, sizeof joined);
-      ++out[lane].clock;
-    }
-}
-
 // Complete once every lane of the mask that still runs has come.
 NO_RACE_CHECK inline void check_complete(Thread& thread, Collective& c) {
   const unsigned expected = c.mask & ~thread.warp->gone;
@@ -193,7 +179,6 @@ NO_RACE_CHECK inline void check_complete(Thread& thread, Collective& c) {
   c.complete = true;
   c.unread = c.arrived;
   Thread* lanes = &thread.block->threads[thread.linear / kLanes * kLanes];
-  if (!std::strcmp(c.name, "__syncwarp")) join_clocks(lanes, c.arrived, lanes);
   for (int lane = 0; lane < kLanes; ++lane)
     if ((c.arrived >> lane & 1) && lanes[lane].state == State::at_collective) lanes[lane].state = State::ready;
 }
@@ -206,8 +191,8 @@ NO_RACE_CHECK inline Collective& meet(unsigned mask, const void* value, size_t b
   Collective* c = nullptr;
   for (int k = 0; k < kLanes && !c; ++k) {
     Collective& candidate = warp.collective[k];
-    if ((warp.open >> k & 1) && !candidate.complete && candidate.mask == mask && !(candidate.arrived >> thread.lane & 1))
-      c = &candidate;
+    const bool arrived = candidate.arrived >> thread.lane & 1;
+    if ((warp.open >> k & 1) && !candidate.complete && candidate.mask == mask && !arrived) c = &candidate;
   }
   if (!c) {
     const int k = __builtin_ctz(~warp.open);
@@ -217,7 +202,7 @@ NO_RACE_CHECK inline Collective& meet(unsigned mask, const void* value, size_t b
     std::memset(c->value, 0xFF, sizeof c->value);  // what a lane outside gives is no number
   }
   if (std::strcmp(c->name, name)) fail(std::string("lanes of one warp meet in ") + c->name + " and in " + name);
-  if (bytes) std::memcpy(c->value[thread.lane], value, bytes);
+  std::memcpy(c->value[thread.lane], value, bytes);
   c->arrived |= 1u << thread.lane;
   thread.line = line;
   check_complete(thread, *c);
@@ -291,7 +276,7 @@ NO_RACE_CHECK inline void start(Block& block, size_t id, size_t first_stack) {
   block.vote = true;
   void* dynamic = nullptr;
   if (posix_memalign(&dynamic, 64, std::max<size_t>(m.dynamic_bytes, 1))) throw std::bad_alloc();
-  block.dynamic.reset(static_cast<unsigned char*>(dynamic));  // of exactly its size, so that AddressSanitizer sees its end
+  block.dynamic.reset(static_cast<unsigned char*>(dynamic));  // of exactly its size: AddressSanitizer sees its end
   std::memset(dynamic, 0xFF, m.dynamic_bytes);
   block.statics.assign(static_shared().second, 0xFF);
   block.warps.assign(warps, Warp{});
@@ -305,7 +290,6 @@ NO_RACE_CHECK inline void start(Block& block, size_t id, size_t first_stack) {
     thread.warp = &block.warps[i / kLanes];
     thread.linear = int(i);
     thread.lane = int(i % kLanes);
-    thread.clock = 1;
     char* top = m.stacks + (first_stack + i + 1) * kStackBytes - i * 7 % 64 * 64;  // apart in the cache
     void** sp = reinterpret_cast<void**>(top);
     *--sp = nullptr;
@@ -467,16 +451,12 @@ NO_RACE_CHECK __attribute__((noinline)) T read_modify_write(T* address, F f) {
 #define threadIdx (cuda_on_cpu::current->index)
 #define blockIdx (cuda_on_cpu::current->block->index)
 #define blockDim (cuda_on_cpu::machine().block_size)
-#define gridDim (cuda_on_cpu::machine().grid_size)
 
 inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_cpu::barrier(line); }
 NO_RACE_CHECK inline int __syncthreads_and(int predicate, int line = __builtin_LINE()) {
   cuda_on_cpu::current->block->vote = cuda_on_cpu::current->block->vote && predicate;
   cuda_on_cpu::barrier(line);
   return cuda_on_cpu::current->vote;
-}
-inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
-  cuda_on_cpu::leave(cuda_on_cpu::meet(mask, nullptr, 0, "__syncwarp", line));
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {

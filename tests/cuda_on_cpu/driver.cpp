@@ -1,5 +1,5 @@
-// The launchers behind C functions, for ctypes: host arrays stand for device arrays. Each returns 0, or 1 with what went
-// wrong in `message`. Scratch memory is allocated here at exactly the size asked for, and starts as NaN bytes.
+// The launchers behind C functions, for ctypes: host arrays stand for device arrays. Each returns 0, or 1 with what
+// went wrong in `message`. Scratch memory is allocated here at exactly the size asked for, and starts as NaN bytes.
 #include "cuda_on_cpu.h"
 #include "kernels.h"
 

@@ -1,9 +1,9 @@
-// The race check of cuda_on_cpu.h: g++'s -fsanitize=thread calls these functions at every load and store of the kernels, in
-// place of its own run-time library. A conflict is found whatever order the fibers ran in.
+// The race check of cuda_on_cpu.h: g++'s -fsanitize=thread calls these functions at every load and store of the
+// kernels, in place of its own run-time library. A conflict is found whatever order the fibers ran in.
 //
-// What orders two accesses: the same thread; a block barrier between them; __syncwarp between lanes of one warp; and between
-// blocks an atomic that the one performs after __threadfence and the other before __threadfence, each with a block barrier
-// on its far side. Shuffles order nothing, as the CUDA guide says. Different launches are ordered, as on one stream.
+// What orders two accesses: the same thread; a block barrier between them; and between blocks an atomic that the one
+// performs after __threadfence and the other before __threadfence, each with a block barrier on its far side. Shuffles
+// order nothing, as the CUDA guide says. Different launches are ordered, as on one stream.
 #pragma once
 
 #include <dlfcn.h>
@@ -17,7 +17,7 @@ namespace cuda_on_cpu {
 enum class Access : uint8_t { read, write, atomic };
 
 struct Event {
-  unsigned launch, block, epoch, clock;
+  unsigned launch, block, epoch;
   int thread;
   Access access;
   void* code;
@@ -69,8 +69,7 @@ NO_RACE_CHECK inline bool ordered(const Event& event, const Thread& thread, bool
     const auto known = block.known.find(event.block);
     return known != block.known.end() && event.epoch < known->second;
   }
-  if (event.thread == thread.linear || event.epoch != block.epoch) return true;
-  return event.thread / kLanes == thread.linear / kLanes && event.clock <= thread.seen[event.thread % kLanes];
+  return event.thread == thread.linear || event.epoch != block.epoch;
 }
 
 NO_RACE_CHECK inline void check_access(const void* address, size_t bytes, Access access, void* code) {
@@ -89,8 +88,9 @@ NO_RACE_CHECK inline void check_access(const void* address, size_t bytes, Access
       within(m.blocks.data(), m.blocks.size() * sizeof(Block)) ||
       within(block.threads.data(), block.threads.size() * sizeof(Thread)))
     return;
-  const bool shared = within(static_shared().first, static_shared().second) || within(block.dynamic.get(), m.dynamic_bytes);
-  const Event now{m.launch, block.linear, block.epoch, thread.clock, thread.linear, access, code};
+  const bool shared =
+      within(static_shared().first, static_shared().second) || within(block.dynamic.get(), m.dynamic_bytes);
+  const Event now{m.launch, block.linear, block.epoch, thread.linear, access, code};
   for (size_t k = 0; k < bytes; ++k) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(begin) + k;
     auto& page = r.pages[at >> 12];
@@ -105,8 +105,8 @@ NO_RACE_CHECK inline void check_access(const void* address, size_t bytes, Access
     if (conflict && r.reported.insert({conflict->code, code}).second && r.found.size() < 20) {
       static const char* names[] = {"read", "write", "atomic"};
       const auto describe = [](const Event& e) {
-        return std::string(names[int(e.access)]) + " at " + source_line(e.code) + " by block " + std::to_string(e.block) +
-               " thread " + std::to_string(e.thread);
+        return std::string(names[int(e.access)]) + " at " + source_line(e.code) + " by block " +
+               std::to_string(e.block) + " thread " + std::to_string(e.thread);
       };
       r.found.push_back(std::string(shared ? "shared" : "global") + " memory: " + describe(now) + " against " +
                         describe(*conflict));
