@@ -114,7 +114,7 @@ struct GeluTanh {  // v = z, e0 = sigmoid(-2 |y|), y = sqrt(2/pi) (z + 0.044715 
 
 // Calls f with the struct of one activation.
 template <typename F>
-void with_activation(Activation activation, F&& f) {
+SECONDORDER_HD void with_activation(Activation activation, F&& f) {
   switch (activation) {
     case Activation::identity: return f(Identity{});
     case Activation::sigmoid: return f(Sigmoid{});

@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "../activations.h"
-#include "../checks.h"
+#include "../argument_checks.h"
 #include "../formulas.h"
 #include "activation.h"
 #include "kernels.h"
@@ -142,37 +142,12 @@ void recursion(const T* hessian, const T* weight, int64_t k, int64_t n, int64_t 
   });
 }
 
-void check_recursion(const char* op, const at::Tensor& hessian, const at::Tensor& weight, const char* d1_name,
-                     const at::Tensor& d1, const std::optional<at::Tensor>& grad_input, double gamma) {
-  check_square(op, "bias_hessian", hessian);
-  check_floating(op, "bias_hessian", hessian);
-  check_dim(op, "weight", weight, 2);
-  check_shape(op, "weight", weight, {hessian.size(0), weight.size(1)});
-  check_same(op, "weight", weight, "bias_hessian", hessian);
-  check_dim(op, d1_name, d1, 2);
-  check_shape(op, d1_name, d1, {d1.size(0), weight.size(1)});
-  check_same(op, d1_name, d1, "bias_hessian", hessian);
-  TORCH_CHECK_VALUE(d1.size(0) > 0, op, ": expected at least one instance in ", d1_name, ", got shape ", d1.sizes(),
-                    "; an expectation over an empty batch is undefined");
-  if (grad_input) {
-    check_shape(op, "grad_input", *grad_input, d1.sizes());
-    check_same(op, "grad_input", *grad_input, "bias_hessian", hessian);
-  }
-  check_gamma(op, gamma);
-}
-
 at::Tensor bias_hessian(const at::Tensor& hessian_, const at::Tensor& weight_, const at::Tensor& d1_,
                         const std::optional<at::Tensor>& d2_, const std::optional<at::Tensor>& grad_input_,
                         double gamma) {
   constexpr const char* op = "bias_hessian";
   check_recursion(op, hessian_, weight_, "d1", d1_, grad_input_, gamma);
-  TORCH_CHECK_VALUE(d2_.has_value() == grad_input_.has_value(), op,
-                    ": expected d2 and grad_input together (with the diagonal) or neither (without), got only ",
-                    d2_ ? "d2" : "grad_input");
-  if (d2_) {
-    check_shape(op, "d2", *d2_, d1_.sizes());
-    check_same(op, "d2", *d2_, "bias_hessian", hessian_);
-  }
+  check_second_derivative(op, hessian_, d1_, d2_, grad_input_);
   const at::Tensor hessian = hessian_.contiguous(), weight = weight_.contiguous(), d1 = d1_.contiguous();
   const at::Tensor d2 = d2_ ? d2_->contiguous() : at::Tensor(), grad = d2_ ? grad_input_->contiguous() : at::Tensor();
   const int64_t n = weight.size(1), m = d1.size(0);

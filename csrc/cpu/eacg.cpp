@@ -20,7 +20,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
+#include "../argument_checks.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -157,19 +157,6 @@ Direction<T> solve(const T* hessian, const T* mean_input, const T* grad_weight, 
   return result;
 }
 
-void check_layer(const char* op, const at::Tensor& hessian, const at::Tensor& mean_input, const at::Tensor& grad_weight,
-                 const at::Tensor& grad_bias, double alpha) {
-  check_square(op, "bias_hessian", hessian);
-  check_floating(op, "bias_hessian", hessian);
-  check_dim(op, "mean_input", mean_input, 1);
-  check_same(op, "mean_input", mean_input, "bias_hessian", hessian);
-  check_shape(op, "grad_weight", grad_weight, {hessian.size(0), mean_input.size(0)});
-  check_same(op, "grad_weight", grad_weight, "bias_hessian", hessian);
-  if (grad_bias.numel() > 0 || grad_bias.dim() != 1) check_shape(op, "grad_bias", grad_bias, {hessian.size(0)});
-  check_same(op, "grad_bias", grad_bias, "bias_hessian", hessian);
-  check_alpha(op, alpha);
-}
-
 // Solves one layer and hands the direction, the gradient and the mean input (both contiguous) to f.
 template <typename F>
 void solve_layer(const at::Tensor& hessian_, const at::Tensor& mean_input_, const at::Tensor& grad_weight_,
@@ -187,12 +174,7 @@ void solve_layer(const at::Tensor& hessian_, const at::Tensor& mean_input_, cons
 
 at::Tensor eacg_hvp(const at::Tensor& hessian, const at::Tensor& mean_input, const at::Tensor& p) {
   constexpr const char* op = "eacg_hvp";
-  check_square(op, "bias_hessian", hessian);
-  check_floating(op, "bias_hessian", hessian);
-  check_dim(op, "mean_input", mean_input, 1);
-  check_same(op, "mean_input", mean_input, "bias_hessian", hessian);
-  check_shape(op, "p", p, {hessian.size(0), mean_input.size(0)});
-  check_same(op, "p", p, "bias_hessian", hessian);
+  check_hvp(op, hessian, mean_input, p);
   const at::Tensor h = hessian.contiguous(), a = mean_input.contiguous(), x = p.contiguous();
   const int64_t n_out = h.size(0), n_in = a.size(0);
   at::Tensor out = at::empty({n_out, n_in}, h.options());
@@ -218,16 +200,10 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor> eacg_so
     at::ArrayRef<double> alpha, int64_t max_iter, double tol, bool truncated) {
   constexpr const char* op = "eacg_solve";
   const size_t layers = hessians.size();
-  TORCH_CHECK_VALUE(mean_inputs.size() == layers && grad_weights.size() == layers && grad_biases.size() == layers &&
-                        alpha.size() == layers,
-                    op, ": expected lists of one length, got ", layers, " bias_hessian, ", mean_inputs.size(),
-                    " mean_input, ", grad_weights.size(), " grad_weight, ", grad_biases.size(), " grad_bias and ",
-                    alpha.size(), " alpha");
-  check_cg(op, max_iter, tol);
+  check_solve(op, hessians, mean_inputs, grad_weights, grad_biases, alpha, max_iter, tol);
   std::vector<at::Tensor> weights, biases;
   at::Tensor iterations = at::empty({int64_t(layers)}, at::kLong);
   for (size_t l = 0; l < layers; ++l) {
-    check_layer(op, hessians[l], mean_inputs[l], grad_weights[l], grad_biases[l], alpha[l]);
     at::Tensor weight = at::empty(grad_weights[l].sizes(), hessians[l].options());
     at::Tensor bias = at::empty(grad_biases[l].sizes(), hessians[l].options());
     solve_layer(hessians[l], mean_inputs[l], grad_weights[l], grad_biases[l], alpha[l], {max_iter, tol, truncated},
@@ -264,31 +240,8 @@ at::Tensor eacg_update_(at::TensorList hessians, at::TensorList mean_inputs, at:
                         int64_t max_iter, double tol, bool truncated) {
   constexpr const char* op = "eacg_update_";
   const size_t layers = hessians.size();
-  TORCH_CHECK_VALUE(mean_inputs.size() == layers && grad_weights.size() == layers && grad_biases.size() == layers &&
-                        weights.size() == layers && biases.size() == layers && lr.size() == layers &&
-                        alpha.size() == layers && momentum.size() == layers && weight_decay.size() == layers &&
-                        weight_momenta.size() == bias_momenta.size() &&
-                        (weight_momenta.size() == layers || weight_momenta.empty()),
-                    op, ": expected lists of one length (the momenta may be empty lists), got ", layers,
-                    " bias_hessian, ", mean_inputs.size(), " mean_input, ", grad_weights.size(), " grad_weight, ",
-                    grad_biases.size(), " grad_bias, ", weights.size(), " weight, ", biases.size(), " bias, ",
-                    weight_momenta.size(), " weight_momentum, ", bias_momenta.size(), " bias_momentum");
-  check_cg(op, max_iter, tol);
-  const auto check_target = [&](const char* name, const at::Tensor& t, const char* like_name, const at::Tensor& like) {
-    check_shape(op, name, t, like.sizes());
-    check_same(op, name, t, like_name, like);
-    TORCH_CHECK_VALUE(t.is_contiguous(), op, ": expected a contiguous ", name, ", got strides ", t.strides());
-  };
-  for (size_t l = 0; l < layers; ++l) {
-    check_layer(op, hessians[l], mean_inputs[l], grad_weights[l], grad_biases[l], alpha[l]);
-    check_target("weight", weights[l], "grad_weight", grad_weights[l]);
-    check_target("bias", biases[l], "grad_bias", grad_biases[l]);
-    if (!weight_momenta.empty()) {
-      check_target("weight_momentum", weight_momenta[l], "weight", weights[l]);
-      check_target("bias_momentum", bias_momenta[l], "bias", biases[l]);
-    }
-  }
-
+  check_update(op, hessians, mean_inputs, grad_weights, grad_biases, weights, biases, weight_momenta, bias_momenta, lr,
+               alpha, momentum, weight_decay, max_iter, tol);
   at::Tensor iterations = at::empty({int64_t(layers)}, at::kLong);
   int64_t* counts = iterations.mutable_data_ptr<int64_t>();
   bool finite = true;

@@ -1,0 +1,122 @@
+"""Writes the tables of docs/cuda.md: what ptxas reports of every kernel, the occupancy that follows, and roofline floors.
+
+`python -m bench.cuda_resources` needs nvcc and no GPU. Every time in the tables is computed, none is measured.
+"""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.timing import CIFAR_NET
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "cuda.md"
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+BATCH, ITERATIONS = 1000, 20
+
+
+@dataclass
+class Kernel:
+    """One kernel as ptxas compiled it for one architecture."""
+
+    name: str
+    architecture: str
+    stack: int = 0
+    spills: int = 0
+    registers: int = 0
+    shared: int = 0
+
+
+def compile_kernels(source: Path, architectures: tuple[str, ...]) -> list[Kernel]:
+    """Compiles one kernel file, warnings being errors, for each architecture and as PTX of the last."""
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    targets.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", "-std=c++17", "-O3", "--threads=2", "--Werror", "all-warnings", "-Xcompiler", "-Wall",
+                   "-Xptxas", "-v,-warn-spills,-warn-lmem-usage,-Werror", *targets, "-c", str(source),
+                   "-o", f"{folder}/kernel.o"]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+    return parse(result.stdout + result.stderr)
+
+
+def parse(report: str) -> list[Kernel]:
+    """The kernels in ptxas' report."""
+    kernels: list[Kernel] = []
+    names = demangle(re.findall(r"Compiling entry function '(\w+)'", report))
+    for line in report.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
+            kernels.append(Kernel(names[match[1]], match[2]))
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            kernels[-1].stack, kernels[-1].spills = int(match[1]), int(match[2]) + int(match[3])
+        elif match := re.search(r"Used (\d+) registers", line):
+            kernels[-1].registers = int(match[1])
+            shared = re.search(r"(\d+) bytes smem", line)
+            kernels[-1].shared = int(shared[1]) if shared else 0
+    return kernels
+
+
+def demangle(symbols: list[str]) -> dict[str, str]:
+    """Symbols to short names such as `recursion_kernel<float, 64>`."""
+    lines = subprocess.run(["c++filt", *symbols], capture_output=True, text=True, check=True).stdout.splitlines()
+    names = {}
+    for symbol, line in zip(symbols, lines, strict=True):
+        line = re.sub(r"secondorder::cuda::|\(anonymous namespace\)::|^void ", "", line)
+        line = re.sub(r"\(\w+\)(?=\d)", "", line)  # an enumerator's type
+        names[symbol] = re.sub(r"Shape<(\w+), (\d+)>, \w+", r"\1, \2", line.split("(", 1)[0])
+    return names
+
+
+THREADS = {"directions_kernel": 512}  # others: 256
+
+
+def occupancy(kernel: Kernel) -> int:
+    """Resident warps of a multiprocessor of compute capability 9.0 (64 warps, 64 Ki registers, 228 KiB shared memory)."""
+    warps = THREADS.get(kernel.name.split("<")[0], 256) // 32
+    registers = -(-kernel.registers // 8) * 8 * 32 * warps
+    shared = kernel.shared + 1024  # what the system keeps of each block's
+    return min(64 // warps, 65536 // registers, 228 * 1024 // shared) * warps
+
+
+def floors() -> list[tuple[str, float, float]]:
+    """(kernel, bytes, FLOPs) in float32, summed over the layers of CIFAR_NET, every array counted once."""
+    pairs = list(zip(CIFAR_NET, CIFAR_NET[1:]))
+    hidden = pairs[1:]  # the recursion reaches the first layer's output
+    squares = sum(o * o for _, o in pairs)
+    weights = sum(i * o for i, o in pairs)
+    return [
+        ("product_kernel", 4 * sum(o * o + 2 * o * i for i, o in hidden), sum(2 * o * o * i for i, o in hidden)),
+        (
+            "recursion_kernel",
+            4 * sum(2 * o * i + 2 * BATCH * i + i * i for i, o in hidden),
+            sum((o + BATCH) * i * (i + 1) for i, o in hidden),
+        ),
+        ("products_kernel (EA-CG)", 4 * weights, 2 * weights),
+        (f"directions_kernel, {ITERATIONS} iterations", 4 * squares, 4 * squares * ITERATIONS),
+        ("update_kernel (EA-CG), no momentum", 12 * weights, 5 * weights),
+        ("products_kernel (K-BFGS), H y and H s", 4 * squares, 4 * squares),
+        ("update_kernel (K-BFGS)", 8 * squares, 4 * squares),
+    ]
+
+
+def tables() -> str:
+    """The Markdown of both tables."""
+    lines = ["| kernel | registers | static shared memory, bytes | resident warps of 64 |", "|---|---|---|---|"]
+    for source in SOURCES:
+        for kernel in compile_kernels(source, ("90",)):
+            lines.append(f"| {source.stem}: `{kernel.name}` | {kernel.registers} | {kernel.shared} | {occupancy(kernel)} |")
+    lines += ["", "| kernel | MB | GFLOP | floor on an H100, µs (computed, not measured) | bound by |", "|---|---|---|---|---|"]
+    for name, size, work in floors():
+        memory, arithmetic = size / 3.35e12, work / 67e12
+        bound = "memory" if memory > arithmetic else "arithmetic"
+        lines.append(f"| {name} | {size / 1e6:.1f} | {work / 1e9:.3f} | {max(memory, arithmetic) * 1e6:.1f} | {bound} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    head, rest = PAGE.read_text().split("<!-- tables -->\n")[::2]
+    PAGE.write_text(f"{head}<!-- tables -->\n{tables()}\n<!-- tables -->\n{rest}")

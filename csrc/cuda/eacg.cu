@@ -1,0 +1,487 @@
+// EA-CG (Chen et al., Eq. 9 to 11b): ((1-alpha) H P a a^T + alpha P) = -B and ((1-alpha) H + alpha I) d = -g, for all
+// layers of a net in three launches:
+//
+//   products    u = B a, s = a^T a and, for the truncated form, the squared rows of B: one pass over every B
+//   directions  conjugate gradients of every layer and of both right-hand sides, from the first iteration to the last
+//   update      W += lr (c B + w a^T), or the direction alone: one pass over every B and W
+//
+// The mathematics is that of csrc/cpu/eacg.cpp: P = c B + w a^T, found from (alpha I + (1-alpha) s H) v = -u/sqrt(s),
+// with one more coordinate of length |B'| in the truncated form.
+//
+// A layer's group of blocks shares the rows of H, each block keeping its own rows in shared memory where they fit. All
+// blocks of a group carry every vector and compute every scalar alike, to the bit, so that an iteration exchanges
+// nothing but H p, and waits for the group once.
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <vector>
+
+#include "kernels.h"
+#include "reduce.cuh"
+
+namespace secondorder::cuda {
+namespace {
+
+constexpr int kGroupThreads = 512;
+constexpr int kSystems = 2;        // the weight's and the bias's
+constexpr int kVectors = 4 * kSystems;  // x, r, p, A p of each
+constexpr int kSums = 4;        // that one block_sum of directions_kernel takes, at most
+
+// Device memory of one layer.
+template <typename T>
+struct Work {
+  double* scalars;    // [2] s = a^T a; then c
+  double* squares;    // [n_out] |B_i|^2
+  T* u;               // [n_out] B a
+  T* w;               // [n_out] P = c B + w a^T
+  T* d;               // [n_out] the bias direction
+  T* hp;              // [2, kSystems, n_out] H p, of even and of odd iterations
+  T* vectors;         // [blocks of the group, kVectors, n_out], or null: they are in shared memory
+  unsigned* arrived;  // [1] arrivals at the group's barrier, from 0
+};
+
+template <typename T>
+struct Layer {
+  EacgLayer<T> in;
+  Work<T> work;
+};
+
+template <typename T>
+using Layers = Table<Layer<T>>;
+
+// |row|^2, summed in double across vectors.   row [n]
+template <typename T>
+__device__ __forceinline__ double row_squares(int64_t n, bool vectors, const T* row) {
+  double sum = 0;
+  each_column<T>(n, vectors, [&](int64_t j, auto width) {
+    T m[width.value], square = T(0);
+    load(row + j, m);
+#pragma unroll
+    for (int e = 0; e < width.value; ++e) square += m[e] * m[e];
+    sum += double(square);
+  });
+  return warp_sum(sum);
+}
+
+// u, s and (truncated) the squared rows. Parallel over the rows of every B, a warp each.
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    products_kernel(const Layers<T> __grid_constant__ layers, const Blocks __grid_constant__ division, bool truncated) {
+  const int l = division.layer(layers.count, blockIdx.x);
+  const EacgLayer<T>& in = layers.layer[l].in;
+  const Work<T>& work = layers.layer[l].work;
+  const int64_t row = int64_t(blockIdx.x - division.first[l]) * kRowsPerBlock + threadIdx.x / kWarp, n = in.n_in;
+  if (row >= in.n_out) return;
+  const T* b = in.grad_weight + row * n;
+  const bool vectors = aligned(n, in.grad_weight, in.mean_input), leader = threadIdx.x % kWarp == 0;
+  T u[1];
+  row_products<1, T>(n, vectors, b, in.mean_input, nullptr, u);
+  if (leader) work.u[row] = u[0];
+  if (truncated) {
+    const double squares = row_squares(n, vectors, b);
+    if (leader) work.squares[row] = squares;
+  }
+  if (row == 0) {
+    const double s = row_squares(n, vectors, in.mean_input);
+    if (leader) work.scalars[0] = s;
+  }
+}
+
+// Waits until every block of the group has arrived `generation` times, and makes what they wrote before visible.
+__device__ __forceinline__ void group_barrier(unsigned* arrived, unsigned blocks, unsigned generation) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(arrived, 1u);
+    while (atomicAdd(arrived, 0u) < blocks * generation) __nanosleep(64);
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+// The scalars of conjugate gradients for (shift I + scale H) x = rhs, with one more, uncoupled coordinate (extra) whose
+// matrix is `shift`; as csrc/cpu/eacg.cpp has it. They lie in shared memory and one thread computes them: double
+// divisions are slow on many devices, and 512 threads doing them alike would wait for each other.
+struct Scalars {
+  double shift, scale, rr, stop, extra_x, extra_r, extra_p, step, beta;
+  int iterations;
+  bool active, finite;
+
+  __device__ void start(double shift_, double scale_, double square, double extra, double tol) {
+    shift = shift_;
+    scale = scale_;
+    extra_x = 0;
+    extra_r = extra_p = extra;
+    rr = square + extra * extra;
+    stop = tol * tol * rr;
+    iterations = 0;
+    active = !(rr <= 0);
+    finite = true;
+  }
+
+  // Stops where p^T A p <= 0, which only an indefinite H can give, and where a number is not finite: the solution is
+  // then NaN.
+  __device__ void found_curvature(double curvature) {
+    if (!active) return;
+    curvature += shift * extra_p * extra_p;
+    finite = curvature - curvature == 0;  // NaN where it is not
+    active = finite && curvature > 0;
+    if (!active) return;
+    step = rr / curvature;
+    extra_x += step * extra_p;
+    extra_r -= step * shift * extra_p;
+  }
+
+  __device__ void found_residual(double square) {
+    if (!active) return;
+    square += extra_r * extra_r;
+    beta = square / rr;
+    extra_p = extra_r + beta * extra_p;
+    rr = square;
+    ++iterations;
+    finite = rr - rr == 0;
+    active = finite && rr > stop;
+  }
+};
+
+// f(i) for i < n, shared among the group's threads. Not unrolled: vectors are short, registers scarce.
+template <typename F>
+__device__ __forceinline__ void each_element(int64_t n, F&& f) {
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < n; i += kGroupThreads) f(i);
+}
+
+// The solve, from rhs to P's factors c and w and to the bias direction. Parallel over layers, a group of blocks each,
+// that must all be resident.
+//   not_finite [1] or null; dynamic shared memory: [kVectors, n_out] vectors, then this block's rows of H, as each fits
+template <typename T>
+__global__ void __launch_bounds__(kGroupThreads, 1)
+    directions_kernel(const Layers<T> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                      EacgSettings settings, int shared_bytes, int* not_finite) {
+  DYN_SHARED(T, shared);
+  __shared__ double partial[kSums][kWarp];
+  __shared__ Scalars system[kSystems];
+  const int l = division.layer(layers.count, blockIdx.x);
+  const EacgLayer<T>& in = layers.layer[l].in;
+  const Work<T>& work = layers.layer[l].work;
+  const int64_t n = in.n_out;
+  const unsigned blocks = division.first[l + 1] - division.first[l], rank = blockIdx.x - division.first[l];
+  const int64_t row_begin = n * rank / blocks, row_end = n * (rank + 1) / blocks;
+  const int warp = threadIdx.x / kWarp;
+
+  T* const vectors = work.vectors ? work.vectors + rank * kVectors * n : shared;
+  const auto vector = [&](int which, int system) { return vectors + (which * kSystems + system) * n; };
+  const T* h = in.bias_hessian + row_begin * n;
+  bool wide = aligned(n, in.bias_hessian, vectors);
+  const int64_t used = work.vectors ? 0 : kVectors * n, rows = (row_end - row_begin) * n;
+  if ((used + rows) * int64_t(sizeof(T)) <= shared_bytes) {
+    each_element(rows, [&](int64_t i) { shared[used + i] = h[i]; });
+    h = shared + used;
+    wide = aligned(n, h, vectors);
+  }
+
+  // The right-hand sides: x = 0, r = p = rhs.
+  const double s = n > 0 ? work.scalars[0] : 0, root = sqrt(s);
+  double sums[kSums] = {};  // |u|^2, |B|^2, |rhs|^2 of either system
+  each_element(n, [&](int64_t i) {
+    const T u = work.u[i];
+    // With a = 0 nothing is along it, and u = 0; but a NaN in B then stands in u alone, and must reach the solution.
+    const T rhs[kSystems] = {s > 0 ? T(-double(u) / root) : u, in.grad_bias ? -in.grad_bias[i] : T(0)};
+    sums[0] += double(u) * double(u);
+    if (settings.truncated) sums[1] += work.squares[i];
+#pragma unroll
+    for (int k = 0; k < kSystems; ++k) {
+      vector(0, k)[i] = T(0);
+      vector(1, k)[i] = vector(2, k)[i] = rhs[k];
+      sums[2 + k] += double(rhs[k]) * double(rhs[k]);
+    }
+  });
+  block_sum(sums, partial);
+  double across = 0;  // |B'|
+  if (settings.truncated) {
+    across = s > 0 ? sums[1] - sums[0] / s : sums[1];
+    // Rounding can leave a small negative number where B is all along a; NaN must stay.
+    across = across < 0 ? 0 : sqrt(across);
+  }
+  if (threadIdx.x == 0) system[0].start(in.alpha, (1 - in.alpha) * s, sums[2], -across, settings.tol);
+  if (threadIdx.x == kWarp) system[1].start(in.alpha, 1 - in.alpha, sums[3], 0, settings.tol);
+  __syncthreads();
+
+  for (int iteration = 0; iteration < settings.max_iter && (system[0].active || system[1].active); ++iteration) {
+    // The two halves of hp alternate: a block may write the next products while another still reads these.
+    T* const hp = work.hp + (iteration & 1) * kSystems * n;
+    for (int64_t row = row_begin + warp; row < row_end; row += kGroupThreads / kWarp) {
+      T products[kSystems];
+      row_products(n, wide, h + (row - row_begin) * n, vector(2, 0), vector(2, 1), products);
+      if (threadIdx.x % kWarp == 0) {
+        hp[row] = products[0];
+        hp[n + row] = products[1];
+      }
+    }
+    group_barrier(work.arrived, blocks, iteration + 1);
+
+    double curvature[kSystems] = {}, residual[kSystems] = {};
+#pragma unroll
+    for (int k = 0; k < kSystems; ++k) {
+      if (!system[k].active) continue;
+      each_element(n, [&](int64_t i) {
+        const T p = vector(2, k)[i], ap = T(system[k].scale) * hp[k * n + i] + T(system[k].shift) * p;
+        vector(3, k)[i] = ap;
+        curvature[k] += double(p) * double(ap);
+      });
+    }
+    block_sum(curvature, partial);
+#pragma unroll
+    for (int k = 0; k < kSystems; ++k)
+      if (int(threadIdx.x) == k * kWarp) system[k].found_curvature(curvature[k]);
+    __syncthreads();
+    const bool stepping[kSystems] = {system[0].active, system[1].active};
+#pragma unroll
+    for (int k = 0; k < kSystems; ++k) {
+      if (!stepping[k]) continue;
+      each_element(n, [&](int64_t i) {
+        vector(0, k)[i] += T(system[k].step) * vector(2, k)[i];
+        const T r = vector(1, k)[i] - T(system[k].step) * vector(3, k)[i];
+        vector(1, k)[i] = r;
+        residual[k] += double(r) * double(r);
+      });
+    }
+    block_sum(residual, partial);
+#pragma unroll
+    for (int k = 0; k < kSystems; ++k)
+      if (int(threadIdx.x) == k * kWarp) system[k].found_residual(residual[k]);
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kSystems; ++k) {
+      if (!stepping[k]) continue;
+      const T beta = T(system[k].beta);
+      each_element(n, [&](int64_t i) { vector(2, k)[i] = vector(1, k)[i] + beta * vector(2, k)[i]; });
+    }
+    __syncthreads();
+  }
+
+  if (rank != 0) return;
+  // -1/alpha in the closed form; the extra coordinate, undone from its length |B'|, in the truncated one.
+  const double c = settings.truncated ? (across == 0 ? 0 : system[0].extra_x / across) : -1 / in.alpha;
+  bool finite = c - c == 0;
+  each_element(n, [&](int64_t i) {
+    const T x = system[0].finite ? vector(0, 0)[i] : T(NAN), d = system[1].finite ? vector(0, 1)[i] : T(NAN);
+    const T w = s > 0 ? T((double(x) * root - c * double(work.u[i])) / s) : x;
+    work.w[i] = w;
+    work.d[i] = d;
+    finite = finite && w - w == T(0) && d - d == T(0);
+  });
+  finite = __syncthreads_and(finite);
+  if (threadIdx.x == 0) {
+    work.scalars[1] = c;
+    *in.iterations = finite || !not_finite ? system[0].iterations : -1;
+    if (!finite && not_finite) atomicOr(not_finite, 1);
+  }
+}
+
+// Elements [j, j + width) of: p = c b + w a; v = momentum v + p where v is given; x = (1 - decay) x + lr (v or p).
+template <bool kUpdate, typename T, typename Width>
+__device__ __forceinline__ void apply(Width width, T c, const T* b, T w, const T* a, T lr, T keep, T momentum, T* v,
+                                      T* x) {
+  T p[width.value], t[width.value];
+  load(b, p);
+  load(a, t);
+#pragma unroll
+  for (int e = 0; e < width.value; ++e) p[e] = c * p[e] + w * t[e];
+  if constexpr (kUpdate) {
+    if (v) {
+      load(v, t);
+#pragma unroll
+      for (int e = 0; e < width.value; ++e) p[e] = momentum * t[e] + p[e];
+      store(v, p);
+    }
+    load(x, t);
+#pragma unroll
+    for (int e = 0; e < width.value; ++e) p[e] = keep * t[e] + lr * p[e];
+  }
+  store(x, p);
+}
+
+// kUpdate: weight and bias += lr * direction; else they become the direction. Parallel over the rows of every weight.
+//   not_finite [1] or null: the update of no layer, where it is not 0
+template <bool kUpdate, typename T>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    update_kernel(const Layers<T> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                  const int* __restrict__ not_finite) {
+  if (kUpdate && *not_finite) return;
+  const int l = division.layer(layers.count, blockIdx.x);
+  const EacgLayer<T>& in = layers.layer[l].in;
+  const Work<T>& work = layers.layer[l].work;
+  const int64_t row = int64_t(blockIdx.x - division.first[l]) * kRowsPerBlock + threadIdx.x / kWarp, n = in.n_in;
+  if (row >= in.n_out) return;
+  const T c = T(work.scalars[1]), w = work.w[row];
+  const T lr = T(in.lr), keep = T(1) - T(in.lr * in.weight_decay), momentum = T(in.momentum);
+  const T* b = in.grad_weight + row * n;
+  T *x = in.weight + row * n, *v = in.weight_momentum ? in.weight_momentum + row * n : nullptr;
+  each_column<T>(n, aligned(n, in.grad_weight, in.mean_input, in.weight, in.weight_momentum),
+                 [&](int64_t j, auto width) {
+                   apply<kUpdate>(width, c, b + j, w, in.mean_input + j, lr, keep, momentum, v ? v + j : nullptr,
+                                  x + j);
+                 });
+  if (in.bias && threadIdx.x % kWarp == 0) {
+    const T *d = work.d + row;
+    T* const bias_momentum = in.bias_momentum ? in.bias_momentum + row : nullptr;
+    apply<kUpdate>(Width<1>{}, T(1), d, T(0), d, lr, keep, momentum, bias_momentum, in.bias + row);
+  }
+}
+
+// u = p a. Parallel over rows, a warp each.   p [n_out, n_in], a [n_in], u [n_out]
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    hvp_products_kernel(int64_t n_out, int64_t n_in, const T* __restrict__ p, const T* __restrict__ a,
+                        T* __restrict__ u) {
+  const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
+  if (row >= n_out) return;
+  T sum[1];
+  row_products<1, T>(n_in, aligned(n_in, p, a), p + row * n_in, a, nullptr, sum);
+  if (threadIdx.x % kWarp == 0) u[row] = sum[0];
+}
+
+// out = (H u) a^T. Parallel over rows, a warp each.   hessian [n_out, n_out], u [n_out], a [n_in], out [n_out, n_in]
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    hvp_kernel(int64_t n_out, int64_t n_in, const T* __restrict__ hessian, const T* __restrict__ u,
+               const T* __restrict__ a, T* __restrict__ out) {
+  const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
+  if (row >= n_out) return;
+  T v[1];
+  row_products<1, T>(n_out, aligned(n_out, hessian, u), hessian + row * n_out, u, nullptr, v);
+  each_column<T>(n_in, aligned(n_in, a, out), [&](int64_t j, auto width) {
+    T x[width.value];
+    load(a + j, x);
+#pragma unroll
+    for (int e = 0; e < width.value; ++e) x[e] *= v[0];
+    store(out + row * n_in + j, x);
+  });
+}
+
+// One launch's layers with their groups and memory. The plan depends on the layers' sizes and the device alone, so that
+// every launcher that is given them lays the workspace out alike.
+template <typename T>
+struct Plan {
+  Layers<T> layers;
+  Blocks groups;  // of directions_kernel
+  Blocks rows;    // of the kernels that give a warp to a row
+  int shared_bytes;
+};
+
+// H takes at least this many bytes for each block of a group: with less the group's barrier costs more than the
+// products.
+constexpr int64_t kBytesPerBlock = 32 << 10;
+
+// Calls f(plan) for every kLayersPerLaunch layers; returns the bytes of workspace. `workspace` may be null, to measure.
+template <typename T, typename F>
+size_t each_plan(const EacgLayer<T>* layers, int count, void* workspace, const Device& device, F&& f) {
+  size_t used = 0;
+  const auto take = [&](auto*& pointer, int64_t elements) {
+    pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(reinterpret_cast<uintptr_t>(workspace) + used);
+    used += ceil_div<size_t>(elements * sizeof(*pointer), 16) * 16;
+  };
+  unsigned* arrived;
+  take(arrived, count);
+  const int most = std::min(kLayersPerLaunch, device.multiprocessors);  // one block on a multiprocessor is resident
+  Plan<T> plan;
+  for (int begin = 0; begin < count; begin += most) {
+    const int end = std::min(count, begin + most);
+    plan.layers.count = end - begin;
+    // The finest division of the matrices for which all blocks are resident.
+    std::vector<unsigned> blocks(end - begin);
+    for (int64_t bytes = kBytesPerBlock;; bytes *= 2) {
+      unsigned total = 0;
+      for (int l = begin; l < end; ++l) {
+        const int64_t n = layers[l].n_out, matrix = n * n * int64_t(sizeof(T));
+        total += blocks[l - begin] = unsigned(std::clamp<int64_t>(ceil_div(matrix, bytes), 1, device.multiprocessors));
+      }
+      if (total <= unsigned(device.multiprocessors)) break;
+    }
+    plan.shared_bytes = 0;
+    const int64_t limit = device.shared_bytes - int64_t(sizeof(double) * kSums * kWarp + sizeof(Scalars) * kSystems);
+    for (int l = 0; l < end - begin; ++l) {
+      const EacgLayer<T>& in = layers[begin + l];
+      const int64_t n = in.n_out, vectors = kVectors * n, rows = ceil_div<int64_t>(n, blocks[l]) * n;
+      Work<T> work{};
+      take(work.scalars, 2);
+      take(work.squares, n);
+      take(work.u, n);
+      take(work.w, n);
+      take(work.d, n);
+      take(work.hp, 2 * kSystems * n);
+      const auto fits = [&](int64_t elements) { return elements * int64_t(sizeof(T)) <= limit; };
+      if (!fits(vectors)) take(work.vectors, blocks[l] * vectors);
+      const int64_t kept = fits(vectors) ? vectors : 0, elements = fits(kept + rows) ? kept + rows : kept;
+      plan.shared_bytes = std::max(plan.shared_bytes, int(elements * int64_t(sizeof(T))));
+      work.arrived = arrived + begin + l;
+      plan.layers.layer[l] = {in, work};
+      plan.groups.first[l + 1] = plan.groups.first[l] + blocks[l];
+      plan.rows.first[l + 1] = plan.rows.first[l] + unsigned(ceil_div<int64_t>(n, kRowsPerBlock));
+    }
+    f(plan);
+  }
+  return used;
+}
+
+template <bool kUpdate, typename T>
+void launch_updates(const EacgLayer<T>* layers, int count, void* workspace, const int* not_finite, const Device& device,
+                    cudaStream_t stream) {
+  each_plan(layers, count, workspace, device, [&](const Plan<T>& plan) {
+    if (const unsigned blocks = plan.rows.first[plan.layers.count])
+      LAUNCH((update_kernel<kUpdate, T>), blocks, kRowThreads, 0, stream, plan.layers, plan.rows, not_finite);
+  });
+}
+
+}  // namespace
+
+template <typename T>
+size_t eacg_workspace(const EacgLayer<T>* layers, int count, const Device& device) {
+  return each_plan(layers, count, nullptr, device, [](const Plan<T>&) {});
+}
+
+template <typename T>
+void eacg_directions(const EacgLayer<T>* layers, int count, const EacgSettings& settings, void* workspace,
+                     int* not_finite, const Device& device, cudaStream_t stream) {
+  cudaMemsetAsync(workspace, 0, count * sizeof(unsigned), stream);  // the barriers' counts come first in the workspace
+  each_plan(layers, count, workspace, device, [&](const Plan<T>& plan) {
+    if (const unsigned blocks = plan.rows.first[plan.layers.count])
+      LAUNCH(products_kernel<T>, blocks, kRowThreads, 0, stream, plan.layers, plan.rows, settings.truncated);
+    cudaFuncSetAttribute(directions_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+    LAUNCH_COOPERATIVE(directions_kernel<T>, plan.groups.first[plan.layers.count], kGroupThreads, plan.shared_bytes,
+                       stream, plan.layers, plan.groups, settings, plan.shared_bytes, not_finite);
+  });
+}
+
+template <typename T>
+void eacg_write(const EacgLayer<T>* layers, int count, void* workspace, const Device& device, cudaStream_t stream) {
+  launch_updates<false>(layers, count, workspace, nullptr, device, stream);
+}
+
+template <typename T>
+void eacg_update(const EacgLayer<T>* layers, int count, void* workspace, const int* not_finite, const Device& device,
+                 cudaStream_t stream) {
+  launch_updates<true>(layers, count, workspace, not_finite, device, stream);
+}
+
+template <typename T>
+void eacg_hvp(int64_t n_out, int64_t n_in, const T* hessian, const T* mean_input, const T* p, T* u, T* out,
+              cudaStream_t stream) {
+  if (n_out == 0) return;
+  const unsigned blocks = unsigned(ceil_div<int64_t>(n_out, kRowsPerBlock));
+  LAUNCH(hvp_products_kernel<T>, blocks, kRowThreads, 0, stream, n_out, n_in, p, mean_input, u);
+  LAUNCH(hvp_kernel<T>, blocks, kRowThreads, 0, stream, n_out, n_in, hessian, u, mean_input, out);
+}
+
+#define INSTANTIATE(T)                                                                                                \
+  template size_t eacg_workspace(const EacgLayer<T>*, int, const Device&);                                            \
+  template void eacg_directions(const EacgLayer<T>*, int, const EacgSettings&, void*, int*, const Device&,            \
+                                cudaStream_t);                                                                        \
+  template void eacg_write(const EacgLayer<T>*, int, void*, const Device&, cudaStream_t);                             \
+  template void eacg_update(const EacgLayer<T>*, int, void*, const int*, const Device&, cudaStream_t);                \
+  template void eacg_hvp(int64_t, int64_t, const T*, const T*, const T*, T*, T*, cudaStream_t);
+INSTANTIATE(float)
+INSTANTIATE(double)
+
+}  // namespace secondorder::cuda

@@ -1,0 +1,49 @@
+// What every glue file shares: where tensors become launches.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/Functions.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace secondorder::cuda {
+
+// The device of `like` made current, with its current stream, for one operator.
+struct Launch {
+  explicit Launch(const at::Tensor& like) : guard(like.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
+
+  Device device() const {
+    Device found;
+    const int index = guard.current_device().index();
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, index));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+    return found;
+  }
+
+  c10::cuda::CUDAGuard guard;
+  c10::cuda::CUDAStream stream;
+};
+
+// A contiguous tensor's data, or null where there is none.
+template <typename T>
+const T* data(const at::Tensor& t) {
+  return t.defined() && t.numel() ? t.const_data_ptr<T>() : nullptr;
+}
+
+inline std::vector<at::Tensor> contiguous(at::TensorList tensors) {
+  std::vector<at::Tensor> out;
+  for (const at::Tensor& t : tensors) out.push_back(t.contiguous());
+  return out;
+}
+
+inline at::Tensor workspace(size_t bytes, const at::Tensor& like) {
+  return at::empty({int64_t(bytes)}, like.options().dtype(at::kByte));
+}
+
+}  // namespace secondorder::cuda

@@ -1,0 +1,76 @@
+// activation_derivatives and bias_hessian on CUDA tensors.
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "../activations.h"
+#include "../argument_checks.h"
+#include "glue.h"
+
+namespace secondorder::cuda {
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> derivatives(const at::Tensor& saved_, c10::string_view name, double parameter) {
+  constexpr const char* op = "activation_derivatives";
+  check_floating(op, "saved", saved_);
+  const Activation activation = activation_by_name(op, std::string_view(name.data(), name.size()), parameter);
+  const Launch launch(saved_);
+  const at::Tensor saved = saved_.contiguous();
+  at::Tensor d1 = at::empty_like(saved), d2 = at::empty_like(saved);
+  AT_DISPATCH_FLOATING_TYPES(saved.scalar_type(), op, [&] {
+    using T = scalar_t;
+    activation_derivatives<T>(saved.numel(), saved.const_data_ptr<T>(), activation, T(parameter),
+                              d1.mutable_data_ptr<T>(), d2.mutable_data_ptr<T>(), launch.stream);
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {d1, d2};
+}
+
+// The recursion from `first`, which is d1, or with an activation what it saved.
+at::Tensor recursion(const at::Tensor& hessian_, const at::Tensor& weight_, const at::Tensor& first_,
+                     const std::optional<at::Tensor>& second_, const std::optional<at::Tensor>& grad_input_,
+                     std::optional<Activation> activation, double parameter, double gamma) {
+  const Launch launch(hessian_);
+  const auto contiguous = [](const std::optional<at::Tensor>& t) { return t ? t->contiguous() : at::Tensor(); };
+  const at::Tensor hessian = hessian_.contiguous(), weight = weight_.contiguous(), first = first_.contiguous(),
+                   second = contiguous(second_), grad_input = contiguous(grad_input_);
+  const int64_t k = weight.size(0), n = weight.size(1), m = first.size(0);
+  at::Tensor product = at::empty({k, n}, hessian.options()), out = at::empty({n, n}, hessian.options());
+  AT_DISPATCH_FLOATING_TYPES(hessian.scalar_type(), "bias_hessian", [&] {
+    using T = scalar_t;
+    const Derivatives<T> derivatives{data<T>(first),         data<T>(second),
+                                     data<T>(grad_input),    activation.has_value(),
+                                     activation.value_or(Activation::identity), T(parameter)};
+    bias_hessian<T>(k, n, m, data<T>(hessian), data<T>(weight), derivatives, T(gamma), product.mutable_data_ptr<T>(),
+                    out.mutable_data_ptr<T>(), launch.device(), launch.stream);
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+at::Tensor from_derivatives(const at::Tensor& hessian, const at::Tensor& weight, const at::Tensor& d1,
+                            const std::optional<at::Tensor>& d2, const std::optional<at::Tensor>& grad_input,
+                            double gamma) {
+  check_recursion("bias_hessian", hessian, weight, "d1", d1, grad_input, gamma);
+  check_second_derivative("bias_hessian", hessian, d1, d2, grad_input);
+  return recursion(hessian, weight, d1, d2, grad_input, {}, 1, gamma);
+}
+
+at::Tensor from_activation(const at::Tensor& hessian, const at::Tensor& weight, const at::Tensor& saved,
+                           c10::string_view name, double parameter, const std::optional<at::Tensor>& grad_input,
+                           double gamma) {
+  check_recursion("bias_hessian", hessian, weight, "saved", saved, grad_input, gamma);
+  const Activation activation =
+      activation_by_name("bias_hessian", std::string_view(name.data(), name.size()), parameter);
+  return recursion(hessian, weight, saved, {}, grad_input, activation, parameter, gamma);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(secondorder, CUDA, m) {
+  m.impl("activation_derivatives", derivatives);
+  m.impl("bias_hessian", from_derivatives);
+  m.impl("bias_hessian.activation", from_activation);
+}
+
+}  // namespace secondorder::cuda

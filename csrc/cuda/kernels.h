@@ -1,0 +1,120 @@
+// The launchers: what the glue calls. Each takes raw device pointers to contiguous arrays, their sizes and a stream,
+// for T = float or double, enqueues its kernels and returns; the caller checks the launch. Nothing here waits for the
+// device.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../formulas.h"
+
+typedef struct CUstream_st* cudaStream_t;  // as the CUDA headers have it; those are not needed here
+
+namespace secondorder::cuda {
+
+// What a launcher must know of the device to choose its launch.
+struct Device {
+  int multiprocessors;
+  int shared_bytes;  // the most that one block may ask for (cudaDevAttrMaxSharedMemoryPerBlockOptin)
+};
+
+// saved, d1, d2 [n]
+template <typename T>
+void activation_derivatives(int64_t n, const T* saved, Activation activation, T parameter, T* d1, T* d2,
+                            cudaStream_t stream);
+
+// Where d1 and d2 come from: given as such, or computed from what autograd saved of the activation.
+template <typename T>
+struct Derivatives {
+  const T* first;       // [m, n]: d1, or `saved` with `analytic`
+  const T* second;      // [m, n]: d2, null without the diagonal or with `analytic`
+  const T* grad_input;  // [m, n], or null: no diagonal
+  bool analytic;
+  Activation activation;
+  T parameter;
+};
+
+// hessian [k, k] symmetric, weight [k, n], product [k, n] scratch for H W, out [n, n]
+template <typename T>
+void bias_hessian(int64_t k, int64_t n, int64_t m, const T* hessian, const T* weight, const Derivatives<T>& derivatives,
+                  T gamma, T* product, T* out, const Device& device, cudaStream_t stream);
+
+// One layer of an EA-CG solve. n_out or n_in may be 0.
+template <typename T>
+struct EacgLayer {
+  int64_t n_out, n_in;
+  const T* bias_hessian;  // [n_out, n_out]
+  const T* mean_input;    // [n_in]
+  const T* grad_weight;   // [n_out, n_in]
+  const T* grad_bias;     // [n_out], or null: no bias
+  T* weight;              // [n_out, n_in]: the parameter, or where the direction goes
+  T* bias;                // [n_out], or null
+  T* weight_momentum;     // [n_out, n_in], or null
+  T* bias_momentum;       // [n_out], or null
+  int64_t* iterations;    // [1]
+  double alpha, lr, momentum, weight_decay;
+};
+
+struct EacgSettings {
+  int max_iter;
+  double tol;
+  bool truncated;
+};
+
+// p [n_out, n_in], u [n_out] scratch, out [n_out, n_in]
+template <typename T>
+void eacg_hvp(int64_t n_out, int64_t n_in, const T* hessian, const T* mean_input, const T* p, T* u, T* out,
+              cudaStream_t stream);
+
+// The bytes of workspace, 16-byte aligned, that the two launchers below share.
+template <typename T>
+size_t eacg_workspace(const EacgLayer<T>* layers, int count, const Device& device);
+
+// The directions of all layers, in factored form in the workspace, and each layer's iterations. not_finite [1] (or
+// null) is set to 1 where a layer has a direction with a number that is not finite, and that layer's iterations to -1.
+template <typename T>
+void eacg_directions(const EacgLayer<T>* layers, int count, const EacgSettings& settings, void* workspace,
+                     int* not_finite, const Device& device, cudaStream_t stream);
+
+// weight, bias = the directions.
+template <typename T>
+void eacg_write(const EacgLayer<T>* layers, int count, void* workspace, const Device& device, cudaStream_t stream);
+
+// weight, bias += lr * (direction, through the momentum where there is one), with weight decay; nothing where
+// *not_finite.
+template <typename T>
+void eacg_update(const EacgLayer<T>* layers, int count, void* workspace, const int* not_finite, const Device& device,
+                 cudaStream_t stream);
+
+// One layer of K-BFGS. Only double_damping writes damped_s and damped_y, and only the updates write status.
+template <typename T>
+struct BfgsLayer {
+  int64_t n;
+  T* inverse_hessian;  // [n, n] symmetric
+  const T* s;          // [n]
+  const T* y;          // [n]
+  T* damped_s;         // [n]
+  T* damped_y;         // [n]
+  int64_t* status;     // [1] bits: 1 updated, 2 s was damped, 4 y was damped
+  double mu1, mu2;
+};
+
+// The bytes of workspace, 16-byte aligned, that any of the launchers below needs.
+template <typename T>
+size_t bfgs_workspace(const BfgsLayer<T>* layers, int count);
+
+// damped_s, damped_y = the double damping of s, y.
+template <typename T>
+void double_damping(const BfgsLayer<T>* layers, int count, void* workspace, cudaStream_t stream);
+
+// inverse_hessian = its BFGS update by (s, y). It stays as it is where s.y is not positive, where it turns out
+// indefinite, and where a number would not be finite.
+template <typename T>
+void bfgs_update(const BfgsLayer<T>* layers, int count, void* workspace, cudaStream_t stream);
+
+// Both in two passes over each inverse Hessian, one that reads it and one that updates it; where both thetas are below
+// 1, a third reads it once more.
+template <typename T>
+void damped_bfgs_update(const BfgsLayer<T>* layers, int count, void* workspace, cudaStream_t stream);
+
+}  // namespace secondorder::cuda

@@ -1,0 +1,367 @@
+"""Every kernel on awkward sizes against float64 oracles. As a script, `cases.py LIBRARY ORDER CASE...` runs some cases
+in a process of their own (AddressSanitizer must be loaded before Python)."""
+
+import copy
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from harness import ACTIVATIONS, BfgsLayer, Device, EacgLayer, Kernels
+
+from secondorder import reference
+
+DTYPES = (np.float32, np.float64)
+PARAMETERS = {"leaky_relu": 0.1, "elu": 1.3, "softplus": 0.7}
+CASES: dict[str, Callable[[Kernels], None]] = {}
+
+
+def case(function: Callable[[Kernels], None]) -> Callable[[Kernels], None]:
+    """Registers a case under its name."""
+    CASES[function.__name__] = function
+    return function
+
+
+def placed(array: np.ndarray, offset: int = 0) -> np.ndarray:
+    """A copy in an allocation of its own, 64-byte aligned plus `offset` elements, that ends where the array does."""
+    skip = -(-64 // array.itemsize)
+    base = np.full(array.size + skip + offset, np.nan, array.dtype)
+    first = -base.ctypes.data % 64 // array.itemsize + offset
+    view = base[first : first + array.size].reshape(array.shape)
+    view[...] = array
+    return view
+
+
+def exact_size(array: np.ndarray) -> np.ndarray:
+    """A copy whose allocation has the array's size to the byte, for AddressSanitizer."""
+    return np.array(array, copy=True, order="C")
+
+
+def normal(rng: np.random.Generator, *shape: int, dtype: type, offset: int | None = None) -> np.ndarray:
+    """Normal numbers: `offset` None for an allocation of exact size, else from alignment on."""
+    array = rng.standard_normal(shape).astype(dtype)
+    return exact_size(array) if offset is None else placed(array, offset)
+
+
+def spd(rng: np.random.Generator, n: int, dtype: type) -> np.ndarray:
+    """A symmetric positive definite matrix with eigenvalues from about 0.1 to 3."""
+    q = rng.standard_normal((n, n)) / max(n, 1) ** 0.5
+    return exact_size((q @ q.T + 0.1 * np.eye(n)).astype(dtype))
+
+
+def double(array: np.ndarray | None) -> torch.Tensor | None:
+    return None if array is None else torch.from_numpy(array.astype(np.float64))
+
+
+def same(array: np.ndarray | None) -> torch.Tensor | None:
+    return None if array is None else torch.from_numpy(array)
+
+
+def assert_accurate(actual: np.ndarray, exact: torch.Tensor, plain: torch.Tensor, slack: float = 16) -> None:
+    """The error is at most twice that of plain PyTorch at the same dtype, plus `slack` roundings of the largest number."""
+    exact_array = exact.numpy()
+    assert actual.shape == exact_array.shape
+    if actual.size == 0:
+        return
+    error = np.abs(actual - exact_array).max()
+    allowed = 2 * np.abs(plain.numpy() - exact_array).max()
+    allowed += slack * np.finfo(actual.dtype).eps * np.abs(exact_array).max()
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+@case
+def activation_derivatives(kernels: Kernels) -> None:
+    rng = np.random.default_rng(0)
+    for activation in ACTIVATIONS:
+        parameter = PARAMETERS.get(activation, 1.0)
+        function, _ = reference._ACTIVATIONS[activation]
+        for dtype in DTYPES:
+            for n, offset in ((1, 0), (2, 1), (3, 0), (17, 1), (129, 0), (1028, 0), (1028, 1)):
+                z = normal(rng, n, dtype=dtype, offset=offset)
+                saved = z
+                if activation not in ("identity", "softplus", "silu", "gelu", "gelu_tanh"):
+                    saved = placed(function(same(z), parameter).numpy(), offset)
+                out = placed(np.full_like(z, np.nan), offset), placed(np.full_like(z, np.nan), offset)
+                results = kernels.activation_derivatives(saved, activation, parameter, out)
+                exact = reference.activation_derivatives(double(saved), activation, parameter)
+                for result, x in zip(results, exact, strict=True):
+                    np.testing.assert_allclose(result, x.numpy(), rtol=0, atol=2e-6 if dtype is np.float32 else 1e-14)
+
+
+def check_bias_hessian(
+    kernels: Kernels, k: int, n: int, m: int, dtype: type, diagonal: bool, large: bool, offset: int | None, gamma: float
+) -> None:
+    rng = np.random.default_rng(k * n + m)
+    hessian = spd(rng, k, dtype)
+    weight, d1, d2, grad = (normal(rng, r, n, dtype=dtype, offset=offset) for r in (k, m, m, m))
+    extra = (d2, grad) if diagonal else (None, None)
+    result = kernels.bias_hessian(hessian, weight, d1, *extra, gamma, multiprocessors=1 if large else 1 << 20)
+    arguments = (hessian, weight, d1, *extra)
+    exact = reference.bias_hessian(*map(double, arguments), gamma)
+    assert_accurate(result, exact, reference.bias_hessian(*map(same, arguments), gamma))
+    np.testing.assert_array_equal(result, result.T)
+
+
+@case
+def bias_hessian_small_tile(kernels: Kernels) -> None:
+    for dtype in DTYPES:
+        for k, n, m in ((1, 1, 1), (2, 3, 1), (3, 2, 17), (17, 64, 16), (16, 65, 33), (129, 130, 15), (5, 192, 2)):
+            check_bias_hessian(kernels, k, n, m, dtype, True, False, None, -1.0)
+        check_bias_hessian(kernels, 17, 68, 19, dtype, False, False, 0, 0.0)
+        check_bias_hessian(kernels, 17, 68, 19, dtype, True, False, 1, -0.5)
+        check_bias_hessian(kernels, 0, 3, 2, dtype, True, False, None, -1.0)
+
+
+@case
+def bias_hessian_large_tile(kernels: Kernels) -> None:
+    for k, n, m, offset in ((1, 1, 1, None), (17, 129, 18, None), (3, 132, 33, 0), (18, 256, 5, 1)):
+        check_bias_hessian(kernels, k, n, m, np.float32, True, True, offset, -1.0)
+
+
+@case
+def bias_hessian_activation(kernels: Kernels) -> None:
+    rng = np.random.default_rng(1)
+    k, n, m = 5, 67, 19
+    for dtype in DTYPES:
+        hessian, weight, grad = spd(rng, k, dtype), normal(rng, k, n, dtype=dtype), normal(rng, m, n, dtype=dtype)
+        for activation in ACTIVATIONS:
+            parameter = PARAMETERS.get(activation, 1.0)
+            saved = exact_size((np.abs(normal(rng, m, n, dtype=dtype)) / 8).astype(dtype))  # any activation's output
+            for g in (grad, None):
+                result = kernels.bias_hessian(hessian, weight, saved, None, g, -1.0, activation, parameter)
+                exact, plain = (
+                    reference.bias_hessian(
+                        convert(hessian), convert(weight),
+                        *reference.activation_derivatives(convert(saved), activation, parameter), convert(g), -1.0,
+                    )
+                    for convert in (double, same)
+                )  # fmt: skip
+                assert_accurate(result, exact, plain)
+
+
+@case
+def eacg_hvp(kernels: Kernels) -> None:
+    rng = np.random.default_rng(2)
+    for dtype in DTYPES:
+        for n_out, n_in, offset in ((1, 1, None), (2, 3, None), (17, 129, None), (129, 17, None), (12, 256, 0), (8, 64, 1)):
+            arrays = [spd(rng, n_out, dtype), *(normal(rng, *s, dtype=dtype, offset=offset) for s in ((n_in,), (n_out, n_in)))]
+            result = kernels.eacg_hvp(*arrays)
+            assert_accurate(result, reference.eacg_hvp(*map(double, arrays)), reference.eacg_hvp(*map(same, arrays)))
+
+
+def eacg_layers(rng: np.random.Generator, dtype: type, sizes: list[tuple[int, int]], offset: int | None) -> list[EacgLayer]:
+    layers = []
+    for index, (n_out, n_in) in enumerate(sizes):
+        weights = [normal(rng, n_out, n_in, dtype=dtype, offset=offset) for _ in range(3)]
+        biases = [normal(rng, n_out, dtype=dtype) for _ in range(3)] if index % 3 != 2 else [None] * 3
+        layers.append(
+            EacgLayer(
+                spd(rng, n_out, dtype),
+                normal(rng, n_in, dtype=dtype, offset=offset),
+                weights[0],
+                biases[0],
+                weights[1],
+                biases[1],
+                weights[2],
+                biases[2],
+                alpha=0.1 + 0.1 * (index % 3),
+                lr=0.3,
+                momentum=0.9,
+                weight_decay=0.01,
+            )
+        )
+    return layers
+
+
+def check_eacg(
+    kernels: Kernels, layers: list[EacgLayer], max_iter: int, tol: float, truncated: bool, update: bool, device: Device
+) -> None:
+    before = copy.deepcopy(layers)
+    iterations = kernels.eacg(layers, max_iter, tol, truncated, update, device)
+    for index, (layer, old) in enumerate(zip(layers, before, strict=True)):
+        arguments = (old.bias_hessian, old.mean_input, old.grad_weight, old.grad_bias)
+        settings = (old.alpha, max_iter, tol, truncated)
+        exact, plain = (reference.eacg_solve(*map(f, arguments), *settings) for f in (double, same))
+        if old.weight.dtype == np.float64 and tol > 0:  # to 0 exactly, roundings decide
+            assert iterations[index] == exact[2]
+        pairs = [(layer.weight, old.weight, old.weight_momentum, layer.weight_momentum, 0)]
+        if old.bias is not None:
+            pairs.append((layer.bias, old.bias, old.bias_momentum, layer.bias_momentum, 1))
+        for result, parameter, velocity, new_velocity, which in pairs:
+            expected = []
+            for convert, direction in ((double, exact[which]), (same, plain[which])):
+                if update and velocity is not None:
+                    direction = old.momentum * convert(velocity) + direction
+                velocity_expected = direction
+                if update:
+                    direction = (1 - old.lr * old.weight_decay) * convert(parameter) + old.lr * direction
+                expected.append((direction, velocity_expected))
+            # Conjugate gradients amplify roundings differently in every order of summation.
+            assert_accurate(result, expected[0][0], expected[1][0], slack=400)
+            if update and velocity is not None:
+                assert_accurate(new_velocity, expected[0][1], expected[1][1], slack=400)
+
+
+NET = [(1, 1), (2, 3), (3, 17), (129, 65), (17, 2), (10, 257), (64, 128)]
+
+
+@case
+def eacg_solve(kernels: Kernels) -> None:
+    for dtype in DTYPES:
+        for truncated in (False, True):
+            layers = eacg_layers(np.random.default_rng(3), dtype, NET, None)
+            check_eacg(kernels, layers, 8, 1e-3, truncated, False, Device(multiprocessors=12))
+
+
+@case
+def eacg_update(kernels: Kernels) -> None:
+    for dtype in DTYPES:
+        for truncated in (False, True):
+            layers = eacg_layers(np.random.default_rng(4), dtype, NET, 0 if truncated else 1)
+            if truncated:
+                for layer in layers:
+                    layer.weight_momentum = layer.bias_momentum = None
+            check_eacg(kernels, layers, 5, 0.0, truncated, True, Device(multiprocessors=12))
+
+
+@case
+def eacg_every_plan(kernels: Kernels) -> None:
+    """Fewer multiprocessors than layers, groups of blocks, and vectors or H that do not fit shared memory."""
+    for multiprocessors, shared_bytes in ((1, 64 << 10), (3, 5000), (16, 2000), (16, 20000)):
+        layers = eacg_layers(np.random.default_rng(5), np.float64, [(3, 5), (130, 9), (97, 4), (65, 3)], None)
+        check_eacg(kernels, layers, 4, 0.0, True, True, Device(multiprocessors, shared_bytes))
+
+
+@case
+def eacg_special(kernels: Kernels) -> None:
+    """A zero mean input, a zero gradient, B all along the mean input, and layers without rows or columns."""
+    rng = np.random.default_rng(6)
+    for truncated in (False, True):
+        layers = eacg_layers(rng, np.float64, [(5, 4), (5, 4), (6, 3)], None)
+        layers[0].mean_input[:] = 0
+        layers[1].grad_weight[:] = 0
+        layers[1].grad_bias[:] = 0
+        check_eacg(kernels, layers, 6, 1e-8, truncated, False, Device())
+        empty = eacg_layers(rng, np.float64, [(0, 3), (2, 0), (4, 2)], None)
+        kernels.eacg(empty, 3, 0.0, truncated, True, Device())
+        assert np.isfinite(empty[2].weight).all()
+        along = eacg_layers(rng, np.float64, [(7, 5)], None)
+        along[0].grad_weight[:] = np.outer(rng.standard_normal(7), along[0].mean_input)
+        kernels.eacg(along, 20, 1e-12, truncated, False, Device())
+        s = along[0].mean_input @ along[0].mean_input
+        system = 0.9 * s * along[0].bias_hessian + 0.1 * np.eye(7)
+        exact = -np.linalg.solve(system, along[0].grad_weight)
+        np.testing.assert_allclose(along[0].weight, exact, rtol=1e-7, atol=1e-9)
+
+
+@case
+def eacg_not_finite(kernels: Kernels) -> None:
+    """A number that is not finite anywhere: no parameter changes anywhere, and -1 iterations where it was."""
+    for name in ("bias_hessian", "mean_input", "grad_weight", "grad_bias"):
+        for bad in (np.nan, np.inf):
+            layers = eacg_layers(np.random.default_rng(7), np.float32, [(9, 5), (33, 7)], None)
+            getattr(layers[1], name).flat[3] = bad
+            before = copy.deepcopy(layers)
+            iterations = kernels.eacg(layers, 3, 0.0, False, True, Device())
+            assert iterations == [3, -1], (name, bad)
+            for layer, old in zip(layers, before, strict=True):
+                for result in ("weight", "bias", "weight_momentum", "bias_momentum"):
+                    np.testing.assert_array_equal(getattr(layer, result), getattr(old, result))
+
+
+def check_bfgs(kernels: Kernels, dtype: type, sizes: list[int]) -> None:
+    rng = np.random.default_rng(8)
+    layers = []
+    for n in sizes:
+        h, s = spd(rng, n, dtype), normal(rng, n, dtype=dtype)
+        y = exact_size((s + 0.3 * rng.standard_normal(n)).astype(dtype))
+        layers.append(BfgsLayer(h, s, y, np.full_like(s, np.nan), np.full_like(s, np.nan)))
+    old = copy.deepcopy(layers)
+    kernels.bfgs("double_damping", layers)
+    for layer, before in zip(layers, old, strict=True):
+        # The oracle in float64 of the very inputs: damping has no plain operator to compare with.
+        s, y = damped(*(a.astype(np.float64) for a in (before.s, before.y, before.inverse_hessian)))
+        tolerance = 1e-4 if dtype is np.float32 else 1e-10
+        np.testing.assert_allclose(layer.damped_s, s, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(layer.damped_y, y, rtol=tolerance, atol=tolerance)
+        np.testing.assert_array_equal(layer.inverse_hessian, before.inverse_hessian)
+        updated = bfgs(before.inverse_hessian.astype(np.float64), s, y)
+        for mode in ("bfgs_update", "damped_bfgs_update"):
+            given = (layer.damped_s, layer.damped_y) if mode == "bfgs_update" else (before.s, before.y)
+            result = BfgsLayer(exact_size(before.inverse_hessian), *given)
+            status = kernels.bfgs(mode, [result])
+            assert status[0] & 1
+            scale = np.abs(updated).max()
+            error = np.abs(result.inverse_hessian - updated).max() / scale
+            assert error < (2e-3 if dtype is np.float32 else 1e-10), error
+            np.testing.assert_array_equal(result.inverse_hessian, result.inverse_hessian.T)
+    batch = copy.deepcopy(old)
+    statuses = kernels.bfgs("damped_bfgs_update", batch)
+    assert all(status & 1 for status in statuses), statuses
+    for layer, single in zip(batch, copy.deepcopy(old), strict=True):
+        kernels.bfgs("damped_bfgs_update", [single])
+        np.testing.assert_array_equal(layer.inverse_hessian, single.inverse_hessian)
+
+
+def damped(s: np.ndarray, y: np.ndarray, h: np.ndarray, mu1: float = 0.2, mu2: float = 0.001) -> tuple[np.ndarray, np.ndarray]:
+    """Algorithm 3 of Goldfarb, Ren & Bahamou, as printed."""
+    yhy = y @ h @ y
+    theta1 = (1 - mu1) * yhy / (yhy - s @ y) if s @ y < mu1 * yhy else 1
+    s = theta1 * s + (1 - theta1) * (h @ y)
+    theta2 = (1 - mu2) * (s @ s) / (s @ s - s @ y) if s @ y < mu2 * (s @ s) else 1
+    return s, theta2 * y + (1 - theta2) * s
+
+
+def bfgs(h: np.ndarray, s: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(I - rho s y^T) H (I - rho y s^T) + rho s s^T."""
+    rho, identity = 1 / (s @ y), np.eye(s.size)
+    return (identity - rho * np.outer(s, y)) @ h @ (identity - rho * np.outer(y, s)) + rho * np.outer(s, s)
+
+
+@case
+def bfgs_update(kernels: Kernels) -> None:
+    for dtype in DTYPES:
+        check_bfgs(kernels, dtype, [1, 2, 3, 17, 129, 64])
+
+
+@case
+def bfgs_more_layers_than_a_launch_holds(kernels: Kernels) -> None:
+    rng = np.random.default_rng(11)
+    layers = []
+    for n in range(1, 132):
+        s = normal(rng, n % 5 + 1, dtype=np.float64)
+        layers.append(BfgsLayer(spd(rng, s.size, np.float64), s, exact_size(s)))
+    expected = [bfgs(layer.inverse_hessian, layer.s, layer.y) for layer in layers]
+    assert kernels.bfgs("bfgs_update", layers) == [1] * len(layers)
+    for layer, exact in zip(layers, expected, strict=True):
+        np.testing.assert_allclose(layer.inverse_hessian, exact, rtol=1e-9, atol=1e-9)
+
+
+@case
+def bfgs_both_dampings(kernels: Kernels) -> None:
+    rng = np.random.default_rng(9)
+    h, s = spd(rng, 33, np.float64) * 1e4, normal(rng, 33, dtype=np.float64)
+    # With a large H the first damping leaves s.y small against s.s, and the second acts too.
+    layer = BfgsLayer(exact_size(h), s, exact_size(-s))
+    exact = bfgs(h, *damped(s, -s, h))
+    assert kernels.bfgs("damped_bfgs_update", [layer]) == [7]
+    np.testing.assert_allclose(layer.inverse_hessian, exact, rtol=0, atol=1e-9 * np.abs(exact).max())
+
+
+@case
+def bfgs_refused(kernels: Kernels) -> None:
+    """s.y <= 0, NaN and overflow leave H as it is."""
+    rng = np.random.default_rng(10)
+    for s, y in ((-1.0, 1.0), (0.0, 0.0), (np.nan, 1.0), (1e30, 1e-30)):
+        h = spd(rng, 5, np.float32)
+        layer = BfgsLayer(exact_size(h), np.full(5, s, np.float32), np.full(5, y, np.float32))
+        assert kernels.bfgs("bfgs_update", [layer]) == [0]
+        np.testing.assert_array_equal(layer.inverse_hessian, h)
+
+
+if __name__ == "__main__":
+    library = Kernels(sys.argv[1])  # type: ignore[arg-type]
+    library.configure(sys.argv[2])
+    for name in sys.argv[3:]:
+        CASES[name](library)
+        print("passed", name)

@@ -1,0 +1,145 @@
+// The launchers behind C functions, for ctypes: host arrays stand for device arrays. Each returns 0, or 1 with what
+// went wrong in `message`. Scratch memory is allocated here at exactly the size asked for, and starts as NaN bytes.
+#include "cuda_on_cpu.h"
+#include "kernels.h"
+
+#include <cstddef>
+
+namespace {
+
+namespace cuda = secondorder::cuda;
+
+std::string last_message;
+
+template <typename F>
+int guarded(F&& f) {
+  try {
+    f();
+    return 0;
+  } catch (const std::exception& e) {
+    last_message = e.what();
+    return 1;
+  }
+}
+
+struct Scratch {
+  explicit Scratch(size_t bytes) : memory(new unsigned char[bytes]) { std::memset(memory.get(), 0xFF, bytes); }
+  template <typename T>
+  T* as() {
+    return reinterpret_cast<T*>(memory.get());
+  }
+  std::unique_ptr<unsigned char[]> memory;
+};
+
+template <typename T>
+struct Eacg {
+  int count;
+  const int64_t *n_out, *n_in;
+  const T **bias_hessian, **mean_input, **grad_weight, **grad_bias;
+  T **weight, **bias, **weight_momentum, **bias_momentum;
+  const double *alpha, *lr, *momentum, *weight_decay;
+};
+
+template <typename T>
+void run_eacg(const Eacg<T>& in, const cuda::EacgSettings& settings, bool update, const cuda::Device& device,
+              int64_t* iterations) {
+  std::vector<cuda::EacgLayer<T>> layers(in.count);
+  for (int l = 0; l < in.count; ++l)
+    layers[l] = {in.n_out[l],           in.n_in[l],           in.bias_hessian[l], in.mean_input[l],
+                 in.grad_weight[l],     in.grad_bias[l],      in.weight[l],       in.bias[l],
+                 in.weight_momentum[l], in.bias_momentum[l],  iterations + l,     in.alpha[l],
+                 in.lr[l],              in.momentum[l],       in.weight_decay[l]};
+  Scratch workspace(cuda::eacg_workspace(layers.data(), in.count, device));
+  void* work = workspace.as<void>();
+  int not_finite = 0;
+  cuda::eacg_directions(layers.data(), in.count, settings, work, update ? &not_finite : nullptr, device, nullptr);
+  if (update) cuda::eacg_update(layers.data(), in.count, work, &not_finite, device, nullptr);
+  else cuda::eacg_write(layers.data(), in.count, work, device, nullptr);
+}
+
+template <typename T>
+void run_bfgs(int mode, int count, const int64_t* n, T** inverse_hessian, const T** s, const T** y, T** damped_s,
+              T** damped_y, int64_t* status, double mu1, double mu2) {
+  std::vector<cuda::BfgsLayer<T>> layers(count);
+  for (int l = 0; l < count; ++l)
+    layers[l] = {n[l], inverse_hessian[l], s[l], y[l], damped_s[l], damped_y[l], status + l, mu1, mu2};
+  Scratch workspace(cuda::bfgs_workspace(layers.data(), count));
+  void* work = workspace.as<void>();
+  if (mode == 0) cuda::double_damping(layers.data(), count, work, nullptr);
+  if (mode == 1) cuda::bfgs_update(layers.data(), count, work, nullptr);
+  if (mode == 2) cuda::damped_bfgs_update(layers.data(), count, work, nullptr);
+}
+
+std::string joined(const std::vector<std::string>& lines) {
+  std::string text;
+  for (const std::string& line : lines) text += line + "\n";
+  return text;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* message() { return last_message.c_str(); }
+
+void configure(int order, uint64_t seed) { cuda_on_cpu::configure(cuda_on_cpu::Order(order), seed); }
+
+// What has been launched since `configure`, a line each.
+const char* launches() {
+  last_message = joined(cuda_on_cpu::machine().launches);
+  return message();
+}
+
+// The races found so far, a line each; forgets them.
+const char* races() {
+  last_message.clear();
+#if defined(CUDA_ON_CPU_RACES)
+  last_message = joined(cuda_on_cpu::races().found);
+  cuda_on_cpu::races().found.clear();
+  cuda_on_cpu::races().reported.clear();
+#endif
+  return message();
+}
+
+#define ENTRIES(T, suffix)                                                                                             \
+  int activation_derivatives_##suffix(int64_t n, const T* saved, int activation, double parameter, T* d1, T* d2) {     \
+    return guarded([&] {                                                                                               \
+      cuda::activation_derivatives(n, saved, secondorder::Activation(activation), T(parameter), d1, d2, nullptr);      \
+    });                                                                                                                \
+  }                                                                                                                    \
+  int bias_hessian_##suffix(int64_t k, int64_t n, int64_t m, const T* hessian, const T* weight, const T* first,        \
+                            const T* second, const T* grad_input, int activation, double parameter, double gamma,      \
+                            int multiprocessors, T* out) {                                                             \
+    return guarded([&] {                                                                                               \
+      Scratch product(size_t(k) * n * sizeof(T));                                                                      \
+      const cuda::Derivatives<T> derivatives{first,           second,                                                  \
+                                             grad_input,      activation >= 0,                                         \
+                                             secondorder::Activation(std::max(activation, 0)), T(parameter)};          \
+      cuda::bias_hessian(k, n, m, hessian, weight, derivatives, T(gamma), product.as<T>(), out, {multiprocessors, 0},  \
+                         nullptr);                                                                                     \
+    });                                                                                                                \
+  }                                                                                                                    \
+  int eacg_hvp_##suffix(int64_t n_out, int64_t n_in, const T* hessian, const T* mean_input, const T* p, T* out) {      \
+    return guarded([&] {                                                                                               \
+      Scratch u(n_out * sizeof(T));                                                                                    \
+      cuda::eacg_hvp(n_out, n_in, hessian, mean_input, p, u.as<T>(), out, nullptr);                                    \
+    });                                                                                                                \
+  }                                                                                                                    \
+  int eacg_##suffix(int count, const int64_t* n_out, const int64_t* n_in, const T** bias_hessian,                      \
+                    const T** mean_input, const T** grad_weight, const T** grad_bias, T** weight, T** bias,            \
+                    T** weight_momentum, T** bias_momentum, const double* alpha, const double* lr,                     \
+                    const double* momentum, const double* weight_decay, int max_iter, double tol, int truncated,       \
+                    int update, int multiprocessors, int shared_bytes, int64_t* iterations) {                          \
+    return guarded([&] {                                                                                               \
+      run_eacg<T>({count, n_out, n_in, bias_hessian, mean_input, grad_weight, grad_bias, weight, bias,                 \
+                   weight_momentum, bias_momentum, alpha, lr, momentum, weight_decay},                                 \
+                  {max_iter, tol, truncated != 0}, update != 0, {multiprocessors, shared_bytes}, iterations);          \
+    });                                                                                                                \
+  }                                                                                                                    \
+  int bfgs_##suffix(int mode, int count, const int64_t* n, T** inverse_hessian, const T** s, const T** y,              \
+                    T** damped_s, T** damped_y, int64_t* status, double mu1, double mu2) {                             \
+    return guarded([&] { run_bfgs<T>(mode, count, n, inverse_hessian, s, y, damped_s, damped_y, status, mu1, mu2); }); \
+  }
+ENTRIES(float, float32)
+ENTRIES(double, float64)
+}

@@ -1,0 +1,210 @@
+"""Compiles the CUDA kernels for the CPU (cuda_on_cpu.h) and calls their launchers on numpy arrays."""
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parents[1] / "csrc" / "cuda"
+SOURCES = sorted(KERNELS.glob("*.cu"))
+ACTIVATIONS = ["identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus", "silu", "gelu", "gelu_tanh"]
+ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
+MODES = {
+    "values": (["-O2"], []),
+    "address": (["-O1", "-g", "-fsanitize=address"], ["-fsanitize=address"]),
+    "races": (["-O1", "-g", "-fsanitize=thread", "-DCUDA_ON_CPU_RACES"], ["-ldl"]),
+}
+# Without gnu-unique symbols, each library has state of its own though several are loaded.
+FLAGS = ["-x", "c++", "-std=c++17", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wno-unknown-pragmas", f"-I{HERE}"]
+
+
+def build(mode: str, out: Path) -> Path:
+    """The shared library of all kernels and the driver, in a new folder `out`."""
+    out.mkdir(parents=True)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda source: compile_one(mode, source, KERNELS, out), [*SOURCES, HERE / "driver.cpp"]))
+    return link(mode, out)
+
+
+def build_with_bug(mode: str, healthy: Path, out: Path, source: str, file: str, old: str, new: str) -> Path:
+    """The library with `old` replaced by `new` in `file`, and of the kernel files `source` alone compiled anew."""
+    shutil.copytree(KERNELS.parent, out / "csrc", ignore=shutil.ignore_patterns("cpu"))
+    patched = out / "csrc" / "cuda" / file
+    text = patched.read_text()
+    assert text.count(old) == 1, f"{old!r} must stand in {file} once"
+    patched.write_text(text.replace(old, new))
+    for object_file in healthy.parent.glob("*.o"):
+        shutil.copy(object_file, out)
+    compile_one(mode, out / "csrc" / "cuda" / source, patched.parent, out)
+    return link(mode, out)
+
+
+def compile_one(mode: str, source: Path, kernels: Path, out: Path) -> None:
+    flags = [*FLAGS, f"-I{kernels}", *MODES[mode][0]]
+    subprocess.run(["g++", *flags, "-c", source, "-o", out / f"{source.stem}.o"], check=True)
+
+
+def link(mode: str, out: Path) -> Path:
+    library = out / "kernels.so"
+    subprocess.run(["g++", "-shared", *out.glob("*.o"), *MODES[mode][1], "-o", library], check=True)
+    return library
+
+
+@dataclass
+class EacgLayer:
+    """One layer of an EA-CG call; `weight` and `bias` receive the result."""
+
+    bias_hessian: np.ndarray
+    mean_input: np.ndarray
+    grad_weight: np.ndarray
+    grad_bias: np.ndarray | None
+    weight: np.ndarray
+    bias: np.ndarray | None
+    weight_momentum: np.ndarray | None = None
+    bias_momentum: np.ndarray | None = None
+    alpha: float = 0.1
+    lr: float = 0.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+
+@dataclass
+class BfgsLayer:
+    """One layer of a K-BFGS call."""
+
+    inverse_hessian: np.ndarray
+    s: np.ndarray
+    y: np.ndarray
+    damped_s: np.ndarray | None = None
+    damped_y: np.ndarray | None = None
+
+
+@dataclass
+class Device:
+    """What the launchers ask of a device."""
+
+    multiprocessors: int = 4
+    shared_bytes: int = 64 << 10
+
+
+def pointer(array: np.ndarray | None) -> ctypes.c_void_p:
+    """An array's address; None is null."""
+    if array is None:
+        return ctypes.c_void_p(None)
+    assert array.flags.c_contiguous
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def pointers(arrays: Sequence[np.ndarray | None]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(arrays))(*(pointer(a).value for a in arrays))
+
+
+def doubles(values: Sequence[float]) -> ctypes.Array:
+    return (ctypes.c_double * len(values))(*values)
+
+
+def longs(values: Sequence[int]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+@dataclass
+class Kernels:
+    """The launchers of one library, by the names of the operators. Outputs start as NaN."""
+
+    path: Path
+    library: ctypes.CDLL = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.library = ctypes.CDLL(str(self.path))
+        for name in ("message", "launches", "races"):
+            getattr(self.library, name).restype = ctypes.c_char_p
+        self.configure("forward")
+
+    def configure(self, order: str, seed: int = 0) -> None:
+        """Sets the order in which fibers and blocks run, and forgets the launches."""
+        self.library.configure(ORDERS[order], ctypes.c_uint64(seed))
+
+    def launches(self) -> list[str]:
+        return self.library.launches().decode().splitlines()
+
+    def races(self) -> list[str]:
+        return self.library.races().decode().splitlines()
+
+    def _call(self, name: str, dtype: np.dtype, *arguments: object) -> None:
+        if getattr(self.library, f"{name}_{dtype}")(*arguments):
+            raise RuntimeError(self.library.message().decode())
+
+    def activation_derivatives(
+        self, saved: np.ndarray, activation: str, parameter: float, out: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        d1, d2 = out or (np.full_like(saved, np.nan), np.full_like(saved, np.nan))
+        self._call(
+            "activation_derivatives", saved.dtype, ctypes.c_int64(saved.size), pointer(saved),
+            ACTIVATIONS.index(activation), ctypes.c_double(parameter), pointer(d1), pointer(d2),
+        )  # fmt: skip
+        return d1, d2
+
+    def bias_hessian(
+        self,
+        hessian: np.ndarray,
+        weight: np.ndarray,
+        first: np.ndarray,
+        second: np.ndarray | None,
+        grad_input: np.ndarray | None,
+        gamma: float,
+        activation: str | None = None,
+        parameter: float = 1.0,
+        multiprocessors: int = 1 << 20,
+    ) -> np.ndarray:
+        """`first` is d1, or what the activation saved; many multiprocessors mean the small tile."""
+        (k, n), m = weight.shape, len(first)
+        out = np.full((n, n), np.nan, weight.dtype)
+        self._call(
+            "bias_hessian", weight.dtype, ctypes.c_int64(k), ctypes.c_int64(n), ctypes.c_int64(m), pointer(hessian),
+            pointer(weight), pointer(first), pointer(second), pointer(grad_input),
+            -1 if activation is None else ACTIVATIONS.index(activation), ctypes.c_double(parameter),
+            ctypes.c_double(gamma), multiprocessors, pointer(out),
+        )  # fmt: skip
+        return out
+
+    def eacg_hvp(self, hessian: np.ndarray, mean_input: np.ndarray, p: np.ndarray) -> np.ndarray:
+        out = np.full_like(p, np.nan)
+        self._call(
+            "eacg_hvp", p.dtype, ctypes.c_int64(p.shape[0]), ctypes.c_int64(p.shape[1]), pointer(hessian),
+            pointer(mean_input), pointer(p), pointer(out),
+        )  # fmt: skip
+        return out
+
+    def eacg(
+        self, layers: Sequence[EacgLayer], max_iter: int, tol: float, truncated: bool, update: bool, device: Device
+    ) -> list[int]:
+        """Writes the directions, or updates the parameters; returns the iterations."""
+        iterations = np.full(len(layers), -7, np.int64)
+        names = ("bias_hessian", "mean_input", "grad_weight", "grad_bias",
+                 "weight", "bias", "weight_momentum", "bias_momentum")  # fmt: skip
+        self._call(
+            "eacg", layers[0].weight.dtype, len(layers), longs([x.grad_weight.shape[0] for x in layers]),
+            longs([x.grad_weight.shape[1] for x in layers]),
+            *(pointers([getattr(x, name) for x in layers]) for name in names),
+            *(doubles([getattr(x, name) for x in layers]) for name in ("alpha", "lr", "momentum", "weight_decay")),
+            max_iter, ctypes.c_double(tol), truncated, update, device.multiprocessors, device.shared_bytes,
+            pointer(iterations),
+        )  # fmt: skip
+        return iterations.tolist()
+
+    def bfgs(self, mode: str, layers: Sequence[BfgsLayer], mu1: float = 0.2, mu2: float = 0.001) -> list[int]:
+        """`mode`: double_damping, bfgs_update or damped_bfgs_update; returns the statuses of the updates."""
+        status = np.full(len(layers), -7, np.int64)
+        modes = ("double_damping", "bfgs_update", "damped_bfgs_update")
+        self._call(
+            "bfgs", layers[0].s.dtype, modes.index(mode), len(layers), longs([x.s.size for x in layers]),
+            *(pointers([getattr(x, n) for x in layers]) for n in ("inverse_hessian", "s", "y", "damped_s", "damped_y")),
+            pointer(status), ctypes.c_double(mu1), ctypes.c_double(mu2),
+        )  # fmt: skip
+        return status.tolist()

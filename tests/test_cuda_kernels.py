@@ -1,0 +1,177 @@
+"""The CUDA kernels without a GPU: compiled by nvcc for every architecture, and their source run on the CPU."""
+
+import contextlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests" / "cuda_on_cpu"), str(ROOT)]
+
+import cases  # noqa: E402
+import harness  # noqa: E402
+
+from bench import cuda_resources  # noqa: E402
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+emulated = pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("g++") is None,
+    reason="running kernels on the CPU needs g++ on x86-64",
+)
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("kernels")
+    return {mode: harness.build(mode, folder / mode) for mode in harness.MODES}
+
+
+def run_with_address_sanitizer(library: Path, names: list[str]) -> subprocess.CompletedProcess[str]:
+    """Python itself is not instrumented, so that the sanitizer must be loaded before it."""
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    script = ROOT / "tests" / "cuda_on_cpu" / "cases.py"
+    return subprocess.run([sys.executable, script, library, "shuffled", *names], env=environment, capture_output=True, text=True)
+
+
+@emulated
+@pytest.mark.parametrize("order", harness.ORDERS)
+@pytest.mark.parametrize("name", cases.CASES)
+def test_values(libraries: dict[str, Path], name: str, order: str) -> None:
+    kernels = harness.Kernels(libraries["values"])
+    kernels.configure(order, seed=1)
+    cases.CASES[name](kernels)
+
+
+@emulated
+def test_no_access_beyond_an_array(libraries: dict[str, Path]) -> None:
+    result = run_with_address_sanitizer(libraries["address"], list(cases.CASES))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[1::2] == list(cases.CASES)
+
+
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Races do not depend on the values: one dtype and one activation of each kind are enough."""
+    monkeypatch.setattr(cases, "DTYPES", (np.float32,))
+    monkeypatch.setattr(cases, "ACTIVATIONS", ["tanh", "gelu"])
+
+
+@emulated
+@pytest.mark.parametrize("name", cases.CASES)
+def test_no_races(libraries: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few(monkeypatch)
+    kernels = harness.Kernels(libraries["races"])
+    kernels.configure("shuffled", seed=2)
+    cases.CASES[name](kernels)
+    assert kernels.races() == []
+
+
+# What is broken: (what must see it, the case, the kernel file compiled, the file changed, old, new).
+BUGS = {
+    "missing barrier after a chunk is stored": (
+        "races", "bias_hessian_large_tile", "bias_hessian.cu", "bias_hessian.cu",
+        "    if (more) store_chunk(stage ^ 1);\n    __syncthreads();", "    if (more) store_chunk(stage ^ 1);",
+    ),
+    "missing barrier between two uses of a sum's memory": (
+        "races", "bfgs_update", "bfgs.cu", "reduce.cuh", "partial[c][lane] : 0.0);\n  __syncthreads();",
+        "partial[c][lane] : 0.0);",
+    ),
+    "missing fence in the barrier of a group": (
+        "races", "eacg_every_plan", "eacg.cu", "eacg.cu", "    __threadfence();\n    atomicAdd", "    atomicAdd",
+    ),
+    "one buffer where two alternate": (
+        "values", "eacg_every_plan", "eacg.cu", "eacg.cu", "(iteration & 1) * kSystems * n", "0",
+    ),
+    "off-by-one guard of a row": (
+        "address", "bfgs_update", "bfgs.cu", "bfgs.cu", "if (row >= n) return;", "if (row > n) return;",
+    ),
+    "off-by-one guard of a tile": (
+        "address", "bias_hessian_large_tile", "bias_hessian.cu", "bias_hessian.cu", "row >= n || col > row",
+        "row > n || col > row",
+    ),
+    "vector loads without a look at the alignment": (
+        "values", "activation_derivatives", "activation.cu", "activation.cu", "if (aligned(n, saved, d1, d2))",
+        "if (true)",
+    ),
+    "wrong mask of a shuffle": (
+        "values", "bfgs_update", "bfgs.cu", "reduce.cuh", "0xffffffffu", "0x0000ffffu",
+    ),
+    "missing mirror image": (
+        "values", "bias_hessian_large_tile", "bias_hessian.cu", "bias_hessian.cu", "      out[col * n + row] = g;\n", "",
+    ),
+    "barrier that not every thread reaches": (
+        "values", "bfgs_update", "bfgs.cu", "reduce.cuh", "partial[c][warp] = v[c];\n  }\n  __syncthreads();",
+        "partial[c][warp] = v[c];\n  }\n  if (warp > 0) __syncthreads();",
+    ),
+}  # fmt: skip
+
+
+@emulated
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_caught(libraries: dict[str, Path], bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few(monkeypatch)
+    mode, name, *change = BUGS[bug]
+    library = harness.build_with_bug(mode, libraries[mode], tmp_path / "bug", *change)
+    if mode == "address":
+        result = run_with_address_sanitizer(library, [name])
+        assert result.returncode != 0
+        assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
+        return
+    kernels = harness.Kernels(library)
+    kernels.configure("shuffled", seed=3)
+    if mode == "races":
+        with np.errstate(all="ignore"), contextlib.suppress(AssertionError):  # a race may show in the values too
+            cases.CASES[name](kernels)
+        assert kernels.races() != []
+    else:
+        with pytest.raises((AssertionError, RuntimeError)):
+            cases.CASES[name](kernels)
+
+
+@emulated
+def test_launches_of_a_net(libraries: dict[str, Path]) -> None:
+    """A net costs three launches and the barriers' memset, however many layers it has."""
+    kernels = harness.Kernels(libraries["values"])
+    layers = cases.eacg_layers(np.random.default_rng(0), np.float32, cases.NET, None)
+    kernels.configure("forward")
+    kernels.eacg(layers, 20, 0.0, False, True, harness.Device(multiprocessors=132))
+    names = [launch.split("<")[0].strip("(") for launch in kernels.launches()]
+    assert names == ["memset", "products_kernel", "directions_kernel", "update_kernel"]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", cuda_resources.SOURCES, ids=lambda source: source.stem)
+def test_compiles_without_spills(source: Path) -> None:
+    kernels = cuda_resources.compile_kernels(source, cuda_resources.ARCHITECTURES)
+    assert {kernel.architecture for kernel in kernels} == set(cuda_resources.ARCHITECTURES)
+    for kernel in kernels:
+        assert 0 < kernel.registers <= 255, kernel
+        assert kernel.spills == 0, kernel
+        assert kernel.stack == 0, kernel  # a stack frame is local memory
+        assert kernel.shared <= 48 << 10, kernel
+
+
+@needs_nvcc
+@pytest.mark.parametrize("glue", sorted((ROOT / "csrc" / "cuda").glob("glue*.cpp")), ids=lambda path: path.stem)
+def test_glue_compiles_against_a_cpu_torch(glue: Path, tmp_path: Path) -> None:
+    """The classic c10 headers need one stub there: the file in which a CUDA build of torch records its configuration."""
+    stub = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+    stub.parent.mkdir(parents=True)
+    stub.touch()
+    toolkit = Path(subprocess.run(
+        ["nvcc", "--dryrun", "-v", "x.cu"], capture_output=True, text=True
+    ).stderr.split("TOP=", 1)[1].split("\n", 1)[0])  # fmt: skip
+    include = Path(torch.__file__).parent / "include"
+    result = subprocess.run(
+        ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", f"-isystem{tmp_path}", f"-isystem{include}",
+         f"-isystem{include}/torch/csrc/api/include", f"-isystem{toolkit}/include", glue],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
