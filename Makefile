@@ -5,7 +5,7 @@ BIN := .venv/bin
 DATA ?=
 OUT ?= build/demo
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint gpu-report clean
 
 # The environment and the extension, which compiles against the torch that is there: so torch comes first.
 .venv/ready: pyproject.toml setup.py Makefile $(shell find csrc -type f)
@@ -33,6 +33,10 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Needs a GPU, the CUDA toolkit and a CUDA build of torch (TORCH=).
+gpu-report: .venv/ready
+	$(BIN)/python -m bench.gpu_report --out build/gpu-report
 
 clean:
 	rm -rf .venv build *.egg-info secondorder/*.so

@@ -89,6 +89,11 @@ def eacg(model: nn.Sequential, lr: float | None) -> Step:
     return ordinary_loop(model, optimizer, criterion)
 
 
+def eacg_adaptive(model: nn.Sequential, lr: None) -> Step:
+    criterion = nn.CrossEntropyLoss()
+    return ordinary_loop(model, so.EACG(model, criterion, lr=None), criterion)
+
+
 def train(name: str, make: Callable[..., Step], lr: float | None, data: Images, epochs: int, batch: int, bar: tqdm) -> Curve:
     model = network(seed=0)
     step = make(model, lr)
@@ -108,7 +113,12 @@ def train(name: str, make: Callable[..., Step], lr: float | None, data: Images, 
 
 def draw(curves: list[Curve], epoch_seconds: dict[str, float], title: str, path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharey="row", layout="constrained")
-    styles = {"EA-CG, plain PyTorch": ("C4", "--"), "EA-CG, fused": ("C3", "-"), "EACG defaults": ("C2", "-")}
+    styles = {
+        "EA-CG, plain PyTorch": ("C4", "--"),
+        "EA-CG, fused": ("C3", "-"),
+        "EACG defaults": ("C2", "-"),
+        "EACG, lr=None": ("C5", "-"),
+    }
     for i, curve in enumerate(curves):
         color, line = styles.get(curve.name, (f"C{i}", "-"))
         label = curve.name if curve.setting == "defaults" else f"{curve.name} ({curve.setting})"
@@ -150,7 +160,7 @@ def main(
         ("EA-CG, fused", eacg_paper, [0.05, 0.1, 0.2]),
     ]
     curves = []
-    with tqdm(total=(sum(len(g) for _, _, g in grids) + 2) * (epochs + 1), mininterval=2) as bar:
+    with tqdm(total=(sum(len(g) for _, _, g in grids) + 3) * (epochs + 1), mininterval=2) as bar:
         for name, make, grid in grids:
             runs = [train(name, make, lr, data, epochs, batch, bar) for lr in grid]
             best = min(
@@ -161,9 +171,13 @@ def main(
                 # The same mathematics, so the same learning rate.
                 curves.append(train("EA-CG, plain PyTorch", eacg_literal, grid[best], data, epochs, batch, bar))
         curves.append(train("EACG defaults", eacg, None, data, epochs, batch, bar))
+        curves.append(train("EACG, lr=None", eacg_adaptive, None, data, epochs, batch, bar))
 
     makers = {"SGD, momentum 0.9": sgd, "Adam": adam, "EA-CG, fused": eacg_paper, "EA-CG, plain PyTorch": eacg_literal}
-    steps = {name: make(network(0), 1e-3) for name, make in makers.items()} | {"EACG defaults": eacg(network(0), None)}
+    steps = {name: make(network(0), 1e-3) for name, make in makers.items()} | {
+        "EACG defaults": eacg(network(0), None),
+        "EACG, lr=None": eacg_adaptive(network(0), None),
+    }
     x, y = data.train_x[:batch], data.train_y[:batch]
     cost = interleaved({name: partial(step, x, y) for name, step in steps.items()}, "SGD, momentum 0.9")
     print(f"\n{'optimizer':22}{'setting':>10}{'loss':>9}{'accuracy':>10}{'ms/step':>9}{'x SGD':>7}")
@@ -173,7 +187,7 @@ def main(
         )
     print(
         f"EA-CG: PCH-1, alpha {ALPHA}, {CG} CG iterations, momentum 0, as in the paper. "
-        "EACG defaults: momentum and factor averages.\n"
+        "EACG defaults: momentum and factor averages; lr=None: step and momentum from the quadratic model.\n"
         "Settings: the best of three learning rates by final training loss; the defaults are not tuned.\n"
         "Steps are timed interleaved, medians; seconds in the picture are steps times that."
     )
