@@ -192,8 +192,10 @@ def main(
         "Steps are timed interleaved, medians; seconds in the picture are steps times that."
     )
     out.mkdir(parents=True, exist_ok=True)
+    batches = -(-len(data.train_x) // batch)
     draw(
         curves,
+        {name: batches * row["ms"] / 1000 for name, row in cost.items()},
         f"{data.name}, deep sigmoid network {'-'.join(map(str, WIDTHS))}, batch {batch}, {threads} CPU threads",
         out / "demo.png",
     )
