@@ -12,7 +12,7 @@ from secondorder.optim.layerwise import LayerwiseOptimizer
 class KFAC(LayerwiseOptimizer):
     """The directions of Eq. 12 of Chen et al. with the sampled Fisher matrix; step size and momentum from the quadratic model.
 
-    As in the paper the damping starts large and Levenberg-Marquardt brings it down; gamma is adapted every 20 steps, and the
+    Levenberg-Marquardt brings the damping down as in the paper; gamma is adapted every 20 steps, and the
     inverses are renewed every 20. Biases have a system of their own, (H + k I) d = -g, rather than an input of ones.
 
     Args:
@@ -39,7 +39,7 @@ class KFAC(LayerwiseOptimizer):
         *,
         curvature: str | Curvature = "fisher-mc",
         solver: str = "kfi",
-        tau: float = 0.1,
+        tau: float = 0.001,
         weight_decay: float = 1e-5,
         factor_decay: float = 0.95,
         inverse_every: int = 20,
