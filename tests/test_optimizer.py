@@ -473,6 +473,19 @@ def test_copies_of_model_and_optimizer_train_alike(how, scheduled):
     assert_same(snapshot(model, optimizer), snapshot(twin, twin_optimizer))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("lr", 0.3), ("momentum", 0.2), ("weight_decay", 0.4), ("factor_decay", 0.3), ("alpha", 0.2)]
+)
+def test_a_number_set_in_the_group_is_one_given_at_construction(key, value):
+    criterion, models = nn.CrossEntropyLoss(), [network(), network()]
+    given, changed = so.EACG(models[0], criterion, **{key: value}), so.EACG(models[1], criterion)
+    changed.param_groups[0][key] = value
+    for step in range(3):
+        for model, optimizer in zip(models, (given, changed), strict=True):
+            one_step(model, criterion, optimizer, *batch(seed=step))
+    assert_same(models[0].state_dict(), models[1].state_dict())
+
+
 @pytest.mark.parametrize("key", ["lr", "momentum", "weight_decay", "factor_decay", "alpha"])
 @pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf"), "fast"])
 def test_groups_are_checked_at_every_step(key, value):
