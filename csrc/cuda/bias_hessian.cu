@@ -242,7 +242,7 @@ __device__ __forceinline__ void multiply(typename S::T (&acc)[S::kCount], Operan
 
 // product = H^T W = H W. Parallel over its tiles.   hessian [k, k], weight [k, n], product [k, n]
 template <typename S, typename T = typename S::T>
-__global__ void __launch_bounds__(kThreads, S::kBlocks)
+__global__ void __launch_bounds__(kThreads)
     product_kernel(int64_t k, int64_t n, const T* __restrict__ hessian, const T* __restrict__ weight,
                    T* __restrict__ product) {
   __shared__ __align__(16) Operands<S> operands;

@@ -159,6 +159,22 @@ def bias_hessian_tf32(kernels: Kernels) -> None:
 
 
 @case
+def bias_hessian_not_finite(kernels: Kernels) -> None:
+    """NaN and inf come out of every arithmetic as something that is not finite, where plain PyTorch has it so."""
+    for arithmetic in ("plain", "split_tf32", "tf32"):
+        for bad in (np.nan, np.inf, -np.inf):
+            rng = np.random.default_rng(2)
+            arguments = [spd(rng, 3, np.float32), *(normal(rng, rows, 70, dtype=np.float32) for rows in (3, 5, 5, 5))]
+            for which in (1, 2):
+                poisoned = copy.deepcopy(arguments)
+                poisoned[which][1, 66] = bad
+                result = kernels.bias_hessian(*poisoned, -1.0, arithmetic=arithmetic)
+                np.testing.assert_array_equal(
+                    np.isfinite(result), np.isfinite(reference.bias_hessian(*map(same, poisoned), -1.0))
+                )
+
+
+@case
 def bias_hessian_activation(kernels: Kernels) -> None:
     rng = np.random.default_rng(1)
     k, n, m = 5, 67, 19

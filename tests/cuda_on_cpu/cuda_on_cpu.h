@@ -482,6 +482,7 @@ T atomicOr(T* address, std::common_type_t<T> value) {
 namespace secondorder::cuda {
 
 NO_RACE_CHECK inline float to_tf32(float v) {
+  if (std::isnan(v)) return v;  // whose bits would wrap
   uint32_t bits;
   std::memcpy(&bits, &v, sizeof bits);
   bits += 0x1000u;  // half of the last place that stays
