@@ -101,10 +101,10 @@ BUGS = {
         "if (true)",
     ),
     "wrong mask of a shuffle": (
-        "values", "bfgs_update", "bfgs.cu", "reduce.cuh", "0xffffffffu", "0x0000ffffu",
+        "values", "bfgs_update", "bfgs.cu", "reduce.cuh", "v += __shfl_xor_sync(0xffffffffu", "v += __shfl_xor_sync(0x0000ffffu",
     ),
     "missing mirror image": (
-        "values", "bias_hessian_large_tile", "bias_hessian.cu", "bias_hessian.cu", "      out[col * n + row] = g;\n", "",
+        "values", "bias_hessian_large_tile", "bias_hessian.cu", "bias_hessian.cu", "    out[col * n + row] = g;\n", "",
     ),
     "missing barrier between two rows of a substitution": (
         "races", "lbfgs_product", "bfgs.cu", "bfgs.cu", "diagonal(i);\n    }\n    __syncthreads();", "diagonal(i);\n    }",
