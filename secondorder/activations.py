@@ -124,6 +124,8 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 def merge(transfers: list[Transfer]) -> Transfer:
     """One transfer for the union of several micro-batches, flattened to [m, n]."""
     first = transfers[0]
+    if len(transfers) == 1 and isinstance(first, Analytic) and first.saved.dim() == 2:
+        return first
     if all(
         isinstance(t, Analytic)
         and isinstance(first, Analytic)
@@ -149,5 +151,5 @@ def derivatives(transfer: Transfer) -> tuple[Tensor, Tensor | None]:
 
 def rows(tensors: list[Tensor]) -> Tensor:
     """[m, n] from tensors [..., n]: the union of their instances."""
-    flat = [t.reshape(-1, t.shape[-1]) for t in tensors]
+    flat = [t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in tensors]
     return flat[0] if len(flat) == 1 else torch.cat(flat)

@@ -40,13 +40,15 @@ class Curvature:
     def bias_hessians(self, records: list[LayerRecord]) -> dict[nn.Linear, Tensor]:
         """H of every recorded layer, in the dtype of its weight (at least float32).
 
+        The tensors are new: whoever asked for them may write into them.
+
         Args:
             records: in the recursion's order, as `Tape.records` gives them.
         """
         hessians: dict[nn.Linear, Tensor] = {}
         for record in records:
-            dtype = torch.promote_types(record.layer.weight.dtype, torch.float32)
-            hessians[record.layer] = self._block(record, hessians).to(dtype)
+            block = self._block(record, hessians)
+            hessians[record.layer] = block.to(torch.promote_types(record.layer.weight.dtype, torch.float32))
         return hessians
 
     def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ from secondorder.activations import Transfer, rows
 from secondorder.criteria import OutputHessian, OutputRoot, analytic_hessian, autograd_hessian
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class LayerCall:
     """One call of a linear layer."""
 
@@ -57,7 +57,7 @@ class LayerCall:
             return nn.functional.linear(self.input, self.layer.weight, self.layer.bias)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Link:
     """The way from a layer's output to the input of the next layer."""
 
@@ -102,7 +102,7 @@ Columns = Callable[[nn.Module, Tensor, Node | None, tuple[Any, ...], dict[str, A
 _COLUMN_BUDGET = 2**25
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class LayerRecord:
     """One linear layer over all instances since the last step: the union of its calls' batches."""
 
@@ -223,8 +223,8 @@ class Tape:
             return
         input = args[0] if args else kwargs["input"]
         call = LayerCall(layer, input.detach(), output=output.detach(), version=output._version)
-        with self.muted():
-            call.inputs_from = self._links(layer, input)
+        if input.grad_fn is not None:
+            call.inputs_from = self._links(layer, input, input.grad_fn)
         _metadata(node)[self._key] = call
         if self.grad_outputs:
             self._keep_gradient(node)
@@ -236,11 +236,9 @@ class Tape:
         if isinstance(output, Tensor) and output.grad_fn is not None and self._active():
             _metadata(output.grad_fn)[self._key + ".model"] = ModelCall(*_detached((args, kwargs)))
 
-    def _links(self, layer: nn.Linear, input: Tensor) -> list[Link]:
+    def _links(self, layer: nn.Linear, input: Tensor, made_by: Node) -> list[Link]:
         """Where a layer's input comes from."""
-        if input.grad_fn is None:
-            return []
-        nodes, passed = _source_nodes(input.grad_fn, self._key)
+        nodes, passed = _source_nodes(made_by, self._key)
         if len(nodes) != 1:
             names = sorted({repr(self.names[_metadata(node)[self._key].layer]) for node in nodes[:4]})
             obstacle = f"is combined with other linear layers ({', '.join(names)}{', ...' if len(nodes) > 4 else ''})"
@@ -251,7 +249,8 @@ class Tape:
         signature = (source.layer, layer, passed)
         if transfer is None and signature not in self._not_elementwise:
             try:
-                transfer = activations.probe(input, node, second=self.diagonal)
+                with self.muted():
+                    transfer = activations.probe(input, node, second=self.diagonal)
             except RuntimeError as error:
                 return [self._blocked(node, layer, f"goes through a function that autograd cannot differentiate twice ({error})")]
         if transfer is None:
@@ -363,7 +362,8 @@ class Tape:
 
     def _gradients(self) -> list[tuple[Tensor | None, int]]:
         """Every trainable weight's gradient, and its version."""
-        gradients = [layer.weight.grad for layer in self.names if layer.weight.requires_grad]
+        weights = [layer._parameters["weight"] for layer in self.names]  # an attribute of a module takes ten times as long
+        gradients = [weight.grad for weight in weights if weight is not None and weight.requires_grad]
         return [(g, 0 if g is None else g._version) for g in gradients]
 
     def _collect(self, record: LayerCall | Link, name: str) -> Callable[[Tensor], None]:
@@ -391,7 +391,7 @@ class Tape:
             self._muted = False
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Run:
     """One run of the autograd engine."""
 

@@ -170,7 +170,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 state["average"] = state["average"].lerp_(p, 1 - beta) if "average" in state else p.detach().clone()
 
     def _steps(self) -> int:
-        return max((self.state[layer.weight].get("step", 0) for layer in self._layers if layer.weight in self.state), default=0)
+        return max((state.get("step", 0) for state in self.state.values()), default=0)
 
     def _schedule(self) -> None:
         """Has the next forward pass recorded if the next step renews the factors, or evaluates the model anew."""
@@ -181,27 +181,33 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         hessians = self._curvature.bias_hessians(records)
         groups = self._groups()
         factors = {}
+        averages: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         for record in records:
             weight = record.layer.weight
-            if weight.grad is None or weight not in groups:
+            group = groups.get(weight)
+            if weight.grad is None or group is None:
                 continue
             hessian, state = hessians[record.layer], self.state.get(weight, {})
-            new = {"bias_hessian": hessian, **self._solver.statistics(record.input().to(hessian.dtype))}
+            new = factors[record.layer] = {"bias_hessian": hessian, **self._solver.statistics(record.input().to(hessian.dtype))}
             if "bias_hessian" in state:
                 # c_n = sum_k decay^(n-k) x_k / sum_k decay^(n-k), the bias-corrected average, from c_(n-1).
-                decay, updates = groups[weight]["factor_decay"], state["factor_updates"] + 1
-                share = (1 - decay) / (1 - decay**updates)
-                new = {name: torch.lerp(state[name], value, share) for name, value in new.items()}
-            factors[record.layer] = new
+                decay, updates = group["factor_decay"], state["factor_updates"] + 1
+                old, news = averages.setdefault(1 - (1 - decay) / (1 - decay**updates), ([], []))
+                old += [state[name] for name in new]
+                news += new.values()
+        for share, (old, news) in averages.items():
+            torch._foreach_lerp_(news, old, share)  # the old ones stay: the step may fail yet
         return factors
 
     def _covered(self, factors: dict[nn.Linear, Factors]) -> dict[nn.Linear, Factors]:
         """The layers to be updated, with their factors, new or old."""
-        groups, covered = self._groups(), {}
-        for layer in self._layers:
-            state = self.state.get(layer.weight, {})
-            if layer.weight in groups and layer.weight.grad is not None and (layer in factors or "bias_hessian" in state):
-                covered[layer] = factors.get(layer) or {name: state[name] for name in _FACTORS if name in state}
+        covered = dict(factors)
+        if len(factors) < len(self._layers):
+            groups = self._groups()
+            for layer in self._layers:
+                state = self.state.get(layer.weight, {})
+                if layer not in factors and layer.weight in groups and layer.weight.grad is not None and "bias_hessian" in state:
+                    covered[layer] = {name: state[name] for name in _FACTORS if name in state}
         return covered
 
     def _directions(
@@ -265,11 +271,14 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         groups, covered = self._groups(), self._covered(factors)
         layers = list(covered)
         weights = [layer.weight for layer in layers]
-        none = [weight.new_empty(0) for weight in weights]
-        biases = [
-            e if layer.bias is None or layer.bias.grad is None else layer.bias for layer, e in zip(layers, none, strict=True)
-        ]
         own = [groups[weight] for weight in weights]
+        biases, bias_grads = [], []
+        for layer, weight in zip(layers, weights, strict=True):
+            bias = layer.bias
+            if bias is None or bias.grad is None:
+                bias = weight.new_empty(0)
+            biases.append(bias)
+            bias_grads.append(bias if bias.grad is None else bias.grad)
         momenta: tuple[list[Tensor], list[Tensor]] = ([], [])
         if any(group["momentum"] != 0 for group in own):
             momenta = ([self._momentum(p) for p in weights], [self._momentum(p) for p in biases])
@@ -280,7 +289,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 [each["bias_hessian"] for each in covered.values()],
                 [each["mean_input"] for each in covered.values()],
                 [weight.grad for weight in weights],  # type: ignore[misc]
-                [e if bias is e else bias.grad for bias, e in zip(biases, none, strict=True)],  # type: ignore[misc]
+                bias_grads,
                 weights,
                 biases,
                 *momenta,
