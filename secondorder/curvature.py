@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder import ops
-from secondorder.activations import Analytic
+from secondorder.activations import Analytic, rows
 from secondorder.criteria import LikelihoodRoot, OutputHessian, OutputRoot, autograd_root, likelihood_root
 from secondorder.tape import Columns, LayerRecord
 
@@ -247,10 +247,11 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
     """
     total: Tensor | None = None
     for gradient, loss in record.grad_outputs():
-        delta = gradient.reshape(-1, gradient.shape[-1]).to(torch.promote_types(gradient.dtype, torch.float32))
+        m = gradient.shape[:-1].numel()
+        delta = rows([gradient], record.samples).to(torch.promote_types(gradient.dtype, torch.float32))
         assert loss.scale is not None
-        # delta_i is scale / m times the instance's own gradient; for a sum, scale times it.
-        block = (delta.T @ delta) * ((len(delta) if loss.mean else 1) / loss.scale)
+        # delta_i is scale / m times the instance's own gradient; for a sum, scale times it. A sample stands for all m.
+        block = (delta.T @ delta) * ((m / len(delta) if m else 1) * (m if loss.mean else 1) / loss.scale)
         total = block if total is None else total + block
     assert total is not None
     return total

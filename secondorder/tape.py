@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from secondorder import activations
-from secondorder.activations import Transfer, rows
+from secondorder.activations import Transfer, rows, sample
 from secondorder.criteria import OutputHessian, OutputRoot, analytic_hessian, autograd_hessian
 
 
@@ -114,10 +114,11 @@ class LayerRecord:
     losses: list[LossCall] = field(default_factory=list)  # or the criterion does, in these calls
     obstacle: str = ""  # or neither, for this reason
     block: Tensor | None = None  # sum of the losses' blocks, each with its factor
+    samples: int | None = None  # the curvature's expectations take at most so many instances of each call
 
-    def input(self) -> Tensor:
-        """The inputs h [m, n_in]."""
-        return rows([call.input for call in self.calls])
+    def input(self, samples: int | None = None) -> Tensor:
+        """The inputs h [m, n_in], or those of at most `samples` instances of each call."""
+        return rows([call.input for call in self.calls], samples)
 
     def grad_outputs(self) -> list[tuple[Tensor, LossCall]]:
         """Each call's delta [..., n_out], with its loss; recorded only with an obstacle, or where the tape was told to."""
@@ -125,13 +126,13 @@ class LayerRecord:
         return [(call.grad_output, loss) for call, loss in pairs if call.grad_output is not None]
 
     def transfer(self) -> Transfer:
-        """What lies between this layer and `next`, over all instances [m, n_out]."""
-        return activations.merge([link.transfer for link in self.links if link.transfer is not None])
+        """What lies between this layer and `next`, over the instances [m, n_out]."""
+        return activations.merge([link.transfer for link in self.links if link.transfer is not None], self.samples)
 
     def grad_activation(self) -> Tensor | None:
-        """Gradient w.r.t. the input of `next` [m, n_out]; None where sigma'' = 0."""
+        """Gradient w.r.t. the input of `next` [m, n_out], its sum over the instances standing for all; None where sigma'' = 0."""
         grads = [link.grad for link in self.links if link.grad is not None]
-        return rows(grads) if len(grads) == len(self.links) else None
+        return rows([_for_all(grad, self.samples) for grad in grads]) if len(grads) == len(self.links) else None
 
 
 class Tape:
@@ -145,19 +146,21 @@ class Tape:
         columns: gives columns s_ic at the network's output, which are taken back to every layer, delta_ic = J_i^T s_ic, while the
             graph lives; the sum of delta_ic delta_ic^T becomes the layer's `block`. Nothing for the recursion is kept then.
         model: the model whose own arguments are to be kept, and the criterion's, for evaluating them anew.
+        samples: of every forward pass at most so many instances, evenly spaced, enter the curvature's expectations; None: all.
 
     `recording` may be switched off and on at any time.
     """
 
     def __init__(
         self, layers: dict[nn.Linear, str], criterion: nn.Module, *, diagonal: bool, grad_outputs: bool = False,
-        columns: Columns | None = None, model: nn.Module | None = None,
+        columns: Columns | None = None, model: nn.Module | None = None, samples: int | None = None,
     ):  # fmt: skip
         self.names = layers
         self.criterion = criterion
         self.diagonal = diagonal
         self.grad_outputs = grad_outputs
         self.columns = columns
+        self.samples = samples
         self.recording = True
         self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
         self._muted = False
@@ -205,7 +208,7 @@ class Tape:
         consumers: dict[LayerCall, list[Link | LossCall]] = {}
         for loss in self._losses:
             for call in _consumers_first(loss, consumers, self.names):
-                record = records.setdefault(call.layer, LayerRecord(call.layer, []))
+                record = records.setdefault(call.layer, LayerRecord(call.layer, [], samples=self.samples))
                 record.calls.append(call)
                 record.origins.append(loss)
             for call, block in loss.blocks.items():
@@ -333,8 +336,11 @@ class Tape:
                 [edge], [GradientEdge(node, 0) for node in nodes], [columns], retain_graph=True, is_grads_batched=True
             )
             for call, delta in zip(calls, deltas, strict=True):
-                flat = delta.reshape(-1, delta.shape[-1])
-                blocks[call] = flat.T @ flat + blocks.get(call, 0)
+                flat = delta.reshape(len(delta), -1, delta.shape[-1])
+                chosen = sample(flat, self.samples)
+                weight = flat.shape[1] / chosen.shape[1]  # as if they were all
+                chosen = chosen.flatten(0, 1)
+                blocks[call] = chosen.T @ chosen * weight + blocks.get(call, 0)
         return blocks
 
     def _enter_run(self, loss: LossCall, gradient: Tensor) -> None:
@@ -450,6 +456,12 @@ def _source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Nod
                 seen.add(following)
                 stack.append(following)
     return found, tuple(names)
+
+
+def _for_all(gradient: Tensor, samples: int | None) -> Tensor:
+    """The `sample` of a gradient [..., n], so scaled that its sum stands for the sum over all instances."""
+    m, chosen = gradient.shape[:-1].numel(), rows([gradient], samples)
+    return chosen if len(chosen) == m else chosen * (m / len(chosen))
 
 
 def _is_view_of(output: Tensor, source: Node, width: int) -> bool:

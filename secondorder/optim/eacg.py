@@ -45,6 +45,8 @@ class EACG(LayerwiseOptimizer):
         weight_decay: >= 0; decoupled, but with lr=None a penalty weight_decay/2 |theta|^2.
         factor_decay: in [0, 1); H and a are bias-corrected exponential averages with this decay over steps; 0: this step's alone.
         curvature_every: H and a are renewed every so many steps, >= 1; in between nothing is recorded.
+        curvature_samples: H (but for the criterion's part) and E[h h^T] are estimated from at most so many instances of every
+            forward pass, >= 1; None: from all. a is the whole batch's.
         inverse_every: the solver's factorisations are renewed every so many steps, >= 1.
         max_factor_elements: "kfi" takes "kfi-rank-one" for a layer with n_in^2 above this, >= 0.
         damping: where the damping of lr=None starts, relative to the first loss, > 0.
@@ -76,6 +78,7 @@ class EACG(LayerwiseOptimizer):
         weight_decay: float = 0.0,
         factor_decay: float = 0.9,
         curvature_every: int = 1,
+        curvature_samples: int | None = None,
         inverse_every: int = 1,
         max_factor_elements: int = 2**24,
         damping: float = 0.001,
@@ -86,7 +89,8 @@ class EACG(LayerwiseOptimizer):
         super().__init__(
             model, criterion, lr, curvature=curvature, solver=solver or ("ea-isotropic" if lr is None else "ea-cg"), alpha=alpha,
             max_cg=max_cg, eps_cg=eps_cg, momentum=momentum, weight_decay=weight_decay, factor_decay=factor_decay,
-            curvature_every=curvature_every, inverse_every=inverse_every, max_factor_elements=max_factor_elements,
+            curvature_every=curvature_every, curvature_samples=curvature_samples, inverse_every=inverse_every,
+            max_factor_elements=max_factor_elements,
             adaptation=Adaptation(tau=damping, momentum=True, every=1), subsample=subsample, average=average,
             fallback=fallback,
         )  # fmt: skip

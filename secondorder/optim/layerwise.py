@@ -43,6 +43,8 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         weight_decay: >= 0; decoupled with a fixed lr.
         factor_decay: in [0, 1); the factors are bias-corrected exponential averages with this decay; 0: this step's alone.
         curvature_every: the factors are renewed every so many steps, >= 1.
+        curvature_samples: of every forward pass at most so many instances, evenly spaced, enter the expectations that cost more
+            than a pass over the batch: E[d1 d1^T] and the diagonal of the recursion, delta delta^T, E[h h^T]. >= 1; None: all.
         inverse_every: the solver's factorisations are renewed every so many steps, >= 1.
         max_factor_elements: "kfi" takes Eq. 13 instead of Eq. 12 for a layer with n_in^2 above this, >= 0.
         adaptation: the dampings of lr=None.
@@ -71,6 +73,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         weight_decay: float,
         factor_decay: float,
         curvature_every: int,
+        curvature_samples: int | None,
         inverse_every: int,
         max_factor_elements: int,
         adaptation: Adaptation,
@@ -83,6 +86,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             ("eps_cg", eps_cg, eps_cg >= 0, ">= 0"),
             ("solver", solver, solver in SOLVERS, f"one of {', '.join(map(repr, SOLVERS))}"),
             ("curvature_every", curvature_every, curvature_every >= 1, ">= 1"),
+            ("curvature_samples", curvature_samples, curvature_samples is None or curvature_samples >= 1, ">= 1 or None"),
             ("inverse_every", inverse_every, inverse_every >= 1, ">= 1"),
             ("max_factor_elements", max_factor_elements, max_factor_elements >= 0, ">= 0"),
             ("damping", adaptation.tau, 0 < adaptation.tau < math.inf, "> 0"),
@@ -102,11 +106,12 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         super().__init__(
             model, criterion, defaults, diagonal=self._curvature.diagonal, fallback=fallback,
             grad_outputs=self._curvature.grad_outputs, columns=self._curvature.columns, keep_inputs=lr is None,
+            samples=curvature_samples,
         )  # fmt: skip
         self._model = model
         self._solver = SOLVERS[solver](max_cg, eps_cg, max_factor_elements)
         self._curvature_every, self._inverse_every = curvature_every, inverse_every
-        self._subsample, self._average = subsample, average
+        self._samples, self._subsample, self._average = curvature_samples, subsample, average
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -188,7 +193,9 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             if weight.grad is None or group is None:
                 continue
             hessian, state = hessians[record.layer], self.state.get(weight, {})
-            new = factors[record.layer] = {"bias_hessian": hessian, **self._solver.statistics(record.input().to(hessian.dtype))}
+            input = record.input().to(hessian.dtype)
+            sample = input if self._samples is None else record.input(self._samples).to(hessian.dtype)
+            new = factors[record.layer] = {"bias_hessian": hessian, **self._solver.statistics(input, sample)}
             if "bias_hessian" in state:
                 # c_n = sum_k decay^(n-k) x_k / sum_k decay^(n-k), the bias-corrected average, from c_(n-1).
                 decay, updates = group["factor_decay"], state["factor_updates"] + 1
@@ -272,9 +279,10 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         layers = list(covered)
         weights = [layer.weight for layer in layers]
         own = [groups[weight] for weight in weights]
-        biases, bias_grads = [], []
+        biases: list[Tensor] = []
+        bias_grads: list[Tensor] = []
         for layer, weight in zip(layers, weights, strict=True):
-            bias = layer.bias
+            bias: Tensor | None = layer.bias
             if bias is None or bias.grad is None:
                 bias = weight.new_empty(0)
             biases.append(bias)
