@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 import secondorder as so
+from bench.nets import NETS, Net
 from bench.timing import report
-
-IMAGENET_NET = [150528, 1024, 512, 256, 128, 64, 32, 16, 10]
 
 OPTIMIZERS = {
     "SGD": lambda model, criterion: torch.optim.SGD(model.parameters(), lr=1e-3),
@@ -34,13 +33,9 @@ def peak(optimizer: str, sizes: list[int], batch: int, steps: int = 3) -> float:
 
 def train(name: str, sizes: list[int], batch: int, steps: int) -> None:
     """Steps of one optimizer; prints the peak."""
-    torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for n_in, n_out in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(n_in, n_out), nn.Sigmoid()]
-    model, criterion = nn.Sequential(*layers[:-1]), nn.CrossEntropyLoss()
+    net = Net(sizes, nn.Sigmoid, nn.CrossEntropyLoss)
+    model, criterion, (x, y) = net.model(), net.criterion(), net.batch(batch)
     optimizer = OPTIMIZERS[name](model, criterion)
-    x, y = torch.rand(batch, sizes[0]), torch.randint(sizes[-1], (batch,))
     for _ in range(steps):
         optimizer.zero_grad()
         criterion(model(x), y).backward()
@@ -50,14 +45,15 @@ def train(name: str, sizes: list[int], batch: int, steps: int) -> None:
 
 
 def main(batch: int = 100) -> None:
-    rows = {name: {"MB": peak(name, IMAGENET_NET, batch)} for name in OPTIMIZERS}
+    sizes = NETS["imagenet"].sizes
+    rows = {name: {"MB": peak(name, sizes, batch)} for name in OPTIMIZERS}
     for row in rows.values():
         row["ratio"] = row["MB"] / rows["SGD, momentum"]["MB"]
-    weights = sum(n * k for n, k in zip(IMAGENET_NET, IMAGENET_NET[1:]))
-    hessians = sum(k * k for k in IMAGENET_NET[1:])
+    weights = sum(n * k for n, k in zip(sizes, sizes[1:]))
+    hessians = sum(k * k for k in sizes[1:])
     report(
         "memory",
-        f"Peak memory of a training process, {'-'.join(map(str, IMAGENET_NET))}, batch {batch}, float32",
+        f"Peak memory of a training process, {'-'.join(map(str, sizes))}, batch {batch}, float32",
         rows,
         f"The weights take {4e-6 * weights:.0f} MB, and so do their gradients and a momentum buffer; all bias Hessians "
         f"{4e-6 * hessians:.1f} MB. Ratio: to SGD with momentum.",
