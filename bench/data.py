@@ -248,8 +248,8 @@ def faces(data_dir: Path, per_image: int = 414, seed: int = 0) -> Dataset:
 def curves(train: int = 20_000, test: int = 10_000, seed: int = 0) -> Dataset:
     """CURVES-like images [n, 784] in [0, 1], after Hinton & Salakhutdinov (2006), whose generator was not published.
 
-    A natural cubic spline in (x, y) through three random points of [2, 26]^2, each x at least 2 beyond the last; 60 points along
-    it leave ink on the four nearest pixels, which two passes of a 3 x 3 kernel smooth. The targets are the images themselves.
+    A natural cubic spline in (x, y) through three random points of [2, 26]^2, each x at least 2 beyond the last; 60 points
+    evenly along it leave ink on the four nearest pixels, which four passes of a 3 x 3 kernel smooth. The targets are the images.
     """
     generator = torch.Generator().manual_seed(seed)
     n = train + test
@@ -258,10 +258,18 @@ def curves(train: int = 20_000, test: int = 10_000, seed: int = 0) -> Dataset:
     p0, p1, p2 = points.unbind(1)
     # Knots at 0, 1, 2. The second derivative is zero at both ends and, from the condition at the middle, M there.
     middle = 1.5 * (p0 - 2 * p1 + p2)
-    t = torch.linspace(0, 2, 60)[:, None, None]
+    t = torch.linspace(0, 2, 201)[:, None, None]
     first = (1 - t) * p0 + t * p1 + (t**3 - t) / 6 * middle
     second = (2 - t) * p1 + (t - 1) * p2 + ((2 - t) ** 3 - (2 - t)) / 6 * middle
-    path = torch.where(t <= 1, first, second).clamp(0, 26.99)  # [60, n, 2]
+    fine = torch.where(t <= 1, first, second)  # [201, n, 2]
+    # 60 points at equal distances along the curve.
+    length = torch.cat([torch.zeros(1, n), fine.diff(dim=0).norm(dim=2).cumsum(0)]).T.contiguous()  # [n, 201]
+    wanted = length[:, -1:] * torch.linspace(0, 1, 60)
+    after = torch.searchsorted(length, wanted).clamp(1, 200)
+    begin, end = length.gather(1, after - 1), length.gather(1, after)
+    share = ((wanted - begin) / (end - begin)).T.unsqueeze(2)
+    which = after.T.unsqueeze(2).expand(60, n, 2)
+    path = torch.lerp(fine.gather(0, which - 1), fine.gather(0, which), share).clamp(0, 26.99)  # [60, n, 2]
     corner = path.floor()
     fraction = path - corner
     ink = torch.zeros(n, 28 * 28)
@@ -272,7 +280,7 @@ def curves(train: int = 20_000, test: int = 10_000, seed: int = 0) -> Dataset:
             ink.scatter_add_(1, pixel.T.long(), weight.T)
     kernel = torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])).reshape(1, 1, 3, 3) / 16
     images = ink.reshape(n, 1, 28, 28)
-    for _ in range(2):
+    for _ in range(4):
         images = F.conv2d(images, kernel, padding=1)
     images = images.clamp(max=1).reshape(n, 784)
     return Dataset("CURVES-like", images[:train], images[:train], images[train:], images[train:])
