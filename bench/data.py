@@ -249,7 +249,7 @@ def curves(train: int = 20_000, test: int = 10_000, seed: int = 0) -> Dataset:
     """CURVES-like images [n, 784] in [0, 1], after Hinton & Salakhutdinov (2006), whose generator was not published.
 
     A natural cubic spline in (x, y) through three random points of [2, 26]^2, each x at least 2 beyond the last; 60 points
-    evenly along it leave ink on the four nearest pixels, which four passes of a 3 x 3 kernel smooth. The targets are the images.
+    evenly along it leave ink on the four nearest pixels, which three passes of a 3 x 3 kernel smooth. The targets are the images.
     """
     generator = torch.Generator().manual_seed(seed)
     n = train + test
@@ -280,7 +280,7 @@ def curves(train: int = 20_000, test: int = 10_000, seed: int = 0) -> Dataset:
             ink.scatter_add_(1, pixel.T.long(), weight.T)
     kernel = torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])).reshape(1, 1, 3, 3) / 16
     images = ink.reshape(n, 1, 28, 28)
-    for _ in range(4):
+    for _ in range(3):
         images = F.conv2d(images, kernel, padding=1)
     images = images.clamp(max=1).reshape(n, 784)
     return Dataset("CURVES-like", images[:train], images[:train], images[train:], images[train:])
