@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from bench.experiments import curvature_errors
-from bench.experiments.harness import Store, best_runs, study, table
+from bench.experiments.harness import Store, best_runs, overview, study, table
 from bench.experiments.pictures import draw
 from bench.experiments.studies import STUDIES
 from bench.timing import RESULTS
@@ -42,30 +42,47 @@ def main(
     """Does an experiment."""
     results, pictures = (QUICK, QUICK) if quick else (RESULTS, ROOT / "docs")
     if name.value == "tables-2-to-5":
-        text = curvature_errors.experiment(results / "curvature_errors.json", data_dir, 1 if quick else seeds, 1 if quick else 8)
+        text = curvature_errors.experiment(results / "curvature_errors.json", data_dir, 1 if quick else seeds, 1 if quick else 5)
     else:
-        texts = []
-        for i, each in enumerate(STUDIES[name.value]):
-            methods = [method for method in each.methods if not only or method.name in only]
-            store = Store(results / f"{each.results}.jsonl")
-            if again:
-                chosen = {(problem.name, method.name) for problem in each.problems for method in methods}
-                store.forget(lambda run, chosen=chosen: (run.problem, run.method) in chosen)
-            runs = study(each.problems, methods, list(range(1 if quick else seeds)), store, data_dir, 0.1 if quick else 1.0)
-            if only:
-                continue
-            best = best_runs(runs)
-            for problem in each.problems:
-                run = next(iter(best[problem.name].values()))[0]
-                texts.append(f"{problem.description}; {run.data}; batch {problem.batch}, {run.budget:g} CPU seconds each.\n\n")
-                texts[-1] += table(problem, best[problem.name])
-            if name.value != "defaults":
-                suffix = f"-{i + 1}" if len(STUDIES[name.value]) > 1 else ""
-                draw(each.problems, best, each.title, pictures / (name.value + suffix))
-        text = "\n\n".join(texts)
+        text = compare(
+            name.value, results, pictures, data_dir, list(range(1 if quick else seeds)), 0.1 if quick else 1.0, only, again
+        )
     print(text)
     if not quick and not only:
         insert(ROOT / "docs" / "results.md", name.value, text)
+
+
+def compare(
+    name: str,
+    results: Path,
+    pictures: Path,
+    data_dir: Path | None,
+    seeds: list[int],
+    share: float,
+    only: list[str] | None,
+    again: bool,
+) -> str:
+    """Trains, draws, and returns the tables."""
+    tables, everything = [], {}
+    for i, each in enumerate(STUDIES[name]):
+        methods = [method for method in each.methods if not only or method.name in only]
+        store = Store(results / f"{each.results}.jsonl")
+        if again:
+            chosen = {(problem.name, method.name) for problem in each.problems for method in methods}
+            store.forget(lambda run, chosen=chosen: (run.problem, run.method) in chosen)
+        best = best_runs(study(each.problems, methods, seeds, store, data_dir, share))
+        everything |= best
+        for problem in each.problems:
+            run = next(iter(best[problem.name].values()))[0]
+            setup = f"{problem.description}; {run.data}; batch {problem.batch}, {run.budget:g} CPU seconds each."
+            tables.append(f"{setup}\n\n{table(problem, best[problem.name])}")
+        if each.picture and not only:
+            picture = name if len(STUDIES[name]) == 1 else f"{name}-{i + 1}"
+            draw(each.problems, best, each.title, pictures / picture)
+            tables.append(f"![{each.title}]({picture}.png)")
+    if name == "defaults":
+        return overview([problem for each in STUDIES[name] for problem in each.problems], everything, "EACG")
+    return "\n\n".join(tables)
 
 
 if __name__ == "__main__":

@@ -301,6 +301,22 @@ def table(problem: Problem, methods: dict[str, list[Run]], reference: str = "Ada
     return "\n".join(lines)
 
 
+def overview(problems: list[Problem], best: dict[str, dict[str, list[Run]]], method: str) -> str:
+    """Markdown: a line per problem for one method."""
+    lines = ["| problem | training loss, start | end | score | diverged |", "|---|---|---|---|---|"]
+    for problem in problems:
+        runs = best[problem.name][method]
+        cells = [
+            problem.name,
+            f"{statistics.median(run.loss[0] for run in runs):.4g}",
+            spread([run.final for run in runs]),
+            f"{problem.score_name}: {spread([run.score[-1] for run in runs])}",
+            f"{sum(bool(run.diverged) for run in runs)} of {len(runs)}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def spread(values: list[float]) -> str:
     """Median and range."""
     finite = [f"{v:.4g}" if math.isfinite(v) else "diverged" for v in (statistics.median(values), min(values), max(values))]

@@ -117,7 +117,7 @@ MIXTURE = Problem(
     partial(network, [784, 256, 128, 64, 30, 3], nn.ReLU),
     MixtureLoss,
     batch=500,
-    seconds=6,
+    seconds=5,
     score=mixture_accuracy,
     score_name="test accuracy, %",
 )
@@ -157,10 +157,10 @@ def _classifier(name: str, load: Callable, widths: list[int], criterion: Callabl
 CIFAR_SCALED = [3072, 256, 128, 64, 32, 10]
 WIDE_SCALED = [12288, 128, 64, 32, 10]
 CLASSIFIERS = [
-    _classifier("CIFAR-10, cross-entropy", cifar10, CIFAR_SCALED, nn.CrossEntropyLoss, 8),
-    _classifier("CIFAR-10, Eq. 14", cifar10, CIFAR_SCALED, BoundedClassificationLoss, 8),
-    _classifier("wide input, cross-entropy", _wide, WIDE_SCALED, nn.CrossEntropyLoss, 8),
-    _classifier("wide input, Eq. 14", _wide, WIDE_SCALED, BoundedClassificationLoss, 8),
+    _classifier("CIFAR-10, cross-entropy", cifar10, CIFAR_SCALED, nn.CrossEntropyLoss, 6),
+    _classifier("CIFAR-10, Eq. 14", cifar10, CIFAR_SCALED, BoundedClassificationLoss, 6),
+    _classifier("wide input, cross-entropy", _wide, WIDE_SCALED, nn.CrossEntropyLoss, 6),
+    _classifier("wide input, Eq. 14", _wide, WIDE_SCALED, BoundedClassificationLoss, 6),
 ]
 
 
@@ -201,7 +201,7 @@ def _robust(
     name: str, load: Callable, widths: list[int], criterion: Callable[[], nn.Module], score: Callable, label: str
 ) -> Problem:
     return Problem(
-        name, f"{'-'.join(map(str, widths))}, tanh", load, partial(network, widths, nn.Tanh), criterion, batch=100, seconds=3,
+        name, f"{'-'.join(map(str, widths))}, tanh", load, partial(network, widths, nn.Tanh), criterion, batch=100, seconds=2,
         score=score, score_name=label, log_loss=False,
     )  # fmt: skip
 
@@ -273,10 +273,10 @@ def relative_error(output: Tensor, target: Tensor) -> float:
 
 PINN = Problem(
     "Poisson", "2-32-32-32-1, tanh, on the unit square", _poisson, partial(JetNet, [2, 32, 32, 32, 1]), PoissonLoss,
-    batch=1000, seconds=10, score=relative_error, score_name="relative L2 error",
+    batch=1000, seconds=6, score=relative_error, score_name="relative L2 error",
 )  # fmt: skip
 
 DIGITS = _classifier("digits", lambda _: data.digits(), [784, 256, 128, 64, 32, 10], nn.CrossEntropyLoss, 6)
 FASHION = _classifier(
-    "Fashion-MNIST", lambda d: first_images(data.fashion_mnist, 10_000, d), [784, 256, 128, 64, 32, 10], nn.CrossEntropyLoss, 8
+    "Fashion-MNIST", lambda d: first_images(data.fashion_mnist, 10_000, d), [784, 256, 128, 64, 32, 10], nn.CrossEntropyLoss, 6
 )
