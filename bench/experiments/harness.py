@@ -45,6 +45,12 @@ class Problem:
     score: Callable[[Tensor, Tensor], float]  # of outputs and targets of the test set
     score_name: str
     log_loss: bool = True
+    summed: bool = False  # the criterion sums over instances: the loss is its value per instance
+
+    def loss(self, criterion: nn.Module, output: Tensor, target: Tensor) -> Tensor:
+        """What is trained and shown."""
+        value = criterion(output, target)
+        return value / len(output) if self.summed else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +159,10 @@ def train(problem: Problem, method: Method, setting: Setting, seed: int, budget:
     order = torch.Generator().manual_seed(seed)
     steps, elapsed = 0, 0.0
 
+    @torch.no_grad()
     def evaluate() -> None:
-        loss, _ = _outputs(model, criterion, data.train_x, data.train_y)
-        _, output = _outputs(model, criterion, data.test_x, data.test_y)
+        loss = float(problem.loss(criterion, _outputs(model, data.train_x), data.train_y[:EVALUATED]))
+        output = _outputs(model, data.test_x)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the training loss is {loss}")
         run.steps.append(steps)
@@ -182,7 +189,7 @@ def train(problem: Problem, method: Method, setting: Setting, seed: int, budget:
         for rows in batches():
             x, y = data.train_x[rows], data.train_y[rows]
             start = time.process_time()
-            _step(model, criterion, optimizer, x, y)
+            _step(problem, model, criterion, optimizer, x, y)
             elapsed += time.process_time() - start
             steps += 1
             if elapsed >= halve:
@@ -199,10 +206,12 @@ def train(problem: Problem, method: Method, setting: Setting, seed: int, budget:
     return run
 
 
-def _step(model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+def _step(
+    problem: Problem, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
+) -> None:
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = criterion(model(x), y)
+        loss = problem.loss(criterion, model(x), y)
         loss.backward()
         return loss
 
@@ -217,16 +226,15 @@ def _warm_up(problem: Problem, method: Method, data_dir: Path | None) -> None:
     optimizer = method.make(model, criterion, **setting)
     with suppress(RuntimeError):  # it diverges: that is for the runs to tell
         for _ in range(2):
-            _step(model, criterion, optimizer, data.train_x[: problem.batch], data.train_y[: problem.batch])
+            _step(problem, model, criterion, optimizer, data.train_x[: problem.batch], data.train_y[: problem.batch])
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> tuple[float, Tensor]:
+def _outputs(model: nn.Module, x: Tensor) -> Tensor:
     model.eval()
     output = model(x[:EVALUATED])
-    loss = float(criterion(output, y[:EVALUATED]))
     model.train()
-    return loss, output
+    return output
 
 
 def study(

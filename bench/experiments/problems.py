@@ -32,19 +32,6 @@ def network(widths: list[int], activation: type[nn.Module], linear_code: bool = 
     return nn.Sequential(*modules[:-1])
 
 
-class PerImage(nn.Module):
-    """A sum over pixels, mean over images: binary cross-entropy with logits, or half the squared error."""
-
-    def __init__(self, binary: bool):
-        super().__init__()
-        self.binary = binary
-
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        if self.binary:
-            return F.binary_cross_entropy_with_logits(output, target, reduction="sum") / len(output)
-        return F.mse_loss(output, target, reduction="sum") / (2 * len(output))
-
-
 class MixtureLoss(nn.Module):
     """Negative log-likelihood of KFRA's mixture of two binary classifiers (Botev et al., Eq. 27), for logits [m, 3]."""
 
@@ -87,11 +74,12 @@ def _autoencoder(name: str, load: Callable[[Path | None], Dataset], pixels: int,
         f"{'-'.join(map(str, widths))}, ReLU, linear code, {'cross-entropy' if binary else 'squared error'} per image",
         load,
         partial(network, widths, nn.ReLU, linear_code=True),
-        partial(PerImage, binary),
+        partial(nn.BCEWithLogitsLoss if binary else nn.MSELoss, reduction="sum"),
         batch=500,
         seconds=8,
         score=partial(squared_error, binary=binary),
         score_name="test squared error per image",
+        summed=True,
     )
 
 
