@@ -31,12 +31,16 @@ def draw(problems: list[Problem], best: dict[str, dict[str, list[Run]]], title: 
                 axis.plot(xs, np.median(ys, axis=0), **style, label=name)
                 axis.fill_between(xs, ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=0)
         if problem.log_loss:
-            row[0].set_yscale("log")
-            row[1].set_yscale("log")
+            for axis in row[:2]:
+                axis.set_yscale("log")
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "235" else "")
         limits = visible([run.loss for runs in best[problem.name].values() for run in runs])
         row[0].set_ylim(*limits)
         row[1].set_ylim(*limits)
         row[1].set_xscale("symlog", linthresh=1)
+        row[1].set_xlim(left=0)
+        row[1].xaxis.set_major_formatter("{x:g}")
         row[0].set_ylabel(f"{problem.name}\ntraining loss")
         row[2].set_ylabel(problem.score_name)
         for axis in row:
