@@ -65,8 +65,7 @@ def _cell(curvature: str, solver: str) -> Method:
     return Method(f"{curvature}, {solver}", make)
 
 
-EACG = Method("EACG, lr=None", lambda model, criterion: so.EACG(model, criterion, lr=None))
-DEFAULTS = Method("EACG", lambda model, criterion: so.EACG(model, criterion))
+EACG = Method("EACG", lambda model, criterion: so.EACG(model, criterion))
 KFRA = Method("KFRA", lambda model, criterion: so.KFRA(model, criterion))
 KFLR = Method("KFLR", lambda model, criterion: so.KFLR(model, criterion))
 # The mixture's likelihood is not convex in the logits, and none that labels are drawn from: KFRA, KFLR and KFAC refuse it.
@@ -107,7 +106,7 @@ STUDIES = {
     "robust-regression": [Study("Corrupted labels and targets", "robust", ROBUST, [ADAM_FIXED, EACG])],
     "pinn": [Study("Poisson's equation", "pinn", [PINN], [ADAM_FIXED, LBFGS, KFLR, EACG])],
     "defaults": [
-        Study("EACG(model, criterion)", results, problems, [DEFAULTS], picture=False)
+        Study("EACG(model, criterion)", results, problems, [EACG], picture=False)
         for results, problems in (
             ("autoencoders", AUTOENCODERS), ("cifar", CLASSIFIERS), ("mixture", [MIXTURE]), ("robust", ROBUST), ("pinn", [PINN]),
             ("digits", [DIGITS, FASHION]),
