@@ -222,9 +222,9 @@ _AUTO_N_IN = 1024
 class Auto:
     """The solver `auto`: `kfi` for a layer with n_in <= 1024, else `ea-isotropic`."""
 
-    def statistics(self, input: Tensor) -> Factors:
+    def statistics(self, input: Tensor, sample: Tensor) -> Factors:
         """See `Solver`."""
-        return (_KFI if input.shape[1] <= _AUTO_N_IN else _ISOTROPIC).statistics(input)
+        return (_KFI if input.shape[1] <= _AUTO_N_IN else _ISOTROPIC).statistics(input, sample)
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
