@@ -8,6 +8,7 @@ regularised loss f(theta) + eta/2 |theta|^2 near theta is
 x^T G y = sum_i (J_i x)^T H_i (J_i y) takes one forward-mode product J x per vector, through the net as it was recorded.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.func import functional_call, jvp
 from torch.utils._pytree import tree_map
 
 from secondorder.criteria import analytic_hessian, autograd_hessian
+from secondorder.distributed import Ranks
 from secondorder.tape import LossCall, Tape
 
 
@@ -50,6 +52,9 @@ class Adaptation:
         return tau * factor if rho > 0.75 else tau / factor if rho < 0.25 else tau
 
 
+# Forward-mode levels and the global random generators are the process's: two threads may train two models.
+_ONE_AT_A_TIME = threading.Lock()
+
 # Fewer say too little about a batch's loss for a step to be judged by them.
 _LEAST_INSTANCES = 100
 
@@ -67,6 +72,7 @@ class LocalLoss:
         fraction: of each batch, in (0, 1]; but at least 100 instances, or all.
         offset: which instances: every (1 / fraction)-th from this one on.
         tape: muted during the evaluations.
+        ranks: whose losses' mean it is; None: this process's alone.
 
     Raises:
         RuntimeError: the criterion was not called on the model's own output.
@@ -74,9 +80,9 @@ class LocalLoss:
 
     def __init__(
         self, model: nn.Module, criterion: nn.Module, losses: list[LossCall], names: list[str], fraction: float, offset: int,
-        tape: Tape,
+        tape: Tape, ranks: Ranks | None = None,
     ):  # fmt: skip
-        self.model, self.criterion, self.names, self.tape = model, criterion, names, tape
+        self.model, self.criterion, self.names, self.tape, self.ranks = model, criterion, names, tape, ranks
         self.seed = offset
         self.pieces = []
         for loss in losses:
@@ -96,6 +102,11 @@ class LocalLoss:
 
     def value(self, parameters: list[Tensor]) -> float:
         """The loss at these values."""
+        if self.ranks is None:
+            return self._value(parameters)
+        return float(self.ranks.mean(lambda: torch.tensor(self._value(parameters), dtype=torch.float64)))
+
+    def _value(self, parameters: list[Tensor]) -> float:
         total = 0.0
         with torch.no_grad(), self._replayed():
             for args, kwargs, targets, options, scale in self.pieces:
@@ -107,6 +118,17 @@ class LocalLoss:
 
         H_i is the criterion's Hessian for each instance where it is known to be convex, else Pos-Eig_{-1} of its mean.
         """
+        if self.ranks is None:
+            return self._products(parameters, vectors)
+
+        def packed() -> Tensor:
+            value, first, second = self._products(parameters, vectors)
+            return torch.cat([first.new_tensor([value]), first, second.flatten()])
+
+        value, first, second = self.ranks.mean(packed).split([1, len(vectors), len(vectors) ** 2])
+        return float(value), first, second.view(len(vectors), -1)
+
+    def _products(self, parameters: list[Tensor], vectors: list[list[Tensor]]) -> tuple[float, Tensor, Tensor]:
         value, first = 0.0, torch.zeros(len(vectors), dtype=torch.float64)
         second = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
         for args, kwargs, targets, options, scale in self.pieces:
@@ -114,7 +136,9 @@ class LocalLoss:
             for vector in vectors:
                 with torch.no_grad(), self._replayed():
                     z, tangent = jvp(  # type: ignore[misc]
-                        lambda *p, a=args, k=kwargs: self._output(list(p), a, k), tuple(parameters), tuple(vector)
+                        lambda *p, a=args, k=kwargs: self._output(list(p), a, k),
+                        tuple(parameters),
+                        tuple(v.to(p.dtype) for v, p in zip(vector, parameters, strict=True)),
                     )
                 tangents.append(tangent)
             with torch.enable_grad(), self._replayed():
@@ -131,8 +155,9 @@ class LocalLoss:
                     matrix = mean.positive(-1.0) * (z.shape[-1] / z.numel())
                     curved = [t @ matrix for t in tangents]
             value += scale * float(loss.detach())
+            # A negative scale, of a loss that is maximised, would make G negative.
             first += scale * torch.stack([(gradient.detach() * t).sum() for t in tangents]).double().cpu()
-            second += scale * torch.stack([torch.stack([(x * y).sum() for y in curved]) for x in tangents]).double().cpu()
+            second += abs(scale) * torch.stack([torch.stack([(x * y).sum() for y in curved]) for x in tangents]).double().cpu()
         return value, first, (second + second.T) / 2
 
     def _output(self, parameters: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -142,7 +167,7 @@ class LocalLoss:
     @contextmanager
     def _replayed(self) -> Iterator[None]:
         devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)), self.tape.muted():
+        with _ONE_AT_A_TIME, torch.random.fork_rng(devices=list(devices)), self.tape.muted():
             torch.manual_seed(self.seed)
             yield
 

@@ -98,7 +98,7 @@ def test_state_dict_resumes_to_the_bit(name):
 
 def local_loss(model, criterion, x, y, fraction=1.0, offset=0):
     """A recorded LocalLoss, its parameters and their gradients."""
-    tape = Tape(linear_layers(model), criterion, diagonal=False, model=model)
+    tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
     model.zero_grad()
     criterion(model(x), y).backward()
     local = LocalLoss(model, criterion, tape.losses, [n for n, _ in model.named_parameters()], fraction, offset, tape)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from secondorder import ops, solvers
 from secondorder.curvature import Curvature, curvature_by_name
 from secondorder.damping import Adaptation, LocalLoss, Step, best_step
+from secondorder.distributed import Ranks, Term
+from secondorder.errors import NonFiniteError
 from secondorder.optim.base import CurvatureOptimizer
 from secondorder.solvers import SOLVERS, Factors
 from secondorder.tape import LayerRecord
@@ -50,6 +52,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         average: whether averages of the parameters are kept, for `averaged_parameters`.
         fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error". With lr=None they are part of
             the quadratic model, with -g as their direction, scaled as the covered parameters' directions are on the whole.
+        **options: `maximize`, `decoupled_weight_decay` and `nonfinite`, see `CurvatureOptimizer`.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -77,6 +80,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         subsample: float,
         average: bool,
         fallback: str,
+        **options: Any,
     ):
         checks: list[tuple[str, Any, bool, str]] = [
             ("max_cg", max_cg, max_cg >= 1, ">= 1"),
@@ -101,9 +105,9 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             defaults |= {"tau": None, "gamma": None, "rho": None}
         super().__init__(
             model, criterion, defaults, diagonal=self._curvature.diagonal, fallback=fallback,
-            grad_outputs=self._curvature.grad_outputs, columns=self._curvature.columns, keep_inputs=lr is None,
+            grad_outputs=self._curvature.grad_outputs, columns=self._curvature.columns, keep_inputs=lr is None, **options,
         )  # fmt: skip
-        self._model = model
+        self._curvature_name = f"{curvature} by {solver}"
         self._solver = SOLVERS[solver](max_cg, eps_cg, max_factor_elements)
         self._curvature_every, self._inverse_every = curvature_every, inverse_every
         self._subsample, self._average = subsample, average
@@ -120,16 +124,21 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        records = self._records() if self._tape.recording else []
-        factors = self._new_factors(records) if self._steps() % self._curvature_every == 0 else {}
-        if self._adaptation is not None:
-            self._adaptive_update(factors, self._adaptation)
-        elif isinstance(self._solver, solvers.EACG):
-            self._fused_update(factors, self._solver)
-        else:
-            self._update(factors)
-        if self._average:
-            self._update_averages()
+        self._check_schedule()
+        with self._whole_or_nothing() as taken:
+            if taken:
+                records: list[LayerRecord] = []
+                if self._tape.recording:
+                    records = self._records() if self._ranks is None else self._ranks.all(self._records)
+                factors = self._new_factors(records) if self._steps() % self._curvature_every == 0 else {}
+                if self._adaptation is not None:
+                    self._adaptive_update(factors, self._adaptation)
+                elif isinstance(self._solver, solvers.EACG) and self._fusible(factors):
+                    self._fused_update(factors, self._solver)
+                else:
+                    self._update(factors)
+                if self._average:
+                    self._update_averages()
         self._tape.clear(release=True)
         self._schedule()
         return loss
@@ -167,7 +176,20 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
-                state["average"] = state["average"].lerp_(p, 1 - beta) if "average" in state else p.detach().clone()
+                own = p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+                state["average"] = state["average"].lerp_(own, 1 - beta) if "average" in state else own
+
+    def _check_schedule(self) -> None:
+        """A learning rate set, or a scheduler made, for an optimizer that has none."""
+        name = type(self).__name__
+        for group in self.param_groups:
+            if (group["lr"] is None) != (self._adaptation is not None):
+                raise ValueError(
+                    f"{name}.step(): expected lr to stay {'None' if self._adaptation else 'a number'}, as at construction, got "
+                    f"{group['lr']!r}"
+                )
+        if self._adaptation is not None and "step" in self.__dict__:  # schedulers wrap it
+            raise ValueError(f"{name}.step(): with lr=None there is no learning rate for a scheduler; give lr a number")
 
     def _steps(self) -> int:
         return max((self.state[layer.weight].get("step", 0) for layer in self._layers if layer.weight in self.state), default=0)
@@ -178,15 +200,18 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
     def _new_factors(self, records: list[LayerRecord]) -> dict[nn.Linear, Factors]:
         """H and the input's statistics of every recorded layer that has a gradient, averaged with the earlier ones."""
-        hessians = self._curvature.bias_hessians(records)
         groups = self._groups()
+        trained = [record for record in records if record.layer.weight.grad is not None and record.layer.weight in groups]
+        if self._ranks is None:
+            hessians = self._curvature.bias_hessians(records)
+            statistics = {record.layer: self._statistics(record) for record in trained}
+        else:
+            hessians, statistics = self._averaged_factors(records, trained, self._ranks)
         factors = {}
-        for record in records:
+        for record in trained:
             weight = record.layer.weight
-            if weight.grad is None or weight not in groups:
-                continue
-            hessian, state = hessians[record.layer], self.state.get(weight, {})
-            new = {"bias_hessian": hessian, **self._solver.statistics(record.input().to(hessian.dtype))}
+            state = self.state.get(weight, {})
+            new = {"bias_hessian": hessians[record.layer], **statistics[record.layer]}
             if "bias_hessian" in state:
                 # c_n = sum_k decay^(n-k) x_k / sum_k decay^(n-k), the bias-corrected average, from c_(n-1).
                 decay, updates = groups[weight]["factor_decay"], state["factor_updates"] + 1
@@ -194,6 +219,33 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 new = {name: torch.lerp(state[name], value, share) for name, value in new.items()}
             factors[record.layer] = new
         return factors
+
+    def _statistics(self, record: LayerRecord) -> Factors:
+        return self._solver.statistics(record.input().to(torch.promote_types(record.layer.weight.dtype, torch.float32)))
+
+    def _averaged_factors(
+        self, records: list[LayerRecord], trained: list[LayerRecord], ranks: Ranks
+    ) -> tuple[dict[nn.Linear, Tensor], dict[nn.Linear, Factors]]:
+        """Bias Hessians and statistics of the inputs over the batches of all ranks."""
+        local: list[tuple[nn.Linear, bool, str]] = []
+
+        def terms() -> list[Term]:
+            found = []
+            for record in records:
+                for term in self._curvature.local(record):
+                    local.append((record.layer, False, term.name))
+                    found.append(term._replace(name=f"{self._layers[record.layer]}: {term.name}"))
+            for record in trained:
+                for name, value in self._statistics(record).items():
+                    local.append((record.layer, True, name))
+                    found.append(Term(f"{self._layers[record.layer]}: {name}", value, len(record.input())))
+            return found
+
+        averaged: dict[nn.Linear, dict[str, Tensor]] = {record.layer: {} for record in records}
+        statistics: dict[nn.Linear, Factors] = {record.layer: {} for record in trained}
+        for (layer, is_statistic, name), value in zip(local, ranks.average(terms), strict=True):
+            (statistics if is_statistic else averaged)[layer][name] = value
+        return self._curvature.bias_hessians(records, averaged), statistics
 
     def _covered(self, factors: dict[nn.Linear, Factors]) -> dict[nn.Linear, Factors]:
         """The layers to be updated, with their factors, new or old."""
@@ -203,6 +255,23 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             if layer.weight in groups and layer.weight.grad is not None and (layer in factors or "bias_hessian" in state):
                 covered[layer] = factors.get(layer) or {name: state[name] for name in _FACTORS if name in state}
         return covered
+
+    def _fusible(self, factors: dict[nn.Linear, Factors]) -> bool:
+        """Whether `ops.eacg_update_` knows all that the groups ask for."""
+        groups = self._groups()
+
+        def numbers(p: Tensor) -> list[Any]:
+            return [groups[p][key] for key in ("lr", "momentum", "weight_decay", "decoupled_weight_decay")]
+
+        return all(
+            layer.weight.dtype != torch.bfloat16
+            and (
+                layer.bias not in groups
+                or groups[layer.bias] is groups[layer.weight]
+                or numbers(layer.bias) == numbers(layer.weight)
+            )
+            for layer in self._covered(factors)
+        )
 
     def _directions(
         self,
@@ -244,57 +313,59 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             if not (torch.isfinite(p).all() and (d is None or torch.isfinite(d).all())):
                 bad.append((layer, "the solution overflows"))
         if bad:
-            raise RuntimeError(self._not_finite(dict(bad), covered))
+            raise NonFiniteError(self._not_finite(dict(bad), covered))
         return directions, prepared
 
     def _update(self, factors: dict[nn.Linear, Factors]) -> None:
         """A step of fixed size by any solver; raises before anything has changed."""
-        groups, covered = self._groups(), self._covered(factors)
-        grads = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
-        directions, prepared = self._directions(covered, grads)
-        self._fallback_update(self._uncovered(set(directions)))
-        for p, direction in directions.items():
-            group = groups[p]
-            if group["momentum"] != 0:
-                direction = self.state[p]["momentum"] = self._momentum(p).mul_(group["momentum"]).add_(direction)
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=group["lr"])
+        groups, covered, gradients = self._groups(), self._covered(factors), self._gradients()
+        directions, prepared = self._directions(covered, gradients)
+        others = self._uncovered(gradients, set(directions))
+        velocities = {p: self._velocity(p, direction, groups[p]) for p, direction in directions.items()}
+        bad = {
+            layer: "the solution overflows" for layer in covered for p in layer.parameters(recurse=False)
+            if p in velocities and not self._bounded(p, velocities[p], groups[p])
+        }  # fmt: skip
+        if bad:
+            raise NonFiniteError(self._not_finite(bad, covered))
+        self._fallback_update(others)
+        for p, velocity in velocities.items():
+            self._apply(p, velocity, groups[p])
         self._commit(covered, factors, prepared)
 
     def _fused_update(self, factors: dict[nn.Linear, Factors], solver: solvers.EACG) -> None:
         """Solves and updates all layers in one call, then commits every state; raises before anything has changed."""
-        groups, covered = self._groups(), self._covered(factors)
+        groups, covered, gradients = self._groups(), self._covered(factors), self._gradients()
         layers = list(covered)
         weights = [layer.weight for layer in layers]
         none = [weight.new_empty(0) for weight in weights]
-        biases = [
-            e if layer.bias is None or layer.bias.grad is None else layer.bias for layer, e in zip(layers, none, strict=True)
-        ]
+        biases = [layer.bias if layer.bias in gradients else e for layer, e in zip(layers, none, strict=True)]
         own = [groups[weight] for weight in weights]
         momenta: tuple[list[Tensor], list[Tensor]] = ([], [])
         if any(group["momentum"] != 0 for group in own):
             momenta = ([self._momentum(p) for p in weights], [self._momentum(p) for p in biases])
 
-        others = self._uncovered({*weights, *biases})
+        others = self._uncovered(gradients, {*weights, *biases})
         if layers:
             iterations = ops.eacg_update_(
                 [each["bias_hessian"] for each in covered.values()],
                 [each["mean_input"] for each in covered.values()],
-                [weight.grad for weight in weights],  # type: ignore[misc]
-                [e if bias is e else bias.grad for bias, e in zip(biases, none, strict=True)],  # type: ignore[misc]
+                [gradients[weight] for weight in weights],
+                [gradients.get(bias, e) for bias, e in zip(biases, none, strict=True)],
                 weights,
                 biases,
                 *momenta,
                 [float(group["lr"]) for group in own],
                 [float(group["alpha"]) for group in own],
                 [float(group["momentum"]) for group in own],
-                [float(group["weight_decay"]) for group in own],
+                [float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0 for group in own],
                 solver.max_cg,
                 solver.eps_cg,
                 solver.truncated,
             )
             if (iterations < 0).any():
                 bad = {layers[i]: "the solution overflows" for i in (iterations < 0).nonzero().flatten().tolist()}
-                raise RuntimeError(self._not_finite(bad, covered))
+                raise NonFiniteError(self._not_finite(bad, covered))
 
         self._fallback_update(others)
         self._commit(covered, factors, {})
@@ -307,19 +378,16 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         """A step whose size the quadratic model gives, checked before the parameters see it."""
         covered, group, steps = self._covered(factors), self.param_groups[0], self._steps()
         eta = {p: float(each["weight_decay"]) for each in self.param_groups for p in each["params"]}
-        grads = {
-            p: p.grad if eta[p] == 0 else p.grad.add(p, alpha=eta[p])
-            for each in self.param_groups for p in each["params"] if p.grad is not None
-        }  # fmt: skip
-        others = [p for p, *_ in self._uncovered({p for layer in covered for p in layer.parameters(recurse=False)})]
+        grads = self._gradients(coupled=True)
+        others = [p for p, *_ in self._uncovered(grads, {p for layer in covered for p in layer.parameters(recurse=False)})]
         parameters = [p.detach() for p in grads]
         local = LocalLoss(
             self._model, self.criterion, self._tape.losses, [self._parameter_names[p] for p in grads], self._subsample, steps,
-            self._tape,
+            self._tape, self._ranks,
         )  # fmt: skip
         before = local.value(parameters)
         if not math.isfinite(before):
-            raise RuntimeError(self._not_finite({}, covered))
+            raise NonFiniteError(self._not_finite({}, covered))
         tau, gamma = group["tau"], group["gamma"]
         if tau is None:
             scale = max(abs(before), torch.finfo(torch.float32).tiny)
@@ -349,7 +417,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             if not step.predicted < 0:  # no gradient to follow
                 step.delta = [torch.zeros_like(p) for p in parameters]
                 break
-            moved = [p + d for p, d in zip(parameters, step.delta, strict=True)]
+            moved = [(p + d).to(p.dtype) for p, d in zip(parameters, step.delta, strict=True)]
             # How far the loss is off its model, on the subsample, is an estimate of the same for the whole batch.
             excess = local.value(moved) - before - step.modelled
             rho = (step.undamped + excess) / step.predicted
