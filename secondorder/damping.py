@@ -8,8 +8,9 @@ regularised loss f(theta) + eta/2 |theta|^2 near theta is
 x^T G y = sum_i (J_i x)^T H_i (J_i y) takes one forward-mode product J x per vector, through the net as it was recorded.
 """
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from secondorder.activations import Analytic, derivatives
 from secondorder.criteria import analytic_hessian, autograd_hessian
 from secondorder.distributed import Ranks
 from secondorder.tape import LossCall, Tape
@@ -68,7 +70,7 @@ class LocalLoss:
         model: the recorded model.
         criterion: the recorded criterion; a mean over the instances, or a sum where its `reduction` says so.
         losses: what the tape recorded.
-        names: the names of the parameters it is a function of.
+        parameters: what it is a function of, with their names in the model.
         fraction: of each batch, in (0, 1]; but at least 100 instances, or all.
         offset: which instances: every (1 / fraction)-th from this one on.
         tape: muted during the evaluations.
@@ -79,12 +81,15 @@ class LocalLoss:
     """
 
     def __init__(
-        self, model: nn.Module, criterion: nn.Module, losses: list[LossCall], names: list[str], fraction: float, offset: int,
-        tape: Tape, ranks: Ranks | None = None,
+        self, model: nn.Module, criterion: nn.Module, losses: list[LossCall], parameters: dict[Tensor, str], fraction: float,
+        offset: int, tape: Tape, ranks: Ranks | None = None,
     ):  # fmt: skip
-        self.model, self.criterion, self.names, self.tape, self.ranks = model, criterion, names, tape, ranks
+        self.model, self.criterion, self.names, self.tape = model, criterion, list(parameters.values()), tape
+        self.ranks = ranks
+        self.here = [p.detach() for p in parameters]
+        self.generator_state = torch.Generator().manual_seed(offset).get_state()
         self.seed = offset
-        self.pieces = []
+        self.pieces: list[_Piece] = []
         for loss in losses:
             if loss.inputs is None:
                 raise RuntimeError(
@@ -98,78 +103,198 @@ class LocalLoss:
             if getattr(criterion, "reduction", "mean") == "sum":
                 scale *= batch / len(range(batch)[keep])
             arguments = (loss.inputs.args, loss.inputs.kwargs, loss.args, loss.kwargs)
-            self.pieces.append((*_rows(arguments, batch, keep), scale))
+            args, kwargs, targets, options = _rows(arguments, batch, keep)
+            chain = _chain(loss, list(parameters), batch)
+            self.pieces.append(_Piece(args, kwargs, targets, options, scale, chain and chain.rows(keep)))
 
     def value(self, parameters: list[Tensor]) -> float:
         """The loss at these values."""
-        if self.ranks is None:
-            return self._value(parameters)
-        return float(self.ranks.mean(lambda: torch.tensor(self._value(parameters), dtype=torch.float64)))
+        return self._mean(lambda: self._value(parameters))
 
     def _value(self, parameters: list[Tensor]) -> float:
         total = 0.0
         with torch.no_grad(), self._replayed():
-            for args, kwargs, targets, options, scale in self.pieces:
-                total += scale * float(self.criterion(self._output(parameters, args, kwargs), *targets, **options))
+            for piece in self.pieces:
+                output = self._output(parameters, piece)
+                total += piece.scale * float(self.criterion(output, *piece.targets, **piece.options))
         return total
 
-    def products(self, parameters: list[Tensor], vectors: list[list[Tensor]]) -> tuple[float, Tensor, Tensor]:
-        """The loss, x_k^T g [k], and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU.
+    @functools.cached_property
+    def start(self) -> float:
+        """The loss at the parameters' own values."""
+        return self._mean(lambda: sum(piece.scale * float(top.loss) for piece, top in zip(self.pieces, self._tops, strict=True)))
+
+    def _mean(self, compute: Callable[[], float]) -> float:
+        """The mean over ranks."""
+        if self.ranks is None:
+            return compute()
+        return float(self.ranks.mean(lambda: torch.tensor(compute(), dtype=torch.float64)))
+
+    def products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+        """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU.
 
         H_i is the criterion's Hessian for each instance where it is known to be convex, else Pos-Eig_{-1} of its mean.
         """
         if self.ranks is None:
-            return self._products(parameters, vectors)
+            return self._products(vectors)
+        packed = self.ranks.mean(lambda: torch.cat([t.flatten() for t in self._products(vectors)]))
+        return packed[: len(vectors)], packed[len(vectors) :].view(len(vectors), -1)
 
-        def packed() -> Tensor:
-            value, first, second = self._products(parameters, vectors)
-            return torch.cat([first.new_tensor([value]), first, second.flatten()])
-
-        value, first, second = self.ranks.mean(packed).split([1, len(vectors), len(vectors) ** 2])
-        return float(value), first, second.view(len(vectors), -1)
-
-    def _products(self, parameters: list[Tensor], vectors: list[list[Tensor]]) -> tuple[float, Tensor, Tensor]:
-        value, first = 0.0, torch.zeros(len(vectors), dtype=torch.float64)
+    def _products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+        first = torch.zeros(len(vectors), dtype=torch.float64)
         second = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-        for args, kwargs, targets, options, scale in self.pieces:
-            tangents = []
-            for vector in vectors:
-                with torch.no_grad(), self._replayed():
-                    z, tangent = jvp(  # type: ignore[misc]
-                        lambda *p, a=args, k=kwargs: self._output(list(p), a, k),
-                        tuple(parameters),
-                        tuple(v.to(p.dtype) for v, p in zip(vector, parameters, strict=True)),
-                    )
-                tangents.append(tangent)
-            with torch.enable_grad(), self._replayed():
-                leaf = z.detach().requires_grad_()
-                output = leaf.view_as(leaf)
-                loss = self.criterion(output, *targets, **options)
-                (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-                hessian = analytic_hessian(self.criterion, z, *targets, **options)
-                if hessian is not None and hessian.convex:
-                    curved = [torch.autograd.grad(gradient, leaf, t, retain_graph=True)[0] for t in tangents]
-                else:
-                    assert output.grad_fn is not None
-                    mean = autograd_hessian(loss, output.grad_fn) if hessian is None else hessian
-                    matrix = mean.positive(-1.0) * (z.shape[-1] / z.numel())
-                    curved = [t @ matrix for t in tangents]
-            value += scale * float(loss.detach())
-            # A negative scale, of a loss that is maximised, would make G negative.
-            first += scale * torch.stack([(gradient.detach() * t).sum() for t in tangents]).double().cpu()
-            second += abs(scale) * torch.stack([torch.stack([(x * y).sum() for y in curved]) for x in tangents]).double().cpu()
-        return value, first, (second + second.T) / 2
+        for piece, top in zip(self.pieces, self._tops, strict=True):
+            tangents = self._tangents(piece, vectors).flatten(1)
+            curved = torch.stack([top.product(t.view_as(top.gradient)) for t in tangents]).flatten(1)
+            first += piece.scale * (tangents @ top.gradient.reshape(-1)).double().cpu()
+            second += abs(piece.scale) * (tangents @ curved.T).double().cpu()  # a loss that is maximised has a negative one
+        return first, (second + second.T) / 2
 
-    def _output(self, parameters: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    @functools.cached_property
+    def _tops(self) -> list["_Top"]:
+        """The criterion at the outputs of each piece."""
+        tops = []
+        for piece in self.pieces:
+            with self._replayed():
+                if piece.chain is None:
+                    with torch.no_grad():
+                        z = _widened(self._output(self.here, piece))
+                else:
+                    z = piece.chain.output
+                tops.append(_Top(self.criterion, z, piece.targets, piece.options))
+        return tops
+
+    def _tangents(self, piece: "_Piece", vectors: list[list[Tensor]]) -> Tensor:
+        """J x of every vector, [k, *output.shape]."""
+        if piece.chain is not None:
+            return piece.chain.tangents(vectors)
+        tangents = []
+        for vector in vectors:
+            with torch.no_grad(), self._replayed():
+                _, tangent = jvp(  # type: ignore[misc]
+                    lambda *p: self._output(list(p), piece),
+                    tuple(self.here),
+                    tuple(v.to(p.dtype) for v, p in zip(vector, self.here, strict=True)),
+                )
+            tangents.append(_widened(tangent))
+        return torch.stack(tangents)
+
+    def _output(self, parameters: list[Tensor], piece: "_Piece") -> Tensor:
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        return functional_call(self.model, {**buffers, **dict(zip(self.names, parameters, strict=True))}, args, kwargs)
+        values = {**buffers, **dict(zip(self.names, parameters, strict=True))}
+        return functional_call(self.model, values, piece.args, piece.kwargs)
 
     @contextmanager
     def _replayed(self) -> Iterator[None]:
-        devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
+        devices = {p.device for p in self.here if p.device.type == "cuda"}
         with _ONE_AT_A_TIME, torch.random.fork_rng(devices=list(devices)), self.tape.muted():
-            torch.manual_seed(self.seed)
+            torch.set_rng_state(self.generator_state)  # manual_seed takes a hundred times as long
+            if devices:
+                torch.cuda.manual_seed_all(self.seed)
             yield
+
+
+@dataclass
+class _Piece:
+    """The kept instances of one recorded loss."""
+
+    args: tuple[Any, ...]  # of the model
+    kwargs: dict[str, Any]
+    targets: tuple[Any, ...]  # of the criterion, after the output
+    options: dict[str, Any]
+    scale: float  # the loss enters with this factor
+    chain: "_Chain | None"
+
+
+class _Top:
+    """The criterion at an output z: its loss, the gradient there, and products with its positive semi-definite Hessian."""
+
+    def __init__(self, criterion: nn.Module, z: Tensor, targets: tuple[Any, ...], options: dict[str, Any]):
+        with torch.enable_grad():
+            self.leaf = z.detach().requires_grad_()
+            output = self.leaf.view_as(self.leaf)
+            loss = criterion(output, *targets, **options)
+            (self._gradient,) = torch.autograd.grad(loss, self.leaf, create_graph=True)
+            hessian = analytic_hessian(criterion, z, *targets, **options)
+            self.matrix: Tensor | None = None
+            if hessian is None or not hessian.convex:
+                assert output.grad_fn is not None
+                mean = autograd_hessian(loss, output.grad_fn) if hessian is None else hessian
+                self.matrix = mean.positive(-1.0) * (z.shape[-1] / z.numel())
+        self.loss, self.gradient = loss.detach(), self._gradient.detach()
+
+    def product(self, tangent: Tensor) -> Tensor:
+        """H_i t_i of every instance, of z's shape."""
+        if self.matrix is not None:
+            return tangent @ self.matrix
+        return torch.autograd.grad(self._gradient, self.leaf, tangent, retain_graph=True)[0]
+
+
+@dataclass
+class _Chain:
+    """A net that is linear layers with known activations between them and nothing else, as it was recorded.
+
+    The forward-mode product then needs neither the model nor its activations again, and takes all vectors at once:
+
+        t_1 = h_0 V_1^T + v_1,   t_l = (d1_{l-1} * t_{l-1}) W_l^T + h_{l-1} V_l^T + v_l.
+    """
+
+    layers: list[nn.Linear]
+    places: list[tuple[int | None, int | None]]  # of each layer's weight and bias among the parameters
+    inputs: list[Tensor]  # h [m, ..., n_in]
+    transfers: list[Analytic]  # to the next layer, one fewer
+    output: Tensor  # [m, ...]
+
+    def rows(self, keep: slice) -> "_Chain":
+        """The same for these instances alone."""
+        transfers = [Analytic(t.activation, t.parameter, _widened(t.saved[keep])) for t in self.transfers]
+        inputs = [_widened(h[keep]) for h in self.inputs]
+        return _Chain(self.layers, self.places, inputs, transfers, _widened(self.output[keep]))
+
+    def tangents(self, vectors: list[list[Tensor]]) -> Tensor:
+        """J x of every vector, [k, *output.shape]."""
+        t: Tensor | None = None
+        for depth, (layer, (weight, bias), h) in enumerate(zip(self.layers, self.places, self.inputs, strict=True)):
+            flat = h.reshape(-1, h.shape[-1])
+            new = flat.new_zeros(len(vectors), len(flat), layer.out_features)
+            for k, vector in enumerate(vectors):
+                if weight is not None:
+                    torch.mm(flat, vector[weight].T, out=new[k])
+                if bias is not None:
+                    new[k] += vector[bias]
+            if t is not None:
+                d1, _ = derivatives(self.transfers[depth - 1])
+                new += ((t * d1.reshape(t.shape[1:])).flatten(0, 1) @ _widened(layer.weight.detach()).T).view_as(new)
+            t = new
+        assert t is not None
+        return t.view(len(vectors), *self.output.shape)
+
+
+def _chain(loss: LossCall, parameters: list[Tensor], batch: int) -> _Chain | None:
+    """The recorded net, if it is a chain that depends on these parameters alone and has one row for each instance."""
+    assert loss.inputs is not None
+    if loss.output is None or loss.output.dim() == 0 or len(loss.output) != batch:
+        return None
+    place = {p: i for i, p in enumerate(parameters)}
+    calls, transfers = [loss.sources[0]], []
+    while calls[-1].inputs_from:
+        links = calls[-1].inputs_from
+        if len(links) > 1 or not isinstance(links[0].transfer, Analytic):
+            return None
+        transfers.append(links[0].transfer)
+        calls.append(links[0].source)
+    layers = [call.layer for call in reversed(calls)]
+    own = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+    given = [leaf for leaf in tree_leaves((loss.inputs.args, loss.inputs.kwargs)) if isinstance(leaf, Tensor)]
+    first = calls[-1].input
+    # Whatever stands before the first layer, a random or a trainable one, say, would have to be evaluated anew.
+    if not any(first.data_ptr() == leaf.data_ptr() and first.numel() == leaf.numel() for leaf in given):
+        return None
+    inputs = [call.input for call in reversed(calls)]
+    if not place.keys() <= set(own) or any(len(h) != batch for h in inputs):
+        return None
+    places = [(place.get(layer.weight), None if layer.bias is None else place.get(layer.bias)) for layer in layers]
+    return _Chain(layers, places, inputs, transfers[::-1], loss.output)
 
 
 @dataclass
@@ -183,31 +308,31 @@ class Step:
     modelled: float  # the loss' change by the Gauss-Newton model of the subsample alone, without eta
 
 
-def best_step(
-    local: LocalLoss, parameters: list[Tensor], gradients: list[Tensor], vectors: list[list[Tensor]], tau: float, eta: list[float]
-) -> Step:
+def best_step(local: LocalLoss, gradients: list[Tensor], vectors: list[list[Tensor]], tau: float, eta: list[float]) -> Step:
     """Minimises q over the span of `vectors`: step size, and momentum with two (Botev et al., Eq. 39 to 41).
 
     Args:
         local: gives G, on its subsample.
-        parameters: theta, a list of tensors.
         gradients: g + eta theta of the whole batch.
         vectors: the new direction, and the previous update if there is one.
         tau: >= 0.
         eta: a weight decay for each parameter.
     """
-    _, first, gram = local.products(parameters, vectors)
-    slope = torch.stack([_dot(x, gradients) for x in vectors])
-    inner = torch.stack([torch.stack([_dot(x, y) for y in vectors]) for x in vectors])
-    decay = torch.stack([torch.stack([_dot(x, y, eta) for y in vectors]) for x in vectors])
+    first, gram = local.products(vectors)
+    slope = _dots(vectors, [gradients])[:, 0]
+    inner = _dots(vectors, vectors)
+    decay = _dots(vectors, vectors, eta) if any(eta) else torch.zeros_like(inner)
     c = gram + tau * inner + decay
     # Two nearly parallel vectors make C singular; scaled to a unit diagonal, what is below rounding is left out.
     unit = c.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
     coefficients = -unit * (torch.linalg.pinv(unit[:, None] * c * unit, rtol=1e-10, hermitian=True) @ (unit * slope))
-    delta = [sum(float(k) * v for k, v in zip(coefficients, each, strict=True)) for each in zip(*vectors, strict=True)]
+    scales = coefficients.tolist()
+    delta = torch._foreach_mul(vectors[0], scales[0])
+    for scale, vector in zip(scales[1:], vectors[1:], strict=True):
+        torch._foreach_add_(delta, vector, alpha=scale)
     half = coefficients / 2
     return Step(
-        delta,  # type: ignore[arg-type]
+        list(delta),
         coefficients,
         float(coefficients @ slope + half @ c @ coefficients),
         float(coefficients @ slope + half @ (gram + decay) @ coefficients),
@@ -215,9 +340,17 @@ def best_step(
     )
 
 
-def _dot(x: list[Tensor], y: list[Tensor], weights: list[float] | None = None) -> Tensor:
-    products = torch.stack([(a * b).sum() for a, b in zip(x, y, strict=True)]).double().cpu()
-    return products.sum() if weights is None else products @ torch.tensor(weights, dtype=torch.float64)
+def _dots(xs: list[list[Tensor]], ys: list[list[Tensor]], weights: list[float] | None = None) -> Tensor:
+    """x^T diag(weights) y of all pairs [len(xs), len(ys)], in float64 on the CPU."""
+    products = [[torch.dot(a.flatten(), b.flatten()) for a, b in zip(x, y, strict=True)] for x in xs for y in ys]
+    sums = torch.stack([torch.stack(each) for each in products]).double().cpu()
+    sums = sums.sum(1) if weights is None else sums @ torch.tensor(weights, dtype=torch.float64)
+    return sums.view(len(xs), len(ys))
+
+
+def _widened(t: Tensor) -> Tensor:
+    """At least in float32."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _batch_size(arguments: Any) -> int:

@@ -13,10 +13,10 @@ differ in A and in exactness:
 | `ea-cg`           | a a^T (Eq. 11b)                | closed form across a, CG along it          |
 | `ea-cg-truncated` | a a^T                          | the paper's CG iterates                    |
 | `kron-cg`         | E[h h^T] (Eq. 11a)             | CG                                         |
-| `kfi`             | E[h h^T], factored damping     | two Cholesky factorisations (Eq. 12)       |
-| `kfi-rank-one`    | a a^T, factored damping        | Cholesky and Sherman-Morrison (Eq. 13)     |
+| `kfi`             | E[h h^T], factored damping     | two inverses (Eq. 12)                      |
+| `kfi-rank-one`    | a a^T, factored damping        | inverse and Sherman-Morrison (Eq. 13)      |
 | `exact`           | E[h h^T]                       | both eigendecompositions                   |
-| `ea-isotropic`    | a a^T + rho I (docs/math.md)   | three Cholesky factorisations of n_out     |
+| `ea-isotropic`    | a a^T + rho I (docs/math.md)   | three inverses of [n_out, n_out]           |
 
 Every statistic of the input is an expectation, so that averages of it over steps are statistics again.
 """
@@ -139,20 +139,20 @@ class KFI:
         else:
             moment = factors["input_second_moment"]
             pi = _balance(moment.trace() / len(moment), h)
-            prepared = {"input_cholesky": cholesky(_shifted(moment, 1.0, pi * root), "input second moment")}
+            prepared = {"input_inverse": inverse(_shifted(moment, 1.0, pi * root), "input second moment")}
         shifted = torch.stack([_shifted(h, 1.0, root / pi), _shifted(h, 1.0, damping)])
-        return {**prepared, "hessian_cholesky": cholesky(shifted, "bias Hessian")}
+        return {**prepared, "hessian_inverses": inverse(shifted, "bias Hessian")}
 
     def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See `Solver`."""
-        factor, bias_factor = prepared["hessian_cholesky"]
-        left = -torch.cholesky_solve(grad_weight, factor)
+        weight_inverse, bias_inverse = prepared["hessian_inverses"]
+        left = (weight_inverse @ grad_weight).neg_()
         if "mean_input" in prepared:
             a, shift = prepared["mean_input"], prepared["input_shift"]
-            weight = (left - torch.outer(left @ a / (shift + a @ a), a)) / shift
+            weight = left.addr_(left @ a / (shift + a @ a), a, alpha=-1).div_(shift)
         else:
-            weight = torch.cholesky_solve(left.T, prepared["input_cholesky"]).T.contiguous()
-        return weight, _solve_vector(bias_factor, grad_bias)
+            weight = left @ prepared["input_inverse"]
+        return weight, None if grad_bias is None else -(bias_inverse @ grad_bias)
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Isotropic:
 
     def statistics(self, input: Tensor) -> Factors:
         """See `Solver`."""
-        return {"mean_input": input.mean(0), "mean_square_input": input.square().sum(1).mean()}
+        return {"mean_input": input.mean(0), "mean_square_input": torch.linalg.vector_norm(input).square() / len(input)}
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
@@ -198,32 +198,34 @@ class Isotropic:
         s = a @ a
         rho = ((factors["mean_square_input"] - s) / len(a)).clamp(min=0)
         systems = torch.stack([_shifted(h, scale * c, damping) for c in (rho, s + rho, 1.0)])
-        return {"mean_input": a, "hessian_cholesky": cholesky(systems, "bias Hessian")}
+        return {"mean_input": a, "hessian_inverses": inverse(systems, "bias Hessian")}
 
     def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See `Solver`."""
-        across, along, bias_factor = prepared["hessian_cholesky"]
+        across, along, bias_inverse = prepared["hessian_inverses"]
         a = prepared["mean_input"]
         s = a @ a
         u = grad_weight @ a
         unit = torch.where(s > 0, a / s, 0)
-        rest = torch.cholesky_solve(torch.addr(grad_weight, u, unit, alpha=-1), across)
-        q = torch.cholesky_solve(u.unsqueeze(1), along).squeeze(1)
-        return torch.addr(rest, q, unit).neg_(), _solve_vector(bias_factor, grad_bias)
+        # M^{-1} (B - u a^T / s) + q a^T / s: the two terms along a are one outer product.
+        weight = torch.addr(across @ grad_weight, along @ u - across @ u, unit).neg_()
+        return weight, None if grad_bias is None else -(bias_inverse @ grad_bias)
 
 
-def cholesky(matrix: Tensor, name: str) -> Tensor:
-    """The lower Cholesky factor of a positive semi-definite matrix [..., n, n] that rounding may have left indefinite.
+def inverse(matrix: Tensor, name: str) -> Tensor:
+    """The inverse of a positive semi-definite matrix [..., n, n] that rounding may have left indefinite.
+
+    A product with it is several times as fast as the two triangular solves with a Cholesky factor.
 
     Raises:
         RuntimeError: it holds NaN or inf; the message names it.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     if not info.any():
-        return factor
+        return torch.cholesky_inverse(factor)
     values, vectors = _eigh(matrix.double(), name)
     floor = values.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) * torch.finfo(matrix.dtype).eps
-    return torch.linalg.cholesky((vectors * values.clamp(min=floor).unsqueeze(-2)) @ vectors.mT).to(matrix.dtype)
+    return ((vectors / values.clamp(min=floor).unsqueeze(-2)) @ vectors.mT).to(matrix.dtype)
 
 
 def eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -267,10 +269,6 @@ def _balance(mean_a: Tensor, hessian: Tensor) -> Tensor:
     mean_h = hessian.trace() / len(hessian)
     pi = (mean_a / mean_h).sqrt()
     return torch.where((mean_a > 0) & (mean_h > 0) & torch.isfinite(pi), pi, torch.ones_like(pi))
-
-
-def _solve_vector(factor: Tensor, grad_bias: Tensor | None) -> Tensor | None:
-    return None if grad_bias is None else -torch.cholesky_solve(grad_bias.unsqueeze(1), factor).squeeze(1)
 
 
 # name -> the solver, given max_cg, eps_cg and the budget of elements of an input factor

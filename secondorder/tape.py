@@ -84,6 +84,7 @@ class LossCall:
     loss: Tensor  # the scalar it returned, detached
     mean: bool  # whether it is a mean over instances, rather than their sum
     inputs: ModelCall | None = None  # of the model, where the criterion's first argument is its very output
+    output: Tensor | None = None  # that output, where it is also the one source's, at most reshaped
     args: tuple[Any, ...] = ()  # of the criterion after the output, kept together with `inputs`
     kwargs: dict[str, Any] = field(default_factory=dict)
     blocks: dict[LayerCall, Tensor] = field(default_factory=dict)  # sum of delta delta^T [n_out, n_out] over its columns
@@ -187,8 +188,11 @@ class Tape:
         A graph that somebody still holds (by its loss, say) then keeps none of the tape's tensors alive.
         """
         for loss in self._losses:
+            calls = loss.calls()
             loss.scale, loss.released = None, release
-            for call in loss.calls():
+            if release:
+                loss.inputs = loss.output = None
+            for call in calls:
                 call.grad_output = None
                 for link in call.inputs_from:
                     link.grad = None
@@ -328,12 +332,15 @@ class Tape:
             call.inputs = _metadata(args[0].grad_fn).get(self._key + ".model")
             if call.inputs is not None:
                 call.args, call.kwargs = _detached((args[1:], kwargs))
+                if len(nodes) == 1 and _is_view_of(args[0], nodes[0]):
+                    call.output = args[0].detach()
         if self.columns is not None:
             with self.muted():
                 call.blocks = self._blocks(*self.columns(criterion, loss, nodes[0] if len(nodes) == 1 else None, args, kwargs))
         elif len(nodes) == 1:
             output = args[0] if args else None
-            if isinstance(output, Tensor) and _is_view_of(output, nodes[0], call.sources[0].layer.out_features):
+            width = call.sources[0].layer.out_features
+            if isinstance(output, Tensor) and output.dim() > 0 and output.shape[-1] == width and _is_view_of(output, nodes[0]):
                 call.hessian = analytic_hessian(criterion, output.detach(), *args[1:], **kwargs)
             if call.hessian is None:
                 with self.muted():
@@ -439,7 +446,7 @@ class _Hook:
         self.method = method
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
-        if not torch.is_grad_enabled() or not (module.training or self.method == "_on_criterion"):
+        if not torch.is_grad_enabled() or (self.method == "_on_layer" and not module.training):
             return
         tape = self.tape and self.tape()
         if tape is not None:
@@ -517,15 +524,17 @@ def _source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Nod
 
 
 # The last is DistributedDataParallel's, around the output.
-_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "_DDPSinkBackward")
+_RESHAPING = {
+    "ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward", "_DDPSinkBackward",
+}  # fmt: skip
 
 
-def _is_view_of(output: Tensor, source: Node, width: int) -> bool:
-    """Whether `output` is the tensor of `source`, at most reshaped with its last dimension kept."""
+def _is_view_of(output: Tensor, source: Node) -> bool:
+    """Whether `output` is the tensor of `source`, at most reshaped."""
     node = output.grad_fn
-    while node is not None and node is not source and node.name() in _VIEWS:
+    while node is not None and node is not source and node.name().rstrip("0123456789") in _RESHAPING:
         node = node.next_functions[0][0]
-    return node is source and output.dim() > 0 and output.shape[-1] == width
+    return node is source
 
 
 def _consumers_first(

@@ -310,8 +310,9 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             prepared[layer], directions[weight] = ready, p
             if d is not None:
                 directions[bias] = d
-            if not (torch.isfinite(p).all() and (d is None or torch.isfinite(d).all())):
-                bad.append((layer, "the solution overflows"))
+        if not all_finite(list(directions.values())):
+            own = {layer: [directions[p] for p in layer.parameters(recurse=False) if p in directions] for layer in prepared}
+            bad += [(layer, "the solution overflows") for layer, tensors in own.items() if not all_finite(tensors)]
         if bad:
             raise NonFiniteError(self._not_finite(dict(bad), covered))
         return directions, prepared
@@ -380,17 +381,15 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         eta = {p: float(each["weight_decay"]) for each in self.param_groups for p in each["params"]}
         grads = self._gradients(coupled=True)
         others = [p for p, *_ in self._uncovered(grads, {p for layer in covered for p in layer.parameters(recurse=False)})]
-        parameters = [p.detach() for p in grads]
         local = LocalLoss(
-            self._model, self.criterion, self._tape.losses, [self._parameter_names[p] for p in grads], self._subsample, steps,
+            self._model, self.criterion, self._tape.losses, {p: self._parameter_names[p] for p in grads}, self._subsample, steps,
             self._tape, self._ranks,
         )  # fmt: skip
-        before = local.value(parameters)
-        if not math.isfinite(before):
+        if not math.isfinite(local.start):
             raise NonFiniteError(self._not_finite({}, covered))
         tau, gamma = group["tau"], group["gamma"]
         if tau is None:
-            scale = max(abs(before), torch.finfo(torch.float32).tiny)
+            scale = max(abs(local.start), torch.finfo(torch.float32).tiny)
             tau, gamma = rule.tau * scale, None if rule.gamma is None else rule.gamma * scale
         previous: list[Tensor] | None = None
         if rule.momentum and all("momentum" in self.state.get(p, {}) for p in grads):
@@ -400,10 +399,11 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             # The solvers know one damping for all layers: eta is the first group's.
             damping = (tau if gamma is None else gamma) + float(group["weight_decay"])
             directions, prepared = self._directions(covered, grads, 1.0, damping, fresh)
-            gain = _norm(directions.values()) / max(_norm(grads[p] for p in directions), torch.finfo(torch.float32).tiny)
-            directions |= {p: -grads[p] * gain for p in others}
+            if others:
+                gain = _norm(directions.values()) / max(_norm(grads[p] for p in directions), torch.finfo(torch.float32).tiny)
+                directions |= {p: -grads[p] * gain for p in others}
             vectors = [[directions[p] for p in grads]] + ([] if previous is None else [previous])
-            return best_step(local, parameters, list(grads.values()), vectors, tau, [eta[p] for p in grads]), prepared
+            return best_step(local, list(grads.values()), vectors, tau, [eta[p] for p in grads]), prepared
 
         rho = None
         for attempt in range(rule.tries + 1):
@@ -415,19 +415,19 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 choices += [(*proposal(tau, g, fresh=True), g) for g in (gamma * factor, gamma / factor)]
                 step, prepared, gamma = min(choices, key=lambda choice: choice[0].predicted)
             if not step.predicted < 0:  # no gradient to follow
-                step.delta = [torch.zeros_like(p) for p in parameters]
+                step.delta = [torch.zeros_like(p) for p in grads]
                 break
-            moved = [(p + d).to(p.dtype) for p, d in zip(parameters, step.delta, strict=True)]
+            moved = [(p + d).to(p.dtype) for p, d in zip(local.here, step.delta, strict=True)]
             # How far the loss is off its model, on the subsample, is an estimate of the same for the whole batch.
-            excess = local.value(moved) - before - step.modelled
+            excess = local.value(moved) - local.start - step.modelled
             rho = (step.undamped + excess) / step.predicted
-            if math.isfinite(rho) and rho > 0 and all(torch.isfinite(p).all() for p in moved):
+            if math.isfinite(rho) and rho > 0 and all_finite(moved):
                 break
             previous, rho = None, None
             tau *= 4
             gamma = None if gamma is None else 4 * gamma
         else:
-            step.delta = [torch.zeros_like(p) for p in parameters]
+            step.delta = [torch.zeros_like(p) for p in grads]
             prepared = {}
 
         if rho is not None and steps % rule.every == rule.every - 1:
@@ -472,6 +472,11 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             f"{type(self).__name__}.step(): {'; '.join(parts)}. No parameter and no state has changed; skip this batch, or "
             "lower lr or raise alpha if the training has diverged."
         )
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether no tensor holds NaN or inf, nor so large numbers that their sum does; waits for the device once."""
+    return bool(torch.stack([t.sum() for t in tensors]).isfinite().all()) if tensors else True
 
 
 def _norm(tensors: Any) -> float:
