@@ -183,7 +183,7 @@ class GaussNewton(Recursion):
 class FromColumns(Curvature):
     """H = sum_i sum_c delta_ic delta_ic^T of columns at the network's output."""
 
-    def columns(  # type: ignore[override]  # a method here, None in the base
+    def columns(  # a method here, None in the base
         self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[GradientEdge, OutputRoot]:
         """Where the columns start, and a root of which they are the columns."""

@@ -481,7 +481,7 @@ class _EagerHandle:
     def __init__(self, module: nn.Module):
         self.module = weakref.ref(module)
         if "forward" not in vars(module):
-            module.forward = _Eager(module)  # type: ignore[method-assign]
+            module.forward = _Eager(module)
 
     def remove(self) -> None:
         module = self.module()

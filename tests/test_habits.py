@@ -2,7 +2,12 @@
 
 import copy
 import io
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 import warnings
 
 import pytest
@@ -610,3 +615,56 @@ def test_same_seed_same_bits(name):
         train(model, optimizer, range(5), m=300, dtype=torch.float32)
         runs.append(everything(model, optimizer))
     assert_same(*runs)
+
+
+# --- processes -----------------------------------------------------------------------------------------------------------------
+
+SAVES_FOREVER = """
+import os, sys, torch
+from torch import nn
+import secondorder as so
+model = nn.Sequential(nn.Linear(2000, 500), nn.Tanh(), nn.Linear(500, 3))
+optimizer = so.EACG(model, nn.CrossEntropyLoss())
+optimizer.criterion(model(torch.randn(8, 2000)), torch.randint(3, (8,))).backward()
+optimizer.step()
+path = sys.argv[1]
+while True:
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path + ".new")
+    os.replace(path + ".new", path)
+    print("saved", flush=True)
+"""
+
+
+def test_a_kill_while_saving_leaves_a_loadable_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVES_FOREVER, str(path)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.getcwd()}
+    )
+    try:
+        assert process.stdout.readline() == b"saved\n"
+        for attempt in range(20):  # stopped where it stands, it leaves what a kill there leaves
+            time.sleep(0.003 * attempt)
+            process.send_signal(signal.SIGSTOP)
+            saved = torch.load(path, weights_only=True)
+            assert saved["optimizer"]["state"][0]["bias_hessian"].shape == (500, 500)
+            process.send_signal(signal.SIGCONT)
+    finally:
+        process.kill()
+        process.wait()
+    torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("name", ["EACG", "EACG-none", "KBFGS"])
+def test_workers_of_a_data_loader_by_fork(name):
+    def run(workers):
+        model = network()
+        optimizer = ALL[name](model, nn.CrossEntropyLoss())
+        x, y = batch(m=40)
+        context = "fork" if workers else None
+        data = torch.utils.data.TensorDataset(x, y)
+        for _ in range(2):
+            for batch_x, batch_y in torch.utils.data.DataLoader(data, 8, num_workers=workers, multiprocessing_context=context):
+                step(model, optimizer, batch_x, batch_y)
+        return parameters(model)
+
+    assert torch.equal(run(0), run(2))
