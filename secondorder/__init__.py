@@ -18,9 +18,13 @@ except ImportError as error:
     ) from error
 
 from secondorder import criteria, diagnostics, ops, reference
+from secondorder.errors import NonFiniteError
 from secondorder.optim import EACG, KBFGS, KBFGSL, KFAC, KFLR, KFRA
 
-__all__ = ["EACG", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "build_info", "criteria", "diagnostics", "ops", "reference"]
+__all__ = [
+    "EACG", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "NonFiniteError",
+    "build_info", "criteria", "diagnostics", "ops", "reference",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder.activations import irregular
+from secondorder.errors import NonFiniteError
 from secondorder.reference import pos_eig
 
 
@@ -35,7 +36,7 @@ class OutputHessian:
         """Pos-Eig_gamma(H) (Chen et al., Eq. 8a), dense [K, K].
 
         Raises:
-            ValueError: H has entries that are not finite.
+            NonFiniteError: H has entries that are not finite.
         """
         if self.values.dim() == 1:
             return torch.diag(self.values if self.convex else pos_eig(self.values, gamma))
@@ -49,7 +50,8 @@ class OutputHessian:
         """H itself, dense [K, K], which Gauss-Newton needs to be positive semi-definite.
 
         Raises:
-            ValueError: it is not, or has entries that are not finite.
+            NonFiniteError: it has entries that are not finite.
+            ValueError: it is not positive semi-definite.
         """
         if not self.convex:
             dense = torch.diag(self.values) if self.values.dim() == 1 else self.values
@@ -207,7 +209,10 @@ def autograd_root(loss: Tensor, source: Node) -> OutputRoot:
     if rows is None:
         _check_semidefinite(diagonal, diagonal.dtype)
         return GaussianRoot(diagonal.clamp(min=0).sqrt())
-    eigenvalues, vectors = torch.linalg.eigh(_finite(torch.stack(list(rows), -1)).double())
+    hessians = torch.stack(list(rows), -1)
+    if not torch.isfinite(hessians).all():
+        return DenseRoot(hessians)  # NaN is left to the step's own check
+    eigenvalues, vectors = torch.linalg.eigh(_finite(hessians).double())
     _check_semidefinite(eigenvalues, diagonal.dtype)
     return DenseRoot((vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)).to(diagonal.dtype))
 
@@ -239,13 +244,13 @@ def _autograd_rows(loss: Tensor, source: Node) -> tuple[Tensor, Iterator[Tensor]
 
 def _finite(hessian: Tensor) -> Tensor:
     if not torch.isfinite(hessian).all():
-        raise ValueError("expected a finite Hessian of the criterion with respect to the network output, got NaN or inf")
+        raise NonFiniteError("expected a finite Hessian of the criterion with respect to the network output, got NaN or inf")
     return (hessian + hessian.mT) / 2
 
 
 def _check_semidefinite(eigenvalues: Tensor, dtype: torch.dtype) -> None:
     lowest, tolerance = eigenvalues.min(), torch.finfo(dtype).eps ** 0.5 * eigenvalues.abs().max()
-    if not lowest >= -tolerance:
+    if lowest < -tolerance:  # NaN is left to the step's own check
         raise ValueError(
             "expected a criterion whose Hessian with respect to the network output is positive semi-definite, got the eigenvalue "
             f"{lowest:.3g}; the Gauss-Newton matrix is then indefinite: use the positive-curvature Hessian, curvature='pch-abs' "

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder import ops
+from secondorder import activations, ops
 from secondorder.activations import Analytic, rows
 from secondorder.criteria import LikelihoodRoot, OutputHessian, OutputRoot, autograd_root, likelihood_root
+from secondorder.distributed import Term
+from secondorder.reference import pos_eig
 from secondorder.tape import Columns, LayerRecord
 
 
@@ -37,19 +39,32 @@ class Curvature:
     grad_outputs = False
     columns: Columns | None = None
 
-    def bias_hessians(self, records: list[LayerRecord]) -> dict[nn.Linear, Tensor]:
+    def bias_hessians(
+        self, records: list[LayerRecord], averaged: dict[nn.Linear, dict[str, Tensor]] | None = None
+    ) -> dict[nn.Linear, Tensor]:
         """H of every recorded layer, in the dtype of its weight (at least float32).
 
         The tensors are new: whoever asked for them may write into them.
 
         Args:
             records: in the recursion's order, as `Tape.records` gives them.
+            averaged: every layer's `local` terms by name, averaged over ranks; None: this process is alone.
         """
         hessians: dict[nn.Linear, Tensor] = {}
         for record in records:
-            block = self._block(record, hessians)
-            hessians[record.layer] = block.to(torch.promote_types(record.layer.weight.dtype, torch.float32))
+            dtype = torch.promote_types(record.layer.weight.dtype, torch.float32)
+            layer = record.layer
+            block = self._block(record, hessians) if averaged is None else self._averaged(record, hessians, averaged[layer])
+            hessians[layer] = block.to(dtype)
         return hessians
+
+    def local(self, record: LayerRecord) -> list[Term]:
+        """What of this process's instances H depends on, to be averaged over ranks."""
+        return [Term("block", self._block(record, {}))]
+
+    def _averaged(self, record: LayerRecord, above: dict[nn.Linear, Tensor], terms: dict[str, Tensor]) -> Tensor:
+        """H of one layer from the averages of its `local` terms."""
+        return terms["block"]
 
     def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
         """H of one layer, given those of the layers after it."""
@@ -72,7 +87,38 @@ class Recursion(Curvature):
             return empirical_fisher(record)
         return self._step(record, above[record.next.layer], record.next.layer.weight.detach())
 
+    def local(self, record: LayerRecord) -> list[Term]:
+        """See `Curvature`."""
+        if record.losses:
+            top = self._output_hessian(record)
+            values = torch.diag(top.values) if top.values.dim() == 1 else top.values
+            return [Term("output Hessian", values), Term("convex", values.new_full((), float(top.convex)))]
+        if record.next is None:
+            return [Term("block", empirical_fisher(record))]
+        dtype = torch.promote_types(record.layer.weight.dtype, torch.float32)
+        d1, d2 = (None if d is None else d.to(dtype) for d in activations.derivatives(record.transfer()))
+        assert d1 is not None
+        one = d1.new_ones(1, 1)
+        # The recursion's own step from H = W = 1 is E[d1 d1^T].
+        moment = ops.bias_hessian(one, one.expand(1, d1.shape[1]), d1, None, None, 0.0)
+        grad = record.grad_activation() if self.diagonal else None
+        diagonal = d1.new_zeros(d1.shape[1]) if d2 is None or grad is None else (d2 * grad.to(dtype)).sum(0)
+        return [Term("E[d1 d1^T]", moment, len(d1)), Term("diagonal", diagonal)]
+
+    def _averaged(self, record: LayerRecord, above: dict[nn.Linear, Tensor], terms: dict[str, Tensor]) -> Tensor:
+        if record.losses:
+            return self._top(OutputHessian(terms["output Hessian"], bool(terms["convex"] == 1)))
+        if record.next is None:
+            return terms["block"]
+        hessian = above[record.next.layer]
+        weight = record.next.layer.weight.detach().to(hessian.dtype)
+        product = weight.T @ hessian @ weight
+        return (product + product.T) / 2 * terms["E[d1 d1^T]"] + torch.diag(pos_eig(terms["diagonal"], self.gamma))
+
     def _from_losses(self, record: LayerRecord) -> Tensor:
+        return self._top(self._output_hessian(record))
+
+    def _output_hessian(self, record: LayerRecord) -> OutputHessian:
         # The loss of each micro-batch enters backward() with a factor of its own, and so does its Hessian.
         total = None
         for loss in record.losses:
@@ -83,7 +129,7 @@ class Recursion(Curvature):
         assert total is not None
         # A negative factor, as for a loss that is maximised, turns a convex criterion into a concave one.
         convex = all(loss.hessian.convex and bool(loss.scale >= 0) for loss in record.losses)  # type: ignore[union-attr,operator]
-        return self._top(type(hessian)(total, convex))
+        return OutputHessian(total, convex)
 
     def _step(self, record: LayerRecord, hessian: Tensor, weight: Tensor) -> Tensor:
         dtype = hessian.dtype
@@ -139,7 +185,7 @@ class GaussNewton(Recursion):
 class FromColumns(Curvature):
     """H = sum_i sum_c delta_ic delta_ic^T of columns at the network's output."""
 
-    def columns(  # type: ignore[override]  # a method here, None in the base
+    def columns(  # a method here, None in the base
         self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[GradientEdge, OutputRoot]:
         """Where the columns start, and a root of which they are the columns."""
@@ -250,8 +296,9 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
         m = gradient.shape[:-1].numel()
         delta = rows([gradient], record.samples).to(torch.promote_types(gradient.dtype, torch.float32))
         assert loss.scale is not None
-        # delta_i is scale / m times the instance's own gradient; for a sum, scale times it. A sample stands for all m.
-        block = (delta.T @ delta) * ((m / len(delta) if m else 1) * (m if loss.mean else 1) / loss.scale)
+        # delta_i is scale / m times the instance's own gradient; for a sum, scale times it. A sample stands for all m, and a
+        # negative scale maximises.
+        block = (delta.T @ delta) * ((m / len(delta) if m else 1) * (m if loss.mean else 1) / loss.scale.abs())
         total = block if total is None else total + block
     assert total is not None
     return total

@@ -9,7 +9,8 @@ x^T G y = sum_i (J_i x)^T H_i (J_i y) takes one forward-mode product J x per vec
 """
 
 import functools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from secondorder.activations import Analytic, derivatives
 from secondorder.criteria import analytic_hessian, autograd_hessian
+from secondorder.distributed import Ranks
 from secondorder.tape import LossCall, Tape
 
 
@@ -54,6 +56,9 @@ class Adaptation:
         return tau * factor if rho > 0.75 else tau / factor if rho < 0.25 else tau
 
 
+# Forward-mode levels and the global random generators are the process's: two threads may train two models.
+_ONE_AT_A_TIME = threading.Lock()
+
 # Fewer say too little about a batch's loss for a step to be judged by them.
 _LEAST_INSTANCES = 100
 
@@ -71,6 +76,7 @@ class LocalLoss:
         fraction: of each batch, in (0, 1]; but at least 100 instances, or all.
         offset: which instances: every (1 / fraction)-th from this one on.
         tape: muted during the evaluations.
+        ranks: whose losses' mean it is; None: this process's alone.
 
     Raises:
         RuntimeError: the criterion was not called on the model's own output.
@@ -78,9 +84,10 @@ class LocalLoss:
 
     def __init__(
         self, model: nn.Module, criterion: nn.Module, losses: list[LossCall], parameters: dict[Tensor, str], fraction: float,
-        offset: int, tape: Tape,
+        offset: int, tape: Tape, ranks: Ranks | None = None,
     ):  # fmt: skip
         self.model, self.criterion, self.names, self.tape = model, criterion, list(parameters.values()), tape
+        self.ranks = ranks
         self.here = [p.detach() for p in parameters]
         self.generator_state = torch.Generator().manual_seed(offset).get_state()
         self.seed = offset
@@ -104,6 +111,9 @@ class LocalLoss:
 
     def value(self, parameters: list[Tensor]) -> float:
         """The loss at these values."""
+        return self._mean(lambda: self._value(parameters))
+
+    def _value(self, parameters: list[Tensor]) -> float:
         total = 0.0
         with torch.no_grad(), self._replayed():
             for piece in self.pieces:
@@ -114,20 +124,32 @@ class LocalLoss:
     @functools.cached_property
     def start(self) -> float:
         """The loss at the parameters' own values."""
-        return sum(piece.scale * float(top.loss) for piece, top in zip(self.pieces, self._tops, strict=True))
+        return self._mean(lambda: sum(piece.scale * float(top.loss) for piece, top in zip(self.pieces, self._tops, strict=True)))
+
+    def _mean(self, compute: Callable[[], float]) -> float:
+        """The mean over ranks."""
+        if self.ranks is None:
+            return compute()
+        return float(self.ranks.mean(lambda: torch.tensor(compute(), dtype=torch.float64)))
 
     def products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
         """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU.
 
         H_i is the criterion's Hessian for each instance where it is known to be convex, else Pos-Eig_{-1} of its mean.
         """
+        if self.ranks is None:
+            return self._products(vectors)
+        packed = self.ranks.mean(lambda: torch.cat([t.flatten() for t in self._products(vectors)]))
+        return packed[: len(vectors)], packed[len(vectors) :].view(len(vectors), -1)
+
+    def _products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
         first = torch.zeros(len(vectors), dtype=torch.float64)
         second = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
         for piece, top in zip(self.pieces, self._tops, strict=True):
             tangents = self._tangents(piece, vectors).flatten(1)
             curved = torch.stack([top.product(t.view_as(top.gradient)) for t in tangents]).flatten(1)
             first += piece.scale * (tangents @ top.gradient.reshape(-1)).double().cpu()
-            second += piece.scale * (tangents @ curved.T).double().cpu()
+            second += abs(piece.scale) * (tangents @ curved.T).double().cpu()  # a loss that is maximised has a negative one
         return first, (second + second.T) / 2
 
     @functools.cached_property
@@ -138,7 +160,7 @@ class LocalLoss:
             with self._replayed():
                 if piece.chain is None:
                     with torch.no_grad():
-                        z = self._output(self.here, piece)
+                        z = _widened(self._output(self.here, piece))
                 else:
                     z = piece.chain.output
                 tops.append(_Top(self.criterion, z, piece.targets, piece.options))
@@ -152,9 +174,11 @@ class LocalLoss:
         for vector in vectors:
             with torch.no_grad(), self._replayed():
                 _, tangent = jvp(  # type: ignore[misc]
-                    lambda *p: self._output(list(p), piece), tuple(self.here), tuple(vector)
+                    lambda *p: self._output(list(p), piece),
+                    tuple(self.here),
+                    tuple(v.to(p.dtype) for v, p in zip(vector, self.here, strict=True)),
                 )
-            tangents.append(tangent)
+            tangents.append(_widened(tangent))
         return torch.stack(tangents)
 
     def _output(self, parameters: list[Tensor], piece: "_Piece") -> Tensor:
@@ -165,7 +189,7 @@ class LocalLoss:
     @contextmanager
     def _replayed(self) -> Iterator[None]:
         devices = {p.device for p in self.here if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)), self.tape.muted():
+        with _ONE_AT_A_TIME, torch.random.fork_rng(devices=list(devices)), self.tape.muted():
             torch.set_rng_state(self.generator_state)  # manual_seed takes a hundred times as long
             if devices:
                 torch.cuda.manual_seed_all(self.seed)
@@ -225,8 +249,9 @@ class _Chain:
 
     def rows(self, keep: slice) -> "_Chain":
         """The same for these instances alone."""
-        transfers = [Analytic(t.activation, t.parameter, t.saved[keep]) for t in self.transfers]
-        return _Chain(self.layers, self.places, [h[keep] for h in self.inputs], transfers, self.output[keep])
+        transfers = [Analytic(t.activation, t.parameter, _widened(t.saved[keep])) for t in self.transfers]
+        inputs = [_widened(h[keep]) for h in self.inputs]
+        return _Chain(self.layers, self.places, inputs, transfers, _widened(self.output[keep]))
 
     def tangents(self, vectors: list[list[Tensor]]) -> Tensor:
         """J x of every vector, [k, *output.shape]."""
@@ -241,7 +266,7 @@ class _Chain:
                     new[k] += vector[bias]
             if t is not None:
                 d1, _ = derivatives(self.transfers[depth - 1])
-                new += ((t * d1.reshape(t.shape[1:])).flatten(0, 1) @ layer.weight.detach().T).view_as(new)
+                new += ((t * d1.reshape(t.shape[1:])).flatten(0, 1) @ _widened(layer.weight.detach()).T).view_as(new)
             t = new
         assert t is not None
         return t.view(len(vectors), *self.output.shape)
@@ -323,6 +348,11 @@ def _dots(xs: list[list[Tensor]], ys: list[list[Tensor]], weights: list[float] |
     sums = torch.stack([torch.stack(each) for each in products]).double().cpu()
     sums = sums.sum(1) if weights is None else sums @ torch.tensor(weights, dtype=torch.float64)
     return sums.view(len(xs), len(ys))
+
+
+def _widened(t: Tensor) -> Tensor:
+    """At least in float32."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _batch_size(arguments: Any) -> int:

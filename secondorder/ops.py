@@ -130,10 +130,10 @@ def eacg_solve(
     """
     if isinstance(bias_hessian, Tensor):
         return _ops.eacg_solve(bias_hessian, mean_input, grad_weight, grad_bias, alpha, max_iter, tol, truncated)
-    alphas = [alpha] * len(bias_hessian) if isinstance(alpha, float) else list(alpha)  # type: ignore[arg-type]
+    alphas = [alpha] * len(bias_hessian) if isinstance(alpha, float) else list(alpha)
     biases = [
         h.new_empty(0) if g is None else g for g, h in zip(grad_bias or [None] * len(bias_hessian), bias_hessian, strict=True)
-    ]  # type: ignore[arg-type]
+    ]
     return _ops.eacg_solve.list(list(bias_hessian), list(mean_input), list(grad_weight), biases, alphas, max_iter, tol, truncated)
 
 

@@ -146,7 +146,8 @@ class Tape:
         grad_outputs: whether every layer's delta is kept.
         columns: gives columns s_ic at the network's output, which are taken back to every layer, delta_ic = J_i^T s_ic, while the
             graph lives; the sum of delta_ic delta_ic^T becomes the layer's `block`. Nothing for the recursion is kept then.
-        model: the model whose own arguments are to be kept, and the criterion's, for evaluating them anew.
+        model: what the layers are part of: torch.compile leaves its forward, and the criterion's, alone in training mode.
+        keep_inputs: whether the model's arguments are to be kept, and the criterion's, for evaluating them anew.
         samples: of every forward pass at most so many instances, evenly spaced, enter the curvature's expectations; None: all.
 
     `recording` may be switched off and on at any time.
@@ -154,7 +155,7 @@ class Tape:
 
     def __init__(
         self, layers: dict[nn.Linear, str], criterion: nn.Module, *, diagonal: bool, grad_outputs: bool = False,
-        columns: Columns | None = None, model: nn.Module | None = None, samples: int | None = None,
+        columns: Columns | None = None, model: nn.Module | None = None, keep_inputs: bool = False, samples: int | None = None,
     ):  # fmt: skip
         self.names = layers
         self.criterion = criterion
@@ -170,17 +171,19 @@ class Tape:
         self._consumer: dict[nn.Linear, nn.Module] = {}  # what took each layer's output first: a layer, or the criterion
         self._several_consumers: set[nn.Linear] = set()
         self._not_elementwise: set[tuple[nn.Linear, nn.Linear, tuple[str, ...]]] = set()
-        self._handles: list[RemovableHandle] = [
+        self.handles: list[RemovableHandle | _EagerHandle] = [
             module.register_forward_hook(_Hook(self, method), with_kwargs=True)
             for module, method in [(layer, "_on_layer") for layer in layers] + [(criterion, "_on_criterion")]
         ]
         if model is not None:
-            self._handles.append(model.register_forward_hook(_Hook(self, "_on_model"), with_kwargs=True))
-        weakref.finalize(self, _remove, self._handles)
+            self.handles += [_EagerHandle(model), _EagerHandle(criterion)]
+            if keep_inputs:
+                self.handles.append(model.register_forward_hook(_Hook(self, "_on_model"), with_kwargs=True))
+        weakref.finalize(self, _remove, self.handles)
 
     def remove(self) -> None:
         """Takes all hooks off the modules."""
-        _remove(self._handles)
+        _remove(self.handles)
 
     def clear(self, release: bool = False) -> None:
         """Forgets every backward pass so far; with `release` also the forward passes that they went through.
@@ -203,6 +206,25 @@ class Tape:
                     call.input, call.output, call.inputs_from = call.input.new_empty(0), None, []
         self._losses = []
 
+    @contextmanager
+    def rescaled(self, factor: float) -> Iterator[None]:
+        """Within it the records are those of a backward pass from `factor` times what backward() was called on."""
+        if factor == 1:
+            yield
+            return
+        calls = dict.fromkeys(call for loss in self._losses for call in loss.calls())
+        fields: list[tuple[Any, str]] = [(loss, "scale") for loss in self._losses] + [(call, "grad_output") for call in calls]
+        fields += [(link, "grad") for call in calls for link in call.inputs_from]
+        before = [(record, name, getattr(record, name)) for record, name in fields if getattr(record, name) is not None]
+        for record, name, value in before:
+            setattr(record, name, value.to(torch.promote_types(value.dtype, torch.float32)) * factor)
+        try:
+            yield
+        except BaseException:
+            for record, name, value in before:
+                setattr(record, name, value)
+            raise
+
     @property
     def losses(self) -> list[LossCall]:
         """The criterion's calls that a backward pass has gone through since the last `clear`."""
@@ -219,7 +241,7 @@ class Tape:
                 record.origins.append(loss)
             for call, block in loss.blocks.items():
                 record = records[call.layer]
-                block = block if loss.scale is None else block * loss.scale
+                block = block if loss.scale is None else block * loss.scale.abs()  # a metric, also of a loss that is maximised
                 record.block = block if record.block is None else record.block + block
         owner = {link: records[call.layer] for record in records.values() for call in record.calls for link in call.inputs_from}
         for record in records.values():
@@ -228,8 +250,13 @@ class Tape:
 
     def _on_layer(self, layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         node = output.grad_fn
-        if node is None or not layer.training or not self._active():
+        if node is None or not self._active():
             return
+        if node.name() == "CompiledFunctionBackward":
+            raise RuntimeError(
+                f"layer {self.names[layer]!r} runs inside a compiled graph, which does not say what it computes; call the model "
+                "that the optimizer was made for, rather than a compiled part of it"
+            )
         input = args[0] if args else kwargs["input"]
         call = LayerCall(layer, input.detach(), output=output.detach(), version=output._version)
         if input.grad_fn is not None:
@@ -241,6 +268,7 @@ class Tape:
             (link,) = call.inputs_from
             input.register_hook(self._collect(link, "grad"))
 
+    @torch.compiler.disable
     def _on_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if isinstance(output, Tensor) and output.grad_fn is not None and self._active():
             _metadata(output.grad_fn)[self._key + ".model"] = ModelCall(*_detached((args, kwargs)))
@@ -289,6 +317,7 @@ class Tape:
             keep = self._collect(call, "grad_output")
             node.register_prehook(lambda gradients: keep(gradients[0]))
 
+    @torch.compiler.disable
     def _on_criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor) -> None:
         node = loss.grad_fn if isinstance(loss, Tensor) else None
         if node is None or not self._active():
@@ -394,7 +423,7 @@ class Tape:
         return hook
 
     def _active(self) -> bool:
-        return self.recording and not self._muted and torch.is_grad_enabled()
+        return self.recording and not self._muted
 
     @contextmanager
     def muted(self) -> Iterator[None]:
@@ -424,20 +453,55 @@ class _Hook:
         self.tape = None if tape is None else weakref.ref(tape)
         self.method = method
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        if not torch.is_grad_enabled() or (self.method == "_on_layer" and not module.training):
+            return
         tape = self.tape and self.tape()
         if tape is not None:
-            getattr(tape, self.method)(*args)
+            getattr(tape, self.method)(module, *args)
 
     def __reduce__(self) -> tuple[type, tuple[None, str]]:  # also what copy.deepcopy goes by
         return _Hook, (None, self.method)
+
+
+class _Eager:
+    """A module's forward, which torch.compile leaves alone in training mode: a compiled graph does not say what it computes.
+
+    In eval mode and without gradients it is compiled as ever.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.module.training and torch.is_grad_enabled():
+            return self._eagerly(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _eagerly(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+class _EagerHandle:
+    """Puts an `_Eager` on a module, and takes it off."""
+
+    def __init__(self, module: nn.Module):
+        self.module = weakref.ref(module)
+        if "forward" not in vars(module):
+            module.forward = _Eager(module)
+
+    def remove(self) -> None:
+        module = self.module()
+        if module is not None and isinstance(vars(module).get("forward"), _Eager):
+            del module.forward
 
 
 def _detached(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def _remove(handles: list[RemovableHandle]) -> None:
+def _remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
@@ -473,7 +537,10 @@ def _for_all(gradient: Tensor, samples: int | None) -> Tensor:
     return chosen if len(chosen) == m else chosen * (m / len(chosen))
 
 
-_RESHAPING = {"ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward"}
+# The last is DistributedDataParallel's, around the output.
+_RESHAPING = {
+    "ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward", "_DDPSinkBackward",
+}  # fmt: skip
 
 
 def _is_view_of(output: Tensor, source: Node) -> bool:

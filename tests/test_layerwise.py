@@ -98,7 +98,7 @@ def test_state_dict_resumes_to_the_bit(name):
 
 def local_loss(model, criterion, x, y, fraction=1.0, offset=0):
     """A recorded LocalLoss, its parameters and their gradients."""
-    tape = Tape(linear_layers(model), criterion, diagonal=False, model=model)
+    tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
     model.zero_grad()
     criterion(model(x), y).backward()
     local = LocalLoss(model, criterion, tape.losses, {p: n for n, p in model.named_parameters()}, fraction, offset, tape)
@@ -202,7 +202,7 @@ def test_forward_products_of_chains_and_of_other_nets(net):
     torch.manual_seed(0)
     model, (x, y) = make().double(), batch(7)
     criterion, y = (nn.MSELoss(), torch.randn(7).double()) if net == "squeezed" else (nn.CrossEntropyLoss(), y)
-    tape = Tape(linear_layers(model), criterion, diagonal=False, model=model)
+    tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
     criterion(model(x), y).backward()
     names = {p: n for n, p in model.named_parameters() if p.requires_grad}
     local = LocalLoss(model, criterion, tape.losses, names, 1.0, 0, tape)

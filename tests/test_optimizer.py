@@ -523,7 +523,7 @@ def test_sparse_gradients_are_refused():
     model = nn.Sequential(embedding, nn.Linear(5, 3))
     criterion = nn.CrossEntropyLoss()
     optimizer = so.EACG(model, criterion)
-    with pytest.warns(UserWarning, match="fallback"), pytest.raises(RuntimeError, match=r"sparse one for '0.weight'"):
+    with pytest.raises(RuntimeError, match=r"sparse one for '0.weight'"):
         one_step(model, criterion, optimizer, torch.arange(6), torch.randint(3, (6,)))
 
 
@@ -698,8 +698,8 @@ def test_bad_models_and_criteria():
         so.EACG(nn.Conv1d(1, 1, 3), criterion)
     with pytest.raises(ValueError, match="at least one trainable nn.Linear"):
         so.EACG(network().requires_grad_(False), criterion)
-    with pytest.raises(TypeError, match="float32 or float64, got torch.bfloat16 in layer '0'"):
-        so.EACG(network().bfloat16(), criterion)
+    with pytest.raises(TypeError, match="float32, float64 or bfloat16, got torch.float16 in layer '0'"):
+        so.EACG(network().half(), criterion)
     tied = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     tied[2].weight = tied[0].weight
     with pytest.raises(ValueError, match=r"'0.weight' and '2.weight' are one parameter"):

@@ -2,14 +2,22 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from secondorder.criteria import FunctionCriterion
+from secondorder.distributed import Ranks
+from secondorder.errors import NonFiniteError
 from secondorder.tape import Columns, LayerRecord, Tape
+
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DataParallel")
 
 # What the numbers in param_groups must be, at construction and at every step.
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -38,7 +46,19 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         columns: see there.
         keep_inputs: whether the tape keeps the model's and the criterion's arguments.
         samples: see `secondorder.tape.Tape`.
+        maximize: whether the loss is to be maximised: everything is then as for its negative.
+        decoupled_weight_decay: whether weight decay shrinks the parameters by themselves, rather than being part of the gradient.
+        nonfinite: what a step does that meets NaN or inf: "error" raises `NonFiniteError`, "skip" counts it in `skipped_steps`.
+
+    Attributes:
+        grad_scaler: the torch.amp.GradScaler in use; needed only where `scaler.unscale_(optimizer)` is called before the step,
+            since the curvature must know by how much.
     """
+
+    _curvature_name = ""  # of the layers without an obstacle, for repr
+
+    # GradScaler.step then comes here with found_inf and grad_scale as attributes, rather than unscaling the gradients alone.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -52,6 +72,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         columns: Columns | None = None,
         keep_inputs: bool = False,
         samples: int | None = None,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = True,
+        nonfinite: str = "error",
     ):
         name = type(self).__name__
         if not isinstance(model, nn.Module):
@@ -59,6 +82,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 f"{name}: expected model to be an nn.Module, got {type(model).__name__}; "
                 "pass the model itself, not its parameters"
             )
+        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper shares its parameters and calls it
         if not callable(criterion):
             raise TypeError(
                 f"{name}: expected criterion to be an nn.Module or a function (output, target) -> loss, "
@@ -66,6 +90,15 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             )
         if fallback not in ("sgd", "error"):
             raise ValueError(f"{name}: expected fallback 'sgd' or 'error', got {fallback!r}")
+        if nonfinite not in ("error", "skip"):
+            raise ValueError(f"{name}: expected nonfinite 'error' or 'skip', got {nonfinite!r}")
+        if any(cls.__name__ in _SHARDED for module in model.modules() for cls in type(module).__mro__):
+            raise TypeError(
+                f"{name}: expected whole parameters on every rank, as under DistributedDataParallel; FSDP's shards, and "
+                "DataParallel's replicas, are not supported: the curvature of a layer needs its whole weight"
+            )
+        ddp = model if isinstance(model, DistributedDataParallel) else None
+        called, model = model, model if ddp is None else ddp.module
         layers = linear_layers(model)
         trainable = [layer for layer in layers if layer.weight.requires_grad]
         if not trainable:
@@ -78,27 +111,41 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                     f"{name}: expected contiguous weights, got strides {layer.weight.stride()} in layer {layers[layer]!r}; "
                     "make it contiguous first: layer.weight.data = layer.weight.data.contiguous()"
                 )
-            if layer.weight.dtype not in (torch.float32, torch.float64):
+            if layer.weight.dtype not in (torch.float32, torch.float64, torch.bfloat16):
                 raise TypeError(
-                    f"{name}: expected parameters of dtype float32 or float64, got {layer.weight.dtype} "
-                    f"in layer {layers[layer]!r}"
+                    f"{name}: expected parameters of dtype float32, float64 or bfloat16, got {layer.weight.dtype} "
+                    f"in layer {layers[layer]!r}; for float16 keep the parameters in float32 and use torch.autocast"
                 )
         check_numbers(name, defaults)
+        defaults |= {"maximize": maximize, "decoupled_weight_decay": decoupled_weight_decay, "skipped_steps": 0}
+        self._parameter_names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
         super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
+        criterion = getattr(criterion, "_orig_mod", criterion)
         self.criterion = criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)
+        self.grad_scaler: Any = None
+        self._model, self._ddp = model, ddp
         self._layers = layers
-        self._parameter_names = {p: n for n, p in model.named_parameters()}
-        self._fallback = fallback
+        self._fallback, self._nonfinite = fallback, nonfinite
         self._fallback_warned: set[Tensor] = set()
-        self._restart_warned: set[nn.Linear] = set()
+        self._restarts: dict[nn.Linear, str] = {}  # the layers where the recursion starts anew, and why
         self._tape_options: dict[str, Any] = {
             "diagonal": diagonal,
             "grad_outputs": grad_outputs,
             "columns": columns,
-            "model": model if keep_inputs else None,
+            "model": called,
+            "keep_inputs": keep_inputs,
             "samples": samples,
         }
         self._tape = Tape(layers, self.criterion, **self._tape_options)
+        if ddp is None and dist.is_available() and dist.is_initialized():
+            self._tape.handles.append(model.register_forward_pre_hook(_refuse_ddp))
+
+    @property
+    def _ranks(self) -> Ranks | None:
+        """The other processes whose gradients are averaged with this one's."""
+        if self._ddp is None or dist.get_world_size(self._ddp.process_group) == 1:
+            return None
+        return Ranks(self._ddp.process_group, next(self._model.parameters()).device)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the tape, which hangs on the model's hooks, and what a scheduler has put around `step`."""
@@ -122,11 +169,136 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """Takes the tape off the model: it is an ordinary module again, and this optimizer can step no more."""
         self._tape.remove()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As every torch optimizer's, for parameters of the model."""
+        super().add_param_group(param_group)
+        foreign = sum(p not in self._parameter_names for p in self.param_groups[-1]["params"])
+        if foreign:
+            del self.param_groups[-1]
+            raise ValueError(
+                f"{type(self).__name__}.add_param_group(): expected parameters of the model that the optimizer was made for, "
+                f"got {foreign} others"
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every torch optimizer's, but the state keeps its dtype: under bfloat16 parameters the factors are float32."""
+        seen: list[dict[str, Any]] = []  # after the pre-hooks
+        last = self.register_load_state_dict_pre_hook(lambda _, given: seen.append(given))
+        first = self.register_load_state_dict_post_hook(lambda _: self._restore(seen[0]), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            first.remove()
+
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        """The state once more, of its own dtype and sharing no memory with `state_dict`."""
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, own, strict=True):
+            if i in state_dict["state"]:
+                self.state[p] = tree_map(
+                    lambda leaf, p=p: leaf.to(p.device, copy=True) if isinstance(leaf, Tensor) else leaf, state_dict["state"][i]
+                )
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped for NaN or inf: by nonfinite="skip", or because GradScaler found inf. Part of the state_dict."""
+        return int(self.param_groups[0]["skipped_steps"])
+
+    def __repr__(self) -> str:
+        """The groups, and which curvature each layer and which parameters the fallback."""
+        lines = [super().__repr__()]
+        for layer, name in self._layers.items():
+            lines.append(f"{name or '(the model)'} ({layer.in_features} -> {layer.out_features}): {self._described(layer)}")
+        others = [self._parameter_names[p] for p in self.param_groups[0]["params"] if p in self._fallback_warned]
+        others += [self._parameter_names[p] for g in self.param_groups[1:] for p in g["params"] if p in self._fallback_warned]
+        return "\n".join([*lines, f"fallback (SGD): {', '.join(others)}"] if others else lines)
+
+    def _described(self, layer: nn.Linear) -> str:
+        """The curvature of a layer."""
+        if not layer.weight.requires_grad:
+            return "frozen"
+        if layer.weight in self._fallback_warned:
+            return "no curvature"
+        if layer in self._restarts:
+            return f"empirical Fisher, since its output {self._restarts[layer]}"
+        return self._curvature_name
+
     def _groups(self) -> dict[Tensor, dict[str, Any]]:
         """The param_group of every parameter, once the groups' numbers are known to be valid."""
         for group in self.param_groups:
             check_numbers(f"{type(self).__name__}.step()", group)
         return {p: group for group in self.param_groups for p in group["params"]}
+
+    def _maximize(self) -> bool:
+        """Whether the loss is maximised: one answer for all groups, for one loss."""
+        maximize = {bool(group["maximize"]) for group in self.param_groups}
+        if len(maximize) > 1:
+            raise ValueError(f"{type(self).__name__}.step(): expected maximize to be the same in all param_groups")
+        return maximize.pop()
+
+    def _gradients(self, coupled: bool = False) -> dict[Tensor, Tensor]:
+        """The gradient, at least in float32, of what is minimised: the loss, or its negative, and coupled weight decay's penalty.
+
+        Args:
+            coupled: whether all weight decay is coupled, whatever the groups say.
+        """
+        maximize, gradients = self._maximize(), {}
+        for group in self.param_groups:
+            decay = float(group["weight_decay"]) if coupled or not group["decoupled_weight_decay"] else 0.0
+            for p in group["params"]:
+                g = p.grad
+                if g is None:
+                    continue
+                if g.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__}.step(): expected dense gradients, got a sparse one for "
+                        f"{self._parameter_names[p]!r}; use sparse=False"
+                    )
+                g = g.to(torch.promote_types(g.dtype, torch.float32))
+                if maximize:
+                    g = -g
+                gradients[p] = g if decay == 0 else g.add(p, alpha=decay)
+        return gradients
+
+    @contextmanager
+    def _whole_or_nothing(self) -> Iterator[bool]:
+        """Around a step; yields whether it is to be taken.
+
+        Undoes what GradScaler did to the gradients and to what was recorded, sees to `maximize`, and handles a
+        `NonFiniteError` as `nonfinite` says.
+        """
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        factor = -1.0 if self._maximize() else 1.0
+        if found_inf is not None:
+            if found_inf.item():
+                self._skip()
+                yield False
+                return
+            if scale is not None:
+                factor /= scale.item()
+                for group in self.param_groups:
+                    torch._foreach_div_([p.grad for p in group["params"] if p.grad is not None], scale.item())
+            elif self.grad_scaler is not None:
+                factor /= self.grad_scaler.get_scale()
+            else:
+                raise RuntimeError(
+                    f"{type(self).__name__}.step(): the gradients were unscaled by scaler.unscale_(optimizer), and the curvature "
+                    "must be, too: tell the optimizer its scaler once, by optimizer.grad_scaler = scaler"
+                )
+        try:
+            with self._tape.rescaled(factor):
+                yield True
+        except NonFiniteError:
+            if self._nonfinite == "error":
+                raise
+            self._skip()
+
+    def _skip(self) -> None:
+        for group in self.param_groups:
+            group["skipped_steps"] += 1
+        self._tape.clear(release=True)
 
     def _check_gradients(self) -> None:
         if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
@@ -144,8 +316,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             )
         recursion = self._tape.columns is None and not self._tape.grad_outputs
         for record in records:
-            if recursion and record.obstacle and record.layer not in self._restart_warned:
-                self._restart_warned.add(record.layer)
+            if recursion and record.obstacle and record.layer not in self._restarts:
+                self._restarts[record.layer] = record.obstacle
                 warnings.warn(
                     f"secondorder: the output of layer {self._layers[record.layer]!r} {record.obstacle}; the bias Hessian's "
                     "recursion is not defined there. The layer gets its empirical Fisher block, and the recursion "
@@ -154,54 +326,70 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 )
         return records
 
-    def _uncovered(self, covered: set[Tensor]) -> list[tuple[Tensor, float, float, float]]:
-        """The fallback's updates: (parameter, lr, momentum, weight decay) of all with a gradient outside of `covered`.
+    def _uncovered(self, gradients: dict[Tensor, Tensor], covered: set[Tensor]) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+        """The fallback's updates: (parameter, velocity, group) of all with a gradient outside of `covered`.
 
-        Raises RuntimeError unless everything about them is sound.
+        Raises:
+            NonFiniteError, RuntimeError: something about them is not sound.
         """
-        found = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None and p not in covered]
+        name = type(self).__name__
+        found = [(p, g) for g in self.param_groups for p in g["params"] if p in gradients and p not in covered]
         new = [p for p, _ in found if p not in self._fallback_warned]
         if new:
-            names = ", ".join(repr(self._parameter_names.get(p, "?")) for p in new)
+            names = ", ".join(repr(self._parameter_names[p]) for p in new)
             if self._fallback == "error":
-                raise RuntimeError(
-                    f"{type(self).__name__}.step(): no curvature covers the parameters {names}, and fallback='error'"
-                )
+                raise RuntimeError(f"{name}.step(): no curvature covers the parameters {names}, and fallback='error'")
             self._fallback_warned.update(new)
             warnings.warn(
                 f"secondorder: no curvature covers the parameters {names}; they are updated by the fallback, SGD.",
-                stacklevel=3,
+                stacklevel=4,
             )
         updates = []
         for p, group in found:
-            name, gradient = self._parameter_names.get(p, "?"), p.grad
-            if gradient.layout is not torch.strided:
-                raise RuntimeError(
-                    f"{type(self).__name__}.step(): expected dense gradients, got a sparse one for {name!r}; use sparse=False"
-                )
-            lr, momentum, decay = (float(group[key] or 0) for key in ("lr", "momentum", "weight_decay"))
-            # |v| <= max |g| / (1 - momentum): bounded like this, no update overflows. NaN fails the comparison.
-            reach = gradient.abs().amax() * (max(1.0, lr) / (1 - momentum)) if gradient.numel() else 0.0
-            if not reach <= torch.finfo(gradient.dtype).max / 8:
-                raise RuntimeError(
-                    f"{type(self).__name__}.step(): the gradient of {name!r} holds NaN or inf, or is too large; "
+            velocity = self._velocity(p, gradients[p], group)
+            if not self._bounded(p, velocity, group):
+                raise NonFiniteError(
+                    f"{name}.step(): the gradient of {self._parameter_names[p]!r} holds NaN or inf, or is too large; "
                     "no parameter and no state has changed"
                 )
-            updates.append((p, lr, momentum, decay))
+            updates.append((p, velocity, group))
         return updates
 
-    def _fallback_update(self, updates: list[tuple[Tensor, float, float, float]]) -> None:
+    def _fallback_update(self, updates: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> None:
         """SGD: v <- momentum v + g, p <- (1 - lr weight_decay) p - lr v."""
-        for p, lr, momentum, decay in updates:
-            direction = p.grad
-            assert direction is not None
-            if momentum != 0:
-                state = self.state[p]
-                if "momentum" in state:
-                    direction = state["momentum"].mul_(momentum).add_(direction)
-                else:
-                    direction = state["momentum"] = direction.clone()
-            p.mul_(1 - lr * decay).add_(direction, alpha=-lr)
+        for p, velocity, group in updates:
+            self._apply(p, velocity, group, -1.0)
+
+    def _velocity(self, p: Tensor, direction: Tensor, group: dict[str, Any]) -> Tensor:
+        """Momentum's v <- momentum v + direction, not yet kept."""
+        before = self.state[p].get("momentum") if group["momentum"] != 0 and p in self.state else None
+        return direction if before is None else torch.add(direction, before, alpha=float(group["momentum"]))
+
+    def _bounded(self, p: Tensor, velocity: Tensor, group: dict[str, Any]) -> bool:
+        """Whether an update by lr times the velocity overflows in no way; NaN fails the comparison."""
+        reach = velocity.abs().amax() * max(1.0, float(group["lr"] or 0)) if velocity.numel() else 0.0
+        return bool(reach <= torch.finfo(p.dtype).max / 8)
+
+    def _apply(self, p: Tensor, velocity: Tensor, group: dict[str, Any], sign: float = 1.0) -> None:
+        """Momentum's v is kept, and p <- (1 - lr weight_decay) p + sign lr v."""
+        lr = float(group["lr"] or 0)
+        shrink = 1 - lr * float(group["weight_decay"]) if group["decoupled_weight_decay"] else 1.0
+        if p.dtype == velocity.dtype:
+            (p if shrink == 1 else p.mul_(shrink)).add_(velocity, alpha=sign * lr)
+        else:
+            p.copy_(torch.add(p.to(velocity.dtype) * shrink, velocity, alpha=sign * lr))  # rounded once
+        if group["momentum"] != 0:
+            # A gradient itself is the user's.
+            self.state[p]["momentum"] = velocity.clone() if velocity is p.grad else velocity
+
+
+def _refuse_ddp(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook of models whose optimizer does not know of the ranks."""
+    if DistributedDataParallel._get_active_ddp_module() is not None:
+        raise RuntimeError(
+            "secondorder: the model is called by DistributedDataParallel, whose ranks must average the curvature, too, or they "
+            "drift apart: make the optimizer for that module, EACG(DistributedDataParallel(model), criterion)"
+        )
 
 
 def check_numbers(owner: str, values: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ class EACG(LayerwiseOptimizer):
             paper's iterates), "kron-cg", "kfi", "kfi-rank-one", "exact", "ea-isotropic", or "auto" (the default without one);
             see `secondorder.solvers`.
         momentum: in [0, 1).
-        weight_decay: >= 0; decoupled, but with lr=None a penalty weight_decay/2 |theta|^2.
+        weight_decay: >= 0; see `decoupled_weight_decay`.
         factor_decay: in [0, 1); H and a are bias-corrected exponential averages with this decay over their renewals; 0: the last
             one alone. Default: 0.9 with a learning rate, 0.5 without.
         curvature_every: H and a are renewed every so many steps, >= 1, and at each of the first so many; with a learning rate
@@ -60,9 +60,14 @@ class EACG(LayerwiseOptimizer):
             instances.
         average: whether averages of the parameters are kept, for `averaged_parameters`.
         fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error".
+        maximize: whether the loss is maximised: everything, the curvature too, is then as for its negative.
+        decoupled_weight_decay: True: W <- (1 - lr weight_decay) W as in AdamW; False: weight_decay W is part of the gradient, as
+            in SGD and Adam. With lr=None it always is, and the penalty weight_decay/2 |theta|^2 part of the model of the loss.
+        nonfinite: what a step does that meets NaN or inf: "error" raises `secondorder.NonFiniteError`, "skip" leaves everything
+            as it is and counts in `skipped_steps`.
 
-    lr, alpha, momentum, weight_decay and factor_decay are read from `param_groups` at every step, a layer's from
-    its weight's group.
+    lr, alpha, momentum, weight_decay, factor_decay, maximize and decoupled_weight_decay are read from `param_groups` at every
+    step; alpha and factor_decay of a layer from its weight's group, maximize must be the same in all.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -91,6 +96,9 @@ class EACG(LayerwiseOptimizer):
         subsample: float = 0.25,
         average: bool = False,
         fallback: str = "sgd",
+        maximize: bool = False,
+        decoupled_weight_decay: bool = True,
+        nonfinite: str = "error",
     ):
         if solver is None:
             solver = "auto" if lr is None else "ea-cg"
@@ -103,5 +111,5 @@ class EACG(LayerwiseOptimizer):
             curvature_every=every if curvature_every is None else curvature_every, curvature_samples=curvature_samples,
             inverse_every=every if inverse_every is None else inverse_every, max_factor_elements=max_factor_elements,
             adaptation=Adaptation(tau=damping, floor=0.1, momentum=True, every=1), subsample=subsample, average=average,
-            fallback=fallback,
+            fallback=fallback, maximize=maximize, decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip

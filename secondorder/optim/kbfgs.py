@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from secondorder import ops
 from secondorder.activations import rows
+from secondorder.distributed import Ranks, Term
+from secondorder.errors import NonFiniteError
 from secondorder.optim.base import CurvatureOptimizer
 
 _HALVINGS = 10  # of a step before it is given up
@@ -51,14 +53,20 @@ class KBFGS(CurvatureOptimizer):
         damping: lambda in (0, 1].
         mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
         decay: of all moving averages (beta in the paper), in [0, 1).
-        weight_decay: >= 0; enters the gradient of the covered layers (the fallback's is decoupled).
+        weight_decay: >= 0; see `decoupled_weight_decay`.
         bias_correction: M is the average over the steps so far, as in Adam. False starts from M = 0 without correction,
             as the authors' published numbers do; the first steps are then short.
         max_increase: >= 0, see above. math.inf takes every step with a finite loss after it, as the authors do.
         fallback: what updates parameters outside of the linear layers, after the step: "sgd" (warns once) or "error".
+        maximize: whether the loss is maximised: everything is then as for its negative.
+        decoupled_weight_decay: False: weight_decay is part of the gradient; True: [W | b] <- (1 - lr weight_decay) [W | b] with
+            the step.
+        nonfinite: what a step does that meets NaN or inf: "error" raises `secondorder.NonFiniteError`, "skip" leaves everything
+            as it is and counts in `skipped_steps`.
 
-    lr, damping, mu1, decay and weight_decay are read from `param_groups` at every step (a layer's from its weight's
-    group), as is "momentum", 0 unless set there, which the fallback alone uses.
+    lr, damping, mu1, decay, weight_decay, maximize and decoupled_weight_decay are read from `param_groups` at every step (a
+    layer's from its weight's group, but lr and weight_decay of a bias from its own), as is "momentum", 0 unless set there,
+    which the fallback alone uses.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -79,6 +87,9 @@ class KBFGS(CurvatureOptimizer):
         bias_correction: bool = True,
         max_increase: float = 0.05,
         fallback: str = "sgd",
+        maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+        nonfinite: str = "error",
     ):
         checks: list[tuple[str, Any, bool, str]] = [
             ("lr", lr, lr >= 0, ">= 0"),
@@ -94,10 +105,13 @@ class KBFGS(CurvatureOptimizer):
         defaults = {
             "lr": lr, "damping": damping, "mu1": mu1, "decay": decay, "weight_decay": weight_decay, "momentum": 0.0,
         }  # fmt: skip
-        super().__init__(model, criterion, defaults, diagonal=False, fallback=fallback)
+        super().__init__(
+            model, criterion, defaults, diagonal=False, fallback=fallback, maximize=maximize,
+            decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
+        )  # fmt: skip
         # Means over two passes are all that is needed here, and `_Pass` takes them during a step.
         self._tape.recording = False
-        self._model = model
+        self._curvature_name = "quasi-Newton"
         self._max_increase, self._bias_correction = max_increase, bias_correction
 
     @torch.no_grad()
@@ -128,6 +142,9 @@ class KBFGS(CurvatureOptimizer):
         finally:
             for handle in handles:
                 handle.remove()
+        if self._ranks is not None:
+            terms = [Term(self._layers[layer], moment, counts[layer]) for layer, moment in moments.items()]
+            moments = dict(zip(moments, self._ranks.average(lambda: terms), strict=True))
         for layer, moment in moments.items():
             self.state[layer.weight].update(self._start(layer, moment, groups[layer.weight]["damping"]))
 
@@ -147,19 +164,33 @@ class KBFGS(CurvatureOptimizer):
                 f"{name}.step(): expected a closure, since the loss is needed at two points: a function that calls "
                 "optimizer.zero_grad(), computes the loss, calls loss.backward() and returns the loss"
             )
+        if getattr(self, "found_inf", None) is not None:
+            raise RuntimeError(
+                f"{name}.step(): GradScaler knows no closure that is called again; use torch.autocast with bfloat16, which needs "
+                "no scaler"
+            )
         random = _random_state()
-        with _Pass(list(self._layers)) as first:
+        sign = -1.0 if self._maximize() else 1.0
+        with _Pass(list(self._layers), sign) as first:
             loss = first.run(closure, name)
         self._check_gradients()
-        groups = self._groups()
-        layers = [n for n in self._layers if n in first.gradient and n.weight in groups and n.weight.grad is not None]
-        covered: set[Tensor] = {p for layer in layers for p in _parameters(layer)}
-        others = self._uncovered(covered)
-        self._check_finite(loss, layers)
+        with self._whole_or_nothing():
+            value = sign * float(loss)
+            if self._ranks is not None:
+                value = first.average(self._ranks, self._layers, value, inputs=True)
+            self._update(closure, value, first, random)
+        return loss
 
-        directions, updates = self._directions(layers, first, groups)
-        rates = [groups[layer.weight]["lr"] for layer in layers]
-        trial, halvings = self._try(closure, loss, layers, directions, rates, first, random)
+    def _update(self, closure: Callable[[], Tensor], loss: float, first: "_Pass", random: Any) -> None:
+        """The step from the first call's loss and records."""
+        groups, gradients = self._groups(), self._gradients()
+        layers = [n for n in self._layers if n in first.gradient and n.weight in gradients]
+        parameters = {layer: _parameters(layer, gradients) for layer in layers}
+        others = self._uncovered(gradients, {p for each in parameters.values() for p in each})
+        self._check_finite(loss, parameters, gradients)
+
+        directions, updates = self._directions(parameters, gradients, first, groups)
+        trial, halvings = self._try(closure, loss, list(parameters.values()), directions, first, random)
         self._fallback_update(others)
         for layer in layers:
             state = self.state[layer.weight]
@@ -173,7 +204,6 @@ class KBFGS(CurvatureOptimizer):
                 self._update_inputs(own, first, group)
                 if trial is not None:
                     self._update_outputs(own, first, trial, group)
-        return loss
 
     def diagnostics(self) -> dict[str, dict[str, int]]:
         """Counts since the start, by layer.
@@ -217,70 +247,80 @@ class KBFGS(CurvatureOptimizer):
         s, y, h = ([state[key] for state in states] for key in ("s", "y", "inverse_output"))
         return ops.damped_bfgs_update_(h, s, y, group["mu1"], math.sqrt(group["damping"]))
 
-    def _check_finite(self, loss: Tensor, layers: list[nn.Linear]) -> None:
-        norms = {layer: torch._foreach_norm([_gradient(p) for p in _parameters(layer)]) for layer in layers}
-        bad = [layer for layer in layers if not torch.isfinite(torch.stack(norms[layer])).all()]
+    def _check_finite(self, loss: float, parameters: dict[nn.Linear, list[Tensor]], gradients: dict[Tensor, Tensor]) -> None:
+        norms = {layer: torch._foreach_norm([gradients[p] for p in each]) for layer, each in parameters.items()}
+        bad = [layer for layer in parameters if not torch.isfinite(torch.stack(norms[layer])).all()]
         if bad or not math.isfinite(loss):
             names = ", ".join(repr(self._layers[layer]) for layer in bad)
-            raise RuntimeError(
+            raise NonFiniteError(
                 f"{type(self).__name__}.step(): {f'the gradient of layer {names}' if bad else 'the loss'} holds NaN or "
                 "inf; no parameter and no state has changed. Skip this batch, or lower lr or raise damping if the "
                 "training has diverged."
             )
 
     def _directions(
-        self, layers: list[nn.Linear], first: "_Pass", groups: dict[Tensor, dict[str, Any]]
+        self,
+        parameters: dict[nn.Linear, list[Tensor]],
+        gradients: dict[Tensor, Tensor],
+        first: "_Pass",
+        groups: dict[Tensor, dict[str, Any]],
     ) -> tuple[list[Tensor], dict[nn.Linear, dict[str, Any]]]:
         """H_g M H_a of every layer, and what its state becomes after the step."""
         states, updates = [], {}
-        for layer in layers:
+        for layer, each in parameters.items():
             state, group = self.state.get(layer.weight, {}), groups[layer.weight]
             if "step" not in state:
-                moment = _second_moment(layer, first.input(layer), first.mean_input(layer))
+                moment = first.second_moment(layer)
                 state = self._start(layer, moment, group["damping"])
             states.append(state)
-            updates[layer] = {**state, "gradient": self._averaged_gradient(layer, state, group)}
-        halves = self._times_inverse_output(states, [updates[layer]["gradient"] for layer in layers])
+            average = self._averaged_gradient(layer, state, [gradients[p] for p in each], group["decay"])
+            updates[layer] = {**state, "gradient": average}
+        halves = self._times_inverse_output(states, [update["gradient"] for update in updates.values()])
         return [half @ state["inverse_input"] for state, half in zip(states, halves, strict=True)], updates
 
-    def _averaged_gradient(self, layer: nn.Linear, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    def _averaged_gradient(self, layer: nn.Linear, state: dict[str, Any], gradients: list[Tensor], decay: float) -> Tensor:
         """M after this step's gradient of [W | b]."""
-        average, decay = state["gradient"], group["decay"]
+        average = state["gradient"]
         share = (1 - decay) / (1 - decay ** (state["step"] + 1)) if self._bias_correction else 1 - decay
         result = torch.empty_like(average)
-        for p, columns in zip(_parameters(layer), _columns(layer), strict=False):
-            torch.lerp(average[:, columns], _gradient(p).view(len(p), -1), share, out=result[:, columns])
-            if group["weight_decay"] != 0:
-                result[:, columns].add_(p.view(len(p), -1), alpha=share * group["weight_decay"])
+        for gradient, columns in zip(gradients, _columns(layer), strict=False):
+            torch.lerp(average[:, columns], gradient.view(len(gradient), -1), share, out=result[:, columns])
         return result
 
     def _try(
         self,
         closure: Callable[[], Tensor],
-        loss: Tensor,
-        layers: list[nn.Linear],
+        loss: float,
+        parameters: list[list[Tensor]],
         directions: list[Tensor],
-        rates: list[float],
         first: "_Pass",
         random: Any,
     ) -> tuple["_Pass | None", int]:
         """Takes the step, halved until the loss is acceptable; returns the pass after it (None: no step), halvings."""
-        name = type(self).__name__
-        parameters = [_parameters(layer) for layer in layers]
+        name, groups = type(self).__name__, self._groups()
         before = [[p.clone() for p in each] for each in parameters]
-        limit = math.inf if self._max_increase == math.inf else float(loss) + self._max_increase * abs(float(loss))
+        limit = math.inf if self._max_increase == math.inf else loss + self._max_increase * abs(loss)
         after = _random_state()
         accepted = None
         try:
             with self._without_parameter_gradients():
                 for halvings in range(_HALVINGS + 1):
-                    for each, old, direction, lr in zip(parameters, before, directions, rates, strict=True):
-                        _move(each, old, direction, lr * 0.5**halvings)
+                    for each, old, direction in zip(parameters, before, directions, strict=True):
+                        _move(each, old, direction, [groups[p] for p in each], 0.5**halvings)
                     _set_random_state(random)
-                    with _Pass(list(self._layers), anchored=True) as trial:
-                        value = float(trial.run(closure, name))
-                    trial.check_same_data(first, name)
-                    if math.isfinite(value) and value <= limit:
+                    trial = _Pass(list(self._layers), first.sign, anchored=True)
+
+                    def run(trial: _Pass = trial) -> float:
+                        with trial:
+                            value = first.sign * float(trial.run(closure, name))
+                        trial.check_same_data(first, name)
+                        return value
+
+                    ranks = self._ranks
+                    value = run() if ranks is None else trial.average(ranks, self._layers, ranks.all(run))
+                    # A saturated unit hides an infinite weight from the loss.
+                    sizes = torch._foreach_norm([p for each in parameters for p in each], math.inf)
+                    if math.isfinite(value) and value <= limit and all(map(math.isfinite, sizes)):
                         accepted = trial
                         break
         finally:
@@ -300,7 +340,8 @@ class KBFGS(CurvatureOptimizer):
             p.grad = None
             p.requires_grad_(False)
         try:
-            yield
+            with nullcontext() if self._ddp is None else self._ddp.no_sync():
+                yield
         finally:
             for p, gradient in zip(parameters, gradients, strict=True):
                 p.requires_grad_(True)
@@ -313,7 +354,7 @@ class KBFGS(CurvatureOptimizer):
         for layer, state in zip(layers, states, strict=True):
             mean, a = first.mean_input(layer), state["input_second_moment"]
             if state["step"] > 1:  # the first step's A is the start's
-                _second_moment(layer, first.input(layer), mean, a, group["decay"])
+                first.second_moment(layer, a, group["decay"])
             means.append(mean if len(mean) == len(a) else torch.cat([mean, mean.new_ones(1)]))
         status = ops.hessian_action_update_(
             [state["inverse_input"] for state in states],
@@ -390,18 +431,25 @@ class _Pass:
 
     Args:
         layers: the layers to record.
+        sign: 1, or -1 where the loss is maximised.
         anchored: gives a layer's output, where it needs no gradient, a zero to depend on that does.
     """
 
-    def __init__(self, layers: list[nn.Linear], anchored: bool = False):
+    def __init__(self, layers: list[nn.Linear], sign: float = 1.0, anchored: bool = False):
         self._layers = layers
+        self.sign = sign
         self._anchored = anchored
         self._handles: list[Any] = []
         self._order: list[nn.Linear] = []
         self._inputs: dict[nn.Linear, list[Tensor]] = {}
         self._mean_inputs: dict[nn.Linear, Tensor] = {}
         self._preactivations: dict[nn.Linear, list[tuple[Tensor, int]]] = {}
-        self.gradient: dict[nn.Linear, Tensor] = {}  # [n_out], summed over the instances: of the loss, whose mean it is
+        # Over all ranks, once they are averaged.
+        self._mean_preactivations: dict[nn.Linear, Tensor] = {}
+        self._second_moments: dict[nn.Linear, Tensor] = {}
+        self.gradient: dict[
+            nn.Linear, Tensor
+        ] = {}  # [n_out], summed over the instances: of sign times the loss, whose mean it is
 
     def __enter__(self) -> "_Pass":
         self._handles = [layer.register_forward_hook(self._forward, with_kwargs=True) for layer in self._layers]
@@ -429,16 +477,46 @@ class _Pass:
             self._mean_inputs[layer] = self.input(layer).mean(0)
         return self._mean_inputs[layer]
 
+    def second_moment(self, layer: nn.Linear, average: Tensor | None = None, decay: float = 0.0) -> Tensor:
+        """A <- decay A + (1 - decay) E[h h^T], see `_second_moment`."""
+        if layer not in self._second_moments:
+            return _second_moment(layer, self.input(layer), self.mean_input(layer), average, decay)
+        moment = self._second_moments[layer]
+        return moment if average is None else average.lerp_(moment, 1 - decay)
+
     def mean_preactivation(self, layer: nn.Linear) -> Tensor:
         """E[z] [n_out]."""
+        if layer in self._mean_preactivations:
+            return self._mean_preactivations[layer]
         total = sum(count for _, count in self._preactivations[layer])
         return torch.stack([mean * (count / total) for mean, count in self._preactivations[layer]]).sum(0)
+
+    def average(self, ranks: Ranks, names: dict[nn.Linear, str], loss: float, inputs: bool = False) -> float:
+        """Makes all means, those of the inputs if asked for, and the gradients those over all ranks; returns the mean loss."""
+        stores = [(self._mean_preactivations, self.mean_preactivation)]
+        if inputs:
+            stores += [(self._mean_inputs, self.mean_input), (self._second_moments, self.second_moment)]
+
+        def terms() -> list[Term]:
+            found = [Term("loss", torch.tensor(loss, dtype=torch.float64, device=ranks.device))]
+            for layer, gradient in self.gradient.items():
+                found.append(Term(names[layer], gradient))
+                found += [Term(names[layer], mean(layer), len(self.input(layer))) for _, mean in stores]
+            return found
+
+        mean_loss, *rest = ranks.average(terms)
+        values = iter(rest)
+        for layer in self.gradient:
+            self.gradient[layer] = next(values)
+            for store, _ in stores:
+                store[layer] = next(values)
+        return float(mean_loss)
 
     def check_same_data(self, first: "_Pass", name: str) -> None:
         """Raises RuntimeError unless the first layer's input, on which no covered weight acts, is that of `first`."""
         layer = next(layer for layer in first._order if layer in first._inputs)
         if layer in self._inputs:
-            new, old = self.mean_input(layer), first.mean_input(layer)
+            new, old = self.mean_input(layer), first.input(layer).mean(0)
             # Equal but for the rounding of whatever comes before that layer.
             if len(self.input(layer)) == len(first.input(layer)) and (new - old).norm() <= 1e-3 * old.norm():
                 return
@@ -451,14 +529,15 @@ class _Pass:
         if not torch.is_grad_enabled():
             return
         input = _input(layer, args, kwargs)
-        mean = output.detach().reshape(-1, layer.out_features).mean(0, dtype=layer.weight.dtype)
+        dtype = _state_dtype(layer.weight)
+        mean = output.detach().reshape(-1, layer.out_features).mean(0, dtype=dtype)
         if self._anchored and not output.requires_grad:
             output.add_(torch.zeros(layer.out_features, dtype=output.dtype, device=output.device, requires_grad=True))
 
         def backward(gradient: Tensor) -> None:
             self._inputs.setdefault(layer, []).append(input)
             self._preactivations.setdefault(layer, []).append((mean, len(input)))
-            total = gradient.reshape(-1, layer.out_features).sum(0, dtype=layer.weight.dtype)
+            total = self.sign * gradient.reshape(-1, layer.out_features).sum(0, dtype=dtype)
             self.gradient[layer] = self.gradient[layer] + total if layer in self.gradient else total
 
         if output.requires_grad:
@@ -467,20 +546,19 @@ class _Pass:
             output.register_hook(backward)
 
 
-def _parameters(layer: nn.Linear) -> list[Tensor]:
+def _parameters(layer: nn.Linear, gradients: dict[Tensor, Tensor]) -> list[Tensor]:
     """The parameters that are trained together: the weight, and the bias where there is one with a gradient."""
-    return [layer.weight] if layer.bias is None or layer.bias.grad is None else [layer.weight, layer.bias]
+    return [p for p in (layer.weight, layer.bias) if p in gradients]
 
 
 def _input(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The h [m, n_in] of a call, in the parameters' dtype."""
+    """The h [m, n_in] of a call, in the state's dtype."""
     h: Tensor = args[0] if args else kwargs["input"]
-    return h.detach().reshape(-1, layer.in_features).to(layer.weight.dtype)
+    return h.detach().reshape(-1, layer.in_features).to(_state_dtype(layer.weight))
 
 
-def _gradient(p: Tensor) -> Tensor:
-    assert p.grad is not None
-    return p.grad
+def _state_dtype(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
 
 
 def _second_moment(layer: nn.Linear, h: Tensor, mean: Tensor, average: Tensor | None = None, decay: float = 0.0) -> Tensor:
@@ -503,10 +581,13 @@ def _columns(layer: nn.Linear) -> tuple[slice, slice]:
     return slice(0, layer.in_features), slice(layer.in_features, layer.in_features + 1)
 
 
-def _move(parameters: list[Tensor], old: list[Tensor], direction: Tensor, lr: float) -> None:
-    """[W | b] = old - lr direction."""
+def _move(parameters: list[Tensor], old: list[Tensor], direction: Tensor, groups: list[dict[str, Any]], share: float) -> None:
+    """[W | b] = old - lr direction, and weight decay where that is decoupled; lr times `share`."""
     n = parameters[0].shape[1]
-    for p, start, d in zip(parameters, old, (direction[:, :n], direction[:, n:].flatten()), strict=False):
+    for p, start, d, group in zip(parameters, old, (direction[:, :n], direction[:, n:].flatten()), groups, strict=False):
+        lr = share * float(group["lr"])
+        if group["decoupled_weight_decay"]:
+            d = torch.add(d, start, alpha=float(group["weight_decay"]))
         torch.add(start, d, alpha=-lr, out=p)
 
 

@@ -30,6 +30,9 @@ class KFAC(LayerwiseOptimizer):
         subsample: see there; the paper's products are on a fraction of the batch, too.
         average: see there.
         fallback: see there.
+        maximize: see `EACG`, and so the following two.
+        decoupled_weight_decay: see there.
+        nonfinite: see there.
     """
 
     def __init__(
@@ -49,10 +52,14 @@ class KFAC(LayerwiseOptimizer):
         subsample: float = 0.25,
         average: bool = True,
         fallback: str = "sgd",
+        maximize: bool = False,
+        decoupled_weight_decay: bool = True,
+        nonfinite: str = "error",
     ):
         super().__init__(
             model, criterion, lr, curvature=curvature, solver=solver, alpha=0.01, max_cg=50, eps_cg=1e-4, momentum=0.0,
             weight_decay=weight_decay, factor_decay=factor_decay, curvature_every=1, curvature_samples=curvature_samples,
             inverse_every=inverse_every, max_factor_elements=max_factor_elements,
             adaptation=Adaptation(tau=tau, gamma=tau, momentum=True), subsample=subsample, average=average, fallback=fallback,
+            maximize=maximize, decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip

@@ -33,6 +33,9 @@ class KFRA(LayerwiseOptimizer):
         subsample: see there; the paper's 1 is the whole batch.
         average: see there.
         fallback: see there.
+        maximize: see `EACG`, and so the following two.
+        decoupled_weight_decay: see there.
+        nonfinite: see there.
     """
 
     def __init__(
@@ -53,10 +56,14 @@ class KFRA(LayerwiseOptimizer):
         subsample: float = 1.0,
         average: bool = True,
         fallback: str = "sgd",
+        maximize: bool = False,
+        decoupled_weight_decay: bool = True,
+        nonfinite: str = "error",
     ):
         super().__init__(
             model, criterion, lr, curvature=curvature, solver=solver, alpha=0.01, max_cg=50, eps_cg=1e-4, momentum=0.0,
             weight_decay=weight_decay, factor_decay=factor_decay, curvature_every=1, curvature_samples=curvature_samples,
             inverse_every=inverse_every, max_factor_elements=max_factor_elements,
             adaptation=Adaptation(tau=tau, gamma=gamma), subsample=subsample, average=average, fallback=fallback,
+            maximize=maximize, decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip

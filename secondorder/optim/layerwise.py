@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from secondorder import ops, solvers
 from secondorder.curvature import Curvature, curvature_by_name
 from secondorder.damping import Adaptation, LocalLoss, Step, best_step
+from secondorder.distributed import Ranks, Term
+from secondorder.errors import NonFiniteError
 from secondorder.optim.base import CurvatureOptimizer
 from secondorder.solvers import SOLVERS, Factors
 from secondorder.tape import LayerRecord
@@ -52,6 +54,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         average: whether averages of the parameters are kept, for `averaged_parameters`.
         fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error". With lr=None they are part of
             the quadratic model, with -g as their direction, scaled as the covered parameters' directions are on the whole.
+        **options: `maximize`, `decoupled_weight_decay` and `nonfinite`, see `CurvatureOptimizer`.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -80,6 +83,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         subsample: float,
         average: bool,
         fallback: str,
+        **options: Any,
     ):
         checks: list[tuple[str, Any, bool, str]] = [
             ("max_cg", max_cg, max_cg >= 1, ">= 1"),
@@ -106,9 +110,9 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         super().__init__(
             model, criterion, defaults, diagonal=self._curvature.diagonal, fallback=fallback,
             grad_outputs=self._curvature.grad_outputs, columns=self._curvature.columns, keep_inputs=lr is None,
-            samples=curvature_samples,
+            samples=curvature_samples, **options,
         )  # fmt: skip
-        self._model = model
+        self._curvature_name = f"{curvature} by {solver}"
         self._solver = SOLVERS[solver](max_cg, eps_cg, max_factor_elements)
         self._curvature_every, self._inverse_every = curvature_every, inverse_every
         self._samples, self._subsample, self._average = curvature_samples, subsample, average
@@ -125,16 +129,21 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        records = self._records() if self._tape.recording else []
-        factors = self._new_factors(records) if _due(self._steps(), self._curvature_every) else {}
-        if self._adaptation is not None:
-            self._adaptive_update(factors, self._adaptation)
-        elif isinstance(self._solver, solvers.EACG):
-            self._fused_update(factors, self._solver)
-        else:
-            self._update(factors)
-        if self._average:
-            self._update_averages()
+        self._check_schedule()
+        with self._whole_or_nothing() as taken:
+            if taken:
+                records: list[LayerRecord] = []
+                if self._tape.recording:
+                    records = self._records() if self._ranks is None else self._ranks.all(self._records)
+                factors = self._new_factors(records) if _due(self._steps(), self._curvature_every) else {}
+                if self._adaptation is not None:
+                    self._adaptive_update(factors, self._adaptation)
+                elif isinstance(self._solver, solvers.EACG) and self._fusible(factors):
+                    self._fused_update(factors, self._solver)
+                else:
+                    self._update(factors)
+                if self._average:
+                    self._update_averages()
         self._tape.clear(release=True)
         self._schedule()
         return loss
@@ -172,7 +181,20 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
-                state["average"] = state["average"].lerp_(p, 1 - beta) if "average" in state else p.detach().clone()
+                own = p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+                state["average"] = state["average"].lerp_(own, 1 - beta) if "average" in state else own
+
+    def _check_schedule(self) -> None:
+        """A learning rate set, or a scheduler made, for an optimizer that has none."""
+        name = type(self).__name__
+        for group in self.param_groups:
+            if (group["lr"] is None) != (self._adaptation is not None):
+                raise ValueError(
+                    f"{name}.step(): expected lr to stay {'None' if self._adaptation else 'a number'}, as at construction, got "
+                    f"{group['lr']!r}"
+                )
+        if self._adaptation is not None and "step" in self.__dict__:  # schedulers wrap it
+            raise ValueError(f"{name}.step(): with lr=None there is no learning rate for a scheduler; give lr a number")
 
     def _steps(self) -> int:
         return max((state.get("step", 0) for state in self.state.values()), default=0)
@@ -183,19 +205,19 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
     def _new_factors(self, records: list[LayerRecord]) -> dict[nn.Linear, Factors]:
         """H and the input's statistics of every recorded layer that has a gradient, averaged with the earlier ones."""
-        hessians = self._curvature.bias_hessians(records)
         groups = self._groups()
+        trained = [record for record in records if record.layer.weight.grad is not None and record.layer.weight in groups]
+        if self._ranks is None:
+            hessians = self._curvature.bias_hessians(records)
+            statistics = {record.layer: self._statistics(record) for record in trained}
+        else:
+            hessians, statistics = self._averaged_factors(records, trained, self._ranks)
         factors = {}
         averages: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-        for record in records:
+        for record in trained:
             weight = record.layer.weight
-            group = groups.get(weight)
-            if weight.grad is None or group is None:
-                continue
-            hessian, state = hessians[record.layer], self.state.get(weight, {})
-            input = record.input().to(hessian.dtype)
-            sample = input if self._samples is None else record.input(self._samples).to(hessian.dtype)
-            new = factors[record.layer] = {"bias_hessian": hessian, **self._solver.statistics(input, sample)}
+            group, state = groups[weight], self.state.get(weight, {})
+            new = factors[record.layer] = {"bias_hessian": hessians[record.layer], **statistics[record.layer]}
             if "bias_hessian" in state:
                 # c_n = sum_k decay^(n-k) x_k / sum_k decay^(n-k), the bias-corrected average, from c_(n-1).
                 decay, updates = group["factor_decay"], state["factor_updates"] + 1
@@ -205,6 +227,35 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         for share, (old, news) in averages.items():
             torch._foreach_lerp_(news, old, share)  # the old ones stay: the step may fail yet
         return factors
+
+    def _statistics(self, record: LayerRecord) -> Factors:
+        dtype = torch.promote_types(record.layer.weight.dtype, torch.float32)
+        input = record.input().to(dtype)
+        return self._solver.statistics(input, input if self._samples is None else record.input(self._samples).to(dtype))
+
+    def _averaged_factors(
+        self, records: list[LayerRecord], trained: list[LayerRecord], ranks: Ranks
+    ) -> tuple[dict[nn.Linear, Tensor], dict[nn.Linear, Factors]]:
+        """Bias Hessians and statistics of the inputs over the batches of all ranks."""
+        local: list[tuple[nn.Linear, bool, str]] = []
+
+        def terms() -> list[Term]:
+            found = []
+            for record in records:
+                for term in self._curvature.local(record):
+                    local.append((record.layer, False, term.name))
+                    found.append(term._replace(name=f"{self._layers[record.layer]}: {term.name}"))
+            for record in trained:
+                for name, value in self._statistics(record).items():
+                    local.append((record.layer, True, name))
+                    found.append(Term(f"{self._layers[record.layer]}: {name}", value, len(record.input())))
+            return found
+
+        averaged: dict[nn.Linear, dict[str, Tensor]] = {record.layer: {} for record in records}
+        statistics: dict[nn.Linear, Factors] = {record.layer: {} for record in trained}
+        for (layer, is_statistic, name), value in zip(local, ranks.average(terms), strict=True):
+            (statistics if is_statistic else averaged)[layer][name] = value
+        return self._curvature.bias_hessians(records, averaged), statistics
 
     def _covered(self, factors: dict[nn.Linear, Factors]) -> dict[nn.Linear, Factors]:
         """The layers to be updated, with their factors, new or old."""
@@ -216,6 +267,23 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 if layer not in factors and layer.weight in groups and layer.weight.grad is not None and "bias_hessian" in state:
                     covered[layer] = {name: state[name] for name in _FACTORS if name in state}
         return covered
+
+    def _fusible(self, factors: dict[nn.Linear, Factors]) -> bool:
+        """Whether `ops.eacg_update_` knows all that the groups ask for."""
+        groups = self._groups()
+
+        def numbers(p: Tensor) -> list[Any]:
+            return [groups[p][key] for key in ("lr", "momentum", "weight_decay", "decoupled_weight_decay")]
+
+        return all(
+            layer.weight.dtype != torch.bfloat16
+            and (
+                layer.bias not in groups
+                or groups[layer.bias] is groups[layer.weight]
+                or numbers(layer.bias) == numbers(layer.weight)
+            )
+            for layer in self._covered(factors)
+        )
 
     def _directions(
         self,
@@ -258,46 +326,48 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             own = {layer: [directions[p] for p in layer.parameters(recurse=False) if p in directions] for layer in prepared}
             bad += [(layer, "the solution overflows") for layer, tensors in own.items() if not all_finite(tensors)]
         if bad:
-            raise RuntimeError(self._not_finite(dict(bad), covered))
+            raise NonFiniteError(self._not_finite(dict(bad), covered))
         return directions, prepared
 
     def _update(self, factors: dict[nn.Linear, Factors]) -> None:
         """A step of fixed size by any solver; raises before anything has changed."""
-        groups, covered = self._groups(), self._covered(factors)
-        grads = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
-        directions, prepared = self._directions(covered, grads)
-        self._fallback_update(self._uncovered(set(directions)))
-        for p, direction in directions.items():
-            group = groups[p]
-            if group["momentum"] != 0:
-                direction = self.state[p]["momentum"] = self._momentum(p).mul_(group["momentum"]).add_(direction)
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=group["lr"])
+        groups, covered, gradients = self._groups(), self._covered(factors), self._gradients()
+        directions, prepared = self._directions(covered, gradients)
+        others = self._uncovered(gradients, set(directions))
+        velocities = {p: self._velocity(p, direction, groups[p]) for p, direction in directions.items()}
+        bad = {
+            layer: "the solution overflows" for layer in covered for p in layer.parameters(recurse=False)
+            if p in velocities and not self._bounded(p, velocities[p], groups[p])
+        }  # fmt: skip
+        if bad:
+            raise NonFiniteError(self._not_finite(bad, covered))
+        self._fallback_update(others)
+        for p, velocity in velocities.items():
+            self._apply(p, velocity, groups[p])
         self._commit(covered, factors, prepared)
 
     def _fused_update(self, factors: dict[nn.Linear, Factors], solver: solvers.EACG) -> None:
         """Solves and updates all layers in one call, then commits every state; raises before anything has changed."""
-        groups, covered = self._groups(), self._covered(factors)
+        groups, covered, gradients = self._groups(), self._covered(factors), self._gradients()
         layers = list(covered)
         weights = [layer.weight for layer in layers]
         own = [groups[weight] for weight in weights]
         biases: list[Tensor] = []
         bias_grads: list[Tensor] = []
         for layer, weight in zip(layers, weights, strict=True):
-            bias: Tensor | None = layer.bias
-            if bias is None or bias.grad is None:
-                bias = weight.new_empty(0)
+            bias = layer.bias if layer.bias in gradients else weight.new_empty(0)
             biases.append(bias)
-            bias_grads.append(bias if bias.grad is None else bias.grad)
+            bias_grads.append(gradients.get(bias, bias))
         momenta: tuple[list[Tensor], list[Tensor]] = ([], [])
         if any(group["momentum"] != 0 for group in own):
             momenta = ([self._momentum(p) for p in weights], [self._momentum(p) for p in biases])
 
-        others = self._uncovered({*weights, *biases})
+        others = self._uncovered(gradients, {*weights, *biases})
         if layers:
             iterations = ops.eacg_update_(
                 [each["bias_hessian"] for each in covered.values()],
                 [each["mean_input"] for each in covered.values()],
-                [weight.grad for weight in weights],  # type: ignore[misc]
+                [gradients[weight] for weight in weights],
                 bias_grads,
                 weights,
                 biases,
@@ -305,14 +375,14 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 [float(group["lr"]) for group in own],
                 [float(group["alpha"]) for group in own],
                 [float(group["momentum"]) for group in own],
-                [float(group["weight_decay"]) for group in own],
+                [float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0 for group in own],
                 solver.max_cg,
                 solver.eps_cg,
                 solver.truncated,
             )
             if (iterations < 0).any():
                 bad = {layers[i]: "the solution overflows" for i in (iterations < 0).nonzero().flatten().tolist()}
-                raise RuntimeError(self._not_finite(bad, covered))
+                raise NonFiniteError(self._not_finite(bad, covered))
 
         self._fallback_update(others)
         self._commit(covered, factors, {})
@@ -325,17 +395,14 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         """A step whose size the quadratic model gives, checked before the parameters see it."""
         covered, group, steps = self._covered(factors), self.param_groups[0], self._steps()
         eta = {p: float(each["weight_decay"]) for each in self.param_groups for p in each["params"]}
-        grads = {
-            p: p.grad if eta[p] == 0 else p.grad.add(p, alpha=eta[p])
-            for each in self.param_groups for p in each["params"] if p.grad is not None
-        }  # fmt: skip
-        others = [p for p, *_ in self._uncovered({p for layer in covered for p in layer.parameters(recurse=False)})]
+        grads = self._gradients(coupled=True)
+        others = [p for p, *_ in self._uncovered(grads, {p for layer in covered for p in layer.parameters(recurse=False)})]
         local = LocalLoss(
             self._model, self.criterion, self._tape.losses, {p: self._parameter_names[p] for p in grads}, self._subsample, steps,
-            self._tape,
+            self._tape, self._ranks,
         )  # fmt: skip
         if not math.isfinite(local.start):
-            raise RuntimeError(self._not_finite({}, covered))
+            raise NonFiniteError(self._not_finite({}, covered))
         tau, least_tau, gamma = group["tau"], group["least_tau"], group["gamma"]
         if tau is None:
             scale = max(abs(local.start), torch.finfo(torch.float32).tiny)
@@ -367,7 +434,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             if not step.predicted < 0:  # no gradient to follow
                 step.delta = [torch.zeros_like(p) for p in grads]
                 break
-            moved = [p + d for p, d in zip(local.here, step.delta, strict=True)]
+            moved = [(p + d).to(p.dtype) for p, d in zip(local.here, step.delta, strict=True)]
             # How far the loss is off its model, on the subsample, is an estimate of the same for the whole batch.
             excess = local.value(moved) - local.start - step.modelled
             rho = (step.undamped + excess) / step.predicted

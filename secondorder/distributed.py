@@ -1,0 +1,96 @@
+"""Curvature of the batches of all ranks that average their gradients, as DistributedDataParallel has them do.
+
+DDP's gradients are those of (1/N) sum_r L_r, the mean of the N ranks' losses. One process that went backward through the ranks'
+batches in turn, each loss over N, would have them too; all ranks compute its curvature. What is on the scale of the loss (the
+criterion's Hessian, the sums of gradients in the recursion's diagonal, Fisher blocks) is therefore the mean over ranks, while an
+expectation over instances (E[d1 d1^T], E[h], E[h h^T]) is the mean over all instances, whichever rank has them.
+
+The averages come before the recursion, which is not linear in them; from there on all ranks compute the same numbers.
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from secondorder.errors import NonFiniteError
+
+T = TypeVar("T")
+
+_FINE, _FAILED, _NOT_FINITE = range(3)
+
+
+class Term(NamedTuple):
+    """What a rank contributes to an average."""
+
+    name: str
+    value: Tensor
+    instances: int | None = None  # that it is the mean of; None: every rank counts alike
+
+
+class Ranks:
+    """The processes of a group. Every method is called by all of them; if it raises on one, it raises on all.
+
+    Args:
+        group: a process group, of any backend.
+        device: of the tensors that are exchanged.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        self.group, self.device = group, device
+        self.size = dist.get_world_size(group)
+
+    def all(self, compute: Callable[[], T], signature: Callable[[T], object] = lambda _: None) -> T:
+        """`compute()`, once all ranks have got theirs, with results of one `signature`.
+
+        Raises:
+            NonFiniteError: on all ranks, where that is why ranks have failed.
+            RuntimeError: on the other ranks, where one has failed; the signatures differ.
+        """
+        error: Exception | None = None
+        status = [_FINE, 0]
+        try:
+            result = compute()
+            status[1] = zlib.crc32(repr(signature(result)).encode())
+        except Exception as raised:
+            error, status[0] = raised, _NOT_FINITE if isinstance(raised, NonFiniteError) else _FAILED
+        mine = torch.tensor(status, device=self.device)
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(gathered, mine, group=self.group)
+        if error is not None:
+            raise error
+        codes, signatures = zip(*(each.tolist() for each in gathered), strict=True)
+        failed = [rank for rank, code in enumerate(codes) if code != _FINE]
+        if failed:
+            kind = NonFiniteError if all(codes[rank] == _NOT_FINITE for rank in failed) else RuntimeError
+            raise kind(f"the step has failed on rank {', '.join(map(str, failed))}, which says why; nothing has changed here")
+        if len(set(signatures)) > 1:
+            raise RuntimeError(
+                "expected the same layers to be part of the loss on all ranks, since their curvature is averaged over them; "
+                f"here: {signature(result)}"
+            )
+        return result
+
+    def average(self, compute: Callable[[], list[Term]]) -> list[Tensor]:
+        """The averages over ranks of what `compute()` gives on each: the same names and shapes everywhere."""
+        terms = self.all(compute, lambda terms: [(term.name, tuple(term.value.shape)) for term in terms])
+        if not terms:
+            return []
+        weights = torch.tensor([1.0 if term.instances is None else term.instances for term in terms], dtype=torch.float64)
+        dtype = max((term.value.dtype for term in terms), key=lambda d: torch.finfo(d).bits)
+        scaled = [term.value.reshape(-1).to(dtype) * weight for term, weight in zip(terms, weights.tolist(), strict=True)]
+        flat = torch.cat([*scaled, weights.to(self.device, dtype)])
+        dist.all_reduce(flat, group=self.group)
+        *sums, totals = flat.split([*(term.value.numel() for term in terms), len(terms)])
+        return [
+            (total / weight).to(term.value.dtype).reshape(term.value.shape)
+            for term, total, weight in zip(terms, sums, totals, strict=True)
+        ]
+
+    def mean(self, compute: Callable[[], Tensor]) -> Tensor:
+        """The mean over ranks of one tensor."""
+        (mean,) = self.average(lambda: [Term("", compute())])
+        return mean

@@ -1,0 +1,231 @@
+"""N ranks under DistributedDataParallel (gloo) against one process that has all their batches."""
+
+import copy
+import os
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import secondorder as so
+
+OPTIMIZERS = {
+    "EACG": lambda m, c: so.EACG(m, c, lr=0.1),
+    "EACG-none": lambda m, c: so.EACG(m, c, lr=None),
+    "EACG-kfi": lambda m, c: so.EACG(m, c, lr=0.1, solver="kfi", curvature="gauss-newton"),
+    "EACG-every": lambda m, c: so.EACG(m, c, lr=0.1, curvature_every=2),
+    "EACG-empirical": lambda m, c: so.EACG(m, c, lr=0.1, curvature="fisher-empirical"),
+    "KFAC": lambda m, c: so.KFAC(m, c, curvature="fisher-exact"),
+    "KFRA": lambda m, c: so.KFRA(m, c),
+    "KFLR": lambda m, c: so.KFLR(m, c, lr=0.1),
+    "KBFGS": lambda m, c: so.KBFGS(m, c),
+    "KBFGSL": lambda m, c: so.KBFGSL(m, c, memory=3),
+}
+FAILING = [name for name in OPTIMIZERS if name != "EACG-every"]  # whose second step records nothing that could fail
+CRITERIA = {"cross-entropy": nn.CrossEntropyLoss, "eq14": so.criteria.BoundedClassificationLoss}
+STEPS = 4
+
+
+def network(norm=False):
+    torch.manual_seed(1)
+    layers = [nn.Linear(5, 7), nn.LayerNorm(7) if norm else nn.Tanh(), nn.Tanh(), nn.Linear(7, 4), nn.Mish(), nn.Linear(4, 3)]
+    return nn.Sequential(*layers).double()
+
+
+def rank_batch(step, rank, m):
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(m, 5, generator=generator).double(), torch.randint(3, (m,), generator=generator)
+
+
+# How a step's batches are laid out: per rank, the micro-batches (instances, factor on the loss).
+def even(ranks, rank):
+    return [(6, 1.0)]
+
+
+def uneven(ranks, rank):
+    sizes = [3 + 4 * r for r in range(ranks)]
+    return [(sizes[rank], sizes[rank] * ranks / sum(sizes))]
+
+
+def accumulated(ranks, rank):
+    return [(4, 0.5), (4, 0.5)]
+
+
+LAYOUTS = {"even": even, "uneven": uneven, "no_sync": accumulated}
+
+
+def micro_batches(layout, step, ranks, rank):
+    return [(*rank_batch(step, 10 * rank + i, m), factor) for i, (m, factor) in enumerate(layout(ranks, rank))]
+
+
+def rank_step(model, optimizer, batches):
+    def closure():
+        optimizer.zero_grad()
+        for x, y, factor in batches[:-1]:
+            with model.no_sync():
+                (factor * optimizer.criterion(model(x), y)).backward()
+        x, y, factor = batches[-1]
+        loss = factor * optimizer.criterion(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def union_step(model, optimizer, batches):
+    """All ranks' batches as one: every instance counts alike in all layouts."""
+    x, y = (torch.cat(parts) for parts in zip(*[(x, y) for x, y, _ in batches], strict=True))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = optimizer.criterion(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def parameters(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def cases():
+    for name in OPTIMIZERS:
+        for layout in LAYOUTS:
+            yield name, layout, "cross-entropy", False
+    for layout in LAYOUTS:
+        yield "EACG", layout, "eq14", False
+        yield "EACG", layout, "cross-entropy", True
+
+
+def worker(rank, ranks, folder):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    results = {}
+    for case in cases():
+        name, layout, criterion, norm = case
+        model = DistributedDataParallel(network(norm), find_unused_parameters=layout == "uneven")
+        optimizer = OPTIMIZERS[name](model, CRITERIA[criterion]())
+        for step in range(STEPS):
+            rank_step(model, optimizer, micro_batches(LAYOUTS[layout], step, ranks, rank))
+            if step == STEPS // 2 - 1:
+                saved = copy.deepcopy((model.module.state_dict(), optimizer.state_dict()))
+        results[case] = parameters(model), saved
+    results["faults"] = {name: faults(name, rank, ranks) for name in FAILING}
+    results["refused"] = refused(rank)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def faults(name, rank, ranks):
+    """What each rank raises where only the last one is at fault, and whether the training goes on."""
+    raised, criterion = [], nn.CrossEntropyLoss()
+    model = DistributedDataParallel(network())
+    optimizer = OPTIMIZERS[name](model, criterion)
+    rank_step(model, optimizer, micro_batches(even, 0, ranks, rank))
+    before = parameters(model)
+    culprit = rank == ranks - 1
+
+    def nan(x, y):
+        return criterion(model(x * float("nan") if culprit else x), y)
+
+    def unrecorded(x, y):
+        if culprit and name.startswith("KBFGS"):
+            nan.calls = getattr(nan, "calls", 0) + 1
+            if nan.calls == 2:
+                raise KeyError("at the second call")
+        return nn.functional.cross_entropy(model(x), y) if culprit else criterion(model(x), y)
+
+    for loss in (nan, unrecorded):
+
+        def closure(loss=loss):
+            optimizer.zero_grad()
+            value = loss(*rank_batch(1, rank, 6))
+            value.backward()
+            return value
+
+        try:
+            optimizer.step(closure)
+            raised.append("nothing")
+        except Exception as error:
+            raised.append(f"{type(error).__name__}: {error}")
+        raised.append(torch.equal(parameters(model), before))
+    rank_step(model, optimizer, micro_batches(even, 2, ranks, rank))
+    return [*raised, not torch.equal(parameters(model), before), bool(torch.isfinite(parameters(model)).all())]
+
+
+def refused(rank):
+    """The optimizer of a module that DistributedDataParallel calls without the optimizer's knowing."""
+    inner = network()
+    model = DistributedDataParallel(inner)
+    optimizer = so.EACG(inner, nn.CrossEntropyLoss())
+    x, y = rank_batch(0, rank, 4)
+    optimizer.criterion(inner(x), y).backward()  # by itself it may be called
+    optimizer.step()
+    try:
+        model(x)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def run(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(worker, args=(request.param, str(folder)), nprocs=request.param)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: "-".join(map(str, case)))
+def test_ranks_equal_one_process(run, case):
+    name, layout, criterion, norm = case
+    ranks = len(run)
+    for other in run[1:]:
+        assert torch.equal(other[case][0], run[0][case][0])
+    straight, resumed = network(norm), network(norm)
+    resumed.load_state_dict(run[0][case][1][0])
+    optimizers = [OPTIMIZERS[name](model, CRITERIA[criterion]()) for model in (straight, resumed)]
+    optimizers[1].load_state_dict(run[0][case][1][1])
+    for step in range(STEPS):
+        batches = [b for rank in range(ranks) for b in micro_batches(LAYOUTS[layout], step, ranks, rank)]
+        union_step(straight, optimizers[0], batches)
+        if step >= STEPS // 2:
+            union_step(resumed, optimizers[1], batches)
+    assert (parameters(straight) - parameters(network(norm))).abs().max() > 1e-3
+    for model in (straight, resumed):
+        torch.testing.assert_close(run[0][case][0], parameters(model), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_rank_that_fails_is_an_error_on_all(run, name):
+    for rank, results in enumerate(run):
+        nan, unchanged, other, still_unchanged, goes_on, finite = results["faults"][name]
+        assert nan.startswith("NonFiniteError")
+        assert unchanged and still_unchanged and goes_on and finite
+        own = f"RuntimeError: {name.split('-')[0]}.step(): there are gradients, but no call of the criterion"
+        own = "KeyError" if name.startswith("KBFGS") else own
+        others = f"RuntimeError: the step has failed on rank {len(run) - 1}"
+        assert other.startswith(own if rank == len(run) - 1 else others)
+
+
+def test_an_optimizer_that_does_not_know_of_ddp(run):
+    for results in run:
+        assert "the model is called by DistributedDataParallel" in results["refused"]
+
+
+def test_fsdp_and_data_parallel_are_refused():
+    class FullyShardedDataParallel(nn.Module):  # by its name: the real one needs an accelerator
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    for wrapper in (FullyShardedDataParallel, nn.DataParallel):
+        with pytest.raises(TypeError, match="FSDP's shards, and DataParallel's replicas, are not supported"):
+            so.EACG(wrapper(network()), nn.CrossEntropyLoss())

@@ -1,0 +1,176 @@
+"""Arguments of every operator, drawn at random: the same numbers in any layout, a Python error for wrong ones, never a crash."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from secondorder import ops, reference
+
+SIZES = st.sampled_from([0, 1, 1, 2, 3, 17, 33])
+LAYOUTS = st.sampled_from(["contiguous", "transposed", "strided", "offset", "expanded"])
+DTYPES = st.sampled_from([torch.float32, torch.float64])
+
+
+def laid_out(t, layout):
+    """The same values by other strides."""
+    if layout == "transposed":
+        return t.mT.contiguous().mT if t.dim() == 2 else t
+    if layout == "strided":
+        wide = t.new_full([2 * n for n in t.shape], float("nan"))
+        view = wide[tuple(slice(None, None, 2) for _ in t.shape)]
+        return view.copy_(t)
+    if layout == "offset":
+        return torch.cat([t.new_full((3,), float("nan")), t.flatten()])[3:].view(t.shape)
+    if layout == "expanded" and t.dim() == 2 and len(t):
+        return t[:1].expand(t.shape)
+    return t
+
+
+@st.composite
+def problems(draw):
+    """The arguments of one layer, of awkward shapes and strides."""
+    n_out, n_in, m, p = draw(SIZES), draw(SIZES), draw(SIZES), draw(st.sampled_from([1, 2, 5]))
+    dtype, seed = draw(DTYPES), draw(st.integers(0, 10**6))
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return laid_out(torch.randn(*shape, generator=generator, dtype=dtype), draw(LAYOUTS))
+
+    root = torch.randn(n_out, n_out, generator=generator, dtype=dtype)
+    h = root @ root.T / max(1, n_out) + 0.1 * torch.eye(n_out, dtype=dtype)
+    h = laid_out((h + h.T) / 2, draw(st.sampled_from(["contiguous", "transposed", "strided", "offset"])))
+    return {
+        "h": h, "w": random(n_out, n_in), "d1": random(m, n_in), "d2": random(m, n_in), "grad": random(m, n_in),
+        "a": random(n_in), "b": random(n_out, n_in), "g": random(n_out), "s": random(n_out), "y": random(n_out),
+        "sp": torch.zeros(p, n_out, dtype=dtype), "yp": torch.zeros(p, n_out, dtype=dtype),
+    }  # fmt: skip
+
+
+def cases(q):
+    """Every operator with its arguments."""
+    o = torch.ops.secondorder
+    h, one = q["h"].contiguous(), [0.5]
+    return [
+        (o.activation_derivatives.default, (q["d1"], "gelu", 1.0)),
+        (o.bias_hessian.default, (q["h"], q["w"], q["d1"], q["d2"], q["grad"], -1.0)),
+        (o.bias_hessian.default, (q["h"], q["w"], q["d1"], None, None, 0.0)),
+        (o.bias_hessian.activation, (q["h"], q["w"], q["d1"], "softplus", 1.0, q["grad"], -1.0)),
+        (o.eacg_hvp.default, (q["h"], q["a"], q["b"])),
+        (o.eacg_solve.default, (q["h"], q["a"], q["b"], q["g"], 0.1, 5, 1e-3, True)),
+        (o.eacg_solve.list, ([q["h"]], [q["a"]], [q["b"]], [q["g"]], [0.1], 5, 1e-3, False)),
+        (
+            o.eacg_update_.default,
+            ([q["h"]], [q["a"]], [q["b"]], [q["g"]], [q["w"].clone(memory_format=torch.contiguous_format)], [q["g"].clone()],
+             [torch.zeros_like(q["b"], memory_format=torch.contiguous_format)], [torch.zeros_like(q["g"]).contiguous()],
+             [0.1], [0.1], [0.9], [0.0], 5, 1e-3, False),
+        ),
+        (o.double_damping.default, (q["s"], q["y"], h, 0.2, 0.5)),
+        (o.double_damping.list, ([q["s"]], [q["y"]], [h], 0.2, 0.5)),
+        (o.bfgs_update_.default, (h.clone(), q["s"], q["y"])),
+        (o.bfgs_update_.list, ([h.clone()], [q["s"]], [q["y"]])),
+        (o.damped_bfgs_update_.default, ([h.clone()], [q["s"]], [q["y"]], 0.2, 0.5)),
+        (o.hessian_action_update_.default, ([h.clone()], [h], [q["s"]], *one)),
+        (o.lbfgs_product.default, (q["sp"], q["yp"], q["b"])),
+        (o.lbfgs_product.list, ([q["sp"]], [q["yp"]], [q["b"]])),
+        (o.damped_lbfgs_update_.default, ([q["sp"].clone()], [q["yp"].clone()], [q["s"]], [q["y"]], 0.2, 0.5)),
+    ]  # fmt: skip
+
+
+OPERATORS = len(cases({k: torch.zeros(1, 1) if k in ("h", "w", "d1", "d2", "grad", "b", "sp", "yp") else torch.zeros(1)
+                       for k in ("h", "w", "d1", "d2", "grad", "a", "b", "g", "s", "y", "sp", "yp")}))  # fmt: skip
+
+
+def leaves(value):
+    return [t for v in value for t in leaves(v)] if isinstance(value, (list, tuple)) else [value]
+
+
+def mapped(value, function):
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(v, function) for v in value)
+    return function(value) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("index", range(OPERATORS))
+@given(problem=problems())
+def test_strides_do_not_matter_and_inputs_stay(index, problem):
+    op, arguments = cases(problem)[index]
+    plain = mapped(arguments, lambda t: t.contiguous().clone())
+    written = {i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write}
+    before = mapped(arguments, torch.clone)
+    try:
+        expected = op(*plain)
+    except ValueError:
+        with pytest.raises(ValueError, match="empty batch"):
+            op(*arguments)
+        return
+    actual = op(*arguments)
+    for a, b in zip(leaves(actual), leaves(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, equal_nan=True)
+    for i, (a, b) in enumerate(zip(arguments, before, strict=True)):
+        if i not in written:
+            assert all(
+                not isinstance(x, torch.Tensor) or torch.equal(x.nan_to_num(), y.nan_to_num())
+                for x, y in zip(leaves(a), leaves(b), strict=True)
+            )
+
+
+@pytest.mark.parametrize("index", range(OPERATORS))
+@given(problem=problems(), data=st.data())
+def test_a_wrong_argument_is_a_python_error(index, problem, data):
+    op, arguments = cases(problem)[index]
+    tensors = [i for i, a in enumerate(arguments) if isinstance(leaves(a)[0], torch.Tensor)]
+    place = data.draw(st.sampled_from(tensors))
+    wrongs = {
+        "dtype": lambda t: t.to(torch.float64 if t.dtype == torch.float32 else torch.float32),
+        "integer": lambda t: t.long(),
+        "half": lambda t: t.half(),
+        "dimension": lambda t: t.unsqueeze(0),
+        "longer": lambda t: torch.cat([t, t.new_zeros(1, *t.shape[1:])]),
+        "scalar": lambda t: t.new_zeros(()),
+    }
+    kind = data.draw(st.sampled_from(list(wrongs)))
+    changed = list(mapped(arguments, torch.clone))
+    changed[place] = mapped(changed[place], wrongs[kind])
+    # An elementwise operator takes any shape, and a batch may be of any size.
+    if kind in ("integer", "half") or not (op._schema.name.endswith("activation_derivatives") or kind == "longer"):
+        with pytest.raises((ValueError, TypeError, RuntimeError, NotImplementedError)):
+            op(*changed)
+
+
+@pytest.mark.parametrize("index", range(OPERATORS))
+@given(problem=problems())
+def test_fake_tensors_have_the_real_ones_shapes(index, problem):
+    op, arguments = cases(problem)[index]
+    try:
+        real = op(*mapped(arguments, torch.clone))
+    except ValueError:
+        return
+    with FakeTensorMode() as mode:
+        fake = op(*mapped(arguments, lambda t: mode.from_tensor(t)))
+    for a, b in zip(leaves(real), leaves(fake), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert a.is_contiguous() and b.is_contiguous()
+
+
+@given(problem=problems())
+def test_aliased_arguments(problem):
+    """One tensor in several places is read, not written."""
+    w = problem["w"]
+    if not len(w):
+        return
+    square = (w @ w.T).contiguous()
+    before = square.clone()
+    result = ops.bias_hessian(square, square, square, square, square, -1.0)
+    torch.testing.assert_close(result, reference.bias_hessian(before, before, before, before, before, -1.0), rtol=1e-3, atol=1e-2)
+    assert torch.equal(square, before)
+
+
+def test_more_than_2_to_the_31_elements_by_strides():
+    m, n = 2**16 + 1, 2**15
+    d1 = torch.ones(1, 1).expand(m, n)  # 2^31 + 2^15 elements of one number
+    result = ops.bias_hessian(torch.eye(1), torch.ones(1, n)[:, :3], d1[:, :3], None, None, 0.0)
+    assert torch.equal(result, torch.ones(3, 3))
+    wide = torch.zeros(1, 1).expand(2**16, 2**15 + 1)
+    assert torch.equal(ops.eacg_hvp(torch.eye(2), torch.ones(5), wide[:: 2**15, :: 2**13]), torch.zeros(2, 5))
