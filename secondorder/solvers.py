@@ -93,7 +93,7 @@ class KroneckerCG:
 
     def statistics(self, input: Tensor, sample: Tensor) -> Factors:
         """See `Solver`."""
-        return _second_moment(sample)
+        return {"input_second_moment": second_moment(sample)}
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
@@ -127,7 +127,9 @@ class KFI:
 
     def statistics(self, input: Tensor, sample: Tensor) -> Factors:
         """See `Solver`."""
-        return _second_moment(sample) if input.shape[1] ** 2 <= self.max_elements else {"mean_input": input.mean(0)}
+        if input.shape[1] ** 2 > self.max_elements:
+            return {"mean_input": input.mean(0)}
+        return {"input_second_moment": second_moment(sample)}
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
@@ -162,7 +164,7 @@ class Exact:
 
     def statistics(self, input: Tensor, sample: Tensor) -> Factors:
         """See `Solver`."""
-        return _second_moment(sample)
+        return {"input_second_moment": second_moment(sample)}
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
@@ -213,6 +215,13 @@ class Isotropic:
         return weight, None if grad_bias is None else -(bias_inverse @ grad_bias)
 
 
+def second_moment(input: Tensor) -> Tensor:
+    """E[h h^T] [n, n] of inputs [m, n], float32 or float64."""
+    # One step of the bias Hessian's recursion from H = W = 1: it computes half of the symmetric product, a GEMM all of it.
+    one = input.new_ones(1, 1)
+    return ops.bias_hessian(one, one.expand(1, input.shape[1]), input, None, None, 0.0)
+
+
 def inverse(matrix: Tensor, name: str) -> Tensor:
     """The inverse of a positive semi-definite matrix [..., n, n] that rounding may have left indefinite.
 
@@ -249,10 +258,6 @@ def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
         raise RuntimeError(f"NaN or inf in its {name}")
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return values, vectors
-
-
-def _second_moment(input: Tensor) -> Factors:
-    return {"input_second_moment": input.T @ input / len(input)}
 
 
 def _shift(like: Tensor, scale: float, damping: float) -> Factors:
