@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "cuda.md"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-BATCH, ITERATIONS = 1000, 20
+BATCH, ITERATIONS, PAIRS = 1000, 20, 100
 
 
 @dataclass
@@ -61,13 +61,13 @@ def parse(report: str) -> list[Kernel]:
 
 
 def demangle(symbols: list[str]) -> dict[str, str]:
-    """Symbols to short names such as `recursion_kernel<float, 64>`."""
+    """Symbols to short names such as `recursion_kernel<Simt<float, 64>>`."""
     lines = subprocess.run(["c++filt", *symbols], capture_output=True, text=True, check=True).stdout.splitlines()
     names = {}
     for symbol, line in zip(symbols, lines, strict=True):
         line = re.sub(r"secondorder::cuda::|\(anonymous namespace\)::|^void ", "", line)
         line = re.sub(r"\(\w+\)(?=\d)", "", line)  # an enumerator's type
-        names[symbol] = re.sub(r"Shape<(\w+), (\d+)>, \w+", r"\1, \2", line.split("(", 1)[0])
+        names[symbol] = re.sub(r"<((?:Simt|TensorCores)<.*?>), \w+>", r"<\1>", line.split("(", 1)[0])
     return names
 
 
@@ -82,24 +82,49 @@ def occupancy(kernel: Kernel) -> int:
     return min(64 // warps, 65536 // registers, 228 * 1024 // shared) * warps
 
 
-def floors() -> list[tuple[str, float, float]]:
-    """(kernel, bytes, FLOPs) in float32, summed over the layers of CIFAR_NET, every array counted once."""
+# An H100 SXM's, by its data sheet: bytes/s, and FLOP/s of multiply-adds and of dense products on tensor cores.
+BANDWIDTH, FLOAT32, FLOAT64, TF32 = 3.35e12, 67e12, 34e12, 495e12
+
+
+def floors() -> list[tuple[str, float, float, float]]:
+    """(kernel, bytes, FLOPs, FLOP/s) in float32, summed over the layers of CIFAR_NET, every array counted once."""
     pairs = list(zip(CIFAR_NET, CIFAR_NET[1:]))
     hidden = pairs[1:]  # the recursion reaches the first layer's output
+    outputs = sum(o for _, o in pairs)
     squares = sum(o * o for _, o in pairs)
+    input_squares = sum((i + 1) ** 2 for i, _ in pairs)
     weights = sum(i * o for i, o in pairs)
+    columns = sum(i + 1 for i, _ in pairs)
+    elements = BATCH * sum(i for i, _ in hidden)
+    product = 4 * sum(o * o + 2 * o * i for i, o in hidden), sum(2 * o * o * i for i, o in hidden)
+    recursion = (
+        4 * sum(2 * o * i + 2 * BATCH * i + i * i for i, o in hidden),
+        sum((o + BATCH) * i * (i + 1) for i, o in hidden),
+    )
     return [
-        ("product_kernel", 4 * sum(o * o + 2 * o * i for i, o in hidden), sum(2 * o * o * i for i, o in hidden)),
-        (
-            "recursion_kernel",
-            4 * sum(2 * o * i + 2 * BATCH * i + i * i for i, o in hidden),
-            sum((o + BATCH) * i * (i + 1) for i, o in hidden),
+        ("derivatives_kernel, sigmoid", 12 * elements, 5 * elements, FLOAT32),
+        *(
+            (f"{name}, {arithmetic}", size, times * work, rate)
+            for name, (size, work) in (("product_kernel", product), ("recursion_kernel", recursion))
+            for arithmetic, times, rate in (("float32", 1, FLOAT32), ("split TF32", 3, TF32), ("TF32", 1, TF32))
         ),
-        ("products_kernel (EA-CG)", 4 * weights, 2 * weights),
-        (f"directions_kernel, {ITERATIONS} iterations", 4 * squares, 4 * squares * ITERATIONS),
-        ("update_kernel (EA-CG), no momentum", 12 * weights, 5 * weights),
-        ("products_kernel (K-BFGS), H y and H s", 4 * squares, 4 * squares),
-        ("update_kernel (K-BFGS)", 8 * squares, 4 * squares),
+        ("hvp_products_kernel", 4 * weights, 2 * weights, FLOAT32),
+        ("hvp_kernel", 4 * (squares + weights), 2 * squares + weights, FLOAT32),
+        ("products_kernel (EA-CG)", 4 * weights, 2 * weights, FLOAT32),
+        (f"directions_kernel, {ITERATIONS} iterations", 4 * squares, 4 * squares * ITERATIONS, FLOAT32),
+        ("update_kernel (EA-CG), no momentum", 12 * weights, 5 * weights, FLOAT32),
+        ("products_kernel (K-BFGS), H y and H s", 4 * squares, 4 * squares, FLOAT32),
+        ("products_kernel (K-BFGS), one of Hessian action", 4 * input_squares, 2 * input_squares, FLOAT32),
+        ("damping_kernel", 20 * outputs, 16 * outputs, FLOAT64),
+        ("factors_kernel", 28 * outputs, 16 * outputs, FLOAT64),
+        ("update_kernel (K-BFGS)", 8 * squares, 4 * squares, FLOAT32),
+        (
+            f"middle_kernel, {PAIRS} pairs",
+            16 * PAIRS**2 * len(pairs) + 16 * PAIRS * columns,
+            4 * PAIRS**2 * columns,
+            FLOAT64,
+        ),
+        (f"push_kernel, {PAIRS} pairs", 16 * PAIRS * outputs, 0, FLOAT32),
     ]
 
 
@@ -110,10 +135,10 @@ def tables() -> str:
         for kernel in compile_kernels(source, ("90",)):
             lines.append(f"| {source.stem}: `{kernel.name}` | {kernel.registers} | {kernel.shared} | {occupancy(kernel)} |")
     lines += ["", "| kernel | MB | GFLOP | floor on an H100, µs (computed, not measured) | bound by |", "|---|---|---|---|---|"]
-    for name, size, work in floors():
-        memory, arithmetic = size / 3.35e12, work / 67e12
+    for name, size, work, rate in floors():
+        memory, arithmetic = size / BANDWIDTH, work / rate
         bound = "memory" if memory > arithmetic else "arithmetic"
-        lines.append(f"| {name} | {size / 1e6:.1f} | {work / 1e9:.3f} | {max(memory, arithmetic) * 1e6:.1f} | {bound} |")
+        lines.append(f"| {name} | {size / 1e6:.2f} | {work / 1e9:.3f} | {max(memory, arithmetic) * 1e6:.2f} | {bound} |")
     return "\n".join(lines)
 
 

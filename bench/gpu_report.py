@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[1]
-BATCH, ITERATIONS, ALPHA, GAMMA = 1000, 20, 0.1, -1.0
+BATCH, ITERATIONS, ALPHA, GAMMA, MU1, MU2 = 1000, 20, 0.1, -1.0, 0.2, 0.001
 
 
 def run(name: str, command: list[str], **environment: str) -> dict[str, object]:
@@ -33,10 +34,12 @@ def checks() -> list[dict[str, object]]:
         run("build", [sys.executable, "-m", "pip", "install", "--no-build-isolation", "-e", "."], SECONDORDER_CUDA="1"),
         run("tests", tests),
     ]
-    if shutil.which("compute-sanitizer"):
-        for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
-            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests, "-k", "not graph"]
-            steps.append(run(tool, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
+    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        if shutil.which("compute-sanitizer") is None:
+            steps.append({"step": tool, "command": "compute-sanitizer", "status": "not on PATH", "tail": ""})
+            continue
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests, "-k", "not graph and not trains"]
+        steps.append(run(tool, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
     return steps
 
 
@@ -71,8 +74,7 @@ def graphed(function: Callable[[], object]) -> Callable[[], None]:
 
 
 def ceilings() -> tuple[float, float]:
-    """Bytes/s of a copy and FLOP/s of a float32 matrix product, as measured here."""
-    torch.backends.cuda.matmul.allow_tf32 = False
+    """Bytes/s of a copy and FLOP/s of a float32 matrix product at the precision that is set, as measured here."""
     source = torch.empty(1 << 28, device="cuda")
     target = torch.empty_like(source)
     x = torch.randn(8192, 8192, device="cuda")
@@ -80,38 +82,60 @@ def ceilings() -> tuple[float, float]:
     return copy, 2 * 8192**3 / milliseconds(lambda: x @ x) * 1e3
 
 
-def operators() -> list[tuple[str, Callable[[], object], Callable[[], object], float, float]]:
-    """(name, ours, plain PyTorch, bytes, FLOPs) for the layers of CIFAR_NET, every array counted once."""
+@dataclass
+class Comparison:
+    """An operator's call for every layer of CIFAR_NET, and its equal in plain PyTorch; both return what they have computed."""
+
+    name: str
+    ours: Callable[[], list[torch.Tensor]]
+    plain: Callable[[], list[torch.Tensor]]
+    bytes: float  # every array counted once
+    flops: float
+
+
+def comparisons(device: str) -> list[Comparison]:
+    """The operators of a step; those that update have tensors of their own, apart from the plain ones'."""
     from bench.timing import CIFAR_NET  # not before the build: this imports secondorder
     from secondorder import ops, reference
 
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, generator=generator)
+
     def psd(n: int) -> torch.Tensor:
-        root = torch.randn(n, n, device="cuda") / n**0.5
+        root = normal(n, n) / n**0.5
         return root @ root.T
 
     pairs = list(zip(CIFAR_NET, CIFAR_NET[1:]))
     hessian = [psd(o) for _, o in pairs]
-    weight = [torch.randn(o, i, device="cuda") / i**0.5 for i, o in pairs]
-    bias = [torch.zeros(o, device="cuda") for _, o in pairs]
-    mean = [torch.rand(i, device="cuda") for i, _ in pairs]
-    gradient, bias_gradient = [torch.randn_like(w) for w in weight], [torch.randn_like(b) for b in bias]
-    saved = [torch.rand(BATCH, i, device="cuda") for i, _ in pairs]
-    grad_input = [torch.randn_like(s) for s in saved]
+    weight, bias = [normal(o, i) / i**0.5 for i, o in pairs], [normal(o) for _, o in pairs]
+    mean = [normal(i).abs() for i, _ in pairs]
+    gradient, bias_gradient = [normal(o, i) for i, o in pairs], [normal(o) for _, o in pairs]
+    saved, grad_input = [normal(BATCH, i).sigmoid() for i, _ in pairs], [normal(BATCH, i) for i, _ in pairs]
+    s, y = [normal(o) for _, o in pairs], [normal(o) for _, o in pairs]
     count = len(pairs)
     settings = ([1e-6] * count, [ALPHA] * count, [0.0] * count, [0.0] * count)
 
-    def recursion() -> None:
-        for k in range(1, count):
+    def recursion() -> list[torch.Tensor]:
+        return [
             ops.bias_hessian_activation(hessian[k], weight[k], saved[k], "sigmoid", 1.0, grad_input[k], GAMMA)
+            for k in range(1, count)
+        ]
 
-    def plain_recursion() -> None:
+    def plain_recursion() -> list[torch.Tensor]:
+        out = []
         for k in range(1, count):
             d1 = saved[k] * (1 - saved[k])
             d2 = d1 * (1 - 2 * saved[k])
-            reference.bias_hessian(hessian[k], weight[k], d1, d2, grad_input[k], GAMMA)
+            out.append(reference.bias_hessian(hessian[k], weight[k], d1, d2, grad_input[k], GAMMA))
+        return out
 
-    def update() -> None:
-        ops.eacg_update_(hessian, mean, gradient, bias_gradient, weight, bias, [], [], *settings, ITERATIONS, 0.0, False)
+    ours = [p.clone() for p in weight], [p.clone() for p in bias]
+
+    def update() -> list[torch.Tensor]:
+        ops.eacg_update_(hessian, mean, gradient, bias_gradient, *ours, [], [], *settings, ITERATIONS, 0.0, False)
+        return [*ours[0], *ours[1]]
 
     def system(h: torch.Tensor, shift: float, scale: torch.Tensor | float, rhs: torch.Tensor) -> torch.Tensor:
         """Conjugate gradients without a look at the residual, which would wait for the device."""
@@ -125,54 +149,106 @@ def operators() -> list[tuple[str, Callable[[], object], Callable[[], object], f
             p = r + rr / previous * p
         return x
 
-    def plain_update() -> None:
+    def plain_update() -> list[torch.Tensor]:
         for h, a, b, g, w, c in zip(hessian, mean, gradient, bias_gradient, weight, bias, strict=True):
             s, u = a @ a, b @ a
             z = (u - ALPHA * system(h, ALPHA, (1 - ALPHA) * s, u)) / s
             w.add_(b - torch.outer(z, a), alpha=-1e-6 / ALPHA)
             c.add_(system(h, ALPHA, 1 - ALPHA, -g), alpha=1e-6)
+        return [*weight, *bias]
+
+    inverse = [torch.eye(o, device=device) for _, o in pairs]
+    plain_inverse = [h.clone() for h in inverse]
+
+    def bfgs() -> list[torch.Tensor]:
+        ops.damped_bfgs_update_(inverse, s, y, MU1, MU2)
+        return inverse
+
+    def plain_bfgs() -> list[torch.Tensor]:
+        for h, s_l, y_l in zip(plain_inverse, s, y, strict=True):
+            hy, sy = h @ y_l, s_l @ y_l
+            yhy = y_l @ hy
+            theta = torch.where(sy < MU1 * yhy, (1 - MU1) * yhy / (yhy - sy), 1)
+            s_l = theta * s_l + (1 - theta) * hy
+            sy, ss = s_l @ y_l, s_l @ s_l
+            theta = torch.where(sy < MU2 * ss, (1 - MU2) * ss / (ss - sy), 1)
+            y_l = theta * y_l + (1 - theta) * s_l
+            q, rho = h @ y_l, 1 / (s_l @ y_l)
+            cross = torch.outer(s_l, q)
+            h.add_(rho * (1 + rho * (y_l @ q)) * torch.outer(s_l, s_l) - rho * (cross + cross.T))
+        return plain_inverse
 
     hidden = pairs[1:]
     squares, weights = sum(o * o for _, o in pairs), sum(i * o for i, o in pairs)
     return [
-        ("bias_hessian, all layers", recursion, plain_recursion,
-         4.0 * sum(o * o + 3 * o * i + 2 * BATCH * i + i * i for i, o in hidden),
-         float(sum(2 * o * o * i + (o + BATCH) * i * (i + 1) for i, o in hidden))),
-        ("eacg_update_, all layers", update, plain_update,
-         4.0 * (4 * weights + squares), 7.0 * weights + 4 * ITERATIONS * squares),
+        Comparison(
+            "bias_hessian", recursion, plain_recursion,
+            4.0 * sum(o * o + 3 * o * i + 2 * BATCH * i + i * i for i, o in hidden),
+            float(sum(2 * o * o * i + (o + BATCH) * i * (i + 1) for i, o in hidden)),
+        ),
+        Comparison(
+            "eacg_update_", update, plain_update,
+            4.0 * (4 * weights + squares), 7.0 * weights + 4 * ITERATIONS * squares,
+        ),
+        Comparison("damped_bfgs_update_", bfgs, plain_bfgs, 12.0 * squares, 8.0 * squares),
     ]  # fmt: skip
 
 
-def measurements() -> dict[str, object]:
-    """Times of every operator in every form, and what share of the machine's ceilings its fastest form reaches."""
-    bandwidth, product = ceilings()
-    rows = []
-    for name, ours, plain, size, work in operators():
-        row: dict[str, object] = {
-            "operator": name,
-            "plain, eager, ms": milliseconds(plain),
-            "plain, torch.compile, ms": milliseconds(torch.compile(plain)),
-            "plain, CUDA graph, ms": milliseconds(graphed(plain)),
-            "secondorder, eager, ms": milliseconds(ours),
-            "secondorder, CUDA graph, ms": (best := milliseconds(graphed(ours))),
-            "of copy bandwidth": size / (best * 1e-3) / bandwidth,
-            "of matrix product": work / (best * 1e-3) / product,
-        }
-        rows.append(row)
-    return {"GPU": torch.cuda.get_device_name(), "torch": torch.__version__, "copy, GB/s": bandwidth / 1e9,
-            "float32 matrix product, TFLOP/s": product / 1e12, "rows": rows}  # fmt: skip
+# What a function is turned into before it is timed.
+FORMS: dict[str, Callable[[Callable], Callable[[], object]]] = {
+    "eager": lambda function: function,
+    "torch.compile": torch.compile,
+    "CUDA graph": graphed,
+}
+OURS = ("eager", "CUDA graph")
+
+
+def timed(name: str, make: Callable[[], Callable[[], object]], clock: Callable[[Callable], float]) -> float | str:
+    """Milliseconds; or what went wrong, so that one form that fails does not cost the report of the others."""
+    try:
+        return clock(make())
+    except RuntimeError as error:
+        print(f"{name}: {error}")
+        return f"failed: {str(error).splitlines()[0]}"
+
+
+def measurements(
+    device: str = "cuda",
+    forms: dict[str, Callable[[Callable], Callable[[], object]]] = FORMS,
+    clock: Callable[[Callable], float] = milliseconds,
+    limits: Callable[[], tuple[float, float]] = ceilings,
+) -> list[dict[str, object]]:
+    """Every operator in every form, at both precisions, and what share of the machine's ceilings its fastest form reaches."""
+    rows: list[dict[str, object]] = []
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        bandwidth, product = limits()
+        for comparison in comparisons(device):
+            row: dict[str, object] = {"operator": comparison.name, "float32 matmul precision": precision}
+            for name, form in forms.items():
+                row[f"plain, {name}, ms"] = timed(name, lambda f=form, c=comparison: f(c.plain), clock)
+            times = {name: timed(name, lambda f=forms[name], c=comparison: f(c.ours), clock) for name in OURS if name in forms}
+            row |= {f"secondorder, {name}, ms": time for name, time in times.items()}
+            seconds = [time * 1e-3 for time in times.values() if not isinstance(time, str)]
+            if seconds:
+                row["of copy bandwidth"] = comparison.bytes / min(seconds) / bandwidth
+                row["of matrix product"] = comparison.flops / min(seconds) / product
+            row |= {"copy, GB/s": bandwidth / 1e9, "matrix product, TFLOP/s": product / 1e12}
+            rows.append(row)
+    torch.set_float32_matmul_precision("highest")
+    return rows
 
 
 def markdown(report: dict) -> str:
     """The report as a page."""
-    measured = report["measured"]
     lines = ["# secondorder on a GPU", "", "Command: `python -m bench.gpu_report`", ""]
-    lines += [f"- {step['step']}: exit status {step['status']} (`{step['command']}`)" for step in report["steps"]]
-    lines += [f"- {key}: {value}" for key, value in measured.items() if key != "rows"] + [""]
-    columns = list(measured["rows"][0])
+    lines += [f"- {key}: {report[key]}" for key in ("GPU", "torch", "CUDA")]
+    lines += [f"- {step['step']}: exit status {step['status']} (`{step['command']}`)" for step in report["steps"]] + [""]
+    columns = list(dict.fromkeys(key for row in report["rows"] for key in row))
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in measured["rows"]:
-        lines.append("| " + " | ".join(v if isinstance(v, str) else f"{v:.3f}" for v in row.values()) + " |")
+    for row in report["rows"]:
+        cells = [row.get(column, "") for column in columns]
+        lines.append("| " + " | ".join(cell if isinstance(cell, str) else f"{cell:.3f}" for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -182,12 +258,13 @@ def main() -> None:
     out = parser.parse_args().out
     if not torch.cuda.is_available():
         sys.exit("gpu_report: no GPU is visible to torch; it can neither test nor measure")
-    report = {"steps": checks(), "measured": measurements()}
+    report = {"GPU": torch.cuda.get_device_name(), "torch": torch.__version__, "CUDA": torch.version.cuda,
+              "steps": checks(), "rows": measurements()}  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     (out / "REPORT.json").write_text(json.dumps(report, indent=1) + "\n")
     (out / "REPORT.md").write_text(markdown(report))
     print(markdown(report))
-    sys.exit(any(step["status"] for step in report["steps"]))
+    sys.exit(any(step["status"] != 0 for step in report["steps"]))
 
 
 if __name__ == "__main__":

@@ -63,15 +63,16 @@ inline void check_layer(const char* op, const at::Tensor& hessian, const at::Ten
 inline void check_solve(const char* op, at::TensorList hessians, at::TensorList mean_inputs,
                         at::TensorList grad_weights, at::TensorList grad_biases, at::ArrayRef<double> alpha,
                         int64_t max_iter, double tol) {
-  const size_t layers = hessians.size();
-  TORCH_CHECK_VALUE(mean_inputs.size() == layers && grad_weights.size() == layers && grad_biases.size() == layers &&
-                        alpha.size() == layers,
-                    op, ": expected lists of one length, got ", layers, " bias_hessian, ", mean_inputs.size(),
-                    " mean_input, ", grad_weights.size(), " grad_weight, ", grad_biases.size(), " grad_bias and ",
-                    alpha.size(), " alpha");
+  check_lengths(op, {{"bias_hessian", hessians.size()},
+                     {"mean_input", mean_inputs.size()},
+                     {"grad_weight", grad_weights.size()},
+                     {"grad_bias", grad_biases.size()},
+                     {"alpha", alpha.size()}});
   check_cg(op, max_iter, tol);
-  for (size_t l = 0; l < layers; ++l)
+  for (size_t l = 0; l < hessians.size(); ++l) {
     check_layer(op, hessians[l], mean_inputs[l], grad_weights[l], grad_biases[l], alpha[l]);
+    check_same_device(op, "bias_hessian", hessians[l], "the first layer", hessians[0]);
+  }
 }
 
 inline void check_update(const char* op, at::TensorList hessians, at::TensorList mean_inputs,
@@ -79,48 +80,100 @@ inline void check_update(const char* op, at::TensorList hessians, at::TensorList
                          at::TensorList biases, at::TensorList weight_momenta, at::TensorList bias_momenta,
                          at::ArrayRef<double> lr, at::ArrayRef<double> alpha, at::ArrayRef<double> momentum,
                          at::ArrayRef<double> weight_decay, int64_t max_iter, double tol) {
-  const size_t layers = hessians.size();
-  TORCH_CHECK_VALUE(mean_inputs.size() == layers && grad_weights.size() == layers && grad_biases.size() == layers &&
-                        weights.size() == layers && biases.size() == layers && lr.size() == layers &&
-                        alpha.size() == layers && momentum.size() == layers && weight_decay.size() == layers &&
-                        weight_momenta.size() == bias_momenta.size() &&
-                        (weight_momenta.size() == layers || weight_momenta.empty()),
-                    op, ": expected lists of one length (the momenta may be empty lists), got ", layers,
-                    " bias_hessian, ", mean_inputs.size(), " mean_input, ", grad_weights.size(), " grad_weight, ",
-                    grad_biases.size(), " grad_bias, ", weights.size(), " weight, ", biases.size(), " bias, ",
-                    weight_momenta.size(), " weight_momentum, ", bias_momenta.size(), " bias_momentum");
-  check_cg(op, max_iter, tol);
+  check_solve(op, hessians, mean_inputs, grad_weights, grad_biases, alpha, max_iter, tol);
+  check_lengths(op, {{"bias_hessian", hessians.size()},
+                     {"weight", weights.size()},
+                     {"bias", biases.size()},
+                     {"lr", lr.size()},
+                     {"momentum", momentum.size()},
+                     {"weight_decay", weight_decay.size()}});
+  const bool keep = !weight_momenta.empty() || !bias_momenta.empty();  // empty lists: no momentum
+  if (keep)
+    check_lengths(op, {{"bias_hessian", hessians.size()},
+                       {"weight_momentum", weight_momenta.size()},
+                       {"bias_momentum", bias_momenta.size()}});
   const auto check_target = [&](const char* name, const at::Tensor& t, const char* like_name, const at::Tensor& like) {
     check_shape(op, name, t, like.sizes());
     check_same(op, name, t, like_name, like);
     check_contiguous(op, name, t);
   };
-  for (size_t l = 0; l < layers; ++l) {
-    check_layer(op, hessians[l], mean_inputs[l], grad_weights[l], grad_biases[l], alpha[l]);
+  for (size_t l = 0; l < hessians.size(); ++l) {
     check_target("weight", weights[l], "grad_weight", grad_weights[l]);
     check_target("bias", biases[l], "grad_bias", grad_biases[l]);
-    if (!weight_momenta.empty()) {
-      check_target("weight_momentum", weight_momenta[l], "weight", weights[l]);
-      check_target("bias_momentum", bias_momenta[l], "bias", biases[l]);
-    }
+    if (!keep) continue;
+    check_target("weight_momentum", weight_momenta[l], "weight", weights[l]);
+    check_target("bias_momentum", bias_momenta[l], "bias", biases[l]);
   }
+}
+
+// K-BFGS's matrices, one per layer, of one dtype on one device; `written` in place.
+inline void check_matrices(const char* op, const char* name, at::TensorList matrices, bool written) {
+  for (const at::Tensor& h : matrices) {
+    check_square(op, name, h);
+    check_floating(op, name, h);
+    check_same(op, name, h, "the first one", matrices[0]);
+    if (written) check_contiguous(op, name, h);
+  }
+}
+
+// A layer's s and y, [n] each, as `like` in dtype and device
+inline void check_pair(const char* op, const at::Tensor& s, const at::Tensor& y, const char* like_name,
+                       const at::Tensor& like, int64_t n) {
+  check_shape(op, "s", s, {n});
+  check_same(op, "s", s, like_name, like);
+  check_shape(op, "y", y, {n});
+  check_same(op, "y", y, like_name, like);
 }
 
 // double_damping, bfgs_update_ and damped_bfgs_update_; `written`: the inverses are
 inline void check_pairs(const char* op, at::TensorList inverses, at::TensorList s, at::TensorList y, bool written) {
-  const size_t layers = inverses.size();
-  TORCH_CHECK_VALUE(s.size() == layers && y.size() == layers, op, ": expected lists of one length, got ", layers,
-                    " inverse_hessian, ", s.size(), " s and ", y.size(), " y");
-  for (size_t l = 0; l < layers; ++l) {
-    const at::Tensor& h = inverses[l];
-    check_square(op, "inverse_hessian", h);
-    check_floating(op, "inverse_hessian", h);
-    check_same(op, "inverse_hessian", h, "the first one", inverses[0]);
-    if (written) check_contiguous(op, "inverse_hessian", h);
-    check_shape(op, "s", s[l], {h.size(0)});
-    check_same(op, "s", s[l], "inverse_hessian", h);
-    check_shape(op, "y", y[l], {h.size(0)});
-    check_same(op, "y", y[l], "inverse_hessian", h);
+  check_lengths(op, {{"inverse_hessian", inverses.size()}, {"s", s.size()}, {"y", y.size()}});
+  check_matrices(op, "inverse_hessian", inverses, written);
+  for (size_t l = 0; l < s.size(); ++l) check_pair(op, s[l], y[l], "inverse_hessian", inverses[l], inverses[l].size(0));
+}
+
+// hessian_action_update_
+inline void check_action(const char* op, at::TensorList inverses, at::TensorList matrices, at::TensorList vectors,
+                         double damping) {
+  check_lengths(op, {{"inverse", inverses.size()}, {"matrix", matrices.size()}, {"vector", vectors.size()}});
+  TORCH_CHECK_VALUE(damping >= 0, op, ": expected damping >= 0, got ", damping);
+  check_matrices(op, "inverse", inverses, /*written=*/true);
+  for (size_t l = 0; l < vectors.size(); ++l) {
+    check_shape(op, "matrix", matrices[l], inverses[l].sizes());
+    check_same(op, "matrix", matrices[l], "inverse", inverses[l]);
+    check_shape(op, "vector", vectors[l], {inverses[l].size(0)});
+    check_same(op, "vector", vectors[l], "inverse", inverses[l]);
+  }
+}
+
+// A layer's limited memory
+inline void check_memory(const char* op, const at::Tensor& s_pairs, const at::Tensor& y_pairs) {
+  check_dim(op, "s_pairs", s_pairs, 2);
+  check_floating(op, "s_pairs", s_pairs);
+  check_shape(op, "y_pairs", y_pairs, s_pairs.sizes());
+  check_same(op, "y_pairs", y_pairs, "s_pairs", s_pairs);
+}
+
+// lbfgs_product
+inline void check_product(const char* op, const at::Tensor& s_pairs, const at::Tensor& y_pairs, const at::Tensor& v) {
+  check_memory(op, s_pairs, y_pairs);
+  check_dim(op, "v", v, 2);
+  check_shape(op, "v", v, {s_pairs.size(1), v.size(1)});
+  check_same(op, "v", v, "s_pairs", s_pairs);
+}
+
+// damped_lbfgs_update_
+inline void check_memories(const char* op, at::TensorList s_pairs, at::TensorList y_pairs, at::TensorList s,
+                           at::TensorList y) {
+  check_lengths(op, {{"s_pairs", s_pairs.size()}, {"y_pairs", y_pairs.size()}, {"s", s.size()}, {"y", y.size()}});
+  for (size_t l = 0; l < s.size(); ++l) {
+    check_memory(op, s_pairs[l], y_pairs[l]);
+    check_same(op, "s_pairs", s_pairs[l], "the first one", s_pairs[0]);
+    TORCH_CHECK_VALUE(s_pairs[l].size(0) >= 1, op, ": expected room for at least one pair, got s_pairs of shape ",
+                      s_pairs[l].sizes());
+    check_contiguous(op, "s_pairs", s_pairs[l]);
+    check_contiguous(op, "y_pairs", y_pairs[l]);
+    check_pair(op, s[l], y[l], "s_pairs", s_pairs[l], s_pairs[l].size(1));
   }
 }
 

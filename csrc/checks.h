@@ -5,9 +5,22 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <utility>
 
 namespace secondorder {
+
+// The named lists of a call, one entry per layer each, have one length.
+inline void check_lengths(const char* op, std::initializer_list<std::pair<const char*, size_t>> lists) {
+  for (const auto& list : lists) {
+    if (list.second == lists.begin()->second) continue;
+    std::ostringstream got;
+    for (const auto& [name, length] : lists) got << (got.tellp() > 0 ? ", " : "") << length << " " << name;
+    TORCH_CHECK_VALUE(false, op, ": expected lists of one length, got ", got.str());
+  }
+}
 
 // `t` has exactly this shape.
 inline void check_shape(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape) {
@@ -29,13 +42,18 @@ inline void check_floating(const char* op, const char* name, const at::Tensor& t
                    " of dtype float32 or float64, got ", t.scalar_type());
 }
 
+inline void check_same_device(const char* op, const char* name, const at::Tensor& t, const char* like_name,
+                              const at::Tensor& like) {
+  TORCH_CHECK_VALUE(t.device() == like.device(), op, ": expected ", name, " on ", like.device(), " as ", like_name,
+                    ", got ", t.device());
+}
+
 // `t` has the dtype and the device of `like`.
 inline void check_same(const char* op, const char* name, const at::Tensor& t, const char* like_name,
                        const at::Tensor& like) {
   TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), op, ": expected ", name, " of dtype ", like.scalar_type(),
                    " as ", like_name, ", got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.device() == like.device(), op, ": expected ", name, " on ", like.device(), " as ", like_name,
-                    ", got ", t.device());
+  check_same_device(op, name, t, like_name, like);
 }
 
 inline void check_alpha(const char* op, double alpha) {

@@ -31,6 +31,7 @@ class Adaptation:
     Args:
         tau: the start of C's damping, relative to the first loss, so that a factor on the loss does not matter; > 0.
         gamma: the start of the solver's own damping, likewise; None: it is tau throughout.
+        floor: tau stays at least this fraction of its start: a mini-batch's model of its own loss would always have it fall.
         momentum: whether the previous step is a second direction of the model.
         omega: per step, < 1. tau is multiplied by omega^every where rho > 3/4, and divided by it where rho < 1/4.
         every: tau is adapted every so many steps.
@@ -40,6 +41,7 @@ class Adaptation:
 
     tau: float
     gamma: float | None = None
+    floor: float = 0.0
     momentum: bool = False
     omega: float = 0.95
     every: int = 5
@@ -87,7 +89,7 @@ class LocalLoss:
             if loss.inputs is None:
                 raise RuntimeError(
                     "lr=None evaluates the model anew: the criterion must be called on the very tensor that the model returned, "
-                    "as in criterion(model(x), y)"
+                    "as in criterion(model(x), y); for any other use, give the optimizer a learning rate (lr=0.02, say)"
                 )
             batch = _batch_size((loss.inputs.args, loss.inputs.kwargs))
             stride = max(1, min(round(1 / fraction), batch // _LEAST_INSTANCES))

@@ -58,6 +58,7 @@ def bias_hessian(
     G = (W^T H W) * (1/m) sum_i d1_i d1_i^T + diag(PosEig_gamma(sum_i d2_i * grad_input_i)),   * elementwise,
 
     where PosEig_gamma turns a negative entry l into gamma * l. G is symmetric to the bit, and positive semi-definite where H is.
+    On CUDA float32's products obey torch.set_float32_matmul_precision, as PyTorch's own do (docs/cuda.md).
 
     Args:
         bias_hessian: H [n_out, n_out] of this layer, symmetric (only H^T is read where it is not).
@@ -176,7 +177,8 @@ def eacg_update_(
 
     Returns:
         int64 [layers], the iterations of each weight system; -1 for a layer whose solution is not finite, which any NaN or
-        inf in its gradients, its mean input or its bias Hessian makes it. If there is one, nothing has been written.
+        inf in its gradients, its mean input or its bias Hessian makes it, or so large that lr V or V itself could overflow.
+        If there is one, nothing has been written.
     """
     return _ops.eacg_update_(
         bias_hessian, mean_input, grad_weight, grad_bias, weight, bias, weight_momentum, bias_momentum,

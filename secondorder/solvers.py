@@ -16,6 +16,7 @@ differ in A and in exactness:
 | `kfi`             | E[h h^T], factored damping     | two inverses (Eq. 12)                      |
 | `kfi-rank-one`    | a a^T, factored damping        | inverse and Sherman-Morrison (Eq. 13)      |
 | `exact`           | E[h h^T]                       | both eigendecompositions                   |
+| `auto`            | that of one of these two       | `kfi` up to n_in = 1024, else `ea-isotropic` |
 | `ea-isotropic`    | a a^T + rho I (docs/math.md)   | three inverses of [n_out, n_out]           |
 
 Every statistic of the input is an expectation, so that averages of it over steps are statistics again.
@@ -215,6 +216,30 @@ class Isotropic:
         return weight, None if grad_bias is None else -(bias_inverse @ grad_bias)
 
 
+# Above this, the product with A^{-1} costs more than the gradient of a usual batch does.
+_AUTO_N_IN = 1024
+
+
+@dataclass(frozen=True)
+class Auto:
+    """The solver `auto`: `kfi` for a layer with n_in <= 1024, else `ea-isotropic`."""
+
+    def statistics(self, input: Tensor, sample: Tensor) -> Factors:
+        """See `Solver`."""
+        return (_KFI if input.shape[1] <= _AUTO_N_IN else _ISOTROPIC).statistics(input, sample)
+
+    def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
+        """See `Solver`."""
+        return (_KFI if "input_second_moment" in factors else _ISOTROPIC).prepare(factors, scale, damping)
+
+    def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Solver`."""
+        return (_KFI if "input_inverse" in prepared else _ISOTROPIC).solve(prepared, grad_weight, grad_bias)
+
+
+_KFI, _ISOTROPIC = KFI(_AUTO_N_IN**2), Isotropic()
+
+
 def second_moment(input: Tensor) -> Tensor:
     """E[h h^T] [n, n] of inputs [m, n], float32 or float64."""
     # One step of the bias Hessian's recursion from H = W = 1: it computes half of the symmetric product, a GEMM all of it.
@@ -286,4 +311,5 @@ SOLVERS: dict[str, Callable[[int, float, int], Solver]] = {
     "kfi-rank-one": lambda max_cg, eps_cg, elements: KFI(0),
     "exact": lambda max_cg, eps_cg, elements: Exact(),
     "ea-isotropic": lambda max_cg, eps_cg, elements: Isotropic(),
+    "auto": lambda max_cg, eps_cg, elements: Auto(),
 }

@@ -191,7 +191,9 @@ class Tape:
             calls = loss.calls()
             loss.scale, loss.released = None, release
             if release:
-                loss.inputs = loss.output = None
+                if loss.inputs is not None:
+                    loss.inputs.args, loss.inputs.kwargs = (), {}
+                loss.inputs, loss.output, loss.args, loss.kwargs = None, None, (), {}
             for call in calls:
                 call.grad_output = None
                 for link in call.inputs_from:

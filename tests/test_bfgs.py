@@ -351,7 +351,7 @@ def test_arguments_are_checked():
         ops.double_damping(s, s, h, 1.0, MU2)
     with pytest.raises(ValueError, match="mu2 in"):
         ops.damped_bfgs_update_([h], [s], [s], MU1, 1.5)
-    with pytest.raises(ValueError, match=r"lists of one length, got 2 1 1"):
+    with pytest.raises(ValueError, match=r"lists of one length, got 2 inverse_hessian, 1 s, 1 y"):
         ops.bfgs_update_([h, h], [s], [s])
     with pytest.raises(ValueError, match="damping >= 0"):
         ops.hessian_action_update_([h], [h], [s], -1.0)

@@ -198,6 +198,13 @@ def test_non_contiguous():
     assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
     with pytest.raises(ValueError, match="expected a contiguous weight"):
         ops.eacg_update_([h], [a], [b], [g], [b.T.contiguous().T], [g.clone()], [], [], [0.1], [0.1], [0.0], [0.0], 5, 0.0, False)
+    numbers = ([0.1], [0.1], [0.0], [0.0], 5, 0.0, False)
+    with pytest.raises(
+        ValueError, match="lists of one length, got 1 bias_hessian, 2 weight, 1 bias, 1 lr, 1 momentum, 1 weight_decay"
+    ):
+        ops.eacg_update_([h], [a], [b], [g], [b.clone()] * 2, [g.clone()], [], [], *numbers)
+    with pytest.raises(ValueError, match="lists of one length, got 1 bias_hessian, 1 weight_momentum, 0 bias_momentum"):
+        ops.eacg_update_([h], [a], [b], [g], [b.clone()], [g.clone()], [b.clone()], [], *numbers)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
-"""The CUDA operators on a GPU, against float64 oracles and without any wait for the device. Skipped without a GPU."""
+"""The CUDA operators on a GPU, against float64 oracles and the CPU's operators and without any wait for the device; every
+optimizer on a GPU against itself on the CPU. Skipped without a GPU."""
 
 import copy
 
 import pytest
 import torch
 from oracles import assert_as_accurate, random_psd
+from torch import nn
 
 import secondorder as so
 from secondorder import ops, reference
@@ -19,20 +21,31 @@ SIZES = [(1, 1, 1), (2, 3, 17), (17, 129, 5), (129, 64, 33), (256, 1024, 1000), 
 
 
 @pytest.fixture(autouse=True)
-def _no_waiting():
-    """Any synchronisation that PyTorch knows of is an error inside an operator."""
+def _switches():
+    """A test that fails leaves neither the ban on synchronisation nor TF32 behind."""
     yield
     torch.cuda.set_sync_debug_mode("default")
+    torch.set_float32_matmul_precision("highest")
+
+
+def moved(value, device):
+    if isinstance(value, (list, tuple)):
+        return [moved(v, device) for v in value]
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def without_waiting(function, *arguments):
+    """function(*arguments), where any synchronisation that PyTorch knows of is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    result = function(*arguments)
+    torch.cuda.set_sync_debug_mode("default")
+    return result
 
 
 def on_gpu(function, *arguments):
-    """function(*arguments) on the GPU, with synchronisation forbidden; its tensors on the CPU."""
-    moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    result = function(*moved)
-    torch.cuda.set_sync_debug_mode("default")
-    return [t.cpu() for t in result] if isinstance(result, tuple) else result.cpu()
+    """function(*arguments) on the GPU, without waiting; its tensors on the CPU."""
+    return moved(without_waiting(function, *moved(arguments, "cuda")), "cpu")
 
 
 def to_double(arguments):
@@ -59,6 +72,22 @@ def test_bias_hessian(size, dtype):
     actual = on_gpu(ops.bias_hessian, *arguments)
     assert_as_accurate(actual, reference.bias_hessian(*arguments), reference.bias_hessian(*to_double(arguments)), ulps=64)
     assert torch.equal(actual, actual.T)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_bias_hessian_obeys_the_matmul_precision(size):
+    """TF32 where PyTorch is allowed it: the bound of its 2^-11, which float32 is far inside of."""
+    n_out, n_in, batch = size
+    h = random_psd(n_out, torch.float32)
+    w, d1 = torch.randn(n_out, n_in), torch.randn(batch, n_in)
+    exact = reference.bias_hessian(*to_double([h, w, d1]), None, None, -1.0)
+    largest = (w.abs().double().T @ h.abs().double() @ w.abs().double()) * (d1.abs().double().T @ d1.abs().double() / batch)
+    errors = {}
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        errors[precision] = (on_gpu(ops.bias_hessian, h, w, d1, None, None, -1.0).double() - exact).abs() / largest
+        assert (errors[precision] <= (7 * 2.0**-11 if precision == "high" else (2 * n_out + batch + 16) * 2.0**-23)).all()
+    assert errors["high"].max() > errors["highest"].max()
 
 
 @pytest.mark.parametrize("truncated", [False, True])
@@ -97,18 +126,16 @@ def net_arguments(device, layers=((300, 40), (40, 130), (130, 3))):
 def test_eacg_update_equals_the_cpu_operator():
     on_cpu, on_cuda = net_arguments("cpu"), net_arguments("cuda")
     expected = ops.eacg_update_(*on_cpu)
-    torch.cuda.set_sync_debug_mode("error")
-    actual = ops.eacg_update_(*on_cuda)
-    torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(actual.cpu(), expected)
+    assert torch.equal(without_waiting(ops.eacg_update_, *on_cuda).cpu(), expected)
     for cuda_list, cpu_list in zip(on_cuda[4:8], on_cpu[4:8], strict=True):
         for x, y in zip(cuda_list, cpu_list, strict=True):
             torch.testing.assert_close(x.cpu(), y, rtol=1e-9, atol=1e-9)
 
 
-def test_eacg_update_leaves_everything_where_a_layer_is_not_finite():
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e307])
+def test_eacg_update_leaves_everything_where_a_layer_is_not_finite(number):
     arguments = net_arguments("cuda")
-    arguments[2][1][0, 0] = float("nan")
+    arguments[2][1][0, 0] = number
     before = copy.deepcopy(arguments[4:8])
     iterations = ops.eacg_update_(*arguments)
     assert iterations.tolist() == [10, -1, 10]
@@ -131,3 +158,87 @@ def test_cuda_graph_replays_the_update():
     torch.cuda.synchronize()
     for x, y in zip(arguments[4], expected[4], strict=True):
         assert torch.equal(x, y)
+
+
+def bfgs_arguments(memory=5):
+    """Lists over layers of H, s, y, A, S, Y; one pair's curvature is negative, and one is not finite."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = (1, 17, 129, 1000, 33)
+    h, a = ([random_psd(n) + 0.1 * torch.eye(n, dtype=torch.float64) for n in sizes] for _ in range(2))
+    s, y = ([torch.randn(n, generator=generator, dtype=torch.float64) for n in sizes] for _ in range(2))
+    s[4][3] = float("nan")
+    s_pairs = [torch.randn(memory, n, generator=generator, dtype=torch.float64) for n in sizes]
+    y_pairs = [s + 0.1 * torch.randn(s.shape, generator=generator, dtype=torch.float64) for s in s_pairs]
+    for pairs in (*s_pairs, *y_pairs):
+        pairs[0] = 0
+    return h, s, y, a, s_pairs, y_pairs
+
+
+def bfgs_calls(h, s, y, a, s_pairs, y_pairs):
+    """(operator, its arguments) in an order in which each reads what the one before has written."""
+    v = [torch.cat([x[:, None]] * 3, 1) for x in y]
+    return [
+        (ops.double_damping, [s, y, h, 0.2, 0.1]),
+        (ops.damped_bfgs_update_, [h, s, y, 0.2, 0.1]),
+        (ops.bfgs_update_, [h, y, y]),
+        (ops.hessian_action_update_, [h, a, y, 0.3]),
+        (ops.lbfgs_product, [s_pairs, y_pairs, v]),
+        (ops.damped_lbfgs_update_, [s_pairs, y_pairs, s, y, 0.2, 0.1]),
+        (ops.lbfgs_product, [s_pairs, y_pairs, v]),
+    ]
+
+
+def test_the_operators_of_kbfgs_equal_the_cpus():
+    on_cpu = bfgs_arguments()
+    on_cuda = moved(on_cpu, "cuda")
+    for (function, expected_arguments), (_, arguments) in zip(bfgs_calls(*on_cpu), bfgs_calls(*on_cuda), strict=True):
+        expected, actual = function(*expected_arguments), moved(without_waiting(function, *arguments), "cpu")
+        torch.testing.assert_close(actual, moved(expected, "cpu"), rtol=1e-8, atol=1e-8, equal_nan=True)
+        torch.testing.assert_close(moved(on_cuda, "cpu"), moved(on_cpu, "cpu"), rtol=1e-8, atol=1e-8, equal_nan=True)
+
+
+OPTIMIZERS = {
+    "EACG": lambda m, c: so.EACG(m, c),
+    "EACG truncated": lambda m, c: so.EACG(m, c, solver="ea-cg-truncated", momentum=0, factor_decay=0),
+    "EACG, no lr": lambda m, c: so.EACG(m, c, lr=None),
+    "KFLR": lambda m, c: so.KFLR(m, c),
+    "KFRA": lambda m, c: so.KFRA(m, c),
+    "KFAC": lambda m, c: so.KFAC(m, c),
+    "KBFGS": lambda m, c: so.KBFGS(m, c, lr=0.1),
+    "KBFGSL": lambda m, c: so.KBFGSL(m, c, lr=0.1, memory=4),
+}
+
+
+def trained(make, device, steps=8):
+    """The losses of a small net's training, and its parameters after it, on the CPU."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(20, 33), nn.Tanh(), nn.Linear(33, 17), nn.Sigmoid(), nn.Linear(17, 12), nn.Softplus(), nn.Linear(12, 5)
+    )
+    x, y = torch.randn(200, 20, dtype=torch.float64).to(device), torch.randint(5, (200,)).to(device)
+    model, criterion = model.double().to(device), nn.CrossEntropyLoss()
+    optimizer = make(model, criterion)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+
+    losses = []
+    for _ in range(steps):
+        optimizer.step(closure)
+    assert all(p.device.type == device for p in model.parameters())
+    return losses, [p.detach().cpu() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains_as_on_the_cpu(name):
+    losses, parameters = trained(OPTIMIZERS[name], "cuda")
+    assert losses[-1] < losses[0]
+    if name == "KFAC":  # draws labels, other ones on every device
+        return
+    expected_losses, expected_parameters = trained(OPTIMIZERS[name], "cpu")
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
+    torch.testing.assert_close(parameters, expected_parameters, rtol=1e-5, atol=1e-6)

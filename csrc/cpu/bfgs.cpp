@@ -19,7 +19,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
+#include "../argument_checks.h"
 #include "../formulas.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -160,29 +160,6 @@ void update(const std::vector<T*>& matrices, std::vector<Pair<T>>& pairs) {
   });
 }
 
-void check_pair(const char* op, const at::Tensor& s, const at::Tensor& y, const char* like_name, const at::Tensor& like,
-                int64_t n) {
-  check_shape(op, "s", s, {n});
-  check_same(op, "s", s, like_name, like);
-  check_shape(op, "y", y, {n});
-  check_same(op, "y", y, like_name, like);
-}
-
-void check_lengths(const char* op, std::initializer_list<size_t> lengths) {
-  for (size_t length : lengths)
-    TORCH_CHECK_VALUE(length == *lengths.begin(), op, ": expected lists of one length, got ",
-                      std::vector<int64_t>(lengths.begin(), lengths.end()));
-}
-
-void check_inverses(const char* op, const char* name, at::TensorList inverses, bool written) {
-  for (const at::Tensor& h : inverses) {
-    check_square(op, name, h);
-    check_floating(op, name, h);
-    check_same(op, name, h, "the first one", inverses[0]);
-    if (written) check_contiguous(op, name, h);
-  }
-}
-
 template <typename T>
 std::vector<Pair<T>> make_pairs(at::TensorList s, at::TensorList y) {
   std::vector<Pair<T>> pairs(s.size());
@@ -201,10 +178,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> double_damping_list
                                                                                  at::TensorList inverses, double mu1,
                                                                                  double mu2) {
   constexpr const char* op = "double_damping";
-  check_lengths(op, {s.size(), y.size(), inverses.size()});
   check_damping(op, mu1, mu2);
-  check_inverses(op, "inverse_hessian", inverses, false);
-  for (size_t l = 0; l < s.size(); ++l) check_pair(op, s[l], y[l], "inverse_hessian", inverses[l], inverses[l].size(0));
+  check_pairs(op, inverses, s, y, /*written=*/false);
   std::vector<at::Tensor> s_damped, y_damped;
   if (s.empty()) return {s_damped, y_damped};
   AT_DISPATCH_FLOATING_TYPES(inverses[0].scalar_type(), op, [&] {
@@ -236,9 +211,7 @@ std::tuple<at::Tensor, at::Tensor> double_damping(const at::Tensor& s, const at:
 
 at::Tensor bfgs_update_list_(at::TensorList inverses, at::TensorList s, at::TensorList y) {
   constexpr const char* op = "bfgs_update_";
-  check_lengths(op, {inverses.size(), s.size(), y.size()});
-  check_inverses(op, "inverse_hessian", inverses, true);
-  for (size_t l = 0; l < s.size(); ++l) check_pair(op, s[l], y[l], "inverse_hessian", inverses[l], inverses[l].size(0));
+  check_pairs(op, inverses, s, y, /*written=*/true);
   if (s.empty()) return at::empty({0}, at::kLong);
   at::Tensor status;
   AT_DISPATCH_FLOATING_TYPES(inverses[0].scalar_type(), op, [&] {
@@ -263,10 +236,8 @@ at::Tensor bfgs_update_(const at::Tensor& inverse, const at::Tensor& s, const at
 
 at::Tensor damped_bfgs_update_(at::TensorList inverses, at::TensorList s, at::TensorList y, double mu1, double mu2) {
   constexpr const char* op = "damped_bfgs_update_";
-  check_lengths(op, {inverses.size(), s.size(), y.size()});
   check_damping(op, mu1, mu2);
-  check_inverses(op, "inverse_hessian", inverses, true);
-  for (size_t l = 0; l < s.size(); ++l) check_pair(op, s[l], y[l], "inverse_hessian", inverses[l], inverses[l].size(0));
+  check_pairs(op, inverses, s, y, /*written=*/true);
   if (s.empty()) return at::empty({0}, at::kLong);
   at::Tensor status;
   AT_DISPATCH_FLOATING_TYPES(inverses[0].scalar_type(), op, [&] {
@@ -306,15 +277,7 @@ at::Tensor damped_bfgs_update_(at::TensorList inverses, at::TensorList s, at::Te
 at::Tensor hessian_action_update_(at::TensorList inverses, at::TensorList matrices, at::TensorList vectors,
                                   double damping) {
   constexpr const char* op = "hessian_action_update_";
-  check_lengths(op, {inverses.size(), matrices.size(), vectors.size()});
-  TORCH_CHECK_VALUE(damping >= 0, op, ": expected damping >= 0, got ", damping);
-  check_inverses(op, "inverse", inverses, true);
-  for (size_t l = 0; l < vectors.size(); ++l) {
-    check_shape(op, "matrix", matrices[l], inverses[l].sizes());
-    check_same(op, "matrix", matrices[l], "inverse", inverses[l]);
-    check_shape(op, "vector", vectors[l], {inverses[l].size(0)});
-    check_same(op, "vector", vectors[l], "inverse", inverses[l]);
-  }
+  check_action(op, inverses, matrices, vectors, damping);
   if (vectors.empty()) return at::empty({0}, at::kLong);
   at::Tensor status;
   AT_DISPATCH_FLOATING_TYPES(inverses[0].scalar_type(), op, [&] {
@@ -359,24 +322,13 @@ at::Tensor compact_product(const at::Tensor& s, const at::Tensor& y, const at::T
   return at::matmul(pairs.t(), at::matmul(k.to(v.scalar_type()), at::matmul(pairs, v))).add_(v);
 }
 
-void check_memory(const char* op, const at::Tensor& s, const at::Tensor& y) {
-  check_dim(op, "s_pairs", s, 2);
-  check_floating(op, "s_pairs", s);
-  check_shape(op, "y_pairs", y, s.sizes());
-  check_same(op, "y_pairs", y, "s_pairs", s);
-}
-
 at::Tensor lbfgs_product(const at::Tensor& s, const at::Tensor& y, const at::Tensor& v) {
-  constexpr const char* op = "lbfgs_product";
-  check_memory(op, s, y);
-  check_dim(op, "v", v, 2);
-  check_shape(op, "v", v, {s.size(1), v.size(1)});
-  check_same(op, "v", v, "s_pairs", s);
+  check_product("lbfgs_product", s, y, v);
   return compact_product(s, y, v);
 }
 
 std::vector<at::Tensor> lbfgs_product_list(at::TensorList s, at::TensorList y, at::TensorList v) {
-  check_lengths("lbfgs_product", {s.size(), y.size(), v.size()});
+  check_lengths("lbfgs_product", {{"s_pairs", s.size()}, {"y_pairs", y.size()}, {"v", v.size()}});
   std::vector<at::Tensor> out;
   for (size_t l = 0; l < s.size(); ++l) out.push_back(lbfgs_product(s[l], y[l], v[l]));
   return out;
@@ -394,16 +346,8 @@ void push(const at::Tensor& memory, const std::vector<T>& v) {
 at::Tensor damped_lbfgs_update_(at::TensorList s_pairs, at::TensorList y_pairs, at::TensorList s, at::TensorList y,
                                 double mu1, double mu2) {
   constexpr const char* op = "damped_lbfgs_update_";
-  check_lengths(op, {s_pairs.size(), y_pairs.size(), s.size(), y.size()});
   check_damping(op, mu1, mu2);
-  for (size_t l = 0; l < s.size(); ++l) {
-    check_memory(op, s_pairs[l], y_pairs[l]);
-    TORCH_CHECK_VALUE(s_pairs[l].size(0) >= 1, op, ": expected room for at least one pair, got s_pairs of shape ",
-                      s_pairs[l].sizes());
-    check_contiguous(op, "s_pairs", s_pairs[l]);
-    check_contiguous(op, "y_pairs", y_pairs[l]);
-    check_pair(op, s[l], y[l], "s_pairs", s_pairs[l], s_pairs[l].size(1));
-  }
+  check_memories(op, s_pairs, y_pairs, s, y);
   at::Tensor status = at::empty({int64_t(s.size())}, at::kLong);
   for (size_t l = 0; l < s.size(); ++l)
     AT_DISPATCH_FLOATING_TYPES(s[l].scalar_type(), op, [&] {

@@ -1,15 +1,14 @@
-// K-BFGS (Goldfarb, Ren & Bahamou): Powell's double damping (Algorithm 3) and the BFGS update of an inverse H, all
-// layers of a net in each launch.
+// K-BFGS (Goldfarb, Ren & Bahamou): Powell's double damping (Algorithm 3), the BFGS update of an inverse H, its
+// Hessian-action form and the limited memory, all layers of a net in each launch; and the middle of L-BFGS's product.
 //
 // With q = H y, rho = 1/(s.y) and tau = 1/(1 + rho y.q) the update H - rho (s q^T + q s^T) + rho (1 + rho y.q) s s^T,
 // its square completed, is
 //
 //   H + a a^T - b b^T,   a = sqrt(rho/tau) (s - tau q),   b = sqrt(rho tau) q,
 //
-// symmetric to the bit. The damped q is theta2 H y + (1-theta2) H s~ with H s~ = theta1 H s + (1-theta1) H (H y), so
+// symmetric to the bit: every update is some products with H, these factors, and one pass that writes H. The damped q is theta2 H y + (1-theta2) H s~ with H s~ = theta1 H s + (1-theta1) H (H y), so
 // one pass over H, for H y and H s together, serves both dampings, unless both thetas are below 1.
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 
 #include "kernels.h"
@@ -26,11 +25,11 @@ template <typename T>
 struct Work {
   double* theta2;    // [1]
   int64_t* status;   // [1]
-  const T* s;        // [n] the pair that the update takes: given, or damped
+  const T* s;        // [n] the pair that the update takes: given or made
   const T* y;        // [n]
-  T* damped_s;       // [n] where the damped pair is written
+  T* damped_s;       // [n] where a pair is made
   T* damped_y;       // [n]
-  T* hy;             // [n] H y of the given y, then q
+  T* hy;             // [n] H y, then q
   T* hs;             // [n] H s of the given s; then H s~ where both dampings act
   T* a;              // [n]
   T* b;              // [n]
@@ -45,9 +44,16 @@ struct Layer {
 template <typename T>
 using Layers = Table<Layer<T>>;
 
-enum class Products { hy, hy_and_hs, hs_damped };
+// What products_kernel computes:
+enum class Products {
+  hy,         // hy = H y
+  hy_and_hs,  // hy = H y and hs = H s, in one pass
+  hs_damped,  // hs = H s~, for the layers where both dampings act
+  action_s,   // s~ = H s
+  action_y,   // y~ = (A + damping I) s~
+  action_hy,  // hy = H y~
+};
 
-// hy = H y; or hy and hs in one pass; or hs = H s~ for the layers where both dampings act.
 // Parallel over the rows of every H, a warp each.
 template <Products kProducts, typename T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
@@ -57,20 +63,30 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   const Work<T>& work = layers.layer[l].work;
   const int64_t row = int64_t(blockIdx.x - division.first[l]) * kRowsPerBlock + threadIdx.x / kWarp, n = in.n;
   if (row >= n) return;
-  const T* h = in.inverse_hessian + row * n;
   const bool leader = threadIdx.x % kWarp == 0;
-  if constexpr (kProducts == Products::hs_damped) {
-    if (*work.status != (kDampedS | kDampedY)) return;
-    T sum[1];
-    row_products(n, aligned(n, in.inverse_hessian, work.damped_s), h, work.damped_s, work.damped_s, sum);
-    if (leader) work.hs[row] = sum[0];
-  } else {
-    T sums[kProducts == Products::hy ? 1 : 2];
-    row_products(n, aligned(n, in.inverse_hessian, in.s, in.y), h, in.y, in.s, sums);
+  if constexpr (kProducts == Products::hy_and_hs) {
+    T sums[2];
+    row_products(n, aligned(n, in.inverse_hessian, in.s, in.y), in.inverse_hessian + row * n, in.y, in.s, sums);
     if (leader) {
       work.hy[row] = sums[0];
-      if constexpr (kProducts == Products::hy_and_hs) work.hs[row] = sums[1];
+      work.hs[row] = sums[1];
     }
+  } else {
+    if (kProducts == Products::hs_damped && *work.status != (kDampedS | kDampedY)) return;
+    constexpr bool kActionY = kProducts == Products::action_y;
+    const T* matrix = kActionY ? in.matrix : in.inverse_hessian;
+    constexpr bool kDampedX = kProducts == Products::hs_damped || kActionY;
+    const T* x = kProducts == Products::hy         ? in.y
+                 : kProducts == Products::action_s ? in.s
+                 : kDampedX                        ? work.damped_s
+                                                   : work.damped_y;
+    T* out = kProducts == Products::hs_damped  ? work.hs
+             : kProducts == Products::action_s ? work.damped_s
+             : kActionY                        ? work.damped_y
+                                               : work.hy;
+    T sum[1];
+    row_products(n, aligned(n, matrix, x), matrix + row * n, x, x, sum);
+    if (leader) out[row] = kActionY ? T(double(sum[0]) + in.damping * double(x[row])) : sum[0];
   }
 }
 
@@ -80,10 +96,11 @@ __device__ __forceinline__ void each_element(int64_t n, F&& f) {
   for (int64_t i = threadIdx.x; i < n; i += kThreads) f(i);
 }
 
-// damped_s, damped_y, theta2 and the status' damping bits, from hy. Parallel over layers, a block each.
-template <typename T>
+// damped_s, damped_y, theta2 and the status' damping bits, from hy; kLimited: also whether a limited memory takes the
+// pair. Parallel over layers, a block each.
+template <bool kLimited, typename T>
 __global__ void __launch_bounds__(kThreads) damping_kernel(const Layers<T> __grid_constant__ layers) {
-  __shared__ double partial[2][kWarp];
+  __shared__ double partial[3][kWarp];
   const BfgsLayer<T>& in = layers.layer[blockIdx.x].in;
   const Work<T>& work = layers.layer[blockIdx.x].work;
   double first[2] = {}, second[2] = {};  // s.y and y^T H y; s~.y and s~.s~
@@ -102,14 +119,47 @@ __global__ void __launch_bounds__(kThreads) damping_kernel(const Layers<T> __gri
   });
   block_sum(second, partial);
   const double theta2 = powell_theta(second[0], second[1], in.mu2);
+  double third[3] = {};  // s~.y~, s~.s~, y~.y~
   each_element(in.n, [&](int64_t i) {
-    const T y = in.y[i];
-    work.damped_y[i] = theta2 == 1 ? y : T(theta2 * double(y) + (1 - theta2) * double(work.damped_s[i]));
+    const T s = work.damped_s[i];
+    const T y = theta2 == 1 ? in.y[i] : T(theta2 * double(in.y[i]) + (1 - theta2) * double(s));
+    work.damped_y[i] = y;
+    if constexpr (kLimited) {
+      third[0] += double(s) * double(y);
+      third[1] += double(s) * double(s);
+      third[2] += double(y) * double(y);
+    }
   });
+  int64_t status = (theta1 == 1 ? 0 : kDampedS) | (theta2 == 1 ? 0 : kDampedY);
+  if constexpr (kLimited) {
+    block_sum(third, partial);
+    const double rho = 1 / third[0], ss = third[1] / third[0], yy = third[2] / third[0];
+    if (third[0] > 0 && rho - rho == 0 && ss - ss == 0 && yy - yy == 0) status |= kUpdated;
+  }
   if (threadIdx.x == 0) {
     *work.theta2 = theta2;
-    *work.status = (theta1 == 1 ? 0 : kDampedS) | (theta2 == 1 ? 0 : kDampedY);
+    *work.status = status;
+    if (kLimited) *in.status = status;
   }
+}
+
+// Moves every row of both memories up by one and puts the damped pair in the last, where the status allows. Parallel over
+// the columns of every memory, a thread each.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    push_kernel(const Layers<T> __grid_constant__ layers, const Blocks __grid_constant__ division) {
+  const int l = division.layer(layers.count, blockIdx.x);
+  const BfgsLayer<T>& in = layers.layer[l].in;
+  const Work<T>& work = layers.layer[l].work;
+  const int64_t column = int64_t(blockIdx.x - division.first[l]) * kThreads + threadIdx.x, n = in.n;
+  if (column >= n || !(*work.status & kUpdated)) return;
+  T *s = in.s_pairs + column, *y = in.y_pairs + column;
+  for (int64_t row = 0; row + 1 < in.pairs; ++row, s += n, y += n) {
+    *s = s[n];
+    *y = y[n];
+  }
+  *s = work.damped_s[column];
+  *y = work.damped_y[column];
 }
 
 // a, b and the status, from the pair and q; kDamped: q is first made from hy and hs. Parallel over layers, a block
@@ -129,7 +179,6 @@ __global__ void __launch_bounds__(kThreads) factors_kernel(const Layers<T> __gri
   });
   block_sum(sums, partial);
   const double rho = 1 / sums[0], tau = 1 / (1 + rho * sums[1]);
-  constexpr double most = (sizeof(T) == 4 ? double(FLT_MAX) : DBL_MAX) / 4;
   bool valid = sums[0] > 0 && rho - rho == 0 && sums[1] >= 0 && tau > 0;
   const double root_a = std::sqrt(rho / tau), root_b = std::sqrt(rho * tau);
   each_element(in.n, [&](int64_t i) {
@@ -138,7 +187,7 @@ __global__ void __launch_bounds__(kThreads) factors_kernel(const Layers<T> __gri
     work.b[i] = b;
     // A positive definite matrix has no entry larger than its largest diagonal one, so the diagonal tells of overflow.
     const double entry = double(in.inverse_hessian[i * (in.n + 1)]) + double(a) * double(a) + double(b) * double(b);
-    valid = valid && entry <= most;
+    valid = valid && entry <= kLargest<T> / 4;
   });
   valid = __syncthreads_and(valid);
   if (threadIdx.x == 0) {
@@ -170,10 +219,54 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   });
 }
 
-// Calls f(layers, division of the rows) for every kLayersPerLaunch layers; returns the bytes of workspace. With
-// `damped` the update takes the damped pair. `workspace` may be null, to measure.
+// The solves with R and with R^T by substitution, and the product between them, kColumns columns to a block, a warp each.
+constexpr int kColumns = kThreads / kWarp;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    middle_kernel(int64_t p, int64_t k, const double* __restrict__ sy, const double* __restrict__ yy, T* columns,
+                  double* work) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t column = int64_t(blockIdx.x) * kColumns + threadIdx.x / kWarp;
+  const bool inside = column < k;  // the others only come to the barriers
+  double *t = work + column * 2 * p, *z = t + p;
+  const auto diagonal = [&](int64_t i) { return sy[i * p + i] == 0 ? 1 : sy[i * p + i]; };
+  // t = R^-1 (S V), from the last row up.
+  for (int64_t i = p - 1; i >= 0; --i) {
+    if (inside) {
+      double sum = 0;
+      for (int64_t j = i + 1 + lane; j < p; j += kWarp) sum += sy[i * p + j] * t[j];
+      sum = warp_sum(sum);
+      if (lane == 0) t[i] = (double(columns[i * k + column]) - sum) / diagonal(i);
+    }
+    __syncthreads();
+  }
+  // z = (D + Y Y^T) t - Y V; Y Y^T is symmetric, so that lanes read neighbours.
+  if (inside)
+    for (int64_t i = lane; i < p; i += kWarp) {
+      double sum = sy[i * p + i] * t[i] - double(columns[(p + i) * k + column]);
+      for (int64_t j = 0; j < p; ++j) sum += yy[j * p + i] * t[j];
+      z[i] = sum;
+    }
+  __syncthreads();
+  // z = R^-T z, from the first row down.
+  for (int64_t i = 0; i < p; ++i) {
+    if (inside) {
+      const double solved = z[i] / diagonal(i);
+      for (int64_t j = i + 1 + lane; j < p; j += kWarp) z[j] -= sy[i * p + j] * solved;
+      if (lane == 0) {
+        columns[i * k + column] = T(solved);
+        columns[(p + i) * k + column] = T(-t[i]);
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// Calls f(layers, division of the rows by warps, of the columns by threads) for every kLayersPerLaunch layers; returns the bytes of workspace.
+// With `made` the update takes the pair in damped_s and damped_y. `workspace` may be null, to measure.
 template <typename T, typename F>
-size_t each_launch(const BfgsLayer<T>* in, int count, void* workspace, bool damped, F&& f) {
+size_t each_launch(const BfgsLayer<T>* in, int count, void* workspace, bool made, F&& f) {
   size_t used = 0;
   const auto take = [&](int64_t bytes) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(workspace) + used;
@@ -183,7 +276,7 @@ size_t each_launch(const BfgsLayer<T>* in, int count, void* workspace, bool damp
   Layers<T> layers;
   for (int begin = 0; begin < count; begin += kLayersPerLaunch) {
     layers.count = std::min(kLayersPerLaunch, count - begin);
-    Blocks rows;
+    Blocks rows, columns;
     for (int l = 0; l < layers.count; ++l) {
       const BfgsLayer<T>& layer = in[begin + l];
       const int64_t bytes = layer.n * int64_t(sizeof(T));
@@ -194,56 +287,98 @@ size_t each_launch(const BfgsLayer<T>* in, int count, void* workspace, bool damp
       for (T** vector : vectors) *vector = reinterpret_cast<T*>(take(bytes));
       if (layer.damped_s) work.damped_s = layer.damped_s;
       if (layer.damped_y) work.damped_y = layer.damped_y;
-      work.s = damped ? work.damped_s : layer.s;
-      work.y = damped ? work.damped_y : layer.y;
+      if (layer.hy) work.hy = layer.hy;
+      work.s = made ? work.damped_s : layer.s;
+      work.y = made ? work.damped_y : layer.y;
       layers.layer[l] = {layer, work};
       rows.first[l + 1] = rows.first[l] + unsigned(ceil_div<int64_t>(layer.n, kRowsPerBlock));
+      columns.first[l + 1] = columns.first[l] + unsigned(ceil_div<int64_t>(layer.n, kThreads));
     }
-    if (rows.first[layers.count] > 0) f(layers, rows, rows.first[layers.count]);
+    f(layers, rows, columns);
   }
   return used;
+}
+
+// A launch needs a block, even where no layer has rows.
+unsigned total(const Blocks& division, int count) { return std::max(1u, division.first[count]); }
+
+template <Products kProducts, typename T>
+void launch_products(const Layers<T>& layers, const Blocks& rows, cudaStream_t stream) {
+  LAUNCH((products_kernel<kProducts, T>), total(rows, layers.count), kRowThreads, 0, stream, layers, rows);
+}
+
+template <bool kDamped, typename T>
+void launch_update(const Layers<T>& layers, const Blocks& rows, cudaStream_t stream) {
+  LAUNCH((factors_kernel<kDamped, T>), layers.count, kThreads, 0, stream, layers);
+  LAUNCH(update_kernel<T>, total(rows, layers.count), kRowThreads, 0, stream, layers, rows);
 }
 
 }  // namespace
 
 template <typename T>
 size_t bfgs_workspace(const BfgsLayer<T>* layers, int count) {
-  return each_launch(layers, count, nullptr, false, [](const Layers<T>&, const Blocks&, unsigned) {});
+  return each_launch(layers, count, nullptr, false, [](const Layers<T>&, const Blocks&, const Blocks&) {});
 }
 
 template <typename T>
 void double_damping(const BfgsLayer<T>* in, int count, void* workspace, cudaStream_t stream) {
-  each_launch(in, count, workspace, true, [&](const Layers<T>& layers, const Blocks& rows, unsigned blocks) {
-    LAUNCH((products_kernel<Products::hy, T>), blocks, kRowThreads, 0, stream, layers, rows);
-    LAUNCH(damping_kernel<T>, layers.count, kThreads, 0, stream, layers);
+  each_launch(in, count, workspace, true, [&](const Layers<T>& layers, const Blocks& rows, const Blocks&) {
+    launch_products<Products::hy>(layers, rows, stream);
+    LAUNCH((damping_kernel<false, T>), layers.count, kThreads, 0, stream, layers);
   });
 }
 
 template <typename T>
 void bfgs_update(const BfgsLayer<T>* in, int count, void* workspace, cudaStream_t stream) {
-  each_launch(in, count, workspace, false, [&](const Layers<T>& layers, const Blocks& rows, unsigned blocks) {
-    LAUNCH((products_kernel<Products::hy, T>), blocks, kRowThreads, 0, stream, layers, rows);
-    LAUNCH((factors_kernel<false, T>), layers.count, kThreads, 0, stream, layers);
-    LAUNCH(update_kernel<T>, blocks, kRowThreads, 0, stream, layers, rows);
+  each_launch(in, count, workspace, false, [&](const Layers<T>& layers, const Blocks& rows, const Blocks&) {
+    launch_products<Products::hy>(layers, rows, stream);
+    launch_update<false>(layers, rows, stream);
   });
 }
 
 template <typename T>
 void damped_bfgs_update(const BfgsLayer<T>* in, int count, void* workspace, cudaStream_t stream) {
-  each_launch(in, count, workspace, true, [&](const Layers<T>& layers, const Blocks& rows, unsigned blocks) {
-    LAUNCH((products_kernel<Products::hy_and_hs, T>), blocks, kRowThreads, 0, stream, layers, rows);
-    LAUNCH(damping_kernel<T>, layers.count, kThreads, 0, stream, layers);
-    LAUNCH((products_kernel<Products::hs_damped, T>), blocks, kRowThreads, 0, stream, layers, rows);
-    LAUNCH((factors_kernel<true, T>), layers.count, kThreads, 0, stream, layers);
-    LAUNCH(update_kernel<T>, blocks, kRowThreads, 0, stream, layers, rows);
+  each_launch(in, count, workspace, true, [&](const Layers<T>& layers, const Blocks& rows, const Blocks&) {
+    launch_products<Products::hy_and_hs>(layers, rows, stream);
+    LAUNCH((damping_kernel<false, T>), layers.count, kThreads, 0, stream, layers);
+    launch_products<Products::hs_damped>(layers, rows, stream);
+    launch_update<true>(layers, rows, stream);
   });
 }
 
-#define INSTANTIATE(T)                                                                   \
-  template size_t bfgs_workspace(const BfgsLayer<T>*, int);                              \
-  template void double_damping(const BfgsLayer<T>*, int, void*, cudaStream_t);           \
-  template void bfgs_update(const BfgsLayer<T>*, int, void*, cudaStream_t);              \
-  template void damped_bfgs_update(const BfgsLayer<T>*, int, void*, cudaStream_t);
+template <typename T>
+void hessian_action_update(const BfgsLayer<T>* in, int count, void* workspace, cudaStream_t stream) {
+  each_launch(in, count, workspace, true, [&](const Layers<T>& layers, const Blocks& rows, const Blocks&) {
+    launch_products<Products::action_s>(layers, rows, stream);
+    launch_products<Products::action_y>(layers, rows, stream);
+    launch_products<Products::action_hy>(layers, rows, stream);
+    launch_update<false>(layers, rows, stream);
+  });
+}
+
+template <typename T>
+void damped_lbfgs_update(const BfgsLayer<T>* in, int count, void* workspace, cudaStream_t stream) {
+  each_launch(in, count, workspace, true, [&](const Layers<T>& layers, const Blocks&, const Blocks& columns) {
+    LAUNCH((damping_kernel<true, T>), layers.count, kThreads, 0, stream, layers);
+    LAUNCH(push_kernel<T>, total(columns, layers.count), kThreads, 0, stream, layers, columns);
+  });
+}
+
+template <typename T>
+void lbfgs_middle(int64_t p, int64_t k, const double* sy, const double* yy, T* columns, double* work,
+                  cudaStream_t stream) {
+  if (p == 0 || k == 0) return;
+  LAUNCH(middle_kernel<T>, unsigned(ceil_div<int64_t>(k, kColumns)), kThreads, 0, stream, p, k, sy, yy, columns, work);
+}
+
+#define INSTANTIATE(T)                                                                                  \
+  template size_t bfgs_workspace(const BfgsLayer<T>*, int);                                             \
+  template void double_damping(const BfgsLayer<T>*, int, void*, cudaStream_t);                          \
+  template void bfgs_update(const BfgsLayer<T>*, int, void*, cudaStream_t);                             \
+  template void damped_bfgs_update(const BfgsLayer<T>*, int, void*, cudaStream_t);                      \
+  template void hessian_action_update(const BfgsLayer<T>*, int, void*, cudaStream_t);                   \
+  template void damped_lbfgs_update(const BfgsLayer<T>*, int, void*, cudaStream_t);                     \
+  template void lbfgs_middle(int64_t, int64_t, const double*, const double*, T*, double*, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

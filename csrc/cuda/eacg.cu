@@ -1,7 +1,8 @@
 // EA-CG (Chen et al., Eq. 9 to 11b): ((1-alpha) H P a a^T + alpha P) = -B and ((1-alpha) H + alpha I) d = -g, for all
 // layers of a net in three launches:
 //
-//   products    u = B a, s = a^T a and, for the truncated form, the squared rows of B: one pass over every B
+//   products    u = B a, s = a^T a, the largest entry of every row of B, and for the truncated form its squares: one pass
+//               over every B
 //   directions  conjugate gradients of every layer and of both right-hand sides, from the first iteration to the last
 //   update      W += lr (c B + w a^T), or the direction alone: one pass over every B and W
 //
@@ -31,7 +32,8 @@ constexpr int kSums = 4;        // that one block_sum of directions_kernel takes
 template <typename T>
 struct Work {
   double* scalars;    // [2] s = a^T a; then c
-  double* squares;    // [n_out] |B_i|^2
+  double* squares;    // [n_out] |B_i|^2, in the truncated form
+  T* largest;         // [n_out] max_j |B_ij|
   T* u;               // [n_out] B a
   T* w;               // [n_out] P = c B + w a^T
   T* d;               // [n_out] the bias direction
@@ -49,21 +51,31 @@ struct Layer {
 template <typename T>
 using Layers = Table<Layer<T>>;
 
-// |row|^2, summed in double across vectors.   row [n]
+// Of one row b, the same in every lane of the warp.
 template <typename T>
-__device__ __forceinline__ double row_squares(int64_t n, bool vectors, const T* row) {
-  double sum = 0;
+struct Projection {
+  T u, largest;    // b.x, max_j |b_j|
+  double squares;  // |b|^2, or 0
+};
+
+template <bool kSquares, typename T>
+__device__ __forceinline__ Projection<T> project_row(int64_t n, bool vectors, const T* b, const T* x) {
+  Projection<T> sums{};
   each_column<T>(n, vectors, [&](int64_t j, auto width) {
-    T m[width.value], square = T(0);
-    load(row + j, m);
+    T m[width.value], a[width.value];
+    load(b + j, m);
+    load(x + j, a);
 #pragma unroll
-    for (int e = 0; e < width.value; ++e) square += m[e] * m[e];
-    sum += double(square);
+    for (int e = 0; e < width.value; ++e) {
+      sums.u += m[e] * a[e];
+      sums.largest = std::fmax(sums.largest, std::abs(m[e]));
+      if constexpr (kSquares) sums.squares += double(m[e]) * double(m[e]);
+    }
   });
-  return warp_sum(sum);
+  return {warp_sum(sums.u), warp_max(sums.largest), kSquares ? warp_sum(sums.squares) : 0};
 }
 
-// u, s and (truncated) the squared rows. Parallel over the rows of every B, a warp each.
+// u, s, the rows' largest entries and (truncated) squares. Parallel over the rows of every B, a warp each.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     products_kernel(const Layers<T> __grid_constant__ layers, const Blocks __grid_constant__ division, bool truncated) {
@@ -74,15 +86,15 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   if (row >= in.n_out) return;
   const T* b = in.grad_weight + row * n;
   const bool vectors = aligned(n, in.grad_weight, in.mean_input), leader = threadIdx.x % kWarp == 0;
-  T u[1];
-  row_products<1, T>(n, vectors, b, in.mean_input, nullptr, u);
-  if (leader) work.u[row] = u[0];
-  if (truncated) {
-    const double squares = row_squares(n, vectors, b);
-    if (leader) work.squares[row] = squares;
+  const Projection<T> products = truncated ? project_row<true>(n, vectors, b, in.mean_input)
+                                            : project_row<false>(n, vectors, b, in.mean_input);
+  if (leader) {
+    work.u[row] = products.u;
+    work.largest[row] = products.largest;
+    if (truncated) work.squares[row] = products.squares;
   }
   if (row == 0) {
-    const double s = row_squares(n, vectors, in.mean_input);
+    const double s = project_row<true>(n, vectors, in.mean_input, in.mean_input).squares;
     if (leader) work.scalars[0] = s;
   }
 }
@@ -263,13 +275,17 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   if (rank != 0) return;
   // -1/alpha in the closed form; the extra coordinate, undone from its length |B'|, in the truncated one.
   const double c = settings.truncated ? (across == 0 ? 0 : system[0].extra_x / across) : -1 / in.alpha;
-  bool finite = c - c == 0;
+  // |P_ij| <= |c| max_j |B_ij| + |w_i| |a|, and |V| <= max |P| / (1 - mu): neither momentum mu V + P nor update lr V may
+  // overflow, now or later. What is not finite is not below the bound either.
+  const double reach = std::fmax(1.0, std::abs(in.lr)) / std::fmax(1e-3, 1 - in.momentum);
+  bool finite = true;
   each_element(n, [&](int64_t i) {
     const T x = system[0].finite ? vector(0, 0)[i] : T(NAN), d = system[1].finite ? vector(0, 1)[i] : T(NAN);
     const T w = s > 0 ? T((double(x) * root - c * double(work.u[i])) / s) : x;
     work.w[i] = w;
     work.d[i] = d;
-    finite = finite && w - w == T(0) && d - d == T(0);
+    const double bound = std::abs(c) * double(work.largest[i]) + std::abs(double(w)) * std::fmax(1.0, root);
+    finite = finite && bound * reach <= kLargest<T> / 8 && std::abs(double(d)) * reach <= kLargest<T> / 8;
   });
   finite = __syncthreads_and(finite);
   if (threadIdx.x == 0) {
@@ -407,6 +423,7 @@ size_t each_plan(const EacgLayer<T>* layers, int count, void* workspace, const D
       Work<T> work{};
       take(work.scalars, 2);
       take(work.squares, n);
+      take(work.largest, n);
       take(work.u, n);
       take(work.w, n);
       take(work.d, n);

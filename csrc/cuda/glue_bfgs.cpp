@@ -1,4 +1,4 @@
-// double_damping, bfgs_update_ and damped_bfgs_update_ on CUDA tensors. The status stays on the device.
+// The operators of K-BFGS on CUDA tensors. A status stays on the device.
 #include <tuple>
 #include <vector>
 
@@ -10,20 +10,39 @@ namespace {
 
 // The layers' arguments, contiguous; what an operator does not take is an empty list or an undefined tensor.
 struct Pairs {
-  std::vector<at::Tensor> inverse, s, y, damped_s, damped_y;
+  std::vector<at::Tensor> inverse, s, y, damped_s, damped_y, matrix, hy, s_pairs, y_pairs;
   at::Tensor status;  // [layers]
-  double mu1, mu2;
+  double mu1 = 0, mu2 = 0, damping = 0;
 
   template <typename T>
   BfgsLayer<T> layer(size_t l) const {
     const auto target = [l](const std::vector<at::Tensor>& list) {
       return list.empty() || !list[l].numel() ? nullptr : list[l].mutable_data_ptr<T>();
     };
-    return {s[l].numel(),     target(inverse),  data<T>(s[l]), data<T>(y[l]),
-            target(damped_s), target(damped_y), status.defined() ? status.mutable_data_ptr<int64_t>() + l : nullptr,
-            mu1,              mu2};
+    const auto source = [l](const std::vector<at::Tensor>& list) { return list.empty() ? nullptr : data<T>(list[l]); };
+    BfgsLayer<T> layer{};
+    layer.n = s[l].numel();
+    layer.inverse_hessian = target(inverse);
+    layer.s = source(s);
+    layer.y = source(y);
+    layer.damped_s = target(damped_s);
+    layer.damped_y = target(damped_y);
+    layer.status = status.defined() ? status.mutable_data_ptr<int64_t>() + l : nullptr;
+    layer.mu1 = mu1;
+    layer.mu2 = mu2;
+    layer.matrix = source(matrix);
+    layer.damping = damping;
+    layer.hy = target(hy);
+    layer.s_pairs = target(s_pairs);
+    layer.y_pairs = target(y_pairs);
+    layer.pairs = s_pairs.empty() ? 0 : s_pairs[l].size(0);
+    return layer;
   }
 };
+
+at::Tensor statuses(at::TensorList layers) {
+  return at::empty({int64_t(layers.size())}, layers[0].options().dtype(at::kLong));
+}
 
 // Calls f(layers, count, workspace, stream), a launcher, on all layers.
 template <typename F>
@@ -45,7 +64,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> damping_list(at::Te
   constexpr const char* op = "double_damping";
   check_damping(op, mu1, mu2);
   check_pairs(op, inverses, s, y, /*written=*/false);
-  Pairs pairs{contiguous(inverses), contiguous(s), contiguous(y), {}, {}, {}, mu1, mu2};
+  Pairs pairs{.inverse = contiguous(inverses), .s = contiguous(s), .y = contiguous(y), .mu1 = mu1, .mu2 = mu2};
   for (const at::Tensor& vector : pairs.s) {
     pairs.damped_s.push_back(at::empty_like(vector));
     pairs.damped_y.push_back(at::empty_like(vector));
@@ -60,14 +79,10 @@ std::tuple<at::Tensor, at::Tensor> damping_one(const at::Tensor& s, const at::Te
   return {damped_s[0], damped_y[0]};
 }
 
-Pairs written(at::TensorList inverses, at::TensorList s, at::TensorList y, double mu1, double mu2) {
-  return {inverses.vec(), contiguous(s), contiguous(y), {}, {},
-          at::empty({int64_t(inverses.size())}, inverses[0].options().dtype(at::kLong)), mu1, mu2};
-}
-
 at::Tensor update_list_(at::TensorList inverses, at::TensorList s, at::TensorList y) {
   check_pairs("bfgs_update_", inverses, s, y, /*written=*/true);
-  const Pairs pairs = written(inverses, s, y, 0, 0);
+  const Pairs pairs{
+      .inverse = inverses.vec(), .s = contiguous(s), .y = contiguous(y), .status = statuses(inverses)};
   launch_all(pairs, [](auto... arguments) { bfgs_update(arguments...); });
   return pairs.status;
 }
@@ -80,8 +95,69 @@ at::Tensor damped_update_(at::TensorList inverses, at::TensorList s, at::TensorL
   constexpr const char* op = "damped_bfgs_update_";
   check_damping(op, mu1, mu2);
   check_pairs(op, inverses, s, y, /*written=*/true);
-  const Pairs pairs = written(inverses, s, y, mu1, mu2);
+  const Pairs pairs{.inverse = inverses.vec(),
+                    .s = contiguous(s),
+                    .y = contiguous(y),
+                    .status = statuses(inverses),
+                    .mu1 = mu1,
+                    .mu2 = mu2};
   launch_all(pairs, [](auto... arguments) { damped_bfgs_update(arguments...); });
+  return pairs.status;
+}
+
+at::Tensor action_update_(at::TensorList inverses, at::TensorList matrices, at::TensorList vectors, double damping) {
+  check_action("hessian_action_update_", inverses, matrices, vectors, damping);
+  const Pairs pairs{.inverse = inverses.vec(),
+                    .s = contiguous(vectors),
+                    .matrix = contiguous(matrices),
+                    .status = statuses(inverses),
+                    .damping = damping};
+  launch_all(pairs, [](auto... arguments) { hessian_action_update(arguments...); });
+  return pairs.status;
+}
+
+// The long products are PyTorch's own; what is short, and ill-conditioned, is in float64.
+at::Tensor compact_product(const at::Tensor& s_pairs, const at::Tensor& y_pairs, const at::Tensor& v) {
+  const int64_t p = s_pairs.size(0), k = v.size(1);
+  const at::Tensor s = s_pairs.to(at::kDouble), y = y_pairs.to(at::kDouble), pairs = at::cat({s_pairs, y_pairs}, 0);
+  const at::Tensor sy = at::matmul(s, y.t()).contiguous(), yy = at::matmul(y, y.t()).contiguous(),
+                   columns = at::matmul(pairs, v).contiguous(), work = at::empty({k, 2 * p}, sy.options());
+  const Launch launch(v);
+  AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "lbfgs_product", [&] {
+    lbfgs_middle(p, k, sy.const_data_ptr<double>(), yy.const_data_ptr<double>(), columns.mutable_data_ptr<scalar_t>(),
+                 work.mutable_data_ptr<double>(), launch.stream);
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return at::addmm(v, pairs.t(), columns);
+}
+
+at::Tensor product(const at::Tensor& s_pairs, const at::Tensor& y_pairs, const at::Tensor& v) {
+  check_product("lbfgs_product", s_pairs, y_pairs, v);
+  return compact_product(s_pairs, y_pairs, v);
+}
+
+std::vector<at::Tensor> product_list(at::TensorList s_pairs, at::TensorList y_pairs, at::TensorList v) {
+  check_lengths("lbfgs_product", {{"s_pairs", s_pairs.size()}, {"y_pairs", y_pairs.size()}, {"v", v.size()}});
+  std::vector<at::Tensor> out;
+  for (size_t l = 0; l < v.size(); ++l) out.push_back(product(s_pairs[l], y_pairs[l], v[l]));
+  return out;
+}
+
+at::Tensor damped_limited_update_(at::TensorList s_pairs, at::TensorList y_pairs, at::TensorList s, at::TensorList y,
+                                  double mu1, double mu2) {
+  constexpr const char* op = "damped_lbfgs_update_";
+  check_damping(op, mu1, mu2);
+  check_memories(op, s_pairs, y_pairs, s, y);
+  Pairs pairs{.s = contiguous(s),
+              .y = contiguous(y),
+              .s_pairs = s_pairs.vec(),
+              .y_pairs = y_pairs.vec(),
+              .status = statuses(s),
+              .mu1 = mu1,
+              .mu2 = mu2};
+  for (size_t l = 0; l < y.size(); ++l)
+    pairs.hy.push_back(compact_product(s_pairs[l], y_pairs[l], y[l].unsqueeze(1)).contiguous());
+  launch_all(pairs, [](auto... arguments) { damped_lbfgs_update(arguments...); });
   return pairs.status;
 }
 
@@ -93,6 +169,10 @@ TORCH_LIBRARY_IMPL(secondorder, CUDA, m) {
   m.impl("bfgs_update_", update_one_);
   m.impl("bfgs_update_.list", update_list_);
   m.impl("damped_bfgs_update_", damped_update_);
+  m.impl("hessian_action_update_", action_update_);
+  m.impl("lbfgs_product", product);
+  m.impl("lbfgs_product.list", product_list);
+  m.impl("damped_lbfgs_update_", damped_limited_update_);
 }
 
 }  // namespace secondorder::cuda

@@ -48,12 +48,6 @@ struct Net {
   }
 };
 
-void check_one_device(const char* op, at::TensorList hessians) {
-  for (const at::Tensor& h : hessians)
-    TORCH_CHECK_VALUE(h.device() == hessians[0].device(), op, ": expected all layers on ", hessians[0].device(),
-                      ", got ", h.device());
-}
-
 // Solves every layer, those of one dtype together; then writes the directions, or updates the parameters if all layers
 // of both dtypes are finite.
 void solve(const Net& net, int64_t max_iter, double tol, bool truncated, bool update, const Launch& launch) {
@@ -90,7 +84,6 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor> solve_l
     at::ArrayRef<double> alpha, int64_t max_iter, double tol, bool truncated) {
   constexpr const char* op = "eacg_solve";
   check_solve(op, hessians, mean_inputs, grad_weights, grad_biases, alpha, max_iter, tol);
-  check_one_device(op, hessians);
   const Launch launch(hessians[0]);
   std::vector<at::Tensor> weights, biases;
   for (size_t l = 0; l < hessians.size(); ++l) {
@@ -122,7 +115,6 @@ at::Tensor update_(at::TensorList hessians, at::TensorList mean_inputs, at::Tens
   constexpr const char* op = "eacg_update_";
   check_update(op, hessians, mean_inputs, grad_weights, grad_biases, weights, biases, weight_momenta, bias_momenta, lr,
                alpha, momentum, weight_decay, max_iter, tol);
-  check_one_device(op, hessians);
   const Launch launch(hessians[0]);
   at::Tensor iterations = at::empty({int64_t(hessians.size())}, hessians[0].options().dtype(at::kLong));
   solve({contiguous(hessians), contiguous(mean_inputs), contiguous(grad_weights), contiguous(grad_biases), weights,

@@ -34,10 +34,17 @@ struct Derivatives {
   T parameter;
 };
 
+// How products of float32 matrices are computed; float64's are always plain.
+enum class Arithmetic {
+  plain,       // multiply-adds
+  split_tf32,  // tensor cores, three products for one of float32's accuracy
+  tf32,        // tensor cores, the operands rounded to 11 significant bits
+};
+
 // hessian [k, k] symmetric, weight [k, n], product [k, n] scratch for H W, out [n, n]
 template <typename T>
 void bias_hessian(int64_t k, int64_t n, int64_t m, const T* hessian, const T* weight, const Derivatives<T>& derivatives,
-                  T gamma, T* product, T* out, const Device& device, cudaStream_t stream);
+                  T gamma, Arithmetic arithmetic, T* product, T* out, const Device& device, cudaStream_t stream);
 
 // One layer of an EA-CG solve. n_out or n_in may be 0.
 template <typename T>
@@ -71,7 +78,8 @@ template <typename T>
 size_t eacg_workspace(const EacgLayer<T>* layers, int count, const Device& device);
 
 // The directions of all layers, in factored form in the workspace, and each layer's iterations. not_finite [1] (or
-// null) is set to 1 where a layer has a direction with a number that is not finite, and that layer's iterations to -1.
+// null) is set to 1 where a layer's direction, or an update or momentum along it, would not be finite, and that layer's
+// iterations to -1.
 template <typename T>
 void eacg_directions(const EacgLayer<T>* layers, int count, const EacgSettings& settings, void* workspace,
                      int* not_finite, const Device& device, cudaStream_t stream);
@@ -86,7 +94,7 @@ template <typename T>
 void eacg_update(const EacgLayer<T>* layers, int count, void* workspace, const int* not_finite, const Device& device,
                  cudaStream_t stream);
 
-// One layer of K-BFGS. Only double_damping writes damped_s and damped_y, and only the updates write status.
+// One layer of K-BFGS. What a launcher does not name may be null.
 template <typename T>
 struct BfgsLayer {
   int64_t n;
@@ -97,6 +105,12 @@ struct BfgsLayer {
   T* damped_y;         // [n]
   int64_t* status;     // [1] bits: 1 updated, 2 s was damped, 4 y was damped
   double mu1, mu2;
+  const T* matrix;     // [n, n] symmetric
+  double damping;
+  T* hy;               // [n] H y
+  T* s_pairs;          // [pairs, n]
+  T* y_pairs;          // [pairs, n]
+  int64_t pairs;
 };
 
 // The bytes of workspace, 16-byte aligned, that any of the launchers below needs.
@@ -108,7 +122,7 @@ template <typename T>
 void double_damping(const BfgsLayer<T>* layers, int count, void* workspace, cudaStream_t stream);
 
 // inverse_hessian = its BFGS update by (s, y). It stays as it is where s.y is not positive, where it turns out
-// indefinite, and where a number would not be finite.
+// indefinite, and where a number would not be finite. Writes status, as do all below.
 template <typename T>
 void bfgs_update(const BfgsLayer<T>* layers, int count, void* workspace, cudaStream_t stream);
 
@@ -116,5 +130,21 @@ void bfgs_update(const BfgsLayer<T>* layers, int count, void* workspace, cudaStr
 // 1, a third reads it once more.
 template <typename T>
 void damped_bfgs_update(const BfgsLayer<T>* layers, int count, void* workspace, cudaStream_t stream);
+
+// inverse_hessian = its BFGS update by H s and (matrix + damping I) H s: three passes over it, one over the matrix.
+template <typename T>
+void hessian_action_update(const BfgsLayer<T>* layers, int count, void* workspace, cudaStream_t stream);
+
+// The double damping of s, y, with H y given as hy, appended to s_pairs and y_pairs, whose first rows go. They stay as
+// they are where the curvature is not positive and where a number would not be finite.
+template <typename T>
+void damped_lbfgs_update(const BfgsLayer<T>* layers, int count, void* workspace, cudaStream_t stream);
+
+// The middle of L-BFGS's compact product, with R = triu(S Y^T), D = diag(S Y^T) and columns = [S; Y] V:
+// columns = [[R^-T (D + Y Y^T) R^-1, -R^-T], [-R^-1, 0]] columns. A zero on D is an empty place of the memory.
+//   sy = S Y^T, yy = Y Y^T [p, p]; columns [2p, k]; work [k, 2p]
+template <typename T>
+void lbfgs_middle(int64_t p, int64_t k, const double* sy, const double* yy, T* columns, double* work,
+                  cudaStream_t stream);
 
 }  // namespace secondorder::cuda

@@ -24,10 +24,14 @@
 #endif
 
 #include <cstdint>
+#include <limits>
 
 namespace secondorder::cuda {
 
 constexpr int kWarp = 32;
+
+template <typename T>
+constexpr double kLargest = double(std::numeric_limits<T>::max());
 
 template <typename I>
 constexpr __host__ __device__ I ceil_div(I a, I b) {

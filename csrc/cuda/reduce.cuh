@@ -1,6 +1,8 @@
-// Sums over a warp, over a row by a warp, and over a block. Every thread gets the same bits, whatever the order in
+// Sums and maxima over a warp, over a row by a warp, and over a block. Every thread gets the same bits, whatever the order in
 // which warps run.
 #pragma once
+
+#include <cmath>
 
 #include "launch.cuh"
 
@@ -10,6 +12,13 @@ template <typename T>
 __device__ __forceinline__ T warp_sum(T v) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  return v;
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_max(T v) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) v = std::fmax(v, __shfl_xor_sync(0xffffffffu, v, offset));
   return v;
 }
 

@@ -12,13 +12,6 @@ from secondorder.optim.layerwise import LayerwiseOptimizer
 class EACG(LayerwiseOptimizer):
     """Trains the linear layers of a model by damped Newton steps under the positive-curvature Hessian (PCH).
 
-    For each layer z = W h + b, with gradients B and g of the mean loss, bias Hessian H by backward recursion (Eq. 8) and mean
-    input a = E[h], the directions solve (Eq. 10, 11b)
-
-        (1 - alpha) H P a a^T + alpha P = -B     and     ((1 - alpha) H + alpha I) d = -g,
-
-    and the update is V <- momentum V + P, W <- (1 - lr weight_decay) W + lr V, likewise for b. The criterion may be non-convex.
-
         optimizer = secondorder.EACG(model, criterion)
         for x, y in loader:
             optimizer.zero_grad()
@@ -26,30 +19,43 @@ class EACG(LayerwiseOptimizer):
             loss.backward()
             optimizer.step()
 
-    The paper's own method is `momentum=0, factor_decay=0, solver="ea-cg-truncated"`.
+    For each layer z = W h + b, with gradients B and g of the mean loss, the curvature is a bias Hessian H by backward recursion
+    (Chen et al., Eq. 8) times an input factor A ~ E[h h^T]. The criterion may be non-convex. There are two ways to step:
+
+    - **Without a learning rate** (lr=None, the default): the directions solve the systems of the solver with the damping tau
+      (`secondorder.solvers`), step size and momentum minimise the quadratic model of the loss, tau follows how well that model
+      predicts, and a step that fails is taken back (`LayerwiseOptimizer`). Nothing is to be tuned. The criterion must be called
+      on the very tensor that the model returned.
+    - **With a learning rate** (the paper's): with a = E[h], the directions solve (Eq. 10, 11b)
+
+          (1 - alpha) H P a a^T + alpha P = -B     and     ((1 - alpha) H + alpha I) d = -g,
+
+      and the update is V <- momentum V + P, W <- (1 - lr weight_decay) W + lr V, likewise for b. A step costs little more than
+      one of SGD. lr=0.02 is a start; the paper's own method is `momentum=0, factor_decay=0, solver="ea-cg-truncated"`.
 
     Args:
         model: any module; its nn.Linear layers are covered wherever elementwise functions connect them (docs/design.md).
         criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`.
-        lr: step size, >= 0; or None: step and momentum from the quadratic model of the loss, and the damping adapted to how well
-            that predicts each step (`LayerwiseOptimizer`); alpha and momentum are not used then.
+        lr: step size, >= 0; or None: no step size is to be given; alpha and momentum are not used then.
         curvature: "pch-abs" (PCH-1, gamma = -1), "pch-clip" (PCH-2, gamma = 0), "gauss-newton", "kflr", "fisher-mc",
             "fisher-empirical", "fisher-exact", or a `secondorder.curvature.Curvature`, such as PCH(gamma).
         alpha: damping, in (0, 1): the weight of the identity against H.
         max_cg: at most this many conjugate gradient iterations, >= 1.
         eps_cg: CG stops at this residual, relative to the first one, >= 0.
         solver: "ea-cg" (exact across the mean input, CG along it; the default with a learning rate), "ea-cg-truncated" (the
-            paper's iterates), "kron-cg", "kfi", "kfi-rank-one", "exact", or "ea-isotropic" (the default
-            without one); see `secondorder.solvers`.
+            paper's iterates), "kron-cg", "kfi", "kfi-rank-one", "exact", "ea-isotropic", or "auto" (the default without one);
+            see `secondorder.solvers`.
         momentum: in [0, 1).
         weight_decay: >= 0; decoupled, but with lr=None a penalty weight_decay/2 |theta|^2.
-        factor_decay: in [0, 1); H and a are bias-corrected exponential averages with this decay over steps; 0: this step's alone.
-        curvature_every: H and a are renewed every so many steps, >= 1; in between nothing is recorded.
+        factor_decay: in [0, 1); H and a are bias-corrected exponential averages with this decay over their renewals; 0: the last
+            one alone. Default: 0.9 with a learning rate, 0.5 without.
+        curvature_every: H and a are renewed every so many steps, >= 1, and at each of the first so many; with a learning rate
+            nothing is recorded in between. Default: 1 with a learning rate, 5 without.
+        inverse_every: likewise the solver's factorisations.
         curvature_samples: H (but for the criterion's part) and E[h h^T] are estimated from at most so many instances of every
             forward pass, >= 1; None: from all. a is the whole batch's.
-        inverse_every: the solver's factorisations are renewed every so many steps, >= 1.
         max_factor_elements: "kfi" takes "kfi-rank-one" for a layer with n_in^2 above this, >= 0.
-        damping: where the damping of lr=None starts, relative to the first loss, > 0.
+        damping: where the damping of lr=None starts, relative to the first loss, > 0; it stays above a tenth of that.
         subsample: the fraction of the batch that the quadratic model of lr=None is evaluated on, in (0, 1]; at least 100
             instances.
         average: whether averages of the parameters are kept, for `averaged_parameters`.
@@ -67,7 +73,7 @@ class EACG(LayerwiseOptimizer):
         self,
         model: nn.Module,
         criterion: nn.Module | Callable[..., Tensor],
-        lr: float | None = 0.02,
+        lr: float | None = None,
         *,
         curvature: str | Curvature = "pch-abs",
         alpha: float = 0.01,
@@ -76,21 +82,27 @@ class EACG(LayerwiseOptimizer):
         solver: str | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        factor_decay: float = 0.9,
-        curvature_every: int = 1,
+        factor_decay: float | None = None,
+        curvature_every: int | None = None,
         curvature_samples: int | None = None,
-        inverse_every: int = 1,
+        inverse_every: int | None = None,
         max_factor_elements: int = 2**24,
         damping: float = 0.001,
         subsample: float = 0.25,
         average: bool = False,
         fallback: str = "sgd",
     ):
+        if solver is None:
+            solver = "auto" if lr is None else "ea-cg"
+        if factor_decay is None:
+            factor_decay = 0.5 if lr is None else 0.9
+        every = 5 if lr is None else 1
         super().__init__(
-            model, criterion, lr, curvature=curvature, solver=solver or ("ea-isotropic" if lr is None else "ea-cg"), alpha=alpha,
-            max_cg=max_cg, eps_cg=eps_cg, momentum=momentum, weight_decay=weight_decay, factor_decay=factor_decay,
-            curvature_every=curvature_every, curvature_samples=curvature_samples, inverse_every=inverse_every,
-            max_factor_elements=max_factor_elements,
-            adaptation=Adaptation(tau=damping, momentum=True, every=1), subsample=subsample, average=average,
+            model, criterion, lr, curvature=curvature, solver=solver, alpha=alpha, max_cg=max_cg, eps_cg=eps_cg,
+            momentum=momentum, weight_decay=weight_decay, factor_decay=factor_decay,
+            curvature_every=every if curvature_every is None else curvature_every,
+            curvature_samples=curvature_samples,
+            inverse_every=every if inverse_every is None else inverse_every, max_factor_elements=max_factor_elements,
+            adaptation=Adaptation(tau=damping, floor=0.1, momentum=True, every=1), subsample=subsample, average=average,
             fallback=fallback,
         )  # fmt: skip

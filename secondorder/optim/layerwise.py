@@ -42,10 +42,10 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         momentum: in [0, 1); with a fixed lr.
         weight_decay: >= 0; decoupled with a fixed lr.
         factor_decay: in [0, 1); the factors are bias-corrected exponential averages with this decay; 0: this step's alone.
-        curvature_every: the factors are renewed every so many steps, >= 1.
+        curvature_every: the factors are renewed every so many steps, >= 1, and at each of the first so many.
+        inverse_every: likewise the solver's factorisations.
         curvature_samples: of every forward pass at most so many instances, evenly spaced, enter the expectations that cost more
             than a pass over the batch: E[d1 d1^T] and the diagonal of the recursion, delta delta^T, E[h h^T]. >= 1; None: all.
-        inverse_every: the solver's factorisations are renewed every so many steps, >= 1.
         max_factor_elements: "kfi" takes Eq. 13 instead of Eq. 12 for a layer with n_in^2 above this, >= 0.
         adaptation: the dampings of lr=None.
         subsample: the fraction of the batch that lr=None evaluates the model on, in (0, 1].
@@ -102,7 +102,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         }  # fmt: skip
         if self._adaptation is not None:
             # Kept in the groups, so that they are part of the state_dict; None: to be set by the first step.
-            defaults |= {"tau": None, "gamma": None, "rho": None}
+            defaults |= {"tau": None, "least_tau": None, "gamma": None, "rho": None}
         super().__init__(
             model, criterion, defaults, diagonal=self._curvature.diagonal, fallback=fallback,
             grad_outputs=self._curvature.grad_outputs, columns=self._curvature.columns, keep_inputs=lr is None,
@@ -126,7 +126,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 loss = closure()
         self._check_gradients()
         records = self._records() if self._tape.recording else []
-        factors = self._new_factors(records) if self._steps() % self._curvature_every == 0 else {}
+        factors = self._new_factors(records) if _due(self._steps(), self._curvature_every) else {}
         if self._adaptation is not None:
             self._adaptive_update(factors, self._adaptation)
         elif isinstance(self._solver, solvers.EACG):
@@ -179,7 +179,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
     def _schedule(self) -> None:
         """Has the next forward pass recorded if the next step renews the factors, or evaluates the model anew."""
-        self._tape.recording = self._adaptation is not None or self._steps() % self._curvature_every == 0
+        self._tape.recording = self._adaptation is not None or _due(self._steps(), self._curvature_every)
 
     def _new_factors(self, records: list[LayerRecord]) -> dict[nn.Linear, Factors]:
         """H and the input's statistics of every recorded layer that has a gradient, averaged with the earlier ones."""
@@ -243,7 +243,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             alpha = groups[weight]["alpha"]
             try:
                 ready = state.get("prepared")
-                if fresh or ready is None or state["step"] % self._inverse_every == 0:
+                if fresh or ready is None or _due(state["step"], self._inverse_every):
                     ready = self._solver.prepare(
                         factors, 1 - alpha if scale is None else scale, alpha if damping is None else damping
                     )
@@ -336,10 +336,11 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         )  # fmt: skip
         if not math.isfinite(local.start):
             raise RuntimeError(self._not_finite({}, covered))
-        tau, gamma = group["tau"], group["gamma"]
+        tau, least_tau, gamma = group["tau"], group["least_tau"], group["gamma"]
         if tau is None:
             scale = max(abs(local.start), torch.finfo(torch.float32).tiny)
             tau, gamma = rule.tau * scale, None if rule.gamma is None else rule.gamma * scale
+            least_tau = rule.floor * tau
         previous: list[Tensor] | None = None
         if rule.momentum and all("momentum" in self.state.get(p, {}) for p in grads):
             previous = [self.state[p]["momentum"] for p in grads]
@@ -380,9 +381,9 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             prepared = {}
 
         if rho is not None and steps % rule.every == rule.every - 1:
-            tau = rule.adapted(tau, rho)
+            tau = max(rule.adapted(tau, rho), least_tau)
         for each in self.param_groups:
-            each.update(tau=tau, gamma=gamma, rho=rho)
+            each.update(tau=tau, least_tau=least_tau, gamma=gamma, rho=rho)
         for p, delta in zip(grads, step.delta, strict=True):
             p.add_(delta)
             if rule.momentum:
@@ -421,6 +422,11 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             f"{type(self).__name__}.step(): {'; '.join(parts)}. No parameter and no state has changed; skip this batch, or "
             "lower lr or raise alpha if the training has diverged."
         )
+
+
+def _due(steps: int, every: int) -> bool:
+    """Whether what is renewed every so many steps is renewed now; at first, when it changes fastest, at every step."""
+    return steps < every or steps % every == 0
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from harness import ACTIVATIONS, BfgsLayer, Device, EacgLayer, Kernels
 
-from secondorder import reference
+from secondorder import ops, reference
 
 DTYPES = (np.float32, np.float64)
 PARAMETERS = {"leaky_relu": 0.1, "elu": 1.3, "softplus": 0.7}
@@ -89,13 +89,24 @@ def activation_derivatives(kernels: Kernels) -> None:
 
 
 def check_bias_hessian(
-    kernels: Kernels, k: int, n: int, m: int, dtype: type, diagonal: bool, large: bool, offset: int | None, gamma: float
+    kernels: Kernels,
+    k: int,
+    n: int,
+    m: int,
+    dtype: type,
+    diagonal: bool,
+    large: bool,
+    offset: int | None,
+    gamma: float,
+    arithmetic: str = "plain",
 ) -> None:
     rng = np.random.default_rng(k * n + m)
     hessian = spd(rng, k, dtype)
     weight, d1, d2, grad = (normal(rng, r, n, dtype=dtype, offset=offset) for r in (k, m, m, m))
     extra = (d2, grad) if diagonal else (None, None)
-    result = kernels.bias_hessian(hessian, weight, d1, *extra, gamma, multiprocessors=1 if large else 1 << 20)
+    result = kernels.bias_hessian(
+        hessian, weight, d1, *extra, gamma, arithmetic=arithmetic, multiprocessors=1 if large else 1 << 20
+    )
     arguments = (hessian, weight, d1, *extra)
     exact = reference.bias_hessian(*map(double, arguments), gamma)
     assert_accurate(result, exact, reference.bias_hessian(*map(same, arguments), gamma))
@@ -116,6 +127,51 @@ def bias_hessian_small_tile(kernels: Kernels) -> None:
 def bias_hessian_large_tile(kernels: Kernels) -> None:
     for k, n, m, offset in ((1, 1, 1, None), (17, 129, 18, None), (3, 132, 33, 0), (18, 256, 5, 1)):
         check_bias_hessian(kernels, k, n, m, np.float32, True, True, offset, -1.0)
+
+
+@case
+def bias_hessian_split_tf32(kernels: Kernels) -> None:
+    """On tensor cores with split numbers: float32's accuracy, judged as the plain kernel is."""
+    for k, n, m, offset in ((1, 1, 1, None), (2, 3, 17, None), (17, 65, 16, None), (129, 66, 300, None), (3, 132, 33, 0)):
+        check_bias_hessian(kernels, k, n, m, np.float32, True, False, offset, -1.0, "split_tf32")
+
+
+@case
+def bias_hessian_tf32(kernels: Kernels) -> None:
+    """Each factor of each product is off by at most u = 2^-11 of itself: C = W^T (H W) by 4 u |W|^T |H| |W|, M = d1^T d1 by
+    2 u |d1|^T |d1|, and G = C * M / m accordingly."""
+    u = 2.0**-11
+    for k, n, m, large in ((1, 1, 1, False), (17, 65, 33, False), (40, 129, 18, True), (3, 132, 33, True)):
+        rng = np.random.default_rng(k)
+        hessian, weight = spd(rng, k, np.float32), normal(rng, k, n, dtype=np.float32)
+        d1, d2, grad = (normal(rng, m, n, dtype=np.float32) for _ in range(3))
+        multiprocessors = 1 if large else 1 << 20
+        result = kernels.bias_hessian(hessian, weight, d1, d2, grad, -1.0, arithmetic="tf32", multiprocessors=multiprocessors)
+        exact = reference.bias_hessian(*map(double, (hessian, weight, d1, d2, grad)), -1.0).numpy()
+        h, w, d = (np.abs(x.astype(np.float64)) for x in (hessian, weight, d1))
+        curvature, moment = w.T @ h @ w, d.T @ d / m
+        float32 = (2 * k + m + 8) * 2.0**-23  # of the sums
+        bound = ((1 + 4.01 * u + float32) * (1 + 2.01 * u + float32) - 1) * curvature * moment + 2.0**-22 * np.abs(exact)
+        assert (np.abs(result - exact) <= bound).all()
+        np.testing.assert_array_equal(result, result.T)
+        plain = kernels.bias_hessian(hessian, weight, d1, d2, grad, -1.0, multiprocessors=multiprocessors)
+        assert np.abs(result - exact).max() > 4 * np.abs(plain - exact).max()  # the switch switches
+
+
+@case
+def bias_hessian_not_finite(kernels: Kernels) -> None:
+    """NaN and inf come out of every arithmetic as something that is not finite, where plain PyTorch has it so."""
+    for arithmetic in ("plain", "split_tf32", "tf32"):
+        for bad in (np.nan, np.inf, -np.inf):
+            rng = np.random.default_rng(2)
+            arguments = [spd(rng, 3, np.float32), *(normal(rng, rows, 70, dtype=np.float32) for rows in (3, 5, 5, 5))]
+            for which in (1, 2):
+                poisoned = copy.deepcopy(arguments)
+                poisoned[which][1, 66] = bad
+                result = kernels.bias_hessian(*poisoned, -1.0, arithmetic=arithmetic)
+                np.testing.assert_array_equal(
+                    np.isfinite(result), np.isfinite(reference.bias_hessian(*map(same, poisoned), -1.0))
+                )
 
 
 @case
@@ -269,6 +325,39 @@ def eacg_not_finite(kernels: Kernels) -> None:
                     np.testing.assert_array_equal(getattr(layer, result), getattr(old, result))
 
 
+@case
+def eacg_overflow(kernels: Kernels) -> None:
+    """As eacg_not_finite where an update, or the momentum some steps on, would leave float32's range: as on the CPU."""
+    for name, change, refused in (
+        ("grad_weight", {}, False),
+        ("grad_weight", {"lr": 1e3}, True),
+        ("grad_bias", {"lr": -1e3}, True),
+        ("grad_weight", {"momentum": 0.99}, True),
+        ("grad_bias", {"momentum": 0.99}, True),
+        ("grad_bias", {"lr": 1e-30}, False),
+    ):
+        layers = eacg_layers(np.random.default_rng(15), np.float32, [(9, 5), (33, 7)], None)
+        getattr(layers[0], name).flat[3] = 1e36
+        layers[0].momentum, layers[0].alpha = 0.0, 0.9
+        for field, value in change.items():
+            setattr(layers[0], field, value)
+        before = copy.deepcopy(layers)
+        iterations = kernels.eacg(layers, 3, 0.0, False, True, Device())
+        assert iterations == [-1 if refused else 3, 3], (name, change)
+        for layer, old in zip(layers, before, strict=True):
+            results = ("weight", "bias", "weight_momentum", "bias_momentum")
+            assert all(np.isfinite(getattr(layer, result)).all() for result in results)
+            assert all(np.array_equal(getattr(layer, result), getattr(old, result)) for result in results) == refused
+        tensors = ("bias_hessian", "mean_input", "grad_weight", "grad_bias", *results)
+        numbers = ("lr", "alpha", "momentum", "weight_decay")
+        on_cpu = ops.eacg_update_(
+            *([same(getattr(layer, field)) for layer in before] for field in tensors),
+            *([getattr(layer, field) for layer in before] for field in numbers),
+            3, 0.0, False,
+        )  # fmt: skip
+        assert iterations == on_cpu.tolist()
+
+
 def check_bfgs(kernels: Kernels, dtype: type, sizes: list[int]) -> None:
     rng = np.random.default_rng(8)
     layers = []
@@ -304,10 +393,16 @@ def check_bfgs(kernels: Kernels, dtype: type, sizes: list[int]) -> None:
 
 
 def damped(s: np.ndarray, y: np.ndarray, h: np.ndarray, mu1: float = 0.2, mu2: float = 0.001) -> tuple[np.ndarray, np.ndarray]:
-    """Algorithm 3 of Goldfarb, Ren & Bahamou, as printed."""
-    yhy = y @ h @ y
+    return damped_by_hy(s, y, h @ y, mu1, mu2)
+
+
+def damped_by_hy(
+    s: np.ndarray, y: np.ndarray, hy: np.ndarray, mu1: float = 0.2, mu2: float = 0.001
+) -> tuple[np.ndarray, np.ndarray]:
+    """Algorithm 3 of Goldfarb, Ren & Bahamou, as printed, from H y."""
+    yhy = y @ hy
     theta1 = (1 - mu1) * yhy / (yhy - s @ y) if s @ y < mu1 * yhy else 1
-    s = theta1 * s + (1 - theta1) * (h @ y)
+    s = theta1 * s + (1 - theta1) * hy
     theta2 = (1 - mu2) * (s @ s) / (s @ s - s @ y) if s @ y < mu2 * (s @ s) else 1
     return s, theta2 * y + (1 - theta2) * s
 
@@ -335,6 +430,85 @@ def bfgs_more_layers_than_a_launch_holds(kernels: Kernels) -> None:
     assert kernels.bfgs("bfgs_update", layers) == [1] * len(layers)
     for layer, exact in zip(layers, expected, strict=True):
         np.testing.assert_allclose(layer.inverse_hessian, exact, rtol=1e-9, atol=1e-9)
+
+
+@case
+def hessian_action(kernels: Kernels) -> None:
+    """Against the formula in float64, with room for what float32 makes of s = H a, to which the update is sensitive."""
+    rng = np.random.default_rng(12)
+    for dtype in DTYPES:
+        layers = []
+        for n in (1, 2, 3, 17, 129, 64):
+            layers.append(BfgsLayer(spd(rng, n, dtype), normal(rng, n, dtype=dtype), None, matrix=spd(rng, n, dtype)))
+        old = copy.deepcopy(layers)
+        assert kernels.bfgs("hessian_action_update", layers, damping=0.3) == [1] * len(layers)
+        for layer, before in zip(layers, old, strict=True):
+            h, a, matrix = (x.astype(np.float64) for x in (before.inverse_hessian, before.s, before.matrix))
+            exact = bfgs(h, h @ a, matrix @ (h @ a) + 0.3 * (h @ a))
+            error = np.abs(layer.inverse_hessian - exact).max() / np.abs(exact).max()
+            assert error < (2e-4 if dtype is np.float32 else 1e-12), error
+            np.testing.assert_array_equal(layer.inverse_hessian, layer.inverse_hessian.T)
+            np.testing.assert_array_equal(layer.s, before.s)
+            np.testing.assert_array_equal(layer.matrix, before.matrix)
+    refused = BfgsLayer(spd(rng, 5, np.float32), np.full(5, np.nan, np.float32), None, matrix=spd(rng, 5, np.float32))
+    before = refused.inverse_hessian.copy()
+    assert kernels.bfgs("hessian_action_update", [refused], damping=0.3) == [0]
+    np.testing.assert_array_equal(refused.inverse_hessian, before)
+
+
+def memory(rng: np.random.Generator, pairs: int, empty: int, n: int, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """S and Y of positive curvature, the first `empty` places free."""
+    s = rng.standard_normal((pairs, n))
+    y = s @ (0.5 * np.eye(n) + 0.5 * spd(rng, n, np.float64))
+    s[:empty] = y[:empty] = 0
+    return exact_size(s.astype(dtype)), exact_size(y.astype(dtype))
+
+
+@case
+def lbfgs_product(kernels: Kernels) -> None:
+    """The middle between numpy's long products, against the two-loop recursion."""
+    rng = np.random.default_rng(13)
+    for dtype in DTYPES:
+        for p, empty, n, k in ((1, 0, 1, 1), (2, 1, 3, 2), (3, 3, 4, 9), (33, 4, 50, 17), (40, 0, 129, 8)):
+            s, y = memory(rng, p, empty, n, dtype)
+            v = normal(rng, n, k, dtype=dtype)
+            s64, y64 = s.astype(np.float64), y.astype(np.float64)
+            columns = exact_size(np.concatenate([s, y]) @ v)
+            kernels.lbfgs_middle(exact_size(s64 @ y64.T), exact_size(y64 @ y64.T), columns)
+            result = v + np.concatenate([s, y]).T @ columns
+            exact, plain = (reference.lbfgs_product(*map(f, (s, y, v))) for f in (double, same))
+            assert_accurate(result, exact, plain, slack=400)
+
+
+@case
+def damped_lbfgs(kernels: Kernels) -> None:
+    """The pairs after updates with every damping, refused ones, and more columns than a block has threads."""
+    rng = np.random.default_rng(14)
+    for dtype in DTYPES:
+        layers, expected = [], []
+        for index, (pairs, n) in enumerate(((1, 1), (2, 3), (5, 17), (3, 300), (4, 8), (4, 8), (2, 6))):
+            s_pairs, y_pairs = memory(rng, pairs, 0, n, dtype)
+            s, hy = normal(rng, n, dtype=dtype), normal(rng, n, dtype=dtype)
+            y = exact_size((s * (1 if index % 2 else -1)).astype(dtype))
+            hy = exact_size((y * (1e4 if index == 4 else 1)).astype(dtype))
+            if index == 5:
+                s[2] = np.nan
+            if index == 6:
+                s[:] = y[:] = hy[:] = 0
+            layers.append(BfgsLayer(None, s, y, hy=hy, s_pairs=s_pairs, y_pairs=y_pairs))
+            with np.errstate(invalid="ignore", divide="ignore"):
+                pair = damped_by_hy(*(a.astype(np.float64) for a in (s, y, hy)))
+            expected.append([np.concatenate([m[1:], new[None]]) for m, new in zip((s_pairs, y_pairs), pair, strict=True)])
+        old = copy.deepcopy(layers)
+        statuses = kernels.bfgs("damped_lbfgs_update", layers)
+        assert [status & 1 for status in statuses] == [1, 1, 1, 1, 1, 0, 0]
+        assert statuses[4] == 7
+        for layer, before, exact, status in zip(layers, old, expected, statuses, strict=True):
+            for name, pairs in zip(("s_pairs", "y_pairs"), exact, strict=True):
+                if status & 1:
+                    np.testing.assert_allclose(getattr(layer, name), pairs, rtol=1e-4 if dtype is np.float32 else 1e-12)
+                else:
+                    np.testing.assert_array_equal(getattr(layer, name), getattr(before, name))
 
 
 @case

@@ -59,6 +59,7 @@ typedef struct CUstream_st* cudaStream_t;
 namespace cuda_on_cpu {
 
 constexpr int kLanes = 32;
+constexpr size_t kLaneBytes = 24;  // the most that a lane gives to a collective
 constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kDefaultSharedBytes = 48 << 10;
 
@@ -70,7 +71,7 @@ struct Collective {
   int line;
   const char* name;
   bool complete;
-  alignas(8) unsigned char value[kLanes][8];
+  alignas(8) unsigned char value[kLanes][kLaneBytes];
 };
 
 struct Warp {
@@ -220,7 +221,7 @@ NO_RACE_CHECK inline void leave(Collective& c) {
 
 template <typename T>
 NO_RACE_CHECK T shuffle(unsigned mask, T value, int source, const char* name, int line) {
-  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+  static_assert(sizeof(T) <= kLaneBytes && std::is_trivially_copyable_v<T>);
   Collective& c = meet(mask, &value, sizeof value, name, line);
   std::memcpy(&value, c.value[source], sizeof value);
   leave(c);
@@ -475,6 +476,48 @@ template <typename T>
 T atomicOr(T* address, std::common_type_t<T> value) {
   return cuda_on_cpu::read_modify_write(address, [=](T old) { return T(old | value); });
 }
+
+// ---- tensor cores: tensor_cores.cuh has the instructions, of which these are the twins
+
+namespace secondorder::cuda {
+
+NO_RACE_CHECK inline float to_tf32(float v) {
+  if (std::isnan(v)) return v;  // whose bits would wrap
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  bits += 0x1000u;  // half of the last place that stays
+  bits &= ~0x1fffu;
+  std::memcpy(&v, &bits, sizeof bits);
+  return v;
+}
+
+// As on hardware the operands' low bits are ignored and the sum is truncated; its order and its inner width, which NVIDIA
+// does not publish, are not modelled.
+NO_RACE_CHECK inline void mma_m16n8k8(float* d, const float (&a)[4], const float (&b)[2], int line = __builtin_LINE()) {
+  struct Operands {
+    uint32_t a[4], b[2];
+  } mine;
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  for (uint32_t* bits : {mine.a, mine.a + 1, mine.a + 2, mine.a + 3, mine.b, mine.b + 1}) *bits &= ~0x1fffu;
+  cuda_on_cpu::Collective& c = cuda_on_cpu::meet(~0u, &mine, sizeof mine, "mma", line);
+  const int group = cuda_on_cpu::current->lane / 4, member = cuda_on_cpu::current->lane % 4;
+  const auto number = [&](int lane, int index) {
+    float v;
+    std::memcpy(&v, c.value[lane] + index * sizeof v, sizeof v);
+    return double(v);
+  };
+  for (int e = 0; e < 4; ++e) {
+    double sum = d[e];
+    for (int k = 0; k < 8; ++k)
+      sum += number(group * 4 + k % 4, e / 2 + k / 4 * 2) * number((member * 2 + e % 2) * 4 + k % 4, 4 + k / 4);
+    d[e] = float(sum);
+    if (std::abs(double(d[e])) > std::abs(sum)) d[e] = std::nextafter(d[e], 0.0f);
+  }
+  cuda_on_cpu::leave(c);
+}
+
+}  // namespace secondorder::cuda
 
 // ---- the little of the run-time library that launchers call
 

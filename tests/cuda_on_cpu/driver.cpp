@@ -58,16 +58,28 @@ void run_eacg(const Eacg<T>& in, const cuda::EacgSettings& settings, bool update
 }
 
 template <typename T>
-void run_bfgs(int mode, int count, const int64_t* n, T** inverse_hessian, const T** s, const T** y, T** damped_s,
-              T** damped_y, int64_t* status, double mu1, double mu2) {
-  std::vector<cuda::BfgsLayer<T>> layers(count);
-  for (int l = 0; l < count; ++l)
-    layers[l] = {n[l], inverse_hessian[l], s[l], y[l], damped_s[l], damped_y[l], status + l, mu1, mu2};
-  Scratch workspace(cuda::bfgs_workspace(layers.data(), count));
-  void* work = workspace.as<void>();
-  if (mode == 0) cuda::double_damping(layers.data(), count, work, nullptr);
-  if (mode == 1) cuda::bfgs_update(layers.data(), count, work, nullptr);
-  if (mode == 2) cuda::damped_bfgs_update(layers.data(), count, work, nullptr);
+struct Bfgs {
+  int count;
+  const int64_t *n, *pairs;
+  T** inverse_hessian;
+  const T **s, **y;
+  T **damped_s, **damped_y;
+  const T** matrix;
+  T **hy, **s_pairs, **y_pairs;
+};
+
+template <typename T>
+void run_bfgs(int mode, const Bfgs<T>& in, double mu1, double mu2, double damping, int64_t* status) {
+  static constexpr decltype(&cuda::bfgs_update<T>) launchers[] = {
+      cuda::double_damping<T>, cuda::bfgs_update<T>, cuda::damped_bfgs_update<T>, cuda::hessian_action_update<T>,
+      cuda::damped_lbfgs_update<T>};
+  std::vector<cuda::BfgsLayer<T>> layers(in.count);
+  for (int l = 0; l < in.count; ++l)
+    layers[l] = {in.n[l],      in.inverse_hessian[l], in.s[l],  in.y[l],       in.damped_s[l],
+                 in.damped_y[l], status + l,          mu1,      mu2,           in.matrix[l],
+                 damping,      in.hy[l],              in.s_pairs[l], in.y_pairs[l], in.pairs[l]};
+  Scratch workspace(cuda::bfgs_workspace(layers.data(), in.count));
+  launchers[mode](layers.data(), in.count, workspace.as<void>(), nullptr);
 }
 
 std::string joined(const std::vector<std::string>& lines) {
@@ -109,14 +121,14 @@ const char* races() {
   }                                                                                                                    \
   int bias_hessian_##suffix(int64_t k, int64_t n, int64_t m, const T* hessian, const T* weight, const T* first,        \
                             const T* second, const T* grad_input, int activation, double parameter, double gamma,      \
-                            int multiprocessors, T* out) {                                                             \
+                            int arithmetic, int multiprocessors, T* out) {                                             \
     return guarded([&] {                                                                                               \
       Scratch product(size_t(k) * n * sizeof(T));                                                                      \
       const cuda::Derivatives<T> derivatives{first,           second,                                                  \
                                              grad_input,      activation >= 0,                                         \
                                              secondorder::Activation(std::max(activation, 0)), T(parameter)};          \
-      cuda::bias_hessian(k, n, m, hessian, weight, derivatives, T(gamma), product.as<T>(), out, {multiprocessors, 0},  \
-                         nullptr);                                                                                     \
+      cuda::bias_hessian(k, n, m, hessian, weight, derivatives, T(gamma), cuda::Arithmetic(arithmetic),                \
+                         product.as<T>(), out, {multiprocessors, 0}, nullptr);                                         \
     });                                                                                                                \
   }                                                                                                                    \
   int eacg_hvp_##suffix(int64_t n_out, int64_t n_in, const T* hessian, const T* mean_input, const T* p, T* out) {      \
@@ -136,9 +148,20 @@ const char* races() {
                   {max_iter, tol, truncated != 0}, update != 0, {multiprocessors, shared_bytes}, iterations);          \
     });                                                                                                                \
   }                                                                                                                    \
-  int bfgs_##suffix(int mode, int count, const int64_t* n, T** inverse_hessian, const T** s, const T** y,              \
-                    T** damped_s, T** damped_y, int64_t* status, double mu1, double mu2) {                             \
-    return guarded([&] { run_bfgs<T>(mode, count, n, inverse_hessian, s, y, damped_s, damped_y, status, mu1, mu2); }); \
+  int bfgs_##suffix(int mode, int count, const int64_t* n, const int64_t* pairs, T** inverse_hessian, const T** s,     \
+                    const T** y, T** damped_s, T** damped_y, const T** matrix, T** hy, T** s_pairs, T** y_pairs,       \
+                    double mu1, double mu2, double damping, int64_t* status) {                                         \
+    return guarded([&] {                                                                                               \
+      run_bfgs<T>(mode,                                                                                                \
+                  {count, n, pairs, inverse_hessian, s, y, damped_s, damped_y, matrix, hy, s_pairs, y_pairs},          \
+                  mu1, mu2, damping, status);                                                                          \
+    });                                                                                                                \
+  }                                                                                                                    \
+  int lbfgs_middle_##suffix(int64_t p, int64_t k, const double* sy, const double* yy, T* columns) {                    \
+    return guarded([&] {                                                                                               \
+      Scratch work(2 * p * k * sizeof(double));                                                                        \
+      cuda::lbfgs_middle(p, k, sy, yy, columns, work.as<double>(), nullptr);                                           \
+    });                                                                                                                \
   }
 ENTRIES(float, float32)
 ENTRIES(double, float64)

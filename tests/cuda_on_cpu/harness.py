@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "csrc" / "cuda"
 SOURCES = sorted(KERNELS.glob("*.cu"))
 ACTIVATIONS = ["identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus", "silu", "gelu", "gelu_tanh"]
+ARITHMETIC = ["plain", "split_tf32", "tf32"]
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
 MODES = {
     "values": (["-O2"], []),
@@ -78,11 +79,15 @@ class EacgLayer:
 class BfgsLayer:
     """One layer of a K-BFGS call."""
 
-    inverse_hessian: np.ndarray
+    inverse_hessian: np.ndarray | None
     s: np.ndarray
-    y: np.ndarray
+    y: np.ndarray | None
     damped_s: np.ndarray | None = None
     damped_y: np.ndarray | None = None
+    matrix: np.ndarray | None = None
+    hy: np.ndarray | None = None
+    s_pairs: np.ndarray | None = None
+    y_pairs: np.ndarray | None = None
 
 
 @dataclass
@@ -160,6 +165,7 @@ class Kernels:
         gamma: float,
         activation: str | None = None,
         parameter: float = 1.0,
+        arithmetic: str = "plain",
         multiprocessors: int = 1 << 20,
     ) -> np.ndarray:
         """`first` is d1, or what the activation saved; many multiprocessors mean the small tile."""
@@ -169,7 +175,7 @@ class Kernels:
             "bias_hessian", weight.dtype, ctypes.c_int64(k), ctypes.c_int64(n), ctypes.c_int64(m), pointer(hessian),
             pointer(weight), pointer(first), pointer(second), pointer(grad_input),
             -1 if activation is None else ACTIVATIONS.index(activation), ctypes.c_double(parameter),
-            ctypes.c_double(gamma), multiprocessors, pointer(out),
+            ctypes.c_double(gamma), ARITHMETIC.index(arithmetic), multiprocessors, pointer(out),
         )  # fmt: skip
         return out
 
@@ -198,13 +204,24 @@ class Kernels:
         )  # fmt: skip
         return iterations.tolist()
 
-    def bfgs(self, mode: str, layers: Sequence[BfgsLayer], mu1: float = 0.2, mu2: float = 0.001) -> list[int]:
-        """`mode`: double_damping, bfgs_update or damped_bfgs_update; returns the statuses of the updates."""
+    def bfgs(
+        self, launcher: str, layers: Sequence[BfgsLayer], mu1: float = 0.2, mu2: float = 0.001, damping: float = 0.0
+    ) -> list[int]:
+        """`launcher`: as in kernels.h; returns the statuses of the updates."""
         status = np.full(len(layers), -7, np.int64)
-        modes = ("double_damping", "bfgs_update", "damped_bfgs_update")
+        launchers = ("double_damping", "bfgs_update", "damped_bfgs_update", "hessian_action_update", "damped_lbfgs_update")
+        names = ("inverse_hessian", "s", "y", "damped_s", "damped_y", "matrix", "hy", "s_pairs", "y_pairs")
         self._call(
-            "bfgs", layers[0].s.dtype, modes.index(mode), len(layers), longs([x.s.size for x in layers]),
-            *(pointers([getattr(x, n) for x in layers]) for n in ("inverse_hessian", "s", "y", "damped_s", "damped_y")),
-            pointer(status), ctypes.c_double(mu1), ctypes.c_double(mu2),
+            "bfgs", layers[0].s.dtype, launchers.index(launcher), len(layers), longs([x.s.size for x in layers]),
+            longs([0 if x.s_pairs is None else len(x.s_pairs) for x in layers]),
+            *(pointers([getattr(x, name) for x in layers]) for name in names),
+            ctypes.c_double(mu1), ctypes.c_double(mu2), ctypes.c_double(damping), pointer(status),
         )  # fmt: skip
         return status.tolist()
+
+    def lbfgs_middle(self, sy: np.ndarray, yy: np.ndarray, columns: np.ndarray) -> None:
+        """Writes to `columns` [2p, k]."""
+        p, k = len(sy), columns.shape[1]
+        self._call(
+            "lbfgs_middle", columns.dtype, ctypes.c_int64(p), ctypes.c_int64(k), pointer(sy), pointer(yy), pointer(columns)
+        )
