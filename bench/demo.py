@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import secondorder as so
-from bench.data import Images, load
+from bench.data import Dataset, load
 from bench.literal import LiteralEACG
 from bench.timing import interleaved
 
@@ -94,7 +94,7 @@ def eacg_adaptive(model: nn.Sequential, lr: None) -> Step:
     return ordinary_loop(model, so.EACG(model, criterion, lr=None), criterion)
 
 
-def train(name: str, make: Callable[..., Step], lr: float | None, data: Images, epochs: int, batch: int, bar: tqdm) -> Curve:
+def train(name: str, make: Callable[..., Step], lr: float | None, data: Dataset, epochs: int, batch: int, bar: tqdm) -> Curve:
     model = network(seed=0)
     step = make(model, lr)
     order = torch.Generator().manual_seed(1)

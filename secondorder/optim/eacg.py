@@ -51,9 +51,9 @@ class EACG(LayerwiseOptimizer):
             one alone. Default: 0.9 with a learning rate, 0.5 without.
         curvature_every: H and a are renewed every so many steps, >= 1, and at each of the first so many; with a learning rate
             nothing is recorded in between. Default: 1 with a learning rate, 5 without.
-        inverse_every: likewise the solver's factorisations.
         curvature_samples: H (but for the criterion's part) and E[h h^T] are estimated from at most so many instances of every
             forward pass, >= 1; None: from all. a is the whole batch's.
+        inverse_every: likewise the solver's factorisations.
         max_factor_elements: "kfi" takes "kfi-rank-one" for a layer with n_in^2 above this, >= 0.
         damping: where the damping of lr=None starts, relative to the first loss, > 0; it stays above a tenth of that.
         subsample: the fraction of the batch that the quadratic model of lr=None is evaluated on, in (0, 1]; at least 100
@@ -100,8 +100,7 @@ class EACG(LayerwiseOptimizer):
         super().__init__(
             model, criterion, lr, curvature=curvature, solver=solver, alpha=alpha, max_cg=max_cg, eps_cg=eps_cg,
             momentum=momentum, weight_decay=weight_decay, factor_decay=factor_decay,
-            curvature_every=every if curvature_every is None else curvature_every,
-            curvature_samples=curvature_samples,
+            curvature_every=every if curvature_every is None else curvature_every, curvature_samples=curvature_samples,
             inverse_every=every if inverse_every is None else inverse_every, max_factor_elements=max_factor_elements,
             adaptation=Adaptation(tau=damping, floor=0.1, momentum=True, every=1), subsample=subsample, average=average,
             fallback=fallback,

@@ -43,9 +43,9 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         weight_decay: >= 0; decoupled with a fixed lr.
         factor_decay: in [0, 1); the factors are bias-corrected exponential averages with this decay; 0: this step's alone.
         curvature_every: the factors are renewed every so many steps, >= 1, and at each of the first so many.
-        inverse_every: likewise the solver's factorisations.
         curvature_samples: of every forward pass at most so many instances, evenly spaced, enter the expectations that cost more
             than a pass over the batch: E[d1 d1^T] and the diagonal of the recursion, delta delta^T, E[h h^T]. >= 1; None: all.
+        inverse_every: likewise the solver's factorisations.
         max_factor_elements: "kfi" takes Eq. 13 instead of Eq. 12 for a layer with n_in^2 above this, >= 0.
         adaptation: the dampings of lr=None.
         subsample: the fraction of the batch that lr=None evaluates the model on, in (0, 1].

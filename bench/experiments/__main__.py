@@ -1,0 +1,89 @@
+"""`python -m bench.experiments NAME --data-dir DIR`: one of the papers' experiments.
+
+Trains what bench/results does not hold yet, then prints the tables, writes the pictures to docs/, and the tables into
+docs/results.md, between the marks of this experiment.
+"""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.experiments import curvature_errors
+from bench.experiments.harness import Store, best_runs, overview, study, table
+from bench.experiments.pictures import draw
+from bench.experiments.studies import STUDIES
+from bench.timing import RESULTS
+
+ROOT = Path(__file__).parents[2]
+QUICK = Path("build/experiments")
+Name = Enum("Name", {name: name for name in ("tables-2-to-5", *STUDIES)})
+
+
+def insert(document: Path, name: str, text: str) -> None:
+    """Replaces what stands between the marks of an experiment."""
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    before, _, rest = document.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"expected {begin.strip()} and {end.strip()} in {document}")
+    document.write_text(before + begin + text + end + after)
+
+
+def main(
+    name: Annotated[Name, typer.Argument(help="the experiment")],
+    data_dir: Annotated[Path | None, typer.Option(help="where the data are, see bench/data.py")] = None,
+    seeds: Annotated[int, typer.Option(help="how many; the first one chooses settings")] = 3,
+    quick: Annotated[bool, typer.Option(help="one seed, a tenth of the seconds; results in build/experiments")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="train these methods alone, without tables and pictures")] = None,
+    again: Annotated[bool, typer.Option(help="forget their stored runs first; with --only, or for all methods")] = False,
+) -> None:
+    """Does an experiment."""
+    results, pictures = (QUICK, QUICK) if quick else (RESULTS, ROOT / "docs")
+    if name.value == "tables-2-to-5":
+        text = curvature_errors.experiment(results / "curvature_errors.json", data_dir, 1 if quick else seeds, 1 if quick else 5)
+    else:
+        text = compare(
+            name.value, results, pictures, data_dir, list(range(1 if quick else seeds)), 0.1 if quick else 1.0, only, again
+        )
+    print(text)
+    if not quick and not only:
+        insert(ROOT / "docs" / "results.md", name.value, text)
+
+
+def compare(
+    name: str,
+    results: Path,
+    pictures: Path,
+    data_dir: Path | None,
+    seeds: list[int],
+    share: float,
+    only: list[str] | None,
+    again: bool,
+) -> str:
+    """Trains, draws, and returns the tables."""
+    tables, everything = [], {}
+    for i, each in enumerate(STUDIES[name]):
+        methods = [method for method in each.methods if not only or method.name in only]
+        store = Store(results / f"{each.results}.jsonl")
+        if again:
+            chosen = {(problem.name, method.name) for problem in each.problems for method in methods}
+            store.forget(lambda run, chosen=chosen: (run.problem, run.method) in chosen)
+        best = best_runs(study(each.problems, methods, seeds, store, data_dir, share))
+        everything |= best
+        for problem in each.problems:
+            run = next(iter(best[problem.name].values()))[0]
+            setup = f"{problem.description}; {run.data}; batch {problem.batch}, {run.budget:g} CPU seconds each."
+            tables.append(f"{setup}\n\n{table(problem, best[problem.name])}")
+        if each.picture and not only:
+            picture = name if len(STUDIES[name]) == 1 else f"{name}-{i + 1}"
+            draw(each.problems, best, each.title, pictures / picture)
+            tables.append(f"![{each.title}]({picture}.png)")
+    if name == "defaults":
+        return overview([problem for each in STUDIES[name] for problem in each.problems], everything, "EACG")
+    return "\n\n".join(tables)
+
+
+if __name__ == "__main__":
+    typer.run(main)

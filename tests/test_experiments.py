@@ -1,0 +1,123 @@
+"""The harness of the experiments on a problem of a second."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import secondorder as so
+from bench.data import Dataset
+from bench.experiments.__main__ import insert
+from bench.experiments.harness import Method, Problem, Run, Store, best_runs, grid, study, table
+from bench.experiments.problems import JetNet, MixtureLoss, PoissonLoss
+from bench.experiments.studies import STUDIES
+
+
+def line(_):
+    x = torch.linspace(-1, 1, 40).reshape(20, 2)
+    return Dataset("a line", x, x.sum(1, keepdim=True), x, x.sum(1, keepdim=True))
+
+
+PROBLEM = Problem(
+    "line", "2-1", line, lambda: nn.Linear(2, 1), nn.MSELoss, batch=8, seconds=0.02,
+    score=lambda output, target: (output - target).abs().max().item(), score_name="error",
+)  # fmt: skip
+SGD = Method("SGD", lambda model, _, lr: torch.optim.SGD(model.parameters(), lr), grid(lr=[1e-6, 0.1]))
+EACG = Method("EACG", lambda model, criterion: so.EACG(model, criterion))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "runs.jsonl")
+
+
+def test_a_study_tunes_on_the_first_seed_and_trains_the_best_setting_with_the_others(store):
+    runs = study([PROBLEM], [SGD, EACG], [0, 1, 2], store, None)
+    assert [(run.method, run.setting, run.seed) for run in runs] == [
+        ("SGD", {"lr": 1e-6}, 0), ("SGD", {"lr": 0.1}, 0), ("SGD", {"lr": 0.1}, 1), ("SGD", {"lr": 0.1}, 2),
+        ("EACG", {}, 0), ("EACG", {}, 1), ("EACG", {}, 2),
+    ]  # fmt: skip
+    for run in runs:
+        assert not run.diverged
+        assert run.method == "EACG" or run.loss[-1] <= run.loss[0]
+        assert run.seconds[0] == 0 and run.seconds[-1] >= 0.02
+        assert run.epochs[-1] == pytest.approx(run.steps[-1] * 8 / 20)
+        assert len(run.loss) == len(run.score) == len(run.steps) == len(run.seconds)
+    chosen = best_runs(runs)["line"]
+    assert [run.seed for run in chosen["SGD"]] == [0, 1, 2]
+    assert {run.setting["lr"] for run in chosen["SGD"]} == {0.1}
+    text = table(PROBLEM, chosen, reference="SGD")
+    assert "| SGD | lr 0.1 |" in text
+    assert "| EACG | defaults |" in text
+
+
+def test_a_study_goes_on_where_it_was_interrupted(store):
+    study([PROBLEM], [SGD], [0], store, None)
+    first = store.path.read_text()
+    study([PROBLEM], [SGD, EACG], [0], store, None)
+    assert store.path.read_text().startswith(first)
+    assert len(store.runs()) == 3
+    store.forget(lambda run: run.method == "SGD")
+    assert [run.method for run in store.runs()] == ["EACG"]
+
+
+def test_a_run_that_diverges_is_recorded_as_such(store):
+    wild = Method("wild", lambda model, _: torch.optim.SGD(model.parameters(), 1e20))
+    (run,) = study([PROBLEM], [wild], [0], store, None)
+    assert "training loss is" in run.diverged
+    assert run.final == math.inf
+    assert json.loads(store.path.read_text())["diverged"]
+    assert "diverged" in table(PROBLEM, {"wild": [run]})
+
+
+def test_seconds_to_a_loss_are_linear_between_evaluations():
+    run = Run("", "", {}, 0, 4.0, "", "", seconds=[0.0, 2.0, 4.0], loss=[10.0, 8.0, 2.0])
+    assert run.seconds_to(11) == 0
+    assert run.seconds_to(9) == 1
+    assert run.seconds_to(5) == 3
+    assert run.seconds_to(1) == math.inf
+
+
+def test_tables_go_between_their_marks(tmp_path):
+    document = tmp_path / "results.md"
+    document.write_text("a\n<!-- x -->\nold\n<!-- end of x -->\nb\n")
+    insert(document, "x", "new")
+    assert document.read_text() == "a\n<!-- x -->\nnew\n<!-- end of x -->\nb\n"
+    with pytest.raises(ValueError, match="<!-- y -->"):
+        insert(document, "y", "new")
+
+
+def test_the_jet_net_gives_the_derivatives_of_its_value():
+    net = JetNet([2, 5, 4, 1]).double()
+    x = torch.rand(6, 2, dtype=torch.float64, requires_grad=True)
+    jet = net(x)
+    (first,) = torch.autograd.grad(jet[:, 0].sum(), x, create_graph=True)
+    second = [torch.autograd.grad(first[:, i].sum(), x, retain_graph=True)[0][:, i] for i in (0, 1)]
+    torch.testing.assert_close(jet[:, 1:3], first)
+    torch.testing.assert_close(jet[:, 3:], torch.stack(second, 1))
+
+
+def test_the_poisson_loss_vanishes_at_a_solution():
+    x = torch.rand(7, 2)
+    u = x[:, 0] * (1 - x[:, 0])  # u_xx = -2
+    jet = torch.stack([u, 1 - 2 * x[:, 0], torch.zeros(7), torch.full((7,), -2.0), torch.zeros(7)], 1)
+    target = torch.stack([torch.full((7,), -2.0), torch.ones(7), u], 1)
+    assert PoissonLoss()(jet, target) == 0
+    target[:, 1] = 0  # on the boundary u itself counts
+    torch.testing.assert_close(PoissonLoss()(jet, target), 100 * u.square().mean())
+
+
+def test_the_mixture_loss_is_the_likelihood_of_eq_27():
+    output, target = torch.randn(9, 3, dtype=torch.float64), torch.arange(9) % 2
+    gate, first, second = output.sigmoid().unbind(1)
+    p = gate * first**target * (1 - first) ** (1 - target) + (1 - gate) * second**target * (1 - second) ** (1 - target)
+    torch.testing.assert_close(MixtureLoss()(output, target.double()), -p.log().mean())
+
+
+def test_the_names_of_methods_and_problems_are_keys():
+    for studies in STUDIES.values():
+        for each in studies:
+            for named in (each.problems, each.methods):
+                assert len({item.name for item in named}) == len(named)
