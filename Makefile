@@ -22,8 +22,8 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
-# Microbenchmarks against plain PyTorch, about 6 minutes: prints tables, stores them in $(BENCH_RESULTS), and renders
-# docs/performance.md. LARGE=--large: more nets and batches, the ImageNet-10 net among them, and peak memory; 20 minutes, 8 GB.
+# Microbenchmarks against plain PyTorch, some 10 minutes: prints tables, stores them in $(BENCH_RESULTS), and renders
+# docs/performance.md. LARGE=--large: more nets and batches, the ImageNet-10 net among them, and peak memory; half an hour, 8 GB.
 LARGE ?=
 export BENCH_RESULTS ?= bench/results
 bench: .venv/ready

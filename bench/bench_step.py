@@ -130,7 +130,7 @@ def functions(net: Net, batch: int, everything: bool, compiled: bool) -> dict[st
 def main(
     large: Annotated[bool, typer.Option(help="The nets and batches that take long, too, and the ImageNet-10 net.")] = False,
     compiled: Annotated[bool, typer.Option(help="Plain PyTorch under torch.compile, too.")] = True,
-    rounds: Annotated[int, typer.Option(help="Turns that each function takes.")] = 9,
+    rounds: Annotated[int, typer.Option(help="Turns that each function takes; four times as many on the small nets.")] = 5,
 ) -> None:
     """Measures training steps and stores bench/results/step_NET_BATCH.json."""
     warnings.filterwarnings("ignore", message="Full backward hook")
@@ -138,7 +138,7 @@ def main(
         net = NETS[name]
         compared = functions(net, batch, name != "imagenet", compiled)
         periods = {each: EVERY for each in compared if "every" in each and "10" in each}
-        rows = interleaved(compared, BASELINE, rounds if name != "imagenet" else 5, periods)
+        rows = interleaved(compared, BASELINE, 4 * rounds if name in ("pinn", "tabular") else rounds, periods)
         report(
             f"step_{name}_{batch}",
             f"Training step, {net}, batch {batch}, float32, {torch.get_num_threads()} threads",

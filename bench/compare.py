@@ -31,7 +31,7 @@ def main(
                 slower += 1
                 print(f"{path.stem}, {name}: {growth:.2f}x, from {before[name]['ratio']:.3f} to {after[name]['ratio']:.3f}")
     print(f"{slower} of {compared} are slower by more than {100 * (tolerance - 1):.0f} %")
-    raise typer.Exit(slower > 0)
+    raise typer.Exit(int(slower > 0))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ class KroneckerCG:
 
     def statistics(self, input: Tensor, sample: Tensor) -> Factors:
         """See `Solver`."""
-        return _second_moment(sample)
+        return {"input_second_moment": second_moment(sample)}
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
@@ -128,7 +128,9 @@ class KFI:
 
     def statistics(self, input: Tensor, sample: Tensor) -> Factors:
         """See `Solver`."""
-        return _second_moment(sample) if input.shape[1] ** 2 <= self.max_elements else {"mean_input": input.mean(0)}
+        if input.shape[1] ** 2 > self.max_elements:
+            return {"mean_input": input.mean(0)}
+        return {"input_second_moment": second_moment(sample)}
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
@@ -163,7 +165,7 @@ class Exact:
 
     def statistics(self, input: Tensor, sample: Tensor) -> Factors:
         """See `Solver`."""
-        return _second_moment(sample)
+        return {"input_second_moment": second_moment(sample)}
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
@@ -238,6 +240,13 @@ class Auto:
 _KFI, _ISOTROPIC = KFI(_AUTO_N_IN**2), Isotropic()
 
 
+def second_moment(input: Tensor) -> Tensor:
+    """E[h h^T] [n, n] of inputs [m, n], float32 or float64."""
+    # One step of the bias Hessian's recursion from H = W = 1: it computes half of the symmetric product, a GEMM all of it.
+    one = input.new_ones(1, 1)
+    return ops.bias_hessian(one, one.expand(1, input.shape[1]), input, None, None, 0.0)
+
+
 def inverse(matrix: Tensor, name: str) -> Tensor:
     """The inverse of a positive semi-definite matrix [..., n, n] that rounding may have left indefinite.
 
@@ -274,10 +283,6 @@ def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
         raise RuntimeError(f"NaN or inf in its {name}")
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return values, vectors
-
-
-def _second_moment(input: Tensor) -> Factors:
-    return {"input_second_moment": input.T @ input / len(input)}
 
 
 def _shift(like: Tensor, scale: float, damping: float) -> Factors:

@@ -99,6 +99,8 @@ class LossCall:
 # (criterion, loss, autograd node of the one linear layer's output it depends on, its arguments) -> where columns start, and they
 Columns = Callable[[nn.Module, Tensor, Node | None, tuple[Any, ...], dict[str, Any]], tuple[GradientEdge, OutputRoot]]
 
+_RELEASED = torch.empty(0)
+
 # At most so many numbers of all layers' deltas are held at once while columns are propagated.
 _COLUMN_BUDGET = 2**25
 
@@ -203,7 +205,7 @@ class Tape:
                     link.grad = None
                     link.transfer = None if release else link.transfer
                 if release:
-                    call.input, call.output, call.inputs_from = call.input.new_empty(0), None, []
+                    call.input, call.output, call.inputs_from = _RELEASED, None, []
         self._losses = []
 
     @contextmanager
@@ -452,13 +454,14 @@ class _Hook:
     def __init__(self, tape: Tape | None, method: str):
         self.tape = None if tape is None else weakref.ref(tape)
         self.method = method
+        self.function: Callable[..., None] = getattr(Tape, method)
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         if not torch.is_grad_enabled() or (self.method == "_on_layer" and not module.training):
             return
-        tape = self.tape and self.tape()
-        if tape is not None:
-            getattr(tape, self.method)(module, *args)
+        tape = None if self.tape is None else self.tape()
+        if tape is not None and tape.recording:
+            self.function(tape, module, *args)
 
     def __reduce__(self) -> tuple[type, tuple[None, str]]:  # also what copy.deepcopy goes by
         return _Hook, (None, self.method)

@@ -13,6 +13,7 @@ from secondorder.activations import rows
 from secondorder.distributed import Ranks, Term
 from secondorder.errors import NonFiniteError
 from secondorder.optim.base import CurvatureOptimizer
+from secondorder.solvers import second_moment
 
 _HALVINGS = 10  # of a step before it is given up
 _COUNTS = ("step", "halvings", "rejected", "updated", "damped_s", "damped_y", "skipped", "input_skipped")
@@ -563,15 +564,13 @@ def _state_dtype(p: Tensor) -> torch.dtype:
 
 def _second_moment(layer: nn.Linear, h: Tensor, mean: Tensor, average: Tensor | None = None, decay: float = 0.0) -> Tensor:
     """A <- decay A + (1 - decay) E[h h^T], in place where A is given (`average`); with a bias h ends in a 1."""
-    # One step of the bias Hessian's recursion from H = W = 1: it computes half of the symmetric product, a GEMM all of it.
-    n, one = layer.in_features, h.new_ones(1, 1)
-    moment = ops.bias_hessian(one, one.expand(1, n), h, None, None, 0.0)
+    n, moment = layer.in_features, second_moment(h)
     if average is None:
         size = n + (layer.bias is not None and layer.bias.requires_grad)
         average = h.new_zeros(size, size)
     average[:n, :n].lerp_(moment, 1 - decay)
     if len(average) > n:
-        for border, value in ((average[n, :n], mean), (average[:n, n], mean), (average[n, n], one[0, 0])):
+        for border, value in ((average[n, :n], mean), (average[:n, n], mean), (average[n, n], mean.new_ones(()))):
             border.lerp_(value, 1 - decay)
     return average
 
