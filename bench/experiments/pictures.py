@@ -23,7 +23,8 @@ def draw(problems: list[Problem], best: dict[str, dict[str, list[Run]]], title: 
     for problem, row in zip(problems, axes):
         for name, runs in best[problem.name].items():
             i = names.index(name)
-            style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)], "linewidth": 1.6}
+            style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
+            style["linewidth"] = 2.4 if name == "EACG" else 1.5
             for axis, x, y in zip(row, ("seconds", "epochs", "seconds"), ("loss", "loss", "score")):
                 n = min(len(run.seconds) for run in runs)
                 xs = np.median([getattr(run, x)[:n] for run in runs], axis=0)
