@@ -5,7 +5,7 @@ BIN := .venv/bin
 DATA ?=
 OUT ?= build/demo
 
-.PHONY: demo test bench lint gpu-report clean
+.PHONY: demo test bench bench-compare lint gpu-report clean
 
 # The environment and the extension, which compiles against the torch that is there: so torch comes first.
 .venv/ready: pyproject.toml setup.py Makefile $(shell find csrc -type f)
@@ -22,12 +22,24 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
-# Microbenchmarks against plain PyTorch: prints a table and stores it in bench/results/.
+# Microbenchmarks against plain PyTorch, about 6 minutes: prints tables, stores them in $(BENCH_RESULTS), and renders
+# docs/performance.md. LARGE=--large: more nets and batches, the ImageNet-10 net among them, and peak memory; 20 minutes, 8 GB.
+LARGE ?=
+export BENCH_RESULTS ?= bench/results
 bench: .venv/ready
 	$(BIN)/python -m bench.bench_bias_hessian
 	$(BIN)/python -m bench.bench_eacg
-	$(BIN)/python -m bench.bench_step
 	$(BIN)/python -m bench.bench_bfgs
+	$(BIN)/python -m bench.bench_operators $(LARGE)
+	$(BIN)/python -m bench.bench_step $(LARGE)
+	$(BIN)/python -m bench.budget $(LARGE)
+	$(if $(LARGE),$(BIN)/python -m bench.memory)
+	$(if $(filter bench/results,$(BENCH_RESULTS)),$(BIN)/python -m bench.render)
+
+# The same anew, and what got slower against the stored results, by the ratio to plain PyTorch in each run.
+bench-compare: .venv/ready
+	$(MAKE) bench BENCH_RESULTS=build/bench
+	$(BIN)/python -m bench.compare build/bench --old bench/results
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

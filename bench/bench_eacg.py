@@ -43,7 +43,7 @@ def main() -> None:
                 hessians, means, grads, bias_grads, ALPHA, ITERATIONS, TOL, False
             ),
         },
-        "fused, closed form",
+        "plain PyTorch, closed form",
     )
     traffic = 4 * sum(4 * n_in * n_out for n_in, n_out in pairs)  # B twice, W read and written
     report(
@@ -51,7 +51,7 @@ def main() -> None:
         f"EA-CG solve and update of all layers, {'-'.join(map(str, CIFAR_NET))}, {ITERATIONS} iterations, float32, "
         f"{torch.get_num_threads()} threads",
         rows,
-        f"The closed form must move {traffic / 1e6:.0f} MB of gradients and weights. Ratio: to fused, closed form.",
+        f"The closed form must move {traffic / 1e6:.0f} MB of gradients and weights. Ratio: to plain PyTorch, closed form.",
     )
 
 

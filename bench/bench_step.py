@@ -1,65 +1,151 @@
-"""A whole training step, zero_grad to step, on the paper's CIFAR net: EACG against torch's optimizers."""
+"""Whole training steps, zero_grad to step: this package's optimizers against torch's, plain PyTorch and BackPACK's passes."""
 
+import importlib.util
+import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Annotated
 
 import torch
-from torch import nn
+import typer
+from torch import Tensor, nn
 
 import secondorder as so
 from bench.literal import LiteralEACG
-from bench.timing import CIFAR_NET, interleaved, report
+from bench.nets import NETS, Net
+from bench.timing import interleaved, report
+
+BASELINE = "SGD, momentum"
+SMALL = {"cifar": [100, 1000], "autoencoder": [1000], "pinn": [128], "tabular": [128]}
+LARGE = {"imagenet": [100], "autoencoder": [100], "pinn": [1000], "tabular": [1000]}
+EVERY = 10  # of what is renewed every so many steps
+
+Make = Callable[[nn.Module, nn.Module], torch.optim.Optimizer]
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for n_in, n_out in zip(CIFAR_NET, CIFAR_NET[1:]):
-        layers += [nn.Linear(n_in, n_out), nn.Sigmoid()]
-    return nn.Sequential(*layers[:-1])
+class MuonAndSGD(torch.optim.Optimizer):
+    """Muon takes matrices alone; the biases get SGD."""
+
+    def __init__(self, model: nn.Module):
+        parameters = list(model.parameters())
+        super().__init__(parameters, {})
+        self.parts = [
+            torch.optim.Muon([p for p in parameters if p.dim() == 2], lr=1e-4),
+            torch.optim.SGD([p for p in parameters if p.dim() != 2], lr=1e-4, momentum=0.9),
+        ]
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
 
 
-def stepper(
-    x: torch.Tensor, y: torch.Tensor, make: Callable[[nn.Module, nn.Module], torch.optim.Optimizer]
-) -> Callable[[], None]:
-    model, criterion = network(), nn.CrossEntropyLoss()
+# lr is tiny: a benchmark's random targets must not let anything diverge.
+TORCH: dict[str, Make] = {
+    BASELINE: lambda m, c: torch.optim.SGD(m.parameters(), lr=1e-6, momentum=0.9),
+    "Adam, fused": lambda m, c: torch.optim.Adam(m.parameters(), lr=1e-6, fused=True),
+}
+if hasattr(torch.optim, "Muon"):
+    TORCH["Muon"] = lambda m, c: MuonAndSGD(m)
+EACGS: dict[str, Make] = {
+    "EACG": lambda m, c: so.EACG(m, c, 1e-6),
+    "EACG, momentum=0": lambda m, c: so.EACG(m, c, 1e-6, momentum=0),
+    "EACG, the paper's settings": lambda m, c: so.EACG(
+        m, c, 1e-6, solver="ea-cg-truncated", max_cg=20, eps_cg=0, momentum=0, factor_decay=0
+    ),
+    "EACG, curvature_every=10": lambda m, c: so.EACG(m, c, 1e-6, curvature_every=EVERY),
+    "EACG, curvature_samples=100": lambda m, c: so.EACG(m, c, 1e-6, curvature_samples=100),
+}
+
+
+def amortised(curvature: str, solver: str) -> Make:
+    """Factors and inverses every tenth step."""
+    return lambda m, c: so.EACG(
+        m, c, 1e-6, curvature=curvature, solver=solver, curvature_every=EVERY, inverse_every=EVERY, max_factor_elements=2**22
+    )
+
+
+KFI: dict[str, Make] = {
+    "KFRA, every 10": lambda m, c: so.EACG(
+        m, c, 1e-6, curvature="gauss-newton", solver="kfi", curvature_every=EVERY, inverse_every=EVERY
+    ),
+    "KFAC, every 10": lambda m, c: so.EACG(
+        m, c, 1e-6, curvature="fisher-mc", solver="kfi", curvature_every=EVERY, inverse_every=EVERY
+    ),
+    "KFRA, every 10, rank one for n_in > 2048": amortised("gauss-newton", "kfi"),
+}
+CLOSURES: dict[str, Make] = {
+    "LBFGS": lambda m, c: torch.optim.LBFGS(m.parameters(), lr=1e-6, max_iter=1, history_size=10),
+    "K-BFGS": lambda m, c: so.KBFGS(m, c, lr=1e-6),
+}
+
+
+def stepper(net: Net, batch: int, make: Make) -> Callable[[], object]:
+    """An ordinary training loop's step."""
+    model, criterion, (x, y) = net.model(), net.criterion(), net.batch(batch)
     optimizer = make(model, criterion)
 
-    def step() -> None:
+    def evaluate() -> Tensor:
         optimizer.zero_grad()
-        criterion(model(x), y).backward()
+        loss = criterion(model(x), y)
+        loss.backward()
+        return loss
+
+    def step() -> None:
+        evaluate()
         optimizer.step()
+
+    takes_closure = isinstance(optimizer, torch.optim.LBFGS | so.KBFGS)
+    return partial(optimizer.step, evaluate) if takes_closure else step
+
+
+def backpack_pass(net: Net, batch: int, extension: str) -> Callable[[], object]:
+    """A forward and backward pass with a curvature of BackPACK's, and nothing done with it."""
+    import backpack
+
+    model, criterion, (x, y) = backpack.extend(net.model()), backpack.extend(net.criterion()), net.batch(batch)
+    options = {"modify": "abs"} if extension == "PCHMP" else {}
+
+    def step() -> None:
+        model.zero_grad()
+        with backpack.backpack(getattr(backpack.extensions, extension)(**options)):
+            criterion(model(x), y).backward()
 
     return step
 
 
-def main() -> None:
-    for batch in (1000, 100):
-        x, y = torch.randn(batch, CIFAR_NET[0]), torch.randint(CIFAR_NET[-1], (batch,))
-        literal = LiteralEACG(network(), 1e-3, 0.01, 20, 0.0)
-        rows = interleaved(
-            {
-                "SGD, momentum": stepper(x, y, lambda m, c: torch.optim.SGD(m.parameters(), lr=1e-3, momentum=0.9)),
-                "Adam, fused": stepper(x, y, lambda m, c: torch.optim.Adam(m.parameters(), lr=1e-4, fused=True)),
-                "EACG": stepper(x, y, lambda m, c: so.EACG(m, c, 1e-3)),
-                "EACG, the paper's settings": stepper(
-                    x,
-                    y,
-                    lambda m, c: so.EACG(m, c, 1e-3, solver="ea-cg-truncated", max_cg=20, eps_cg=0, momentum=0, factor_decay=0),
-                ),
-                "EACG, curvature_every=10": stepper(x, y, lambda m, c: so.EACG(m, c, 1e-3, curvature_every=10)),
-                "the paper's EA-CG, plain PyTorch": partial(literal.step, x, y),
-            },
-            "SGD, momentum",
-            rounds=21 if batch == 1000 else 41,
-        )
+def functions(net: Net, batch: int, everything: bool, compiled: bool) -> dict[str, Callable[[], object]]:
+    """All that are compared on a net."""
+    makes = TORCH | EACGS | (KFI | CLOSURES if everything else {})
+    found = {name: stepper(net, batch, make) for name, make in makes.items()}
+    if everything and (net.activation, net.criterion) == (nn.Sigmoid, nn.CrossEntropyLoss):
+        x, y = net.batch(batch)
+        for name, compile in [("the paper's EA-CG, plain PyTorch", False), ("the same, recursion by torch.compile", True)]:
+            if not compile or compiled:
+                found[name] = partial(LiteralEACG(net.model(), 1e-6, 0.01, 20, 0.0, compiled=compile).step, x, y)
+    if everything and net.criterion is nn.CrossEntropyLoss and importlib.util.find_spec("backpack"):
+        found |= {f"BackPACK, {e} pass alone": backpack_pass(net, batch, e) for e in ("KFRA", "KFAC", "PCHMP")}
+    return found
+
+
+def main(
+    large: Annotated[bool, typer.Option(help="The nets and batches that take long, too, and the ImageNet-10 net.")] = False,
+    compiled: Annotated[bool, typer.Option(help="Plain PyTorch under torch.compile, too.")] = True,
+    rounds: Annotated[int, typer.Option(help="Turns that each function takes.")] = 9,
+) -> None:
+    """Measures training steps and stores bench/results/step_NET_BATCH.json."""
+    warnings.filterwarnings("ignore", message="Full backward hook")
+    for name, batch in [(n, b) for shapes in ([SMALL, LARGE] if large else [SMALL]) for n, each in shapes.items() for b in each]:
+        net = NETS[name]
+        compared = functions(net, batch, name != "imagenet", compiled)
+        periods = {each: EVERY for each in compared if "every" in each and "10" in each}
+        rows = interleaved(compared, BASELINE, rounds if name != "imagenet" else 5, periods)
         report(
-            f"step_batch_{batch}",
-            f"Training step, {'-'.join(map(str, CIFAR_NET))}, sigmoid, batch {batch}, float32, {torch.get_num_threads()} threads",
+            f"step_{name}_{batch}",
+            f"Training step, {net}, batch {batch}, float32, {torch.get_num_threads()} threads",
             rows,
-            "Ratio: to SGD with momentum, median over rounds.",
+            "Ratio: to SGD with momentum, median over rounds. What is done every tenth step is averaged over ten.",
         )
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -13,9 +13,13 @@ from secondorder import reference
 class LiteralEACG:
     """W <- W + lr P. `step(x, y)` does the forward and backward pass itself and returns the loss."""
 
-    def __init__(self, model: nn.Sequential, lr: float, alpha: float, max_cg: int, eps_cg: float, gamma: float = -1.0):
+    def __init__(
+        self, model: nn.Sequential, lr: float, alpha: float, max_cg: int, eps_cg: float, gamma: float = -1.0,
+        compiled: bool = False,
+    ):  # fmt: skip
         self.layers = [layer for layer in model if isinstance(layer, nn.Linear)]
         self.lr, self.alpha, self.max_cg, self.eps_cg, self.gamma = lr, alpha, max_cg, eps_cg, gamma
+        self.recursion = torch.compile(reference.bias_hessian, dynamic=True) if compiled else reference.bias_hessian
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One step on one batch."""
@@ -45,5 +49,5 @@ class LiteralEACG:
         blocks = [(torch.diag(p.sum(0)) - p.T @ p) / len(p)]
         for layer, h in zip(reversed(self.layers[1:]), reversed(inputs[1:]), strict=True):
             d1 = h * (1 - h)
-            blocks.append(reference.bias_hessian(blocks[-1], layer.weight, d1, d1 * (1 - 2 * h), h.grad, self.gamma))
+            blocks.append(self.recursion(blocks[-1], layer.weight, d1, d1 * (1 - 2 * h), h.grad, self.gamma))
         return blocks[::-1]

@@ -121,8 +121,8 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
     return bool(((actual - expected).abs() <= 1e-3 * scale).all() | ~torch.isfinite(scale))
 
 
-def merge(transfers: list[Transfer]) -> Transfer:
-    """One transfer for the union of several micro-batches, flattened to [m, n]."""
+def merge(transfers: list[Transfer], samples: int | None = None) -> Transfer:
+    """One transfer for the union of several micro-batches' instances, or of `sample`s of them, [m, n]."""
     first = transfers[0]
     if all(
         isinstance(t, Analytic)
@@ -131,12 +131,12 @@ def merge(transfers: list[Transfer]) -> Transfer:
         for t in transfers
     ):
         assert isinstance(first, Analytic)
-        return Analytic(first.activation, first.parameter, rows([t.saved for t in transfers]))  # type: ignore[union-attr]
+        return Analytic(first.activation, first.parameter, rows([t.saved for t in transfers], samples))  # type: ignore[union-attr]
     probed = [t if isinstance(t, Probed) else Probed(*derivatives(t)) for t in transfers]
-    d1 = rows([p.d1 for p in probed])
+    d1 = rows([p.d1 for p in probed], samples)
     if not any(p.curved for p in probed):
         return Probed(d1, None)
-    return Probed(d1, rows([torch.zeros_like(p.d1) if p.d2 is None else p.d2 for p in probed]))
+    return Probed(d1, rows([torch.zeros_like(p.d1) if p.d2 is None else p.d2 for p in probed], samples))
 
 
 def derivatives(transfer: Transfer) -> tuple[Tensor, Tensor | None]:
@@ -147,7 +147,15 @@ def derivatives(transfer: Transfer) -> tuple[Tensor, Tensor | None]:
     return d1, d2 if transfer.curved else None
 
 
-def rows(tensors: list[Tensor]) -> Tensor:
-    """[m, n] from tensors [..., n]: the union of their instances."""
-    flat = [t.reshape(-1, t.shape[-1]) for t in tensors]
+def rows(tensors: list[Tensor], samples: int | None = None) -> Tensor:
+    """[m, n] from tensors [..., n]: the union of their instances, or of `sample`s of them."""
+    flat = [sample(t if t.dim() == 2 else t.reshape(-1, t.shape[-1]), samples) for t in tensors]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def sample(instances: Tensor, samples: int | None) -> Tensor:
+    """Of the instances [..., m, n], where they are more than `samples`, so many, evenly spaced: floor(k m / samples)."""
+    m = instances.shape[-2]
+    if samples is None or m <= samples:
+        return instances
+    return instances.index_select(-2, torch.arange(samples, device=instances.device) * m // samples)

@@ -335,15 +335,18 @@ def _cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: 
     # L = -sum_i sum_k t_ik log p_ik / N with t the weighted, smoothed target: H_i = (sum_k t_ik) (diag p_i - p_i p_i^T) / N.
     if output.dim() != 2:
         return None
-    k, smoothing = output.shape[1], criterion.label_smoothing
-    weight = output.new_ones(k) if criterion.weight is None else criterion.weight
+    k, smoothing, weight = output.shape[1], criterion.label_smoothing, criterion.weight
     if target.is_floating_point():
-        mass = (target * (1 - smoothing) + smoothing / k) @ weight
+        smoothed = target * (1 - smoothing) + smoothing / k
+        mass = smoothed.sum(1) if weight is None else smoothed @ weight
         count: float | Tensor = len(output)
     else:
         kept = target != criterion.ignore_index
-        own = weight[torch.where(kept, target, 0)] * kept
-        mass = (1 - smoothing) * own + smoothing / k * weight.sum() * kept
+        if weight is None:
+            mass = own = kept.to(output.dtype)
+        else:
+            own = weight[torch.where(kept, target, 0)] * kept
+            mass = (1 - smoothing) * own + smoothing / k * weight.sum() * kept
         count = own.sum()
     return SoftmaxRoot(output.softmax(1), mass / _normalizer(criterion, count))
 
@@ -353,7 +356,7 @@ def _cross_entropy(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tenso
     if root is None:
         return None
     weighted = root.p * root.mass.unsqueeze(1)
-    return OutputHessian(torch.diag(weighted.sum(0)) - root.p.T @ weighted, convex=True)
+    return OutputHessian(torch.addmm(torch.diag(weighted.sum(0)), root.p.T, weighted, alpha=-1), convex=True)
 
 
 def _mse(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> OutputHessian | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder import ops
-from secondorder.activations import Analytic
+from secondorder.activations import Analytic, rows
 from secondorder.criteria import LikelihoodRoot, OutputHessian, OutputRoot, autograd_root, likelihood_root
 from secondorder.tape import Columns, LayerRecord
 
@@ -40,13 +40,15 @@ class Curvature:
     def bias_hessians(self, records: list[LayerRecord]) -> dict[nn.Linear, Tensor]:
         """H of every recorded layer, in the dtype of its weight (at least float32).
 
+        The tensors are new: whoever asked for them may write into them.
+
         Args:
             records: in the recursion's order, as `Tape.records` gives them.
         """
         hessians: dict[nn.Linear, Tensor] = {}
         for record in records:
-            dtype = torch.promote_types(record.layer.weight.dtype, torch.float32)
-            hessians[record.layer] = self._block(record, hessians).to(dtype)
+            block = self._block(record, hessians)
+            hessians[record.layer] = block.to(torch.promote_types(record.layer.weight.dtype, torch.float32))
         return hessians
 
     def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
@@ -245,10 +247,11 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
     """
     total: Tensor | None = None
     for gradient, loss in record.grad_outputs():
-        delta = gradient.reshape(-1, gradient.shape[-1]).to(torch.promote_types(gradient.dtype, torch.float32))
+        m = gradient.shape[:-1].numel()
+        delta = rows([gradient], record.samples).to(torch.promote_types(gradient.dtype, torch.float32))
         assert loss.scale is not None
-        # delta_i is scale / m times the instance's own gradient; for a sum, scale times it.
-        block = (delta.T @ delta) * ((len(delta) if loss.mean else 1) / loss.scale)
+        # delta_i is scale / m times the instance's own gradient; for a sum, scale times it. A sample stands for all m.
+        block = (delta.T @ delta) * ((m / len(delta) if m else 1) * (m if loss.mean else 1) / loss.scale)
         total = block if total is None else total + block
     assert total is not None
     return total

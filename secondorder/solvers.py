@@ -39,10 +39,11 @@ Factors = dict[str, Tensor]
 class Solver(Protocol):
     """One way to solve a layer's systems. `prepare` may be amortised over steps; `solve` is cheap in comparison."""
 
-    def statistics(self, input: Tensor) -> Factors:
+    def statistics(self, input: Tensor, sample: Tensor) -> Factors:
         """The expectations over the instances that the solver needs of a layer's input [m, n_in].
 
         "mean_input" a = E[h] [n_in], "input_second_moment" E[h h^T] [n_in, n_in], or "mean_square_input" E[|h|^2] (0-dim).
+        The second moment, which costs m n_in^2, is taken over `sample` alone, some of the input's rows or all of them.
         """
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
@@ -64,7 +65,7 @@ class EACG:
     eps_cg: float
     truncated: bool = False
 
-    def statistics(self, input: Tensor) -> Factors:
+    def statistics(self, input: Tensor, sample: Tensor) -> Factors:
         """See `Solver`."""
         return {"mean_input": input.mean(0)}
 
@@ -91,9 +92,9 @@ class KroneckerCG:
     max_cg: int
     eps_cg: float
 
-    def statistics(self, input: Tensor) -> Factors:
+    def statistics(self, input: Tensor, sample: Tensor) -> Factors:
         """See `Solver`."""
-        return _second_moment(input)
+        return _second_moment(sample)
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
@@ -125,9 +126,9 @@ class KFI:
 
     max_elements: int
 
-    def statistics(self, input: Tensor) -> Factors:
+    def statistics(self, input: Tensor, sample: Tensor) -> Factors:
         """See `Solver`."""
-        return _second_moment(input) if input.shape[1] ** 2 <= self.max_elements else {"mean_input": input.mean(0)}
+        return _second_moment(sample) if input.shape[1] ** 2 <= self.max_elements else {"mean_input": input.mean(0)}
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
@@ -160,9 +161,9 @@ class KFI:
 class Exact:
     """The solver `exact`: P = -Q_H [(Q_H^T B Q_A) / (c l_H l_A^T + l)] Q_A^T by both eigendecompositions (docs/math.md)."""
 
-    def statistics(self, input: Tensor) -> Factors:
+    def statistics(self, input: Tensor, sample: Tensor) -> Factors:
         """See `Solver`."""
-        return _second_moment(input)
+        return _second_moment(sample)
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
@@ -189,7 +190,7 @@ class Isotropic:
     with u = B a and s = a^T a.
     """
 
-    def statistics(self, input: Tensor) -> Factors:
+    def statistics(self, input: Tensor, sample: Tensor) -> Factors:
         """See `Solver`."""
         return {"mean_input": input.mean(0), "mean_square_input": torch.linalg.vector_norm(input).square() / len(input)}
 
@@ -221,9 +222,9 @@ _AUTO_N_IN = 1024
 class Auto:
     """The solver `auto`: `kfi` for a layer with n_in <= 1024, else `ea-isotropic`."""
 
-    def statistics(self, input: Tensor) -> Factors:
+    def statistics(self, input: Tensor, sample: Tensor) -> Factors:
         """See `Solver`."""
-        return (_KFI if input.shape[1] <= _AUTO_N_IN else _ISOTROPIC).statistics(input)
+        return (_KFI if input.shape[1] <= _AUTO_N_IN else _ISOTROPIC).statistics(input, sample)
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""

@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from secondorder import activations
-from secondorder.activations import Transfer, rows
+from secondorder.activations import Transfer, rows, sample
 from secondorder.criteria import OutputHessian, OutputRoot, analytic_hessian, autograd_hessian
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class LayerCall:
     """One call of a linear layer."""
 
@@ -57,7 +57,7 @@ class LayerCall:
             return nn.functional.linear(self.input, self.layer.weight, self.layer.bias)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Link:
     """The way from a layer's output to the input of the next layer."""
 
@@ -103,7 +103,7 @@ Columns = Callable[[nn.Module, Tensor, Node | None, tuple[Any, ...], dict[str, A
 _COLUMN_BUDGET = 2**25
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class LayerRecord:
     """One linear layer over all instances since the last step: the union of its calls' batches."""
 
@@ -115,10 +115,11 @@ class LayerRecord:
     losses: list[LossCall] = field(default_factory=list)  # or the criterion does, in these calls
     obstacle: str = ""  # or neither, for this reason
     block: Tensor | None = None  # sum of the losses' blocks, each with its factor
+    samples: int | None = None  # the curvature's expectations take at most so many instances of each call
 
-    def input(self) -> Tensor:
-        """The inputs h [m, n_in]."""
-        return rows([call.input for call in self.calls])
+    def input(self, samples: int | None = None) -> Tensor:
+        """The inputs h [m, n_in], or those of at most `samples` instances of each call."""
+        return rows([call.input for call in self.calls], samples)
 
     def grad_outputs(self) -> list[tuple[Tensor, LossCall]]:
         """Each call's delta [..., n_out], with its loss; recorded only with an obstacle, or where the tape was told to."""
@@ -126,13 +127,13 @@ class LayerRecord:
         return [(call.grad_output, loss) for call, loss in pairs if call.grad_output is not None]
 
     def transfer(self) -> Transfer:
-        """What lies between this layer and `next`, over all instances [m, n_out]."""
-        return activations.merge([link.transfer for link in self.links if link.transfer is not None])
+        """What lies between this layer and `next`, over the instances [m, n_out]."""
+        return activations.merge([link.transfer for link in self.links if link.transfer is not None], self.samples)
 
     def grad_activation(self) -> Tensor | None:
-        """Gradient w.r.t. the input of `next` [m, n_out]; None where sigma'' = 0."""
+        """Gradient w.r.t. the input of `next` [m, n_out], its sum over the instances standing for all; None where sigma'' = 0."""
         grads = [link.grad for link in self.links if link.grad is not None]
-        return rows(grads) if len(grads) == len(self.links) else None
+        return rows([_for_all(grad, self.samples) for grad in grads]) if len(grads) == len(self.links) else None
 
 
 class Tape:
@@ -146,19 +147,21 @@ class Tape:
         columns: gives columns s_ic at the network's output, which are taken back to every layer, delta_ic = J_i^T s_ic, while the
             graph lives; the sum of delta_ic delta_ic^T becomes the layer's `block`. Nothing for the recursion is kept then.
         model: the model whose own arguments are to be kept, and the criterion's, for evaluating them anew.
+        samples: of every forward pass at most so many instances, evenly spaced, enter the curvature's expectations; None: all.
 
     `recording` may be switched off and on at any time.
     """
 
     def __init__(
         self, layers: dict[nn.Linear, str], criterion: nn.Module, *, diagonal: bool, grad_outputs: bool = False,
-        columns: Columns | None = None, model: nn.Module | None = None,
+        columns: Columns | None = None, model: nn.Module | None = None, samples: int | None = None,
     ):  # fmt: skip
         self.names = layers
         self.criterion = criterion
         self.diagonal = diagonal
         self.grad_outputs = grad_outputs
         self.columns = columns
+        self.samples = samples
         self.recording = True
         self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
         self._muted = False
@@ -211,7 +214,7 @@ class Tape:
         consumers: dict[LayerCall, list[Link | LossCall]] = {}
         for loss in self._losses:
             for call in _consumers_first(loss, consumers, self.names):
-                record = records.setdefault(call.layer, LayerRecord(call.layer, []))
+                record = records.setdefault(call.layer, LayerRecord(call.layer, [], samples=self.samples))
                 record.calls.append(call)
                 record.origins.append(loss)
             for call, block in loss.blocks.items():
@@ -229,8 +232,8 @@ class Tape:
             return
         input = args[0] if args else kwargs["input"]
         call = LayerCall(layer, input.detach(), output=output.detach(), version=output._version)
-        with self.muted():
-            call.inputs_from = self._links(layer, input)
+        if input.grad_fn is not None:
+            call.inputs_from = self._links(layer, input, input.grad_fn)
         _metadata(node)[self._key] = call
         if self.grad_outputs:
             self._keep_gradient(node)
@@ -242,11 +245,9 @@ class Tape:
         if isinstance(output, Tensor) and output.grad_fn is not None and self._active():
             _metadata(output.grad_fn)[self._key + ".model"] = ModelCall(*_detached((args, kwargs)))
 
-    def _links(self, layer: nn.Linear, input: Tensor) -> list[Link]:
+    def _links(self, layer: nn.Linear, input: Tensor, made_by: Node) -> list[Link]:
         """Where a layer's input comes from."""
-        if input.grad_fn is None:
-            return []
-        nodes, passed = _source_nodes(input.grad_fn, self._key)
+        nodes, passed = _source_nodes(made_by, self._key)
         if len(nodes) != 1:
             names = sorted({repr(self.names[_metadata(node)[self._key].layer]) for node in nodes[:4]})
             obstacle = f"is combined with other linear layers ({', '.join(names)}{', ...' if len(nodes) > 4 else ''})"
@@ -257,7 +258,8 @@ class Tape:
         signature = (source.layer, layer, passed)
         if transfer is None and signature not in self._not_elementwise:
             try:
-                transfer = activations.probe(input, node, second=self.diagonal)
+                with self.muted():
+                    transfer = activations.probe(input, node, second=self.diagonal)
             except RuntimeError as error:
                 return [self._blocked(node, layer, f"goes through a function that autograd cannot differentiate twice ({error})")]
         if transfer is None:
@@ -343,8 +345,11 @@ class Tape:
                 [edge], [GradientEdge(node, 0) for node in nodes], [columns], retain_graph=True, is_grads_batched=True
             )
             for call, delta in zip(calls, deltas, strict=True):
-                flat = delta.reshape(-1, delta.shape[-1])
-                blocks[call] = flat.T @ flat + blocks.get(call, 0)
+                flat = delta.reshape(len(delta), -1, delta.shape[-1])
+                chosen = sample(flat, self.samples)
+                weight = flat.shape[1] / chosen.shape[1]  # as if they were all
+                chosen = chosen.flatten(0, 1)
+                blocks[call] = chosen.T @ chosen * weight + blocks.get(call, 0)
         return blocks
 
     def _enter_run(self, loss: LossCall, gradient: Tensor) -> None:
@@ -372,7 +377,8 @@ class Tape:
 
     def _gradients(self) -> list[tuple[Tensor | None, int]]:
         """Every trainable weight's gradient, and its version."""
-        gradients = [layer.weight.grad for layer in self.names if layer.weight.requires_grad]
+        weights = [layer._parameters["weight"] for layer in self.names]  # an attribute of a module takes ten times as long
+        gradients = [weight.grad for weight in weights if weight is not None and weight.requires_grad]
         return [(g, 0 if g is None else g._version) for g in gradients]
 
     def _collect(self, record: LayerCall | Link, name: str) -> Callable[[Tensor], None]:
@@ -400,7 +406,7 @@ class Tape:
             self._muted = False
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Run:
     """One run of the autograd engine."""
 
@@ -459,6 +465,12 @@ def _source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Nod
                 seen.add(following)
                 stack.append(following)
     return found, tuple(names)
+
+
+def _for_all(gradient: Tensor, samples: int | None) -> Tensor:
+    """The `sample` of a gradient [..., n], so scaled that its sum stands for the sum over all instances."""
+    m, chosen = gradient.shape[:-1].numel(), rows([gradient], samples)
+    return chosen if len(chosen) == m else chosen * (m / len(chosen))
 
 
 _RESHAPING = {"ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward"}

@@ -15,10 +15,13 @@ from secondorder.optim.base import linear_layers
 from secondorder.tape import Tape
 
 
-def blocks(model, criterion, curvature, *batches, scale=1.0):
+def blocks(model, criterion, curvature, *batches, scale=1.0, samples=None):
     """{layer name: H} of a curvature after backward passes over the batches."""
     layers = linear_layers(model)
-    tape = Tape(layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns)
+    tape = Tape(
+        layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns,
+        samples=samples,
+    )  # fmt: skip
     for x, y in batches:
         (scale * criterion(model(x), y)).backward()
     hessians = curvature.bias_hessians(tape.records())
@@ -178,6 +181,22 @@ def test_micro_batches_and_factors(curvature):
     model.zero_grad()
     parts = blocks(model, criterion, kind, *((x[i : i + 4], y[i : i + 4]) for i in (0, 4, 8)), scale=1 / 3)
     assert_blocks(parts, whole)
+
+
+@pytest.mark.parametrize("curvature", set(CURVATURES) - {"fisher-mc"})
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_sample_of_the_instances_stands_for_all(curvature, reduction):
+    torch.manual_seed(0)
+    model, criterion = network([4, 6, 5, 3], nn.Tanh()), nn.MSELoss(reduction=reduction)
+    batches = [(torch.randn(m, 4).double(), torch.randn(m, 3).double()) for m in (23, 23)]
+    actual = blocks(model, criterion, CURVATURES[curvature], *batches, scale=0.5, samples=7)
+    rows = [k * 23 // 7 for k in range(7)]  # 0, 3, 6, 9, 13, 16, 19
+    # MSE's own Hessian is the same for every instance: what is left is the full computation on the chosen ones.
+    chosen = [(x[rows], y[rows]) for x, y in batches]
+    expected = blocks(model, criterion, CURVATURES[curvature], *chosen, scale=0.5 * (23 / 7 if reduction == "sum" else 1))
+    assert_blocks(actual, expected)
+    whole = blocks(model, criterion, CURVATURES[curvature], *batches)
+    assert_blocks(blocks(model, criterion, CURVATURES[curvature], *batches, samples=23), whole)
 
 
 @pytest.mark.parametrize("curvature", ["gauss-newton", "kflr"])

@@ -399,7 +399,23 @@ def test_the_family_trains(name):
     assert losses[-1] < losses[0] / 3
 
 
-@pytest.mark.parametrize("kwargs", [{"inverse_every": 0}, {"max_factor_elements": -1}, {"damping": 0.0}, {"subsample": 0.0}])
+def test_curvature_samples_choose_the_rows_of_the_second_moment_alone():
+    (x, y), criterion = batch(30), nn.CrossEntropyLoss()
+    rows = [k * 30 // 8 for k in range(8)]
+    for solver, name, expected in [
+        ("kfi", "input_second_moment", x[rows].T @ x[rows] / 8),
+        ("ea-cg", "mean_input", x.mean(0)),
+        ("ea-isotropic", "mean_square_input", x.square().sum(1).mean()),
+    ]:
+        model = network()
+        optimizer = so.EACG(model, criterion, lr=0.1, solver=solver, alpha=0.1, inverse_every=2, curvature_samples=8)
+        one_step(model, criterion, optimizer, x, y)
+        torch.testing.assert_close(optimizer.state[model[0].weight][name], expected)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"curvature_samples": 0}, {"inverse_every": 0}, {"max_factor_elements": -1}, {"damping": 0.0}, {"subsample": 0.0}]
+)
 def test_bad_arguments(kwargs):
     (name,) = kwargs
     with pytest.raises(ValueError, match=f"EACG: expected {name} "):

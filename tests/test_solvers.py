@@ -21,7 +21,7 @@ def problem(n_out, n_in, dtype=torch.float64, m=5):
 
 
 def run(kind, h, input, b, g, scale, damping):
-    return kind.solve(kind.prepare({"bias_hessian": h, **kind.statistics(input)}, scale, damping), b, g)
+    return kind.solve(kind.prepare({"bias_hessian": h, **kind.statistics(input, input)}, scale, damping), b, g)
 
 
 def input_factor(name, input):
@@ -67,7 +67,7 @@ def test_kfi_takes_the_rank_one_form_above_its_budget():
     h, input, b, g = problem(4, 7)
     for budget, same in ((49, "kfi"), (48, "kfi-rank-one")):
         kind = solver("kfi", budget)
-        assert ("input_second_moment" in kind.statistics(input)) == (same == "kfi")
+        assert ("input_second_moment" in kind.statistics(input, input)) == (same == "kfi")
         assert torch.equal(run(kind, h, input, b, g, 1, 0.1)[0], run(solver(same), h, input, b, g, 1, 0.1)[0])
 
 

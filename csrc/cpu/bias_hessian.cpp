@@ -103,7 +103,7 @@ void recursion(const T* hessian, const T* weight, int64_t k, int64_t n, int64_t 
   std::vector<Scratch> scratch(std::max<int64_t>(1, std::min<int64_t>(panels, at::get_num_threads())));
   const T inverse_batch = T(1) / T(m);
 
-  parallel_items(panels, work, [&](int64_t worker, int64_t panel) {
+  parallel_items(panels, work / kProductsPerElement, [&](int64_t worker, int64_t panel) {
     auto& [hw, curvature, moment] = scratch[worker];
     hw.resize(kTileStrips * h_rows * nr);
     curvature.resize(tile * tile);

@@ -7,8 +7,10 @@
 
 namespace secondorder::cpu {
 
-// Below this much work (multiply-adds, or elements touched) a phase stays on one thread: waking others costs more.
+// Below this much work (elements touched) a phase stays on one thread: waking others costs more.
 constexpr int64_t kSerialWork = 1 << 16;
+// So many multiply-adds of a register kernel take as long as touching one element does.
+constexpr int64_t kProductsPerElement = 16;
 
 // Calls f(worker, item) for every item, items handed out one by one in order, so put the largest first.
 // `work` is the total work of all items.

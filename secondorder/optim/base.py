@@ -37,6 +37,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         grad_outputs: see `secondorder.tape.Tape`; likewise `columns`.
         columns: see there.
         keep_inputs: whether the tape keeps the model's and the criterion's arguments.
+        samples: see `secondorder.tape.Tape`.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         grad_outputs: bool = False,
         columns: Columns | None = None,
         keep_inputs: bool = False,
+        samples: int | None = None,
     ):
         name = type(self).__name__
         if not isinstance(model, nn.Module):
@@ -94,6 +96,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             "grad_outputs": grad_outputs,
             "columns": columns,
             "model": model if keep_inputs else None,
+            "samples": samples,
         }
         self._tape = Tape(layers, self.criterion, **self._tape_options)
 

@@ -51,6 +51,8 @@ class EACG(LayerwiseOptimizer):
             one alone. Default: 0.9 with a learning rate, 0.5 without.
         curvature_every: H and a are renewed every so many steps, >= 1, and at each of the first so many; with a learning rate
             nothing is recorded in between. Default: 1 with a learning rate, 5 without.
+        curvature_samples: H (but for the criterion's part) and E[h h^T] are estimated from at most so many instances of every
+            forward pass, >= 1; None: from all. a is the whole batch's.
         inverse_every: likewise the solver's factorisations.
         max_factor_elements: "kfi" takes "kfi-rank-one" for a layer with n_in^2 above this, >= 0.
         damping: where the damping of lr=None starts, relative to the first loss, > 0; it stays above a tenth of that.
@@ -82,6 +84,7 @@ class EACG(LayerwiseOptimizer):
         weight_decay: float = 0.0,
         factor_decay: float | None = None,
         curvature_every: int | None = None,
+        curvature_samples: int | None = None,
         inverse_every: int | None = None,
         max_factor_elements: int = 2**24,
         damping: float = 0.001,
@@ -97,7 +100,7 @@ class EACG(LayerwiseOptimizer):
         super().__init__(
             model, criterion, lr, curvature=curvature, solver=solver, alpha=alpha, max_cg=max_cg, eps_cg=eps_cg,
             momentum=momentum, weight_decay=weight_decay, factor_decay=factor_decay,
-            curvature_every=every if curvature_every is None else curvature_every,
+            curvature_every=every if curvature_every is None else curvature_every, curvature_samples=curvature_samples,
             inverse_every=every if inverse_every is None else inverse_every, max_factor_elements=max_factor_elements,
             adaptation=Adaptation(tau=damping, floor=0.1, momentum=True, every=1), subsample=subsample, average=average,
             fallback=fallback,

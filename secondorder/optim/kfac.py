@@ -24,6 +24,7 @@ class KFAC(LayerwiseOptimizer):
         tau: the start of both dampings, relative to the first loss, > 0.
         weight_decay: eta, >= 0.
         factor_decay: of the factors' averages, in [0, 1).
+        curvature_samples: see there.
         inverse_every: see there; the paper's 20.
         max_factor_elements: see there.
         subsample: see there; the paper's products are on a fraction of the batch, too.
@@ -42,6 +43,7 @@ class KFAC(LayerwiseOptimizer):
         tau: float = 0.001,
         weight_decay: float = 1e-5,
         factor_decay: float = 0.95,
+        curvature_samples: int | None = None,
         inverse_every: int = 20,
         max_factor_elements: int = 2**24,
         subsample: float = 0.25,
@@ -50,7 +52,7 @@ class KFAC(LayerwiseOptimizer):
     ):
         super().__init__(
             model, criterion, lr, curvature=curvature, solver=solver, alpha=0.01, max_cg=50, eps_cg=1e-4, momentum=0.0,
-            weight_decay=weight_decay, factor_decay=factor_decay, curvature_every=1, inverse_every=inverse_every,
-            max_factor_elements=max_factor_elements, adaptation=Adaptation(tau=tau, gamma=tau, momentum=True),
-            subsample=subsample, average=average, fallback=fallback,
+            weight_decay=weight_decay, factor_decay=factor_decay, curvature_every=1, curvature_samples=curvature_samples,
+            inverse_every=inverse_every, max_factor_elements=max_factor_elements,
+            adaptation=Adaptation(tau=tau, gamma=tau, momentum=True), subsample=subsample, average=average, fallback=fallback,
         )  # fmt: skip

@@ -27,6 +27,7 @@ class KFRA(LayerwiseOptimizer):
         gamma: the start of the blocks' damping, likewise; chosen greedily every 20 steps.
         weight_decay: eta, >= 0.
         factor_decay: of the factors' averages, in [0, 1); the paper's two variants are 0 and 0.9.
+        curvature_samples: see there.
         inverse_every: see there.
         max_factor_elements: see there.
         subsample: see there; the paper's 1 is the whole batch.
@@ -46,6 +47,7 @@ class KFRA(LayerwiseOptimizer):
         gamma: float = 0.01,
         weight_decay: float = 1e-5,
         factor_decay: float = 0.9,
+        curvature_samples: int | None = None,
         inverse_every: int = 1,
         max_factor_elements: int = 2**24,
         subsample: float = 1.0,
@@ -54,7 +56,7 @@ class KFRA(LayerwiseOptimizer):
     ):
         super().__init__(
             model, criterion, lr, curvature=curvature, solver=solver, alpha=0.01, max_cg=50, eps_cg=1e-4, momentum=0.0,
-            weight_decay=weight_decay, factor_decay=factor_decay, curvature_every=1, inverse_every=inverse_every,
-            max_factor_elements=max_factor_elements, adaptation=Adaptation(tau=tau, gamma=gamma), subsample=subsample,
-            average=average, fallback=fallback,
+            weight_decay=weight_decay, factor_decay=factor_decay, curvature_every=1, curvature_samples=curvature_samples,
+            inverse_every=inverse_every, max_factor_elements=max_factor_elements,
+            adaptation=Adaptation(tau=tau, gamma=gamma), subsample=subsample, average=average, fallback=fallback,
         )  # fmt: skip

@@ -43,6 +43,8 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         weight_decay: >= 0; decoupled with a fixed lr.
         factor_decay: in [0, 1); the factors are bias-corrected exponential averages with this decay; 0: this step's alone.
         curvature_every: the factors are renewed every so many steps, >= 1, and at each of the first so many.
+        curvature_samples: of every forward pass at most so many instances, evenly spaced, enter the expectations that cost more
+            than a pass over the batch: E[d1 d1^T] and the diagonal of the recursion, delta delta^T, E[h h^T]. >= 1; None: all.
         inverse_every: likewise the solver's factorisations.
         max_factor_elements: "kfi" takes Eq. 13 instead of Eq. 12 for a layer with n_in^2 above this, >= 0.
         adaptation: the dampings of lr=None.
@@ -71,6 +73,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         weight_decay: float,
         factor_decay: float,
         curvature_every: int,
+        curvature_samples: int | None,
         inverse_every: int,
         max_factor_elements: int,
         adaptation: Adaptation,
@@ -83,6 +86,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             ("eps_cg", eps_cg, eps_cg >= 0, ">= 0"),
             ("solver", solver, solver in SOLVERS, f"one of {', '.join(map(repr, SOLVERS))}"),
             ("curvature_every", curvature_every, curvature_every >= 1, ">= 1"),
+            ("curvature_samples", curvature_samples, curvature_samples is None or curvature_samples >= 1, ">= 1 or None"),
             ("inverse_every", inverse_every, inverse_every >= 1, ">= 1"),
             ("max_factor_elements", max_factor_elements, max_factor_elements >= 0, ">= 0"),
             ("damping", adaptation.tau, 0 < adaptation.tau < math.inf, "> 0"),
@@ -102,11 +106,12 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         super().__init__(
             model, criterion, defaults, diagonal=self._curvature.diagonal, fallback=fallback,
             grad_outputs=self._curvature.grad_outputs, columns=self._curvature.columns, keep_inputs=lr is None,
+            samples=curvature_samples,
         )  # fmt: skip
         self._model = model
         self._solver = SOLVERS[solver](max_cg, eps_cg, max_factor_elements)
         self._curvature_every, self._inverse_every = curvature_every, inverse_every
-        self._subsample, self._average = subsample, average
+        self._samples, self._subsample, self._average = curvature_samples, subsample, average
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -170,7 +175,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 state["average"] = state["average"].lerp_(p, 1 - beta) if "average" in state else p.detach().clone()
 
     def _steps(self) -> int:
-        return max((self.state[layer.weight].get("step", 0) for layer in self._layers if layer.weight in self.state), default=0)
+        return max((state.get("step", 0) for state in self.state.values()), default=0)
 
     def _schedule(self) -> None:
         """Has the next forward pass recorded if the next step renews the factors, or evaluates the model anew."""
@@ -181,27 +186,35 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         hessians = self._curvature.bias_hessians(records)
         groups = self._groups()
         factors = {}
+        averages: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         for record in records:
             weight = record.layer.weight
-            if weight.grad is None or weight not in groups:
+            group = groups.get(weight)
+            if weight.grad is None or group is None:
                 continue
             hessian, state = hessians[record.layer], self.state.get(weight, {})
-            new = {"bias_hessian": hessian, **self._solver.statistics(record.input().to(hessian.dtype))}
+            input = record.input().to(hessian.dtype)
+            sample = input if self._samples is None else record.input(self._samples).to(hessian.dtype)
+            new = factors[record.layer] = {"bias_hessian": hessian, **self._solver.statistics(input, sample)}
             if "bias_hessian" in state:
                 # c_n = sum_k decay^(n-k) x_k / sum_k decay^(n-k), the bias-corrected average, from c_(n-1).
-                decay, updates = groups[weight]["factor_decay"], state["factor_updates"] + 1
-                share = (1 - decay) / (1 - decay**updates)
-                new = {name: torch.lerp(state[name], value, share) for name, value in new.items()}
-            factors[record.layer] = new
+                decay, updates = group["factor_decay"], state["factor_updates"] + 1
+                old, news = averages.setdefault(1 - (1 - decay) / (1 - decay**updates), ([], []))
+                old += [state[name] for name in new]
+                news += new.values()
+        for share, (old, news) in averages.items():
+            torch._foreach_lerp_(news, old, share)  # the old ones stay: the step may fail yet
         return factors
 
     def _covered(self, factors: dict[nn.Linear, Factors]) -> dict[nn.Linear, Factors]:
         """The layers to be updated, with their factors, new or old."""
-        groups, covered = self._groups(), {}
-        for layer in self._layers:
-            state = self.state.get(layer.weight, {})
-            if layer.weight in groups and layer.weight.grad is not None and (layer in factors or "bias_hessian" in state):
-                covered[layer] = factors.get(layer) or {name: state[name] for name in _FACTORS if name in state}
+        covered = dict(factors)
+        if len(factors) < len(self._layers):
+            groups = self._groups()
+            for layer in self._layers:
+                state = self.state.get(layer.weight, {})
+                if layer not in factors and layer.weight in groups and layer.weight.grad is not None and "bias_hessian" in state:
+                    covered[layer] = {name: state[name] for name in _FACTORS if name in state}
         return covered
 
     def _directions(
@@ -266,11 +279,15 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         groups, covered = self._groups(), self._covered(factors)
         layers = list(covered)
         weights = [layer.weight for layer in layers]
-        none = [weight.new_empty(0) for weight in weights]
-        biases = [
-            e if layer.bias is None or layer.bias.grad is None else layer.bias for layer, e in zip(layers, none, strict=True)
-        ]
         own = [groups[weight] for weight in weights]
+        biases: list[Tensor] = []
+        bias_grads: list[Tensor] = []
+        for layer, weight in zip(layers, weights, strict=True):
+            bias: Tensor | None = layer.bias
+            if bias is None or bias.grad is None:
+                bias = weight.new_empty(0)
+            biases.append(bias)
+            bias_grads.append(bias if bias.grad is None else bias.grad)
         momenta: tuple[list[Tensor], list[Tensor]] = ([], [])
         if any(group["momentum"] != 0 for group in own):
             momenta = ([self._momentum(p) for p in weights], [self._momentum(p) for p in biases])
@@ -281,7 +298,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 [each["bias_hessian"] for each in covered.values()],
                 [each["mean_input"] for each in covered.values()],
                 [weight.grad for weight in weights],  # type: ignore[misc]
-                [e if bias is e else bias.grad for bias, e in zip(biases, none, strict=True)],  # type: ignore[misc]
+                bias_grads,
                 weights,
                 biases,
                 *momenta,
