@@ -35,7 +35,7 @@ COLUMNS = {
     "GN": "gauss-newton",
     "PCH-1": "pch-abs",
     "PCH-2": "pch-clip",
-    "PCH-2, |8a|": AbsoluteAtOutput(),
+    "PCH-2, absolute 8a": AbsoluteAtOutput(),
 }
 # The Total rows of Tables 2 and 4, and what the paper has in them instead of a name for our two Fisher matrices.
 PAPER = {

@@ -23,21 +23,22 @@ def draw(problems: list[Problem], best: dict[str, dict[str, list[Run]]], title: 
     for problem, row in zip(problems, axes):
         for name, runs in best[problem.name].items():
             i = names.index(name)
-            style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)], "linewidth": 1.6}
+            style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
+            style["linewidth"] = 2.4 if name == "EACG" else 1.5
             for axis, x, y in zip(row, ("seconds", "epochs", "seconds"), ("loss", "loss", "score")):
                 n = min(len(run.seconds) for run in runs)
                 xs = np.median([getattr(run, x)[:n] for run in runs], axis=0)
                 ys = np.array([getattr(run, y)[:n] for run in runs])
                 axis.plot(xs, np.median(ys, axis=0), **style, label=name)
                 axis.fill_between(xs, ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=0)
-        if problem.log_loss:
-            for axis in row[:2]:
+        low, high = visible([run.loss for runs in best[problem.name].values() for run in runs])
+        for axis in row[:2]:
+            axis.set_ylim(low, high)
+            if problem.log_loss:
                 axis.set_yscale("log")
                 axis.yaxis.set_major_formatter("{x:g}")
-                axis.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "235" else "")
-        limits = visible([run.loss for runs in best[problem.name].values() for run in runs])
-        row[0].set_ylim(*limits)
-        row[1].set_ylim(*limits)
+                labelled = "235" if high < 50 * low else ""
+                axis.yaxis.set_minor_formatter(lambda y, _, digits=labelled: f"{y:g}" if f"{y:e}"[0] in digits else "")
         row[1].set_xscale("symlog", linthresh=1)
         row[1].set_xlim(left=0)
         row[1].xaxis.set_major_formatter("{x:g}")

@@ -197,9 +197,14 @@ def _robust(
 ROBUST = [
     _robust("labels, cross-entropy", _corrupted_digits, [64, 64, 32, 10], nn.CrossEntropyLoss, accuracy, "test accuracy, %"),
     _robust("labels, Eq. 14", _corrupted_digits, [64, 64, 32, 10], BoundedClassificationLoss, accuracy, "test accuracy, %"),
-    _robust("targets, MSE", _corrupted_diabetes, [10, 32, 16, 1], nn.MSELoss, mean_absolute_error, "test |error| / s.d."),
+    _robust("targets, MSE", _corrupted_diabetes, [10, 32, 16, 1], nn.MSELoss, mean_absolute_error, "test absolute error in s.d."),
     _robust(
-        "targets, Tukey", _corrupted_diabetes, [10, 32, 16, 1], TukeyBiweightLoss, mean_absolute_error, "test |error| / s.d."
+        "targets, Tukey",
+        _corrupted_diabetes,
+        [10, 32, 16, 1],
+        TukeyBiweightLoss,
+        mean_absolute_error,
+        "test absolute error in s.d.",
     ),
 ]
 
