@@ -457,7 +457,7 @@ class _Hook:
         self.function: Callable[..., None] = getattr(Tape, method)
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
-        if not torch.is_grad_enabled() or (self.method == "_on_layer" and not module.training):
+        if not torch.is_grad_enabled() or (self.method != "_on_criterion" and not module.training):
             return
         tape = None if self.tape is None else self.tape()
         if tape is not None and tape.recording:
