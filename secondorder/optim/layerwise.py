@@ -120,6 +120,17 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         self._curvature_every, self._inverse_every = curvature_every, inverse_every
         self._samples, self._subsample, self._average = curvature_samples, subsample, average
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses a scheduler at its construction, where there is no learning rate: all put a counter around `step` then."""
+        if name == "step" and self._adaptation is not None and any("initial_lr" in group for group in self.param_groups):
+            for group in self.param_groups:
+                group.pop("initial_lr", None)  # the scheduler's
+            raise ValueError(
+                f"{type(self).__name__}: with lr=None there is no learning rate for a scheduler: the step size is found anew at "
+                "every step; make no scheduler, or give lr a number"
+            )
+        super().__setattr__(name, value)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step from the gradients of the backward passes since the last one.
@@ -190,7 +201,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 state["average"] = state["average"].lerp_(own, 1 - beta) if "average" in state else own
 
     def _check_schedule(self) -> None:
-        """A learning rate set, or a scheduler made, for an optimizer that has none."""
+        """Whether lr is given where it was at construction."""
         name = type(self).__name__
         for group in self.param_groups:
             if (group["lr"] is None) != (self._adaptation is not None):
@@ -198,8 +209,6 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                     f"{name}.step(): expected lr to stay {'None' if self._adaptation else 'a number'}, as at construction, got "
                     f"{group['lr']!r}"
                 )
-        if self._adaptation is not None and "step" in self.__dict__:  # schedulers wrap it
-            raise ValueError(f"{name}.step(): with lr=None there is no learning rate for a scheduler; give lr a number")
 
     def _steps(self) -> int:
         return max((state.get("step", 0) for state in self.state.values()), default=0)
