@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from secondorder import activations
-from secondorder.activations import Transfer, rows, sample
+from secondorder.activations import Transfer, rows, sample, widened
 from secondorder.criteria import OutputHessian, OutputRoot, analytic_hessian, autograd_hessian
 
 
@@ -219,7 +219,7 @@ class Tape:
         fields += [(link, "grad") for call in calls for link in call.inputs_from]
         before = [(record, name, getattr(record, name)) for record, name in fields if getattr(record, name) is not None]
         for record, name, value in before:
-            setattr(record, name, value.to(torch.promote_types(value.dtype, torch.float32)) * factor)
+            setattr(record, name, widened(value) * factor)
         try:
             yield
         except BaseException:
@@ -511,7 +511,7 @@ def _remove(handles: list[Any]) -> None:
 
 
 def _metadata(node: Node) -> dict[str, Any]:
-    return cast(dict[str, Any], node.metadata)  # torch's stub takes the attribute for a method
+    return node.metadata  # type: ignore[return-value]  # torch's stub takes the attribute for a method
 
 
 def _source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node], tuple[str, ...]]:
