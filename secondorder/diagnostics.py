@@ -1,16 +1,38 @@
-"""How good the curvatures are on a live model: their bias blocks against the true Hessian (Chen et al., Tables 2 to 5)."""
+"""How good curvatures and steps are on a live model: against the true Hessian, its blocks' Newton step, and the loss itself.
 
-from collections.abc import Callable, Sequence
+Everything is computed on copies: parameters, gradients, buffers, modes, the records of optimizers and the random generators are
+left as they were. So two calls of `curvature_error` sample the same labels. A model with random layers belongs in eval mode.
+
+The functions that judge a step take the model from before it, and the step as {parameter name: change}:
+
+    old = copy.deepcopy(model)
+    optimizer.step()
+    step = {name: (p - q).detach() for (name, p), q in zip(model.named_parameters(), old.parameters())}
+    so.diagnostics.newton_cosine(old, criterion, x, y, step, damping=0.1)
+    so.diagnostics.reduction_ratio(old, criterion, x, y, step)
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, hessian
+from torch.func import functional_call, grad, hessian, jacrev
 
 from secondorder.criteria import FunctionCriterion
 from secondorder.curvature import Curvature, curvature_by_name
+from secondorder.damping import LocalLoss
 from secondorder.optim.base import linear_layers
 from secondorder.tape import Tape
+
+Criterion = nn.Module | Callable[..., Tensor]
+
+# Rows of a layer's Hessian computed at once: each takes a backward pass over the batch.
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -36,9 +58,16 @@ class CurvatureErrors:
         return "\n".join(lines)
 
 
+class Cosines(NamedTuple):
+    """Of a step to another, for every linear layer's parameters and for those of all together; NaN where one of them is 0."""
+
+    layers: dict[str, float]
+    total: float
+
+
 def curvature_error(
     model: nn.Module,
-    criterion: nn.Module | Callable[..., Tensor],
+    criterion: Criterion,
     x: Tensor,
     y: Tensor,
     curvatures: Sequence[str | Curvature] = ("fisher-mc", "gauss-newton", "pch-abs", "pch-clip"),
@@ -46,7 +75,7 @@ def curvature_error(
     """|| H - |E[true Hessian w.r.t. the bias]| ||_F for every linear layer with a bias (Chen et al., before Table 2).
 
     |M| takes the absolute values of M's eigenvalues. The true Hessian is autograd's of the whole loss, n_out^2 numbers per layer,
-    one forward-over-backward pass for each of its rows. Gradients, buffers and the model's mode are left as they were.
+    one forward-over-backward pass for each of its rows.
 
     Args:
         model: as for an optimizer; called as model(x).
@@ -58,57 +87,252 @@ def curvature_error(
     Returns:
         The table; a curvature that is not defined for this criterion (Gauss-Newton for one that is not convex) has None in it.
     """
-    loss = criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)
-    layers = {layer: name for layer, name in linear_layers(model).items() if layer.bias is not None}
-    true = {name: _absolute(true_bias_hessian(model, loss, x, y, name)) for name in layers.values()}
-    errors: dict[str, dict[str, float] | None] = {}
+    true, blocks = _bias_blocks(model, criterion, x, y, curvatures)
+    true = {layer: _absolute(h) for layer, h in true.items()}
+    return CurvatureErrors(
+        {
+            name: None if own is None else {layer: float(torch.linalg.matrix_norm(h - true[layer])) for layer, h in own.items()}
+            for name, own in blocks.items()
+        }
+    )
+
+
+def spectrum(
+    model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, curvatures: Sequence[str | Curvature] = ("pch-abs",)
+) -> dict[str, dict[str, Tensor] | None]:
+    """The eigenvalues of every linear layer's bias block, of the true Hessian and of each curvature.
+
+    Args:
+        model: see `curvature_error`, and so the others.
+        criterion: see there.
+        x: see there.
+        y: see there.
+        curvatures: see there.
+
+    Returns:
+        {"hessian" or the curvature: {layer name: eigenvalues [n_out], ascending, float64}}; None for a curvature that is not
+        defined for this criterion.
+    """
+    true, blocks = _bias_blocks(model, criterion, x, y, curvatures)
+    return {
+        name: None if own is None else {layer: torch.linalg.eigvalsh(h) for layer, h in own.items()}
+        for name, own in [("hessian", true), *blocks.items()]
+    }
+
+
+def newton_step(
+    model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, damping: float, max_size: int = 2048
+) -> dict[str, Tensor]:
+    """The damped Newton step of each linear layer by itself, in float64.
+
+        delta_t = -(|N_t| + damping I)^{-1} g_t,   N_t = d^2 L / d(theta_t)^2,   theta_t = [W^t, b^t],
+
+    with g_t the gradient and N_t the true Hessian of the whole loss, which the eigenvalues' absolute values make positive: the
+    exact counterpart of what a layer-wise optimizer approximates.
+
+    Args:
+        model: see `curvature_error`, and so the next three.
+        criterion: see there.
+        x: see there.
+        y: see there.
+        damping: > 0.
+        max_size: how many parameters a layer may have; N_t takes their square in numbers and, factored, their cube in time.
+
+    Returns:
+        {parameter name: change} for the weights and biases of all linear layers.
+
+    Raises:
+        ValueError: a layer has more than `max_size` parameters, or damping <= 0.
+    """
+    if not damping > 0:
+        raise ValueError(f"newton_step: expected damping > 0, got {damping}")
+    model, loss = _copies(model, criterion, torch.float64)
+    x, y = (t.double() if t.is_floating_point() else t for t in (x, y))
+    layers = {name: layer.weight.numel() + (0 if layer.bias is None else len(layer.bias)) for layer, name in _named(model)}
+    for name, size in layers.items():
+        if size > max_size:
+            raise ValueError(
+                f"newton_step: expected layers of at most max_size={max_size} parameters, whose Hessians are computed whole, got "
+                f"{size} in layer {name!r}; raise max_size, or take a smaller net"
+            )
+    fixed = _values(model)
+    steps: dict[str, Tensor] = {}
+    for name in layers:
+        keys = [key for key in _own(name) if key in fixed]
+        shapes, sizes = [fixed[key].shape for key in keys], [fixed[key].numel() for key in keys]
+
+        def value(theta: Tensor, keys=keys, shapes=shapes, sizes=sizes) -> Tensor:  # type: ignore[no-untyped-def]
+            parts = (part.view(shape) for part, shape in zip(theta.split(sizes), shapes, strict=True))
+            return loss(functional_call(model, {**fixed, **dict(zip(keys, parts, strict=True))}, (x,)), y)
+
+        here = torch.cat([fixed[key].flatten() for key in keys])
+        with _undisturbed(model):
+            g, n = grad(value)(here), jacrev(grad(value), chunk_size=_ROWS)(here)
+        values, vectors = torch.linalg.eigh((n + n.T) / 2)
+        delta = -vectors @ ((vectors.T @ g) / (values.abs() + damping))
+        steps |= {key: part.view(shape) for key, part, shape in zip(keys, delta.split(sizes), shapes, strict=True)}
+    return steps
+
+
+def newton_cosine(
+    model: nn.Module,
+    criterion: Criterion,
+    x: Tensor,
+    y: Tensor,
+    step: Mapping[str, Tensor],
+    damping: float,
+    max_size: int = 2048,
+) -> Cosines:
+    """The cosine of the angle between a step and `newton_step`, for every linear layer and for all of them together.
+
+    Args:
+        model: from before the step; see `curvature_error`.
+        criterion: see there.
+        x: see there.
+        y: see there.
+        step: {parameter name: change}; what it leaves out has not moved, what is not of a linear layer does not count.
+        damping: see `newton_step`.
+        max_size: see there.
+
+    Raises:
+        ValueError: as `newton_step`; or the step is not one of this model's parameters.
+    """
+    _check_step("newton_cosine", model, step)
+    newton = newton_step(model, criterion, x, y, damping, max_size)
+    own = {key: step[key].double() if key in step else torch.zeros_like(value) for key, value in newton.items()}
+
+    def cosine(keys: list[str]) -> float:
+        a, b = (torch.cat([s[key].flatten() for key in keys]) for s in (own, newton))
+        return float(a @ b / (a.norm() * b.norm()))
+
+    layers = {name: [key for key in _own(name) if key in newton] for _, name in _named(model)}
+    return Cosines({name: cosine(keys) for name, keys in layers.items()}, cosine(list(newton)))
+
+
+def reduction_ratio(
+    model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, step: Mapping[str, Tensor], damping: float = 0.0
+) -> float:
+    """By how much the loss changes over how much the quadratic model says: rho of Levenberg and Marquardt (Botev et al., Eq. 42).
+
+        rho = (L(theta + delta) - L(theta)) / (g^T delta + 1/2 delta^T (G + damping I) delta),
+
+    G being the full Gauss-Newton matrix, as in `secondorder.damping`. Near 1 the model is trustworthy, below 0 the step went
+    uphill. An optimizer with lr=None has that of its last step, with its own damping and weight decay and on its subsample, in
+    `optimizer.param_groups[0]["rho"]`; None: the step was taken back.
+
+    Args:
+        model: from before the step; see `curvature_error`.
+        criterion: see there.
+        x: see there.
+        y: see there.
+        step: {parameter name: change}; what it leaves out has not moved.
+        damping: of the model, >= 0.
+
+    Raises:
+        ValueError: the step is not one of this model's parameters.
+    """
+    _check_step("reduction_ratio", model, step)
+    model, loss = _copies(model, criterion)
+    tape = Tape(linear_layers(model), loss, diagonal=False, model=model, keep_inputs=True)
+    _record(model, loss, x, y)
+    parameters = dict(model.named_parameters())
+    local = LocalLoss(model, loss, tape.losses, {p: name for name, p in parameters.items()}, 1.0, 0, tape)
+    deltas = [step[name].to(p) if name in step else torch.zeros_like(p) for name, p in parameters.items()]
+    first, second = local.products([deltas])
+    predicted = float(first + second / 2) + damping / 2 * sum(float(d.double().square().sum()) for d in deltas)
+    moved = [p.detach() + d for p, d in zip(parameters.values(), deltas, strict=True)]
+    return (local.value(moved) - local.start) / predicted
+
+
+def _bias_blocks(
+    model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, curvatures: Sequence[str | Curvature]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor] | None]]:
+    """The true Hessian's blocks by layer, and each curvature's, as an optimizer has them; symmetric, in float64."""
+    true = true_bias_hessians(model, criterion, x, y)  # first: an error of the model's or the criterion's own is raised here
+    blocks: dict[str, dict[str, Tensor] | None] = {}
     for given in curvatures:
-        kind = curvature_by_name(given)
         try:
-            blocks = bias_hessians(model, loss, x, y, kind)
+            own = bias_hessians(model, criterion, x, y, curvature_by_name(given))
+            blocks[str(given)] = {name: own[name].double() for name in true if name in own}
         except ValueError:
-            errors[str(given)] = None
-            continue
-        errors[str(given)] = {
-            name: float(torch.linalg.matrix_norm(blocks[name].to(true[name].dtype) - true[name]))
-            for name in layers.values() if name in blocks
-        }  # fmt: skip
-    return CurvatureErrors(errors)
+            blocks[str(given)] = None
+    return true, blocks
 
 
-def bias_hessians(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, curvature: Curvature) -> dict[str, Tensor]:
+def bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, curvature: Curvature) -> dict[str, Tensor]:
     """The curvature's block of every linear layer on this batch, {layer name: H [n_out, n_out]}, as an optimizer has it."""
+    model, loss = _copies(model, criterion)
     layers = linear_layers(model)
-    tape = Tape(layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns)
-    parameters = list(model.parameters())
-    gradients, modes = [p.grad for p in parameters], {layer: layer.training for layer in layers}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        for layer in layers:
-            layer.training = True  # which means something to the tape alone
-        for p in parameters:
-            p.grad = None
-        with torch.enable_grad():
-            criterion(model(x), y).backward()
-        return {layers[layer]: h for layer, h in curvature.bias_hessians(tape.records()).items()}
-    finally:
-        tape.remove()
-        for p, gradient in zip(parameters, gradients, strict=True):
-            p.grad = gradient
-        for layer, mode in modes.items():
-            layer.training = mode
-        for buffer, value in buffers:
-            buffer.copy_(value)
+    tape = Tape(layers, loss, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns)
+    _record(model, loss, x, y)
+    return {layers[layer]: h for layer, h in curvature.bias_hessians(tape.records()).items()}
 
 
-def true_bias_hessian(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, layer: str) -> Tensor:
-    """The Hessian [n_out, n_out] of criterion(model(x), y) with respect to the bias of the linear layer of this name."""
-    key = f"{layer}.bias" if layer else "bias"
-    fixed = {name: p.detach() for name, p in model.named_parameters()}
-    fixed |= {name: buffer.clone() for name, buffer in model.named_buffers()}
-    return hessian(lambda b: criterion(functional_call(model, {**fixed, key: b}, (x,)), y))(fixed[key])
+def true_bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """The Hessian [n_out, n_out] of criterion(model(x), y) with respect to the bias of every linear layer that has one.
+
+    Computed in the model's dtype; symmetric, in float64.
+    """
+    model, loss = _copies(model, criterion)
+    fixed = _values(model)
+    hessians = {}
+    for layer, name in _named(model):
+        if layer.bias is None:
+            continue
+        key = _own(name)[1]
+        with _undisturbed(model):
+            h = hessian(lambda b, key=key: loss(functional_call(model, {**fixed, key: b}, (x,)), y))(fixed[key]).double()
+        hessians[name] = (h + h.T) / 2
+    return hessians
+
+
+def _copies(model: nn.Module, criterion: Criterion, dtype: torch.dtype | None = None) -> tuple[nn.Module, nn.Module]:
+    """Of both, where no optimizer records anything, without gradients."""
+    loss = criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)
+    model, loss = copy.deepcopy((getattr(model, "_orig_mod", model), getattr(loss, "_orig_mod", loss)))
+    model.zero_grad()
+    return (model, loss) if dtype is None else (model.to(dtype), loss.to(dtype))
+
+
+def _record(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> None:
+    """A backward pass through copies that a tape is on."""
+    for layer in linear_layers(model):
+        layer.train()  # which means something to the tape alone
+    with _undisturbed(model), torch.enable_grad():
+        loss(model(x), y).backward()
+
+
+def _named(model: nn.Module) -> list[tuple[nn.Linear, str]]:
+    return list(linear_layers(model).items())
+
+
+def _own(layer: str) -> tuple[str, str]:
+    """The names of a layer's parameters."""
+    prefix = f"{layer}." if layer else ""
+    return f"{prefix}weight", f"{prefix}bias"
+
+
+def _values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach() for name, t in itertools.chain(model.named_parameters(), model.named_buffers())}
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Leaves the random generators as they were."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
+
+
+def _check_step(name: str, model: nn.Module, step: Mapping[str, Tensor]) -> None:
+    shapes = {key: p.shape for key, p in getattr(model, "_orig_mod", model).named_parameters()}
+    for key, change in step.items():
+        if key not in shapes:
+            raise ValueError(f"{name}: expected a step by parameter name, got {key!r}, which the model does not have")
+        if change.shape != shapes[key]:
+            raise ValueError(f"{name}: expected {list(shapes[key])} for {key!r}, got {list(change.shape)}")
 
 
 def _absolute(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh((matrix + matrix.T).double() / 2)
+    values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.abs()) @ vectors.T

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 import secondorder as so
 from bench.data import Dataset
 from bench.experiments.__main__ import insert
-from bench.experiments.harness import Method, Problem, Run, Store, best_runs, grid, study, table
+from bench.experiments.harness import Method, Problem, Run, Store, best_runs, grid, matrices, study, table
 from bench.experiments.problems import JetNet, MixtureLoss, PoissonLoss
 from bench.experiments.studies import STUDIES
 
@@ -70,6 +71,33 @@ def test_a_run_that_diverges_is_recorded_as_such(store):
     assert run.final == math.inf
     assert json.loads(store.path.read_text())["diverged"]
     assert "diverged" in table(PROBLEM, {"wild": [run]})
+
+
+def test_a_problem_of_epochs_ends_with_the_last_one(store):
+    epochs = replace(PROBLEM, seconds=1000, epochs=2)
+    (run,) = study([epochs], [EACG], [0], store, None)
+    assert run.steps == [0, 5]  # two steps of 8 are less than an epoch of 20
+    assert run.epochs[-1] == 2
+    assert 0 < run.seconds[-1] < 1000
+
+
+def test_matrices_have_a_cell_for_each_pair():
+    def cell(name, loss, **kwargs):
+        return [
+            Run("line", name, {}, seed, 1.0, "", "", loss=[9.0, loss + seed], score=[50.0], seconds=[0.0, 2.5], **kwargs)
+            for seed in (0, 1, 2)
+        ]
+
+    best = {
+        "a, p": cell("a, p", 1.0),
+        "a, q": cell("a, q", 2.0),
+        "b, p": cell("b, p", 3.0),
+        "b, q": cell("b, q", 0.0, diverged="x"),
+    }
+    loss, score, seconds = matrices(PROBLEM, best).split("\n\n")
+    assert loss.splitlines() == ["| training loss | a | b |", "|---|---|---|", "| p | 2 | 4 |", "| q | 3 | diverged |"]
+    assert score.splitlines()[2] == "| p | 50 | 50 |"
+    assert seconds.splitlines()[2] == "| p | 2.5 | 2.5 |"
 
 
 def test_seconds_to_a_loss_are_linear_between_evaluations():

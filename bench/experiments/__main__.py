@@ -4,6 +4,7 @@ Trains what bench/results does not hold yet, then prints the tables, writes the 
 docs/results.md, between the marks of this experiment.
 """
 
+import math
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 
 from bench.experiments import curvature_errors
-from bench.experiments.harness import Store, best_runs, overview, study, table
+from bench.experiments.harness import Store, best_runs, matrices, overview, study, table
 from bench.experiments.pictures import draw
 from bench.experiments.studies import STUDIES
 from bench.timing import RESULTS
@@ -74,8 +75,10 @@ def compare(
         everything |= best
         for problem in each.problems:
             run = next(iter(best[problem.name].values()))[0]
-            setup = f"{problem.description}; {run.data}; batch {problem.batch}, {run.budget:g} CPU seconds each."
-            tables.append(f"{setup}\n\n{table(problem, best[problem.name])}")
+            length = f"{run.budget:g} CPU seconds each" if math.isinf(problem.epochs) else f"epochs: {problem.epochs:g}"
+            setup = f"{problem.description}; {run.data}; batch {problem.batch}, {length}."
+            shown = matrices if name == "grid" else table
+            tables.append(f"{setup}\n\n{shown(problem, best[problem.name])}")
         if each.picture and not only:
             picture = name if len(STUDIES[name]) == 1 else f"{name}-{i + 1}"
             draw(each.problems, best, each.title, pictures / picture)

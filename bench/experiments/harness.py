@@ -46,6 +46,7 @@ class Problem:
     score_name: str
     log_loss: bool = True
     summed: bool = False  # the criterion sums over instances: the loss is its value per instance
+    epochs: float = math.inf  # a run ends after so many, if the seconds last
 
     def loss(self, criterion: nn.Module, output: Tensor, target: Tensor) -> Tensor:
         """What is trained and shown."""
@@ -195,9 +196,10 @@ def train(problem: Problem, method: Method, setting: Setting, seed: int, budget:
             if elapsed >= halve:
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * 0.5 ** (elapsed // halve)
-            if elapsed >= len(run.seconds) * budget / EVALUATIONS:
+            done = elapsed >= budget or steps * problem.batch >= problem.epochs * len(data.train_x)
+            if done or elapsed >= len(run.seconds) * budget / EVALUATIONS:
                 evaluate()
-            if elapsed >= budget:
+            if done:
                 break
     except (FloatingPointError, RuntimeError, ValueError) as error:
         if not isinstance(error, FloatingPointError) and "No parameter and no state has changed" not in str(error):
@@ -323,6 +325,27 @@ def overview(problems: list[Problem], best: dict[str, dict[str, list[Run]]], met
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def matrices(problem: Problem, best: dict[str, list[Run]]) -> str:
+    """Markdown: for methods named "COLUMN, ROW", a table each of final loss, score and seconds; medians over seeds."""
+    columns, rows = (list(dict.fromkeys(name.split(", ")[i] for name in best)) for i in (0, 1))
+    values: dict[str, Callable[[Run], float]] = {
+        "training loss": lambda run: run.final,
+        problem.score_name: lambda run: run.score[-1],
+        "CPU seconds": lambda run: run.seconds[-1],
+    }
+    tables = []
+    for title, value in values.items():
+        lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for row in rows:
+            runs = [best[f"{column}, {row}"] for column in columns]
+            cells = [
+                "diverged" if any(run.diverged for run in own) else f"{statistics.median(map(value, own)):.3g}" for own in runs
+            ]
+            lines.append(f"| {row} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def spread(values: list[float]) -> str:

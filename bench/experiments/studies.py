@@ -7,7 +7,7 @@ from torch import nn
 
 import secondorder as so
 from bench.experiments.harness import Method, Problem, grid
-from bench.experiments.problems import AUTOENCODERS, CLASSIFIERS, DIGITS, FASHION, MIXTURE, PINN, ROBUST
+from bench.experiments.problems import AUTOENCODERS, CLASSIFIERS, DIGITS, DIGITS_EPOCH, FASHION, MIXTURE, PINN, ROBUST
 from secondorder.curvature import CURVATURES
 from secondorder.solvers import SOLVERS
 
@@ -58,11 +58,10 @@ def _paper(curvature: str, solver: str) -> Method:
 
 
 def _cell(curvature: str, solver: str) -> Method:
-    """One of all pairs, at one setting."""
-    make = lambda model, criterion: so.EACG(
-        model, criterion, 0.05, curvature=curvature, solver=solver, alpha=0.1, inverse_every=5
+    """One of all pairs, all else at its default."""
+    return Method(
+        f"{curvature}, {solver}", lambda model, criterion: so.EACG(model, criterion, curvature=curvature, solver=solver)
     )
-    return Method(f"{curvature}, {solver}", make)
 
 
 EACG = Method("EACG", lambda model, criterion: so.EACG(model, criterion))
@@ -113,6 +112,6 @@ STUDIES = {
         )
     ],
     "no-tuning": [Study("Classifiers without tuning", "digits", [DIGITS, FASHION], [ADAM_FIXED, EACG, KFRA, KFAC])],
-    "grid": [Study("Every curvature with every solver", "grid", [DIGITS], [_cell(c, s) for c in CURVATURES for s in SOLVERS],
-             picture=False)],
+    "grid": [Study("Every curvature with every solver", "grid", [DIGITS_EPOCH],
+                   [_cell(c, s) for c in CURVATURES for s in SOLVERS], picture=False)],
 }  # fmt: skip
