@@ -289,6 +289,8 @@ class FisherEmpirical(Curvature):
 def empirical_fisher(record: LayerRecord) -> Tensor:
     """The outer products of the instances' own gradients, reduced as the criterion does: m sum_i delta_i delta_i^T for a mean.
 
+    m is how many the mean is of: a layer whose rows (tokens, say) are pooled later has more, and each is summed on its own.
+
     On the scale of what backward() was called on: a factor on the loss is a factor on the block.
     """
     total: Tensor | None = None
@@ -296,9 +298,10 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
         m = gradient.shape[:-1].numel()
         delta = widened(rows([gradient], record.samples))
         assert loss.scale is not None
-        # delta_i is scale / m times the instance's own gradient; for a sum, scale times it. A sample stands for all m, and a
-        # negative scale maximises.
-        block = (delta.T @ delta) * ((m / len(delta) if m else 1) * (m if loss.mean else 1) / loss.scale.abs())
+        # delta_i is scale / instances times the instance's own gradient; for a sum, scale times it. A sample stands for all m
+        # rows, and a negative scale maximises.
+        instances = m if loss.instances is None else loss.instances
+        block = (delta.T @ delta) * ((m / len(delta) if m else 1) * (instances if loss.mean else 1) / loss.scale.abs())
         total = block if total is None else total + block
     assert total is not None
     return total

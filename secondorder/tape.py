@@ -83,6 +83,7 @@ class LossCall:
     hessian: OutputHessian | None  # w.r.t. the source's output; None if there are several
     loss: Tensor  # the scalar it returned, detached
     mean: bool  # whether it is a mean over instances, rather than their sum
+    instances: int | None = None  # rows of its sources, where they agree: a layer before a pooling has more rows than the loss
     inputs: ModelCall | None = None  # of the model, where the criterion's first argument is its very output
     output: Tensor | None = None  # that output, where it is also the one source's, at most reshaped
     args: tuple[Any, ...] = ()  # of the criterion after the output, kept together with `inputs`
@@ -334,6 +335,9 @@ class Tape:
             )
         reduction = getattr(criterion, "reduction", kwargs.get("reduction", "mean"))
         call = LossCall([self._use(node, criterion) for node in nodes], None, loss.detach(), mean=reduction != "sum")
+        instances = {source.input.shape[:-1].numel() for source in call.sources}
+        if len(instances) == 1:
+            (call.instances,) = instances
         if args and isinstance(args[0], Tensor) and args[0].grad_fn is not None:
             call.inputs = _metadata(args[0].grad_fn).get(self._key + ".model")
             if call.inputs is not None:
