@@ -123,15 +123,13 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 
 def merge(transfers: list[Transfer], samples: int | None = None) -> Transfer:
     """One transfer for the union of several micro-batches' instances, or of `sample`s of them, [m, n]."""
-    first = transfers[0]
-    if all(
-        isinstance(t, Analytic)
-        and isinstance(first, Analytic)
-        and (t.activation, t.parameter) == (first.activation, first.parameter)
-        for t in transfers
-    ):
-        assert isinstance(first, Analytic)
-        return Analytic(first.activation, first.parameter, rows([t.saved for t in transfers], samples))  # type: ignore[union-attr]
+    first, *others = transfers
+    if isinstance(first, Analytic):
+        same = [
+            t for t in others if isinstance(t, Analytic) and (t.activation, t.parameter) == (first.activation, first.parameter)
+        ]
+        if len(same) == len(others):
+            return Analytic(first.activation, first.parameter, rows([first.saved, *(t.saved for t in same)], samples))
     probed = [t if isinstance(t, Probed) else Probed(*derivatives(t)) for t in transfers]
     d1 = rows([p.d1 for p in probed], samples)
     if not any(p.curved for p in probed):
@@ -151,6 +149,16 @@ def rows(tensors: list[Tensor], samples: int | None = None) -> Tensor:
     """[m, n] from tensors [..., n]: the union of their instances, or of `sample`s of them."""
     flat = [sample(t if t.dim() == 2 else t.reshape(-1, t.shape[-1]), samples) for t in tensors]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t.to(dtype)`, but free where it is `t` itself: with small layers, calls of torch are what a step costs."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def widened(t: Tensor) -> Tensor:
+    """At least in float32."""
+    return cast(t, torch.promote_types(t.dtype, torch.float32))
 
 
 def sample(instances: Tensor, samples: int | None) -> Tensor:

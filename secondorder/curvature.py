@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder import activations, ops
-from secondorder.activations import Analytic, rows
+from secondorder.activations import Analytic, cast, rows, widened
 from secondorder.criteria import LikelihoodRoot, OutputHessian, OutputRoot, autograd_root, likelihood_root
 from secondorder.distributed import Term
 from secondorder.reference import pos_eig
@@ -55,7 +55,7 @@ class Curvature:
             dtype = torch.promote_types(record.layer.weight.dtype, torch.float32)
             layer = record.layer
             block = self._block(record, hessians) if averaged is None else self._averaged(record, hessians, averaged[layer])
-            hessians[layer] = block.to(dtype)
+            hessians[layer] = cast(block, dtype)
         return hessians
 
     def local(self, record: LayerRecord) -> list[Term]:
@@ -128,7 +128,7 @@ class Recursion(Curvature):
             total = values if total is None else _dense_sum(total, values)
         assert total is not None
         # A negative factor, as for a loss that is maximised, turns a convex criterion into a concave one.
-        convex = all(loss.hessian.convex and bool(loss.scale >= 0) for loss in record.losses)  # type: ignore[union-attr,operator]
+        convex = all(loss.hessian.convex and float(loss.scale) >= 0 for loss in record.losses)  # type: ignore[union-attr,arg-type]
         return OutputHessian(total, convex)
 
     def _step(self, record: LayerRecord, hessian: Tensor, weight: Tensor) -> Tensor:
@@ -136,20 +136,20 @@ class Recursion(Curvature):
         transfer = record.transfer()
         grad = record.grad_activation() if self.diagonal else None
         if grad is not None:
-            grad = grad.to(dtype)
+            grad = cast(grad, dtype)
         if isinstance(transfer, Analytic):
             return ops.bias_hessian_activation(
                 hessian,
-                weight.to(dtype),
-                transfer.saved.to(dtype),
+                cast(weight, dtype),
+                cast(transfer.saved, dtype),
                 transfer.activation,
                 transfer.parameter,
                 grad,
                 self.gamma,
             )
-        d2 = None if transfer.d2 is None or grad is None else transfer.d2.to(dtype)
+        d2 = None if transfer.d2 is None or grad is None else cast(transfer.d2, dtype)
         return ops.bias_hessian(
-            hessian, weight.to(dtype), transfer.d1.to(dtype), d2, grad if d2 is not None else None, self.gamma
+            hessian, cast(weight, dtype), cast(transfer.d1, dtype), d2, grad if d2 is not None else None, self.gamma
         )
 
 
@@ -289,16 +289,19 @@ class FisherEmpirical(Curvature):
 def empirical_fisher(record: LayerRecord) -> Tensor:
     """The outer products of the instances' own gradients, reduced as the criterion does: m sum_i delta_i delta_i^T for a mean.
 
+    m is how many the mean is of: a layer whose rows (tokens, say) are pooled later has more, and each is summed on its own.
+
     On the scale of what backward() was called on: a factor on the loss is a factor on the block.
     """
     total: Tensor | None = None
     for gradient, loss in record.grad_outputs():
         m = gradient.shape[:-1].numel()
-        delta = rows([gradient], record.samples).to(torch.promote_types(gradient.dtype, torch.float32))
+        delta = widened(rows([gradient], record.samples))
         assert loss.scale is not None
-        # delta_i is scale / m times the instance's own gradient; for a sum, scale times it. A sample stands for all m, and a
-        # negative scale maximises.
-        block = (delta.T @ delta) * ((m / len(delta) if m else 1) * (m if loss.mean else 1) / loss.scale.abs())
+        # delta_i is scale / instances times the instance's own gradient; for a sum, scale times it. A sample stands for all m
+        # rows, and a negative scale maximises.
+        instances = m if loss.instances is None else loss.instances
+        block = (delta.T @ delta) * ((m / len(delta) if m else 1) * (instances if loss.mean else 1) / loss.scale.abs())
         total = block if total is None else total + block
     assert total is not None
     return total

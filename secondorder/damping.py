@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.utils._pytree import tree_leaves, tree_map
 
-from secondorder.activations import Analytic, derivatives
+from secondorder.activations import Analytic, derivatives, widened
 from secondorder.criteria import analytic_hessian, autograd_hessian
 from secondorder.distributed import Ranks
 from secondorder.tape import LossCall, Tape
@@ -160,7 +160,7 @@ class LocalLoss:
             with self._replayed():
                 if piece.chain is None:
                     with torch.no_grad():
-                        z = _widened(self._output(self.here, piece))
+                        z = widened(self._output(self.here, piece))
                 else:
                     z = piece.chain.output
                 tops.append(_Top(self.criterion, z, piece.targets, piece.options))
@@ -178,7 +178,7 @@ class LocalLoss:
                     tuple(self.here),
                     tuple(v.to(p.dtype) for v, p in zip(vector, self.here, strict=True)),
                 )
-            tangents.append(_widened(tangent))
+            tangents.append(widened(tangent))
         return torch.stack(tangents)
 
     def _output(self, parameters: list[Tensor], piece: "_Piece") -> Tensor:
@@ -249,9 +249,9 @@ class _Chain:
 
     def rows(self, keep: slice) -> "_Chain":
         """The same for these instances alone."""
-        transfers = [Analytic(t.activation, t.parameter, _widened(t.saved[keep])) for t in self.transfers]
-        inputs = [_widened(h[keep]) for h in self.inputs]
-        return _Chain(self.layers, self.places, inputs, transfers, _widened(self.output[keep]))
+        transfers = [Analytic(t.activation, t.parameter, widened(t.saved[keep])) for t in self.transfers]
+        inputs = [widened(h[keep]) for h in self.inputs]
+        return _Chain(self.layers, self.places, inputs, transfers, widened(self.output[keep]))
 
     def tangents(self, vectors: list[list[Tensor]]) -> Tensor:
         """J x of every vector, [k, *output.shape]."""
@@ -266,7 +266,7 @@ class _Chain:
                     new[k] += vector[bias]
             if t is not None:
                 d1, _ = derivatives(self.transfers[depth - 1])
-                new += ((t * d1.reshape(t.shape[1:])).flatten(0, 1) @ _widened(layer.weight.detach()).T).view_as(new)
+                new += ((t * d1.reshape(t.shape[1:])).flatten(0, 1) @ widened(layer.weight.detach()).T).view_as(new)
             t = new
         assert t is not None
         return t.view(len(vectors), *self.output.shape)
@@ -348,11 +348,6 @@ def _dots(xs: list[list[Tensor]], ys: list[list[Tensor]], weights: list[float] |
     sums = torch.stack([torch.stack(each) for each in products]).double().cpu()
     sums = sums.sum(1) if weights is None else sums @ torch.tensor(weights, dtype=torch.float64)
     return sums.view(len(xs), len(ys))
-
-
-def _widened(t: Tensor) -> Tensor:
-    """At least in float32."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _batch_size(arguments: Any) -> int:

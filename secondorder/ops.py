@@ -6,11 +6,12 @@ dtype (float32 or float64) and one device; they need not be contiguous unless an
 devices and values raise ValueError, wrong dtypes TypeError, before anything is computed. No operator is differentiable.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from secondorder import _C  # noqa: F401  (importing it registers torch.ops.secondorder)
 
@@ -186,10 +187,26 @@ def eacg_update_(
     )  # fmt: skip
 
 
-# Fake implementations: shapes and dtypes alone, for torch.compile and torch.export.
+# Fake implementations: shapes and dtypes alone, for torch.compile and torch.export, and for tensors on "meta".
 
 
-@torch.library.register_fake("secondorder::activation_derivatives")
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a fake implementation, whose tensors must be on one device, as the real one's must."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any) -> Any:
+            devices = {leaf.device for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+            if len(devices) > 1:
+                raise ValueError(f"{name}: expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
+            return function(*args)
+
+        torch.library.register_fake(f"secondorder::{name}", checked)
+        return function
+
+    return register
+
+
+@_fake("activation_derivatives")
 def _(saved, activation, parameter):  # type: ignore[no-untyped-def]
     return (
         torch.empty_like(saved, memory_format=torch.contiguous_format),
@@ -197,28 +214,28 @@ def _(saved, activation, parameter):  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.register_fake("secondorder::bias_hessian")
+@_fake("bias_hessian")
 def _(bias_hessian, weight, d1, d2, grad_input, gamma):  # type: ignore[no-untyped-def]
     return bias_hessian.new_empty(weight.shape[1], weight.shape[1])
 
 
-@torch.library.register_fake("secondorder::bias_hessian.activation")
+@_fake("bias_hessian.activation")
 def _(bias_hessian, weight, saved, activation, parameter, grad_input, gamma):  # type: ignore[no-untyped-def]
     return bias_hessian.new_empty(weight.shape[1], weight.shape[1])
 
 
-@torch.library.register_fake("secondorder::eacg_hvp")
+@_fake("eacg_hvp")
 def _(bias_hessian, mean_input, p):  # type: ignore[no-untyped-def]
     return p.new_empty(p.shape)
 
 
-@torch.library.register_fake("secondorder::eacg_solve")
+@_fake("eacg_solve")
 def _(bias_hessian, mean_input, grad_weight, grad_bias, alpha, max_iter, tol, truncated):  # type: ignore[no-untyped-def]
     bias = grad_weight.new_empty(0 if grad_bias is None else grad_bias.shape[0])
     return grad_weight.new_empty(grad_weight.shape), bias, grad_weight.new_empty((), dtype=torch.int64)
 
 
-@torch.library.register_fake("secondorder::eacg_solve.list")
+@_fake("eacg_solve.list")
 def _(bias_hessian, mean_input, grad_weight, grad_bias, alpha, max_iter, tol, truncated):  # type: ignore[no-untyped-def]
     return (
         [g.new_empty(g.shape) for g in grad_weight],
@@ -227,7 +244,7 @@ def _(bias_hessian, mean_input, grad_weight, grad_bias, alpha, max_iter, tol, tr
     )
 
 
-@torch.library.register_fake("secondorder::eacg_update_")
+@_fake("eacg_update_")
 def _(bias_hessian, mean_input, grad_weight, *rest):  # type: ignore[no-untyped-def]
     return grad_weight[0].new_empty(len(grad_weight), dtype=torch.int64)
 
@@ -369,34 +386,34 @@ def damped_lbfgs_update_(
     return _ops.damped_lbfgs_update_(list(s_pairs), list(y_pairs), list(s), list(y), mu1, mu2)
 
 
-@torch.library.register_fake("secondorder::double_damping")
+@_fake("double_damping")
 def _(s, y, inverse_hessian, mu1, mu2):  # type: ignore[no-untyped-def]
     return s.new_empty(s.shape), y.new_empty(y.shape)
 
 
-@torch.library.register_fake("secondorder::double_damping.list")
+@_fake("double_damping.list")
 def _(s, y, inverse_hessian, mu1, mu2):  # type: ignore[no-untyped-def]
     return [t.new_empty(t.shape) for t in s], [t.new_empty(t.shape) for t in y]
 
 
-@torch.library.register_fake("secondorder::bfgs_update_")
+@_fake("bfgs_update_")
 def _(inverse_hessian, s, y):  # type: ignore[no-untyped-def]
     return inverse_hessian.new_empty((), dtype=torch.int64)
 
 
-@torch.library.register_fake("secondorder::bfgs_update_.list")
-@torch.library.register_fake("secondorder::damped_bfgs_update_")
-@torch.library.register_fake("secondorder::hessian_action_update_")
-@torch.library.register_fake("secondorder::damped_lbfgs_update_")
+@_fake("bfgs_update_.list")
+@_fake("damped_bfgs_update_")
+@_fake("hessian_action_update_")
+@_fake("damped_lbfgs_update_")
 def _(first, *rest):  # type: ignore[no-untyped-def]
     return first[0].new_empty(len(first), dtype=torch.int64)
 
 
-@torch.library.register_fake("secondorder::lbfgs_product")
+@_fake("lbfgs_product")
 def _(s_pairs, y_pairs, v):  # type: ignore[no-untyped-def]
     return v.new_empty(v.shape)
 
 
-@torch.library.register_fake("secondorder::lbfgs_product.list")
+@_fake("lbfgs_product.list")
 def _(s_pairs, y_pairs, v):  # type: ignore[no-untyped-def]
     return [t.new_empty(t.shape) for t in v]

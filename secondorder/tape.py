@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from secondorder import activations
-from secondorder.activations import Transfer, rows, sample
+from secondorder.activations import Transfer, rows, sample, widened
 from secondorder.criteria import OutputHessian, OutputRoot, analytic_hessian, autograd_hessian
 
 
@@ -83,6 +83,7 @@ class LossCall:
     hessian: OutputHessian | None  # w.r.t. the source's output; None if there are several
     loss: Tensor  # the scalar it returned, detached
     mean: bool  # whether it is a mean over instances, rather than their sum
+    instances: int | None = None  # rows of its sources, where they agree: a layer before a pooling has more rows than the loss
     inputs: ModelCall | None = None  # of the model, where the criterion's first argument is its very output
     output: Tensor | None = None  # that output, where it is also the one source's, at most reshaped
     args: tuple[Any, ...] = ()  # of the criterion after the output, kept together with `inputs`
@@ -219,7 +220,7 @@ class Tape:
         fields += [(link, "grad") for call in calls for link in call.inputs_from]
         before = [(record, name, getattr(record, name)) for record, name in fields if getattr(record, name) is not None]
         for record, name, value in before:
-            setattr(record, name, value.to(torch.promote_types(value.dtype, torch.float32)) * factor)
+            setattr(record, name, widened(value) * factor)
         try:
             yield
         except BaseException:
@@ -334,6 +335,9 @@ class Tape:
             )
         reduction = getattr(criterion, "reduction", kwargs.get("reduction", "mean"))
         call = LossCall([self._use(node, criterion) for node in nodes], None, loss.detach(), mean=reduction != "sum")
+        instances = {source.input.shape[:-1].numel() for source in call.sources}
+        if len(instances) == 1:
+            (call.instances,) = instances
         if args and isinstance(args[0], Tensor) and args[0].grad_fn is not None:
             call.inputs = _metadata(args[0].grad_fn).get(self._key + ".model")
             if call.inputs is not None:
@@ -457,7 +461,7 @@ class _Hook:
         self.function: Callable[..., None] = getattr(Tape, method)
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
-        if not torch.is_grad_enabled() or (self.method == "_on_layer" and not module.training):
+        if not torch.is_grad_enabled() or (self.method != "_on_criterion" and not module.training):
             return
         tape = None if self.tape is None else self.tape()
         if tape is not None and tape.recording:
@@ -511,7 +515,7 @@ def _remove(handles: list[Any]) -> None:
 
 
 def _metadata(node: Node) -> dict[str, Any]:
-    return cast(dict[str, Any], node.metadata)  # torch's stub takes the attribute for a method
+    return node.metadata  # type: ignore[return-value]  # torch's stub takes the attribute for a method
 
 
 def _source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node], tuple[str, ...]]:

@@ -78,8 +78,18 @@ def cases(q):
     ]  # fmt: skip
 
 
-OPERATORS = len(cases({k: torch.zeros(1, 1) if k in ("h", "w", "d1", "d2", "grad", "b", "sp", "yp") else torch.zeros(1)
-                       for k in ("h", "w", "d1", "d2", "grad", "a", "b", "g", "s", "y", "sp", "yp")}))  # fmt: skip
+def square_problem():
+    """One small problem, of no awkward size."""
+    generator = torch.Generator().manual_seed(0)
+    h, w, d1, d2, grad, b = (torch.rand(3, 3, generator=generator) + torch.eye(3) for _ in range(6))
+    a, g, s, y = (torch.rand(3, generator=generator) for _ in range(4))
+    return {
+        "h": h @ h.T, "w": w, "d1": d1, "d2": d2, "grad": grad, "a": a, "b": b, "g": g, "s": s, "y": y,
+        "sp": torch.zeros(2, 3), "yp": torch.zeros(2, 3),
+    }  # fmt: skip
+
+
+OPERATORS = len(cases(square_problem()))
 
 
 def leaves(value):
@@ -152,6 +162,47 @@ def test_fake_tensors_have_the_real_ones_shapes(index, problem):
     for a, b in zip(leaves(real), leaves(fake), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         assert a.is_contiguous() and b.is_contiguous()
+
+
+def test_every_operator_is_among_the_cases():
+    named = {schema.name + (f".{schema.overload_name}" if schema.overload_name else "")
+             for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("secondorder::")}  # fmt: skip
+    assert named == {op._schema.name + (f".{op._schema.overload_name}" if op._schema.overload_name else "")
+                     for op, _ in cases(square_problem())}  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(OPERATORS))
+def test_opcheck(index):
+    op, arguments = cases(square_problem())[index]
+    torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("index", range(OPERATORS))
+def test_inside_a_compiled_function_without_graph_breaks(index, backend):
+    op, arguments = cases(square_problem())[index]
+    given = mapped(arguments, torch.clone)
+    expected = op(*given)
+    torch.compiler.reset()
+
+    def function(*args):
+        return mapped(op(*mapped(args, lambda t: t + 0)), lambda t: 2 * t)
+
+    actual = torch.compile(function, fullgraph=True, backend=backend)(*arguments)
+    for x, y in zip(leaves(actual), leaves(expected), strict=True):
+        assert torch.equal(x, 2 * y)
+    torch.compile(op, fullgraph=True, backend=backend)(*arguments)
+    for x, y in zip(leaves(arguments), leaves(given), strict=True):  # what is written in place
+        assert not isinstance(x, torch.Tensor) or torch.equal(x, y)
+
+
+@pytest.mark.parametrize("index", range(OPERATORS))
+def test_a_meta_tensor_among_others_is_refused(index):
+    op, arguments = cases(square_problem())[index]
+    flat = [t for t in leaves(arguments) if isinstance(t, torch.Tensor)]
+    for place in range(len(flat) if len(flat) > 1 else 0):
+        with pytest.raises(ValueError, match="expected all tensors on one device, got cpu, meta"):
+            op(*mapped(arguments, lambda t, chosen=flat[place]: t.to("meta") if t is chosen else t))
 
 
 @given(problem=problems())

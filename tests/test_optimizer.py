@@ -467,7 +467,7 @@ def test_parameters_outside_of_the_groups_are_left_alone():
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_copies_of_model_and_optimizer_train_alike(how, scheduled):
     model, criterion = network(), nn.CrossEntropyLoss()
-    optimizer = so.EACG(model, criterion, curvature_every=2)
+    optimizer = so.EACG(model, criterion, 0.02 if scheduled else None, curvature_every=2)
     if scheduled:
         torch.optim.lr_scheduler.StepLR(optimizer, 10)
     for step in range(3):

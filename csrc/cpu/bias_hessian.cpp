@@ -43,7 +43,7 @@ struct Strips {
 
   // Only the last strip has padding; whoever fills it calls this first.
   void clear_padding(int64_t s) const {
-    if (width(s) < nr) std::memset(strip(s), 0, sizeof(T) * rows * nr);
+    if (width(s) < nr) std::fill_n(strip(s), rows * nr, T(0));
   }
 
   void pack(int64_t s, const T* matrix) const {

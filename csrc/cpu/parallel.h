@@ -4,6 +4,10 @@
 
 #include <algorithm>
 #include <atomic>
+#if defined(__SANITIZE_THREAD__)
+#include <thread>
+#include <vector>
+#endif
 
 namespace secondorder::cpu {
 
@@ -11,6 +15,25 @@ namespace secondorder::cpu {
 constexpr int64_t kSerialWork = 1 << 16;
 // So many multiply-adds of a register kernel take as long as touching one element does.
 constexpr int64_t kProductsPerElement = 16;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// at::parallel_for. ThreadSanitizer does not see the forks and joins of an OpenMP runtime, so it gets plain threads.
+template <typename F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+#if defined(__SANITIZE_THREAD__)
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), ceil_div(end - begin, grain));
+  if (threads <= 1) return begin < end ? f(begin, end) : void();
+  const int64_t chunk = ceil_div(end - begin, threads);
+  std::vector<std::thread> others;
+  for (int64_t first = begin + chunk; first < end; first += chunk)
+    others.emplace_back([&f, first, chunk, end] { f(first, std::min(first + chunk, end)); });
+  f(begin, std::min(begin + chunk, end));
+  for (std::thread& other : others) other.join();
+#else
+  at::parallel_for(begin, end, grain, f);
+#endif
+}
 
 // Calls f(worker, item) for every item, items handed out one by one in order, so put the largest first.
 // `work` is the total work of all items.
@@ -23,7 +46,7 @@ void parallel_items(int64_t items, int64_t work, F&& f) {
     for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(worker, item);
   };
   if (workers <= 1) return run(0);
-  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) run(worker);
   });
 }
@@ -31,9 +54,7 @@ void parallel_items(int64_t items, int64_t work, F&& f) {
 // Rows of `row_work` each, in contiguous ranges f(begin, end), split among threads only where that pays.
 template <typename F>
 void parallel_rows(int64_t rows, int64_t row_work, F&& f) {
-  at::parallel_for(0, rows, std::max<int64_t>(1, kSerialWork / std::max<int64_t>(1, row_work)), f);
+  parallel_for(0, rows, std::max<int64_t>(1, kSerialWork / std::max<int64_t>(1, row_work)), f);
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace secondorder::cpu

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
+from secondorder.activations import widened
 from secondorder.criteria import FunctionCriterion
 from secondorder.distributed import Ranks
 from secondorder.errors import NonFiniteError
@@ -256,7 +257,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                         f"{type(self).__name__}.step(): expected dense gradients, got a sparse one for "
                         f"{self._parameter_names[p]!r}; use sparse=False"
                     )
-                g = g.to(torch.promote_types(g.dtype, torch.float32))
+                g = widened(g)
                 if maximize:
                     g = -g
                 gradients[p] = g if decay == 0 else g.add(p, alpha=decay)

@@ -1,7 +1,7 @@
 """The machine that EACG, KFAC, KFRA and KFLR share: any curvature, any solver, fixed or adapted step sizes."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder import ops, solvers
+from secondorder.activations import cast
 from secondorder.curvature import Curvature, curvature_by_name
 from secondorder.damping import Adaptation, LocalLoss, Step, best_step
 from secondorder.distributed import Ranks, Term
@@ -16,6 +17,8 @@ from secondorder.errors import NonFiniteError
 from secondorder.optim.base import CurvatureOptimizer
 from secondorder.solvers import SOLVERS, Factors
 from secondorder.tape import LayerRecord
+
+Groups = dict[Tensor, dict[str, Any]]  # the param_group of every parameter
 
 # As they stand in a weight's state.
 _FACTORS = ("bias_hessian", "mean_input", "input_second_moment", "mean_square_input")
@@ -117,6 +120,17 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         self._curvature_every, self._inverse_every = curvature_every, inverse_every
         self._samples, self._subsample, self._average = curvature_samples, subsample, average
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses a scheduler at its construction, where there is no learning rate: all put a counter around `step` then."""
+        if name == "step" and self._adaptation is not None and any("initial_lr" in group for group in self.param_groups):
+            for group in self.param_groups:
+                group.pop("initial_lr", None)  # the scheduler's
+            raise ValueError(
+                f"{type(self).__name__}: with lr=None there is no learning rate for a scheduler: the step size is found anew at "
+                "every step; make no scheduler, or give lr a number"
+            )
+        super().__setattr__(name, value)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step from the gradients of the backward passes since the last one.
@@ -135,13 +149,15 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 records: list[LayerRecord] = []
                 if self._tape.recording:
                     records = self._records() if self._ranks is None else self._ranks.all(self._records)
-                factors = self._new_factors(records) if _due(self._steps(), self._curvature_every) else {}
+                groups = self._groups()
+                factors = self._new_factors(records, groups) if _due(self._steps(), self._curvature_every) else {}
+                covered = self._covered(factors, groups)
                 if self._adaptation is not None:
-                    self._adaptive_update(factors, self._adaptation)
-                elif isinstance(self._solver, solvers.EACG) and self._fusible(factors):
-                    self._fused_update(factors, self._solver)
+                    self._adaptive_update(covered, factors, groups, self._adaptation)
+                elif isinstance(self._solver, solvers.EACG) and _fusible(covered, groups):
+                    self._fused_update(covered, factors, groups, self._solver)
                 else:
-                    self._update(factors)
+                    self._update(covered, factors, groups)
                 if self._average:
                     self._update_averages()
         self._tape.clear(release=True)
@@ -185,7 +201,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 state["average"] = state["average"].lerp_(own, 1 - beta) if "average" in state else own
 
     def _check_schedule(self) -> None:
-        """A learning rate set, or a scheduler made, for an optimizer that has none."""
+        """Whether lr is given where it was at construction."""
         name = type(self).__name__
         for group in self.param_groups:
             if (group["lr"] is None) != (self._adaptation is not None):
@@ -193,8 +209,6 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                     f"{name}.step(): expected lr to stay {'None' if self._adaptation else 'a number'}, as at construction, got "
                     f"{group['lr']!r}"
                 )
-        if self._adaptation is not None and "step" in self.__dict__:  # schedulers wrap it
-            raise ValueError(f"{name}.step(): with lr=None there is no learning rate for a scheduler; give lr a number")
 
     def _steps(self) -> int:
         return max((state.get("step", 0) for state in self.state.values()), default=0)
@@ -203,9 +217,8 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         """Has the next forward pass recorded if the next step renews the factors, or evaluates the model anew."""
         self._tape.recording = self._adaptation is not None or _due(self._steps(), self._curvature_every)
 
-    def _new_factors(self, records: list[LayerRecord]) -> dict[nn.Linear, Factors]:
+    def _new_factors(self, records: list[LayerRecord], groups: Groups) -> dict[nn.Linear, Factors]:
         """H and the input's statistics of every recorded layer that has a gradient, averaged with the earlier ones."""
-        groups = self._groups()
         trained = [record for record in records if record.layer.weight.grad is not None and record.layer.weight in groups]
         if self._ranks is None:
             hessians = self._curvature.bias_hessians(records)
@@ -230,8 +243,8 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
     def _statistics(self, record: LayerRecord) -> Factors:
         dtype = torch.promote_types(record.layer.weight.dtype, torch.float32)
-        input = record.input().to(dtype)
-        return self._solver.statistics(input, input if self._samples is None else record.input(self._samples).to(dtype))
+        input = cast(record.input(), dtype)
+        return self._solver.statistics(input, input if self._samples is None else cast(record.input(self._samples), dtype))
 
     def _averaged_factors(
         self, records: list[LayerRecord], trained: list[LayerRecord], ranks: Ranks
@@ -257,37 +270,20 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             (statistics if is_statistic else averaged)[layer][name] = value
         return self._curvature.bias_hessians(records, averaged), statistics
 
-    def _covered(self, factors: dict[nn.Linear, Factors]) -> dict[nn.Linear, Factors]:
+    def _covered(self, factors: dict[nn.Linear, Factors], groups: Groups) -> dict[nn.Linear, Factors]:
         """The layers to be updated, with their factors, new or old."""
         covered = dict(factors)
         if len(factors) < len(self._layers):
-            groups = self._groups()
             for layer in self._layers:
                 state = self.state.get(layer.weight, {})
                 if layer not in factors and layer.weight in groups and layer.weight.grad is not None and "bias_hessian" in state:
                     covered[layer] = {name: state[name] for name in _FACTORS if name in state}
         return covered
 
-    def _fusible(self, factors: dict[nn.Linear, Factors]) -> bool:
-        """Whether `ops.eacg_update_` knows all that the groups ask for."""
-        groups = self._groups()
-
-        def numbers(p: Tensor) -> list[Any]:
-            return [groups[p][key] for key in ("lr", "momentum", "weight_decay", "decoupled_weight_decay")]
-
-        return all(
-            layer.weight.dtype != torch.bfloat16
-            and (
-                layer.bias not in groups
-                or groups[layer.bias] is groups[layer.weight]
-                or numbers(layer.bias) == numbers(layer.weight)
-            )
-            for layer in self._covered(factors)
-        )
-
     def _directions(
         self,
         covered: dict[nn.Linear, Factors],
+        groups: Groups,
         grads: dict[Tensor, Tensor],
         scale: float | None = None,
         damping: float | None = None,
@@ -297,6 +293,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
         Args:
             covered: the layers, with their factors.
+            groups: the param_groups by parameter.
             grads: the gradients by parameter.
             scale: as the solver's; None: by the alpha of the weight's group.
             damping: likewise.
@@ -305,7 +302,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         Raises:
             RuntimeError: a direction is not finite.
         """
-        groups, directions, prepared, bad = self._groups(), {}, {}, []
+        directions, prepared, bad = {}, {}, []
         for layer, factors in covered.items():
             weight, bias, state = layer.weight, layer.bias, self.state.get(layer.weight, {})
             alpha = groups[weight]["alpha"]
@@ -329,10 +326,10 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             raise NonFiniteError(self._not_finite(dict(bad), covered))
         return directions, prepared
 
-    def _update(self, factors: dict[nn.Linear, Factors]) -> None:
+    def _update(self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups) -> None:
         """A step of fixed size by any solver; raises before anything has changed."""
-        groups, covered, gradients = self._groups(), self._covered(factors), self._gradients()
-        directions, prepared = self._directions(covered, gradients)
+        gradients = self._gradients()
+        directions, prepared = self._directions(covered, groups, gradients)
         others = self._uncovered(gradients, set(directions))
         velocities = {p: self._velocity(p, direction, groups[p]) for p, direction in directions.items()}
         bad = {
@@ -346,16 +343,19 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             self._apply(p, velocity, groups[p])
         self._commit(covered, factors, prepared)
 
-    def _fused_update(self, factors: dict[nn.Linear, Factors], solver: solvers.EACG) -> None:
+    def _fused_update(
+        self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups, solver: solvers.EACG
+    ) -> None:
         """Solves and updates all layers in one call, then commits every state; raises before anything has changed."""
-        groups, covered, gradients = self._groups(), self._covered(factors), self._gradients()
-        layers = list(covered)
+        gradients, layers = self._gradients(), list(covered)
         weights = [layer.weight for layer in layers]
         own = [groups[weight] for weight in weights]
         biases: list[Tensor] = []
         bias_grads: list[Tensor] = []
         for layer, weight in zip(layers, weights, strict=True):
-            bias = layer.bias if layer.bias in gradients else weight.new_empty(0)
+            bias: Tensor = layer.bias
+            if bias not in gradients:
+                bias = weight.new_empty(0)
             biases.append(bias)
             bias_grads.append(gradients.get(bias, bias))
         momenta: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -380,8 +380,8 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 solver.eps_cg,
                 solver.truncated,
             )
-            if (iterations < 0).any():
-                bad = {layers[i]: "the solution overflows" for i in (iterations < 0).nonzero().flatten().tolist()}
+            bad = {layer: "the solution overflows" for layer, count in zip(layers, iterations.tolist(), strict=True) if count < 0}
+            if bad:
                 raise NonFiniteError(self._not_finite(bad, covered))
 
         self._fallback_update(others)
@@ -391,10 +391,12 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 if buffer.numel():
                     self.state[parameter]["momentum"] = buffer
 
-    def _adaptive_update(self, factors: dict[nn.Linear, Factors], rule: Adaptation) -> None:
+    def _adaptive_update(
+        self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups, rule: Adaptation
+    ) -> None:
         """A step whose size the quadratic model gives, checked before the parameters see it."""
-        covered, group, steps = self._covered(factors), self.param_groups[0], self._steps()
-        eta = {p: float(each["weight_decay"]) for each in self.param_groups for p in each["params"]}
+        group, steps = self.param_groups[0], self._steps()
+        eta = {p: float(each["weight_decay"]) for p, each in groups.items()}
         grads = self._gradients(coupled=True)
         others = [p for p, *_ in self._uncovered(grads, {p for layer in covered for p in layer.parameters(recurse=False)})]
         local = LocalLoss(
@@ -415,7 +417,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         def proposal(tau: float, gamma: float | None, fresh: bool) -> tuple[Step, dict[nn.Linear, Factors]]:
             # The solvers know one damping for all layers: eta is the first group's.
             damping = (tau if gamma is None else gamma) + float(group["weight_decay"])
-            directions, prepared = self._directions(covered, grads, 1.0, damping, fresh)
+            directions, prepared = self._directions(covered, groups, grads, 1.0, damping, fresh)
             if others:
                 gain = _norm(directions.values()) / max(_norm(grads[p] for p in directions), torch.finfo(torch.float32).tiny)
                 directions |= {p: -grads[p] * gain for p in others}
@@ -489,6 +491,20 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             f"{type(self).__name__}.step(): {'; '.join(parts)}. No parameter and no state has changed; skip this batch, or "
             "lower lr or raise alpha if the training has diverged."
         )
+
+
+def _fusible(layers: Iterable[nn.Linear], groups: Groups) -> bool:
+    """Whether `ops.eacg_update_` knows all that the groups ask for."""
+
+    def numbers(p: Tensor) -> list[Any]:
+        return [groups[p][key] for key in ("lr", "momentum", "weight_decay", "decoupled_weight_decay")]
+
+    for layer in layers:
+        weight, bias = layer.weight, layer.bias
+        own = groups.get(bias, groups[weight])
+        if weight.dtype == torch.bfloat16 or (own is not groups[weight] and numbers(bias) != numbers(weight)):
+            return False
+    return True
 
 
 def _due(steps: int, every: int) -> bool:
