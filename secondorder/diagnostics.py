@@ -233,10 +233,11 @@ def reduction_ratio(
     """
     _check_step("reduction_ratio", model, step)
     model, loss = _copies(model, criterion)
-    tape = Tape(linear_layers(model), loss, diagonal=False, model=model, keep_inputs=True)
-    _record(model, loss, x, y)
     parameters = dict(model.named_parameters())
-    local = LocalLoss(model, loss, tape.losses, {p: name for name, p in parameters.items()}, 1.0, 0, tape)
+    whole = nn.Sequential(model)  # in training mode, which the tape asks for, whatever the mode of the model
+    tape = Tape(linear_layers(whole), loss, diagonal=False, model=whole, keep_inputs=True)
+    _record(whole, loss, x, y)
+    local = LocalLoss(whole, loss, tape.losses, {p: f"0.{name}" for name, p in parameters.items()}, 1.0, 0, tape)
     deltas = [step[name].to(p) if name in step else torch.zeros_like(p) for name, p in parameters.items()]
     first, second = local.products([deltas])
     predicted = float(first + second / 2) + damping / 2 * sum(float(d.double().square().sum()) for d in deltas)

@@ -71,16 +71,19 @@ class EACG:
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
-        return {**factors, **_shift(factors["bias_hessian"], scale, damping)}
+        return {**_finite(factors), **_shift(factors["bias_hessian"], scale, damping)}
 
     def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See `Solver`."""
-        # (c H P a a^T + l P) / (c + l) is the operator's own form, with alpha = l / (c + l).
+        # The operator has (1 - alpha) H P a a^T + alpha P = -B: of alpha = l / (c + l) where l <= c. Above, where that may round
+        # to 1, of alpha = 1/2, with the rest of c / l in H.
         scale, damping = prepared["shift"].tolist()
-        total = scale + damping
+        h, alpha, total = prepared["bias_hessian"], damping / (scale + damping), scale + damping
+        if damping > scale:
+            h, alpha, total = h * (scale / damping), 0.5, 2 * damping
         weight, bias, _ = ops.eacg_solve(
-            prepared["bias_hessian"], prepared["mean_input"], grad_weight / total,
-            None if grad_bias is None else grad_bias / total, damping / total, self.max_cg, self.eps_cg, self.truncated,
+            h, prepared["mean_input"], grad_weight / total, None if grad_bias is None else grad_bias / total, alpha,
+            self.max_cg, self.eps_cg, self.truncated,
         )  # fmt: skip
         return weight, None if grad_bias is None else bias
 
@@ -98,7 +101,7 @@ class KroneckerCG:
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
-        return {**factors, **_shift(factors["bias_hessian"], scale, damping)}
+        return {**_finite(factors), **_shift(factors["bias_hessian"], scale, damping)}
 
     def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See `Solver`."""
@@ -283,6 +286,14 @@ def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
         raise RuntimeError(f"NaN or inf in its {name}")
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return values, vectors
+
+
+def _finite(factors: Factors) -> Factors:
+    """The same; factorisations notice NaN and inf by themselves, but CG does not where the gradient is 0."""
+    for name, factor in factors.items():
+        if not torch.isfinite(factor).all():
+            raise RuntimeError(f"NaN or inf in its {name.replace('_', ' ').replace('hessian', 'Hessian')}")
+    return factors
 
 
 def _shift(like: Tensor, scale: float, damping: float) -> Factors:

@@ -16,6 +16,7 @@ from secondorder import damping
 from secondorder.criteria import BoundedClassificationLoss
 from secondorder.curvature import CURVATURES
 from secondorder.damping import Adaptation, LocalLoss, best_step
+from secondorder.optim import layerwise
 from secondorder.optim.base import linear_layers
 from secondorder.solvers import SOLVERS
 from secondorder.tape import Tape
@@ -260,7 +261,7 @@ def test_the_first_step_without_a_learning_rate_is_the_explicit_minimum():
     c = dense_gauss_newton(old, criterion, x, y) + (tau + 0.01) * torch.eye(len(g)).double()
     # Along the direction taken the model has its minimum at the step taken.
     assert float(moved @ g + moved @ c @ moved) == pytest.approx(0, abs=1e-10)
-    change = float(criterion(model(x), y)) - loss + 0.005 * float((theta + moved).square().sum() - theta.square().sum())
+    change = criterion(model(x), y).item() - loss + 0.005 * float((theta + moved).square().sum() - theta.square().sum())
     assert group["rho"] == pytest.approx(change / float(moved @ g + moved @ c @ moved / 2), rel=1e-6)
     assert group["tau"] == pytest.approx(Adaptation(1.0, every=1).adapted(tau, group["rho"]))
 
@@ -379,13 +380,103 @@ def test_degenerate_nets(name, case):
     assert losses[-1] < losses[0]
 
 
-def test_overflowing_factors_name_the_layer_and_the_factor():
-    model, criterion = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), nn.MSELoss()
-    optimizer = so.EACG(model, criterion, solver="kfi")
+# Every solver and every curvature at least once.
+PAIRS = list(zip(SOLVERS, [*CURVATURES, "pch-abs"], strict=True))
+
+
+@pytest.mark.parametrize("case", ["dead units", "constant input", "zero input", "one sample", "one input", "zero net"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"lr": None, "damping": 1e-12}, {"lr": None, "damping": 1e12}, {"lr": 1e-3, "alpha": 1e-6}, {"lr": 1e-3, "alpha": 1 - 1e-7}],
+)
+def test_degenerate_nets_with_tiny_and_huge_damping(kwargs, case):
+    criterion = nn.CrossEntropyLoss()
+    for solver, curvature in PAIRS:
+        torch.manual_seed(0)
+        n_in, m = (1 if case == "one input" else 5), (1 if case == "one sample" else 9)
+        model = nn.Sequential(nn.Linear(n_in, 6), nn.ReLU(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+        x, y = torch.randn(m, n_in), torch.randint(3, (m,))
+        if case == "dead units":
+            nn.init.constant_(model[0].bias, -100.0)
+        if case == "zero net":
+            for p in model.parameters():
+                nn.init.zeros_(p)
+        if case.endswith(" input") and case != "one input":
+            x = torch.full_like(x, case == "constant input")
+        optimizer = so.EACG(model, criterion, curvature=curvature, solver=solver, **kwargs)
+        losses = [one_step(model, criterion, optimizer, x, y) for _ in range(4)]
+        assert all(torch.isfinite(p).all() for p in model.parameters()), (solver, curvature)
+        if kwargs["lr"] is None:
+            assert losses[-1] <= losses[0] * (1 + 1e-6), (solver, curvature)
+
+
+# solver -> what of an input of 1e25 is no float32; its gradient is 0, since the units are saturated
+OVERFLOWS = {
+    "kron-cg": "input second moment", "kfi": "input second moment", "exact": "input second moment", "auto": "input second moment",
+    "ea-isotropic": "mean square input",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lr", [0.01, None])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_overflowing_inputs_name_the_layer_and_the_factor(solver, lr):
+    model, criterion = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), nn.CrossEntropyLoss()
+    optimizer, (x, y) = (
+        so.EACG(model, criterion, lr=lr, alpha=0.1, solver=solver),
+        (torch.full((3, 4), 1e25), torch.arange(3) % 2),
+    )
     before = snapshot(model, optimizer)
-    with pytest.raises(RuntimeError, match="layer '0': NaN or inf in its input second moment.*No parameter and no state"):
-        one_step(model, criterion, optimizer, torch.full((3, 4), 1e25), torch.zeros(3, 2))
+    if solver in OVERFLOWS:
+        with pytest.raises(
+            so.NonFiniteError, match=f"layer '0': NaN or inf in its {OVERFLOWS[solver]}.*No parameter and no state"
+        ):
+            one_step(model, criterion, optimizer, x, y)
+        assert_same(snapshot(model, optimizer), before)
+    else:
+        one_step(model, criterion, optimizer, x, y)
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("lr", [0.01, None])
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_overflowing_curvature_names_the_layer_and_the_factor(solver, curvature, lr):
+    model, criterion = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), nn.MSELoss()
+    with torch.no_grad():
+        model[2].weight.fill_(1e20)  # W^T H W and delta delta^T are no float32
+    optimizer = so.EACG(model, criterion, lr=lr, alpha=0.1, curvature=curvature, solver=solver)
+    x = 1e-18 * torch.randn(3, 4)
+    with torch.no_grad():
+        model[0].bias.zero_()
+        y = model(x) + 1
+    before = snapshot(model, optimizer)
+    with pytest.raises(so.NonFiniteError, match="layer '0': NaN or inf in its bias Hessian.*No parameter and no state"):
+        one_step(model, criterion, optimizer, x, y)
     assert_same(snapshot(model, optimizer), before)
+
+
+def test_the_solvers_own_damping_is_the_best_of_three_under_the_model(monkeypatch):
+    proposals = []
+
+    def recorded(local, gradients, vectors, *args):
+        proposals.append((vectors, step := best_step(local, gradients, vectors, *args)))
+        return step
+
+    monkeypatch.setattr(layerwise, "best_step", recorded)
+    model, criterion, chosen = network(), nn.CrossEntropyLoss(), []
+    optimizer, factor = so.KFRA(model, criterion), 0.95**20
+    for t in range(60):
+        proposals.clear()
+        gamma, (x, y) = optimizer.param_groups[0]["gamma"], batch(40, seed=t)
+        loss = one_step(model, criterion, optimizer, x, y)
+        if t % 20 == 19:
+            assert len(proposals) == 3
+            best = min(range(3), key=lambda k: proposals[k][1].predicted)
+            assert optimizer.param_groups[0]["gamma"] == pytest.approx(gamma * [1, factor, 1 / factor][best])
+            chosen.append(best)
+        else:
+            assert optimizer.param_groups[0]["gamma"] == pytest.approx(0.01 * loss if gamma is None else gamma)
+    assert set(chosen) != {0}
 
 
 @pytest.mark.parametrize("name", ["KFAC", "KFRA", "KFLR", "EACG lr=None"])
