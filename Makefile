@@ -37,6 +37,10 @@ sanitize: .venv/ready
 	$(call SANITIZED_BUILD,-fsanitize=thread,tsan)
 	TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 setarch -R env $(call SANITIZED_RUN,tsan,tsan)
 
+# 100,000 small steps of each way to step, about 40 minutes: fails where memory grows.
+soak: .venv/ready
+	$(BIN)/python -m bench.soak
+
 # Microbenchmarks against plain PyTorch, some 10 minutes: prints tables, stores them in $(BENCH_RESULTS), and renders
 # docs/performance.md. LARGE=--large: more nets and batches, the ImageNet-10 net among them, and peak memory; half an hour, 8 GB.
 LARGE ?=
