@@ -255,11 +255,7 @@ class Tape:
         node = output.grad_fn
         if node is None or not self._active():
             return
-        if node.name() == "CompiledFunctionBackward":
-            raise RuntimeError(
-                f"layer {self.names[layer]!r} runs inside a compiled graph, which does not say what it computes; call the model "
-                "that the optimizer was made for, rather than a compiled part of it"
-            )
+        _refuse_compiled((node.name(),), f"layer {self.names[layer]!r} runs")
         input = args[0] if args else kwargs["input"]
         call = LayerCall(layer, input.detach(), output=output.detach(), version=output._version)
         if input.grad_fn is not None:
@@ -287,6 +283,8 @@ class Tape:
         source: LayerCall = _metadata(node)[self._key]
         transfer: Transfer | None = activations.analytic(input, node, source.preactivation)
         signature = (source.layer, layer, passed)
+        if transfer is None:
+            _refuse_compiled(passed, f"what follows layer {self.names[source.layer]!r} runs")
         if transfer is None and signature not in self._not_elementwise:
             try:
                 with self.muted():
@@ -325,9 +323,10 @@ class Tape:
         node = loss.grad_fn if isinstance(loss, Tensor) else None
         if node is None or not self._active():
             return
-        nodes, _ = _source_nodes(node, self._key)
+        nodes, passed = _source_nodes(node, self._key)
         if not nodes:
             return
+        _refuse_compiled(passed, "the criterion, or what comes before it, runs")
         if loss.dim() != 0:
             raise ValueError(
                 f"expected the criterion {criterion} to return a scalar, got shape {tuple(loss.shape)}; "
@@ -502,6 +501,15 @@ class _EagerHandle:
         module = self.module()
         if module is not None and isinstance(vars(module).get("forward"), _Eager):
             del module.forward
+
+
+def _refuse_compiled(names: tuple[str, ...], what: str) -> None:
+    """A compiled graph among autograd nodes of these names: it has no second derivatives, and gives none without a word."""
+    if "CompiledFunctionBackward" in names:
+        raise RuntimeError(
+            f"{what} inside a compiled graph, which does not say what it computes; call the model that the optimizer was made "
+            "for, rather than a compiled part of it"
+        )
 
 
 def _detached(tree: Any) -> Any:

@@ -463,22 +463,6 @@ def test_parameters_outside_of_the_groups_are_left_alone():
     assert torch.equal(model[0].weight, before)
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("scheduled", [False, True])
-def test_copies_of_model_and_optimizer_train_alike(how, scheduled):
-    model, criterion = network(), nn.CrossEntropyLoss()
-    optimizer = so.EACG(model, criterion, 0.02 if scheduled else None, curvature_every=2)
-    if scheduled:
-        torch.optim.lr_scheduler.StepLR(optimizer, 10)
-    for step in range(3):
-        one_step(model, criterion, optimizer, *batch(seed=step))
-    twin, twin_optimizer, twin_criterion = how((model, optimizer, criterion))
-    for step in range(3, 6):
-        one_step(model, criterion, optimizer, *batch(seed=step))
-        one_step(twin, twin_criterion, twin_optimizer, *batch(seed=step))
-    assert_same(snapshot(model, optimizer), snapshot(twin, twin_optimizer))
-
-
 @pytest.mark.parametrize(
     ("key", "value"), [("lr", 0.3), ("momentum", 0.2), ("weight_decay", 0.4), ("factor_decay", 0.3), ("alpha", 0.2)]
 )
