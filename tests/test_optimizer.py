@@ -583,6 +583,18 @@ def test_hooks_go_with_the_optimizer():
     assert hooks() == 0
 
 
+@pytest.mark.parametrize("solver", ["ea-cg", "ea-cg-truncated"])
+def test_a_broken_factor_is_seen_without_a_gradient(solver):
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), nn.MSELoss()
+    nn.init.constant_(model[0].bias, -100.0)  # dead units: the gradient of the first layer is 0
+    nn.init.constant_(model[2].weight, 1e20)  # and its H, which goes through these, overflows
+    optimizer = so.EACG(model, criterion, lr=0.01, alpha=0.1, solver=solver)
+    with pytest.raises(so.NonFiniteError, match="layer '0': NaN or inf in its bias Hessian"):
+        one_step(model, criterion, optimizer, torch.randn(5, 4), torch.randn(5, 2))
+    assert not optimizer.state_dict()["state"]
+
+
 def snapshot(model, optimizer):
     return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
 

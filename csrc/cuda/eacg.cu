@@ -127,7 +127,7 @@ struct Scalars {
     rr = square + extra * extra;
     stop = tol * tol * rr;
     iterations = 0;
-    active = !(rr <= 0);
+    active = true;  // even from a residual of zero: one product shows whether H is finite
     finite = true;
   }
 
