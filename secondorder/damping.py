@@ -31,9 +31,12 @@ class Adaptation:
     """How the dampings of an optimizer without a learning rate begin and change.
 
     Args:
-        tau: the start of C's damping, relative to the first loss, so that a factor on the loss does not matter; > 0.
+        tau: the start of C's damping, relative to the first loss, so that a factor on the loss does not matter; > 0. None: the
+            more, the fewer instances m a step has, 250 / m^2, but from 1e-4 to 1.
         gamma: the start of the solver's own damping, likewise; None: it is tau throughout.
-        floor: tau stays at least this fraction of its start: a mini-batch's model of its own loss would always have it fall.
+        floor: tau stays at least this fraction of its start: a step is judged by the very batch it was fitted to, and that alone
+            would have tau fall for ever. Where the loss rises from batch to batch nevertheless (`Watch`), the floor rises. 0: the
+            papers' rule, without a floor.
         momentum: whether the previous step is a second direction of the model.
         omega: per step, < 1. tau is multiplied by omega^every where rho > 3/4, and divided by it where rho < 1/4.
         every: tau is adapted every so many steps.
@@ -41,7 +44,7 @@ class Adaptation:
         tries: a step that fails its check is taken back and tried anew with a larger tau, at most so often.
     """
 
-    tau: float
+    tau: float | None
     gamma: float | None = None
     floor: float = 0.0
     momentum: bool = False
@@ -54,6 +57,31 @@ class Adaptation:
         """Tau after a step of reduction ratio rho (Botev et al., B.3.1)."""
         factor = self.omega**self.every
         return tau * factor if rho > 0.75 else tau / factor if rho < 0.25 else tau
+
+    def start(self, instances: int) -> float:
+        """Tau's start, relative to the first loss, for a step of so many instances."""
+        return min(1.0, max(1e-4, 250 / max(1, instances) ** 2)) if self.tau is None else self.tau
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Tau's floor, and the losses of new batches before their steps, which no step has been fitted to.
+
+    Where their average over some 3 steps is a fifth above that over some 20, the steps do not generalise: tau and its floor
+    become four times what they were, at most 400 times the first floor. Else the floor falls by 1 % a step, to where it began.
+    """
+
+    least: float  # the floor of the floor
+    floor: float
+    short: float  # average of the losses over some 3 steps
+    long: float  # and over some 20
+
+    def seen(self, loss: float, tau: float) -> tuple["Watch", bool]:
+        """With a new batch's loss, at the damping of the moment; whether the losses rise."""
+        short, long = 0.7 * self.short + 0.3 * loss, 0.95 * self.long + 0.05 * loss
+        if short > long + 0.2 * abs(long):
+            return Watch(self.least, min(4 * max(self.floor, tau), 400 * self.least), short, short), True
+        return Watch(self.least, max(self.least, 0.99 * self.floor), short, long), False
 
 
 # Forward-mode levels and the global random generators are the process's: two threads may train two models.
@@ -92,6 +120,7 @@ class LocalLoss:
         self.generator_state = torch.Generator().manual_seed(offset).get_state()
         self.seed = offset
         self.pieces: list[_Piece] = []
+        self._instances = 0
         for loss in losses:
             if loss.inputs is None:
                 raise RuntimeError(
@@ -99,6 +128,7 @@ class LocalLoss:
                     "as in criterion(model(x), y); for any other use, give the optimizer a learning rate (lr=0.02, say)"
                 )
             batch = _batch_size((loss.inputs.args, loss.inputs.kwargs))
+            self._instances += batch
             stride = max(1, min(round(1 / fraction), batch // _LEAST_INSTANCES))
             keep = slice(offset % stride, None, stride)
             scale = 1.0 if loss.scale is None else float(loss.scale)
@@ -125,6 +155,11 @@ class LocalLoss:
     def start(self) -> float:
         """The loss at the parameters' own values."""
         return self._mean(lambda: sum(piece.scale * float(top.loss) for piece, top in zip(self.pieces, self._tops, strict=True)))
+
+    @property
+    def instances(self) -> int:
+        """How many instances the batches have, of all ranks."""
+        return round(self._mean(lambda: self._instances) * (1 if self.ranks is None else self.ranks.size))
 
     def _mean(self, compute: Callable[[], float]) -> float:
         """The mean over ranks."""

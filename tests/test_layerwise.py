@@ -528,3 +528,45 @@ def test_a_mixture_model_trains(make):
     optimizer = make(model, mixture_of_two_classifiers, lr=None, curvature="pch-abs")
     losses = [one_step(model, optimizer.criterion, optimizer, x, y) for _ in range(60)]
     assert losses[-1] < losses[0] / 3
+
+
+def test_the_watch_raises_the_floor_where_losses_rise():
+    watch, tau, floors = damping.Watch(1.0, 1.0, 5.0, 5.0), 2.0, []
+    for loss in (4.0, 3.0, 2.0, 2.0, 9.0, 9.0):
+        watch, rising = watch.seen(loss, tau)
+        floors.append((watch.floor, rising))
+    # 0.7 short + 0.3 loss: 4.7, 4.19, 3.533, 3.073, 4.851, 6.096; 0.95 long + 0.05 loss: 4.95, 4.853, 4.71, 4.574, 4.796, 5.006
+    assert floors == [(1.0, False)] * 5 + [(8.0, True)]
+    assert watch.long == watch.short == pytest.approx(6.0957, rel=1e-3)
+    assert watch.seen(5.0, tau)[0].floor == pytest.approx(7.92)
+    for _ in range(20):  # it keeps rising: the floor stays within bounds
+        watch, _ = watch.seen(10 * watch.short, 1e6)
+    assert watch.floor == 400.0
+    # A loss below zero may rise, too.
+    assert damping.Watch(1.0, 1.0, -5.0, -5.0).seen(-1.0, tau)[1]
+
+
+def test_damping_starts_by_the_number_of_instances():
+    rule = Adaptation(None)
+    assert [rule.start(m) for m in (1, 10, 50, 500, 10_000)] == pytest.approx([1, 1, 0.1, 0.001, 1e-4])
+    assert Adaptation(0.3).start(500) == 0.3
+    criterion, models = nn.CrossEntropyLoss(), [network(), network()]
+    taus = []
+    for model, pieces in zip(models, ([slice(0, 40)], [slice(0, 10), slice(10, 40)]), strict=True):
+        optimizer, (x, y) = so.EACG(model, criterion), batch(40)
+        for rows in pieces:
+            (criterion(model(x[rows]), y[rows]) * len(y[rows]) / 40).backward()
+        optimizer.step()
+        taus.append(optimizer.param_groups[0]["watch"][0] / optimizer.param_groups[0]["watch"][2])
+    assert taus == pytest.approx([0.1 * 250 / 40**2] * 2)
+
+
+def test_small_noisy_batches_do_not_diverge():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Dropout(0.3), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 3))
+    criterion, teacher = nn.CrossEntropyLoss(), torch.randn(6, 3)
+    optimizer, losses = so.EACG(model, criterion), []
+    for _ in range(300):
+        x = torch.randn(16, 6)
+        losses.append(one_step(model, criterion, optimizer, x, (x @ teacher).argmax(1)))
+    assert sum(losses[-50:]) / 50 < 0.6

@@ -40,7 +40,9 @@ class ConjugateGradient {
  public:
   ConjugateGradient(std::vector<T> rhs, double extra_rhs, double shift, double scale, double tol)
       : x_(rhs.size(), T(0)), r_(std::move(rhs)), p_(r_), extra_r_(extra_rhs), extra_p_(extra_rhs), shift_(shift),
-        scale_(scale), rr_(dot(r_, r_) + extra_r_ * extra_r_), stop_(tol * tol * rr_) {}
+        scale_(scale), rr_(dot(r_, r_) + extra_r_ * extra_r_), stop_(tol * tol * rr_) {
+    if (rr_ <= 0) scale_ = 1;
+  }
 
   bool active() const { return active_; }
   const std::vector<T>& direction() const { return p_; }
@@ -81,7 +83,8 @@ class ConjugateGradient {
   std::vector<T> x_, r_, p_, ap_;
   double extra_x_ = 0, extra_r_, extra_p_, shift_, scale_, rr_, stop_;
   int64_t iterations_ = 0;
-  bool active_ = true;  // even from a residual of zero: one product shows whether H is finite
+  // Even from a residual of zero: one product, whatever its scale, shows whether H is finite.
+  bool active_ = true;
 };
 
 // The solution of one layer's two systems: P = c B + w a^T and the bias direction.

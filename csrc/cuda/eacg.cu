@@ -127,7 +127,9 @@ struct Scalars {
     rr = square + extra * extra;
     stop = tol * tol * rr;
     iterations = 0;
-    active = true;  // even from a residual of zero: one product shows whether H is finite
+    // Even from a residual of zero: one product, whatever its scale, shows whether H is finite.
+    active = true;
+    if (rr <= 0) scale = 1;
     finite = true;
   }
 

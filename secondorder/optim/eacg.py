@@ -55,7 +55,8 @@ class EACG(LayerwiseOptimizer):
             forward pass, >= 1; None: from all. a is the whole batch's.
         inverse_every: likewise the solver's factorisations.
         max_factor_elements: "kfi" takes "kfi-rank-one" for a layer with n_in^2 above this, >= 0.
-        damping: where the damping of lr=None starts, relative to the first loss, > 0; it stays above a tenth of that.
+        damping: where the damping of lr=None starts, relative to the first loss, > 0; it stays above a tenth of that, and above
+            more where steps do not generalise (`secondorder.damping.Watch`). None: 250 / m^2 for m instances, from 1e-4 to 1.
         subsample: the fraction of the batch that the quadratic model of lr=None is evaluated on, in (0, 1]; at least 100
             instances.
         average: whether averages of the parameters are kept, for `averaged_parameters`.
@@ -92,7 +93,7 @@ class EACG(LayerwiseOptimizer):
         curvature_samples: int | None = None,
         inverse_every: int | None = None,
         max_factor_elements: int = 2**24,
-        damping: float = 0.001,
+        damping: float | None = None,
         subsample: float = 0.25,
         average: bool = False,
         fallback: str = "sgd",

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from secondorder import ops, solvers
 from secondorder.activations import cast
 from secondorder.curvature import Curvature, curvature_by_name
-from secondorder.damping import Adaptation, LocalLoss, Step, best_step
+from secondorder.damping import Adaptation, LocalLoss, Step, Watch, best_step
 from secondorder.distributed import Ranks, Term
 from secondorder.errors import NonFiniteError
 from secondorder.optim.base import CurvatureOptimizer
@@ -96,7 +97,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             ("curvature_samples", curvature_samples, curvature_samples is None or curvature_samples >= 1, ">= 1 or None"),
             ("inverse_every", inverse_every, inverse_every >= 1, ">= 1"),
             ("max_factor_elements", max_factor_elements, max_factor_elements >= 0, ">= 0"),
-            ("damping", adaptation.tau, 0 < adaptation.tau < math.inf, "> 0"),
+            ("damping", adaptation.tau, adaptation.tau is None or 0 < adaptation.tau < math.inf, "> 0"),
             ("subsample", subsample, 0 < subsample <= 1, "in (0, 1]"),
         ]
         for name, value, valid, expected in checks:
@@ -109,7 +110,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         }  # fmt: skip
         if self._adaptation is not None:
             # Kept in the groups, so that they are part of the state_dict; None: to be set by the first step.
-            defaults |= {"tau": None, "least_tau": None, "gamma": None, "rho": None}
+            defaults |= {"tau": None, "watch": None, "gamma": None, "rho": None}
         super().__init__(
             model, criterion, defaults, diagonal=self._curvature.diagonal, fallback=fallback,
             grad_outputs=self._curvature.grad_outputs, columns=self._curvature.columns, keep_inputs=lr is None,
@@ -405,13 +406,16 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         )  # fmt: skip
         if not math.isfinite(local.start):
             raise NonFiniteError(self._not_finite({}, covered))
-        tau, least_tau, gamma = group["tau"], group["least_tau"], group["gamma"]
+        tau, watch, gamma, rising = group["tau"], group["watch"], group["gamma"], False
         if tau is None:
             scale = max(abs(local.start), torch.finfo(torch.float32).tiny)
-            tau, gamma = rule.tau * scale, None if rule.gamma is None else rule.gamma * scale
-            least_tau = rule.floor * tau
+            tau, gamma = rule.start(local.instances) * scale, None if rule.gamma is None else rule.gamma * scale
+            watch = (rule.floor * tau, rule.floor * tau, local.start, local.start)
+        elif rule.floor > 0:
+            seen, rising = Watch(*watch).seen(local.start, tau)
+            tau, watch = max(tau, seen.floor), astuple(seen)
         previous: list[Tensor] | None = None
-        if rule.momentum and all("momentum" in self.state.get(p, {}) for p in grads):
+        if rule.momentum and not rising and all("momentum" in self.state.get(p, {}) for p in grads):
             previous = [self.state[p]["momentum"] for p in grads]
 
         def proposal(tau: float, gamma: float | None, fresh: bool) -> tuple[Step, dict[nn.Linear, Factors]]:
@@ -450,9 +454,9 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             prepared = {}
 
         if rho is not None and steps % rule.every == rule.every - 1:
-            tau = max(rule.adapted(tau, rho), least_tau)
+            tau = max(rule.adapted(tau, rho), watch[1])
         for each in self.param_groups:
-            each.update(tau=tau, least_tau=least_tau, gamma=gamma, rho=rho)
+            each.update(tau=tau, watch=watch, gamma=gamma, rho=rho)
         for p, delta in zip(grads, step.delta, strict=True):
             p.add_(delta)
             if rule.momentum:
