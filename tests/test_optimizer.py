@@ -492,7 +492,7 @@ def test_groups_are_checked_at_every_step(key, value):
 
 def test_an_overflowing_update_is_refused():
     model, criterion, (x, y) = network().float(), nn.CrossEntropyLoss(), batch()
-    optimizer = so.EACG(model, criterion)
+    optimizer = so.EACG(model, criterion, lr=0.02)
     optimizer.zero_grad()
     criterion(model(x.float() * 0), y).backward()
     model[0].weight.grad.fill_(1e37)  # finite, and invisible along a mean input of 0; over alpha it is not
