@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from bench.timing import RESULTS
 
@@ -52,6 +53,9 @@ def draw() -> None:
         bars = axis.barh(names, ratios, color=colours)
         axis.bar_label(bars, [f"{r:.2f}" if r else "" for r in ratios], fontsize=7, padding=2)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20]))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.axvline(1, color="black", linewidth=0.8)
         sizes, rest = result["title"].removeprefix("Training step, ").split(", ", 1)
         axis.set_title(f"{sizes}\n{rest.split(', float')[0]}", fontsize=7)
