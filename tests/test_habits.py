@@ -13,6 +13,7 @@ import warnings
 
 import pytest
 import torch
+from test_optimizer import assert_same
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
@@ -79,23 +80,6 @@ def everything(model, optimizer):
     for group in state["param_groups"]:
         group.pop("skipped_steps")
     return [parameters(model), state]
-
-
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 def reloaded(value, **options):

@@ -602,6 +602,7 @@ def snapshot(model, optimizer):
 def assert_same(a, b):
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
         assert torch.equal(a, b)
     elif isinstance(a, dict):
         assert a.keys() == b.keys()
