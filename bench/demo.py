@@ -135,7 +135,7 @@ def draw(curves: list[Curve], epoch_seconds: dict[str, float], title: str, path:
         axis.set_xlim(-0.02 * longest, 1.05 * longest)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-    axes[0, 1].legend(fontsize=9)
+    figure.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
 
