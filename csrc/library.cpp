@@ -11,6 +11,9 @@ TORCH_LIBRARY(secondorder, m) {
   m.def(
       "bias_hessian.activation(Tensor bias_hessian, Tensor weight, Tensor saved, str activation, float parameter, "
       "Tensor? grad_input, float gamma) -> Tensor");
+  m.def(
+      "bias_hessian.chain(Tensor bias_hessian, Tensor[] weight, Tensor[] saved, str[] activation, float[] parameter, "
+      "Tensor?[] grad_input, float gamma) -> Tensor[]");
 
   m.def("eacg_hvp(Tensor bias_hessian, Tensor mean_input, Tensor p) -> Tensor");
   m.def(

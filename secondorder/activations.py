@@ -125,6 +125,8 @@ def merge(transfers: list[Transfer], samples: int | None = None) -> Transfer:
     """One transfer for the union of several micro-batches' instances, or of `sample`s of them, [m, n]."""
     first, *others = transfers
     if isinstance(first, Analytic):
+        if not others and samples is None and first.saved.dim() == 2:
+            return first
         same = [
             t for t in others if isinstance(t, Analytic) and (t.activation, t.parameter) == (first.activation, first.parameter)
         ]
@@ -147,6 +149,8 @@ def derivatives(transfer: Transfer) -> tuple[Tensor, Tensor | None]:
 
 def rows(tensors: list[Tensor], samples: int | None = None) -> Tensor:
     """[m, n] from tensors [..., n]: the union of their instances, or of `sample`s of them."""
+    if len(tensors) == 1 and samples is None and tensors[0].dim() == 2:
+        return tensors[0]
     flat = [sample(t if t.dim() == 2 else t.reshape(-1, t.shape[-1]), samples) for t in tensors]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
@@ -158,7 +162,12 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def widened(t: Tensor) -> Tensor:
     """At least in float32."""
-    return cast(t, torch.promote_types(t.dtype, torch.float32))
+    return cast(t, wide(t.dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of this dtype are computed with: at least float32."""
+    return dtype if dtype is torch.float32 else torch.promote_types(dtype, torch.float32)
 
 
 def sample(instances: Tensor, samples: int | None) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder.activations import irregular
+from secondorder.activations import irregular, widened
 from secondorder.errors import NonFiniteError
 from secondorder.reference import pos_eig
 
@@ -183,7 +183,7 @@ def _evaluated(
         return None
     with torch.no_grad():
         # Rounded as half-precision outputs are, as under autocast, H would not be positive semi-definite.
-        return formula(criterion, output.to(torch.promote_types(output.dtype, torch.float32)), args[0])
+        return formula(criterion, widened(output), args[0])
 
 
 def autograd_hessian(loss: Tensor, source: Node) -> OutputHessian:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder import activations, ops
-from secondorder.activations import Analytic, cast, rows, widened
+from secondorder.activations import Analytic, cast, rows, wide, widened
 from secondorder.criteria import LikelihoodRoot, OutputHessian, OutputRoot, autograd_root, likelihood_root
 from secondorder.distributed import Term
 from secondorder.reference import pos_eig
@@ -52,10 +52,9 @@ class Curvature:
         """
         hessians: dict[nn.Linear, Tensor] = {}
         for record in records:
-            dtype = torch.promote_types(record.layer.weight.dtype, torch.float32)
             layer = record.layer
             block = self._block(record, hessians) if averaged is None else self._averaged(record, hessians, averaged[layer])
-            hessians[layer] = cast(block, dtype)
+            hessians[layer] = cast(block, _dtype(record))
         return hessians
 
     def local(self, record: LayerRecord) -> list[Term]:
@@ -80,6 +79,50 @@ class Recursion(Curvature):
         """The recursion's start [K, K]."""
         raise NotImplementedError
 
+    def bias_hessians(
+        self, records: list[LayerRecord], averaged: dict[nn.Linear, dict[str, Tensor]] | None = None
+    ) -> dict[nn.Linear, Tensor]:
+        """See `Curvature`. Consecutive layers with known activations between them take one call of an operator."""
+        if averaged is not None:
+            return super().bias_hessians(records, averaged)
+        hessians: dict[nn.Linear, Tensor] = {}
+        chain: list[tuple[LayerRecord, Analytic]] = []
+        for record in records:
+            transfer = None if record.next is None else record.transfer()
+            if chain and not (record.next is chain[-1][0] and _dtype(record) == _dtype(chain[0][0])):
+                self._descend(chain, hessians)
+                chain = []
+            if isinstance(transfer, Analytic):
+                chain.append((record, transfer))
+            else:
+                self._descend(chain, hessians)
+                chain = []
+                hessians[record.layer] = cast(self._block(record, hessians), _dtype(record))
+        self._descend(chain, hessians)
+        return hessians
+
+    def _descend(self, chain: list[tuple[LayerRecord, Analytic]], hessians: dict[nn.Linear, Tensor]) -> None:
+        """H of layers each of which is the next one's input, all of one dtype, from that of the layer after the first."""
+        if not chain:
+            return
+        nexts = [record.next for record, _ in chain if record.next is not None]
+        top = hessians[nexts[0].layer]
+        found = ops.bias_hessian_chain(
+            top,
+            [cast(following.weight.detach(), top.dtype) for following in nexts],
+            [cast(transfer.saved, top.dtype) for _, transfer in chain],
+            [transfer.activation for _, transfer in chain],
+            [transfer.parameter for _, transfer in chain],
+            [self._grad_activation(record, top.dtype) for record, _ in chain],
+            self.gamma,
+        )
+        for (record, _), hessian in zip(chain, found, strict=True):
+            hessians[record.layer] = cast(hessian, _dtype(record))
+
+    def _grad_activation(self, record: LayerRecord, dtype: torch.dtype) -> Tensor | None:
+        grad = record.grad_activation() if self.diagonal else None
+        return None if grad is None else cast(grad, dtype)
+
     def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
         if record.losses:
             return self._from_losses(record)
@@ -95,7 +138,7 @@ class Recursion(Curvature):
             return [Term("output Hessian", values), Term("convex", values.new_full((), float(top.convex)))]
         if record.next is None:
             return [Term("block", empirical_fisher(record))]
-        dtype = torch.promote_types(record.layer.weight.dtype, torch.float32)
+        dtype = _dtype(record)
         d1, d2 = (None if d is None else d.to(dtype) for d in activations.derivatives(record.transfer()))
         assert d1 is not None
         one = d1.new_ones(1, 1)
@@ -133,24 +176,10 @@ class Recursion(Curvature):
 
     def _step(self, record: LayerRecord, hessian: Tensor, weight: Tensor) -> Tensor:
         dtype = hessian.dtype
-        transfer = record.transfer()
-        grad = record.grad_activation() if self.diagonal else None
-        if grad is not None:
-            grad = cast(grad, dtype)
-        if isinstance(transfer, Analytic):
-            return ops.bias_hessian_activation(
-                hessian,
-                cast(weight, dtype),
-                cast(transfer.saved, dtype),
-                transfer.activation,
-                transfer.parameter,
-                grad,
-                self.gamma,
-            )
-        d2 = None if transfer.d2 is None or grad is None else cast(transfer.d2, dtype)
-        return ops.bias_hessian(
-            hessian, cast(weight, dtype), cast(transfer.d1, dtype), d2, grad if d2 is not None else None, self.gamma
-        )
+        d1, d2 = activations.derivatives(record.transfer())
+        grad = None if d2 is None else self._grad_activation(record, dtype)
+        d2 = None if d2 is None or grad is None else cast(d2, dtype)
+        return ops.bias_hessian(hessian, cast(weight, dtype), cast(d1, dtype), d2, grad, self.gamma)
 
 
 @dataclass(frozen=True)
@@ -305,6 +334,11 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
         total = block if total is None else total + block
     assert total is not None
     return total
+
+
+def _dtype(record: LayerRecord) -> torch.dtype:
+    """Of the layer's H."""
+    return wide(record.weight.dtype)
 
 
 def _dense_sum(x: Tensor, y: Tensor) -> Tensor:

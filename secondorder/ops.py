@@ -25,6 +25,7 @@ __all__ = [
     "bfgs_update_",
     "bias_hessian",
     "bias_hessian_activation",
+    "bias_hessian_chain",
     "damped_bfgs_update_",
     "damped_lbfgs_update_",
     "double_damping",
@@ -89,6 +90,34 @@ def bias_hessian_activation(
     Saves writing and reading d1 and d2. Without `grad_input` the diagonal is left out.
     """
     return _ops.bias_hessian.activation(bias_hessian, weight, saved, activation, parameter, grad_input, gamma)
+
+
+def bias_hessian_chain(
+    bias_hessian: Tensor,
+    weight: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    activation: Sequence[str],
+    parameter: Sequence[float],
+    grad_input: Sequence[Tensor | None],
+    gamma: float,
+) -> list[Tensor]:
+    """`bias_hessian_activation` from layer to layer down a net: each step starts from the H that the one before returned.
+
+    Args:
+        bias_hessian: H [n_0, n_0] of the chain's last layer, that nearest to the loss.
+        weight: W_l [n_l, n_(l+1)], from that layer down; likewise the lists below, one element for each step.
+        saved: [m, n_(l+1)].
+        activation: see `bias_hessian_activation`.
+        parameter: see `bias_hessian_activation`.
+        grad_input: [m, n_(l+1)], or None.
+        gamma: see `bias_hessian`.
+
+    Returns:
+        The bias Hessians [n_(l+1), n_(l+1)] of the layers below.
+    """
+    return _ops.bias_hessian.chain(
+        bias_hessian, list(weight), list(saved), list(activation), list(parameter), list(grad_input), gamma
+    )
 
 
 def eacg_hvp(bias_hessian: Tensor, mean_input: Tensor, p: Tensor) -> Tensor:

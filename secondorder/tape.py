@@ -3,8 +3,9 @@
 A forward hook on every linear layer of the model makes a `LayerCall` and ties it to the autograd node of the layer's output;
 from the graph it also reads which call made its input, and through which function. A forward hook on the criterion makes a
 `LossCall` likewise. So the chain of layers is known whatever the model's `forward` looks like, and a record lives exactly as
-long as its graph: a forward pass without a backward one leaves nothing behind. Gradients come from tensor hooks, which fire with
-the values of before an in-place activation. The hook on the loss says that a backward pass took place, and with which factor.
+long as its graph: a forward pass without a backward one leaves nothing behind. Gradients come from hooks on the nodes that made
+the tensors, which see what flows to them from before an in-place activation, too. The hook on the loss says that a backward pass
+took place, and with which factor.
 
 Nothing is recorded in eval mode, without grad mode, or while `recording` is off.
 """
@@ -120,6 +121,11 @@ class LayerRecord:
     block: Tensor | None = None  # sum of the losses' blocks, each with its factor
     samples: int | None = None  # the curvature's expectations take at most so many instances of each call
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """The layer's weight."""
+        return self.layer._parameters["weight"]  # type: ignore[return-value]  # an attribute of a module takes ten times as long
+
     def input(self, samples: int | None = None) -> Tensor:
         """The inputs h [m, n_in], or those of at most `samples` instances of each call."""
         return rows([call.input for call in self.calls], samples)
@@ -168,6 +174,7 @@ class Tape:
         self.samples = samples
         self.recording = True
         self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
+        self._reference = weakref.ref(self)
         self._muted = False
         self._run: _Run | None = None
         self._losses: list[LossCall] = []
@@ -255,7 +262,7 @@ class Tape:
         node = output.grad_fn
         if node is None or not self._active():
             return
-        _refuse_compiled((node.name(),), f"layer {self.names[layer]!r} runs")
+        _refuse_compiled((node.name(),), lambda: f"layer {self.names[layer]!r} runs")
         input = args[0] if args else kwargs["input"]
         call = LayerCall(layer, input.detach(), output=output.detach(), version=output._version)
         if input.grad_fn is not None:
@@ -265,7 +272,7 @@ class Tape:
             self._keep_gradient(node)
         if self.diagonal and any(link.transfer is not None and link.transfer.curved for link in call.inputs_from):
             (link,) = call.inputs_from
-            input.register_hook(self._collect(link, "grad"))
+            self._collect(link, "grad", input.grad_fn, input.output_nr)
 
     @torch.compiler.disable
     def _on_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -284,7 +291,7 @@ class Tape:
         transfer: Transfer | None = activations.analytic(input, node, source.preactivation)
         signature = (source.layer, layer, passed)
         if transfer is None:
-            _refuse_compiled(passed, f"what follows layer {self.names[source.layer]!r} runs")
+            _refuse_compiled(passed, lambda: f"what follows layer {self.names[source.layer]!r} runs")
         if transfer is None and signature not in self._not_elementwise:
             try:
                 with self.muted():
@@ -315,18 +322,17 @@ class Tape:
         call: LayerCall = _metadata(node)[self._key]
         if not call.keeps_gradient:
             call.keeps_gradient = True
-            keep = self._collect(call, "grad_output")
-            node.register_prehook(lambda gradients: keep(gradients[0]))
+            self._collect(call, "grad_output", node, 0)
 
     @torch.compiler.disable
     def _on_criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor) -> None:
-        node = loss.grad_fn if isinstance(loss, Tensor) else None
-        if node is None or not self._active():
+        made_by = loss.grad_fn if isinstance(loss, Tensor) else None
+        if made_by is None or not self._active():
             return
-        nodes, passed = _source_nodes(node, self._key)
+        nodes, passed = _source_nodes(made_by, self._key)
         if not nodes:
             return
-        _refuse_compiled(passed, "the criterion, or what comes before it, runs")
+        _refuse_compiled(passed, lambda: "the criterion, or what comes before it, runs")
         if loss.dim() != 0:
             raise ValueError(
                 f"expected the criterion {criterion} to return a scalar, got shape {tuple(loss.shape)}; "
@@ -357,14 +363,14 @@ class Tape:
         else:
             for node in nodes:
                 self._keep_gradient(node)
-        reference = weakref.ref(self)
+        reference, output_nr = self._reference, loss.output_nr
 
-        def backward(gradient: Tensor) -> None:
-            tape = reference()
-            if tape is not None:
+        def backward(gradients: tuple[Tensor | None, ...]) -> None:
+            tape, gradient = reference(), gradients[output_nr]
+            if tape is not None and gradient is not None:
                 tape._enter_run(call, gradient.detach())
 
-        loss.register_hook(backward)
+        made_by.register_prehook(backward)
 
     def _blocks(self, edge: GradientEdge, root: OutputRoot) -> dict[LayerCall, Tensor]:
         """Sum over the columns of delta delta^T for every layer upstream of `edge`, in chunks of columns."""
@@ -415,17 +421,18 @@ class Tape:
         gradients = [weight.grad for weight in weights if weight is not None and weight.requires_grad]
         return [(g, 0 if g is None else g._version) for g in gradients]
 
-    def _collect(self, record: LayerCall | Link, name: str) -> Callable[[Tensor], None]:
-        """A gradient hook that adds to an attribute of the record, in backward passes that come from a recorded loss."""
-        reference = weakref.ref(self)
+    def _collect(self, record: LayerCall | Link, name: str, node: Node, output: int) -> None:
+        """Adds the gradient w.r.t. an output of `node` to an attribute of the record, in backward passes from a recorded loss."""
+        reference = self._reference
 
-        def hook(gradient: Tensor) -> None:
+        def hook(gradients: tuple[Tensor | None, ...]) -> None:
             tape = reference()
             run = tape._run if tape is not None else None
-            if run is not None and run.id == torch._C._current_graph_task_id():
+            gradient = gradients[output]  # None where only another output of the node is in use
+            if run is not None and gradient is not None and run.id == torch._C._current_graph_task_id():
                 run.events.append((record, name, gradient.detach()))
 
-        return hook
+        node.register_prehook(hook)
 
     def _active(self) -> bool:
         return self.recording and not self._muted
@@ -503,11 +510,11 @@ class _EagerHandle:
             del module.forward
 
 
-def _refuse_compiled(names: tuple[str, ...], what: str) -> None:
+def _refuse_compiled(names: tuple[str, ...], what: Callable[[], str]) -> None:
     """A compiled graph among autograd nodes of these names: it has no second derivatives, and gives none without a word."""
     if "CompiledFunctionBackward" in names:
         raise RuntimeError(
-            f"{what} inside a compiled graph, which does not say what it computes; call the model that the optimizer was made "
+            f"{what()} inside a compiled graph, which does not say what it computes; call the model that the optimizer was made "
             "for, rather than a compiled part of it"
         )
 
@@ -548,8 +555,9 @@ def _source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Nod
 
 def _for_all(gradient: Tensor, samples: int | None) -> Tensor:
     """The `sample` of a gradient [..., n], so scaled that its sum stands for the sum over all instances."""
-    m, chosen = gradient.shape[:-1].numel(), rows([gradient], samples)
-    return chosen if len(chosen) == m else chosen * (m / len(chosen))
+    chosen = rows([gradient], samples)
+    share = gradient.numel() / chosen.numel() if samples is not None and chosen.numel() else 1.0
+    return chosen if share == 1 else chosen * share
 
 
 # The last is DistributedDataParallel's, around the output.
@@ -570,22 +578,22 @@ def _consumers_first(
     loss: LossCall, consumers: dict[LayerCall, list[Link | LossCall]], names: dict[nn.Linear, str]
 ) -> list[LayerCall]:
     """All calls that the loss depends on; fills `consumers` of each."""
-    found: list[LayerCall] = []
+    found: dict[nn.Linear, LayerCall] = {}
     stack: list[tuple[LayerCall, Link | LossCall]] = [(source, loss) for source in loss.sources]
     while stack:
         call, consumer = stack.pop()
         if call not in consumers:
             consumers[call] = []
-            if any(call.layer is other.layer for other in found):
+            if call.layer in found:
                 raise ValueError(
                     f"expected each linear layer to be called once per forward pass, but {names[call.layer]!r} is called more "
                     "than once; curvature of shared layers is not defined here: give each use a layer of its own, or "
                     "freeze the shared one (requires_grad_(False))"
                 )
-            found.append(call)
+            found[call.layer] = call
             stack += [(link.source, link) for link in call.inputs_from]
         consumers[call].append(consumer)
-    return found
+    return list(found.values())
 
 
 def _connect(

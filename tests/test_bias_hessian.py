@@ -67,6 +67,26 @@ def test_fused_activation(activation, dtype):
         assert_as_accurate(ops.bias_hessian_activation(h, w, saved, activation, parameter, None, -1.0), plain, exact, ulps=32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_chain(dtype):
+    sizes, m, gamma = [3, 17, 1, 129, 64], 33, -0.5
+    names, parameters = ["tanh", "relu", "sigmoid", "elu"], [1.0, 1.0, 1.0, 0.5]
+    torch.manual_seed(0)
+    top = random_psd(sizes[0], dtype)
+    weights = [torch.randn(k, n, dtype=torch.float64).to(dtype) for k, n in zip(sizes, sizes[1:])]
+    saved = [torch.rand(m, n, dtype=torch.float64).to(dtype) for n in sizes[1:]]
+    grads = [torch.randn(m, n, dtype=torch.float64).to(dtype) for n in sizes[1:]]
+    grads[1] = None
+    actual = ops.bias_hessian_chain(top, weights, saved, names, parameters, grads, gamma)
+    plain, exact = top, top.double()
+    for l, (w, s, name, parameter, g) in enumerate(zip(weights, saved, names, parameters, grads)):
+        plain = reference.bias_hessian(plain, w, *reference.activation_derivatives(s, name, parameter), g, gamma)
+        d1, d2 = reference.activation_derivatives(s.double(), name, parameter)
+        exact = dense(exact, w.double(), d1, *((None, None) if g is None else (d2, g.double())), gamma)
+        assert_as_accurate(actual[l], plain, exact, ulps=64)
+    assert ops.bias_hessian_chain(top, [], [], [], [], [], gamma) == []
+
+
 def test_no_outputs_and_no_inputs():
     w, d = torch.zeros(0, 300).double(), torch.randn(4, 300).double()
     ops.bias_hessian(*problem(300, 300, 4), -1.0)  # leaves its numbers in whatever memory comes next
@@ -124,6 +144,7 @@ def test_opcheck():
     opcheck(torch.ops.secondorder.bias_hessian.default, (h, w, d1, d2, g, -1.0))
     opcheck(torch.ops.secondorder.bias_hessian.default, (h, w, d1, None, None, 0.0))
     opcheck(torch.ops.secondorder.bias_hessian.activation, (h, w, d1, "sigmoid", 1.0, g, -1.0))
+    opcheck(torch.ops.secondorder.bias_hessian.chain, (h, [w], [d1], ["sigmoid"], [1.0], [g], -1.0))
 
 
 def test_compiles_without_graph_breaks():
@@ -162,3 +183,7 @@ def test_bad_activation():
         ops.bias_hessian_activation(h, w, d1, "sine", 1.0, g, -1.0)
     with pytest.raises(ValueError, match="expected a parameter > 0 for activation 'elu', got -1"):
         ops.bias_hessian_activation(h, w, d1, "elu", -1.0, g, -1.0)
+    with pytest.raises(ValueError, match="lists of one length, got 2 weights, 1 saved, 1 activations, 1 parameters and 1 grad_i"):
+        ops.bias_hessian_chain(h, [w, w], [d1], ["elu"], [1.0], [g], -1.0)
+    with pytest.raises(ValueError, match=r"expected weight of shape \[7, 7\], got \[5, 7\]"):
+        ops.bias_hessian_chain(h, [w, w], [d1, d1], ["elu"] * 2, [1.0] * 2, [g, g], -1.0)

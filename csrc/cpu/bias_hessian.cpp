@@ -25,7 +25,7 @@
 namespace secondorder::cpu {
 namespace {
 
-constexpr int64_t kTileStrips = 4;    // a tile of G is this many strips square
+constexpr int64_t kTileStrips = 4;    // a tile of G is at most this many strips square
 constexpr int64_t kDepth = 256;       // rows of X and Y multiplied at a time: two strips of them fit the L1 cache
 
 // The columns of a row-major matrix in strips of nr, [strips][rows][nr], the last one padded with zeros.
@@ -78,7 +78,7 @@ template <typename T, typename Fill>
 void recursion(const T* hessian, const T* weight, int64_t k, int64_t n, int64_t m, bool diagonal, T gamma, T* out,
                Fill&& fill) {
   const Kernels<T>& kernel = kernels<T>();
-  const int64_t nr = kernel.nr, tile = kTileStrips * nr;
+  const int64_t nr = kernel.nr;
   const auto dtype = c10::CppTypeToScalarType<T>::value;
   const Strips<T> h(k, k, nr, dtype), w(k, n, nr, dtype), d1(m, n, nr, dtype);
   std::vector<double> sums(diagonal ? d1.count * nr : 0, 0.0);
@@ -95,7 +95,9 @@ void recursion(const T* hessian, const T* weight, int64_t k, int64_t n, int64_t 
   });
 
   // Panel p of G: its tile columns, from the diagonal down. The first panels are the longest, as parallel_items wants.
-  const int64_t panels = ceil_div(d1.count, kTileStrips), h_rows = h.count * nr;
+  // Narrower tiles where there would be too few panels for all threads to finish together.
+  const int64_t strips = std::clamp<int64_t>(d1.count / (2 * at::get_num_threads()), 1, kTileStrips), tile = strips * nr;
+  const int64_t panels = ceil_div(d1.count, strips), h_rows = h.count * nr;
   const int64_t work = k * k * n + (k + m) * n * n / 2;
   struct Scratch {
     std::vector<T> hw, curvature, moment;
@@ -105,10 +107,10 @@ void recursion(const T* hessian, const T* weight, int64_t k, int64_t n, int64_t 
 
   parallel_items(panels, work / kProductsPerElement, [&](int64_t worker, int64_t panel) {
     auto& [hw, curvature, moment] = scratch[worker];
-    hw.resize(kTileStrips * h_rows * nr);
+    hw.resize(strips * h_rows * nr);
     curvature.resize(tile * tile);
     moment.resize(tile * tile);
-    const int64_t first = panel * kTileStrips, columns = std::min(kTileStrips, d1.count - first);
+    const int64_t first = panel * strips, columns = std::min(strips, d1.count - first);
 
     // hw: the panel's columns of H W as strips [k, nr] (h_rows >= k rows are written, k are used).
     for (int64_t s = 0; s < columns; ++s)
@@ -116,8 +118,8 @@ void recursion(const T* hessian, const T* weight, int64_t k, int64_t n, int64_t 
     for (int64_t s = 1; s < columns && h_rows != k; ++s)
       std::memmove(hw.data() + s * k * nr, hw.data() + s * h_rows * nr, sizeof(T) * k * nr);
 
-    for (int64_t block = first; block < d1.count; block += kTileStrips) {
-      const int64_t rows = std::min(kTileStrips, d1.count - block);
+    for (int64_t block = first; block < d1.count; block += strips) {
+      const int64_t rows = std::min(strips, d1.count - block);
       const bool on_diagonal = block == first;
       multiply_strips(kernel, k, w.strip(block), rows, hw.data(), columns, curvature.data(), tile, nr, on_diagonal);
       multiply_strips(kernel, m, d1.strip(block), rows, d1.strip(first), columns, moment.data(), tile, nr, on_diagonal);

@@ -327,14 +327,16 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 )
         return records
 
-    def _uncovered(self, gradients: dict[Tensor, Tensor], covered: set[Tensor]) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """The fallback's updates: (parameter, velocity, group) of all with a gradient outside of `covered`.
+    def _uncovered(self, gradients: dict[Tensor, Tensor], covered: list[Tensor]) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+        """The fallback's updates: (parameter, velocity, group) of all with a gradient outside of `covered`, which have one.
 
         Raises:
             NonFiniteError, RuntimeError: something about them is not sound.
         """
-        name = type(self).__name__
-        found = [(p, g) for g in self.param_groups for p in g["params"] if p in gradients and p not in covered]
+        if len(covered) == len(gradients):
+            return []
+        name, known = type(self).__name__, set(covered)
+        found = [(p, g) for g in self.param_groups for p in g["params"] if p in gradients and p not in known]
         new = [p for p, _ in found if p not in self._fallback_warned]
         if new:
             names = ", ".join(repr(self._parameter_names[p]) for p in new)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder import ops
-from secondorder.activations import rows
+from secondorder.activations import rows, wide
 from secondorder.distributed import Ranks, Term
 from secondorder.errors import NonFiniteError
 from secondorder.optim.base import CurvatureOptimizer
@@ -187,7 +187,7 @@ class KBFGS(CurvatureOptimizer):
         groups, gradients = self._groups(), self._gradients()
         layers = [n for n in self._layers if n in first.gradient and n.weight in gradients]
         parameters = {layer: _parameters(layer, gradients) for layer in layers}
-        others = self._uncovered(gradients, {p for each in parameters.values() for p in each})
+        others = self._uncovered(gradients, [p for each in parameters.values() for p in each])
         self._check_finite(loss, parameters, gradients)
 
         directions, updates = self._directions(parameters, gradients, first, groups)
@@ -530,7 +530,7 @@ class _Pass:
         if not torch.is_grad_enabled():
             return
         input = _input(layer, args, kwargs)
-        dtype = _state_dtype(layer.weight)
+        dtype = wide(layer.weight.dtype)
         mean = output.detach().reshape(-1, layer.out_features).mean(0, dtype=dtype)
         if self._anchored and not output.requires_grad:
             output.add_(torch.zeros(layer.out_features, dtype=output.dtype, device=output.device, requires_grad=True))
@@ -555,11 +555,7 @@ def _parameters(layer: nn.Linear, gradients: dict[Tensor, Tensor]) -> list[Tenso
 def _input(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The h [m, n_in] of a call, in the state's dtype."""
     h: Tensor = args[0] if args else kwargs["input"]
-    return h.detach().reshape(-1, layer.in_features).to(_state_dtype(layer.weight))
-
-
-def _state_dtype(p: Tensor) -> torch.dtype:
-    return torch.promote_types(p.dtype, torch.float32)
+    return h.detach().reshape(-1, layer.in_features).to(wide(layer.weight.dtype))
 
 
 def _second_moment(layer: nn.Linear, h: Tensor, mean: Tensor, average: Tensor | None = None, decay: float = 0.0) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder import ops, solvers
-from secondorder.activations import cast
+from secondorder.activations import cast, wide
 from secondorder.curvature import Curvature, curvature_by_name
 from secondorder.damping import Adaptation, LocalLoss, Step, Watch, best_step
 from secondorder.distributed import Ranks, Term
@@ -198,7 +198,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
-                own = p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+                own = p.detach().to(wide(p.dtype), copy=True)
                 state["average"] = state["average"].lerp_(own, 1 - beta) if "average" in state else own
 
     def _check_schedule(self) -> None:
@@ -220,7 +220,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
     def _new_factors(self, records: list[LayerRecord], groups: Groups) -> dict[nn.Linear, Factors]:
         """H and the input's statistics of every recorded layer that has a gradient, averaged with the earlier ones."""
-        trained = [record for record in records if record.layer.weight.grad is not None and record.layer.weight in groups]
+        trained = [record for record in records if record.weight.grad is not None and record.weight in groups]
         if self._ranks is None:
             hessians = self._curvature.bias_hessians(records)
             statistics = {record.layer: self._statistics(record) for record in trained}
@@ -229,7 +229,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         factors = {}
         averages: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         for record in trained:
-            weight = record.layer.weight
+            weight = record.weight
             group, state = groups[weight], self.state.get(weight, {})
             new = factors[record.layer] = {"bias_hessian": hessians[record.layer], **statistics[record.layer]}
             if "bias_hessian" in state:
@@ -243,7 +243,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         return factors
 
     def _statistics(self, record: LayerRecord) -> Factors:
-        dtype = torch.promote_types(record.layer.weight.dtype, torch.float32)
+        dtype = wide(record.weight.dtype)
         input = cast(record.input(), dtype)
         return self._solver.statistics(input, input if self._samples is None else cast(record.input(self._samples), dtype))
 
@@ -331,7 +331,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         """A step of fixed size by any solver; raises before anything has changed."""
         gradients = self._gradients()
         directions, prepared = self._directions(covered, groups, gradients)
-        others = self._uncovered(gradients, set(directions))
+        others = self._uncovered(gradients, list(directions))
         velocities = {p: self._velocity(p, direction, groups[p]) for p, direction in directions.items()}
         bad = {
             layer: "the solution overflows" for layer in covered for p in layer.parameters(recurse=False)
@@ -349,13 +349,16 @@ class LayerwiseOptimizer(CurvatureOptimizer):
     ) -> None:
         """Solves and updates all layers in one call, then commits every state; raises before anything has changed."""
         gradients, layers = self._gradients(), list(covered)
-        weights = [layer.weight for layer in layers]
+        weights: list[Tensor] = [layer._parameters["weight"] for layer in layers]  # type: ignore[misc]
         own = [groups[weight] for weight in weights]
         biases: list[Tensor] = []
         bias_grads: list[Tensor] = []
+        trained = list(weights)
         for layer, weight in zip(layers, weights, strict=True):
-            bias: Tensor = layer.bias
-            if bias not in gradients:
+            bias: Tensor = layer._parameters["bias"]  # type: ignore[assignment]  # or None
+            if bias in gradients:
+                trained.append(bias)
+            else:
                 bias = weight.new_empty(0)
             biases.append(bias)
             bias_grads.append(gradients.get(bias, bias))
@@ -363,7 +366,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         if any(group["momentum"] != 0 for group in own):
             momenta = ([self._momentum(p) for p in weights], [self._momentum(p) for p in biases])
 
-        others = self._uncovered(gradients, {*weights, *biases})
+        others = self._uncovered(gradients, trained)
         if layers:
             iterations = ops.eacg_update_(
                 [each["bias_hessian"] for each in covered.values()],
@@ -399,7 +402,8 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         group, steps = self.param_groups[0], self._steps()
         eta = {p: float(each["weight_decay"]) for p, each in groups.items()}
         grads = self._gradients(coupled=True)
-        others = [p for p, *_ in self._uncovered(grads, {p for layer in covered for p in layer.parameters(recurse=False)})]
+        own: list[Tensor] = [p for layer in covered for p in layer.parameters(recurse=False) if p in grads]
+        others = [p for p, *_ in self._uncovered(grads, own)]
         local = LocalLoss(
             self._model, self.criterion, self._tape.losses, {p: self._parameter_names[p] for p in grads}, self._subsample, steps,
             self._tape, self._ranks,
