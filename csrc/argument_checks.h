@@ -106,6 +106,20 @@ inline void check_update(const char* op, at::TensorList hessians, at::TensorList
   }
 }
 
+// precondition
+inline void check_precondition(const char* op, const std::optional<at::Tensor>& left, const at::Tensor& gradient,
+                               const std::optional<at::Tensor>& right) {
+  check_dim(op, "gradient", gradient, 2);
+  check_floating(op, "gradient", gradient);
+  const auto check_side = [&](const char* name, const std::optional<at::Tensor>& side, int64_t n) {
+    if (!side) return;
+    check_shape(op, name, *side, {n, n});
+    check_same(op, name, *side, "gradient", gradient);
+  };
+  check_side("left", left, gradient.size(0));
+  check_side("right", right, gradient.size(1));
+}
+
 // K-BFGS's matrices, one per layer, of one dtype on one device; `written` in place.
 inline void check_matrices(const char* op, const char* name, at::TensorList matrices, bool written) {
   for (const at::Tensor& h : matrices) {

@@ -7,6 +7,8 @@
 #include <optional>
 #include <vector>
 
+#include "checks.h"
+
 namespace secondorder {
 namespace {
 
@@ -20,11 +22,11 @@ std::vector<at::Tensor> bias_hessian_chain(at::Tensor hessian, at::TensorList we
                                .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, c10::string_view,
                                                  double, const std::optional<at::Tensor>&, double)>();
   const size_t layers = weights.size();
-  TORCH_CHECK_VALUE(saved.size() == layers && activations.size() == layers && parameters.size() == layers &&
-                        grad_inputs.size() == layers,
-                    "bias_hessian_chain: expected lists of one length, got ", layers, " weights, ", saved.size(),
-                    " saved, ", activations.size(), " activations, ", parameters.size(), " parameters and ",
-                    grad_inputs.size(), " grad_inputs");
+  check_lengths("bias_hessian", {{"weight", layers},
+                                 {"saved", saved.size()},
+                                 {"activation", activations.size()},
+                                 {"parameter", parameters.size()},
+                                 {"grad_input", grad_inputs.size()}});
   std::vector<at::Tensor> hessians;
   for (size_t l = 0; l < layers; ++l)
     hessians.push_back(step.call(l == 0 ? hessian : hessians.back(), weights[l], saved[l], activations.get(l), parameters[l],

@@ -15,6 +15,8 @@ TORCH_LIBRARY(secondorder, m) {
       "bias_hessian.chain(Tensor bias_hessian, Tensor[] weight, Tensor[] saved, str[] activation, float[] parameter, "
       "Tensor?[] grad_input, float gamma) -> Tensor[]");
 
+  m.def("precondition(Tensor? left, Tensor gradient, Tensor? right) -> Tensor");
+
   m.def("eacg_hvp(Tensor bias_hessian, Tensor mean_input, Tensor p) -> Tensor");
   m.def(
       "eacg_solve(Tensor bias_hessian, Tensor mean_input, Tensor grad_weight, Tensor? grad_bias, float alpha, "

@@ -34,6 +34,7 @@ __all__ = [
     "eacg_update_",
     "hessian_action_update_",
     "lbfgs_product",
+    "precondition",
 ]
 
 
@@ -118,6 +119,20 @@ def bias_hessian_chain(
     return _ops.bias_hessian.chain(
         bias_hessian, list(weight), list(saved), list(activation), list(parameter), list(grad_input), gamma
     )
+
+
+def precondition(left: Tensor | None, gradient: Tensor, right: Tensor | None) -> Tensor:
+    """L G R: a layer's gradient between the inverses of its two Kronecker factors (KFI, K-BFGS).
+
+    Args:
+        left: L [n_out, n_out], symmetric; None: the identity.
+        gradient: G [n_out, n_in].
+        right: R [n_in, n_in], likewise.
+
+    Returns:
+        L G R [n_out, n_in], a new tensor.
+    """
+    return _ops.precondition(left, gradient, right)
 
 
 def eacg_hvp(bias_hessian: Tensor, mean_input: Tensor, p: Tensor) -> Tensor:

@@ -55,6 +55,12 @@ def bias_hessian(
     return result
 
 
+def precondition(left: Tensor | None, gradient: Tensor, right: Tensor | None) -> Tensor:
+    """KFI's and K-BFGS's two products, L G R."""
+    half = gradient if left is None else left @ gradient
+    return half.clone() if right is None else half @ right
+
+
 def eacg_hvp(bias_hessian: Tensor, mean_input: Tensor, p: Tensor) -> Tensor:
     """Eq. 11b: H P a a^T."""
     return torch.outer(bias_hessian @ (p @ mean_input), mean_input)

@@ -153,12 +153,10 @@ class KFI:
     def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See `Solver`."""
         weight_inverse, bias_inverse = prepared["hessian_inverses"]
-        left = (weight_inverse @ grad_weight).neg_()
+        weight = ops.precondition(weight_inverse, grad_weight, prepared.get("input_inverse")).neg_()
         if "mean_input" in prepared:
             a, shift = prepared["mean_input"], prepared["input_shift"]
-            weight = left.addr_(left @ a / (shift + a @ a), a, alpha=-1).div_(shift)
-        else:
-            weight = left @ prepared["input_inverse"]
+            weight.addr_(weight @ a / (shift + a @ a), a, alpha=-1).div_(shift)
         return weight, None if grad_bias is None else -(bias_inverse @ grad_bias)
 
 
@@ -215,7 +213,7 @@ class Isotropic:
         u = grad_weight @ a
         unit = torch.where(s > 0, a / s, 0)
         # M^{-1} (B - u a^T / s) + q a^T / s: the two terms along a are one outer product.
-        weight = torch.addr(across @ grad_weight, along @ u - across @ u, unit).neg_()
+        weight = ops.precondition(across, grad_weight, None).addr_(along @ u - across @ u, unit).neg_()
         return weight, None if grad_bias is None else -(bias_inverse @ grad_bias)
 
 

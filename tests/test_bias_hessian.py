@@ -79,11 +79,11 @@ def test_chain(dtype):
     grads[1] = None
     actual = ops.bias_hessian_chain(top, weights, saved, names, parameters, grads, gamma)
     plain, exact = top, top.double()
-    for l, (w, s, name, parameter, g) in enumerate(zip(weights, saved, names, parameters, grads)):
+    for result, w, s, name, parameter, g in zip(actual, weights, saved, names, parameters, grads):
         plain = reference.bias_hessian(plain, w, *reference.activation_derivatives(s, name, parameter), g, gamma)
         d1, d2 = reference.activation_derivatives(s.double(), name, parameter)
         exact = dense(exact, w.double(), d1, *((None, None) if g is None else (d2, g.double())), gamma)
-        assert_as_accurate(actual[l], plain, exact, ulps=64)
+        assert_as_accurate(result, plain, exact, ulps=64)
     assert ops.bias_hessian_chain(top, [], [], [], [], [], gamma) == []
 
 
@@ -183,7 +183,7 @@ def test_bad_activation():
         ops.bias_hessian_activation(h, w, d1, "sine", 1.0, g, -1.0)
     with pytest.raises(ValueError, match="expected a parameter > 0 for activation 'elu', got -1"):
         ops.bias_hessian_activation(h, w, d1, "elu", -1.0, g, -1.0)
-    with pytest.raises(ValueError, match="lists of one length, got 2 weights, 1 saved, 1 activations, 1 parameters and 1 grad_i"):
+    with pytest.raises(ValueError, match="lists of one length, got 2 weight, 1 saved, 1 activation, 1 parameter, 1 grad_input"):
         ops.bias_hessian_chain(h, [w, w], [d1], ["elu"], [1.0], [g], -1.0)
     with pytest.raises(ValueError, match=r"expected weight of shape \[7, 7\], got \[5, 7\]"):
         ops.bias_hessian_chain(h, [w, w], [d1, d1], ["elu"] * 2, [1.0] * 2, [g, g], -1.0)

@@ -21,56 +21,10 @@
 #include "activation.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "strips.h"
 
 namespace secondorder::cpu {
 namespace {
-
-constexpr int64_t kTileStrips = 4;    // a tile of G is at most this many strips square
-constexpr int64_t kDepth = 256;       // rows of X and Y multiplied at a time: two strips of them fit the L1 cache
-
-// The columns of a row-major matrix in strips of nr, [strips][rows][nr], the last one padded with zeros.
-template <typename T>
-struct Strips {
-  int64_t rows, cols, nr, count;
-  at::Tensor storage;
-
-  Strips(int64_t rows, int64_t cols, int64_t nr, at::ScalarType dtype)
-      : rows(rows), cols(cols), nr(nr), count(ceil_div(cols, nr)),
-        storage(at::empty({count * rows * nr}, at::TensorOptions(dtype))) {}
-
-  T* strip(int64_t s) const { return storage.mutable_data_ptr<T>() + s * rows * nr; }
-  int64_t width(int64_t s) const { return std::min(nr, cols - s * nr); }
-
-  // Only the last strip has padding; whoever fills it calls this first.
-  void clear_padding(int64_t s) const {
-    if (width(s) < nr) std::fill_n(strip(s), rows * nr, T(0));
-  }
-
-  void pack(int64_t s, const T* matrix) const {
-    clear_padding(s);
-    T* out = strip(s);
-    const T* in = matrix + s * nr;
-    for (int64_t r = 0; r < rows; ++r, out += nr, in += cols) std::memcpy(out, in, sizeof(T) * width(s));
-  }
-};
-
-// C = X^T Y for strips [x_begin, x_end) of X and [y_begin, y_end) of Y; C's row r, strip s at c + r * row + s * strip.
-// With `lower`, X and Y cover the same columns and register tiles wholly above the diagonal are left undefined.
-template <typename T>
-void multiply_strips(const Kernels<T>& kernel, int64_t rows, const T* x, int64_t x_strips, const T* y,
-                     int64_t y_strips, T* c, int64_t c_row, int64_t c_strip, bool lower) {
-  const int64_t nr = kernel.nr;
-  int64_t k = 0;
-  do {  // once for no rows at all: C = 0
-    const int64_t depth = std::min(kDepth, rows - k);
-    for (int64_t ys = 0; ys < y_strips; ++ys)
-      for (int64_t xs = lower ? ys : 0; xs < x_strips; ++xs)
-        for (int64_t i = 0; i < nr; i += kernel.mr)
-          kernel.multiply(depth, x + (xs * rows + k) * nr + i, y + (ys * rows + k) * nr,
-                          c + (xs * nr + i) * c_row + ys * c_strip, c_row, k > 0);
-    k += kDepth;
-  } while (k < rows);
-}
 
 // G from H [k, k] and W [k, n], both contiguous, and d1 [m, n], which `fill(strip, out, sums)` writes as strips while
 // it adds the strip's columns of sum_i d2_i * grad_input_i to sums (null where there is no diagonal).
@@ -79,8 +33,7 @@ void recursion(const T* hessian, const T* weight, int64_t k, int64_t n, int64_t 
                Fill&& fill) {
   const Kernels<T>& kernel = kernels<T>();
   const int64_t nr = kernel.nr;
-  const auto dtype = c10::CppTypeToScalarType<T>::value;
-  const Strips<T> h(k, k, nr, dtype), w(k, n, nr, dtype), d1(m, n, nr, dtype);
+  const Strips<T> h(k, k), w(k, n), d1(m, n);
   std::vector<double> sums(diagonal ? d1.count * nr : 0, 0.0);
 
   parallel_items(d1.count + w.count + h.count, (m + k) * n + k * k, [&](int64_t, int64_t item) {
@@ -95,8 +48,7 @@ void recursion(const T* hessian, const T* weight, int64_t k, int64_t n, int64_t 
   });
 
   // Panel p of G: its tile columns, from the diagonal down. The first panels are the longest, as parallel_items wants.
-  // Narrower tiles where there would be too few panels for all threads to finish together.
-  const int64_t strips = std::clamp<int64_t>(d1.count / (2 * at::get_num_threads()), 1, kTileStrips), tile = strips * nr;
+  const int64_t strips = tile_strips(d1.count), tile = strips * nr;
   const int64_t panels = ceil_div(d1.count, strips), h_rows = h.count * nr;
   const int64_t work = k * k * n + (k + m) * n * n / 2;
   struct Scratch {
@@ -112,17 +64,17 @@ void recursion(const T* hessian, const T* weight, int64_t k, int64_t n, int64_t 
     moment.resize(tile * tile);
     const int64_t first = panel * strips, columns = std::min(strips, d1.count - first);
 
-    // hw: the panel's columns of H W as strips [k, nr] (h_rows >= k rows are written, k are used).
-    for (int64_t s = 0; s < columns; ++s)
-      multiply_strips(kernel, k, h.strip(0), h.count, w.strip(first + s), 1, hw.data() + s * h_rows * nr, nr, 0, false);
-    for (int64_t s = 1; s < columns && h_rows != k; ++s)
-      std::memmove(hw.data() + s * k * nr, hw.data() + s * h_rows * nr, sizeof(T) * k * nr);
+    // hw: the panel's columns of H W as strips [h_rows, nr], of whose rows k are used.
+    multiply_strips(kernel, k, h.strip(0), k * nr, h.count, w.strip(first), k * nr, columns, hw.data(), nr, h_rows * nr,
+                    false);
 
     for (int64_t block = first; block < d1.count; block += strips) {
       const int64_t rows = std::min(strips, d1.count - block);
       const bool on_diagonal = block == first;
-      multiply_strips(kernel, k, w.strip(block), rows, hw.data(), columns, curvature.data(), tile, nr, on_diagonal);
-      multiply_strips(kernel, m, d1.strip(block), rows, d1.strip(first), columns, moment.data(), tile, nr, on_diagonal);
+      multiply_strips(kernel, k, w.strip(block), k * nr, rows, hw.data(), h_rows * nr, columns, curvature.data(), tile,
+                      nr, on_diagonal);
+      multiply_strips(kernel, m, d1.strip(block), m * nr, rows, d1.strip(first), m * nr, columns, moment.data(), tile,
+                      nr, on_diagonal);
 
       const int64_t row0 = block * nr, col0 = first * nr;
       const int64_t valid_rows = std::min(n - row0, rows * nr), valid_cols = std::min(n - col0, columns * nr);

@@ -239,9 +239,10 @@ class KBFGS(CurvatureOptimizer):
         """The state that stands for H_g = I."""
         return {"inverse_output": torch.eye(len(zero), dtype=zero.dtype, device=zero.device)}
 
-    def _times_inverse_output(self, states: list[dict[str, Any]], gradients: list[Tensor]) -> list[Tensor]:
-        """H_g M of every layer."""
-        return [state["inverse_output"] @ m for state, m in zip(states, gradients, strict=True)]
+    def _preconditioned(self, states: list[dict[str, Any]], gradients: list[Tensor]) -> list[Tensor]:
+        """H_g M H_a of every layer."""
+        pairs = zip(states, gradients, strict=True)
+        return [ops.precondition(state["inverse_output"], m, state["inverse_input"]) for state, m in pairs]
 
     def _damped_update(self, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
         """Updates H_g by the damped (s, y) of every layer."""
@@ -276,8 +277,7 @@ class KBFGS(CurvatureOptimizer):
             states.append(state)
             average = self._averaged_gradient(layer, state, [gradients[p] for p in each], group["decay"])
             updates[layer] = {**state, "gradient": average}
-        halves = self._times_inverse_output(states, [update["gradient"] for update in updates.values()])
-        return [half @ state["inverse_input"] for state, half in zip(states, halves, strict=True)], updates
+        return self._preconditioned(states, [update["gradient"] for update in updates.values()]), updates
 
     def _averaged_gradient(self, layer: nn.Linear, state: dict[str, Any], gradients: list[Tensor], decay: float) -> Tensor:
         """M after this step's gradient of [W | b]."""
@@ -416,8 +416,10 @@ class KBFGSL(KBFGS):
     def _start_output(self, zero: Tensor) -> dict[str, Tensor]:
         return {key: zero.new_zeros(self._memory, len(zero)) for key in ("s_pairs", "y_pairs")}
 
-    def _times_inverse_output(self, states: list[dict[str, Any]], gradients: list[Tensor]) -> list[Tensor]:
-        return ops.lbfgs_product([state["s_pairs"] for state in states], [state["y_pairs"] for state in states], gradients)
+    def _preconditioned(self, states: list[dict[str, Any]], gradients: list[Tensor]) -> list[Tensor]:
+        s_pairs, y_pairs = ([state[key] for state in states] for key in ("s_pairs", "y_pairs"))
+        halves = ops.lbfgs_product(s_pairs, y_pairs, gradients)
+        return [ops.precondition(None, half, state["inverse_input"]) for state, half in zip(states, halves, strict=True)]
 
     def _damped_update(self, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
         s, y, s_pairs, y_pairs = ([state[key] for state in states] for key in ("s", "y", "s_pairs", "y_pairs"))
