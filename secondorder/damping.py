@@ -284,24 +284,26 @@ class _Chain:
 
     def rows(self, keep: slice) -> "_Chain":
         """The same for these instances alone."""
-        transfers = [Analytic(t.activation, t.parameter, widened(t.saved[keep])) for t in self.transfers]
-        inputs = [widened(h[keep]) for h in self.inputs]
-        return _Chain(self.layers, self.places, inputs, transfers, widened(self.output[keep]))
+        transfers = [Analytic(t.activation, t.parameter, widened(_kept(t.saved, keep))) for t in self.transfers]
+        inputs = [widened(_kept(h, keep)) for h in self.inputs]
+        return _Chain(self.layers, self.places, inputs, transfers, widened(_kept(self.output, keep)))
 
     def tangents(self, vectors: list[list[Tensor]]) -> Tensor:
         """J x of every vector, [k, *output.shape]."""
         t: Tensor | None = None
         for depth, (layer, (weight, bias), h) in enumerate(zip(self.layers, self.places, self.inputs, strict=True)):
             flat = h.reshape(-1, h.shape[-1])
-            new = flat.new_zeros(len(vectors), len(flat), layer.out_features)
+            if t is None:
+                new = flat.new_zeros(len(vectors), len(flat), layer.out_features)
+            else:
+                d1, _ = derivatives(self.transfers[depth - 1])
+                below = (t * d1.reshape(t.shape[1:])).flatten(0, 1)
+                new = (below @ widened(layer.weight.detach()).T).view(len(vectors), len(flat), layer.out_features)
             for k, vector in enumerate(vectors):
                 if weight is not None:
-                    torch.mm(flat, vector[weight].T, out=new[k])
+                    new[k].addmm_(flat, vector[weight].T)
                 if bias is not None:
-                    new[k] += vector[bias]
-            if t is not None:
-                d1, _ = derivatives(self.transfers[depth - 1])
-                new += ((t * d1.reshape(t.shape[1:])).flatten(0, 1) @ widened(layer.weight.detach()).T).view_as(new)
+                    new[k].add_(vector[bias])
             t = new
         assert t is not None
         return t.view(len(vectors), *self.output.shape)
@@ -356,9 +358,7 @@ def best_step(local: LocalLoss, gradients: list[Tensor], vectors: list[list[Tens
         eta: a weight decay for each parameter.
     """
     first, gram = local.products(vectors)
-    slope = _dots(vectors, [gradients])[:, 0]
-    inner = _dots(vectors, vectors)
-    decay = _dots(vectors, vectors, eta) if any(eta) else torch.zeros_like(inner)
+    slope, inner, decay = _dots(vectors, gradients, eta)
     c = gram + tau * inner + decay
     # Two nearly parallel vectors make C singular; scaled to a unit diagonal, what is below rounding is left out.
     unit = c.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
@@ -377,12 +377,21 @@ def best_step(local: LocalLoss, gradients: list[Tensor], vectors: list[list[Tens
     )
 
 
-def _dots(xs: list[list[Tensor]], ys: list[list[Tensor]], weights: list[float] | None = None) -> Tensor:
-    """x^T diag(weights) y of all pairs [len(xs), len(ys)], in float64 on the CPU."""
-    products = [[torch.dot(a.flatten(), b.flatten()) for a, b in zip(x, y, strict=True)] for x in xs for y in ys]
-    sums = torch.stack([torch.stack(each) for each in products]).double().cpu()
-    sums = sums.sum(1) if weights is None else sums @ torch.tensor(weights, dtype=torch.float64)
-    return sums.view(len(xs), len(ys))
+def _dots(vectors: list[list[Tensor]], gradients: list[Tensor], eta: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """x_k^T g [k], x_k^T x_l and x_k^T diag(eta) x_l [k, k], in float64 on the CPU, after one wait for the device."""
+    flat = [[t.reshape(-1) for t in vector] for vector in [*vectors, gradients]]
+    rows, columns = torch.triu_indices(len(vectors), len(flat), offset=0)
+    pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
+    products = torch.stack([torch.dot(a, b) for i, j in pairs for a, b in zip(flat[i], flat[j], strict=True)])
+    products = products.double().cpu().view(len(pairs), len(eta))
+
+    def matrix(sums: Tensor) -> Tensor:
+        upper = sums.new_zeros(len(vectors), len(flat)).index_put((rows, columns), sums)
+        upper[:, :-1] += upper[:, :-1].triu(1).T
+        return upper
+
+    inner, decay = matrix(products.sum(1)), matrix(products @ torch.tensor(eta, dtype=torch.float64))
+    return inner[:, -1], inner[:, :-1], decay[:, :-1]
 
 
 def _batch_size(arguments: Any) -> int:
@@ -393,6 +402,12 @@ def _batch_size(arguments: Any) -> int:
 
 def _rows(arguments: Any, batch: int, keep: slice) -> Any:
     """The kept instances of every tensor that has one row for each."""
+    if keep.step == 1:
+        return arguments
     return tree_map(
         lambda leaf: leaf[keep] if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == batch else leaf, arguments
     )
+
+
+def _kept(instances: Tensor, keep: slice) -> Tensor:
+    return instances if keep.step == 1 else instances[keep]
