@@ -81,6 +81,9 @@ def cases(net: Net, batch: int) -> Iterator[tuple[str, Case]]:
                 systems,
             ),
         )
+    factors = [torch.randn(n_in, n_in) / n_in for n_in, _ in pairs]
+    sides = [(h, x, a @ a.T) for h, x, a in zip(hessians, b, factors, strict=True)]
+    yield "precondition", (each(ops.precondition), reference.precondition, sides)
     biases = [torch.zeros_like(x) for x in g]
 
     def update(h: Tensor, a: Tensor, b: Tensor, g: Tensor, w: Tensor, x: Tensor) -> None:
@@ -136,7 +139,7 @@ def cases(net: Net, batch: int) -> Iterator[tuple[str, Case]]:
 
 
 # What torch.compile takes in one graph; it compiles the others' loops, which end when the numbers say so, anew at every turn.
-STRAIGHT = {"activation_derivatives", "bias_hessian", "bias_hessian_activation", "eacg_hvp", "double_damping"}
+STRAIGHT = {"activation_derivatives", "bias_hessian", "bias_hessian_activation", "eacg_hvp", "precondition", "double_damping"}
 
 
 def calls(twin: Callable[..., object], layers: list[tuple[Any, ...]]) -> Callable[[], object]:

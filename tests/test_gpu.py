@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracles import assert_as_accurate, random_psd
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import secondorder as so
 from secondorder import ops, reference
@@ -29,9 +30,7 @@ def _switches():
 
 
 def moved(value, device):
-    if isinstance(value, (list, tuple)):
-        return [moved(v, device) for v in value]
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
 def without_waiting(function, *arguments):
@@ -49,7 +48,7 @@ def on_gpu(function, *arguments):
 
 
 def to_double(arguments):
-    return [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
+    return tree_map(lambda a: a.double() if isinstance(a, torch.Tensor) else a, arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,6 +71,36 @@ def test_bias_hessian(size, dtype):
     actual = on_gpu(ops.bias_hessian, *arguments)
     assert_as_accurate(actual, reference.bias_hessian(*arguments), reference.bias_hessian(*to_double(arguments)), ulps=64)
     assert torch.equal(actual, actual.T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_bias_hessian_chain(size, dtype):
+    n_out, n_in, batch = size
+    widths = [n_out, n_in, 3, n_in]
+    h = random_psd(n_out, dtype)
+    weights = [torch.randn(k, n, dtype=torch.float64).to(dtype) / k for k, n in zip(widths, widths[1:])]
+    saved, grads = ([torch.rand(batch, n, dtype=torch.float64).to(dtype) for n in widths[1:]] for _ in range(2))
+    arguments = [h, weights, saved, ["tanh"] * 3, [1.0] * 3, [grads[0], None, grads[2]], -0.5]
+    for actual, plain, exact in zip(
+        on_gpu(ops.bias_hessian_chain, *arguments),
+        ops.bias_hessian_chain(*arguments),
+        ops.bias_hessian_chain(*to_double(arguments)),
+        strict=True,
+    ):
+        assert_as_accurate(actual, plain, exact, ulps=256)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_precondition(size, dtype):
+    n_out, n_in, _ = size
+    left, right = random_psd(n_out, dtype), random_psd(n_in, dtype)
+    gradient = torch.randn(n_out, n_in, dtype=torch.float64).to(dtype)
+    for sides in [(left, right), (left, None), (None, right), (None, None)]:
+        arguments = [sides[0], gradient, sides[1]]
+        exact = reference.precondition(*to_double(arguments))
+        assert_as_accurate(on_gpu(ops.precondition, *arguments), reference.precondition(*arguments), exact, ulps=64)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
