@@ -287,12 +287,13 @@ def best_runs(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
     return chosen
 
 
-def table(problem: Problem, methods: dict[str, list[Run]], reference: str = "Adam") -> str:
+def table(problem: Problem, methods: dict[str, list[Run]]) -> str:
     """Markdown: a line per method; medians over seeds, with their range.
 
-    The last column is the time to the reference's final loss over the reference's time, both medians.
+    The last column is the time to the first method's final loss over that method's time, both medians.
     """
-    goal = statistics.median(run.final for run in methods[reference]) if reference in methods else -math.inf
+    reference = next(iter(methods))
+    goal = statistics.median(run.final for run in methods[reference])
     lines = [
         f"| {problem.name} | setting | training loss | {problem.score_name} | steps | time to {reference}'s loss |",
         "|---|---|---|---|---|---|",

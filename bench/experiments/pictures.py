@@ -17,15 +17,15 @@ LINES = ["-", "--", "-.", ":"]
 
 
 def draw(problems: list[Problem], best: dict[str, dict[str, list[Run]]], title: str, path: Path) -> None:
-    """A row per problem: training loss against seconds and against epochs, score against seconds; median and range of seeds."""
-    figure, axes = plt.subplots(len(problems), 3, figsize=(13, 0.7 + 3.1 * len(problems)), squeeze=False, layout="constrained")
+    """A row per problem: training loss, then score, against seconds and against epochs; median and range of seeds."""
+    figure, axes = plt.subplots(len(problems), 4, figsize=(15, 0.7 + 3.1 * len(problems)), squeeze=False, layout="constrained")
     names = list(dict.fromkeys(name for methods in best.values() for name in methods))
     for problem, row in zip(problems, axes):
         for name, runs in best[problem.name].items():
             i = names.index(name)
             style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
             style["linewidth"] = 2.4 if name == "EACG" else 1.5
-            for axis, x, y in zip(row, ("seconds", "epochs", "seconds"), ("loss", "loss", "score")):
+            for axis, x, y in zip(row, ("seconds", "epochs") * 2, ("loss", "loss", "score", "score")):
                 n = min(len(run.seconds) for run in runs)
                 xs = np.median([getattr(run, x)[:n] for run in runs], axis=0)
                 ys = np.array([getattr(run, y)[:n] for run in runs])
@@ -39,14 +39,15 @@ def draw(problems: list[Problem], best: dict[str, dict[str, list[Run]]], title: 
                 axis.yaxis.set_major_formatter("{x:g}")
                 labelled = "235" if high < 50 * low else ""
                 axis.yaxis.set_minor_formatter(lambda y, _, digits=labelled: f"{y:g}" if f"{y:e}"[0] in digits else "")
-        row[1].set_xscale("symlog", linthresh=1)
-        row[1].set_xlim(left=0)
-        row[1].xaxis.set_major_formatter("{x:g}")
+        for axis in row[1::2]:
+            axis.set_xscale("symlog", linthresh=1)
+            axis.set_xlim(left=0)
+            axis.xaxis.set_major_formatter("{x:g}")
         row[0].set_ylabel(f"{problem.name}\ntraining loss")
         row[2].set_ylabel(problem.score_name)
         for axis in row:
             axis.grid(alpha=0.3)
-    for axis, label in zip(axes[-1], ("CPU seconds on one thread", "epochs", "CPU seconds on one thread")):
+    for axis, label in zip(axes[-1], ("CPU seconds on one thread", "epochs") * 2):
         axis.set_xlabel(label)
     handles = {label: h for axis in axes[:, 0] for h, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6), frameon=False)

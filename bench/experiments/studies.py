@@ -88,15 +88,15 @@ _CONVEX, _BOUNDED, _WIDE, _WIDE_BOUNDED = CLASSIFIERS
 _EA, _KFI, _EQ13 = "ea-cg-truncated", "kfi", "kfi-rank-one"
 STUDIES = {
     "figures-1-to-8": [
-        Study("CIFAR-10, cross-entropy", "cifar", [_CONVEX], [SGD, _paper("pch-abs", _EA), _paper("gauss-newton", _EA),
+        Study("Figures 1 and 3: CIFAR-10, cross-entropy", "cifar", [_CONVEX], [SGD, _paper("pch-abs", _EA), _paper("gauss-newton", _EA),
               _paper("fisher-empirical", _EA), _paper("pch-abs", _KFI), _paper("gauss-newton", _KFI),
               _paper("fisher-empirical", _KFI), EACG]),
-        Study("CIFAR-10, Eq. 14", "cifar", [_BOUNDED], [SGD, _paper("pch-abs", _EA), _paper("fisher-empirical", _EA),
+        Study("Figures 5 and 7: CIFAR-10, Eq. 14", "cifar", [_BOUNDED], [SGD, _paper("pch-abs", _EA), _paper("fisher-empirical", _EA),
               _paper("pch-abs", _KFI), _paper("fisher-empirical", _KFI), EACG]),
-        Study("wide input, cross-entropy", "cifar", [_WIDE], [SGD, _paper("pch-abs", _EA), _paper("gauss-newton", _EA),
+        Study("Figures 2 and 4: wide input, cross-entropy", "cifar", [_WIDE], [SGD, _paper("pch-abs", _EA), _paper("gauss-newton", _EA),
               _paper("fisher-empirical", _EA), _paper("pch-abs", _EQ13), _paper("gauss-newton", _EQ13),
               _paper("fisher-empirical", _EQ13), EACG]),
-        Study("wide input, Eq. 14", "cifar", [_WIDE_BOUNDED], [SGD, _paper("pch-abs", _EA), _paper("fisher-empirical", _EA),
+        Study("Figures 6 and 8: wide input, Eq. 14", "cifar", [_WIDE_BOUNDED], [SGD, _paper("pch-abs", _EA), _paper("fisher-empirical", _EA),
               _paper("pch-abs", _EQ13), _paper("fisher-empirical", _EQ13), EACG]),
     ],
     "kfra-figure-2": [Study("Autoencoders: second order at defaults", "autoencoders", AUTOENCODERS, [ADAM, KFRA, KFAC, EACG])],
