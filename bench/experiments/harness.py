@@ -44,7 +44,8 @@ class Problem:
     seconds: float  # of training, for each run
     score: Callable[[Tensor, Tensor], float]  # of outputs and targets of the test set
     score_name: str
-    log_loss: bool = True
+    log_loss: bool = True  # axes of pictures
+    log_score: bool = False
     summed: bool = False  # the criterion sums over instances: the loss is its value per instance
     epochs: float = math.inf  # a run ends after so many, if the seconds last
 

@@ -1,5 +1,6 @@
 """Pictures of experiments: training loss and score against seconds and epochs, as PNG and SVG."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -7,12 +8,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.experiments.harness import Problem, Run
 
 # Okabe and Ito's colours, told apart by the colour-blind; lines differ in style as well.
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F"]
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#7F7F7F"]
 LINES = ["-", "--", "-.", ":"]
 
 
@@ -31,14 +33,10 @@ def draw(problems: list[Problem], best: dict[str, dict[str, list[Run]]], title: 
                 ys = np.array([getattr(run, y)[:n] for run in runs])
                 axis.plot(xs, np.median(ys, axis=0), **style, label=name)
                 axis.fill_between(xs, ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=0)
-        low, high = visible([run.loss for runs in best[problem.name].values() for run in runs])
-        for axis in row[:2]:
-            axis.set_ylim(low, high)
-            if problem.log_loss:
-                axis.set_yscale("log")
-                axis.yaxis.set_major_formatter("{x:g}")
-                labelled = "235" if high < 50 * low else ""
-                axis.yaxis.set_minor_formatter(lambda y, _, digits=labelled: f"{y:g}" if f"{y:e}"[0] in digits else "")
+        everything = [run for runs in best[problem.name].values() for run in runs]
+        limits(row[:2], [run.loss for run in everything], problem.log_loss)
+        if problem.log_score:
+            limits(row[2:], [run.score for run in everything], True)
         for axis in row[1::2]:
             axis.set_xscale("symlog", linthresh=1)
             axis.set_xlim(left=0)
@@ -55,10 +53,16 @@ def draw(problems: list[Problem], best: dict[str, dict[str, list[Run]]], title: 
     save(figure, path)
 
 
-def visible(curves: list[list[float]]) -> tuple[float, float]:
-    """From a little below the lowest loss to a little above where the curves begin, whatever a diverging one does."""
+def limits(axes: Sequence[Axes], curves: list[list[float]], log: bool) -> None:
+    """From a little below the lowest value to a little above where the curves begin, whatever a diverging one does."""
     low, high = min(min(curve) for curve in curves), max(curve[0] for curve in curves)
-    return low / 1.15 if low > 0 else low, high * 1.15
+    for axis in axes:
+        axis.set_ylim(low / 1.15 if low > 0 else low, high * 1.15)
+        if log:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            labelled = "235" if high < 50 * low else ""
+            axis.yaxis.set_minor_formatter(lambda y, _, digits=labelled: f"{y:g}" if f"{y:e}"[0] in digits else "")
 
 
 def save(figure: Figure, path: Path) -> None:
