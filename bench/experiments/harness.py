@@ -57,9 +57,9 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """An optimizer and the settings that it may choose from; `halve` in one is for the harness.
+    """An optimizer and the settings to choose from.
 
-    halve: the learning rate is halved whenever this fraction of the seconds has passed.
+    `halve` in a setting is not the optimizer's: the learning rate is halved whenever this fraction of the seconds has passed.
     """
 
     name: str
@@ -125,20 +125,16 @@ class Store:
         """Appends one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(_rounded(asdict(run))) + "\n")
+            file.write(json.dumps(asdict(run)) + "\n")
 
     def forget(self, chosen: Callable[[Run], bool]) -> None:
         """Deletes the chosen runs."""
         kept = [run for run in self.runs() if not chosen(run)]
-        self.path.write_text("".join(json.dumps(_rounded(asdict(run))) + "\n" for run in kept))
+        self.path.write_text("".join(json.dumps(asdict(run)) + "\n" for run in kept))
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [float(f"{v:.5g}") if isinstance(v, float) else v for v in value]
-    return value
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def environment() -> str:
@@ -168,10 +164,10 @@ def train(problem: Problem, method: Method, setting: Setting, seed: int, budget:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the training loss is {loss}")
         run.steps.append(steps)
-        run.epochs.append(steps * problem.batch / len(data.train_x))
-        run.seconds.append(elapsed)
-        run.loss.append(loss)
-        run.score.append(problem.score(output, data.test_y[:EVALUATED]))
+        run.epochs.append(_rounded(steps * problem.batch / len(data.train_x)))
+        run.seconds.append(_rounded(elapsed))
+        run.loss.append(_rounded(loss))
+        run.score.append(_rounded(problem.score(output, data.test_y[:EVALUATED])))
 
     def batches() -> Iterator[Tensor]:
         while True:

@@ -78,7 +78,7 @@ KFRA_PCH = Method("KFRA, PCH-1", lambda model, criterion: so.KFRA(model, criteri
 KFRA_FISHER = Method("KFRA, empirical Fisher", lambda model, criterion: so.KFRA(model, criterion, curvature="fisher-empirical"))
 KFAC = Method("KFAC", lambda model, criterion: so.KFAC(model, criterion))
 # Botev et al. search learning rates 2^-6 to 2^-13 and five periods of halving, over far longer runs.
-ADAM = Method("Adam", _adam, grid(lr=[2**-7, 2**-8, 2**-9], halve=[1.0, 0.5]))
+ADAM = Method("Adam", _adam, grid(lr=[2**-6, 2**-7, 2**-8, 2**-9], halve=[1.0, 0.5]))
 ADAM_FIXED = Method("Adam", _adam, grid(lr=[1e-3, 3e-3, 1e-2, 3e-2]))
 SGD = Method("SGD", _sgd, grid(lr=[0.05, 0.1, 0.2, 0.5]))
 # Goldfarb et al. search learning rates and dampings (eps, for RMSprop and Adam).
