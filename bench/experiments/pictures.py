@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -13,20 +14,21 @@ from matplotlib.figure import Figure
 
 from bench.experiments.harness import Problem, Run
 
-# Okabe and Ito's colours, told apart by the colour-blind; lines differ in style as well.
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#7F7F7F"]
-LINES = ["-", "--", "-.", ":"]
+# Okabe and Ito's colours, told apart by the colour-blind; lines differ in style as well. Black is EACG's.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F", "#E69F00"]
+LINES = ["-", "--", "-."]
 
 
 def draw(problems: list[Problem], best: dict[str, dict[str, list[Run]]], title: str, path: Path) -> None:
     """A row per problem: training loss, then score, against seconds and against epochs; median and range of seeds."""
-    figure, axes = plt.subplots(len(problems), 4, figsize=(15, 0.7 + 3.1 * len(problems)), squeeze=False, layout="constrained")
-    names = list(dict.fromkeys(name for methods in best.values() for name in methods))
+    figure, axes = plt.subplots(len(problems), 4, figsize=(14, 0.7 + 3.1 * len(problems)), squeeze=False, layout="constrained")
+    others = list(dict.fromkeys(name for methods in best.values() for name in methods if name != "EACG"))
     for problem, row in zip(problems, axes):
         for name, runs in best[problem.name].items():
-            i = names.index(name)
-            style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
-            style["linewidth"] = 2.4 if name == "EACG" else 1.5
+            style: dict[str, Any] = {"color": "#000000", "linewidth": 2.4}
+            if name != "EACG":
+                i = others.index(name)
+                style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
             for axis, x, y in zip(row, ("seconds", "epochs") * 2, ("loss", "loss", "score", "score")):
                 n = min(len(run.seconds) for run in runs)
                 xs = np.median([getattr(run, x)[:n] for run in runs], axis=0)
@@ -48,7 +50,8 @@ def draw(problems: list[Problem], best: dict[str, dict[str, list[Run]]], title: 
     for axis, label in zip(axes[-1], ("CPU seconds on one thread", "epochs") * 2):
         axis.set_xlabel(label)
     handles = {label: h for axis in axes[:, 0] for h, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
+    columns = len(handles) if len(handles) <= 6 else -(-len(handles) // 2)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(title)
     save(figure, path)
 
