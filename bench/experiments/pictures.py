@@ -21,7 +21,7 @@ LINES = ["-", "--", "-."]
 
 def draw(problems: list[Problem], best: dict[str, dict[str, list[Run]]], title: str, path: Path) -> None:
     """A row per problem: training loss, then score, against seconds and against epochs; median and range of seeds."""
-    figure, axes = plt.subplots(len(problems), 4, figsize=(14, 0.7 + 3.1 * len(problems)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(problems), 4, figsize=(13, 0.7 + 3.1 * len(problems)), squeeze=False, layout="constrained")
     others = list(dict.fromkeys(name for methods in best.values() for name in methods if name != "EACG"))
     for problem, row in zip(problems, axes):
         for name, runs in best[problem.name].items():
