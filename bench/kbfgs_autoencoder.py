@@ -2,10 +2,10 @@
 
     python -m bench.kbfgs_autoencoder --data-dir DIR
 
-DIR holds train-images-idx3-ubyte, plain or with .gz. Net 784-1000-500-250-30 and back, ReLU but for the code and the
-output, BCE with logits summed over pixels, batch 1000, lr 0.3, damping 0.3, L2 1e-5: the setting whose training losses
-after epochs 1, 2, 3 the authors' notebook gives as 169.0, 109.6, 85.2. Seconds are CPU seconds of training alone, all
-threads together: what else the machine does enters less than into wall time. Adam trains three times the epochs.
+`bench/data.py` says what DIR holds. Net 784-1000-500-250-30 and back, ReLU but for the code and the output, BCE with logits
+summed over pixels, batch 1000, lr 0.3, damping 0.3, L2 1e-5: the setting whose training losses after epochs 1, 2, 3 the
+authors' notebook gives as 169.0, 109.6, 85.2. Seconds are CPU seconds of training alone, all threads together: what else
+the machine does enters less than into wall time. Adam trains three times the epochs.
 """
 
 import argparse
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import secondorder as so
-from bench.data import find, read_idx
+from bench.data import mnist
+from bench.experiments.problems import network
 from bench.timing import RESULTS, cpu_name
 
 SIZES = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
@@ -43,12 +44,7 @@ def criterion(output: Tensor, target: Tensor) -> Tensor:
 
 def autoencoder(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
-    modules: list[nn.Module] = []
-    for i, (n_in, n_out) in enumerate(pairwise(SIZES)):
-        modules.append(nn.Linear(n_in, n_out))
-        if i not in (3, len(SIZES) - 2):
-            modules.append(nn.ReLU())
-    return nn.Sequential(*modules)
+    return network(SIZES, nn.ReLU, linear_code=True)
 
 
 @torch.no_grad()
@@ -138,7 +134,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "kbfgs_autoencoder")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    x = read_idx(find(arguments.data_dir, "train-images-idx3-ubyte")).reshape(-1, SIZES[0]).float() / 255
+    x = mnist(arguments.data_dir).train_x
     runs = []
     for seed in arguments.seeds:
         for name in arguments.optimizers:

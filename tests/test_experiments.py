@@ -49,7 +49,7 @@ def test_a_study_tunes_on_the_first_seed_and_trains_the_best_setting_with_the_ot
     chosen = best_runs(runs)["line"]
     assert [run.seed for run in chosen["SGD"]] == [0, 1, 2]
     assert {run.setting["lr"] for run in chosen["SGD"]} == {0.1}
-    text = table(PROBLEM, chosen, reference="SGD")
+    text = table(PROBLEM, chosen)
     assert "| SGD | lr 0.1 |" in text
     assert "| EACG | defaults |" in text
 

@@ -44,7 +44,8 @@ class Problem:
     seconds: float  # of training, for each run
     score: Callable[[Tensor, Tensor], float]  # of outputs and targets of the test set
     score_name: str
-    log_loss: bool = True
+    log_loss: bool = True  # axes of pictures
+    log_score: bool = False
     summed: bool = False  # the criterion sums over instances: the loss is its value per instance
     epochs: float = math.inf  # a run ends after so many, if the seconds last
 
@@ -56,9 +57,9 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """An optimizer and the settings that it may choose from; `halve` in one is for the harness.
+    """An optimizer and the settings to choose from.
 
-    halve: the learning rate is halved whenever this fraction of the seconds has passed.
+    `halve` in a setting is not the optimizer's: the learning rate is halved whenever this fraction of the seconds has passed.
     """
 
     name: str
@@ -124,20 +125,16 @@ class Store:
         """Appends one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(_rounded(asdict(run))) + "\n")
+            file.write(json.dumps(asdict(run)) + "\n")
 
     def forget(self, chosen: Callable[[Run], bool]) -> None:
         """Deletes the chosen runs."""
         kept = [run for run in self.runs() if not chosen(run)]
-        self.path.write_text("".join(json.dumps(_rounded(asdict(run))) + "\n" for run in kept))
+        self.path.write_text("".join(json.dumps(asdict(run)) + "\n" for run in kept))
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [float(f"{v:.5g}") if isinstance(v, float) else v for v in value]
-    return value
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def environment() -> str:
@@ -167,10 +164,10 @@ def train(problem: Problem, method: Method, setting: Setting, seed: int, budget:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the training loss is {loss}")
         run.steps.append(steps)
-        run.epochs.append(steps * problem.batch / len(data.train_x))
-        run.seconds.append(elapsed)
-        run.loss.append(loss)
-        run.score.append(problem.score(output, data.test_y[:EVALUATED]))
+        run.epochs.append(_rounded(steps * problem.batch / len(data.train_x)))
+        run.seconds.append(_rounded(elapsed))
+        run.loss.append(_rounded(loss))
+        run.score.append(_rounded(problem.score(output, data.test_y[:EVALUATED])))
 
     def batches() -> Iterator[Tensor]:
         while True:
@@ -287,12 +284,13 @@ def best_runs(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
     return chosen
 
 
-def table(problem: Problem, methods: dict[str, list[Run]], reference: str = "Adam") -> str:
+def table(problem: Problem, methods: dict[str, list[Run]]) -> str:
     """Markdown: a line per method; medians over seeds, with their range.
 
-    The last column is the time to the reference's final loss over the reference's time, both medians.
+    The last column is the time to the first method's final loss over that method's time, both medians.
     """
-    goal = statistics.median(run.final for run in methods[reference]) if reference in methods else -math.inf
+    reference = next(iter(methods))
+    goal = statistics.median(run.final for run in methods[reference])
     lines = [
         f"| {problem.name} | setting | training loss | {problem.score_name} | steps | time to {reference}'s loss |",
         "|---|---|---|---|---|---|",

@@ -1,63 +1,71 @@
 """Pictures of experiments: training loss and score against seconds and epochs, as PNG and SVG."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.experiments.harness import Problem, Run
 
-# Okabe and Ito's colours, told apart by the colour-blind; lines differ in style as well.
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F"]
-LINES = ["-", "--", "-.", ":"]
+# Okabe and Ito's colours, told apart by the colour-blind; lines differ in style as well. Black is EACG's.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F", "#E69F00"]
+LINES = ["-", "--", "-."]
 
 
 def draw(problems: list[Problem], best: dict[str, dict[str, list[Run]]], title: str, path: Path) -> None:
-    """A row per problem: training loss against seconds and against epochs, score against seconds; median and range of seeds."""
-    figure, axes = plt.subplots(len(problems), 3, figsize=(13, 0.7 + 3.1 * len(problems)), squeeze=False, layout="constrained")
-    names = list(dict.fromkeys(name for methods in best.values() for name in methods))
+    """A row per problem: training loss, then score, against seconds and against epochs; median and range of seeds."""
+    figure, axes = plt.subplots(len(problems), 4, figsize=(13, 0.7 + 3.1 * len(problems)), squeeze=False, layout="constrained")
+    others = list(dict.fromkeys(name for methods in best.values() for name in methods if name != "EACG"))
     for problem, row in zip(problems, axes):
         for name, runs in best[problem.name].items():
-            i = names.index(name)
-            style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
-            style["linewidth"] = 2.4 if name == "EACG" else 1.5
-            for axis, x, y in zip(row, ("seconds", "epochs", "seconds"), ("loss", "loss", "score")):
+            style: dict[str, Any] = {"color": "#000000", "linewidth": 2.4}
+            if name != "EACG":
+                i = others.index(name)
+                style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
+            for axis, x, y in zip(row, ("seconds", "epochs") * 2, ("loss", "loss", "score", "score")):
                 n = min(len(run.seconds) for run in runs)
                 xs = np.median([getattr(run, x)[:n] for run in runs], axis=0)
                 ys = np.array([getattr(run, y)[:n] for run in runs])
                 axis.plot(xs, np.median(ys, axis=0), **style, label=name)
                 axis.fill_between(xs, ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=0)
-        low, high = visible([run.loss for runs in best[problem.name].values() for run in runs])
-        for axis in row[:2]:
-            axis.set_ylim(low, high)
-            if problem.log_loss:
-                axis.set_yscale("log")
-                axis.yaxis.set_major_formatter("{x:g}")
-                labelled = "235" if high < 50 * low else ""
-                axis.yaxis.set_minor_formatter(lambda y, _, digits=labelled: f"{y:g}" if f"{y:e}"[0] in digits else "")
-        row[1].set_xscale("symlog", linthresh=1)
-        row[1].set_xlim(left=0)
-        row[1].xaxis.set_major_formatter("{x:g}")
+        everything = [run for runs in best[problem.name].values() for run in runs]
+        limits(row[:2], [run.loss for run in everything], problem.log_loss)
+        if problem.log_score:
+            limits(row[2:], [run.score for run in everything], True)
+        for axis in row[1::2]:
+            axis.set_xscale("symlog", linthresh=1)
+            axis.set_xlim(left=0)
+            axis.xaxis.set_major_formatter("{x:g}")
         row[0].set_ylabel(f"{problem.name}\ntraining loss")
         row[2].set_ylabel(problem.score_name)
         for axis in row:
             axis.grid(alpha=0.3)
-    for axis, label in zip(axes[-1], ("CPU seconds on one thread", "epochs", "CPU seconds on one thread")):
+    for axis, label in zip(axes[-1], ("CPU seconds on one thread", "epochs") * 2):
         axis.set_xlabel(label)
     handles = {label: h for axis in axes[:, 0] for h, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
+    columns = len(handles) if len(handles) <= 6 else -(-len(handles) // 2)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(title)
     save(figure, path)
 
 
-def visible(curves: list[list[float]]) -> tuple[float, float]:
-    """From a little below the lowest loss to a little above where the curves begin, whatever a diverging one does."""
+def limits(axes: Sequence[Axes], curves: list[list[float]], log: bool) -> None:
+    """From a little below the lowest value to a little above where the curves begin, whatever a diverging one does."""
     low, high = min(min(curve) for curve in curves), max(curve[0] for curve in curves)
-    return low / 1.15 if low > 0 else low, high * 1.15
+    for axis in axes:
+        axis.set_ylim(low / 1.15 if low > 0 else low, high * 1.15)
+        if log:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            labelled = "235" if high < 50 * low else ""
+            axis.yaxis.set_minor_formatter(lambda y, _, digits=labelled: f"{y:g}" if f"{y:e}"[0] in digits else "")
 
 
 def save(figure: Figure, path: Path) -> None:
