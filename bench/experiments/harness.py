@@ -198,9 +198,7 @@ def train(problem: Problem, method: Method, setting: Setting, seed: int, budget:
                 evaluate()
             if done:
                 break
-    except (FloatingPointError, RuntimeError, ValueError) as error:
-        if not isinstance(error, FloatingPointError) and "No parameter and no state has changed" not in str(error):
-            raise
+    except (FloatingPointError, so.NonFiniteError) as error:
         run.diverged = f"after {steps} steps: {error}"
     return run
 
@@ -223,7 +221,7 @@ def _warm_up(problem: Problem, method: Method, data_dir: Path | None) -> None:
     data, model, criterion = _data(problem, data_dir), problem.model(), problem.criterion()
     setting = {key: value for key, value in min(method.grid, key=lambda s: s.get("lr", 0)).items() if key != "halve"}
     optimizer = method.make(model, criterion, **setting)
-    with suppress(RuntimeError):  # it diverges: that is for the runs to tell
+    with suppress(so.NonFiniteError):  # it diverges: that is for the runs to tell
         for _ in range(2):
             _step(problem, model, criterion, optimizer, data.train_x[: problem.batch], data.train_y[: problem.batch])
 

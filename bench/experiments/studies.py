@@ -74,6 +74,7 @@ def _cell(curvature: str, solver: str) -> Method:
 
 
 EACG = Method("EACG", lambda model, criterion: so.EACG(model, criterion))
+EACG_RATE = Method("EACG, lr=0.02", lambda model, criterion: so.EACG(model, criterion, lr=0.02))
 KFRA = Method("KFRA", lambda model, criterion: so.KFRA(model, criterion))
 KFLR = Method("KFLR", lambda model, criterion: so.KFLR(model, criterion))
 # The mixture's likelihood is not convex in the logits, and none that labels are drawn from: KFRA, KFLR and KFAC refuse it.
@@ -103,7 +104,7 @@ STUDIES = {
     "kfra-figure-2": [Study("Autoencoders: second order at defaults", "autoencoders", AUTOENCODERS, [ADAM, KFRA, KFAC, EACG])],
     "kfra-figure-3": [Study("A mixture of two classifiers", "mixture", [MIXTURE], [ADAM_MIXTURE, KFRA_PCH, KFRA_FISHER, EACG])],
     "kbfgs-figure-1": [Study("Autoencoders: everything tuned but KFAC", "autoencoders", AUTOENCODERS, [ADAM, *KBFGS, KFAC])],
-    "robust-regression": [Study("Corrupted labels and targets", "robust", ROBUST, [ADAM_FIXED, EACG])],
+    "robust-regression": [Study("Corrupted labels and targets", "robust", ROBUST, [ADAM_FIXED, EACG, EACG_RATE])],
     "pinn": [Study("Poisson's equation", "pinn", [PINN], [ADAM_FIXED, LBFGS, KFLR, EACG])],
     "defaults": [
         Study("EACG(model, criterion)", results, problems, [EACG], picture=False)
@@ -112,7 +113,7 @@ STUDIES = {
             ("digits", [DIGITS, FASHION]),
         )
     ],
-    "no-tuning": [Study("Classifiers without tuning", "digits", [DIGITS, FASHION], [ADAM_FIXED, EACG, KFRA, KFAC])],
+    "no-tuning": [Study("Classifiers without tuning", "digits", [DIGITS, FASHION], [ADAM_FIXED, EACG, EACG_RATE, KFRA, KFAC])],
     "grid": [Study("Every curvature with every solver", "grid", [DIGITS_EPOCH],
                    [_cell(c, s) for c in CURVATURES for s in SOLVERS], picture=False)],
 }  # fmt: skip
