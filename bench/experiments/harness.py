@@ -347,4 +347,5 @@ def matrices(problem: Problem, best: dict[str, list[Run]]) -> str:
 def spread(values: list[float]) -> str:
     """Median and range."""
     finite = [f"{v:.4g}" if math.isfinite(v) else "diverged" for v in (statistics.median(values), min(values), max(values))]
-    return finite[0] if len(values) == 1 else f"{finite[0]} ({finite[1]} to {finite[2]})"
+    alone = len(values) == 1 or not any(map(math.isfinite, values))
+    return finite[0] if alone else f"{finite[0]} ({finite[1]} to {finite[2]})"
