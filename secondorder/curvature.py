@@ -86,14 +86,16 @@ class Recursion(Curvature):
         if averaged is not None:
             return super().bias_hessians(records, averaged)
         hessians: dict[nn.Linear, Tensor] = {}
-        chain: list[tuple[LayerRecord, Analytic]] = []
+        chain: list[tuple[LayerRecord, LayerRecord, Analytic]] = []  # a layer, the one after it, what lies between
         for record in records:
-            transfer = None if record.next is None else record.transfer()
-            if chain and not (record.next is chain[-1][0] and _dtype(record) == _dtype(chain[0][0])):
+            following = record.next
+            transfer = None if following is None else record.transfer()
+            # A step is computed in the dtype of the layer whose H it starts from, and a chain in that of its first step.
+            if chain and not (following is chain[-1][0] and _dtype(following) == _dtype(chain[0][1])):
                 self._descend(chain, hessians)
                 chain = []
-            if isinstance(transfer, Analytic):
-                chain.append((record, transfer))
+            if following is not None and isinstance(transfer, Analytic):
+                chain.append((record, following, transfer))
             else:
                 self._descend(chain, hessians)
                 chain = []
@@ -101,22 +103,21 @@ class Recursion(Curvature):
         self._descend(chain, hessians)
         return hessians
 
-    def _descend(self, chain: list[tuple[LayerRecord, Analytic]], hessians: dict[nn.Linear, Tensor]) -> None:
-        """H of layers each of which is the next one's input, all of one dtype, from that of the layer after the first."""
+    def _descend(self, chain: list[tuple[LayerRecord, LayerRecord, Analytic]], hessians: dict[nn.Linear, Tensor]) -> None:
+        """H of layers each of which follows the next one, from that of the layer after the first."""
         if not chain:
             return
-        nexts = [record.next for record, _ in chain if record.next is not None]
-        top = hessians[nexts[0].layer]
+        top = hessians[chain[0][1].layer]
         found = ops.bias_hessian_chain(
             top,
-            [cast(following.weight.detach(), top.dtype) for following in nexts],
-            [cast(transfer.saved, top.dtype) for _, transfer in chain],
-            [transfer.activation for _, transfer in chain],
-            [transfer.parameter for _, transfer in chain],
-            [self._grad_activation(record, top.dtype) for record, _ in chain],
+            [cast(following.weight.detach(), top.dtype) for _, following, _ in chain],
+            [cast(transfer.saved, top.dtype) for _, _, transfer in chain],
+            [transfer.activation for _, _, transfer in chain],
+            [transfer.parameter for _, _, transfer in chain],
+            [self._grad_activation(record, top.dtype) for record, _, _ in chain],
             self.gamma,
         )
-        for (record, _), hessian in zip(chain, found, strict=True):
+        for (record, _, _), hessian in zip(chain, found, strict=True):
             hessians[record.layer] = cast(hessian, _dtype(record))
 
     def _grad_activation(self, record: LayerRecord, dtype: torch.dtype) -> Tensor | None:
