@@ -12,8 +12,8 @@
 namespace secondorder {
 namespace {
 
-// H of the layers below `hessian`'s, going down: weights W_0 [k, n_0], W_1 [n_0, n_1], ..., what the activations below each
-// saved [m_l, n_l], and the gradients there, an undefined tensor where the diagonal is left out.
+// H of the layers below `hessian`'s, going down: weights W_0 [n_0, n_1], W_1 [n_1, n_2], ..., what the activations below each
+// saved [m, n_(l+1)], and the gradients there, or none where the diagonal is left out.
 std::vector<at::Tensor> bias_hessian_chain(at::Tensor hessian, at::TensorList weights, at::TensorList saved,
                                            const c10::List<std::string>& activations, at::ArrayRef<double> parameters,
                                            const c10::List<std::optional<at::Tensor>>& grad_inputs, double gamma) {

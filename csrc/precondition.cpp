@@ -2,6 +2,8 @@
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
+#include <optional>
+
 #include "argument_checks.h"
 
 namespace secondorder {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder import activations, ops
-from secondorder.activations import Analytic, cast, rows, wide, widened
+from secondorder.activations import Analytic, Probed, cast, rows, wide, widened
 from secondorder.criteria import LikelihoodRoot, OutputHessian, OutputRoot, autograd_root, likelihood_root
 from secondorder.distributed import Term
 from secondorder.reference import pos_eig
@@ -87,28 +87,34 @@ class Recursion(Curvature):
             return super().bias_hessians(records, averaged)
         hessians: dict[nn.Linear, Tensor] = {}
         chain: list[tuple[LayerRecord, LayerRecord, Analytic]] = []  # a layer, the one after it, what lies between
+
+        def descend() -> None:
+            if chain:
+                top = hessians[chain[0][1].layer]
+                below = self._descend(top, chain)
+                hessians.update((record.layer, cast(h, _dtype(record))) for (record, _, _), h in zip(chain, below, strict=True))
+                chain.clear()
+
         for record in records:
             following = record.next
-            transfer = None if following is None else record.transfer()
             # A step is computed in the dtype of the layer whose H it starts from, and a chain in that of its first step.
-            if chain and not (following is chain[-1][0] and _dtype(following) == _dtype(chain[0][1])):
-                self._descend(chain, hessians)
-                chain = []
-            if following is not None and isinstance(transfer, Analytic):
-                chain.append((record, following, transfer))
+            if chain and (following is not chain[-1][0] or _dtype(following) != _dtype(chain[0][1]) or _is_copied(record)):
+                descend()
+            if following is None:
+                block = self._top(self._output_hessian(record)) if record.losses else empirical_fisher(record)
             else:
-                self._descend(chain, hessians)
-                chain = []
-                hessians[record.layer] = cast(self._block(record, hessians), _dtype(record))
-        self._descend(chain, hessians)
+                transfer = record.transfer()
+                if isinstance(transfer, Analytic):
+                    chain.append((record, following, transfer))
+                    continue
+                block = self._step(record, following, transfer, hessians[following.layer])
+            hessians[record.layer] = cast(block, _dtype(record))
+        descend()
         return hessians
 
-    def _descend(self, chain: list[tuple[LayerRecord, LayerRecord, Analytic]], hessians: dict[nn.Linear, Tensor]) -> None:
-        """H of layers each of which follows the next one, from that of the layer after the first."""
-        if not chain:
-            return
-        top = hessians[chain[0][1].layer]
-        found = ops.bias_hessian_chain(
+    def _descend(self, top: Tensor, chain: list[tuple[LayerRecord, LayerRecord, Analytic]]) -> list[Tensor]:
+        """H of layers each of which follows the next one, from `top`, that of the layer after the first."""
+        return ops.bias_hessian_chain(
             top,
             [cast(following.weight.detach(), top.dtype) for _, following, _ in chain],
             [cast(transfer.saved, top.dtype) for _, _, transfer in chain],
@@ -117,19 +123,17 @@ class Recursion(Curvature):
             [self._grad_activation(record, top.dtype) for record, _, _ in chain],
             self.gamma,
         )
-        for (record, _, _), hessian in zip(chain, found, strict=True):
-            hessians[record.layer] = cast(hessian, _dtype(record))
+
+    def _step(self, record: LayerRecord, following: LayerRecord, transfer: Probed, hessian: Tensor) -> Tensor:
+        """H of a layer from that of the one after it, with any function between them."""
+        dtype = hessian.dtype
+        grad = None if transfer.d2 is None else self._grad_activation(record, dtype)
+        d2 = None if transfer.d2 is None or grad is None else cast(transfer.d2, dtype)
+        return ops.bias_hessian(hessian, cast(following.weight.detach(), dtype), cast(transfer.d1, dtype), d2, grad, self.gamma)
 
     def _grad_activation(self, record: LayerRecord, dtype: torch.dtype) -> Tensor | None:
         grad = record.grad_activation() if self.diagonal else None
         return None if grad is None else cast(grad, dtype)
-
-    def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
-        if record.losses:
-            return self._from_losses(record)
-        if record.next is None:
-            return empirical_fisher(record)
-        return self._step(record, above[record.next.layer], record.next.layer.weight.detach())
 
     def local(self, record: LayerRecord) -> list[Term]:
         """See `Curvature`."""
@@ -155,12 +159,9 @@ class Recursion(Curvature):
         if record.next is None:
             return terms["block"]
         hessian = above[record.next.layer]
-        weight = record.next.layer.weight.detach().to(hessian.dtype)
+        weight = record.next.weight.detach().to(hessian.dtype)
         product = weight.T @ hessian @ weight
         return (product + product.T) / 2 * terms["E[d1 d1^T]"] + torch.diag(pos_eig(terms["diagonal"], self.gamma))
-
-    def _from_losses(self, record: LayerRecord) -> Tensor:
-        return self._top(self._output_hessian(record))
 
     def _output_hessian(self, record: LayerRecord) -> OutputHessian:
         # The loss of each micro-batch enters backward() with a factor of its own, and so does its Hessian.
@@ -174,13 +175,6 @@ class Recursion(Curvature):
         # A negative factor, as for a loss that is maximised, turns a convex criterion into a concave one.
         convex = all(loss.hessian.convex and float(loss.scale) >= 0 for loss in record.losses)  # type: ignore[union-attr,arg-type]
         return OutputHessian(total, convex)
-
-    def _step(self, record: LayerRecord, hessian: Tensor, weight: Tensor) -> Tensor:
-        dtype = hessian.dtype
-        d1, d2 = activations.derivatives(record.transfer())
-        grad = None if d2 is None else self._grad_activation(record, dtype)
-        d2 = None if d2 is None or grad is None else cast(d2, dtype)
-        return ops.bias_hessian(hessian, cast(weight, dtype), cast(d1, dtype), d2, grad, self.gamma)
 
 
 @dataclass(frozen=True)
@@ -340,6 +334,15 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
 def _dtype(record: LayerRecord) -> torch.dtype:
     """Of the layer's H."""
     return wide(record.weight.dtype)
+
+
+def _is_copied(record: LayerRecord) -> bool:
+    """Whether the operands of the recursion's step to this layer are copies of what was recorded, joined or cast.
+
+    Such a step is taken alone, so that there are one layer's copies at a time.
+    """
+    first = record.links[0].transfer
+    return len(record.links) > 1 or not isinstance(first, Analytic) or first.saved.dtype != _dtype(record)
 
 
 def _dense_sum(x: Tensor, y: Tensor) -> Tensor:

@@ -125,9 +125,9 @@ def precondition(left: Tensor | None, gradient: Tensor, right: Tensor | None) ->
     """L G R: a layer's gradient between the inverses of its two Kronecker factors (KFI, K-BFGS).
 
     Args:
-        left: L [n_out, n_out], symmetric; None: the identity.
+        left: L [n_out, n_out], symmetric (L^T may be read for it); None: the identity.
         gradient: G [n_out, n_in].
-        right: R [n_in, n_in], likewise.
+        right: R [n_in, n_in]; None: the identity.
 
     Returns:
         L G R [n_out, n_in], a new tensor.
@@ -266,6 +266,11 @@ def _(bias_hessian, weight, d1, d2, grad_input, gamma):  # type: ignore[no-untyp
 @_fake("bias_hessian.activation")
 def _(bias_hessian, weight, saved, activation, parameter, grad_input, gamma):  # type: ignore[no-untyped-def]
     return bias_hessian.new_empty(weight.shape[1], weight.shape[1])
+
+
+@_fake("precondition")
+def _(left, gradient, right):  # type: ignore[no-untyped-def]
+    return gradient.new_empty(gradient.shape)
 
 
 @_fake("eacg_hvp")

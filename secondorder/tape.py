@@ -4,8 +4,8 @@ A forward hook on every linear layer of the model makes a `LayerCall` and ties i
 from the graph it also reads which call made its input, and through which function. A forward hook on the criterion makes a
 `LossCall` likewise. So the chain of layers is known whatever the model's `forward` looks like, and a record lives exactly as
 long as its graph: a forward pass without a backward one leaves nothing behind. Gradients come from hooks on the nodes that made
-the tensors, which see what flows to them from before an in-place activation, too. The hook on the loss says that a backward pass
-took place, and with which factor.
+the tensors: they fire with the values of before an in-place activation, and after all hooks of the user's own on a tensor, whose
+changes so count. The hook on the loss says that a backward pass took place, and with which factor.
 
 Nothing is recorded in eval mode, without grad mode, or while `recording` is off.
 """
@@ -124,7 +124,7 @@ class LayerRecord:
     @property
     def weight(self) -> nn.Parameter:
         """The layer's weight."""
-        return self.layer._parameters["weight"]  # type: ignore[return-value]  # an attribute of a module takes ten times as long
+        return parameters_of(self.layer)[0]
 
     def input(self, samples: int | None = None) -> Tensor:
         """The inputs h [m, n_in], or those of at most `samples` instances of each call."""
@@ -417,18 +417,18 @@ class Tape:
 
     def _gradients(self) -> list[tuple[Tensor | None, int]]:
         """Every trainable weight's gradient, and its version."""
-        weights = [layer._parameters["weight"] for layer in self.names]  # an attribute of a module takes ten times as long
+        weights = [parameters_of(layer)[0] for layer in self.names]
         gradients = [weight.grad for weight in weights if weight is not None and weight.requires_grad]
         return [(g, 0 if g is None else g._version) for g in gradients]
 
-    def _collect(self, record: LayerCall | Link, name: str, node: Node, output: int) -> None:
+    def _collect(self, record: LayerCall | Link, name: str, node: Node, output_nr: int) -> None:
         """Adds the gradient w.r.t. an output of `node` to an attribute of the record, in backward passes from a recorded loss."""
         reference = self._reference
 
         def hook(gradients: tuple[Tensor | None, ...]) -> None:
             tape = reference()
             run = tape._run if tape is not None else None
-            gradient = gradients[output]  # None where only another output of the node is in use
+            gradient = gradients[output_nr]  # None where only another output of the node is in use
             if run is not None and gradient is not None and run.id == torch._C._current_graph_task_id():
                 run.events.append((record, name, gradient.detach()))
 
@@ -529,6 +529,11 @@ def _remove(handles: list[Any]) -> None:
     handles.clear()
 
 
+def parameters_of(layer: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Weight and bias; as attributes of a module they take ten times as long."""
+    return layer._parameters["weight"], layer._parameters["bias"]  # type: ignore[return-value]
+
+
 def _metadata(node: Node) -> dict[str, Any]:
     return node.metadata  # type: ignore[return-value]  # torch's stub takes the attribute for a method
 
@@ -556,8 +561,8 @@ def _source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Nod
 def _for_all(gradient: Tensor, samples: int | None) -> Tensor:
     """The `sample` of a gradient [..., n], so scaled that its sum stands for the sum over all instances."""
     chosen = rows([gradient], samples)
-    share = gradient.numel() / chosen.numel() if samples is not None and chosen.numel() else 1.0
-    return chosen if share == 1 else chosen * share
+    factor = gradient.numel() / chosen.numel() if samples is not None and chosen.numel() else 1.0
+    return chosen if factor == 1 else chosen * factor
 
 
 # The last is DistributedDataParallel's, around the output.

@@ -214,6 +214,32 @@ def test_a_factor_on_the_loss_is_a_factor_on_the_curvature():
         torch.testing.assert_close(5 * mean, total)
 
 
+def test_a_hook_on_the_loss_is_a_factor_on_the_curvature():
+    model, criterion = network([3, 7, 3], nn.Tanh()), nn.CrossEntropyLoss()
+    x, y = torch.randn(5, 3).double(), torch.randint(3, (5,))
+    tape = Tape(linear_layers(model), criterion, diagonal=True)
+    loss = criterion(model(x), y)
+    loss.register_hook(lambda gradient: 3 * gradient)
+    loss.backward()
+    hooked = PCH(-1.0).bias_hessians(tape.records())
+    tape.remove()
+    for mean, tripled in zip(blocks(model, criterion, (x, y)), [hooked[model[0]], hooked[model[2]]], strict=True):
+        torch.testing.assert_close(3 * mean, tripled)
+
+
+@pytest.mark.parametrize(("batches", "half", "lengths"), [(1, False, [3]), (2, False, [1, 1, 1]), (1, True, [1, 1, 1])])
+def test_copies_of_what_was_recorded_are_made_for_one_layer_at_a_time(batches, half, lengths, monkeypatch):
+    model = network([3, 7, 4, 6, 3], nn.Tanh()).to(torch.bfloat16 if half else torch.float32)
+    x, y = torch.randn(6, 3, dtype=model[0].weight.dtype), torch.randint(3, (6,))
+    records = recorded(model, nn.CrossEntropyLoss(), *zip(x.chunk(batches), y.chunk(batches), strict=True))
+    calls, chain = [], ops.bias_hessian_chain
+    monkeypatch.setattr(
+        ops, "bias_hessian_chain", lambda top, weight, *rest: calls.append(len(weight)) or chain(top, weight, *rest)
+    )
+    PCH(-1.0).bias_hessians(records)
+    assert calls == lengths
+
+
 def test_sequence_inputs_are_instances():
     model = network([3, 6, 2], nn.SiLU())
     x, y = torch.randn(4, 5, 3).double(), torch.randn(4, 5, 2).double()

@@ -58,6 +58,8 @@ def cases(q):
         (o.bias_hessian.default, (q["h"], q["w"], q["d1"], None, None, 0.0)),
         (o.bias_hessian.activation, (q["h"], q["w"], q["d1"], "softplus", 1.0, q["grad"], -1.0)),
         (o.bias_hessian.chain, (q["h"], [q["w"]], [q["d1"]], ["softplus"], [1.0], [q["grad"]], -1.0)),
+        (o.precondition.default, (q["h"], q["b"], torch.outer(q["a"], q["a"]))),
+        (o.precondition.default, (None, q["b"], torch.outer(q["a"], q["a"]))),
         (o.eacg_hvp.default, (q["h"], q["a"], q["b"])),
         (o.eacg_solve.default, (q["h"], q["a"], q["b"], q["g"], 0.1, 5, 1e-3, True)),
         (o.eacg_solve.list, ([q["h"]], [q["a"]], [q["b"]], [q["g"]], [0.1], 5, 1e-3, False)),

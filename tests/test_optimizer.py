@@ -284,6 +284,32 @@ def test_uncovered_parameters_get_the_fallback_and_one_warning():
         one_step(model, criterion, strict, x, y)
 
 
+@pytest.mark.parametrize(
+    "make", [lambda *a: so.EACG(*a, lr=0.1), so.EACG, so.KFRA, so.KBFGS], ids=["lr", "EACG", "KFRA", "KBFGS"]
+)
+def test_a_bias_of_two_layers_hides_no_other_parameter(make):
+    class Scaled(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    model = Scaled(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5)).double()
+    model[2].bias = model[0].bias
+    model.scale = nn.Parameter(torch.full((5,), 2.0).double())
+    criterion, x, y = nn.MSELoss(), torch.randn(9, 4).double(), torch.randn(9, 5).double()
+    optimizer = make(model, criterion)
+    before = model.scale.detach().clone()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        return loss
+
+    with pytest.warns(UserWarning, match="'scale'; they are updated by the fallback"):
+        optimizer.step(closure)
+    assert (model.scale != before).all()
+
+
 def test_nothing_is_recorded_in_eval_mode_or_without_grad():
     criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
     optimizer = so.EACG(model, criterion)

@@ -1,11 +1,13 @@
 // precondition: L G R, with the inverse Kronecker factors L [k, k] and R [n, n], symmetric both, of a gradient G [k, n].
 //
 // In the form X^T Y of the register kernel that is (G^T L)^T R: the first product is written as the strips that the second
-// one reads, so that nothing is packed twice.
+// one reads, so that nothing is packed twice. Where G is thin, packing L and R would cost more than the products with it.
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -16,6 +18,8 @@
 
 namespace secondorder::cpu {
 namespace {
+
+constexpr int64_t kThin = 24;  // rows or columns of G; from 32 on the register kernel is ahead of MKL's products
 
 // X^T Y tile by tile: f(worker, first strip of X, strips, first strip of Y, strips) for every tile.
 template <typename T, typename F>
@@ -59,6 +63,10 @@ at::Tensor precondition(const std::optional<at::Tensor>& left_, const at::Tensor
   const at::Tensor gradient = gradient_.contiguous(), left = contiguous(left_), right = contiguous(right_);
   const int64_t k = gradient.size(0), n = gradient.size(1);
   if (!left_ && !right_) return gradient_.clone(at::MemoryFormat::Contiguous);
+  if (std::min(k, n) < kThin) {
+    const at::Tensor half = left_ ? left.mm(gradient) : gradient;
+    return right_ ? half.mm(right) : half;
+  }
   at::Tensor out = at::empty({k, n}, gradient.options());
   AT_DISPATCH_FLOATING_TYPES(gradient.scalar_type(), "precondition", [&] {
     using T = scalar_t;

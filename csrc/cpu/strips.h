@@ -14,7 +14,7 @@ namespace secondorder::cpu {
 constexpr int64_t kTileStrips = 4;    // a tile of a result is at most this many strips square
 constexpr int64_t kDepth = 256;       // rows of X and Y multiplied at a time: two strips of them fit the L1 cache
 
-// How many strips a tile has: fewer where there would be too few rows of tiles for all threads to finish together.
+// How many strips a tile has: fewer where there would be too few rows of tiles for the threads to finish together.
 inline int64_t tile_strips(int64_t strips) {
   return std::clamp<int64_t>(strips / (2 * at::get_num_threads()), 1, kTileStrips);
 }

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -327,15 +327,17 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 )
         return records
 
-    def _uncovered(self, gradients: dict[Tensor, Tensor], covered: list[Tensor]) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """The fallback's updates: (parameter, velocity, group) of all with a gradient outside of `covered`, which have one.
+    def _uncovered(
+        self, gradients: dict[Tensor, Tensor], covered: Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+        """The fallback's updates: (parameter, velocity, group) of all with a gradient outside of `covered`.
 
         Raises:
             NonFiniteError, RuntimeError: something about them is not sound.
         """
-        if len(covered) == len(gradients):
+        name, known = type(self).__name__, gradients.keys() & set(covered)  # two layers may share a bias
+        if len(known) == len(gradients):
             return []
-        name, known = type(self).__name__, set(covered)
         found = [(p, g) for g in self.param_groups for p in g["params"] if p in gradients and p not in known]
         new = [p for p, _ in found if p not in self._fallback_warned]
         if new:

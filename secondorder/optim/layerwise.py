@@ -17,7 +17,7 @@ from secondorder.distributed import Ranks, Term
 from secondorder.errors import NonFiniteError
 from secondorder.optim.base import CurvatureOptimizer
 from secondorder.solvers import SOLVERS, Factors
-from secondorder.tape import LayerRecord
+from secondorder.tape import LayerRecord, parameters_of
 
 Groups = dict[Tensor, dict[str, Any]]  # the param_group of every parameter
 
@@ -349,30 +349,23 @@ class LayerwiseOptimizer(CurvatureOptimizer):
     ) -> None:
         """Solves and updates all layers in one call, then commits every state; raises before anything has changed."""
         gradients, layers = self._gradients(), list(covered)
-        weights: list[Tensor] = [layer._parameters["weight"] for layer in layers]  # type: ignore[misc]
-        own = [groups[weight] for weight in weights]
+        weights: list[Tensor] = []
         biases: list[Tensor] = []
-        bias_grads: list[Tensor] = []
-        trained = list(weights)
-        for layer, weight in zip(layers, weights, strict=True):
-            bias: Tensor = layer._parameters["bias"]  # type: ignore[assignment]  # or None
-            if bias in gradients:
-                trained.append(bias)
-            else:
-                bias = weight.new_empty(0)
-            biases.append(bias)
-            bias_grads.append(gradients.get(bias, bias))
+        for weight, bias in map(parameters_of, layers):
+            weights.append(weight)
+            biases.append(bias if bias is not None and bias in gradients else weight.new_empty(0))
+        own = [groups[weight] for weight in weights]
         momenta: tuple[list[Tensor], list[Tensor]] = ([], [])
         if any(group["momentum"] != 0 for group in own):
             momenta = ([self._momentum(p) for p in weights], [self._momentum(p) for p in biases])
 
-        others = self._uncovered(gradients, trained)
+        others = self._uncovered(gradients, [*weights, *biases])
         if layers:
             iterations = ops.eacg_update_(
                 [each["bias_hessian"] for each in covered.values()],
                 [each["mean_input"] for each in covered.values()],
                 [gradients[weight] for weight in weights],
-                bias_grads,
+                [gradients.get(bias, bias) for bias in biases],
                 weights,
                 biases,
                 *momenta,
@@ -402,8 +395,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         group, steps = self.param_groups[0], self._steps()
         eta = {p: float(each["weight_decay"]) for p, each in groups.items()}
         grads = self._gradients(coupled=True)
-        own: list[Tensor] = [p for layer in covered for p in layer.parameters(recurse=False) if p in grads]
-        others = [p for p, *_ in self._uncovered(grads, own)]
+        others = [p for p, *_ in self._uncovered(grads, [p for layer in covered for p in layer.parameters(recurse=False)])]
         local = LocalLoss(
             self._model, self.criterion, self._tape.losses, {p: self._parameter_names[p] for p in grads}, self._subsample, steps,
             self._tape, self._ranks,
