@@ -25,7 +25,7 @@ test: .venv/ready
 
 # The operators' tests with the extension built for AddressSanitizer and UBSan, then for ThreadSanitizer, whose memory map
 # needs addresses that are not randomised; about 20 minutes. CPU sources alone.
-SANITIZED_TESTS := $(addprefix tests/test_,bias_hessian.py eacg_ops.py bfgs.py activation.py fuzz.py)
+SANITIZED_TESTS := $(addprefix tests/test_,bias_hessian.py precondition.py averages.py eacg_ops.py bfgs.py activation.py fuzz.py)
 SANITIZED_BUILD = SECONDORDER_CUDA=0 CFLAGS="$(1) -fno-omit-frame-pointer -g1" LDFLAGS="$(1)" \
 	$(BIN)/python setup.py -q build --build-base build/$(2) --build-lib build/$(2)/lib
 # Not by python -m, which would put the working directory, and so another build, before PYTHONPATH.

@@ -81,6 +81,10 @@ def cases(net: Net, batch: int) -> Iterator[tuple[str, Case]]:
                 systems,
             ),
         )
+    inputs = [torch.rand(batch, n_in) for n_in, _ in pairs]
+    yield "mean_inputs", (lambda layers: ops.mean_inputs([h for (h,) in layers]), lambda h: h.mean(0), [(h,) for h in inputs])
+    averaged = [(h, h.clone()) for h in hessians]
+    yield "average_", (whole(ops.average_, 0.0), lambda x, y: x.lerp_(y, 0.0), averaged)
     factors = [torch.randn(n_in, n_in) / n_in for n_in, _ in pairs]
     sides = [(h, x, a @ a.T) for h, x, a in zip(hessians, b, factors, strict=True)]
     yield "precondition", (each(ops.precondition), reference.precondition, sides)
@@ -139,7 +143,15 @@ def cases(net: Net, batch: int) -> Iterator[tuple[str, Case]]:
 
 
 # What torch.compile takes in one graph; it compiles the others' loops, which end when the numbers say so, anew at every turn.
-STRAIGHT = {"activation_derivatives", "bias_hessian", "bias_hessian_activation", "eacg_hvp", "precondition", "double_damping"}
+STRAIGHT = {
+    "activation_derivatives",
+    "bias_hessian",
+    "bias_hessian_activation",
+    "eacg_hvp",
+    "mean_inputs",
+    "precondition",
+    "double_damping",
+}
 
 
 def calls(twin: Callable[..., object], layers: list[tuple[Any, ...]]) -> Callable[[], object]:

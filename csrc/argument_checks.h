@@ -106,6 +106,27 @@ inline void check_update(const char* op, at::TensorList hessians, at::TensorList
   }
 }
 
+// mean_inputs
+inline void check_inputs(const char* op, at::TensorList inputs) {
+  for (const at::Tensor& input : inputs) {
+    check_dim(op, "input", input, 2);
+    check_floating(op, "input", input);
+  }
+}
+
+// average_
+inline void check_average(const char* op, at::TensorList news, at::TensorList olds, double share) {
+  check_lengths(op, {{"new", news.size()}, {"old", olds.size()}});
+  TORCH_CHECK_VALUE(share >= 0 && share < 1, op, ": expected share in [0, 1), got ", share);
+  for (size_t i = 0; i < news.size(); ++i) {
+    check_floating(op, "new", news[i]);
+    check_contiguous(op, "new", news[i]);
+    check_shape(op, "old", olds[i], news[i].sizes());
+    check_same(op, "old", olds[i], "new", news[i]);
+    check_same_device(op, "new", news[i], "the first one", news[0]);
+  }
+}
+
 // precondition
 inline void check_precondition(const char* op, const std::optional<at::Tensor>& left, const at::Tensor& gradient,
                                const std::optional<at::Tensor>& right) {

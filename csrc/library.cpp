@@ -15,6 +15,9 @@ TORCH_LIBRARY(secondorder, m) {
       "bias_hessian.chain(Tensor bias_hessian, Tensor[] weight, Tensor[] saved, str[] activation, float[] parameter, "
       "Tensor?[] grad_input, float gamma) -> Tensor[]");
 
+  m.def("mean_inputs(Tensor[] input) -> Tensor[]");
+  m.def("average_(Tensor(a!)[] new, Tensor[] old, float share) -> ()");
+
   m.def("precondition(Tensor? left, Tensor gradient, Tensor? right) -> Tensor");
 
   m.def("eacg_hvp(Tensor bias_hessian, Tensor mean_input, Tensor p) -> Tensor");

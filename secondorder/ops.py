@@ -22,6 +22,7 @@ __all__ = [
     "DAMPED_Y",
     "UPDATED",
     "activation_derivatives",
+    "average_",
     "bfgs_update_",
     "bias_hessian",
     "bias_hessian_activation",
@@ -34,6 +35,7 @@ __all__ = [
     "eacg_update_",
     "hessian_action_update_",
     "lbfgs_product",
+    "mean_inputs",
     "precondition",
 ]
 
@@ -119,6 +121,22 @@ def bias_hessian_chain(
     return _ops.bias_hessian.chain(
         bias_hessian, list(weight), list(saved), list(activation), list(parameter), list(grad_input), gamma
     )
+
+
+def mean_inputs(input: Sequence[Tensor]) -> list[Tensor]:
+    """The mean inputs a = E[h] [n_in] of all layers of a net, from their inputs h [m, n_in]; NaN where m = 0."""
+    return _ops.mean_inputs(list(input))
+
+
+def average_(new: Sequence[Tensor], old: Sequence[Tensor], share: float) -> None:
+    """new <- (1 - share) new + share old for all tensors of two lists.
+
+    Args:
+        new: contiguous, written in place.
+        old: of the same shapes and dtypes.
+        share: in [0, 1).
+    """
+    _ops.average_(list(new), list(old), share)
 
 
 def precondition(left: Tensor | None, gradient: Tensor, right: Tensor | None) -> Tensor:
@@ -266,6 +284,16 @@ def _(bias_hessian, weight, d1, d2, grad_input, gamma):  # type: ignore[no-untyp
 @_fake("bias_hessian.activation")
 def _(bias_hessian, weight, saved, activation, parameter, grad_input, gamma):  # type: ignore[no-untyped-def]
     return bias_hessian.new_empty(weight.shape[1], weight.shape[1])
+
+
+@_fake("mean_inputs")
+def _(input):  # type: ignore[no-untyped-def]
+    return [h.new_empty(h.shape[1]) for h in input]
+
+
+@_fake("average_")
+def _(new, old, share):  # type: ignore[no-untyped-def]
+    return None
 
 
 @_fake("precondition")

@@ -55,6 +55,17 @@ def bias_hessian(
     return result
 
 
+def mean_inputs(input: Sequence[Tensor]) -> list[Tensor]:
+    """Every layer's E[h]."""
+    return [h.mean(0) for h in input]
+
+
+def average_(new: Sequence[Tensor], old: Sequence[Tensor], share: float) -> None:
+    """One step of an exponential average."""
+    for x, y in zip(new, old, strict=True):
+        x.lerp_(y, share)
+
+
 def precondition(left: Tensor | None, gradient: Tensor, right: Tensor | None) -> Tensor:
     """KFI's and K-BFGS's two products, L G R."""
     half = gradient if left is None else left @ gradient

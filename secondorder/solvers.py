@@ -39,11 +39,11 @@ Factors = dict[str, Tensor]
 class Solver(Protocol):
     """One way to solve a layer's systems. `prepare` may be amortised over steps; `solve` is cheap in comparison."""
 
-    def statistics(self, input: Tensor, sample: Tensor) -> Factors:
-        """The expectations over the instances that the solver needs of a layer's input [m, n_in].
+    def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
+        """The expectations over the instances that the solver needs of every layer's input [m, n_in].
 
         "mean_input" a = E[h] [n_in], "input_second_moment" E[h h^T] [n_in, n_in], or "mean_square_input" E[|h|^2] (0-dim).
-        The second moment, which costs m n_in^2, is taken over `sample` alone, some of the input's rows or all of them.
+        The second moment, which costs m n_in^2, is taken over the `samples` alone, some of an input's rows or all of them.
         """
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
@@ -65,9 +65,9 @@ class EACG:
     eps_cg: float
     truncated: bool = False
 
-    def statistics(self, input: Tensor, sample: Tensor) -> Factors:
+    def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
         """See `Solver`."""
-        return {"mean_input": input.mean(0)}
+        return [{"mean_input": a} for a in ops.mean_inputs(inputs)]
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
@@ -95,9 +95,9 @@ class KroneckerCG:
     max_cg: int
     eps_cg: float
 
-    def statistics(self, input: Tensor, sample: Tensor) -> Factors:
+    def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
         """See `Solver`."""
-        return {"input_second_moment": second_moment(sample)}
+        return [{"input_second_moment": second_moment(sample)} for sample in samples]
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
@@ -129,11 +129,14 @@ class KFI:
 
     max_elements: int
 
-    def statistics(self, input: Tensor, sample: Tensor) -> Factors:
+    def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
         """See `Solver`."""
-        if input.shape[1] ** 2 > self.max_elements:
-            return {"mean_input": input.mean(0)}
-        return {"input_second_moment": second_moment(sample)}
+        rank_one = [h for h in inputs if h.shape[1] ** 2 > self.max_elements]
+        means = iter(ops.mean_inputs(rank_one))
+        return [
+            {"mean_input": next(means)} if h.shape[1] ** 2 > self.max_elements else {"input_second_moment": second_moment(sample)}
+            for h, sample in zip(inputs, samples, strict=True)
+        ]
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
@@ -164,9 +167,9 @@ class KFI:
 class Exact:
     """The solver `exact`: P = -Q_H [(Q_H^T B Q_A) / (c l_H l_A^T + l)] Q_A^T by both eigendecompositions (docs/math.md)."""
 
-    def statistics(self, input: Tensor, sample: Tensor) -> Factors:
+    def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
         """See `Solver`."""
-        return {"input_second_moment": second_moment(sample)}
+        return [{"input_second_moment": second_moment(sample)} for sample in samples]
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
@@ -193,9 +196,11 @@ class Isotropic:
     with u = B a and s = a^T a.
     """
 
-    def statistics(self, input: Tensor, sample: Tensor) -> Factors:
+    def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
         """See `Solver`."""
-        return {"mean_input": input.mean(0), "mean_square_input": torch.linalg.vector_norm(input).square() / len(input)}
+        means = ops.mean_inputs(inputs)
+        squares = [torch.linalg.vector_norm(h).square() / len(h) for h in inputs]
+        return [{"mean_input": a, "mean_square_input": square} for a, square in zip(means, squares, strict=True)]
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""
@@ -225,9 +230,10 @@ _AUTO_N_IN = 1024
 class Auto:
     """The solver `auto`: `kfi` for a layer with n_in <= 1024, else `ea-isotropic`."""
 
-    def statistics(self, input: Tensor, sample: Tensor) -> Factors:
+    def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
         """See `Solver`."""
-        return (_KFI if input.shape[1] <= _AUTO_N_IN else _ISOTROPIC).statistics(input, sample)
+        pairs = zip(inputs, samples, strict=True)
+        return [(_KFI if h.shape[1] <= _AUTO_N_IN else _ISOTROPIC).statistics([h], [sample])[0] for h, sample in pairs]
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """See `Solver`."""

@@ -396,7 +396,7 @@ class Tape:
         """A backward pass has reached a loss: from here to its end, the gradients that it leaves are collected."""
         run = self._run
         if run is None or run.id != torch._C._current_graph_task_id():
-            gradients = self._gradients()
+            gradients = list(self._gradients())
             discarded = bool(self._losses) and all(g is None or not g.any() for g, _ in gradients)
             run = self._run = _Run(torch._C._current_graph_task_id(), gradients, discarded)
             torch.autograd.Variable._execution_engine.queue_callback(self._finish_run)
@@ -415,11 +415,13 @@ class Tape:
             setattr(record, name, gradient if before is None else before + gradient)
         self._losses += [loss for loss in dict.fromkeys(run.losses) if not loss.released and loss not in self._losses]
 
-    def _gradients(self) -> list[tuple[Tensor | None, int]]:
+    def _gradients(self) -> Iterator[tuple[Tensor | None, int]]:
         """Every trainable weight's gradient, and its version."""
-        weights = [parameters_of(layer)[0] for layer in self.names]
-        gradients = [weight.grad for weight in weights if weight is not None and weight.requires_grad]
-        return [(g, 0 if g is None else g._version) for g in gradients]
+        for layer in self.names:
+            weight, _ = parameters_of(layer)
+            if weight is not None and weight.requires_grad:
+                g = weight.grad
+                yield g, 0 if g is None else g._version
 
     def _collect(self, record: LayerCall | Link, name: str, node: Node, output_nr: int) -> None:
         """Adds the gradient w.r.t. an output of `node` to an attribute of the record, in backward passes from a recorded loss."""

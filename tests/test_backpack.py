@@ -94,7 +94,7 @@ def test_blocks_and_factors(curvature, activation, loss, reduction, m):
     for name, (block, (left, right)) in theirs(model, criterion, x, y, EXTENSIONS[curvature]()).items():
         torch.testing.assert_close(ours[name], block.detach(), rtol=1e-10, atol=1e-13)
         torch.testing.assert_close(left, block, rtol=0, atol=0)
-        moment = Exact().statistics(h[name], h[name])["input_second_moment"]
+        moment = Exact().statistics([h[name]], [h[name]])[0]["input_second_moment"]
         torch.testing.assert_close(moment, right.detach(), rtol=1e-10, atol=1e-13)
 
 

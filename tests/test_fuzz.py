@@ -58,6 +58,8 @@ def cases(q):
         (o.bias_hessian.default, (q["h"], q["w"], q["d1"], None, None, 0.0)),
         (o.bias_hessian.activation, (q["h"], q["w"], q["d1"], "softplus", 1.0, q["grad"], -1.0)),
         (o.bias_hessian.chain, (q["h"], [q["w"]], [q["d1"]], ["softplus"], [1.0], [q["grad"]], -1.0)),
+        (o.mean_inputs.default, ([q["d1"], q["w"]],)),
+        (o.average_.default, ([h.clone(), q["s"].clone()], [q["h"], q["y"]], 0.5)),
         (o.precondition.default, (q["h"], q["b"], torch.outer(q["a"], q["a"]))),
         (o.precondition.default, (None, q["b"], torch.outer(q["a"], q["a"]))),
         (o.eacg_hvp.default, (q["h"], q["a"], q["b"])),
@@ -146,8 +148,9 @@ def test_a_wrong_argument_is_a_python_error(index, problem, data):
     kind = data.draw(st.sampled_from(list(wrongs)))
     changed = list(mapped(arguments, torch.clone))
     changed[place] = mapped(changed[place], wrongs[kind])
-    # An elementwise operator takes any shape, and a batch may be of any size.
-    if kind in ("integer", "half") or not (op._schema.name.endswith("activation_derivatives") or kind == "longer"):
+    # A batch may be of any size; operators whose tensors are independent take any dtype, and elementwise ones any shape.
+    fine = {"activation_derivatives": {"dtype", "dimension", "scalar"}, "mean_inputs": {"dtype"}}
+    if kind != "longer" and kind not in fine.get(op._schema.name.removeprefix("secondorder::"), ()):
         with pytest.raises((ValueError, TypeError, RuntimeError, NotImplementedError)):
             op(*changed)
 
@@ -163,8 +166,8 @@ def test_fake_tensors_have_the_real_ones_shapes(index, problem):
     with FakeTensorMode() as mode:
         fake = op(*mapped(arguments, lambda t: mode.from_tensor(t)))
     for a, b in zip(leaves(real), leaves(fake), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        assert a.is_contiguous() and b.is_contiguous()
+        # None: it writes in place alone
+        assert a is b is None or ((a.shape, a.dtype) == (b.shape, b.dtype) and a.is_contiguous() and b.is_contiguous())
 
 
 def test_every_operator_is_among_the_cases():
@@ -193,7 +196,7 @@ def test_inside_a_compiled_function_without_graph_breaks(index, backend):
 
     actual = torch.compile(function, fullgraph=True, backend=backend)(*arguments)
     for x, y in zip(leaves(actual), leaves(expected), strict=True):
-        assert torch.equal(x, 2 * y)
+        assert x is y is None or torch.equal(x, 2 * y)
     torch.compile(op, fullgraph=True, backend=backend)(*arguments)
     for x, y in zip(leaves(arguments), leaves(given), strict=True):  # what is written in place
         assert not isinstance(x, torch.Tensor) or torch.equal(x, y)

@@ -92,6 +92,17 @@ def test_bias_hessian_chain(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_averages(dtype):
+    new, old = ([torch.randn(shape, dtype=dtype) for shape in [(3, 17), (129, 5), (1, 1)]] for _ in range(2))
+    for actual, h in zip(on_gpu(ops.mean_inputs, new), new, strict=True):
+        torch.testing.assert_close(actual, h.mean(0))
+    here = moved(new, "cuda")
+    without_waiting(ops.average_, here, moved(old, "cuda"), 0.7)
+    for actual, x, y in zip(moved(here, "cpu"), new, old, strict=True):
+        torch.testing.assert_close(actual, x.lerp(y, 0.7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_precondition(size, dtype):
     n_out, n_in, _ = size

@@ -21,7 +21,7 @@ def problem(n_out, n_in, dtype=torch.float64, m=5):
 
 
 def run(kind, h, input, b, g, scale, damping):
-    return kind.solve(kind.prepare({"bias_hessian": h, **kind.statistics(input, input)}, scale, damping), b, g)
+    return kind.solve(kind.prepare({"bias_hessian": h, **kind.statistics([input], [input])[0]}, scale, damping), b, g)
 
 
 def input_factor(name, input):
@@ -68,7 +68,7 @@ def test_kfi_takes_the_rank_one_form_above_its_budget():
     h, input, b, g = problem(4, 7)
     for budget, same in ((49, "kfi"), (48, "kfi-rank-one")):
         kind = solver("kfi", budget)
-        assert ("input_second_moment" in kind.statistics(input, input)) == (same == "kfi")
+        assert ("input_second_moment" in kind.statistics([input], [input])[0]) == (same == "kfi")
         assert torch.equal(run(kind, h, input, b, g, 1, 0.1)[0], run(solver(same), h, input, b, g, 1, 0.1)[0])
 
 
@@ -76,7 +76,7 @@ def test_kfi_takes_the_rank_one_form_above_its_budget():
 def test_auto_takes_the_isotropic_form_for_wide_inputs(n_in, same):
     h, input, b, g = problem(3, n_in)
     chosen, other = (solver(name, 2 * n_in**2) for name in ("auto", same))
-    assert chosen.statistics(input, input).keys() == other.statistics(input, input).keys()
+    assert chosen.statistics([input], [input])[0].keys() == other.statistics([input], [input])[0].keys()
     for x, y in zip(run(chosen, h, input, b, g, 0.9, 0.1), run(other, h, input, b, g, 0.9, 0.1), strict=True):
         assert torch.equal(x, y)
 
@@ -136,7 +136,7 @@ def test_factorisations_name_a_broken_factor():
 def test_a_broken_factor_is_noticed_without_a_gradient(broken, name):
     h, input, b, g = problem(3, 4)
     kind = solver(name)
-    factors = {"bias_hessian": h, **kind.statistics(input, input)}
+    factors = {"bias_hessian": h, **kind.statistics([input], [input])[0]}
     for key in factors:
         if (key == "bias_hessian") == (broken == "bias_hessian"):
             factors[key] = factors[key] * torch.inf

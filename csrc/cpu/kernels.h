@@ -32,6 +32,12 @@ struct Kernels {
   // One row of the fused update: p = c b + w a; v = momentum v + p where v is given; x = (1 - decay) x + lr (v or p)
   void (*update)(int64_t n, T c, const T* b, T w, const T* a, T lr, T decay, T momentum, T* v, T* x);
 
+  // sums[j] += sum_i x[i, j]   x [rows, cols] with row stride ld
+  void (*column_sums)(int64_t rows, int64_t cols, const T* x, int64_t ld, double* sums);
+
+  // x = (1 - share) x + share y, elementwise over n
+  void (*average)(int64_t n, T share, const T* y, T* x);
+
   // sums[j] += sum_i x[i, j] y[i, j]   x, y [rows, cols] with row stride ld
   void (*column_products)(int64_t rows, int64_t cols, const T* x, const T* y, int64_t ld, double* sums);
 

@@ -223,7 +223,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         trained = [record for record in records if record.weight.grad is not None and record.weight in groups]
         if self._ranks is None:
             hessians = self._curvature.bias_hessians(records)
-            statistics = {record.layer: self._statistics(record) for record in trained}
+            statistics = self._statistics(trained)
         else:
             hessians, statistics = self._averaged_factors(records, trained, self._ranks)
         factors = {}
@@ -239,13 +239,22 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 old += [state[name] for name in new]
                 news += new.values()
         for share, (old, news) in averages.items():
-            torch._foreach_lerp_(news, old, share)  # the old ones stay: the step may fail yet
+            ops.average_(news, old, share)  # the old ones stay: the step may fail yet
         return factors
 
-    def _statistics(self, record: LayerRecord) -> Factors:
-        dtype = wide(record.weight.dtype)
-        input = cast(record.input(), dtype)
-        return self._solver.statistics(input, input if self._samples is None else cast(record.input(self._samples), dtype))
+    def _statistics(self, records: list[LayerRecord]) -> dict[nn.Linear, Factors]:
+        if any(len(record.calls) > 1 or record.calls[0].input.dtype != wide(record.weight.dtype) for record in records):
+            # Inputs are joined or cast by copies, of which there should be one layer's at a time.
+            return {record.layer: self._statistics_of([record])[0] for record in records}
+        return dict(zip([record.layer for record in records], self._statistics_of(records), strict=True))
+
+    def _statistics_of(self, records: list[LayerRecord]) -> list[Factors]:
+        inputs = [cast(record.input(), wide(record.weight.dtype)) for record in records]
+        if self._samples is None:
+            return self._solver.statistics(inputs, inputs)
+        return self._solver.statistics(
+            inputs, [cast(record.input(self._samples), h.dtype) for record, h in zip(records, inputs, strict=True)]
+        )
 
     def _averaged_factors(
         self, records: list[LayerRecord], trained: list[LayerRecord], ranks: Ranks
@@ -260,7 +269,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                     local.append((record.layer, False, term.name))
                     found.append(term._replace(name=f"{self._layers[record.layer]}: {term.name}"))
             for record in trained:
-                for name, value in self._statistics(record).items():
+                for name, value in self._statistics_of([record])[0].items():
                     local.append((record.layer, True, name))
                     found.append(Term(f"{self._layers[record.layer]}: {name}", value, len(record.input())))
             return found

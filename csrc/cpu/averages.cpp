@@ -1,0 +1,64 @@
+// mean_inputs and average_ of a whole net: one call for all layers, and threads for those alone that are worth waking them.
+#include <ATen/Dispatch.h>
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../argument_checks.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace secondorder::cpu {
+namespace {
+
+constexpr int64_t kColumns = 256;  // of an input summed at a time: their sums stay in the L1 cache
+
+std::vector<at::Tensor> mean_inputs(at::TensorList inputs) {
+  check_inputs("mean_inputs", inputs);
+  std::vector<at::Tensor> means;
+  for (const at::Tensor& input_ : inputs) {
+    const at::Tensor input = input_.contiguous();
+    const int64_t m = input.size(0), n = input.size(1);
+    at::Tensor mean = at::empty({n}, input.options());
+    AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "mean_inputs", [&] {
+      using T = scalar_t;
+      const T* h = input.const_data_ptr<T>();
+      T* out = mean.mutable_data_ptr<T>();
+      parallel_items(ceil_div(n, kColumns), m * n, [&](int64_t, int64_t item) {
+        const int64_t begin = item * kColumns, columns = std::min(kColumns, n - begin);
+        double sums[kColumns] = {};
+        kernels<T>().column_sums(m, columns, h + begin, n, sums);
+        for (int64_t j = 0; j < columns; ++j) out[begin + j] = T(sums[j] / double(m));
+      });
+    });
+    means.push_back(std::move(mean));
+  }
+  return means;
+}
+
+void average_(at::TensorList news, at::TensorList olds, double share) {
+  check_average("average_", news, olds, share);
+  for (size_t i = 0; i < news.size(); ++i) {
+    const at::Tensor old = olds[i].contiguous();
+    AT_DISPATCH_FLOATING_TYPES(old.scalar_type(), "average_", [&] {
+      using T = scalar_t;
+      const T* y = old.const_data_ptr<T>();
+      T* x = news[i].mutable_data_ptr<T>();
+      parallel_rows(old.numel(), 1, [&](int64_t begin, int64_t end) {
+        kernels<T>().average(end - begin, T(share), y + begin, x + begin);
+      });
+    });
+    news[i].unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(secondorder, CPU, m) {
+  m.impl("mean_inputs", mean_inputs);
+  m.impl("average_", average_);
+}
+
+}  // namespace secondorder::cpu
