@@ -1,4 +1,5 @@
 // mean_inputs and average_ of a whole net: one call for all layers, and threads for those alone that are worth waking them.
+// The means of large inputs are ATen's.
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <torch/library.h>
@@ -13,25 +14,22 @@
 namespace secondorder::cpu {
 namespace {
 
-constexpr int64_t kColumns = 256;  // of an input summed at a time: their sums stay in the L1 cache
-
 std::vector<at::Tensor> mean_inputs(at::TensorList inputs) {
   check_inputs("mean_inputs", inputs);
   std::vector<at::Tensor> means;
   for (const at::Tensor& input_ : inputs) {
+    if (input_.numel() >= kSerialWork) {
+      means.push_back(input_.mean(0));
+      continue;
+    }
     const at::Tensor input = input_.contiguous();
     const int64_t m = input.size(0), n = input.size(1);
     at::Tensor mean = at::empty({n}, input.options());
     AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "mean_inputs", [&] {
       using T = scalar_t;
-      const T* h = input.const_data_ptr<T>();
-      T* out = mean.mutable_data_ptr<T>();
-      parallel_items(ceil_div(n, kColumns), m * n, [&](int64_t, int64_t item) {
-        const int64_t begin = item * kColumns, columns = std::min(kColumns, n - begin);
-        double sums[kColumns] = {};
-        kernels<T>().column_sums(m, columns, h + begin, n, sums);
-        for (int64_t j = 0; j < columns; ++j) out[begin + j] = T(sums[j] / double(m));
-      });
+      std::vector<double> sums(n, 0.0);
+      kernels<T>().column_sums(m, n, input.const_data_ptr<T>(), n, sums.data());
+      std::transform(sums.begin(), sums.end(), mean.mutable_data_ptr<T>(), [&](double sum) { return T(sum / double(m)); });
     });
     means.push_back(std::move(mean));
   }
