@@ -43,11 +43,12 @@ def write(markers: list[str]) -> None:
 def draw() -> None:
     """Ratios of whole steps to SGD's, one panel per net and batch."""
     results = stored("step_*.json")
-    figure, axes = plt.subplots(
-        1, len(results), figsize=(3.2 * len(results) + 2, 5), layout="constrained", squeeze=False, sharey=True
-    )
+    rows = -(-len(results) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(11.5, 4.2 * rows), layout="constrained", squeeze=False, sharey=True)
+    for axis in axes.flat[len(results) :]:
+        axis.set_visible(False)
     names = list(dict.fromkeys(name for result in results for name in result["rows"]))
-    for axis, result in zip(axes[0], results, strict=True):
+    for axis, result in zip(axes.flat, results, strict=False):
         ratios = [result["rows"].get(name, {}).get("ratio", 0) for name in names]
         colours = ["C2" if name.startswith(("EACG", "KF", "K-BFGS")) else "C7" for name in names]
         bars = axis.barh(names, ratios, color=colours)
