@@ -196,7 +196,7 @@ def _robust(
 ) -> Problem:
     return Problem(
         name, f"{'-'.join(map(str, widths))}, tanh", load, partial(network, widths, nn.Tanh), criterion, batch=100, seconds=2,
-        score=score, score_name=label, log_loss=False, log_score=score is mean_absolute_error,
+        score=score, score_name=label, log_loss=False,
     )  # fmt: skip
 
 
