@@ -214,6 +214,33 @@ def test_a_factor_on_the_loss_is_a_factor_on_the_curvature():
         torch.testing.assert_close(5 * mean, total)
 
 
+def test_chains_that_other_layers_come_between():
+    """The layer after `a1` was met in the first pass, another chain in the second, `a1` itself in the third."""
+    a1, a2, b1, b2 = (nn.Linear(n, k).double() for n, k in [(3, 4), (4, 3), (5, 4), (4, 3)])
+    model, criterion = nn.ModuleList([a1, a2, b1, b2]), nn.CrossEntropyLoss()
+    x, h, u = (torch.randn(6, n).double() for n in (3, 4, 5))
+    y = torch.randint(3, (6,))
+    tape = Tape(linear_layers(model), criterion, diagonal=True)
+    activation = torch.tanh(a1(x))
+    activation.retain_grad()
+    outputs = [a2(h), b2(torch.tanh(b1(u))), a2(activation)]
+    for output in outputs:
+        criterion(output, y).backward()
+    records = tape.records()
+    assert [record.layer for record in records] == [a2, b2, b1, a1]
+    hessians = PCH(-1.0).bias_hessians(records)
+    tape.remove()
+    top = sum(torch.diag(p.sum(0)) - p.T @ p for p in (output.detach().softmax(1) for output in (outputs[0], outputs[2]))) / len(
+        x
+    )
+    torch.testing.assert_close(hessians[a2], top)
+    t = activation.detach()
+    d1, d2 = 1 - t**2, -2 * t * (1 - t**2)
+    diagonal = (d2 * activation.grad).sum(0).abs()
+    w = a2.weight.detach()
+    torch.testing.assert_close(hessians[a1], (w.T @ top @ w) * (d1.T @ d1 / len(x)) + torch.diag(diagonal))
+
+
 def test_a_hook_on_the_loss_is_a_factor_on_the_curvature():
     model, criterion = network([3, 7, 3], nn.Tanh()), nn.CrossEntropyLoss()
     x, y = torch.randn(5, 3).double(), torch.randint(3, (5,))
