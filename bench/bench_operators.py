@@ -81,6 +81,8 @@ def cases(net: Net, batch: int) -> Iterator[tuple[str, Case]]:
                 systems,
             ),
         )
+    logits = [(torch.randn(batch, pairs[-1][1]), torch.randint(pairs[-1][1], (batch,)))]
+    yield "cross_entropy_hessian", (each(ops.cross_entropy_hessian), reference.cross_entropy_hessian, logits)
     inputs = [torch.rand(batch, n_in) for n_in, _ in pairs]
     yield "mean_inputs", (lambda layers: ops.mean_inputs([h for (h,) in layers]), lambda h: h.mean(0), [(h,) for h in inputs])
     averaged = [(h, h.clone()) for h in hessians]

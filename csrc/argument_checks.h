@@ -106,6 +106,15 @@ inline void check_update(const char* op, at::TensorList hessians, at::TensorList
   }
 }
 
+inline void check_cross_entropy(const char* op, const at::Tensor& output, const at::Tensor& target) {
+  check_dim(op, "output", output, 2);
+  check_floating(op, "output", output);
+  TORCH_CHECK_TYPE(at::isIntegralType(target.scalar_type(), /*includeBool=*/false), op,
+                   ": expected target with class indices, got dtype ", target.scalar_type());
+  check_shape(op, "target", target, {output.size(0)});
+  check_same_device(op, "target", target, "output", output);
+}
+
 // mean_inputs
 inline void check_inputs(const char* op, at::TensorList inputs) {
   for (const at::Tensor& input : inputs) {

@@ -15,6 +15,8 @@ TORCH_LIBRARY(secondorder, m) {
       "bias_hessian.chain(Tensor bias_hessian, Tensor[] weight, Tensor[] saved, str[] activation, float[] parameter, "
       "Tensor?[] grad_input, float gamma) -> Tensor[]");
 
+  m.def("cross_entropy_hessian(Tensor output, Tensor target, int ignore_index, bool mean) -> Tensor");
+
   m.def("mean_inputs(Tensor[] input) -> Tensor[]");
   m.def("average_(Tensor(a!)[] new, Tensor[] old, float share) -> ()");
 

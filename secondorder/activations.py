@@ -70,20 +70,19 @@ _NODES: dict[str, Callable[[Any], tuple[str, float, bool] | None]] = {
 }
 
 
-def analytic(output: Tensor, source: Node, preactivation: Callable[[], Tensor]) -> Analytic | None:
-    """The analytic form of `output` as a function of node `source`'s tensor, if it is one known activation of it.
+def analytic(node: Any, output: Tensor, source: Node, preactivation: Callable[[], Tensor]) -> Analytic | None:
+    """The analytic form of what autograd node `node` made of node `source`'s tensor, if it is one known activation of it.
 
-    `preactivation` gives that tensor's values; it is called only where they are needed.
+    `output` is what it made, detached; `preactivation` gives the values of the other, and is called only where they are needed.
     """
-    node: Any = output.grad_fn
     if node is source:
-        return Analytic("identity", 1.0, output.detach())
+        return Analytic("identity", 1.0, output)
     settings = _NODES.get(node.name().rstrip("0123456789"))  # ...Backward0, or 1 in place
     known = settings(node) if settings and node.next_functions[0][0] is source else None
     if known is None:
         return None
     name, parameter, from_output = known
-    return Analytic(name, float(parameter), output.detach() if from_output else preactivation())
+    return Analytic(name, float(parameter), output if from_output else preactivation())
 
 
 def probe(output: Tensor, source: Node, second: bool) -> Probed | None:
@@ -123,7 +122,7 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 
 def merge(transfers: list[Transfer], samples: int | None = None) -> Transfer:
     """One transfer for the union of several micro-batches' instances, or of `sample`s of them, [m, n]."""
-    first, *others = transfers
+    first, others = transfers[0], transfers[1:]
     if isinstance(first, Analytic):
         if not others and samples is None and first.saved.dim() == 2:
             return first
@@ -162,7 +161,7 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def widened(t: Tensor) -> Tensor:
     """At least in float32."""
-    return cast(t, wide(t.dtype))
+    return t if t.dtype is torch.float32 else cast(t, wide(t.dtype))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from secondorder import ops
 from secondorder.activations import irregular, widened
 from secondorder.errors import NonFiniteError
 from secondorder.reference import pos_eig
@@ -357,6 +358,9 @@ def _cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: 
 
 
 def _cross_entropy(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> OutputHessian | None:
+    if output.dim() == 2 and criterion.weight is None and not target.is_floating_point():
+        mean = criterion.reduction == "mean"
+        return OutputHessian(ops.cross_entropy_hessian(output, target, criterion.ignore_index, mean), convex=True)
     root = _cross_entropy_root(criterion, output, target)
     if root is None:
         return None
@@ -369,7 +373,7 @@ def _mse(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> OutputHessian
         return None
     k = output.shape[-1]
     count = output.numel()
-    return OutputHessian(output.new_full((k,), 2 * (count / k)) / _normalizer(criterion, count), convex=True)
+    return OutputHessian(output.new_full((k,), 2 * (count / k) / float(_normalizer(criterion, count))), convex=True)
 
 
 def _mse_root(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> GaussianRoot:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder import activations, ops
-from secondorder.activations import Analytic, Probed, cast, rows, wide, widened
+from secondorder.activations import Analytic, Probed, cast, rows, widened
 from secondorder.criteria import LikelihoodRoot, OutputHessian, OutputRoot, autograd_root, likelihood_root
 from secondorder.distributed import Term
 from secondorder.reference import pos_eig
@@ -54,7 +54,7 @@ class Curvature:
         for record in records:
             layer = record.layer
             block = self._block(record, hessians) if averaged is None else self._averaged(record, hessians, averaged[layer])
-            hessians[layer] = cast(block, _dtype(record))
+            hessians[layer] = cast(block, record.dtype)
         return hessians
 
     def local(self, record: LayerRecord) -> list[Term]:
@@ -92,13 +92,13 @@ class Recursion(Curvature):
             if chain:
                 top = hessians[chain[0][1].layer]
                 below = self._descend(top, chain)
-                hessians.update((record.layer, cast(h, _dtype(record))) for (record, _, _), h in zip(chain, below, strict=True))
+                hessians.update((record.layer, cast(h, record.dtype)) for (record, _, _), h in zip(chain, below, strict=True))
                 chain.clear()
 
         for record in records:
             following = record.next
             # A step is computed in the dtype of the layer whose H it starts from, and a chain in that of its first step.
-            if chain and (following is not chain[-1][0] or _dtype(following) != _dtype(chain[0][1]) or _is_copied(record)):
+            if chain and (following is not chain[-1][0] or following.dtype != chain[0][1].dtype or _is_copied(record)):
                 descend()
             if following is None:
                 block = self._top(self._output_hessian(record)) if record.losses else empirical_fisher(record)
@@ -108,7 +108,7 @@ class Recursion(Curvature):
                     chain.append((record, following, transfer))
                     continue
                 block = self._step(record, following, transfer, hessians[following.layer])
-            hessians[record.layer] = cast(block, _dtype(record))
+            hessians[record.layer] = cast(block, record.dtype)
         descend()
         return hessians
 
@@ -143,7 +143,7 @@ class Recursion(Curvature):
             return [Term("output Hessian", values), Term("convex", values.new_full((), float(top.convex)))]
         if record.next is None:
             return [Term("block", empirical_fisher(record))]
-        dtype = _dtype(record)
+        dtype = record.dtype
         d1, d2 = (None if d is None else d.to(dtype) for d in activations.derivatives(record.transfer()))
         assert d1 is not None
         one = d1.new_ones(1, 1)
@@ -331,18 +331,13 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
     return total
 
 
-def _dtype(record: LayerRecord) -> torch.dtype:
-    """Of the layer's H."""
-    return wide(record.weight.dtype)
-
-
 def _is_copied(record: LayerRecord) -> bool:
     """Whether the operands of the recursion's step to this layer are copies of what was recorded, joined or cast.
 
     Such a step is taken alone, so that there are one layer's copies at a time.
     """
     first = record.links[0].transfer
-    return len(record.links) > 1 or not isinstance(first, Analytic) or first.saved.dtype != _dtype(record)
+    return len(record.links) > 1 or not isinstance(first, Analytic) or first.saved.dtype != record.dtype
 
 
 def _dense_sum(x: Tensor, y: Tensor) -> Tensor:

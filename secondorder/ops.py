@@ -27,6 +27,7 @@ __all__ = [
     "bias_hessian",
     "bias_hessian_activation",
     "bias_hessian_chain",
+    "cross_entropy_hessian",
     "damped_bfgs_update_",
     "damped_lbfgs_update_",
     "double_damping",
@@ -121,6 +122,23 @@ def bias_hessian_chain(
     return _ops.bias_hessian.chain(
         bias_hessian, list(weight), list(saved), list(activation), list(parameter), list(grad_input), gamma
     )
+
+
+def cross_entropy_hessian(output: Tensor, target: Tensor, ignore_index: int = -100, mean: bool = True) -> Tensor:
+    """The Hessian of cross-entropy with class indices, summed over its instances: where the recursion starts.
+
+        H = sum_i c_i (diag(p_i) - p_i p_i^T),   p_i = softmax(output_i).
+
+    Args:
+        output: [m, K], the logits.
+        target: [m], integers.
+        ignore_index: the target of instances that do not count.
+        mean: c_i = 1 / (how many instances count) for those that do; else c_i = 1.
+
+    Returns:
+        H [K, K], of the output's dtype; NaN for a mean over no instances.
+    """
+    return _ops.cross_entropy_hessian(output, target, ignore_index, mean)
 
 
 def mean_inputs(input: Sequence[Tensor]) -> list[Tensor]:
@@ -284,6 +302,11 @@ def _(bias_hessian, weight, d1, d2, grad_input, gamma):  # type: ignore[no-untyp
 @_fake("bias_hessian.activation")
 def _(bias_hessian, weight, saved, activation, parameter, grad_input, gamma):  # type: ignore[no-untyped-def]
     return bias_hessian.new_empty(weight.shape[1], weight.shape[1])
+
+
+@_fake("cross_entropy_hessian")
+def _(output, target, ignore_index, mean):  # type: ignore[no-untyped-def]
+    return output.new_empty(output.shape[1], output.shape[1])
 
 
 @_fake("mean_inputs")

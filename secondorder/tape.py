@@ -10,6 +10,7 @@ changes so count. The hook on the loss says that a backward pass took place, and
 Nothing is recorded in eval mode, without grad mode, or while `recording` is off.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from secondorder import activations
-from secondorder.activations import Transfer, rows, sample, widened
+from secondorder.activations import Transfer, rows, sample, wide, widened
 from secondorder.criteria import OutputHessian, OutputRoot, analytic_hessian, autograd_hessian
 
 
@@ -63,6 +64,7 @@ class Link:
     """The way from a layer's output to the input of the next layer."""
 
     source: LayerCall
+    target: nn.Linear  # the next layer
     transfer: Transfer | None  # None: not an elementwise function of this source alone; `obstacle` says why
     obstacle: str = ""
     grad: Tensor | None = None  # gradient w.r.t. the next layer's input, kept only for a curved transfer
@@ -103,6 +105,25 @@ Columns = Callable[[nn.Module, Tensor, Node | None, tuple[Any, ...], dict[str, A
 
 _RELEASED = torch.empty(0)
 
+_COMPILED = "CompiledFunctionBackward"  # the name of a compiled graph's autograd node
+
+# What has the interpreter's frames, where torch.compile is at work; None at all other times.
+_compiler: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
+
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.disable(function), but free where nothing is being compiled: it is called in every forward pass."""
+    disabled = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _compiler() is not None:
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
 # At most so many numbers of all layers' deltas are held at once while columns are propagated.
 _COLUMN_BUDGET = 2**25
 
@@ -112,7 +133,9 @@ class LayerRecord:
     """One linear layer over all instances since the last step: the union of its calls' batches."""
 
     layer: nn.Linear
-    calls: list[LayerCall]
+    weight: nn.Parameter
+    dtype: torch.dtype  # of H: the weight's, at least float32
+    calls: list[LayerCall] = field(default_factory=list)
     origins: list[LossCall] = field(default_factory=list)  # the loss that each call is part of
     next: "LayerRecord | None" = None  # the layer that takes this one's output, elementwise transformed
     links: list[Link] = field(default_factory=list)  # to `next`, one per call
@@ -120,11 +143,6 @@ class LayerRecord:
     obstacle: str = ""  # or neither, for this reason
     block: Tensor | None = None  # sum of the losses' blocks, each with its factor
     samples: int | None = None  # the curvature's expectations take at most so many instances of each call
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The layer's weight."""
-        return parameters_of(self.layer)[0]
 
     def input(self, samples: int | None = None) -> Tensor:
         """The inputs h [m, n_in], or those of at most `samples` instances of each call."""
@@ -141,8 +159,8 @@ class LayerRecord:
 
     def grad_activation(self) -> Tensor | None:
         """Gradient w.r.t. the input of `next` [m, n_out], its sum over the instances standing for all; None where sigma'' = 0."""
-        grads = [link.grad for link in self.links if link.grad is not None]
-        return rows([_for_all(grad, self.samples) for grad in grads]) if len(grads) == len(self.links) else None
+        grads = [_for_all(link.grad, self.samples) for link in self.links if link.grad is not None]
+        return rows(grads) if len(grads) == len(self.links) else None
 
 
 class Tape:
@@ -246,41 +264,45 @@ class Tape:
         consumers: dict[LayerCall, list[Link | LossCall]] = {}
         for loss in self._losses:
             for call in _consumers_first(loss, consumers, self.names):
-                record = records.setdefault(call.layer, LayerRecord(call.layer, [], samples=self.samples))
+                record = records.get(call.layer)
+                if record is None:
+                    weight, _ = parameters_of(call.layer)
+                    record = records[call.layer] = LayerRecord(call.layer, weight, wide(weight.dtype), samples=self.samples)
                 record.calls.append(call)
                 record.origins.append(loss)
             for call, block in loss.blocks.items():
                 record = records[call.layer]
                 block = block if loss.scale is None else block * loss.scale.abs()  # a metric, also of a loss that is maximised
                 record.block = block if record.block is None else record.block + block
-        owner = {link: records[call.layer] for record in records.values() for call in record.calls for link in call.inputs_from}
         for record in records.values():
-            _connect(record, [consumers[call] for call in record.calls], owner, self.names)
+            _connect(record, [consumer for call in record.calls for consumer in consumers[call]], records)
         return _recursion_order(records)
 
     def _on_layer(self, layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         node = output.grad_fn
-        if node is None or not self._active():
+        if node is None:
             return
-        _refuse_compiled((node.name(),), lambda: f"layer {self.names[layer]!r} runs")
+        if node.name() == _COMPILED:
+            raise _compiled(f"layer {self.names[layer]!r} runs")
         input = args[0] if args else kwargs["input"]
         call = LayerCall(layer, input.detach(), output=output.detach(), version=output._version)
-        if input.grad_fn is not None:
-            call.inputs_from = self._links(layer, input, input.grad_fn)
+        made_by = input.grad_fn
+        if made_by is not None:
+            call.inputs_from = links = self._links(call, input, made_by)
+            if self.diagonal and len(links) == 1 and links[0].transfer is not None and links[0].transfer.curved:
+                self._collect(links[0], "grad", made_by, input.output_nr)
         _metadata(node)[self._key] = call
         if self.grad_outputs:
             self._keep_gradient(node)
-        if self.diagonal and any(link.transfer is not None and link.transfer.curved for link in call.inputs_from):
-            (link,) = call.inputs_from
-            self._collect(link, "grad", input.grad_fn, input.output_nr)
 
-    @torch.compiler.disable
+    @_uncompiled
     def _on_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if isinstance(output, Tensor) and output.grad_fn is not None and self._active():
+        if isinstance(output, Tensor) and output.grad_fn is not None:
             _metadata(output.grad_fn)[self._key + ".model"] = ModelCall(*_detached((args, kwargs)))
 
-    def _links(self, layer: nn.Linear, input: Tensor, made_by: Node) -> list[Link]:
-        """Where a layer's input comes from."""
+    def _links(self, call: LayerCall, input: Tensor, made_by: Node) -> list[Link]:
+        """Where the input of a layer's call comes from."""
+        layer = call.layer
         nodes, passed = _source_nodes(made_by, self._key)
         if len(nodes) != 1:
             names = sorted({repr(self.names[_metadata(node)[self._key].layer]) for node in nodes[:4]})
@@ -288,26 +310,28 @@ class Tape:
             return [self._blocked(node, layer, obstacle) for node in nodes]
         (node,) = nodes
         source: LayerCall = _metadata(node)[self._key]
-        transfer: Transfer | None = activations.analytic(input, node, source.preactivation)
-        signature = (source.layer, layer, passed)
+        transfer: Transfer | None = activations.analytic(made_by, call.input, node, source.preactivation)
         if transfer is None:
-            _refuse_compiled(passed, lambda: f"what follows layer {self.names[source.layer]!r} runs")
-        if transfer is None and signature not in self._not_elementwise:
-            try:
-                with self.muted():
-                    transfer = activations.probe(input, node, second=self.diagonal)
-            except RuntimeError as error:
-                return [self._blocked(node, layer, f"goes through a function that autograd cannot differentiate twice ({error})")]
-        if transfer is None:
-            self._not_elementwise.add(signature)  # probing it at every forward pass would cost more than the pass
-            return [self._blocked(node, layer, f"goes through a function that is not elementwise ({', '.join(passed[:6])})")]
+            if _COMPILED in passed:
+                raise _compiled(f"what follows layer {self.names[source.layer]!r} runs")
+            signature = (source.layer, layer, tuple(passed))
+            if signature not in self._not_elementwise:
+                try:
+                    with self.muted():
+                        transfer = activations.probe(input, node, second=self.diagonal)
+                except RuntimeError as error:
+                    obstacle = f"goes through a function that autograd cannot differentiate twice ({error})"
+                    return [self._blocked(node, layer, obstacle)]
+            if transfer is None:
+                self._not_elementwise.add(signature)  # probing it at every forward pass would cost more than the pass
+                return [self._blocked(node, layer, f"goes through a function that is not elementwise ({', '.join(passed[:6])})")]
         self._use(node, layer)
         source.output = None
-        return [Link(source, transfer)]
+        return [Link(source, layer, transfer)]
 
-    def _blocked(self, node: Node, consumer: nn.Module, obstacle: str) -> Link:
+    def _blocked(self, node: Node, consumer: nn.Linear, obstacle: str) -> Link:
         self._keep_gradient(node)
-        return Link(self._use(node, consumer), None, obstacle)
+        return Link(self._use(node, consumer), consumer, None, obstacle)
 
     def _use(self, node: Node, consumer: nn.Module) -> LayerCall:
         call: LayerCall = _metadata(node)[self._key]
@@ -324,15 +348,16 @@ class Tape:
             call.keeps_gradient = True
             self._collect(call, "grad_output", node, 0)
 
-    @torch.compiler.disable
+    @_uncompiled
     def _on_criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor) -> None:
         made_by = loss.grad_fn if isinstance(loss, Tensor) else None
-        if made_by is None or not self._active():
+        if made_by is None:
             return
         nodes, passed = _source_nodes(made_by, self._key)
         if not nodes:
             return
-        _refuse_compiled(passed, lambda: "the criterion, or what comes before it, runs")
+        if _COMPILED in passed:
+            raise _compiled("the criterion, or what comes before it, runs")
         if loss.dim() != 0:
             raise ValueError(
                 f"expected the criterion {criterion} to return a scalar, got shape {tuple(loss.shape)}; "
@@ -368,7 +393,7 @@ class Tape:
         def backward(gradients: tuple[Tensor | None, ...]) -> None:
             tape, gradient = reference(), gradients[output_nr]
             if tape is not None and gradient is not None:
-                tape._enter_run(call, gradient.detach())
+                tape._enter_run(call, _graphless(gradient))
 
         made_by.register_prehook(backward)
 
@@ -432,11 +457,13 @@ class Tape:
             run = tape._run if tape is not None else None
             gradient = gradients[output_nr]  # None where only another output of the node is in use
             if run is not None and gradient is not None and run.id == torch._C._current_graph_task_id():
-                run.events.append((record, name, gradient.detach()))
+                run.events.append((record, name, _graphless(gradient)))
 
         node.register_prehook(hook)
 
-    def _active(self) -> bool:
+    @property
+    def active(self) -> bool:
+        """Whether calls are recorded."""
         return self.recording and not self._muted
 
     @contextmanager
@@ -472,7 +499,7 @@ class _Hook:
         if not torch.is_grad_enabled() or (self.method != "_on_criterion" and not module.training):
             return
         tape = None if self.tape is None else self.tape()
-        if tape is not None and tape.recording:
+        if tape is not None and tape.active:
             self.function(tape, module, *args)
 
     def __reduce__(self) -> tuple[type, tuple[None, str]]:  # also what copy.deepcopy goes by
@@ -493,7 +520,7 @@ class _Eager:
             return self._eagerly(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    @torch.compiler.disable
+    @_uncompiled
     def _eagerly(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)
 
@@ -512,13 +539,12 @@ class _EagerHandle:
             del module.forward
 
 
-def _refuse_compiled(names: tuple[str, ...], what: Callable[[], str]) -> None:
-    """A compiled graph among autograd nodes of these names: it has no second derivatives, and gives none without a word."""
-    if "CompiledFunctionBackward" in names:
-        raise RuntimeError(
-            f"{what()} inside a compiled graph, which does not say what it computes; call the model that the optimizer was made "
-            "for, rather than a compiled part of it"
-        )
+def _compiled(what: str) -> RuntimeError:
+    """A compiled graph has no second derivatives, and gives none without a word."""
+    return RuntimeError(
+        f"{what} inside a compiled graph, which does not say what it computes; call the model that the optimizer was made for, "
+        "rather than a compiled part of it"
+    )
 
 
 def _detached(tree: Any) -> Any:
@@ -540,7 +566,7 @@ def _metadata(node: Node) -> dict[str, Any]:
     return node.metadata  # type: ignore[return-value]  # torch's stub takes the attribute for a method
 
 
-def _source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node], tuple[str, ...]]:
+def _source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node], list[str]]:
     """The nearest autograd nodes upstream of (or at) `start` that are outputs of recorded linear layers, or all of them.
 
     And the names of the nodes passed on the way to them.
@@ -557,13 +583,20 @@ def _source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Nod
             if following is not None and following not in seen:
                 seen.add(following)
                 stack.append(following)
-    return found, tuple(names)
+    return found, names
+
+
+def _graphless(gradient: Tensor) -> Tensor:
+    """Detached, but free where it is already."""
+    return gradient.detach() if gradient.requires_grad else gradient
 
 
 def _for_all(gradient: Tensor, samples: int | None) -> Tensor:
     """The `sample` of a gradient [..., n], so scaled that its sum stands for the sum over all instances."""
+    if samples is None:
+        return gradient
     chosen = rows([gradient], samples)
-    factor = gradient.numel() / chosen.numel() if samples is not None and chosen.numel() else 1.0
+    factor = gradient.numel() / chosen.numel() if chosen.numel() else 1.0
     return chosen if factor == 1 else chosen * factor
 
 
@@ -603,27 +636,20 @@ def _consumers_first(
     return list(found.values())
 
 
-def _connect(
-    record: LayerRecord,
-    consumers: list[list[Link | LossCall]],
-    owner: dict[Link, LayerRecord],
-    names: dict[nn.Linear, str],
-) -> None:
-    """Sets what follows a record, from the consumers of each of its calls."""
-    losses = [c for each in consumers for c in each if isinstance(c, LossCall)]
-    links = [c for each in consumers for c in each if isinstance(c, Link)]
+def _connect(record: LayerRecord, consumers: list[Link | LossCall], records: dict[nn.Linear, LayerRecord]) -> None:
+    """Sets what follows a record, from the consumers of its calls."""
+    links = [c for c in consumers if isinstance(c, Link)]
     if not links:
+        record.losses = [c for c in consumers if isinstance(c, LossCall)]
         # Several losses of one output add up, and so do their Hessians.
-        if all(loss.hessian is not None for loss in losses):
-            record.losses = losses
-        else:
-            record.obstacle = "enters the criterion together with other linear layers' outputs"
-    elif losses or len(links) > len(consumers) or len({id(owner[link]) for link in links}) > 1:
+        if any(loss.hessian is None for loss in record.losses):
+            record.losses, record.obstacle = [], "enters the criterion together with other linear layers' outputs"
+    elif len(consumers) > len(record.calls) or len(links) < len(consumers) or len({link.target for link in links}) > 1:
         record.obstacle = "is used in several places"
     elif any(link.transfer is None for link in links):
         record.obstacle = next(link.obstacle for link in links if link.transfer is None)
     else:
-        record.next, record.links = owner[links[0]], links
+        record.next, record.links = records[links[0].target], links
 
 
 def _recursion_order(records: dict[nn.Linear, LayerRecord]) -> list[LayerRecord]:

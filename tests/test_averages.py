@@ -49,6 +49,14 @@ def test_average(share, dtype):
     ops.average_([], [], 0.5)
 
 
+def test_copy_on_write():
+    originals = [torch.zeros(300, 300) for _ in range(3)]
+    copies = [torch._lazy_clone(x) for x in originals]
+    ops.average_(copies, [torch.ones(300, 300)] * 3, 0.5)
+    assert all((x == 0).all() for x in originals)
+    assert all((x == 0.5).all() for x in copies)
+
+
 def test_numbers_that_are_not_finite_stay():
     for value in (float("nan"), float("inf")):
         x = torch.tensor([1.0, value])

@@ -162,6 +162,44 @@ def test_update_is_solve_and_plain_arithmetic(momentum, dtype):
     assert all(w._version > v for w, v in zip(weights, versions, strict=True))  # autograd sees the change
 
 
+def test_copy_on_write():
+    h, a, b, g = map(list, zip(*[problem(200, 200) for _ in range(3)], strict=True))  # enough for threads
+    originals = [torch.zeros_like(t) for t in (*b, *g)]
+    w, x, v, u = ([torch._lazy_clone(t) for t in part] for part in (originals[:3], originals[3:]) * 2)
+    ops.eacg_update_(h, a, b, g, w, x, v, u, [0.1] * 3, [0.1] * 3, [0.9] * 3, [0.0] * 3, 9, 0, False)
+    assert not any(t.any() for t in originals)
+    assert all(t.any() for t in (*w, *x, *v, *u))
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_do_not_matter(threads):
+    # Layers side by side, layers that threads share, and two layers with one bias.
+    layers = [problem(*size, torch.float32) for size in [(200, 300), (17, 3), (300, 400), (17, 129), (1, 1), (200, 200)]]
+    h, a, b, g = map(list, zip(*layers, strict=True))
+    n, start = len(layers), [torch.randn_like(x) for x in (*b, *g)]
+
+    def updated():
+        own = [t.clone() for t in start]
+        own[n + 3] = own[n + 1]
+        counts = ops.eacg_update_(h, a, b, g, own[:n], own[n:], [], [], [0.1] * n, [0.05] * n, [0.0] * n, [0.0] * n, 9, 0, False)
+        return [*own, counts, *ops.eacg_solve(h, a, b, g, [0.05] * n, 9, 0, False)[0]]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = updated()
+        torch.set_num_threads(threads)
+        actual = updated()
+    finally:
+        torch.set_num_threads(before)
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y)
+    both = start[n + 1].clone()
+    for layer in (1, 3):
+        both += 0.1 * ops.eacg_solve(h[layer], a[layer], b[layer], g[layer], 0.05, 9, 0, False)[1]
+    torch.testing.assert_close(actual[n + 1], both)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("argument", range(4))
 @pytest.mark.parametrize("truncated", [False, True])

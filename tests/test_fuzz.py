@@ -58,6 +58,7 @@ def cases(q):
         (o.bias_hessian.default, (q["h"], q["w"], q["d1"], None, None, 0.0)),
         (o.bias_hessian.activation, (q["h"], q["w"], q["d1"], "softplus", 1.0, q["grad"], -1.0)),
         (o.bias_hessian.chain, (q["h"], [q["w"]], [q["d1"]], ["softplus"], [1.0], [q["grad"]], -1.0)),
+        (o.cross_entropy_hessian.default, (q["d1"], torch.arange(len(q["d1"])) % 3, 1, True)),
         (o.mean_inputs.default, ([q["d1"], q["w"]],)),
         (o.average_.default, ([h.clone(), q["s"].clone()], [q["h"], q["y"]], 0.5)),
         (o.precondition.default, (q["h"], q["b"], torch.outer(q["a"], q["a"]))),
@@ -149,7 +150,11 @@ def test_a_wrong_argument_is_a_python_error(index, problem, data):
     changed = list(mapped(arguments, torch.clone))
     changed[place] = mapped(changed[place], wrongs[kind])
     # A batch may be of any size; operators whose tensors are independent take any dtype, and elementwise ones any shape.
-    fine = {"activation_derivatives": {"dtype", "dimension", "scalar"}, "mean_inputs": {"dtype"}}
+    fine = {
+        "activation_derivatives": {"dtype", "dimension", "scalar"},
+        "cross_entropy_hessian": {"dtype", "integer"},
+        "mean_inputs": {"dtype"},
+    }
     if kind != "longer" and kind not in fine.get(op._schema.name.removeprefix("secondorder::"), ()):
         with pytest.raises((ValueError, TypeError, RuntimeError, NotImplementedError)):
             op(*changed)

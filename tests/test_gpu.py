@@ -92,6 +92,15 @@ def test_bias_hessian_chain(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mean", [True, False])
+def test_cross_entropy_hessian(mean, dtype):
+    output, target = torch.randn(129, 17, dtype=dtype), torch.arange(129) % 17
+    actual = on_gpu(ops.cross_entropy_hessian, output, target, 3, mean)
+    plain, exact = (ops.cross_entropy_hessian(x, target, 3, mean) for x in (output, output.double()))
+    assert_as_accurate(actual, plain, exact, ulps=64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_averages(dtype):
     new, old = ([torch.randn(shape, dtype=dtype) for shape in [(3, 17), (129, 5), (1, 1)]] for _ in range(2))
     for actual, h in zip(on_gpu(ops.mean_inputs, new), new, strict=True):

@@ -16,40 +16,52 @@ namespace {
 
 std::vector<at::Tensor> mean_inputs(at::TensorList inputs) {
   check_inputs("mean_inputs", inputs);
-  std::vector<at::Tensor> means;
-  for (const at::Tensor& input_ : inputs) {
-    if (input_.numel() >= kSerialWork) {
-      means.push_back(input_.mean(0));
+  std::vector<at::Tensor> means, small;
+  std::vector<size_t> places;  // of the small ones
+  std::vector<int64_t> sizes;
+  for (const at::Tensor& input : inputs) {
+    if (input.numel() >= kSerialWork) {
+      means.push_back(input.mean(0));
       continue;
     }
-    const at::Tensor input = input_.contiguous();
-    const int64_t m = input.size(0), n = input.size(1);
-    at::Tensor mean = at::empty({n}, input.options());
-    AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "mean_inputs", [&] {
-      using T = scalar_t;
-      std::vector<double> sums(n, 0.0);
-      kernels<T>().column_sums(m, n, input.const_data_ptr<T>(), n, sums.data());
-      std::transform(sums.begin(), sums.end(), mean.mutable_data_ptr<T>(), [&](double sum) { return T(sum / double(m)); });
-    });
-    means.push_back(std::move(mean));
+    places.push_back(means.size());
+    sizes.push_back(input.numel());
+    small.push_back(input.contiguous());
+    means.push_back(at::empty({input.size(1)}, input.options()));
   }
+  parallel_layers(sizes, 1, [&](int64_t i) {
+    AT_DISPATCH_FLOATING_TYPES(small[i].scalar_type(), "mean_inputs", [&] {
+      using T = scalar_t;
+      const int64_t m = small[i].size(0), n = small[i].size(1);
+      std::vector<double> sums(n, 0.0);
+      kernels<T>().column_sums(m, n, small[i].const_data_ptr<T>(), n, sums.data());
+      std::transform(sums.begin(), sums.end(), means[places[i]].mutable_data_ptr<T>(),
+                     [&](double sum) { return T(sum / double(m)); });
+    });
+  });
   return means;
 }
 
 void average_(at::TensorList news, at::TensorList olds, double share) {
   check_average("average_", news, olds, share);
-  for (size_t i = 0; i < news.size(); ++i) {
-    const at::Tensor old = olds[i].contiguous();
-    AT_DISPATCH_FLOATING_TYPES(old.scalar_type(), "average_", [&] {
+  std::vector<at::Tensor> contiguous;
+  std::vector<int64_t> sizes;
+  for (const at::Tensor& old : olds) {
+    contiguous.push_back(old.contiguous());
+    sizes.push_back(old.numel());
+  }
+  own_storage(news);
+  parallel_layers(sizes, 1, [&](int64_t i) {
+    AT_DISPATCH_FLOATING_TYPES(contiguous[i].scalar_type(), "average_", [&] {
       using T = scalar_t;
-      const T* y = old.const_data_ptr<T>();
+      const T* y = contiguous[i].const_data_ptr<T>();
       T* x = news[i].mutable_data_ptr<T>();
-      parallel_rows(old.numel(), 1, [&](int64_t begin, int64_t end) {
+      parallel_rows(sizes[i], 1, [&](int64_t begin, int64_t end) {
         kernels<T>().average(end - begin, T(share), y + begin, x + begin);
       });
     });
-    news[i].unsafeGetTensorImpl()->bump_version();
-  }
+  });
+  for (const at::Tensor& each : news) each.unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace

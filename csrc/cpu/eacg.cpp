@@ -160,20 +160,35 @@ Direction<T> solve(const T* hessian, const T* mean_input, const T* grad_weight, 
   return result;
 }
 
-// Solves one layer and hands the direction, the gradient and the mean input (both contiguous) to f.
-template <typename F>
-void solve_layer(const at::Tensor& hessian_, const at::Tensor& mean_input_, const at::Tensor& grad_weight_,
-                 const at::Tensor& grad_bias_, double alpha, const Settings& settings, F&& f) {
-  const at::Tensor hessian = hessian_.contiguous(), mean_input = mean_input_.contiguous(),
-                   grad_weight = grad_weight_.contiguous(), grad_bias = grad_bias_.contiguous();
-  AT_DISPATCH_FLOATING_TYPES(hessian.scalar_type(), "eacg_solve", [&] {
-    using T = scalar_t;
-    f(solve<T>(hessian.const_data_ptr<T>(), mean_input.const_data_ptr<T>(), grad_weight.const_data_ptr<T>(),
-               grad_bias.numel() ? grad_bias.const_data_ptr<T>() : nullptr, hessian.size(0), mean_input.size(0), alpha,
-               settings),
-      grad_weight.const_data_ptr<T>(), mean_input.const_data_ptr<T>());
-  });
-}
+// The systems of all layers, contiguous.
+struct Systems {
+  std::vector<at::Tensor> hessian, mean_input, grad_weight, grad_bias;
+  std::vector<int64_t> sizes;  // of the larger of H and B
+
+  Systems(at::TensorList hessians, at::TensorList mean_inputs, at::TensorList grad_weights, at::TensorList grad_biases) {
+    for (size_t l = 0; l < hessians.size(); ++l) {
+      hessian.push_back(hessians[l].contiguous());
+      mean_input.push_back(mean_inputs[l].contiguous());
+      grad_weight.push_back(grad_weights[l].contiguous());
+      grad_bias.push_back(grad_biases[l].contiguous());
+      sizes.push_back(std::max(hessian[l].numel(), grad_weight[l].numel()));
+    }
+  }
+
+  // Solves every layer's and hands (layer, direction, gradient, mean input) to f, from several threads at once.
+  template <typename F>
+  void solve_each(at::ArrayRef<double> alpha, const Settings& settings, F&& f) const {
+    // CG takes some ten passes, unless it is cut short.
+    parallel_layers(sizes, std::min<int64_t>(settings.max_iter, 10), [&](int64_t l) {
+      AT_DISPATCH_FLOATING_TYPES(hessian[l].scalar_type(), "eacg_solve", [&] {
+        using T = scalar_t;
+        const T *b = grad_weight[l].const_data_ptr<T>(), *a = mean_input[l].const_data_ptr<T>();
+        f(l, solve<T>(hessian[l].const_data_ptr<T>(), a, b, grad_bias[l].numel() ? grad_bias[l].const_data_ptr<T>() : nullptr,
+                      hessian[l].size(0), mean_input[l].size(0), alpha[l], settings), b, a);
+      });
+    });
+  }
+};
 
 at::Tensor eacg_hvp(const at::Tensor& hessian, const at::Tensor& mean_input, const at::Tensor& p) {
   constexpr const char* op = "eacg_hvp";
@@ -205,24 +220,24 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor> eacg_so
   const size_t layers = hessians.size();
   check_solve(op, hessians, mean_inputs, grad_weights, grad_biases, alpha, max_iter, tol);
   std::vector<at::Tensor> weights, biases;
-  at::Tensor iterations = at::empty({int64_t(layers)}, at::kLong);
   for (size_t l = 0; l < layers; ++l) {
-    at::Tensor weight = at::empty(grad_weights[l].sizes(), hessians[l].options());
-    at::Tensor bias = at::empty(grad_biases[l].sizes(), hessians[l].options());
-    solve_layer(hessians[l], mean_inputs[l], grad_weights[l], grad_biases[l], alpha[l], {max_iter, tol, truncated},
-                [&]<typename T>(const Direction<T>& direction, const T* b, const T* a) {
-                  const int64_t n_in = weight.size(1);
-                  T* out = weight.mutable_data_ptr<T>();
-                  parallel_rows(weight.size(0), n_in, [&](int64_t begin, int64_t end) {
-                    for (int64_t i = begin; i < end; ++i)
-                      kernels<T>().combine(n_in, T(direction.c), b + i * n_in, direction.w[i], a, out + i * n_in);
-                  });
-                  std::copy(direction.bias.begin(), direction.bias.end(), bias.mutable_data_ptr<T>());
-                  iterations.mutable_data_ptr<int64_t>()[l] = direction.iterations;
-                });
-    weights.push_back(std::move(weight));
-    biases.push_back(std::move(bias));
+    weights.push_back(at::empty(grad_weights[l].sizes(), hessians[l].options()));
+    biases.push_back(at::empty(grad_biases[l].sizes(), hessians[l].options()));
   }
+  at::Tensor iterations = at::empty({int64_t(layers)}, at::kLong);
+  int64_t* counts = iterations.mutable_data_ptr<int64_t>();
+  Systems(hessians, mean_inputs, grad_weights, grad_biases)
+      .solve_each(alpha, {max_iter, tol, truncated},
+                  [&]<typename T>(int64_t l, const Direction<T>& direction, const T* b, const T* a) {
+                    const int64_t n_in = weights[l].size(1);
+                    T* out = weights[l].mutable_data_ptr<T>();
+                    parallel_rows(weights[l].size(0), n_in, [&](int64_t begin, int64_t end) {
+                      for (int64_t i = begin; i < end; ++i)
+                        kernels<T>().combine(n_in, T(direction.c), b + i * n_in, direction.w[i], a, out + i * n_in);
+                    });
+                    std::copy(direction.bias.begin(), direction.bias.end(), biases[l].mutable_data_ptr<T>());
+                    counts[l] = direction.iterations;
+                  });
   return {std::move(weights), std::move(biases), iterations};
 }
 
@@ -247,42 +262,38 @@ at::Tensor eacg_update_(at::TensorList hessians, at::TensorList mean_inputs, at:
                alpha, momentum, weight_decay, max_iter, tol);
   at::Tensor iterations = at::empty({int64_t(layers)}, at::kLong);
   int64_t* counts = iterations.mutable_data_ptr<int64_t>();
-  bool finite = true;
-  // Each layer's update, to be run once every layer is known to be finite.
-  std::vector<std::function<void()>> updates;
+  const bool keep = !weight_momenta.empty();
+  // Each layer's update of its weight and of its bias, to be run once every layer is known to be finite.
+  std::vector<std::function<void()>> weight_updates(layers), bias_updates(layers);
+  const Systems systems(hessians, mean_inputs, grad_weights, grad_biases);
+  systems.solve_each(
+      alpha, {max_iter, tol, truncated}, [&]<typename T>(int64_t l, Direction<T> direction, const T* b, const T* a) {
+        // |V| <= max |P| / (1 - mu): neither momentum mu V + P nor update lr V may overflow, now or later.
+        const double reach = direction.largest * std::max(1.0, std::abs(lr[l])) / std::max(1e-3, 1 - momentum[l]);
+        counts[l] = reach <= double(std::numeric_limits<T>::max()) / 8 ? direction.iterations : -1;
+        const T rate = T(lr[l]), decay = T(lr[l] * weight_decay[l]), mu = T(momentum[l]);
+        weight_updates[l] = [=, w = std::move(direction.w), c = T(direction.c)] {
+          const int64_t n_out = weights[l].size(0), n_in = weights[l].size(1);
+          T *x = weights[l].mutable_data_ptr<T>(), *v = keep ? weight_momenta[l].mutable_data_ptr<T>() : nullptr;
+          parallel_rows(n_out, n_in, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i)
+              kernels<T>().update(n_in, c, b + i * n_in, w[i], a, rate, decay, mu, v ? v + i * n_in : nullptr, x + i * n_in);
+          });
+        };
+        bias_updates[l] = [=, d = std::move(direction.bias)] {
+          kernels<T>().update(d.size(), T(1), d.data(), T(0), d.data(), rate, decay, mu,
+                              keep ? bias_momenta[l].mutable_data_ptr<T>() : nullptr, biases[l].mutable_data_ptr<T>());
+        };
+      });
+  if (std::any_of(counts, counts + layers, [](int64_t count) { return count < 0; })) return iterations;
+  own_storage(weights);
+  own_storage(weight_momenta);
+  parallel_layers(systems.sizes, 1, [&](int64_t l) { weight_updates[l](); });
   for (size_t l = 0; l < layers; ++l) {
-    const at::Tensor grad_weight = grad_weights[l].contiguous(), mean_input = mean_inputs[l].contiguous();
-    solve_layer(hessians[l], mean_input, grad_weight, grad_biases[l], alpha[l], {max_iter, tol, truncated},
-                [&]<typename T>(Direction<T> direction, const T*, const T*) {
-                  // |V| <= max |P| / (1 - mu): neither momentum mu V + P nor update lr V may overflow, now or later.
-                  const double reach = direction.largest * std::max(1.0, std::abs(lr[l])) / std::max(1e-3, 1 - momentum[l]);
-                  const bool layer_finite = reach <= double(std::numeric_limits<T>::max()) / 8;
-                  counts[l] = layer_finite ? direction.iterations : -1;
-                  finite = finite && layer_finite;
-                  updates.push_back([=, direction = std::move(direction)] {
-                    const Kernels<T>& kernel = kernels<T>();
-                    const int64_t n_out = weights[l].size(0), n_in = weights[l].size(1);
-                    const T rate = T(lr[l]), decay = T(lr[l] * weight_decay[l]), mu = T(momentum[l]);
-                    const bool keep = !weight_momenta.empty();
-                    const T *b = grad_weight.const_data_ptr<T>(), *a = mean_input.const_data_ptr<T>();
-                    T *x = weights[l].mutable_data_ptr<T>(),
-                      *v = keep ? weight_momenta[l].mutable_data_ptr<T>() : nullptr;
-                    parallel_rows(n_out, n_in, [&](int64_t begin, int64_t end) {
-                      for (int64_t i = begin; i < end; ++i)
-                        kernel.update(n_in, T(direction.c), b + i * n_in, direction.w[i], a, rate, decay, mu,
-                                      v ? v + i * n_in : nullptr, x + i * n_in);
-                    });
-                    const T* d = direction.bias.data();
-                    kernel.update(direction.bias.size(), T(1), d, T(0), d, rate, decay, mu,
-                                  keep ? bias_momenta[l].mutable_data_ptr<T>() : nullptr,
-                                  biases[l].mutable_data_ptr<T>());
-                    for (const auto* targets : {&weights, &biases, &weight_momenta, &bias_momenta})
-                      if (!targets->empty()) (*targets)[l].unsafeGetTensorImpl()->bump_version();
-                  });
-                });
+    bias_updates[l]();  // one after another: layers may share a bias
+    for (const auto* targets : {&weights, &biases, &weight_momenta, &bias_momenta})
+      if (!targets->empty()) (*targets)[l].unsafeGetTensorImpl()->bump_version();
   }
-  if (finite)
-    for (const auto& update : updates) update();
   return iterations;
 }
 

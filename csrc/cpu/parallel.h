@@ -1,12 +1,13 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <atomic>
+#include <vector>
 #if defined(__SANITIZE_THREAD__)
 #include <thread>
-#include <vector>
 #endif
 
 namespace secondorder::cpu {
@@ -55,6 +56,29 @@ void parallel_items(int64_t items, int64_t work, F&& f) {
 template <typename F>
 void parallel_rows(int64_t rows, int64_t row_work, F&& f) {
   parallel_for(0, rows, std::max<int64_t>(1, kSerialWork / std::max<int64_t>(1, row_work)), f);
+}
+
+// Gives tensors that threads will write to storage of their own, where it is copy-on-write: within threads ATen refuses to.
+inline void own_storage(at::TensorList tensors) {
+  for (const at::Tensor& tensor : tensors) tensor.mutable_data_ptr();
+}
+
+// Calls f(layer) for every layer of a net: side by side for those that `parallel_rows` would not split, one after another for
+// the others. sizes[layer]: the elements that one pass over the layer touches; `passes` over each are made.
+template <typename F>
+void parallel_layers(const std::vector<int64_t>& sizes, int64_t passes, F&& f) {
+  std::vector<int64_t> small;
+  int64_t work = 0;
+  for (size_t layer = 0; layer < sizes.size(); ++layer) {
+    if (sizes[layer] > kSerialWork) {
+      f(layer);
+    } else {
+      small.push_back(layer);
+      work += passes * sizes[layer];
+    }
+  }
+  std::stable_sort(small.begin(), small.end(), [&](int64_t a, int64_t b) { return sizes[a] > sizes[b]; });
+  parallel_items(small.size(), work, [&](int64_t, int64_t item) { f(small[item]); });
 }
 
 }  // namespace secondorder::cpu

@@ -151,7 +151,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 if self._tape.recording:
                     records = self._records() if self._ranks is None else self._ranks.all(self._records)
                 groups = self._groups()
-                factors = self._new_factors(records, groups) if _due(self._steps(), self._curvature_every) else {}
+                factors = self._new_factors(records, groups) if self._renewing() else {}
                 covered = self._covered(factors, groups)
                 if self._adaptation is not None:
                     self._adaptive_update(covered, factors, groups, self._adaptation)
@@ -214,9 +214,13 @@ class LayerwiseOptimizer(CurvatureOptimizer):
     def _steps(self) -> int:
         return max((state.get("step", 0) for state in self.state.values()), default=0)
 
+    def _renewing(self) -> bool:
+        """Whether the next step, or the one being taken, renews the factors."""
+        return self._curvature_every == 1 or _due(self._steps(), self._curvature_every)
+
     def _schedule(self) -> None:
         """Has the next forward pass recorded if the next step renews the factors, or evaluates the model anew."""
-        self._tape.recording = self._adaptation is not None or _due(self._steps(), self._curvature_every)
+        self._tape.recording = self._adaptation is not None or self._renewing()
 
     def _new_factors(self, records: list[LayerRecord], groups: Groups) -> dict[nn.Linear, Factors]:
         """H and the input's statistics of every recorded layer that has a gradient, averaged with the earlier ones."""
@@ -243,13 +247,13 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         return factors
 
     def _statistics(self, records: list[LayerRecord]) -> dict[nn.Linear, Factors]:
-        if any(len(record.calls) > 1 or record.calls[0].input.dtype != wide(record.weight.dtype) for record in records):
+        if any(len(record.calls) > 1 or record.calls[0].input.dtype != record.dtype for record in records):
             # Inputs are joined or cast by copies, of which there should be one layer's at a time.
             return {record.layer: self._statistics_of([record])[0] for record in records}
         return dict(zip([record.layer for record in records], self._statistics_of(records), strict=True))
 
     def _statistics_of(self, records: list[LayerRecord]) -> list[Factors]:
-        inputs = [cast(record.input(), wide(record.weight.dtype)) for record in records]
+        inputs = [cast(record.input(), record.dtype) for record in records]
         if self._samples is None:
             return self._solver.statistics(inputs, inputs)
         return self._solver.statistics(
@@ -357,19 +361,20 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups, solver: solvers.EACG
     ) -> None:
         """Solves and updates all layers in one call, then commits every state; raises before anything has changed."""
-        gradients, layers = self._gradients(), list(covered)
+        gradients = self._gradients()
         weights: list[Tensor] = []
         biases: list[Tensor] = []
-        for weight, bias in map(parameters_of, layers):
+        for weight, bias in map(parameters_of, covered):
             weights.append(weight)
             biases.append(bias if bias is not None and bias in gradients else weight.new_empty(0))
         own = [groups[weight] for weight in weights]
         momenta: tuple[list[Tensor], list[Tensor]] = ([], [])
+        started: dict[Tensor, Tensor] = {}  # momenta that are new
         if any(group["momentum"] != 0 for group in own):
-            momenta = ([self._momentum(p) for p in weights], [self._momentum(p) for p in biases])
+            momenta = ([self._momentum(p, started) for p in weights], [self._momentum(p, started) for p in biases])
 
         others = self._uncovered(gradients, [*weights, *biases])
-        if layers:
+        if covered:
             iterations = ops.eacg_update_(
                 [each["bias_hessian"] for each in covered.values()],
                 [each["mean_input"] for each in covered.values()],
@@ -386,16 +391,14 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 solver.eps_cg,
                 solver.truncated,
             )
-            bad = {layer: "the solution overflows" for layer, count in zip(layers, iterations.tolist(), strict=True) if count < 0}
+            bad = [layer for layer, count in zip(covered, iterations.tolist(), strict=True) if count < 0]
             if bad:
-                raise NonFiniteError(self._not_finite(bad, covered))
+                raise NonFiniteError(self._not_finite(dict.fromkeys(bad, "the solution overflows"), covered))
 
         self._fallback_update(others)
         self._commit(covered, factors, {})
-        for parameters, buffers in zip((weights, biases), momenta, strict=True):
-            for parameter, buffer in zip(parameters, buffers, strict=False):
-                if buffer.numel():
-                    self.state[parameter]["momentum"] = buffer
+        for parameter, buffer in started.items():
+            self.state[parameter]["momentum"] = buffer
 
     def _adaptive_update(
         self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups, rule: Adaptation
@@ -472,7 +475,8 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], prepared: dict[nn.Linear, Factors]
     ) -> None:
         for layer in covered:
-            state = self.state[layer.weight]
+            weight, _ = parameters_of(layer)
+            state = self.state[weight]
             state["step"] = state.get("step", 0) + 1
             if layer in factors:
                 state.update(factors[layer])
@@ -480,9 +484,14 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             if self._inverse_every > 1 and layer in prepared:
                 state["prepared"] = prepared[layer]
 
-    def _momentum(self, parameter: Tensor) -> Tensor:
-        state = self.state.get(parameter, {})
-        return state["momentum"] if "momentum" in state else torch.zeros_like(parameter)
+    def _momentum(self, parameter: Tensor, started: dict[Tensor, Tensor]) -> Tensor:
+        """Its buffer; `started` keeps the new ones, but for those of the empty tensors that stand for no bias."""
+        buffer = self.state[parameter].get("momentum") if parameter in self.state else None
+        if buffer is None:
+            buffer = torch.zeros_like(parameter)
+            if parameter.numel():
+                started[parameter] = buffer
+        return buffer
 
     def _not_finite(self, layers: dict[nn.Linear, str], covered: dict[nn.Linear, Factors]) -> str:
         """Says which layers' steps are not finite, and why."""
@@ -505,13 +514,13 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 def _fusible(layers: Iterable[nn.Linear], groups: Groups) -> bool:
     """Whether `ops.eacg_update_` knows all that the groups ask for."""
 
-    def numbers(p: Tensor) -> list[Any]:
-        return [groups[p][key] for key in ("lr", "momentum", "weight_decay", "decoupled_weight_decay")]
+    def numbers(group: dict[str, Any]) -> list[Any]:
+        return [group[key] for key in ("lr", "momentum", "weight_decay", "decoupled_weight_decay")]
 
-    for layer in layers:
-        weight, bias = layer.weight, layer.bias
-        own = groups.get(bias, groups[weight])
-        if weight.dtype == torch.bfloat16 or (own is not groups[weight] and numbers(bias) != numbers(weight)):
+    for weight, bias in map(parameters_of, layers):
+        own = groups[weight]
+        other = own if bias is None else groups.get(bias, own)
+        if weight.dtype is torch.bfloat16 or (other is not own and numbers(other) != numbers(own)):
             return False
     return True
 
