@@ -34,7 +34,7 @@ class OutputHessian:
     convex: bool
 
     def positive(self, gamma: float) -> Tensor:
-        """Pos-Eig_gamma(H) (Chen et al., Eq. 8a), dense [K, K].
+        """Pos-Eig_gamma(H) (Chen et al., Eq. 8a), dense [K, K], a new tensor.
 
         Raises:
             NonFiniteError: H has entries that are not finite.
@@ -42,13 +42,13 @@ class OutputHessian:
         if self.values.dim() == 1:
             return torch.diag(self.values if self.convex else pos_eig(self.values, gamma))
         if self.convex:
-            return self.values
+            return self.values.clone()
         # In float64: eigh of an ill-conditioned float32 matrix can fail to converge.
         eigenvalues, vectors = torch.linalg.eigh(_finite(self.values).double())
         return ((vectors * pos_eig(eigenvalues, gamma)) @ vectors.T).to(self.values.dtype)
 
     def semidefinite(self) -> Tensor:
-        """H itself, dense [K, K], which Gauss-Newton needs to be positive semi-definite.
+        """H itself, dense [K, K], a new tensor, which Gauss-Newton needs to be positive semi-definite.
 
         Raises:
             NonFiniteError: it has entries that are not finite.

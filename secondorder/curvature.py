@@ -165,15 +165,16 @@ class Recursion(Curvature):
 
     def _output_hessian(self, record: LayerRecord) -> OutputHessian:
         # The loss of each micro-batch enters backward() with a factor of its own, and so does its Hessian.
-        total = None
+        total, convex = None, True
         for loss in record.losses:
             assert loss.hessian is not None and loss.scale is not None
-            hessian = loss.hessian
-            values = hessian.values * loss.scale
+            values, scale = loss.hessian.values, float(loss.scale)
+            if scale != 1:
+                values = values * scale
             total = values if total is None else _dense_sum(total, values)
+            # A negative factor, as for a loss that is maximised, turns a convex criterion into a concave one.
+            convex = convex and loss.hessian.convex and scale >= 0
         assert total is not None
-        # A negative factor, as for a loss that is maximised, turns a convex criterion into a concave one.
-        convex = all(loss.hessian.convex and float(loss.scale) >= 0 for loss in record.losses)  # type: ignore[union-attr,arg-type]
         return OutputHessian(total, convex)
 
 

@@ -97,6 +97,8 @@ class LossCall:
 
     def calls(self) -> list[LayerCall]:
         """All calls of layers that it depends on."""
+        if len(self.sources) == 1:
+            return self.sources[0].upstream()
         return list(dict.fromkeys(call for source in self.sources for call in source.upstream()))
 
 
@@ -137,6 +139,7 @@ class LayerRecord:
     dtype: torch.dtype  # of H: the weight's, at least float32
     calls: list[LayerCall] = field(default_factory=list)
     origins: list[LossCall] = field(default_factory=list)  # the loss that each call is part of
+    consumers: list["Link | LossCall"] = field(default_factory=list)  # of the calls' outputs
     next: "LayerRecord | None" = None  # the layer that takes this one's output, elementwise transformed
     links: list[Link] = field(default_factory=list)  # to `next`, one per call
     losses: list[LossCall] = field(default_factory=list)  # or the criterion does, in these calls
@@ -159,8 +162,8 @@ class LayerRecord:
 
     def grad_activation(self) -> Tensor | None:
         """Gradient w.r.t. the input of `next` [m, n_out], its sum over the instances standing for all; None where sigma'' = 0."""
-        grads = [_for_all(link.grad, self.samples) for link in self.links if link.grad is not None]
-        return rows(grads) if len(grads) == len(self.links) else None
+        grads = [link.grad for link in self.links if link.grad is not None]
+        return rows([_for_all(grad, self.samples) for grad in grads]) if len(grads) == len(self.links) else None
 
 
 class Tape:
@@ -261,21 +264,34 @@ class Tape:
     def records(self) -> list[LayerRecord]:
         """The layers that the losses so far depend on, each after the layer that takes its output: the recursion's order."""
         records: dict[nn.Linear, LayerRecord] = {}
-        consumers: dict[LayerCall, list[Link | LossCall]] = {}
+        seen: set[LayerCall] = set()
         for loss in self._losses:
-            for call in _consumers_first(loss, consumers, self.names):
+            stack: list[tuple[LayerCall, Link | LossCall]] = [(source, loss) for source in loss.sources]
+            while stack:
+                call, consumer = stack.pop()
                 record = records.get(call.layer)
                 if record is None:
                     weight, _ = parameters_of(call.layer)
                     record = records[call.layer] = LayerRecord(call.layer, weight, wide(weight.dtype), samples=self.samples)
+                record.consumers.append(consumer)
+                if call in seen:
+                    continue
+                seen.add(call)
+                if record.origins and record.origins[-1] is loss:
+                    raise ValueError(
+                        f"expected each linear layer to be called once per forward pass, but {self.names[call.layer]!r} is "
+                        "called more than once; curvature of shared layers is not defined here: give each use a layer of its "
+                        "own, or freeze the shared one (requires_grad_(False))"
+                    )
                 record.calls.append(call)
                 record.origins.append(loss)
+                stack += [(link.source, link) for link in call.inputs_from]
             for call, block in loss.blocks.items():
                 record = records[call.layer]
                 block = block if loss.scale is None else block * loss.scale.abs()  # a metric, also of a loss that is maximised
                 record.block = block if record.block is None else record.block + block
         for record in records.values():
-            _connect(record, [consumer for call in record.calls for consumer in consumers[call]], records)
+            _connect(record, records)
         return _recursion_order(records)
 
     def _on_layer(self, layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -614,30 +630,9 @@ def _is_view_of(output: Tensor, source: Node) -> bool:
     return node is source
 
 
-def _consumers_first(
-    loss: LossCall, consumers: dict[LayerCall, list[Link | LossCall]], names: dict[nn.Linear, str]
-) -> list[LayerCall]:
-    """All calls that the loss depends on; fills `consumers` of each."""
-    found: dict[nn.Linear, LayerCall] = {}
-    stack: list[tuple[LayerCall, Link | LossCall]] = [(source, loss) for source in loss.sources]
-    while stack:
-        call, consumer = stack.pop()
-        if call not in consumers:
-            consumers[call] = []
-            if call.layer in found:
-                raise ValueError(
-                    f"expected each linear layer to be called once per forward pass, but {names[call.layer]!r} is called more "
-                    "than once; curvature of shared layers is not defined here: give each use a layer of its own, or "
-                    "freeze the shared one (requires_grad_(False))"
-                )
-            found[call.layer] = call
-            stack += [(link.source, link) for link in call.inputs_from]
-        consumers[call].append(consumer)
-    return list(found.values())
-
-
-def _connect(record: LayerRecord, consumers: list[Link | LossCall], records: dict[nn.Linear, LayerRecord]) -> None:
+def _connect(record: LayerRecord, records: dict[nn.Linear, LayerRecord]) -> None:
     """Sets what follows a record, from the consumers of its calls."""
+    consumers = record.consumers
     links = [c for c in consumers if isinstance(c, Link)]
     if not links:
         record.losses = [c for c in consumers if isinstance(c, LossCall)]
@@ -660,5 +655,6 @@ def _recursion_order(records: dict[nn.Linear, LayerRecord]) -> list[LayerRecord]
         while current is not None and current not in ordered:
             chain.append(current)
             current = current.next
-        ordered.update(dict.fromkeys(reversed(chain)))
+        for each in reversed(chain):
+            ordered[each] = None
     return list(ordered)

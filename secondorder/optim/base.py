@@ -335,10 +335,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         Raises:
             NonFiniteError, RuntimeError: something about them is not sound.
         """
-        name, known = type(self).__name__, gradients.keys() & set(covered)  # two layers may share a bias
-        if len(known) == len(gradients):
+        name, rest = type(self).__name__, dict(gradients)
+        for p in covered:
+            rest.pop(p, None)  # two layers may share a bias
+        if not rest:
             return []
-        found = [(p, g) for g in self.param_groups for p in g["params"] if p in gradients and p not in known]
+        found = [(p, g) for g in self.param_groups for p in g["params"] if p in rest]
         new = [p for p, _ in found if p not in self._fallback_warned]
         if new:
             names = ", ".join(repr(self._parameter_names[p]) for p in new)

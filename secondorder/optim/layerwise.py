@@ -155,7 +155,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 covered = self._covered(factors, groups)
                 if self._adaptation is not None:
                     self._adaptive_update(covered, factors, groups, self._adaptation)
-                elif isinstance(self._solver, solvers.EACG) and _fusible(covered, groups):
+                elif isinstance(self._solver, solvers.EACG) and self._fusible(covered, groups):
                     self._fused_update(covered, factors, groups, self._solver)
                 else:
                     self._update(covered, factors, groups)
@@ -471,6 +471,18 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 self.state[p]["momentum"] = delta
         self._commit(covered, factors, prepared)
 
+    def _fusible(self, layers: Iterable[nn.Linear], groups: Groups) -> bool:
+        """Whether `ops.eacg_update_` knows all that the groups ask for."""
+
+        def numbers(p: Tensor) -> list[Any]:
+            return [groups[p][key] for key in ("lr", "momentum", "weight_decay", "decoupled_weight_decay")]
+
+        several = len(self.param_groups) > 1
+        for weight, bias in map(parameters_of, layers):
+            if weight.dtype is torch.bfloat16 or (several and bias in groups and numbers(bias) != numbers(weight)):
+                return False
+        return True
+
     def _commit(
         self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], prepared: dict[nn.Linear, Factors]
     ) -> None:
@@ -486,7 +498,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
     def _momentum(self, parameter: Tensor, started: dict[Tensor, Tensor]) -> Tensor:
         """Its buffer; `started` keeps the new ones, but for those of the empty tensors that stand for no bias."""
-        buffer = self.state[parameter].get("momentum") if parameter in self.state else None
+        buffer = self.state.get(parameter, {}).get("momentum")
         if buffer is None:
             buffer = torch.zeros_like(parameter)
             if parameter.numel():
@@ -509,20 +521,6 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             f"{type(self).__name__}.step(): {'; '.join(parts)}. No parameter and no state has changed; skip this batch, or "
             "lower lr or raise alpha if the training has diverged."
         )
-
-
-def _fusible(layers: Iterable[nn.Linear], groups: Groups) -> bool:
-    """Whether `ops.eacg_update_` knows all that the groups ask for."""
-
-    def numbers(group: dict[str, Any]) -> list[Any]:
-        return [group[key] for key in ("lr", "momentum", "weight_decay", "decoupled_weight_decay")]
-
-    for weight, bias in map(parameters_of, layers):
-        own = groups[weight]
-        other = own if bias is None else groups.get(bias, own)
-        if weight.dtype is torch.bfloat16 or (other is not own and numbers(other) != numbers(own)):
-            return False
-    return True
 
 
 def _due(steps: int, every: int) -> bool:
