@@ -109,7 +109,7 @@ _RELEASED = torch.empty(0)
 
 _COMPILED = "CompiledFunctionBackward"  # the name of a compiled graph's autograd node
 
-# What has the interpreter's frames, where torch.compile is at work; None at all other times.
+# What evaluates frames in the interpreter's place, where torch.compile is at work; else None.
 _compiler: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
 
 
