@@ -90,9 +90,9 @@ class Recursion(Curvature):
 
         def descend() -> None:
             if chain:
-                top = hessians[chain[0][1].layer]
-                below = self._descend(top, chain)
-                hessians.update((record.layer, cast(h, record.dtype)) for (record, _, _), h in zip(chain, below, strict=True))
+                below = self._descend(hessians[chain[0][1].layer], chain)
+                for (record, _, _), h in zip(chain, below, strict=True):
+                    hessians[record.layer] = cast(h, record.dtype)
                 chain.clear()
 
         for record in records:

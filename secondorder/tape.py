@@ -240,9 +240,6 @@ class Tape:
     @contextmanager
     def rescaled(self, factor: float) -> Iterator[None]:
         """Within it the records are those of a backward pass from `factor` times what backward() was called on."""
-        if factor == 1:
-            yield
-            return
         calls = dict.fromkeys(call for loss in self._losses for call in loss.calls())
         fields: list[tuple[Any, str]] = [(loss, "scale") for loss in self._losses] + [(call, "grad_output") for call in calls]
         fields += [(link, "grad") for call in calls for link in call.inputs_from]

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -289,7 +289,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                     "must be, too: tell the optimizer its scaler once, by optimizer.grad_scaler = scaler"
                 )
         try:
-            with self._tape.rescaled(factor):
+            with nullcontext() if factor == 1 else self._tape.rescaled(factor):
                 yield True
         except NonFiniteError:
             if self._nonfinite == "error":
