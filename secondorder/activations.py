@@ -150,7 +150,7 @@ def rows(tensors: list[Tensor], samples: int | None = None) -> Tensor:
     """[m, n] from tensors [..., n]: the union of their instances, or of `sample`s of them."""
     if len(tensors) == 1 and samples is None and tensors[0].dim() == 2:
         return tensors[0]
-    flat = [sample(t if t.dim() == 2 else t.reshape(-1, t.shape[-1]), samples) for t in tensors]
+    flat = [sample(t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1]), samples) for t in tensors]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 

@@ -328,7 +328,9 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
         instances = m if loss.instances is None else loss.instances
         block = (delta.T @ delta) * ((m / len(delta) if m else 1) * (instances if loss.mean else 1) / loss.scale.abs())
         total = block if total is None else total + block
-    assert total is not None
+    if total is None:  # no backward pass has come so far: backward(inputs=...) may stop anywhere
+        n_out = record.layer.out_features
+        total = record.weight.new_zeros(n_out, n_out, dtype=record.dtype)
     return total
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.utils._pytree import tree_leaves, tree_map
 
-from secondorder.activations import Analytic, derivatives, widened
+from secondorder.activations import Analytic, derivatives, rows, widened
 from secondorder.criteria import analytic_hessian, autograd_hessian
 from secondorder.distributed import Ranks
 from secondorder.tape import LossCall, Tape
@@ -292,7 +292,7 @@ class _Chain:
         """J x of every vector, [k, *output.shape]."""
         t: Tensor | None = None
         for depth, (layer, (weight, bias), h) in enumerate(zip(self.layers, self.places, self.inputs, strict=True)):
-            flat = h.reshape(-1, h.shape[-1])
+            flat = rows([h])
             if t is None:
                 new = flat.new_zeros(len(vectors), len(flat), layer.out_features)
             else:

@@ -414,7 +414,7 @@ class Tape:
         """Sum over the columns of delta delta^T for every layer upstream of `edge`, in chunks of columns."""
         nodes, _ = _source_nodes(edge.node, self._key, nearest=False)
         calls: list[LayerCall] = [_metadata(node)[self._key] for node in nodes]
-        instances = max((call.input.numel() // call.input.shape[-1] for call in calls), default=1)
+        instances = max((call.input.shape[:-1].numel() for call in calls), default=1)
         chunk = max(1, _COLUMN_BUDGET // max(1, sum(instances * call.layer.out_features for call in calls)))
         blocks: dict[LayerCall, Tensor] = {}
         for begin in range(0, root.count, chunk):
@@ -423,9 +423,9 @@ class Tape:
                 [edge], [GradientEdge(node, 0) for node in nodes], [columns], retain_graph=True, is_grads_batched=True
             )
             for call, delta in zip(calls, deltas, strict=True):
-                flat = delta.reshape(len(delta), -1, delta.shape[-1])
+                flat = delta.reshape(len(delta), delta.shape[1:-1].numel(), delta.shape[-1])
                 chosen = sample(flat, self.samples)
-                weight = flat.shape[1] / chosen.shape[1]  # as if they were all
+                weight = flat.shape[1] / max(1, chosen.shape[1])  # as if they were all
                 chosen = chosen.flatten(0, 1)
                 blocks[call] = chosen.T @ chosen * weight + blocks.get(call, 0)
         return blocks

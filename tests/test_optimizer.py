@@ -759,3 +759,80 @@ def test_a_non_elementwise_function_warns_once_and_trains():
     assert sum("layer '0' goes through a function that is not elementwise" in m for m in messages) == 1
     assert sum("'1.weight', '1.bias'; they are updated by the fallback, SGD" in m for m in messages) == 1
     assert losses[-1] < losses[0]
+
+
+EVERY_OPTIMIZER = [
+    lambda m, c: so.EACG(m, c),
+    lambda m, c: so.EACG(m, c, 0.1),
+    lambda m, c: so.EACG(m, c, 0.1, curvature="fisher-empirical"),
+    lambda m, c: so.EACG(m, c, 0.1, curvature="kflr", solver="kfi"),
+    lambda m, c: so.KFAC(m, c),
+    lambda m, c: so.KFRA(m, c),
+    lambda m, c: so.KFLR(m, c),
+    lambda m, c: so.KBFGS(m, c, lr=0.1),
+]
+
+
+def stepper(model, make, x, y):
+    criterion = nn.CrossEntropyLoss(reduction="sum")
+    optimizer = make(model, criterion)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        return loss
+
+    def step():
+        if isinstance(optimizer, so.KBFGS):
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+
+    return step
+
+
+@pytest.mark.parametrize("make", EVERY_OPTIMIZER)
+def test_an_empty_batch_is_refused_and_one_of_several_is_not(make):
+    model, (x, y) = network(), batch()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"step\(\): expected at least one instance, got an empty batch"):
+        stepper(model, make, x[:0], y[:0])()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_an_empty_micro_batch_adds_nothing():
+    for curvature in ("pch-abs", "kflr", "fisher-empirical"):
+        updated = []
+        for parts in ([slice(0, 8)], [slice(0, 8), slice(0, 0)]):
+            model, criterion, (x, y) = network(), nn.CrossEntropyLoss(reduction="sum"), batch()
+            optimizer = so.EACG(model, criterion, 0.1, curvature=curvature)
+            for part in parts:
+                criterion(model(x[part]), y[part]).backward()
+            optimizer.step()
+            updated.append(model)
+        for p, q in zip(*(model.parameters() for model in updated), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("make", EVERY_OPTIMIZER)
+def test_a_layer_of_no_outputs(make):
+    x, y = batch()
+    model = nn.Sequential(nn.Linear(WIDTHS[0], 0), nn.Tanh(), nn.Linear(0, WIDTHS[-1])).double()
+    before = model[2].bias.detach().clone()
+    stepper(model, make, x, y)()
+    assert not torch.equal(model[2].bias, before)
+
+
+@pytest.mark.parametrize("curvature", ["pch-abs", "kflr", "fisher-mc", "fisher-empirical"])
+def test_backward_for_some_parameters_alone(curvature):
+    model, criterion, (x, y) = network(), nn.CrossEntropyLoss(), batch()
+    optimizer = so.EACG(model, criterion, 0.1, curvature=curvature)
+    before = copy.deepcopy(model)
+    criterion(model(x), y).backward(inputs=[model[4].weight, model[4].bias])
+    optimizer.step()
+    assert torch.equal(model[0].weight, before[0].weight)
+    assert not torch.equal(model[4].weight, before[4].weight)

@@ -187,6 +187,8 @@ class KBFGS(CurvatureOptimizer):
         groups, gradients = self._groups(), self._gradients()
         layers = [n for n in self._layers if n in first.gradient and n.weight in gradients]
         parameters = {layer: _parameters(layer, gradients) for layer in layers}
+        if layers:
+            self._check_instances([first.input(layers[0])])
         others = self._uncovered(gradients, [p for each in parameters.values() for p in each])
         self._check_finite(loss, parameters, gradients)
 
@@ -285,7 +287,8 @@ class KBFGS(CurvatureOptimizer):
         share = (1 - decay) / (1 - decay ** (state["step"] + 1)) if self._bias_correction else 1 - decay
         result = torch.empty_like(average)
         for gradient, columns in zip(gradients, _columns(layer), strict=False):
-            torch.lerp(average[:, columns], gradient.view(len(gradient), -1), share, out=result[:, columns])
+            part = average[:, columns]
+            torch.lerp(part, gradient.view_as(part), share, out=result[:, columns])
         return result
 
     def _try(
@@ -320,7 +323,7 @@ class KBFGS(CurvatureOptimizer):
                     ranks = self._ranks
                     value = run() if ranks is None else trial.average(ranks, self._layers, ranks.all(run))
                     # A saturated unit hides an infinite weight from the loss.
-                    sizes = torch._foreach_norm([p for each in parameters for p in each], math.inf)
+                    sizes = torch._foreach_norm([p for each in parameters for p in each if p.numel()], math.inf)
                     if math.isfinite(value) and value <= limit and all(map(math.isfinite, sizes)):
                         accepted = trial
                         break
@@ -533,14 +536,14 @@ class _Pass:
             return
         input = _input(layer, args, kwargs)
         dtype = wide(layer.weight.dtype)
-        mean = output.detach().reshape(-1, layer.out_features).mean(0, dtype=dtype)
+        mean = rows([output.detach()]).mean(0, dtype=dtype)
         if self._anchored and not output.requires_grad:
             output.add_(torch.zeros(layer.out_features, dtype=output.dtype, device=output.device, requires_grad=True))
 
         def backward(gradient: Tensor) -> None:
             self._inputs.setdefault(layer, []).append(input)
             self._preactivations.setdefault(layer, []).append((mean, len(input)))
-            total = self.sign * gradient.reshape(-1, layer.out_features).sum(0, dtype=dtype)
+            total = self.sign * rows([gradient]).sum(0, dtype=dtype)
             self.gradient[layer] = self.gradient[layer] + total if layer in self.gradient else total
 
         if output.requires_grad:
@@ -557,7 +560,7 @@ def _parameters(layer: nn.Linear, gradients: dict[Tensor, Tensor]) -> list[Tenso
 def _input(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The h [m, n_in] of a call, in the state's dtype."""
     h: Tensor = args[0] if args else kwargs["input"]
-    return h.detach().reshape(-1, layer.in_features).to(wide(layer.weight.dtype))
+    return rows([h.detach()]).to(wide(layer.weight.dtype))
 
 
 def _second_moment(layer: nn.Linear, h: Tensor, mean: Tensor, average: Tensor | None = None, decay: float = 0.0) -> Tensor:
