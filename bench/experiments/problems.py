@@ -279,4 +279,5 @@ DIGITS = _classifier("digits", lambda _: data.digits(), [784, 256, 128, 64, 32, 
 FASHION = _classifier(
     "Fashion-MNIST", lambda d: first_images(data.fashion_mnist, 10_000, d), [784, 256, 128, 64, 32, 10], nn.CrossEntropyLoss, 6
 )
+DIGITS_500 = replace(DIGITS, name="digits, batches of 500", batch=500)
 DIGITS_EPOCH = replace(DIGITS, name="digits, an epoch", seconds=120, epochs=1)

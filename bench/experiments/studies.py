@@ -7,7 +7,17 @@ from torch import nn
 
 import secondorder as so
 from bench.experiments.harness import Method, Problem, grid
-from bench.experiments.problems import AUTOENCODERS, CLASSIFIERS, DIGITS, DIGITS_EPOCH, FASHION, MIXTURE, PINN, ROBUST
+from bench.experiments.problems import (
+    AUTOENCODERS,
+    CLASSIFIERS,
+    DIGITS,
+    DIGITS_500,
+    DIGITS_EPOCH,
+    FASHION,
+    MIXTURE,
+    PINN,
+    ROBUST,
+)
 from secondorder.curvature import CURVATURES
 from secondorder.solvers import SOLVERS
 
@@ -73,6 +83,12 @@ def _cell(curvature: str, solver: str) -> Method:
     )
 
 
+def _cheaper(lr: float | None, **options: int) -> Method:
+    """EACG with curvature from some instances, or now and then."""
+    name = ", ".join([*(["lr=0.02"] if lr else []), *(f"{key[10:]}={value}" for key, value in options.items())])
+    return Method(f"EACG, {name}", lambda model, criterion: so.EACG(model, criterion, lr, **options))
+
+
 EACG = Method("EACG", lambda model, criterion: so.EACG(model, criterion))
 EACG_RATE = Method("EACG, lr=0.02", lambda model, criterion: so.EACG(model, criterion, lr=0.02))
 KFRA = Method("KFRA", lambda model, criterion: so.KFRA(model, criterion))
@@ -95,6 +111,9 @@ KBFGS = [
     Method("SGD", _sgd, grid(lr=[1e-3, 3e-3, 1e-2])),
 ]
 LBFGS = Method("L-BFGS", lambda model, _: torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", history_size=50))
+CHEAPER = [_cheaper(None, curvature_samples=k) for k in (100, 25)] + [_cheaper(None, curvature_every=20)]
+CHEAPER_RATE = [_cheaper(0.02, curvature_samples=k) for k in (100, 25)]
+CHEAPER_RATE += [_cheaper(0.02, curvature_every=10), _cheaper(0.02, curvature_every=10, curvature_samples=100)]
 
 STUDIES = {
     "figures-1-to-8": [
@@ -114,6 +133,10 @@ STUDIES = {
         )
     ],
     "no-tuning": [Study("Classifiers without tuning", "digits", [DIGITS, FASHION], [ADAM_FIXED, EACG, EACG_RATE, KFRA, KFAC])],
+    "cheaper-curvature": [
+        Study("Curvature for less, without a learning rate", "cheaper", [DIGITS_500, AUTOENCODERS[0]], [EACG, *CHEAPER]),
+        Study("Curvature for less, with one", "cheaper", [DIGITS_500], [EACG_RATE, *CHEAPER_RATE]),
+    ],
     "grid": [Study("Every curvature with every solver", "grid", [DIGITS_EPOCH],
                    [_cell(c, s) for c in CURVATURES for s in SOLVERS], picture=False)],
 }  # fmt: skip
