@@ -19,7 +19,7 @@ from secondorder import ops
 _PIECEWISE_LINEAR = {"identity", "relu", "leaky_relu"}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Analytic:
     """An activation that the operators know by name; `saved` [..., n] is what `ops.activation_derivatives` takes for it."""
 
@@ -33,7 +33,7 @@ class Analytic:
         return self.activation not in _PIECEWISE_LINEAR
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Probed:
     """Any other elementwise function, by its derivatives d1 and d2 (None: identically 0), each [..., n]."""
 

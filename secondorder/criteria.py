@@ -26,7 +26,7 @@ from secondorder.errors import NonFiniteError
 from secondorder.reference import pos_eig
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class OutputHessian:
     """H [K, K], or its diagonal [K]; `convex` where it is known to be positive semi-definite."""
 

@@ -10,7 +10,6 @@ changes so count. The hook on the loss says that a backward pass took place, and
 Nothing is recorded in eval mode, without grad mode, or while `recording` is off.
 """
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,7 +69,7 @@ class Link:
     grad: Tensor | None = None  # gradient w.r.t. the next layer's input, kept only for a curved transfer
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class ModelCall:
     """The arguments of one call of the model, detached."""
 
@@ -78,7 +77,7 @@ class ModelCall:
     kwargs: dict[str, Any]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class LossCall:
     """One call of the criterion."""
 
@@ -113,17 +112,9 @@ _COMPILED = "CompiledFunctionBackward"  # the name of a compiled graph's autogra
 _compiler: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
 
 
-def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compiler.disable(function), but free where nothing is being compiled: it is called in every forward pass."""
-    disabled = torch.compiler.disable(function)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _compiler() is not None:
-            return disabled(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return call
+def _compiling() -> bool:
+    """Whether what is called may be compiled. Where it may not, torch.compiler.disable would only cost: in every forward pass."""
+    return torch.compiler.is_compiling() or _compiler() is not None
 
 
 # At most so many numbers of all layers' deltas are held at once while columns are propagated.
@@ -308,7 +299,6 @@ class Tape:
         if self.grad_outputs:
             self._keep_gradient(node)
 
-    @_uncompiled
     def _on_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if isinstance(output, Tensor) and output.grad_fn is not None:
             _metadata(output.grad_fn)[self._key + ".model"] = ModelCall(*_detached((args, kwargs)))
@@ -361,7 +351,6 @@ class Tape:
             call.keeps_gradient = True
             self._collect(call, "grad_output", node, 0)
 
-    @_uncompiled
     def _on_criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor) -> None:
         made_by = loss.grad_fn if isinstance(loss, Tensor) else None
         if made_by is None:
@@ -513,7 +502,11 @@ class _Hook:
             return
         tape = None if self.tape is None else self.tape()
         if tape is not None and tape.active:
-            self.function(tape, module, *args)
+            (self._disabled if _compiling() else self.function)(tape, module, *args)
+
+    @torch.compiler.disable
+    def _disabled(self, tape: Tape, module: nn.Module, *args: Any) -> None:
+        self.function(tape, module, *args)
 
     def __reduce__(self) -> tuple[type, tuple[None, str]]:  # also what copy.deepcopy goes by
         return _Hook, (None, self.method)
@@ -529,11 +522,11 @@ class _Eager:
         self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.module.training and torch.is_grad_enabled():
+        if _compiling() and self.module.training and torch.is_grad_enabled():
             return self._eagerly(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    @_uncompiled
+    @torch.compiler.disable
     def _eagerly(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)
 

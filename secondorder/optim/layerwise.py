@@ -364,9 +364,12 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         gradients = self._gradients()
         weights: list[Tensor] = []
         biases: list[Tensor] = []
+        grad_biases: list[Tensor] = []
         for weight, bias in map(parameters_of, covered):
+            grad_bias = None if bias is None else gradients.get(bias)
             weights.append(weight)
-            biases.append(bias if bias is not None and bias in gradients else weight.new_empty(0))
+            biases.append(weight.new_empty(0) if bias is None or grad_bias is None else bias)
+            grad_biases.append(biases[-1] if grad_bias is None else grad_bias)
         own = [groups[weight] for weight in weights]
         momenta: tuple[list[Tensor], list[Tensor]] = ([], [])
         started: dict[Tensor, Tensor] = {}  # momenta that are new
@@ -379,7 +382,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 [each["bias_hessian"] for each in covered.values()],
                 [each["mean_input"] for each in covered.values()],
                 [gradients[weight] for weight in weights],
-                [gradients.get(bias, bias) for bias in biases],
+                grad_biases,
                 weights,
                 biases,
                 *momenta,
