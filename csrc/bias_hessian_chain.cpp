@@ -1,6 +1,7 @@
 // bias_hessian.chain: the recursion through several layers, on any device. One call from Python in place of one per layer,
 // whose dispatch and argument parsing are what nets of small layers cost.
 #include <ATen/Functions.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
@@ -27,6 +28,7 @@ std::vector<at::Tensor> bias_hessian_chain(at::Tensor hessian, at::TensorList we
                                  {"activation", activations.size()},
                                  {"parameter", parameters.size()},
                                  {"grad_input", grad_inputs.size()}});
+  const at::AutoDispatchBelowADInplaceOrView guard;  // autograd has been passed already
   std::vector<at::Tensor> hessians;
   for (size_t l = 0; l < layers; ++l)
     hessians.push_back(step.call(l == 0 ? hessian : hessians.back(), weights[l], saved[l], activations.get(l), parameters[l],

@@ -135,7 +135,7 @@ STUDIES = {
     "no-tuning": [Study("Classifiers without tuning", "digits", [DIGITS, FASHION], [ADAM_FIXED, EACG, EACG_RATE, KFRA, KFAC])],
     "cheaper-curvature": [
         Study("Curvature for less, without a learning rate", "cheaper", [DIGITS_500, AUTOENCODERS[0]], [EACG, *CHEAPER]),
-        Study("Curvature for less, with one", "cheaper", [DIGITS_500], [EACG_RATE, *CHEAPER_RATE]),
+        Study("Curvature for less, with a learning rate", "cheaper", [DIGITS_500], [EACG_RATE, *CHEAPER_RATE]),
     ],
     "grid": [Study("Every curvature with every solver", "grid", [DIGITS_EPOCH],
                    [_cell(c, s) for c in CURVATURES for s in SOLVERS], picture=False)],

@@ -16,6 +16,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -29,9 +30,13 @@ namespace {
 
 template <typename T>
 double dot(const std::vector<T>& x, const std::vector<T>& y) {
-  double sum = 0;
-  for (size_t i = 0; i < x.size(); ++i) sum += double(x[i]) * double(y[i]);
-  return sum;
+  constexpr size_t kLanes = 8;  // so many partial sums, which no addition waits for another in
+  double sums[kLanes] = {};
+  size_t i = 0;
+  for (; i + kLanes <= x.size(); i += kLanes)
+    for (size_t lane = 0; lane < kLanes; ++lane) sums[lane] += double(x[i + lane]) * double(y[i + lane]);
+  for (; i < x.size(); ++i) sums[0] += double(x[i]) * double(y[i]);
+  return std::accumulate(sums, sums + kLanes, 0.0);
 }
 
 // Conjugate gradients for (shift I + scale H) x = rhs, with one more, uncoupled coordinate whose matrix is `shift`.

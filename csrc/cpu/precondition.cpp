@@ -41,7 +41,7 @@ void multiply(const Strips<T>& x, int64_t x_stride, const Strips<T>& y, T* out) 
   for_tiles(y.rows, x, y, [&](int64_t worker, int64_t xs, int64_t x_strips, int64_t ys, int64_t y_strips) {
     std::vector<T>& tile = scratch[worker];
     tile.resize(row * row);
-    multiply_strips(kernel, y.rows, x.storage.template const_data_ptr<T>() + xs * x_stride, x_stride, x_strips,
+    multiply_strips(kernel, y.rows, x.strip(0) + xs * x_stride, x_stride, x_strips,
                     y.strip(ys), y.stride(), y_strips, tile.data(), row, nr, false);
     const int64_t rows = std::min(x_strips * nr, x.cols - xs * nr), cols = std::min(y_strips * nr, y.cols - ys * nr);
     for (int64_t i = 0; i < rows; ++i)

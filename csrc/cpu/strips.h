@@ -1,7 +1,7 @@
 // Products X^T Y of row-major matrices that the register kernel multiplies, each packed once into strips of columns.
 #pragma once
 
-#include <ATen/Functions.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <cstring>
@@ -23,13 +23,13 @@ inline int64_t tile_strips(int64_t strips) {
 template <typename T>
 struct Strips {
   int64_t rows, cols, nr, count;
-  at::Tensor storage;
+  c10::DataPtr storage;
 
   Strips(int64_t rows, int64_t cols)
       : rows(rows), cols(cols), nr(kernels<T>().nr), count(ceil_div(cols, nr)),
-        storage(at::empty({count * rows * nr}, at::TensorOptions(c10::CppTypeToScalarType<T>::value))) {}
+        storage(c10::GetCPUAllocator()->allocate(count * rows * nr * sizeof(T))) {}
 
-  T* strip(int64_t s) const { return storage.mutable_data_ptr<T>() + s * stride(); }
+  T* strip(int64_t s) const { return static_cast<T*>(storage.get()) + s * stride(); }
   int64_t stride() const { return rows * nr; }
   int64_t width(int64_t s) const { return std::min(nr, cols - s * nr); }
 

@@ -374,7 +374,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         momenta: tuple[list[Tensor], list[Tensor]] = ([], [])
         started: dict[Tensor, Tensor] = {}  # momenta that are new
         if any(group["momentum"] != 0 for group in own):
-            momenta = ([self._momentum(p, started) for p in weights], [self._momentum(p, started) for p in biases])
+            momenta = (self._momenta(weights, started), self._momenta(biases, started))
 
         others = self._uncovered(gradients, [*weights, *biases])
         if covered:
@@ -499,14 +499,17 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             if self._inverse_every > 1 and layer in prepared:
                 state["prepared"] = prepared[layer]
 
-    def _momentum(self, parameter: Tensor, started: dict[Tensor, Tensor]) -> Tensor:
-        """Its buffer; `started` keeps the new ones, but for those of the empty tensors that stand for no bias."""
-        buffer = self.state.get(parameter, {}).get("momentum")
-        if buffer is None:
-            buffer = torch.zeros_like(parameter)
-            if parameter.numel():
-                started[parameter] = buffer
-        return buffer
+    def _momenta(self, parameters: list[Tensor], started: dict[Tensor, Tensor]) -> list[Tensor]:
+        """Their buffers; `started` gets the new ones, but for those of the empty tensors that stand for no bias."""
+        buffers = []
+        for p in parameters:
+            buffer = self.state.get(p, {}).get("momentum")
+            if buffer is None:
+                buffer = torch.zeros_like(p)
+                if p.numel():
+                    started[p] = buffer
+            buffers.append(buffer)
+        return buffers
 
     def _not_finite(self, layers: dict[nn.Linear, str], covered: dict[nn.Linear, Factors]) -> str:
         """Says which layers' steps are not finite, and why."""
