@@ -41,8 +41,8 @@ sanitize: .venv/ready
 soak: .venv/ready
 	$(BIN)/python -m bench.soak
 
-# Microbenchmarks against plain PyTorch, some 10 minutes: prints tables, stores them in $(BENCH_RESULTS), and renders
-# docs/performance.md. LARGE=--large: more nets and batches, the ImageNet-10 net among them, and peak memory; half an hour, 8 GB.
+# Microbenchmarks against plain PyTorch, some 8 minutes: prints tables, stores them in $(BENCH_RESULTS), and renders
+# docs/performance.md. LARGE=--large: more nets and batches, the ImageNet-10 net among them, and peak memory; 20 minutes, 8 GB.
 LARGE ?=
 export BENCH_RESULTS ?= bench/results
 bench: .venv/ready
