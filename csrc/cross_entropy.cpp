@@ -34,7 +34,8 @@ void small_hessian(const T* logits, const int64_t* target, int64_t m, int64_t k,
     for (int64_t a = 0; a < k; ++a)
       for (int64_t b = 0; b <= a; ++b) h[a * k + b] -= p[a] * p[b];
   }
-  const double scale = mean ? 1 / double(count) : 1;  // NaN times inf for a mean over nothing
+  // A mean over nothing is NaN, but for a batch of nothing, which adds nothing to others.
+  const double scale = !mean || m == 0 ? 1 : count == 0 ? std::nan("") : 1 / double(count);
   for (int64_t a = 0; a < k; ++a)
     for (int64_t b = 0; b <= a; ++b)
       out[a * k + b] = out[b * k + a] = T((a == b ? diagonal[a] + h[a * k + a] : h[a * k + b]) * scale);
@@ -54,8 +55,9 @@ at::Tensor cross_entropy_hessian(const at::Tensor& output_, const at::Tensor& ta
     });
     return out;
   }
-  const at::Tensor p = at::softmax(output_, 1);
-  at::Tensor mass = target.ne(ignore_index).to(output_.scalar_type());
+  const at::Tensor kept = target.to(at::kLong).ne(ignore_index);  // uint8 has no -100
+  const at::Tensor p = at::softmax(output_, 1).masked_fill(kept.logical_not().unsqueeze(1), 0);
+  at::Tensor mass = kept.to(output_.scalar_type());
   if (mean) mass.div_(mass.sum());
   const at::Tensor weighted = at::mul(p, mass.unsqueeze(1));
   return at::addmm(at::diag(weighted.sum(0)), p.t(), weighted, /*beta=*/1, /*alpha=*/-1);

@@ -11,6 +11,7 @@ Criteria whose Hessian is diagonal give it as a vector [K].
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -333,8 +334,9 @@ def _checked_reduction(reduction: str) -> str:
     return reduction
 
 
-def _normalizer(criterion: Any, count: float | Tensor) -> float | Tensor:
-    return 1.0 if criterion.reduction == "sum" else count
+def _normalizer(criterion: Any, count: int) -> float:
+    """What the sum over `count` terms is divided by; NaN for a mean over none, as the loss itself is."""
+    return 1.0 if criterion.reduction == "sum" else float(count) or math.nan
 
 
 def _cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> SoftmaxRoot | None:
@@ -347,6 +349,7 @@ def _cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: 
         mass = smoothed.sum(1) if weight is None else smoothed @ weight
         count: float | Tensor = len(output)
     else:
+        target = target.long()  # uint8 has no ignore_index of -100, and indexes as a mask
         kept = target != criterion.ignore_index
         if weight is None:
             mass = own = kept.to(output.dtype)
@@ -354,7 +357,7 @@ def _cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: 
             own = weight[torch.where(kept, target, 0)] * kept
             mass = (1 - smoothing) * own + smoothing / k * weight.sum() * kept
         count = own.sum()
-    return SoftmaxRoot(output.softmax(1), mass / _normalizer(criterion, count))
+    return SoftmaxRoot(output.softmax(1), mass if criterion.reduction == "sum" else mass / count)
 
 
 def _cross_entropy(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> OutputHessian | None:
@@ -373,16 +376,16 @@ def _mse(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> OutputHessian
         return None
     k = output.shape[-1]
     count = output.numel()
-    return OutputHessian(output.new_full((k,), 2 * (count / k) / float(_normalizer(criterion, count))), convex=True)
+    return OutputHessian(output.new_full((k,), 2 * (count / k) / _normalizer(criterion, count)), convex=True)
 
 
 def _mse_root(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> GaussianRoot:
-    return GaussianRoot(output.new_full(output.shape, (2 / float(_normalizer(criterion, output.numel()))) ** 0.5))
+    return GaussianRoot(output.new_full(output.shape, (2 / _normalizer(criterion, output.numel())) ** 0.5))
 
 
 def _bce_with_logits_root(criterion: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor) -> BernoulliRoot:
     p = output.sigmoid()
-    mass = torch.full_like(p, 1 / float(_normalizer(criterion, output.numel())))
+    mass = torch.full_like(p, 1 / _normalizer(criterion, output.numel()))
     if criterion.pos_weight is not None:
         mass = mass * (1 + (criterion.pos_weight - 1) * target)
     if criterion.weight is not None:

@@ -136,7 +136,7 @@ def cross_entropy_hessian(output: Tensor, target: Tensor, ignore_index: int = -1
         mean: c_i = 1 / (how many instances count) for those that do; else c_i = 1.
 
     Returns:
-        H [K, K], of the output's dtype; NaN for a mean over no instances.
+        H [K, K], of the output's dtype; NaN for a mean where no instance counts, but 0 where there are none at all (m = 0).
     """
     return _ops.cross_entropy_hessian(output, target, ignore_index, mean)
 
@@ -150,7 +150,7 @@ def average_(new: Sequence[Tensor], old: Sequence[Tensor], share: float) -> None
     """new <- (1 - share) new + share old for all tensors of two lists.
 
     Args:
-        new: contiguous, written in place.
+        new: contiguous, written in place; no two may overlap.
         old: of the same shapes and dtypes.
         share: in [0, 1).
     """
@@ -244,7 +244,7 @@ def eacg_update_(
         mean_input: see `eacg_solve`.
         grad_weight: see `eacg_solve`.
         grad_bias: see `eacg_solve`; an empty tensor for a layer without bias.
-        weight: W, contiguous, written in place.
+        weight: W, contiguous, written in place; no two may overlap, since threads write them.
         bias: b, contiguous, written in place; an empty tensor where there is none.
         weight_momentum: V, contiguous, written in place; an empty list for no momentum.
         bias_momentum: its twin for the biases.

@@ -58,7 +58,7 @@ def bias_hessian(
 def cross_entropy_hessian(output: Tensor, target: Tensor, ignore_index: int = -100, mean: bool = True) -> Tensor:
     """The sum of diag(p) - p p^T over the instances that count, or the mean."""
     p = output[target != ignore_index].softmax(1)
-    return (torch.diag(p.sum(0)) - p.T @ p) / (len(p) if mean else 1)
+    return (torch.diag(p.sum(0)) - p.T @ p) / (len(p) if mean and len(output) else 1)
 
 
 def mean_inputs(input: Sequence[Tensor]) -> list[Tensor]:

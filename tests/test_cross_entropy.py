@@ -51,9 +51,19 @@ def test_nothing_that_counts_and_numbers_that_are_not_finite(shape):
     output, ignored = torch.randn(shape), torch.full(shape[:1], -100)
     assert ops.cross_entropy_hessian(output, ignored).isnan().all()
     assert not ops.cross_entropy_hessian(output, ignored, mean=False).any()
-    assert not ops.cross_entropy_hessian(output[:0], ignored[:0], mean=False).any()
+    for mean in (False, True):
+        assert torch.equal(ops.cross_entropy_hessian(output[:0], ignored[:0], mean=mean), torch.zeros(shape[1], shape[1]))
     output[1, 2] = float("nan")
-    assert ops.cross_entropy_hessian(output, torch.zeros_like(ignored)).isnan().all()
+    target = torch.zeros_like(ignored)
+    assert ops.cross_entropy_hessian(output, target).isnan().any()
+    target[1] = -100
+    assert ops.cross_entropy_hessian(output, target).isfinite().all()
+
+
+@pytest.mark.parametrize("m", [2, 50])  # either side of where plain loops end
+def test_class_156_of_uint8_targets_counts(m):
+    output, target = torch.randn(m, 200), torch.full((m,), 156, dtype=torch.uint8)
+    torch.testing.assert_close(ops.cross_entropy_hessian(output, target), ops.cross_entropy_hessian(output, target.long()))
 
 
 def test_opcheck():

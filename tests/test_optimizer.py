@@ -803,18 +803,19 @@ def test_an_empty_batch_is_refused_and_one_of_several_is_not(make):
         assert torch.equal(value, before[name])
 
 
-def test_an_empty_micro_batch_adds_nothing():
-    for curvature in ("pch-abs", "kflr", "fisher-empirical"):
-        updated = []
-        for parts in ([slice(0, 8)], [slice(0, 8), slice(0, 0)]):
-            model, criterion, (x, y) = network(), nn.CrossEntropyLoss(reduction="sum"), batch()
-            optimizer = so.EACG(model, criterion, 0.1, curvature=curvature)
-            for part in parts:
-                criterion(model(x[part]), y[part]).backward()
-            optimizer.step()
-            updated.append(model)
-        for p, q in zip(*(model.parameters() for model in updated), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("curvature", ["pch-abs", "kflr", "fisher-empirical"])
+def test_an_empty_micro_batch_adds_nothing(curvature, reduction):
+    updated = []
+    for parts in ([slice(0, 8)], [slice(0, 8), slice(0, 0)]):
+        model, criterion, (x, y) = network(), nn.CrossEntropyLoss(reduction=reduction), batch()
+        optimizer = so.EACG(model, criterion, 0.1, curvature=curvature)
+        for part in parts:
+            criterion(model(x[part]), y[part]).backward()
+        optimizer.step()
+        updated.append(model)
+    for p, q in zip(*(model.parameters() for model in updated), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
@@ -836,3 +837,34 @@ def test_backward_for_some_parameters_alone(curvature):
     optimizer.step()
     assert torch.equal(model[0].weight, before[0].weight)
     assert not torch.equal(model[4].weight, before[4].weight)
+
+
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.BCEWithLogitsLoss(), nn.CrossEntropyLoss(), nn.MSELoss(reduction="sum")])
+def test_an_empty_batch_may_be_evaluated(criterion):
+    model, (x, y) = network(), batch()
+    for curvature in ("pch-abs", "kflr"):
+        so.EACG(model, criterion, 0.1, curvature=curvature)
+        output = model(x[:0])
+        criterion(output, y[:0] if isinstance(criterion, nn.CrossEntropyLoss) else torch.zeros_like(output)).backward()
+
+
+def test_a_branch_without_instances_is_a_step_to_skip():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return torch.cat([self.first(x[:0]), self.second(x)])
+
+    torch.manual_seed(0)
+    for swapped in (False, True):
+        model, criterion = Experts(), nn.MSELoss()
+        if swapped:
+            model.first, model.second = model.second, model.first
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer = so.EACG(model, criterion, 0.1, nonfinite="skip")
+            criterion(model(torch.randn(5, 3)), torch.randn(5, 2)).backward()
+            optimizer.step()
+        assert optimizer.skipped_steps == 1

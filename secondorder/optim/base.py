@@ -306,7 +306,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{type(self).__name__}.step(): expected gradients, found none; call loss.backward() first")
 
     def _check_instances(self, inputs: Iterable[Tensor]) -> None:
-        """Raises where a layer's inputs [..., n_in] are of no instance at all."""
+        """Raises where the layers' inputs [..., n_in] are of no instance at all."""
         if all(0 in h.shape[:-1] for h in inputs):
             raise ValueError(
                 f"{type(self).__name__}.step(): expected at least one instance, got an empty batch; an expectation over it is "
@@ -323,7 +323,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 f"the loss by the criterion given to the optimizer ({self.criterion!r}; optimizer.criterion(output, target) "
                 "where it is a function), with the model in training mode; optimizer.zero_grad() forgets the calls before it."
             )
-        self._check_instances(call.input for call in records[0].calls)
+        self._check_instances(call.input for record in records for call in record.calls)
         recursion = self._tape.columns is None and not self._tape.grad_outputs
         for record in records:
             if recursion and record.obstacle and record.layer not in self._restarts:
