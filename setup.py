@@ -51,13 +51,13 @@ SOURCES = Path(__file__).with_name("csrc").joinpath("sources.txt").read_text().s
 cuda = cuda_wanted()
 if cuda:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-flags = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall"]
+flags = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall"]
 if cuda:
     flags.append(f'-DSECONDORDER_CUDA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"')
 extension = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
     "secondorder._C",
     [path for path in SOURCES if cuda or not path.startswith("csrc/cuda/")],
-    extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--Werror", "all-warnings"]},
+    extra_compile_args={"cxx": flags, "nvcc": ["-std=c++20", "-O3", "--Werror", "all-warnings"]},
 )
 
 setup(ext_modules=[extension], cmdclass={"build_ext": cpp_extension.BuildExtension})

@@ -208,12 +208,14 @@ def eacg_hvp(kernels: Kernels) -> None:
 def eacg_layers(rng: np.random.Generator, dtype: type, sizes: list[tuple[int, int]], offset: int | None) -> list[EacgLayer]:
     layers = []
     for index, (n_out, n_in) in enumerate(sizes):
-        weights = [normal(rng, n_out, n_in, dtype=dtype, offset=offset) for _ in range(3)]
+        # Each operand at an offset of its own: alignment is to be looked at for every one of them.
+        offsets = [offset if index % 4 == k else 0 for k in range(4)] if offset else [offset] * 4
+        weights = [normal(rng, n_out, n_in, dtype=dtype, offset=o) for o in offsets[:3]]
         biases = [normal(rng, n_out, dtype=dtype) for _ in range(3)] if index % 3 != 2 else [None] * 3
         layers.append(
             EacgLayer(
                 spd(rng, n_out, dtype),
-                normal(rng, n_in, dtype=dtype, offset=offset),
+                normal(rng, n_in, dtype=dtype, offset=offsets[3]),
                 weights[0],
                 biases[0],
                 weights[1],
@@ -221,9 +223,9 @@ def eacg_layers(rng: np.random.Generator, dtype: type, sizes: list[tuple[int, in
                 weights[2],
                 biases[2],
                 alpha=0.1 + 0.1 * (index % 3),
-                lr=0.3,
-                momentum=0.9,
-                weight_decay=0.01,
+                lr=0.3 + 0.1 * (index % 4),
+                momentum=0.9 - 0.1 * (index % 3),
+                weight_decay=0.01 * (index % 5),
             )
         )
     return layers
@@ -258,7 +260,7 @@ def check_eacg(
                 assert_accurate(new_velocity, expected[0][1], expected[1][1], slack=400)
 
 
-NET = [(1, 1), (2, 3), (3, 17), (129, 65), (17, 2), (10, 257), (64, 128)]
+NET = [(1, 1), (2, 3), (3, 17), (129, 65), (17, 2), (10, 257), (64, 128), (12, 32), (8, 64), (5, 68), (9, 128)]
 
 
 @case
@@ -286,6 +288,13 @@ def eacg_every_plan(kernels: Kernels) -> None:
     for multiprocessors, shared_bytes in ((1, 64 << 10), (3, 5000), (16, 2000), (16, 20000)):
         layers = eacg_layers(np.random.default_rng(5), np.float64, [(3, 5), (130, 9), (97, 4), (65, 3)], None)
         check_eacg(kernels, layers, 4, 0.0, True, True, Device(multiprocessors, shared_bytes))
+
+
+@case
+def eacg_more_layers_than_a_launch_holds(kernels: Kernels) -> None:
+    sizes = [(1 + index % 5, 2 + index % 3) for index in range(131)]
+    layers = eacg_layers(np.random.default_rng(16), np.float64, sizes, None)
+    check_eacg(kernels, layers, 3, 0.0, False, True, Device(multiprocessors=200))
 
 
 @case
@@ -336,8 +345,8 @@ def eacg_overflow(kernels: Kernels) -> None:
         ("grad_bias", {"momentum": 0.99}, True),
         ("grad_bias", {"lr": 1e-30}, False),
     ):
-        layers = eacg_layers(np.random.default_rng(15), np.float32, [(9, 5), (33, 7)], None)
-        getattr(layers[0], name).flat[3] = 1e36
+        layers = eacg_layers(np.random.default_rng(15), np.float32, [(9, 31), (33, 7)], None)
+        getattr(layers[0], name).flat[-1] = 1e36
         layers[0].momentum, layers[0].alpha = 0.0, 0.9
         for field, value in change.items():
             setattr(layers[0], field, value)
@@ -361,13 +370,17 @@ def eacg_overflow(kernels: Kernels) -> None:
 def check_bfgs(kernels: Kernels, dtype: type, sizes: list[int]) -> None:
     rng = np.random.default_rng(8)
     layers = []
-    for n in sizes:
+    for index, n in enumerate(sizes):
         h, s = spd(rng, n, dtype), normal(rng, n, dtype=dtype)
         y = exact_size((s + 0.3 * rng.standard_normal(n)).astype(dtype))
+        if index % 3 == 1:  # one operand of three out of alignment
+            y = placed(y, 1)
+        elif index % 3 == 2:
+            s = placed(s, 1)
         layers.append(BfgsLayer(h, s, y, np.full_like(s, np.nan), np.full_like(s, np.nan)))
     old = copy.deepcopy(layers)
     kernels.bfgs("double_damping", layers)
-    for layer, before in zip(layers, old, strict=True):
+    for index, (layer, before) in enumerate(zip(layers, old, strict=True)):
         # The oracle in float64 of the very inputs: damping has no plain operator to compare with.
         s, y = damped(*(a.astype(np.float64) for a in (before.s, before.y, before.inverse_hessian)))
         tolerance = 1e-4 if dtype is np.float32 else 1e-10
@@ -377,6 +390,7 @@ def check_bfgs(kernels: Kernels, dtype: type, sizes: list[int]) -> None:
         updated = bfgs(before.inverse_hessian.astype(np.float64), s, y)
         for mode in ("bfgs_update", "damped_bfgs_update"):
             given = (layer.damped_s, layer.damped_y) if mode == "bfgs_update" else (before.s, before.y)
+            given = (placed(given[0], index % 3 == 2), placed(given[1], index % 3 == 1))  # copies of exact size do not keep an offset
             result = BfgsLayer(exact_size(before.inverse_hessian), *given)
             status = kernels.bfgs(mode, [result])
             assert status[0] & 1
@@ -416,7 +430,7 @@ def bfgs(h: np.ndarray, s: np.ndarray, y: np.ndarray) -> np.ndarray:
 @case
 def bfgs_update(kernels: Kernels) -> None:
     for dtype in DTYPES:
-        check_bfgs(kernels, dtype, [1, 2, 3, 17, 129, 64])
+        check_bfgs(kernels, dtype, [1, 64, 128, 17, 129, 3, 2, 32])
 
 
 @case
@@ -486,7 +500,7 @@ def damped_lbfgs(kernels: Kernels) -> None:
     rng = np.random.default_rng(14)
     for dtype in DTYPES:
         layers, expected = [], []
-        for index, (pairs, n) in enumerate(((1, 1), (2, 3), (5, 17), (3, 300), (4, 8), (4, 8), (2, 6))):
+        for index, (pairs, n) in enumerate(((1, 1), (2, 3), (5, 17), (3, 257), (4, 8), (4, 8), (2, 6))):
             s_pairs, y_pairs = memory(rng, pairs, 0, n, dtype)
             s, hy = normal(rng, n, dtype=dtype), normal(rng, n, dtype=dtype)
             y = exact_size((s * (1 if index % 2 else -1)).astype(dtype))

@@ -115,6 +115,8 @@ struct Machine {
   std::mt19937_64 random;
   std::vector<std::string> launches;
   std::map<const void*, size_t> shared_limits;  // by kernel, from cudaFuncSetAttribute
+  cudaStream_t stream = nullptr;                // that every launch must name
+  size_t multiprocessors = ~size_t(0);          // so many blocks of a cooperative launch are resident
 
   dim3 grid_size, block_size;
   size_t dynamic_bytes = 0;
@@ -397,9 +399,12 @@ inline void run_resident(const std::vector<size_t>& ids) {
   }
 }
 
-inline void launch(const char* name, const void* kernel, bool cooperative, dim3 grid, dim3 block, size_t dynamic_bytes,
-                   std::function<void()> call) {
+inline void launch(const char* name, const void* kernel, cudaStream_t stream, bool cooperative, dim3 grid, dim3 block,
+                   size_t dynamic_bytes, std::function<void()> call) {
   Machine& m = machine();
+  if (stream != m.stream) throw std::runtime_error(std::string(name) + ": not on the stream that was given");
+  if (cooperative && size_t(grid.x) * grid.y * grid.z > m.multiprocessors)
+    throw std::runtime_error(std::string(name) + ": a cooperative launch of more blocks than are resident");
   const size_t blocks = size_t(grid.x) * grid.y * grid.z, threads = size_t(block.x) * block.y * block.z;
   if (threads == 0 || threads > 1024) throw std::runtime_error(std::string(name) + ": invalid block size");
   if (blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
@@ -442,10 +447,10 @@ NO_RACE_CHECK __attribute__((noinline)) T read_modify_write(T* address, F f) {
 }  // namespace cuda_on_cpu
 
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                       \
-  ((void)(stream), cuda_on_cpu::launch(#kernel, (const void*)(kernel), false, dim3(grid), dim3(block), shared_bytes, \
+  (cuda_on_cpu::launch(#kernel, (const void*)(kernel), stream, false, dim3(grid), dim3(block), shared_bytes, \
                                        [&] { kernel(__VA_ARGS__); }))
 #define LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...)                                          \
-  ((void)(stream), cuda_on_cpu::launch(#kernel, (const void*)(kernel), true, dim3(grid), dim3(block), shared_bytes, \
+  (cuda_on_cpu::launch(#kernel, (const void*)(kernel), stream, true, dim3(grid), dim3(block), shared_bytes, \
                                        [&] { kernel(__VA_ARGS__); }))
 #define DYN_SHARED(T, name) T* const name = reinterpret_cast<T*>(cuda_on_cpu::current->block->dynamic.get())
 
@@ -526,7 +531,8 @@ template <typename Kernel>
 void cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
   cuda_on_cpu::machine().shared_limits[(const void*)kernel] = size_t(value);
 }
-inline void cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
+inline void cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t stream) {
+  if (stream != cuda_on_cpu::machine().stream) throw std::runtime_error("cudaMemsetAsync: not on the stream that was given");
   cuda_on_cpu::machine().launches.push_back("memset");
   std::memset(address, value, bytes);
 }

@@ -10,10 +10,12 @@ namespace {
 namespace cuda = secondorder::cuda;
 
 std::string last_message;
+const cudaStream_t kStream = reinterpret_cast<cudaStream_t>(0x5EED);
 
 template <typename F>
 int guarded(F&& f) {
   try {
+    cuda_on_cpu::machine().stream = kStream;
     f();
     return 0;
   } catch (const std::exception& e) {
@@ -51,10 +53,11 @@ void run_eacg(const Eacg<T>& in, const cuda::EacgSettings& settings, bool update
                  in.lr[l],              in.momentum[l],       in.weight_decay[l]};
   Scratch workspace(cuda::eacg_workspace(layers.data(), in.count, device));
   void* work = workspace.as<void>();
+  cuda_on_cpu::machine().multiprocessors = device.multiprocessors;
   int not_finite = 0;
-  cuda::eacg_directions(layers.data(), in.count, settings, work, update ? &not_finite : nullptr, device, nullptr);
-  if (update) cuda::eacg_update(layers.data(), in.count, work, &not_finite, device, nullptr);
-  else cuda::eacg_write(layers.data(), in.count, work, device, nullptr);
+  cuda::eacg_directions(layers.data(), in.count, settings, work, update ? &not_finite : nullptr, device, kStream);
+  if (update) cuda::eacg_update(layers.data(), in.count, work, &not_finite, device, kStream);
+  else cuda::eacg_write(layers.data(), in.count, work, device, kStream);
 }
 
 template <typename T>
@@ -79,7 +82,7 @@ void run_bfgs(int mode, const Bfgs<T>& in, double mu1, double mu2, double dampin
                  in.damped_y[l], status + l,          mu1,      mu2,           in.matrix[l],
                  damping,      in.hy[l],              in.s_pairs[l], in.y_pairs[l], in.pairs[l]};
   Scratch workspace(cuda::bfgs_workspace(layers.data(), in.count));
-  launchers[mode](layers.data(), in.count, workspace.as<void>(), nullptr);
+  launchers[mode](layers.data(), in.count, workspace.as<void>(), kStream);
 }
 
 std::string joined(const std::vector<std::string>& lines) {
@@ -116,7 +119,7 @@ const char* races() {
 #define ENTRIES(T, suffix)                                                                                             \
   int activation_derivatives_##suffix(int64_t n, const T* saved, int activation, double parameter, T* d1, T* d2) {     \
     return guarded([&] {                                                                                               \
-      cuda::activation_derivatives(n, saved, secondorder::Activation(activation), T(parameter), d1, d2, nullptr);      \
+      cuda::activation_derivatives(n, saved, secondorder::Activation(activation), T(parameter), d1, d2, kStream);      \
     });                                                                                                                \
   }                                                                                                                    \
   int bias_hessian_##suffix(int64_t k, int64_t n, int64_t m, const T* hessian, const T* weight, const T* first,        \
@@ -128,13 +131,13 @@ const char* races() {
                                              grad_input,      activation >= 0,                                         \
                                              secondorder::Activation(std::max(activation, 0)), T(parameter)};          \
       cuda::bias_hessian(k, n, m, hessian, weight, derivatives, T(gamma), cuda::Arithmetic(arithmetic),                \
-                         product.as<T>(), out, {multiprocessors, 0}, nullptr);                                         \
+                         product.as<T>(), out, {multiprocessors, 0}, kStream);                                         \
     });                                                                                                                \
   }                                                                                                                    \
   int eacg_hvp_##suffix(int64_t n_out, int64_t n_in, const T* hessian, const T* mean_input, const T* p, T* out) {      \
     return guarded([&] {                                                                                               \
       Scratch u(n_out * sizeof(T));                                                                                    \
-      cuda::eacg_hvp(n_out, n_in, hessian, mean_input, p, u.as<T>(), out, nullptr);                                    \
+      cuda::eacg_hvp(n_out, n_in, hessian, mean_input, p, u.as<T>(), out, kStream);                                    \
     });                                                                                                                \
   }                                                                                                                    \
   int eacg_##suffix(int count, const int64_t* n_out, const int64_t* n_in, const T** bias_hessian,                      \
@@ -160,7 +163,7 @@ const char* races() {
   int lbfgs_middle_##suffix(int64_t p, int64_t k, const double* sy, const double* yy, T* columns) {                    \
     return guarded([&] {                                                                                               \
       Scratch work(2 * p * k * sizeof(double));                                                                        \
-      cuda::lbfgs_middle(p, k, sy, yy, columns, work.as<double>(), nullptr);                                           \
+      cuda::lbfgs_middle(p, k, sy, yy, columns, work.as<double>(), kStream);                                           \
     });                                                                                                                \
   }
 ENTRIES(float, float32)

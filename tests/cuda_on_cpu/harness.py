@@ -19,6 +19,7 @@ ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
 MODES = {
     "values": (["-O2"], []),
     "address": (["-O1", "-g", "-fsanitize=address"], ["-fsanitize=address"]),
+    "alignment": (["-O1", "-g", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"], ["-fsanitize=alignment"]),
     "races": (["-O1", "-g", "-fsanitize=thread", "-DCUDA_ON_CPU_RACES"], ["-ldl"]),
 }
 # Without gnu-unique symbols, each library has state of its own though several are loaded.
