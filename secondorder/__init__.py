@@ -1,7 +1,8 @@
 """Fast second-order optimizers for PyTorch.
 
-`EACG` is a drop-in torch optimizer, `KBFGS` and `KBFGSL` are ones whose step takes a closure; `ops` holds their operators,
-`reference` the operators' plain-PyTorch twins, `criteria` the papers' criteria.
+`EACG` is a drop-in torch optimizer with a learning rate; `LayerwiseNewton`, `KFAC`, `KFRA` and `KFLR` find their own step;
+`KBFGS` and `KBFGSL` take a closure. `curvature` and `solvers` hold what they are made of, `ops` the operators, `reference` the
+operators' plain-PyTorch twins, `criteria` the papers' criteria.
 """
 
 from typing import Any
@@ -17,13 +18,13 @@ except ImportError as error:
         "source folder (`pip install -e . --no-build-isolation` to work on it)."
     ) from error
 
-from secondorder import criteria, diagnostics, ops, reference
+from secondorder import criteria, curvature, diagnostics, ops, reference, solvers
 from secondorder.errors import NonFiniteError
-from secondorder.optim import EACG, KBFGS, KBFGSL, KFAC, KFLR, KFRA
+from secondorder.optim import EACG, KBFGS, KBFGSL, KFAC, KFLR, KFRA, LayerwiseNewton
 
 __all__ = [
-    "EACG", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "NonFiniteError",
-    "build_info", "criteria", "diagnostics", "ops", "reference",
+    "EACG", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "LayerwiseNewton", "NonFiniteError",
+    "build_info", "criteria", "curvature", "diagnostics", "ops", "reference", "solvers",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev
 
+from secondorder._layers import linear_layers
+from secondorder._tape import Tape
 from secondorder.criteria import FunctionCriterion
 from secondorder.curvature import Curvature, curvature_by_name
-from secondorder.damping import LocalLoss
-from secondorder.optim.base import linear_layers
-from secondorder.tape import Tape
+from secondorder.stepping import LocalLoss
 
 Criterion = nn.Module | Callable[..., Tensor]
 

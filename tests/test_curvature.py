@@ -10,11 +10,11 @@ from oracles import hessian_block, linear_names, pch_by_loops, pos_eig_matrix
 from torch import nn
 from torch.nn import functional as F
 
-from secondorder import activations, ops
+from secondorder import ops
+from secondorder._layers import linear_layers
+from secondorder._tape import Tape, elementwise
 from secondorder.criteria import BoundedClassificationLoss, FunctionCriterion, TukeyBiweightLoss
 from secondorder.curvature import PCH
-from secondorder.optim.base import linear_layers
-from secondorder.tape import Tape
 
 
 class Functional(nn.Module):
@@ -108,7 +108,7 @@ def test_batch_of_one_is_exact(name, criterion_name):
     for record in records:
         if record.next is not None:
             above, weight = true[record.next.layer], record.next.layer.weight.detach()
-            d1, d2 = activations.derivatives(record.transfer())
+            d1, d2 = elementwise.derivatives(record.map())
             grad = record.grad_activation()
             steps = [ops.bias_hessian(above, weight, d1, d2, grad if d2 is not None else None, gamma) for gamma in (0.0, -1.0)]
             torch.testing.assert_close(2 * steps[0] - steps[1], true[record.layer], rtol=1e-9, atol=1e-12)
@@ -144,7 +144,7 @@ def test_the_graph_names_the_activation(name):
     activation, analytic = ACTIVATIONS[name]
     model = network([4, 5, 3], activation)
     records = recorded(model, nn.MSELoss(), (torch.randn(6, 4).double(), torch.randn(6, 3).double()))
-    assert getattr(records[1].transfer(), "activation", None) == analytic
+    assert getattr(records[1].map(), "activation", None) == analytic
 
 
 class Plain(nn.Module):
@@ -347,7 +347,7 @@ def test_where_the_recursion_ends_a_layer_restarts_from_its_fisher_block(kind, r
 def test_flattened_logits_have_the_analytic_hessian(monkeypatch):
     model, criterion = network([3, 6, 4], nn.Tanh()), nn.CrossEntropyLoss()
     x, y = torch.randn(2, 5, 3).double(), torch.randint(4, (2, 5))
-    monkeypatch.setattr("secondorder.tape.autograd_hessian", None)
+    monkeypatch.setattr("secondorder._tape.tape.autograd_hessian", None)
     tape = Tape(linear_layers(model), criterion, diagonal=True)
     criterion(model(x).view(-1, 4), y.view(-1)).backward()
     true = hessian_block(
@@ -360,8 +360,8 @@ def test_what_is_not_elementwise_is_probed_once(monkeypatch):
     model, criterion = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2)).double(), nn.MSELoss()
     tape = Tape(linear_layers(model), criterion, diagonal=True)
     probes = []
-    real = activations.probe
-    monkeypatch.setattr(activations, "probe", lambda *a, **k: probes.append(1) or real(*a, **k))
+    real = elementwise.probe
+    monkeypatch.setattr(elementwise, "probe", lambda *a, **k: probes.append(1) or real(*a, **k))
     for _ in range(4):
         criterion(model(torch.randn(6, 3).double()), torch.randn(6, 2).double()).backward()
     assert len(probes) == 1

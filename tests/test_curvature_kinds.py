@@ -8,11 +8,10 @@ from torch import nn
 from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 
-from secondorder import tape as tape_module
+from secondorder._layers import linear_layers
+from secondorder._tape import Tape, columns
 from secondorder.criteria import BoundedClassificationLoss, FunctionCriterion
 from secondorder.curvature import CURVATURES, FisherMC
-from secondorder.optim.base import linear_layers
-from secondorder.tape import Tape
 
 
 def blocks(model, criterion, curvature, *batches, scale=1.0, samples=None):
@@ -68,7 +67,7 @@ def test_kflr_is_the_expected_gauss_newton_block(activation, name, monkeypatch):
     model, x, y = network([4, 6, 5, 3], activation), torch.randn(7, 4).double(), target(7, 3)
     expected = gauss_newton_blocks(model, criterion, x, y)
     assert_blocks(blocks(model, criterion, CURVATURES["kflr"], (x, y)), expected)
-    monkeypatch.setattr(tape_module, "_COLUMN_BUDGET", 2 * 7 * 14)  # two columns at a time
+    monkeypatch.setattr(columns, "_BUDGET", 2 * 7 * 14)  # two columns at a time
     assert_blocks(blocks(model, criterion, CURVATURES["kflr"], (x, y)), expected)
 
 

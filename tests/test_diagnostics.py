@@ -163,7 +163,7 @@ def test_the_reduction_ratio_is_that_of_the_explicit_model(damping, name, gamma)
 
 def test_the_reduction_ratio_is_the_one_that_the_optimizer_has():
     model, criterion, x, y = network([4, 6, 3], nn.Tanh()), nn.CrossEntropyLoss(), torch.randn(9, 4).double(), torch.arange(9) % 3
-    optimizer, old = so.EACG(model, criterion, lr=None, subsample=1.0, damping=0.01), copy.deepcopy(model)
+    optimizer, old = so.LayerwiseNewton(model, criterion, subsample=1.0, damping=0.01), copy.deepcopy(model)
     loss = criterion(model(x), y)
     loss.backward()
     optimizer.step()
@@ -216,7 +216,7 @@ def test_an_optimizer_between_its_backward_pass_and_its_step_is_left_alone(lr, n
     models.append(copy.deepcopy(models[0]))
     x, y, other, criterion = torch.randn(7, 4).double(), torch.arange(7) % 3, torch.randn(5, 4).double(), nn.CrossEntropyLoss()
     for model, judged in zip(models, (True, False), strict=True):
-        optimizer = so.EACG(model, criterion, lr=lr)
+        optimizer = so.LayerwiseNewton(model, criterion) if lr is None else so.EACG(model, criterion, lr)
         for _ in range(2):
             optimizer.zero_grad()
             criterion(model(x), y).backward()

@@ -14,13 +14,13 @@ import secondorder as so
 
 OPTIMIZERS = {
     "EACG": lambda m, c: so.EACG(m, c, lr=0.1),
-    "EACG-none": lambda m, c: so.EACG(m, c, lr=None),
+    "LayerwiseNewton": lambda m, c: so.LayerwiseNewton(m, c),
     "EACG-kfi": lambda m, c: so.EACG(m, c, lr=0.1, solver="kfi", curvature="gauss-newton"),
     "EACG-every": lambda m, c: so.EACG(m, c, lr=0.1, curvature_every=2),
     "EACG-empirical": lambda m, c: so.EACG(m, c, lr=0.1, curvature="fisher-empirical"),
     "KFAC": lambda m, c: so.KFAC(m, c, curvature="fisher-exact"),
     "KFRA": lambda m, c: so.KFRA(m, c),
-    "KFLR": lambda m, c: so.KFLR(m, c, lr=0.1),
+    "KFLR": lambda m, c: so.KFLR(m, c),
     "KBFGS": lambda m, c: so.KBFGS(m, c),
     "KBFGSL": lambda m, c: so.KBFGSL(m, c, memory=3),
 }
@@ -164,7 +164,7 @@ def refused(rank):
     """The optimizer of a module that DistributedDataParallel calls without the optimizer's knowing."""
     inner = network()
     model = DistributedDataParallel(inner)
-    optimizer = so.EACG(inner, nn.CrossEntropyLoss())
+    optimizer = so.LayerwiseNewton(inner, nn.CrossEntropyLoss())
     x, y = rank_batch(0, rank, 4)
     optimizer.criterion(inner(x), y).backward()  # by itself it may be called
     optimizer.step()
@@ -228,4 +228,4 @@ def test_fsdp_and_data_parallel_are_refused():
 
     for wrapper in (FullyShardedDataParallel, nn.DataParallel):
         with pytest.raises(TypeError, match="FSDP's shards, and DataParallel's replicas, are not supported"):
-            so.EACG(wrapper(network()), nn.CrossEntropyLoss())
+            so.LayerwiseNewton(wrapper(network()), nn.CrossEntropyLoss())

@@ -26,7 +26,7 @@ PROBLEM = Problem(
     score=lambda output, target: (output - target).abs().max().item(), score_name="error",
 )  # fmt: skip
 SGD = Method("SGD", lambda model, _, lr: torch.optim.SGD(model.parameters(), lr), grid(lr=[1e-6, 0.1]))
-EACG = Method("EACG", lambda model, criterion: so.EACG(model, criterion))
+EACG = Method("EACG", lambda model, criterion: so.LayerwiseNewton(model, criterion))
 
 
 @pytest.fixture

@@ -17,24 +17,26 @@ from test_optimizer import assert_same
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
+from torch.utils._pytree import tree_leaves
 
 import secondorder as so
 
+FACTORED = {"lr": 0.1, "solver": "kfi", "momentum": 0.0, "weight_decay": 1e-5}
 FIXED = {
     "EACG": lambda m, c, **k: so.EACG(m, c, **{"lr": 0.1, **k}),
     "EACG-exact": lambda m, c, **k: so.EACG(m, c, **{"lr": 0.1, "solver": "exact", "curvature": "gauss-newton", **k}),
-    "KFAC": lambda m, c, **k: so.KFAC(m, c, **{"lr": 0.1, "average": False, **k}),
-    "KFRA": lambda m, c, **k: so.KFRA(m, c, **{"lr": 0.1, **k}),
-    "KFLR": lambda m, c, **k: so.KFLR(m, c, **{"lr": 0.1, **k}),
+    "KFAC-lr": lambda m, c, **k: so.EACG(m, c, **{**FACTORED, "curvature": "fisher-mc", "inverse_every": 20, **k}),
+    "KFRA-lr": lambda m, c, **k: so.EACG(m, c, **{**FACTORED, "curvature": "gauss-newton", "average": True, **k}),
+    "KFLR-lr": lambda m, c, **k: so.EACG(m, c, **{**FACTORED, "curvature": "kflr", "average": True, **k}),
     "KBFGS": lambda m, c, **k: so.KBFGS(m, c, **{"lr": 0.1, **k}),
     "KBFGSL": lambda m, c, **k: so.KBFGSL(m, c, **{"lr": 0.1, "memory": 3, **k}),
 }
 ALL = {
     **FIXED,
-    "EACG-none": lambda m, c, **k: so.EACG(m, c, lr=None, **k),
-    "KFAC-none": lambda m, c, **k: so.KFAC(m, c, **k),
-    "KFRA-none": lambda m, c, **k: so.KFRA(m, c, **k),
-    "KFLR-none": lambda m, c, **k: so.KFLR(m, c, **k),
+    "LayerwiseNewton": lambda m, c, **k: so.LayerwiseNewton(m, c, **k),
+    "KFAC": lambda m, c, **k: so.KFAC(m, c, **k),
+    "KFRA": lambda m, c, **k: so.KFRA(m, c, **k),
+    "KFLR": lambda m, c, **k: so.KFLR(m, c, **k),
 }
 one_call = pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("KBFGS")])
 fixed = pytest.mark.parametrize("name", FIXED)
@@ -110,7 +112,7 @@ def test_a_likelihood_is_maximized_too(name):
     model = network()
     before = parameters(model)
     optimizer = ALL[name](model, nn.CrossEntropyLoss(), maximize=True)
-    if name in ("EACG-exact", "KFRA", "KFRA-none"):
+    if name in ("EACG-exact", "KFRA-lr", "KFRA"):
         with pytest.raises(ValueError, match="positive semi-definite"):
             train(model, optimizer, [0])
         assert torch.equal(parameters(model), before)
@@ -121,7 +123,7 @@ def test_a_likelihood_is_maximized_too(name):
 
 def test_maximize_differs_between_groups():
     model = network()
-    optimizer = so.EACG(model, nn.CrossEntropyLoss())
+    optimizer = so.LayerwiseNewton(model, nn.CrossEntropyLoss())
     optimizer.param_groups[0]["params"] = [model[0].weight]
     optimizer.add_param_group({"params": [model[2].weight], "maximize": True})
     with pytest.raises(ValueError, match="maximize to be the same in all param_groups"):
@@ -230,7 +232,7 @@ def test_grad_scaler_skips_a_step_with_inf(name):
 
 def test_what_grad_scaler_cannot_do_is_refused():
     model, scaler, (x, y) = network(), torch.amp.GradScaler("cpu"), batch()
-    optimizer = so.EACG(model, nn.CrossEntropyLoss())
+    optimizer = so.LayerwiseNewton(model, nn.CrossEntropyLoss())
     scaler.scale(optimizer.criterion(model(x), y)).backward()
     scaler.unscale_(optimizer)
     with pytest.raises(RuntimeError, match=r"optimizer.grad_scaler = scaler"):
@@ -279,7 +281,7 @@ def test_autocast_trains(name):
 
     losses = [float(optimizer.step(closure).detach()) for _ in range(15)]
     assert losses[-1] < losses[0]
-    assert {v.dtype for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)} == {torch.float32}
+    assert {v.dtype for v in tree_leaves(dict(optimizer.state)) if isinstance(v, torch.Tensor)} == {torch.float32}
 
 
 @every
@@ -290,7 +292,7 @@ def test_bfloat16_parameters_with_float32_state_resume_to_the_bit(name):
     losses = train(straight, optimizer, [0] * 6, m=40, dtype=torch.bfloat16)
     assert losses[-1] < losses[0]
     assert all(p.dtype == torch.bfloat16 for p in straight.parameters())
-    assert {v.dtype for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)} == {torch.float32}
+    assert {v.dtype for v in tree_leaves(dict(optimizer.state)) if isinstance(v, torch.Tensor)} == {torch.float32}
     saved = reloaded((straight.state_dict(), optimizer.state_dict()), map_location="cpu")
     resumed = network(torch.bfloat16)
     resumed.load_state_dict(saved[0])
@@ -352,28 +354,58 @@ def test_every_scheduler_sets_the_step(name, scheduler):
     assert torch.equal(parameters(model), before)
 
 
-without_lr = pytest.mark.parametrize("name", [name for name in ALL if name not in FIXED])
+found = pytest.mark.parametrize("name", [name for name in ALL if name not in FIXED])  # those that find their own step
 
 
-@without_lr
-@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "ReduceLROnPlateau"])
-def test_a_scheduler_without_a_learning_rate_is_refused(name, scheduler):
+@found
+@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name not in ("CyclicLR", "OneCycleLR")])
+def test_every_scheduler_multiplies_the_step_that_is_found(name, scheduler):
     models = [network(), network()]
-    refused, other = (ALL[name](model, nn.CrossEntropyLoss()) for model in models)
-    with pytest.raises(ValueError, match="with lr=None there is no learning rate for a scheduler"):
-        SCHEDULERS[scheduler](refused)
-    if scheduler not in ("CyclicLR", "OneCycleLR"):  # they write into the groups before anything else
-        assert train(models[0], refused, range(2)) == train(models[1], other, range(2))  # as if nothing had been tried
-        assert_same(refused.state_dict(), other.state_dict())
+    scheduled, by_hand = (ALL[name](model, nn.CrossEntropyLoss()) for model in models)
+    sgd = torch.optim.SGD(network().parameters(), lr=1.0)
+    schedules = [SCHEDULERS[scheduler](o) for o in (scheduled, sgd)]
+    for seed in range(4):
+        if name != "KFAC" or seed == 0:  # whose labels are drawn anew
+            by_hand.param_groups[0]["lr"] = sgd.param_groups[0]["lr"]
+            assert train(models[0], scheduled, [seed]) == train(models[1], by_hand, [seed])
+        sgd.step()
+        for schedule in schedules:
+            schedule.step(*[1.0] if scheduler == "ReduceLROnPlateau" else [])
+        assert scheduled.param_groups[0]["lr"] == sgd.param_groups[0]["lr"]
+    assert torch.equal(parameters(models[0]), parameters(models[1]))
 
 
-@without_lr
-def test_a_learning_rate_set_later_is_refused(name):
+@found
+def test_the_learning_rate_multiplies_the_first_step_exactly(name):
+    steps = {}
+    for lr in (1.0, 0.25, 0.0):
+        model = network()
+        before = parameters(model)
+        damping = {"tau": 10.0} if name == "KFAC" else {}  # so large that the whole step is accepted, too
+        optimizer = ALL[name](model, nn.CrossEntropyLoss(), lr=lr, **damping)
+        train(model, optimizer, [0])
+        steps[lr] = parameters(model) - before
+    assert steps[1.0].abs().max() > 0
+    torch.testing.assert_close(steps[0.25], 0.25 * steps[1.0])
+    assert steps[0.0].abs().max() == 0
+
+
+@found
+@pytest.mark.parametrize("lr", [2.0, -0.1, float("nan"), None])
+def test_a_learning_rate_that_cannot_multiply_a_step_is_refused(name, lr):
     model = network()
     optimizer = ALL[name](model, nn.CrossEntropyLoss())
-    optimizer.param_groups[0]["lr"] = 0.1
-    with pytest.raises(ValueError, match="expected lr to stay None, as at construction, got 0.1"):
-        train(model, optimizer, [0])
+    optimizer.param_groups[0]["lr"] = lr
+    before = parameters(model)
+    for refuse in (lambda: train(model, optimizer, [0]), lambda: ALL[name](network(), nn.CrossEntropyLoss(), lr=lr)):
+        with pytest.raises((ValueError, TypeError), match=r"expected lr (in \[0, 2\), since it multiplies|to be a number)"):
+            refuse()
+    assert torch.equal(parameters(model), before)
+
+
+def test_eacg_without_a_learning_rate_names_the_optimizer_that_finds_it():
+    with pytest.raises(ValueError, match=r"expected lr >= 0, got None; .* secondorder.LayerwiseNewton\(model, criterion\)"):
+        so.EACG(network(), nn.CrossEntropyLoss(), lr=None)
 
 
 @every
@@ -387,8 +419,6 @@ def test_arguments_that_would_do_nothing_are_refused(name, argument):
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_copies_of_model_and_optimizer_train_alike(name, how, scheduled):
-    if scheduled and name not in FIXED:
-        return
     model = network()
     optimizer = ALL[name](model, nn.CrossEntropyLoss())
     if scheduled:
@@ -439,7 +469,7 @@ def test_repr_tells_the_curvatures():
         nn.Conv1d(1, 2, 1), nn.Flatten(), nn.Linear(10, 6), nn.LayerNorm(6), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)
     )
     model.append(nn.Linear(3, 3).requires_grad_(False))
-    optimizer = so.EACG(model, nn.CrossEntropyLoss())
+    optimizer = so.LayerwiseNewton(model, nn.CrossEntropyLoss())
     optimizer.criterion(model(torch.randn(8, 1, 5)), torch.randint(3, (8,))).backward()
     with pytest.warns(UserWarning):
         optimizer.step()
@@ -502,7 +532,7 @@ class _Called:
 def test_evaluation_is_compiled_as_one_graph():
     torch.compiler.reset()
     model = network()
-    optimizer = so.EACG(model, nn.CrossEntropyLoss())
+    optimizer = so.LayerwiseNewton(model, nn.CrossEntropyLoss())
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x, _ = batch()
     with torch.no_grad():
@@ -636,7 +666,7 @@ import os, sys, torch
 from torch import nn
 import secondorder as so
 model = nn.Sequential(nn.Linear(2000, 500), nn.Tanh(), nn.Linear(500, 3))
-optimizer = so.EACG(model, nn.CrossEntropyLoss())
+optimizer = so.LayerwiseNewton(model, nn.CrossEntropyLoss())
 optimizer.criterion(model(torch.randn(8, 2000)), torch.randint(3, (8,))).backward()
 optimizer.step()
 path = sys.argv[1]
@@ -658,7 +688,7 @@ def test_a_kill_while_saving_leaves_a_loadable_checkpoint(tmp_path):
             time.sleep(0.003 * attempt)
             process.send_signal(signal.SIGSTOP)
             saved = torch.load(path, weights_only=True)
-            assert saved["optimizer"]["state"][0]["bias_hessian"].shape == (500, 500)
+            assert saved["optimizer"]["state"][0]["factors"]["bias_hessian"].shape == (500, 500)
             process.send_signal(signal.SIGCONT)
     finally:
         process.kill()

@@ -12,14 +12,18 @@ from torch.func import functional_call, hessian, jacrev, jvp
 from torch.nn import functional as F
 
 import secondorder as so
-from secondorder import damping
+from secondorder._layers import linear_layers
+from secondorder._tape import Tape
 from secondorder.criteria import BoundedClassificationLoss
 from secondorder.curvature import CURVATURES
-from secondorder.damping import Adaptation, LocalLoss, best_step
-from secondorder.optim import layerwise
-from secondorder.optim.base import linear_layers
 from secondorder.solvers import SOLVERS
-from secondorder.tape import Tape
+from secondorder.stepping import DampingSchedule, LocalLoss, LossTrend, best_step, levenberg_marquardt
+from secondorder.stepping import local_loss as local_loss_module
+
+
+def stepping(model, criterion, lr, alpha=0.1, **kwargs):
+    """EACG with this learning rate, or LayerwiseNewton."""
+    return so.LayerwiseNewton(model, criterion, **kwargs) if lr is None else so.EACG(model, criterion, lr, alpha=alpha, **kwargs)
 
 
 @pytest.mark.parametrize("lr", [0.05, None])
@@ -27,7 +31,7 @@ from secondorder.tape import Tape
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_curvature_with_every_solver(solver, curvature, lr):
     model, criterion, (x, y) = network(), nn.CrossEntropyLoss(), batch(30)
-    optimizer = so.EACG(model, criterion, lr=lr, curvature=curvature, solver=solver, alpha=0.1, inverse_every=2)
+    optimizer = stepping(model, criterion, lr, curvature=curvature, solver=solver, inverse_every=2)
     losses = [one_step(model, criterion, optimizer, x, y) for _ in range(6)]
     assert losses[-1] < losses[0]
 
@@ -58,8 +62,8 @@ def test_an_exact_step_with_momentum_decay_and_averages():
 
 
 OPTIMIZERS = {
-    **{f"EACG {s}": lambda m, c, s=s: so.EACG(m, c, solver=s, inverse_every=3, average=True) for s in SOLVERS},
-    "EACG lr=None": lambda m, c: so.EACG(m, c, lr=None, curvature_every=2, weight_decay=1e-3),
+    **{f"EACG {s}": lambda m, c, s=s: so.LayerwiseNewton(m, c, solver=s, inverse_every=3, average=True) for s in SOLVERS},
+    "LayerwiseNewton": lambda m, c: so.LayerwiseNewton(m, c, curvature_every=2, weight_decay=1e-3),
     "KFAC": lambda m, c: so.KFAC(m, c, inverse_every=2),
     "KFRA": lambda m, c: so.KFRA(m, c),
     "KFLR": lambda m, c: so.KFLR(m, c),
@@ -226,7 +230,7 @@ def test_forward_products_of_chains_and_of_other_nets(net):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_subsample_stands_for_the_batch(reduction, monkeypatch):
-    monkeypatch.setattr(damping, "_LEAST_INSTANCES", 1)
+    monkeypatch.setattr(local_loss_module, "_LEAST_INSTANCES", 1)
     model, (x, y), criterion = network(), batch(12), nn.CrossEntropyLoss(reduction=reduction)
     for offset in (0, 1, 5):
         local, parameters, _ = local_loss(model, criterion, x, y, fraction=0.25, offset=offset)
@@ -249,7 +253,7 @@ def test_random_layers_and_buffers_are_left_alone():
 
 def test_the_first_step_without_a_learning_rate_is_the_explicit_minimum():
     model, (x, y), criterion = network(), batch(20), nn.CrossEntropyLoss()
-    optimizer = so.EACG(model, criterion, lr=None, subsample=1.0, damping=0.05, solver="exact", weight_decay=0.01)
+    optimizer = so.LayerwiseNewton(model, criterion, subsample=1.0, damping=0.05, solver="exact", weight_decay=0.01)
     old = copy.deepcopy(model)
     loss = one_step(model, criterion, optimizer, x, y)
     group = optimizer.param_groups[0]
@@ -263,11 +267,11 @@ def test_the_first_step_without_a_learning_rate_is_the_explicit_minimum():
     assert float(moved @ g + moved @ c @ moved) == pytest.approx(0, abs=1e-10)
     change = criterion(model(x), y).item() - loss + 0.005 * float((theta + moved).square().sum() - theta.square().sum())
     assert group["rho"] == pytest.approx(change / float(moved @ g + moved @ c @ moved / 2), rel=1e-6)
-    assert group["tau"] == pytest.approx(Adaptation(1.0, every=1).adapted(tau, group["rho"]))
+    assert group["tau"] == pytest.approx(DampingSchedule(1.0, every=1).adapted(tau, group["rho"]))
 
 
 def test_levenberg_marquardt():
-    rule = Adaptation(tau=1.0, omega=0.9, every=2)
+    rule = DampingSchedule(tau=1.0, omega=0.9, every=2)
     assert [rule.adapted(2.0, rho) for rho in (0.9, 0.5, 0.1, -3.0)] == pytest.approx([2 * 0.81, 2, 2 / 0.81, 2 / 0.81])
 
 
@@ -286,7 +290,7 @@ class Fence(nn.Module):
 
 
 @pytest.mark.parametrize("beyond", [float("nan"), float("inf"), 10.0])
-@pytest.mark.parametrize("make", [lambda m, c: so.EACG(m, c, lr=None, subsample=1.0), lambda m, c: so.KFRA(m, c)])
+@pytest.mark.parametrize("make", [lambda m, c: so.LayerwiseNewton(m, c, subsample=1.0), lambda m, c: so.KFRA(m, c)])
 def test_a_step_that_fails_its_check_is_taken_back(make, beyond):
     model, (x, y), criterion = network(), batch(), Fence(beyond)
     optimizer, old = make(model, criterion), copy.deepcopy(model.state_dict())
@@ -318,7 +322,7 @@ def test_numbers_that_are_not_finite_change_nothing(name, poison):
 
 def test_averaged_parameters():
     model, criterion = network(), nn.CrossEntropyLoss()
-    optimizer = so.EACG(model, criterion, average=True)
+    optimizer = so.LayerwiseNewton(model, criterion, average=True)
     average, own = None, None
     for t in range(1, 30):
         one_step(model, criterion, optimizer, *batch(seed=t))
@@ -329,7 +333,7 @@ def test_averaged_parameters():
     assert torch.equal(model[0].weight, own)
     with (
         pytest.raises(RuntimeError, match="expected an optimizer made with average=True"),
-        so.EACG(model, criterion).averaged_parameters(),
+        so.LayerwiseNewton(model, criterion).averaged_parameters(),
     ):
         pass
 
@@ -337,7 +341,7 @@ def test_averaged_parameters():
 def test_parameters_without_curvature_move_too():
     model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
     criterion, (x, y) = nn.CrossEntropyLoss(), batch(30)
-    optimizer, old = so.EACG(model, criterion, lr=None), copy.deepcopy(model.state_dict())
+    optimizer, old = so.LayerwiseNewton(model, criterion), copy.deepcopy(model.state_dict())
     with pytest.warns(UserWarning, match="not elementwise|no curvature covers"):
         losses = [one_step(model, criterion, optimizer, x, y) for _ in range(20)]
     assert all(not torch.equal(p, old[n]) for n, p in model.state_dict().items())
@@ -347,7 +351,7 @@ def test_parameters_without_curvature_move_too():
 def test_micro_batches_without_a_learning_rate_are_one_batch():
     criterion, (x, y) = nn.CrossEntropyLoss(), batch(12)
     models = [network(), network()]
-    optimizers = [so.EACG(model, criterion, lr=None, subsample=1.0) for model in models]
+    optimizers = [so.LayerwiseNewton(model, criterion, subsample=1.0) for model in models]
     for _ in range(3):
         one_step(models[0], criterion, optimizers[0], x, y)
         optimizers[1].zero_grad()
@@ -360,8 +364,8 @@ def test_micro_batches_without_a_learning_rate_are_one_batch():
 
 def test_a_criterion_off_the_models_output_is_refused():
     model, criterion, (x, y) = network(), nn.CrossEntropyLoss(), batch()
-    with pytest.raises(RuntimeError, match="lr=None evaluates the model anew: the criterion must be called on the very tensor"):
-        one_step(lambda x: 2 * model(x), criterion, so.EACG(model, criterion, lr=None), x, y)
+    with pytest.raises(RuntimeError, match="evaluates the net anew: the criterion must be called on the very tensor"):
+        one_step(lambda x: 2 * model(x), criterion, so.LayerwiseNewton(model, criterion), x, y)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -403,7 +407,7 @@ def test_degenerate_nets_with_tiny_and_huge_damping(kwargs, case):
                 nn.init.zeros_(p)
         if case.endswith(" input") and case != "one input":
             x = torch.full_like(x, case == "constant input")
-        optimizer = so.EACG(model, criterion, curvature=curvature, solver=solver, **kwargs)
+        optimizer = stepping(model, criterion, curvature=curvature, solver=solver, **kwargs)
         losses = [one_step(model, criterion, optimizer, x, y) for _ in range(4)]
         assert all(torch.isfinite(p).all() for p in model.parameters()), (solver, curvature)
         if kwargs["lr"] is None:
@@ -422,7 +426,7 @@ OVERFLOWS = {
 def test_overflowing_inputs_name_the_layer_and_the_factor(solver, lr):
     model, criterion = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), nn.CrossEntropyLoss()
     optimizer, (x, y) = (
-        so.EACG(model, criterion, lr=lr, alpha=0.1, solver=solver),
+        stepping(model, criterion, lr, solver=solver),
         (torch.full((3, 4), 1e25), torch.arange(3) % 2),
     )
     before = snapshot(model, optimizer)
@@ -444,7 +448,7 @@ def test_overflowing_curvature_names_the_layer_and_the_factor(solver, curvature,
     model, criterion = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), nn.MSELoss()
     with torch.no_grad():
         model[2].weight.fill_(1e20)  # W^T H W and delta delta^T are no float32
-    optimizer = so.EACG(model, criterion, lr=lr, alpha=0.1, curvature=curvature, solver=solver)
+    optimizer = stepping(model, criterion, lr, curvature=curvature, solver=solver)
     x = 1e-18 * torch.randn(3, 4)
     with torch.no_grad():
         model[0].bias.zero_()
@@ -462,7 +466,7 @@ def test_the_solvers_own_damping_is_the_best_of_three_under_the_model(monkeypatc
         proposals.append((vectors, step := best_step(local, gradients, vectors, *args)))
         return step
 
-    monkeypatch.setattr(layerwise, "best_step", recorded)
+    monkeypatch.setattr(levenberg_marquardt, "best_step", recorded)
     model, criterion, chosen = network(), nn.CrossEntropyLoss(), []
     optimizer, factor = so.KFRA(model, criterion), 0.95**20
     for t in range(60):
@@ -479,7 +483,7 @@ def test_the_solvers_own_damping_is_the_best_of_three_under_the_model(monkeypatc
     assert set(chosen) != {0}
 
 
-@pytest.mark.parametrize("name", ["KFAC", "KFRA", "KFLR", "EACG lr=None"])
+@pytest.mark.parametrize("name", ["KFAC", "KFRA", "KFLR", "LayerwiseNewton"])
 def test_the_family_trains(name):
     torch.manual_seed(1)
     model, criterion = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)), nn.CrossEntropyLoss()
@@ -501,7 +505,7 @@ def test_curvature_samples_choose_the_rows_of_the_second_moment_alone():
         model = network()
         optimizer = so.EACG(model, criterion, lr=0.1, solver=solver, alpha=0.1, inverse_every=2, curvature_samples=8)
         one_step(model, criterion, optimizer, x, y)
-        torch.testing.assert_close(optimizer.state[model[0].weight][name], expected)
+        torch.testing.assert_close(optimizer.state[model[0].weight]["factors"][name], expected)
 
 
 @pytest.mark.parametrize(
@@ -509,8 +513,8 @@ def test_curvature_samples_choose_the_rows_of_the_second_moment_alone():
 )
 def test_bad_arguments(kwargs):
     (name,) = kwargs
-    with pytest.raises(ValueError, match=f"EACG: expected {name} "):
-        so.EACG(network(), nn.CrossEntropyLoss(), lr=None, **kwargs)
+    with pytest.raises(ValueError, match=f"LayerwiseNewton: expected {name} "):
+        so.LayerwiseNewton(network(), nn.CrossEntropyLoss(), **kwargs)
 
 
 def mixture_of_two_classifiers(h, y):
@@ -519,45 +523,45 @@ def mixture_of_two_classifiers(h, y):
     return -torch.logaddexp(F.logsigmoid(h[:, 0]) + first, F.logsigmoid(-h[:, 0]) + second).mean()
 
 
-@pytest.mark.parametrize("make", [so.KFRA, so.EACG])
+@pytest.mark.parametrize("make", [so.KFRA, so.LayerwiseNewton])
 def test_a_mixture_model_trains(make):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
     x = torch.rand(200, 2) * 2 - 1
     y = (x[:, 0] * x[:, 1] > 0).long()
-    optimizer = make(model, mixture_of_two_classifiers, lr=None, curvature="pch-abs")
+    optimizer = make(model, mixture_of_two_classifiers, curvature="pch-abs")
     losses = [one_step(model, optimizer.criterion, optimizer, x, y) for _ in range(60)]
     assert losses[-1] < losses[0] / 3
 
 
-def test_the_watch_raises_the_floor_where_losses_rise():
-    watch, tau, floors = damping.Watch(1.0, 1.0, 5.0, 5.0), 2.0, []
+def test_the_trend_raises_the_floor_where_losses_rise():
+    trend, tau, floors = LossTrend(1.0, 1.0, 5.0, 5.0), 2.0, []
     for loss in (4.0, 3.0, 2.0, 2.0, 9.0, 9.0):
-        watch, rising = watch.seen(loss, tau)
-        floors.append((watch.floor, rising))
+        trend, rising = trend.seen(loss, tau)
+        floors.append((trend.floor, rising))
     # 0.7 short + 0.3 loss: 4.7, 4.19, 3.533, 3.073, 4.851, 6.096; 0.95 long + 0.05 loss: 4.95, 4.853, 4.71, 4.574, 4.796, 5.006
     assert floors == [(1.0, False)] * 5 + [(8.0, True)]
-    assert watch.long == watch.short == pytest.approx(6.0957, rel=1e-3)
-    assert watch.seen(5.0, tau)[0].floor == pytest.approx(7.92)
+    assert trend.long == trend.short == pytest.approx(6.0957, rel=1e-3)
+    assert trend.seen(5.0, tau)[0].floor == pytest.approx(7.92)
     for _ in range(20):  # it keeps rising: the floor stays within bounds
-        watch, _ = watch.seen(10 * watch.short, 1e6)
-    assert watch.floor == 400.0
+        trend, _ = trend.seen(10 * trend.short, 1e6)
+    assert trend.floor == 400.0
     # A loss below zero may rise, too.
-    assert damping.Watch(1.0, 1.0, -5.0, -5.0).seen(-1.0, tau)[1]
+    assert LossTrend(1.0, 1.0, -5.0, -5.0).seen(-1.0, tau)[1]
 
 
 def test_damping_starts_by_the_number_of_instances():
-    rule = Adaptation(None)
+    rule = DampingSchedule(None)
     assert [rule.start(m) for m in (1, 10, 50, 500, 10_000)] == pytest.approx([1, 1, 0.1, 0.001, 1e-4])
-    assert Adaptation(0.3).start(500) == 0.3
+    assert DampingSchedule(0.3).start(500) == 0.3
     criterion, models = nn.CrossEntropyLoss(), [network(), network()]
     taus = []
     for model, pieces in zip(models, ([slice(0, 40)], [slice(0, 10), slice(10, 40)]), strict=True):
-        optimizer, (x, y) = so.EACG(model, criterion), batch(40)
+        optimizer, (x, y) = so.LayerwiseNewton(model, criterion), batch(40)
         for rows in pieces:
             (criterion(model(x[rows]), y[rows]) * len(y[rows]) / 40).backward()
         optimizer.step()
-        taus.append(optimizer.param_groups[0]["watch"][0] / optimizer.param_groups[0]["watch"][2])
+        taus.append(optimizer.param_groups[0]["loss_trend"][0] / optimizer.param_groups[0]["loss_trend"][2])
     assert taus == pytest.approx([0.1 * 250 / 40**2] * 2)
 
 
@@ -565,7 +569,7 @@ def test_small_noisy_batches_do_not_diverge():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Dropout(0.3), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 3))
     criterion, teacher = nn.CrossEntropyLoss(), torch.randn(6, 3)
-    optimizer, losses = so.EACG(model, criterion), []
+    optimizer, losses = so.LayerwiseNewton(model, criterion), []
     for _ in range(300):
         x = torch.randn(16, 6)
         losses.append(one_step(model, criterion, optimizer, x, (x @ teacher).argmax(1)))

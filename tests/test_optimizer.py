@@ -149,7 +149,7 @@ def test_curvature_every():
         recording.append(bool(model[0](x).grad_fn.metadata))
         loss.backward()
         optimizer.step()
-        seen.append(optimizer.state[weight]["bias_hessian"].clone())
+        seen.append(optimizer.state[weight]["factors"]["bias_hessian"].clone())
     renewed = [True] + [not torch.equal(a, b) for a, b in zip(seen, seen[1:])]
     # At first every time, then every third.
     assert renewed == recording == [True, True, True, True, False, False, True, False, False, True]
@@ -170,7 +170,7 @@ def test_trains(criterion, kwargs):
     model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
     x = torch.rand(200, 2) * 2 - 1
     y = (x[:, 0] * x[:, 1] > 0).long()
-    optimizer = so.EACG(model, criterion, **kwargs)
+    optimizer = (so.EACG if kwargs else so.LayerwiseNewton)(model, criterion, **kwargs)
     first = one_step(model, criterion, optimizer, x, y)
     for _ in range(150):
         last = one_step(model, criterion, optimizer, x, y)
@@ -191,7 +191,7 @@ def test_a_function_as_criterion():
 
 def test_closure():
     criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
-    optimizer = so.EACG(model, criterion)
+    optimizer = so.LayerwiseNewton(model, criterion)
 
     def closure():
         optimizer.zero_grad()
@@ -226,10 +226,10 @@ def test_state_dict_resumes_to_the_bit():
             one_step(model, criterion, optimizer, *batch(seed=step))
 
     straight = network()
-    run(straight, so.EACG(straight, criterion, curvature_every=2), range(7))
+    run(straight, so.LayerwiseNewton(straight, criterion, curvature_every=2), range(7))
     for stop in (1, 2, 4):
         first = network()
-        optimizer = so.EACG(first, criterion, curvature_every=2)
+        optimizer = so.LayerwiseNewton(first, criterion, curvature_every=2)
         run(first, optimizer, range(stop))
         file = io.BytesIO()
         torch.save((first.state_dict(), optimizer.state_dict()), file)
@@ -237,7 +237,7 @@ def test_state_dict_resumes_to_the_bit():
         model_state, optimizer_state = torch.load(file, weights_only=True)
         second = network()
         second.load_state_dict(model_state)
-        resumed = so.EACG(second, criterion, curvature_every=2)
+        resumed = so.LayerwiseNewton(second, criterion, curvature_every=2)
         resumed.load_state_dict(optimizer_state)
         run(second, resumed, range(stop, 7))
         assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters(), strict=True))
@@ -279,13 +279,13 @@ def test_uncovered_parameters_get_the_fallback_and_one_warning():
             torch.testing.assert_close(dict(model.named_parameters())[name], p)
     assert all(not torch.equal(before[n], dict(model.named_parameters())[n]) for n in covered)
     assert torch.equal(before["frozen.weight"], model.frozen.weight)
-    strict = so.EACG(model, criterion, fallback="error")
+    strict = so.LayerwiseNewton(model, criterion, fallback="error")
     with pytest.raises(RuntimeError, match="no curvature covers the parameters 'shift'.*fallback='error'"):
         one_step(model, criterion, strict, x, y)
 
 
 @pytest.mark.parametrize(
-    "make", [lambda *a: so.EACG(*a, lr=0.1), so.EACG, so.KFRA, so.KBFGS], ids=["lr", "EACG", "KFRA", "KBFGS"]
+    "make", [lambda *a: so.EACG(*a, lr=0.1), so.LayerwiseNewton, so.KFRA, so.KBFGS], ids=["lr", "EACG", "KFRA", "KBFGS"]
 )
 def test_a_bias_of_two_layers_hides_no_other_parameter(make):
     class Scaled(nn.Sequential):
@@ -312,7 +312,7 @@ def test_a_bias_of_two_layers_hides_no_other_parameter(make):
 
 def test_nothing_is_recorded_in_eval_mode_or_without_grad():
     criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
-    optimizer = so.EACG(model, criterion)
+    optimizer = so.LayerwiseNewton(model, criterion)
     one_step(model, criterion, optimizer, x, y)
     optimizer.zero_grad()
     with torch.no_grad():
@@ -326,7 +326,7 @@ def test_nothing_is_recorded_in_eval_mode_or_without_grad():
 
 
 def trace(optimizer, layer):
-    return float(optimizer.state[layer.weight]["bias_hessian"].trace())
+    return float(optimizer.state[layer.weight]["factors"]["bias_hessian"].trace())
 
 
 def traces_after(model, backward, **kwargs):
@@ -429,7 +429,7 @@ class TwoHeads(nn.Module):
 def test_heads_trained_by_backward_passes_of_their_own():
     torch.manual_seed(0)
     model, criterion, (x, y) = TwoHeads().double(), nn.CrossEntropyLoss(), batch()
-    optimizer = so.EACG(model, criterion)
+    optimizer = so.LayerwiseNewton(model, criterion)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*no curvature covers.*")
         warnings.filterwarnings("ignore", message=".*is used in several places.*")
@@ -446,7 +446,7 @@ def test_a_factor_on_the_loss_is_one_on_fisher_blocks_too(factor):
         torch.manual_seed(2)
         model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
         criterion = nn.CrossEntropyLoss(reduction=reduction)
-        optimizer = so.EACG(model, criterion)
+        optimizer = so.LayerwiseNewton(model, criterion)
         x, y = batch(11)
         (factor * criterion(model(x), y)).backward()
         with warnings.catch_warnings():
@@ -482,7 +482,7 @@ def test_two_param_groups():
 
 def test_parameters_outside_of_the_groups_are_left_alone():
     criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
-    optimizer = so.EACG(model, criterion)
+    optimizer = so.LayerwiseNewton(model, criterion)
     optimizer.param_groups[0]["params"] = list(model[4].parameters())
     before = model[0].weight.clone()
     one_step(model, criterion, optimizer, x, y)
@@ -532,7 +532,7 @@ def test_sparse_gradients_are_refused():
     embedding = nn.Embedding(10, 5, sparse=True)
     model = nn.Sequential(embedding, nn.Linear(5, 3))
     criterion = nn.CrossEntropyLoss()
-    optimizer = so.EACG(model, criterion)
+    optimizer = so.LayerwiseNewton(model, criterion)
     with pytest.raises(RuntimeError, match=r"sparse one for '0.weight'"):
         one_step(model, criterion, optimizer, torch.arange(6), torch.randint(3, (6,)))
 
@@ -544,7 +544,7 @@ def live_tensors():
 
 def test_no_memory_is_held_between_steps_nor_by_forward_passes_alone():
     criterion, model, (x, y) = nn.CrossEntropyLoss(), network(activation=nn.Mish), batch(50)
-    optimizer = so.EACG(model, criterion)
+    optimizer = so.LayerwiseNewton(model, criterion)
     for _ in range(2):
         one_step(model, criterion, optimizer, x, y)
     optimizer.zero_grad()
@@ -562,7 +562,7 @@ def test_no_memory_is_held_between_steps_nor_by_forward_passes_alone():
 def test_a_discarded_backward_pass_is_forgotten():
     criterion = nn.CrossEntropyLoss()
     models = [network(), network()]
-    optimizers = [so.EACG(model, criterion) for model in models]
+    optimizers = [so.LayerwiseNewton(model, criterion) for model in models]
     criterion(models[0](batch(seed=9)[0]), batch(seed=9)[1]).backward()
     models[0].zero_grad()  # not the optimizer's, which would know
     for model, optimizer in zip(models, optimizers, strict=True):
@@ -574,7 +574,7 @@ def test_a_discarded_backward_pass_is_forgotten():
 def test_two_backward_passes_through_one_graph():
     criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
     twin = copy.deepcopy(model)
-    optimizer, other = so.EACG(model, criterion), so.EACG(twin, criterion)
+    optimizer, other = so.LayerwiseNewton(model, criterion), so.LayerwiseNewton(twin, criterion)
     loss = criterion(model(x), y)
     loss.backward(retain_graph=True)
     loss.backward()
@@ -587,7 +587,7 @@ def test_two_backward_passes_through_one_graph():
 
 def test_copies_of_the_model_are_not_recorded():
     criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
-    optimizer = so.EACG(model, criterion)
+    optimizer = so.LayerwiseNewton(model, criterion)
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert not clone(x).grad_fn.metadata
     one_step(model, criterion, optimizer, x, y)
@@ -596,11 +596,11 @@ def test_copies_of_the_model_are_not_recorded():
 def test_hooks_go_with_the_optimizer():
     criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
     hooks = lambda: sum(len(m._forward_hooks) for m in [*model.modules(), criterion])  # noqa: E731
-    optimizer = so.EACG(model, criterion)
+    optimizer = so.LayerwiseNewton(model, criterion)
     assert hooks() == 5
     optimizer.remove_hooks()
     assert hooks() == 0
-    optimizer = so.EACG(model, criterion)
+    optimizer = so.LayerwiseNewton(model, criterion)
     one_step(model, criterion, optimizer, x, y)
     reference = weakref.ref(optimizer)
     del optimizer
@@ -661,7 +661,7 @@ def poison_gradient(model, x):
 @pytest.mark.parametrize("criterion", CRITERIA, ids=["cross-entropy", "eq14"])
 def test_numbers_that_are_not_finite_change_nothing(poison, solver, warm, criterion):
     model, (x, y) = network(), batch()
-    optimizer = so.EACG(model, criterion, solver=solver)
+    optimizer = so.LayerwiseNewton(model, criterion, solver=solver)
     if warm:
         one_step(model, criterion, optimizer, x, y)
     good = copy.deepcopy(model.state_dict())
@@ -679,7 +679,7 @@ def test_numbers_that_are_not_finite_change_nothing(poison, solver, warm, criter
 
 def test_a_failed_step_names_the_layer():
     criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
-    optimizer = so.EACG(model, criterion)
+    optimizer = so.LayerwiseNewton(model, criterion)
     poison_gradient(model, x)
     with pytest.raises(RuntimeError, match="layer '0': NaN or inf in its weight gradient. No parameter and no state has changed"):
         one_step(model, criterion, optimizer, x, y)
@@ -693,8 +693,8 @@ def test_a_failed_step_names_the_layer():
         ({"alpha": 0.0}, r"expected alpha in \(0, 1\), got 0.0"),
         ({"alpha": 1.0}, r"expected alpha in \(0, 1\), got 1.0"),
         ({"curvature": PCH}, "expected curvature to be one of"),
-        ({"curvature": "hessian"}, "expected curvature to be one of 'pch-abs', 'pch-clip', .*, got 'hessian'"),
-        ({"solver": "cg"}, "expected solver one of 'ea-cg', 'ea-cg-truncated', .*, got 'cg'"),
+        ({"curvature": "hessian"}, "expected curvature to be one of .*'pch-abs', 'pch-clip', .*, got 'hessian'"),
+        ({"solver": "cg"}, "expected solver to be one of .*'ea-cg', 'ea-cg-truncated', .*, got 'cg'"),
         ({"max_cg": 0}, "expected max_cg >= 1, got 0"),
         ({"eps_cg": -1.0}, "expected eps_cg >= 0"),
         ({"momentum": 1.0}, r"expected momentum in \[0, 1\), got 1.0"),
@@ -714,27 +714,27 @@ def test_bad_arguments(kwargs, message):
 def test_bad_models_and_criteria():
     criterion = nn.CrossEntropyLoss()
     with pytest.raises(TypeError, match="expected model to be an nn.Module, got generator; pass the model itself"):
-        so.EACG(network().parameters(), criterion)
+        so.LayerwiseNewton(network().parameters(), criterion)
     with pytest.raises(TypeError, match="expected criterion to be an nn.Module or a function .*, got str"):
-        so.EACG(network(), "mse")
+        so.LayerwiseNewton(network(), "mse")
     with pytest.raises(ValueError, match="at least one trainable nn.Linear, got Conv1d with none"):
-        so.EACG(nn.Conv1d(1, 1, 3), criterion)
+        so.LayerwiseNewton(nn.Conv1d(1, 1, 3), criterion)
     with pytest.raises(ValueError, match="at least one trainable nn.Linear"):
-        so.EACG(network().requires_grad_(False), criterion)
+        so.LayerwiseNewton(network().requires_grad_(False), criterion)
     with pytest.raises(TypeError, match="float32, float64 or bfloat16, got torch.float16 in layer '0'"):
-        so.EACG(network().half(), criterion)
+        so.LayerwiseNewton(network().half(), criterion)
     tied = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     tied[2].weight = tied[0].weight
     with pytest.raises(ValueError, match=r"'0.weight' and '2.weight' are one parameter"):
-        so.EACG(tied, criterion)
+        so.LayerwiseNewton(tied, criterion)
     shared = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="are one parameter"):
-        so.EACG(nn.Sequential(shared, nn.Tanh(), shared), criterion)
+        so.LayerwiseNewton(nn.Sequential(shared, nn.Tanh(), shared), criterion)
 
 
 def test_bad_loops():
     criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
-    optimizer = so.EACG(model, criterion)
+    optimizer = so.LayerwiseNewton(model, criterion)
     with pytest.raises(RuntimeError, match=r"expected gradients, found none; call loss.backward\(\) first"):
         optimizer.step()
     F.cross_entropy(model(x), y).backward()
@@ -742,9 +742,9 @@ def test_bad_loops():
         optimizer.step()
     with pytest.raises(ValueError, match=r"expected the criterion .* to return a scalar, got shape \(8,\)"):
         vector = nn.CrossEntropyLoss(reduction="none")
-        one_step(model, vector, so.EACG(model, vector), x, y)
+        one_step(model, vector, so.LayerwiseNewton(model, vector), x, y)
     loop = nn.Linear(5, 5).double()
-    recurrent = so.EACG(loop, nn.MSELoss())
+    recurrent = so.LayerwiseNewton(loop, nn.MSELoss())
     with pytest.raises(ValueError, match="called more than once"):
         one_step(lambda x: loop(torch.tanh(loop(x))), recurrent.criterion, recurrent, x, x)
 
@@ -752,7 +752,7 @@ def test_bad_loops():
 def test_a_non_elementwise_function_warns_once_and_trains():
     model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
     criterion, (x, y) = nn.CrossEntropyLoss(), batch()
-    optimizer = so.EACG(model, criterion)
+    optimizer = so.LayerwiseNewton(model, criterion)
     with pytest.warns(UserWarning) as caught:
         losses = [one_step(model, criterion, optimizer, x, y) for _ in range(10)]
     messages = [str(w.message) for w in caught]
@@ -762,7 +762,7 @@ def test_a_non_elementwise_function_warns_once_and_trains():
 
 
 EVERY_OPTIMIZER = [
-    lambda m, c: so.EACG(m, c),
+    lambda m, c: so.LayerwiseNewton(m, c),
     lambda m, c: so.EACG(m, c, 0.1),
     lambda m, c: so.EACG(m, c, 0.1, curvature="fisher-empirical"),
     lambda m, c: so.EACG(m, c, 0.1, curvature="kflr", solver="kfi"),

@@ -4,14 +4,15 @@ import pytest
 import torch
 from oracles import random_psd
 
-from secondorder.solvers import KFI, SOLVERS, Isotropic, eigh, inverse
+from secondorder.linalg import eigh, inverse
+from secondorder.solvers import KFI, SOLVERS, Isotropic, SolverOptions
 
 SIZES = [(1, 1), (1, 6), (5, 1), (4, 7), (9, 3)]  # (n_out, n_in)
 DAMPINGS = [(0.9, 0.1), (1.0, 3.0), (1.0, 1e-3), (1.0, 1e20)]  # (scale, damping)
 
 
 def solver(name, budget=10**6):
-    return SOLVERS[name](2000, 1e-14, budget)
+    return SOLVERS[name](SolverOptions(2000, 1e-14, budget))
 
 
 def problem(n_out, n_in, dtype=torch.float64, m=5):
@@ -104,7 +105,7 @@ def test_degenerate_factors_give_finite_steps(name, case, damping, dtype):
         input = torch.ones_like(input)
     if case == "one instance":
         input = input[:1]
-    p, d = run(SOLVERS[name](50, 1e-4, 10**6), h, input, b, g, 1.0, damping)
+    p, d = run(SOLVERS[name](SolverOptions(50, 1e-4, 10**6)), h, input, b, g, 1.0, damping)
     assert torch.isfinite(p).all()
     assert torch.isfinite(d).all()
     if damping > 1e-12 or name != "kron-cg":  # CG on an all but singular matrix is rounding

@@ -1,9 +1,11 @@
-"""The optimizers, one file each over what `base` and `layerwise` share."""
+"""The optimizers, one file each; files with an underscore hold what several share."""
 
 from secondorder.optim.eacg import EACG
-from secondorder.optim.kbfgs import KBFGS, KBFGSL
+from secondorder.optim.kbfgs import KBFGS
+from secondorder.optim.kbfgsl import KBFGSL
 from secondorder.optim.kfac import KFAC
 from secondorder.optim.kflr import KFLR
 from secondorder.optim.kfra import KFRA
+from secondorder.optim.layerwise_newton import LayerwiseNewton
 
-__all__ = ["EACG", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA"]
+__all__ = ["EACG", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "LayerwiseNewton"]

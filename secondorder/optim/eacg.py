@@ -1,18 +1,24 @@
 """EACG: the positive-curvature Hessian and EA-CG (Chen et al., "EA-CG", 2019)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from secondorder import ops
+from secondorder._layers import parameters_of
 from secondorder.curvature import Curvature
-from secondorder.damping import Adaptation
-from secondorder.optim.layerwise import LayerwiseOptimizer
+from secondorder.errors import NonFiniteError
+from secondorder.optim import _momentum
+from secondorder.optim._layerwise import Groups, LayerwiseOptimizer
+from secondorder.solvers import EACGSolver, Factors, Solver, SolverOptions
 
 
 class EACG(LayerwiseOptimizer):
     """Trains the linear layers of a model by damped Newton steps under the positive-curvature Hessian (PCH).
 
-        optimizer = secondorder.EACG(model, criterion)
+        optimizer = secondorder.EACG(model, criterion, lr=0.02)
         for x, y in loader:
             optimizer.zero_grad()
             loss = criterion(model(x), y)
@@ -20,50 +26,41 @@ class EACG(LayerwiseOptimizer):
             optimizer.step()
 
     For each layer z = W h + b, with gradients B and g of the mean loss, the curvature is a bias Hessian H by backward recursion
-    (Chen et al., Eq. 8) times an input factor A ~ E[h h^T]. The criterion may be non-convex. There are two ways to step:
+    (Chen et al., Eq. 8) times an input factor A ~ E[h h^T]. The criterion may be non-convex. With a = E[h], the directions solve
+    (Eq. 10, 11b)
 
-    - **Without a learning rate** (lr=None, the default): the directions solve the systems of the solver with the damping tau
-      (`secondorder.solvers`), step size and momentum minimise the quadratic model of the loss, tau follows how well that model
-      predicts, and a step that fails is taken back (`LayerwiseOptimizer`). Nothing is to be tuned. The criterion must be called
-      on the very tensor that the model returned.
-    - **With a learning rate** (the paper's): with a = E[h], the directions solve (Eq. 10, 11b)
+        (1 - alpha) H P a a^T + alpha P = -B     and     ((1 - alpha) H + alpha I) d = -g,
 
-          (1 - alpha) H P a a^T + alpha P = -B     and     ((1 - alpha) H + alpha I) d = -g,
-
-      and the update is V <- momentum V + P, W <- (1 - lr weight_decay) W + lr V, likewise for b. A step costs little more than
-      one of SGD. lr=0.02 is a start; the paper's own method is `momentum=0, factor_decay=0, solver="ea-cg-truncated"`.
+    and the update is V <- momentum V + P, W <- (1 - lr weight_decay) W + lr V, likewise for b. A step costs little more than one
+    of SGD. The paper's own method is `momentum=0, factor_decay=0, solver="ea-cg-truncated"`. `LayerwiseNewton` finds step size,
+    momentum and damping itself.
 
     Args:
         model: any module; its nn.Linear layers are covered wherever elementwise functions connect them (docs/design.md).
         criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`.
-        lr: step size, >= 0; or None: no step size is to be given; alpha and momentum are not used then.
+        lr: step size, >= 0.
         curvature: "pch-abs" (PCH-1, gamma = -1), "pch-clip" (PCH-2, gamma = 0), "gauss-newton", "kflr", "fisher-mc",
             "fisher-empirical", "fisher-exact", or a `secondorder.curvature.Curvature`, such as PCH(gamma).
         alpha: damping, in (0, 1): the weight of the identity against H.
-        max_cg: at most this many conjugate gradient iterations, >= 1.
-        eps_cg: CG stops at this residual, relative to the first one, >= 0.
-        solver: "ea-cg" (exact across the mean input, CG along it; the default with a learning rate), "ea-cg-truncated" (the
-            paper's iterates), "kron-cg", "kfi", "kfi-rank-one", "exact", "ea-isotropic", or "auto" (the default without one);
-            see `secondorder.solvers`.
+        max_cg: the CG solvers do at most this many iterations, >= 1.
+        eps_cg: the CG solvers stop at this residual, relative to the first one, >= 0.
+        solver: "ea-cg" (exact across the mean input, CG along it), "ea-cg-truncated" (the paper's iterates), "kron-cg", "kfi",
+            "kfi-rank-one", "exact", "ea-isotropic", "auto", or a `secondorder.solvers.Solver`, which has its own settings.
         momentum: in [0, 1).
         weight_decay: >= 0; see `decoupled_weight_decay`.
         factor_decay: in [0, 1); H and a are bias-corrected exponential averages with this decay over their renewals; 0: the last
-            one alone. Default: 0.9 with a learning rate, 0.5 without.
-        curvature_every: H and a are renewed every so many steps, >= 1, and at each of the first so many; with a learning rate
-            nothing is recorded in between. Default: 1 with a learning rate, 5 without.
+            one alone.
+        curvature_every: H and a are renewed every so many steps, >= 1, and at each of the first so many; nothing is recorded in
+            between.
         curvature_samples: H (but for the criterion's part) and E[h h^T] are estimated from at most so many instances of every
             forward pass, >= 1; None: from all. a is the whole batch's.
-        inverse_every: likewise the solver's factorisations.
+        inverse_every: the solver's factorisations are renewed every so many steps, >= 1, and at each of the first so many.
         max_factor_elements: "kfi" takes "kfi-rank-one" for a layer with n_in^2 above this, >= 0.
-        damping: where the damping of lr=None starts, relative to the first loss, > 0; it stays above a tenth of that, and above
-            more where steps do not generalise (`secondorder.damping.Watch`). None: 250 / m^2 for m instances, from 1e-4 to 1.
-        subsample: the fraction of the batch that the quadratic model of lr=None is evaluated on, in (0, 1]; at least 100
-            instances.
         average: whether averages of the parameters are kept, for `averaged_parameters`.
         fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error".
         maximize: whether the loss is maximised: everything, the curvature too, is then as for its negative.
         decoupled_weight_decay: True: W <- (1 - lr weight_decay) W as in AdamW; False: weight_decay W is part of the gradient, as
-            in SGD and Adam. With lr=None it always is, and the penalty weight_decay/2 |theta|^2 part of the model of the loss.
+            in SGD and Adam.
         nonfinite: what a step does that meets NaN or inf: "error" raises `secondorder.NonFiniteError`, "skip" leaves everything
             as it is and counts in `skipped_steps`.
 
@@ -79,38 +76,144 @@ class EACG(LayerwiseOptimizer):
         self,
         model: nn.Module,
         criterion: nn.Module | Callable[..., Tensor],
-        lr: float | None = None,
+        lr: float = 0.02,
         *,
         curvature: str | Curvature = "pch-abs",
         alpha: float = 0.01,
         max_cg: int = 50,
         eps_cg: float = 1e-4,
-        solver: str | None = None,
+        solver: str | Solver = "ea-cg",
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        factor_decay: float | None = None,
-        curvature_every: int | None = None,
+        factor_decay: float = 0.9,
+        curvature_every: int = 1,
         curvature_samples: int | None = None,
-        inverse_every: int | None = None,
+        inverse_every: int = 1,
         max_factor_elements: int = 2**24,
-        damping: float | None = None,
-        subsample: float = 0.25,
         average: bool = False,
         fallback: str = "sgd",
         maximize: bool = False,
         decoupled_weight_decay: bool = True,
         nonfinite: str = "error",
     ):
-        if solver is None:
-            solver = "auto" if lr is None else "ea-cg"
-        if factor_decay is None:
-            factor_decay = 0.5 if lr is None else 0.9
-        every = 5 if lr is None else 1
+        if lr is None:
+            raise ValueError(
+                f"{type(self).__name__}: expected lr >= 0, got None; the optimizer that finds its own step size is "
+                "secondorder.LayerwiseNewton(model, criterion)"
+            )
+        defaults = {
+            "lr": lr, "alpha": alpha, "momentum": momentum, "weight_decay": weight_decay, "factor_decay": factor_decay,
+        }  # fmt: skip
         super().__init__(
-            model, criterion, lr, curvature=curvature, solver=solver, alpha=alpha, max_cg=max_cg, eps_cg=eps_cg,
-            momentum=momentum, weight_decay=weight_decay, factor_decay=factor_decay,
-            curvature_every=every if curvature_every is None else curvature_every, curvature_samples=curvature_samples,
-            inverse_every=every if inverse_every is None else inverse_every, max_factor_elements=max_factor_elements,
-            adaptation=Adaptation(tau=damping, floor=0.1, momentum=True, every=1), subsample=subsample, average=average,
+            model, criterion, defaults, curvature=curvature, solver=solver,
+            options=SolverOptions(max_cg, eps_cg, max_factor_elements), curvature_every=curvature_every,
+            curvature_samples=curvature_samples, inverse_every=inverse_every, average=average, keep_inputs=False,
             fallback=fallback, maximize=maximize, decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every torch optimizer's.
+
+        Raises:
+            ValueError: the state is of an optimizer that finds its own step size.
+        """
+        if any(group.get("lr") is None or "tau" in group for group in state_dict["param_groups"]):
+            raise ValueError(
+                f"{type(self).__name__}.load_state_dict(): expected the state of an optimizer with a learning rate, got one of "
+                "an optimizer that finds its own step size; load it into secondorder.LayerwiseNewton"
+            )
+        super().load_state_dict(state_dict)
+
+    def _advance(self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups) -> None:
+        if isinstance(self._solver, EACGSolver) and self._fusible(covered, groups):
+            self._fused_update(covered, factors, groups, self._solver)
+        else:
+            self._update(covered, factors, groups)
+
+    def _update(self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups) -> None:
+        """A step by any solver."""
+        gradients = self._gradients()
+        alphas = {layer: float(groups[layer.weight]["alpha"]) for layer in covered}
+        directions, prepared = self._directions(covered, gradients, {n: (1 - alpha, alpha) for n, alpha in alphas.items()})
+        others = self._fallback.updates(self.param_groups, gradients, list(directions), self.state)
+        velocities = {p: _momentum.velocity(p, d, groups[p], self.state) for p, d in directions.items()}
+        bad = {
+            layer: "the solution overflows" for layer in covered for p in layer.parameters(recurse=False)
+            if p in velocities and not _momentum.bounded(p, velocities[p], float(groups[p]["lr"]))
+        }  # fmt: skip
+        if bad:
+            raise NonFiniteError(self._not_finite(bad, covered))
+        self._fallback.apply(others, self.state)
+        for p, velocity in velocities.items():
+            _momentum.apply(p, velocity, groups[p], self.state)
+        self._commit(covered, factors, prepared)
+
+    def _fused_update(
+        self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups, solver: EACGSolver
+    ) -> None:
+        """Solves and updates all layers in one call, then commits every state."""
+        gradients = self._gradients()
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        grad_biases: list[Tensor] = []
+        for weight, bias in map(parameters_of, covered):
+            grad_bias = None if bias is None else gradients.get(bias)
+            weights.append(weight)
+            biases.append(weight.new_empty(0) if bias is None or grad_bias is None else bias)
+            grad_biases.append(biases[-1] if grad_bias is None else grad_bias)
+        own = [groups[weight] for weight in weights]
+        momenta: tuple[list[Tensor], list[Tensor]] = ([], [])
+        started: dict[Tensor, Tensor] = {}  # momenta that are new
+        if any(group["momentum"] != 0 for group in own):
+            momenta = (self._momenta(weights, started), self._momenta(biases, started))
+
+        others = self._fallback.updates(self.param_groups, gradients, [*weights, *biases], self.state)
+        if covered:
+            iterations = ops.eacg_update_(
+                [each["bias_hessian"] for each in covered.values()],
+                [each["mean_input"] for each in covered.values()],
+                [gradients[weight] for weight in weights],
+                grad_biases,
+                weights,
+                biases,
+                *momenta,
+                [float(group["lr"]) for group in own],
+                [float(group["alpha"]) for group in own],
+                [float(group["momentum"]) for group in own],
+                [float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0 for group in own],
+                solver.max_cg,
+                solver.eps_cg,
+                solver.truncated,
+            )
+            bad = [layer for layer, count in zip(covered, iterations.tolist(), strict=True) if count < 0]
+            if bad:
+                raise NonFiniteError(self._not_finite(dict.fromkeys(bad, "the solution overflows"), covered))
+
+        self._fallback.apply(others, self.state)
+        self._commit(covered, factors, {})
+        for parameter, buffer in started.items():
+            self.state[parameter]["momentum"] = buffer
+
+    def _fusible(self, layers: Iterable[nn.Linear], groups: Groups) -> bool:
+        """Whether `ops.eacg_update_` knows all that the groups ask for."""
+
+        def numbers(p: Tensor) -> list[Any]:
+            return [groups[p][key] for key in ("lr", "momentum", "weight_decay", "decoupled_weight_decay")]
+
+        several = len(self.param_groups) > 1
+        for weight, bias in map(parameters_of, layers):
+            if weight.dtype is torch.bfloat16 or (several and bias in groups and numbers(bias) != numbers(weight)):
+                return False
+        return True
+
+    def _momenta(self, parameters: list[Tensor], started: dict[Tensor, Tensor]) -> list[Tensor]:
+        """Their buffers; `started` gets the new ones, but for those of the empty tensors that stand for no bias."""
+        buffers = []
+        for p in parameters:
+            buffer = self.state.get(p, {}).get("momentum")
+            if buffer is None:
+                buffer = torch.zeros_like(p)
+                if p.numel():
+                    started[p] = buffer
+            buffers.append(buffer)
+        return buffers

@@ -1,19 +1,19 @@
-"""KBFGS and KBFGSL: Kronecker-factored quasi-Newton methods (Goldfarb, Ren & Bahamou, 2020)."""
+"""KBFGS: a Kronecker-factored quasi-Newton method (Goldfarb, Ren & Bahamou, 2020)."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from secondorder import ops
-from secondorder.activations import rows, wide
-from secondorder.distributed import Ranks, Term
+from secondorder._distributed import RankTerm
+from secondorder._random import RandomState
 from secondorder.errors import NonFiniteError
-from secondorder.optim.base import CurvatureOptimizer
-from secondorder.solvers import second_moment
+from secondorder.optim._base import CurvatureOptimizer
+from secondorder.optim._closure import ClosurePass, layer_input, layer_second_moment, without_parameter_gradients
+from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments
 
 _HALVINGS = 10  # of a step before it is given up
 _COUNTS = ("step", "halvings", "rejected", "updated", "damped_s", "damped_y", "skipped", "input_skipped")
@@ -75,6 +75,13 @@ class KBFGS(CurvatureOptimizer):
             second call sees other data; the weights and the optimizer's state have not changed then.
     """
 
+    _numbers: ClassVar[Numbers] = {
+        **NUMBERS,
+        "damping": (lambda v: 0 < v <= 1, "in (0, 1]"),
+        "mu1": (lambda v: 0 < v < 1, "in (0, 1)"),
+        "decay": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    }
+
     def __init__(
         self,
         model: nn.Module,
@@ -92,17 +99,7 @@ class KBFGS(CurvatureOptimizer):
         decoupled_weight_decay: bool = False,
         nonfinite: str = "error",
     ):
-        checks: list[tuple[str, Any, bool, str]] = [
-            ("lr", lr, lr >= 0, ">= 0"),
-            ("damping", damping, 0 < damping <= 1, "in (0, 1]"),
-            ("mu1", mu1, 0 < mu1 < 1, "in (0, 1)"),
-            ("decay", decay, 0 <= decay < 1, "in [0, 1)"),
-            ("weight_decay", weight_decay, weight_decay >= 0, ">= 0"),
-            ("max_increase", max_increase, max_increase >= 0, ">= 0"),
-        ]
-        for name, value, valid, expected in checks:
-            if not valid:
-                raise ValueError(f"{type(self).__name__}: expected {name} {expected}, got {value!r}")
+        check_arguments(type(self).__name__, [("max_increase", max_increase, max_increase >= 0, ">= 0")])
         defaults = {
             "lr": lr, "damping": damping, "mu1": mu1, "decay": decay, "weight_decay": weight_decay, "momentum": 0.0,
         }  # fmt: skip
@@ -130,9 +127,9 @@ class KBFGS(CurvatureOptimizer):
         counts: dict[nn.Linear, int] = {}
 
         def add(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            h = _input(layer, args, kwargs)
+            h = layer_input(layer, args, kwargs)
             counts[layer] = counts.get(layer, 0) + len(h)
-            moments[layer] = _second_moment(layer, h, h.mean(0), moments.get(layer), 1 - len(h) / counts[layer])
+            moments[layer] = layer_second_moment(layer, h, h.mean(0), moments.get(layer), 1 - len(h) / counts[layer])
 
         groups = self._groups()
         layers = [layer for layer in self._layers if layer.weight in groups]
@@ -144,7 +141,7 @@ class KBFGS(CurvatureOptimizer):
             for handle in handles:
                 handle.remove()
         if self._ranks is not None:
-            terms = [Term(self._layers[layer], moment, counts[layer]) for layer, moment in moments.items()]
+            terms = [RankTerm(self._layers[layer], moment, counts[layer]) for layer, moment in moments.items()]
             moments = dict(zip(moments, self._ranks.average(lambda: terms), strict=True))
         for layer, moment in moments.items():
             self.state[layer.weight].update(self._start(layer, moment, groups[layer.weight]["damping"]))
@@ -170,9 +167,9 @@ class KBFGS(CurvatureOptimizer):
                 f"{name}.step(): GradScaler knows no closure that is called again; use torch.autocast with bfloat16, which needs "
                 "no scaler"
             )
-        random = _random_state()
+        random = RandomState.now()
         sign = -1.0 if self._maximize() else 1.0
-        with _Pass(list(self._layers), sign) as first:
+        with ClosurePass(list(self._layers), sign) as first:
             loss = first.run(closure, name)
         self._check_gradients()
         with self._whole_or_nothing():
@@ -182,19 +179,21 @@ class KBFGS(CurvatureOptimizer):
             self._update(closure, value, first, random)
         return loss
 
-    def _update(self, closure: Callable[[], Tensor], loss: float, first: "_Pass", random: Any) -> None:
+    def _update(self, closure: Callable[[], Tensor], loss: float, first: ClosurePass, random: RandomState) -> None:
         """The step from the first call's loss and records."""
         groups, gradients = self._groups(), self._gradients()
         layers = [n for n in self._layers if n in first.gradient and n.weight in gradients]
         parameters = {layer: _parameters(layer, gradients) for layer in layers}
         if layers:
             self._check_instances([first.input(layers[0])])
-        others = self._uncovered(gradients, [p for each in parameters.values() for p in each])
+        others = self._fallback.updates(
+            self.param_groups, gradients, [p for each in parameters.values() for p in each], self.state
+        )
         self._check_finite(loss, parameters, gradients)
 
         directions, updates = self._directions(parameters, gradients, first, groups)
         trial, halvings = self._try(closure, loss, list(parameters.values()), directions, first, random)
-        self._fallback_update(others)
+        self._fallback.apply(others, self.state)
         for layer in layers:
             state = self.state[layer.weight]
             state.update(updates[layer])
@@ -266,7 +265,7 @@ class KBFGS(CurvatureOptimizer):
         self,
         parameters: dict[nn.Linear, list[Tensor]],
         gradients: dict[Tensor, Tensor],
-        first: "_Pass",
+        first: ClosurePass,
         groups: dict[Tensor, dict[str, Any]],
     ) -> tuple[list[Tensor], dict[nn.Linear, dict[str, Any]]]:
         """H_g M H_a of every layer, and what its state becomes after the step."""
@@ -297,24 +296,24 @@ class KBFGS(CurvatureOptimizer):
         loss: float,
         parameters: list[list[Tensor]],
         directions: list[Tensor],
-        first: "_Pass",
-        random: Any,
-    ) -> tuple["_Pass | None", int]:
+        first: ClosurePass,
+        random: RandomState,
+    ) -> tuple[ClosurePass | None, int]:
         """Takes the step, halved until the loss is acceptable; returns the pass after it (None: no step), halvings."""
         name, groups = type(self).__name__, self._groups()
         before = [[p.clone() for p in each] for each in parameters]
         limit = math.inf if self._max_increase == math.inf else loss + self._max_increase * abs(loss)
-        after = _random_state()
+        after = RandomState.now()
         accepted = None
         try:
-            with self._without_parameter_gradients():
+            with without_parameter_gradients(self._model, self._ddp):
                 for halvings in range(_HALVINGS + 1):
                     for each, old, direction in zip(parameters, before, directions, strict=True):
                         _move(each, old, direction, [groups[p] for p in each], 0.5**halvings)
-                    _set_random_state(random)
-                    trial = _Pass(list(self._layers), first.sign, anchored=True)
+                    random.restore()
+                    trial = ClosurePass(list(self._layers), first.sign, anchored=True)
 
-                    def run(trial: _Pass = trial) -> float:
+                    def run(trial: ClosurePass = trial) -> float:
                         with trial:
                             value = first.sign * float(trial.run(closure, name))
                         trial.check_same_data(first, name)
@@ -328,30 +327,14 @@ class KBFGS(CurvatureOptimizer):
                         accepted = trial
                         break
         finally:
-            _set_random_state(after)
+            after.restore()
             if accepted is None:
                 for each, old in zip(parameters, before, strict=True):
                     for p, value_before in zip(each, old, strict=True):
                         p.copy_(value_before)
         return accepted, halvings
 
-    @contextmanager
-    def _without_parameter_gradients(self) -> Iterator[None]:
-        """Backward passes inside compute no gradient of any parameter, and leave those of before in p.grad."""
-        parameters = [p for p in self._model.parameters() if p.requires_grad]
-        gradients = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
-            p.requires_grad_(False)
-        try:
-            with nullcontext() if self._ddp is None else self._ddp.no_sync():
-                yield
-        finally:
-            for p, gradient in zip(parameters, gradients, strict=True):
-                p.requires_grad_(True)
-                p.grad = gradient
-
-    def _update_inputs(self, layers: list[nn.Linear], first: "_Pass", group: dict[str, Any]) -> None:
+    def _update_inputs(self, layers: list[nn.Linear], first: ClosurePass, group: dict[str, Any]) -> None:
         """A and H_a of the layers of a group."""
         states = [self.state[layer.weight] for layer in layers]
         means = []
@@ -369,7 +352,7 @@ class KBFGS(CurvatureOptimizer):
         for state, bits in zip(states, status.tolist(), strict=True):
             state["input_skipped"] += not bits & ops.UPDATED
 
-    def _update_outputs(self, layers: list[nn.Linear], first: "_Pass", trial: "_Pass", group: dict[str, Any]) -> None:
+    def _update_outputs(self, layers: list[nn.Linear], first: ClosurePass, trial: ClosurePass, group: dict[str, Any]) -> None:
         """s, y and H_g of the layers of a group."""
         states = []
         for layer in layers:
@@ -389,191 +372,9 @@ class KBFGS(CurvatureOptimizer):
             state["damped_y"] += bool(bits & ops.DAMPED_Y)
 
 
-class KBFGSL(KBFGS):
-    """K-BFGS(L): K-BFGS with H_g in limited memory, the last `memory` damped pairs (s, y) of each layer.
-
-    While no pair has been dropped its steps are those of `KBFGS`. Less arithmetic where memory < n_out / 2, roughly.
-
-    Args:
-        model: as in `KBFGS`, likewise the arguments not named here.
-        criterion: as in `KBFGS`.
-        lr: as in `KBFGS`.
-        memory: pairs kept, >= 1.
-        **options: the other arguments of `KBFGS`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        criterion: nn.Module | Callable[..., Tensor],
-        lr: float = 0.3,
-        *,
-        memory: int = 100,
-        **options: Any,
-    ):
-        if memory < 1:
-            raise ValueError(f"KBFGSL: expected memory >= 1, got {memory!r}")
-        super().__init__(model, criterion, lr, **options)
-        self._memory = memory
-
-    def _start_output(self, zero: Tensor) -> dict[str, Tensor]:
-        return {key: zero.new_zeros(self._memory, len(zero)) for key in ("s_pairs", "y_pairs")}
-
-    def _preconditioned(self, states: list[dict[str, Any]], gradients: list[Tensor]) -> list[Tensor]:
-        s_pairs, y_pairs = ([state[key] for state in states] for key in ("s_pairs", "y_pairs"))
-        halves = ops.lbfgs_product(s_pairs, y_pairs, gradients)
-        return [ops.precondition(None, half, state["inverse_input"]) for state, half in zip(states, halves, strict=True)]
-
-    def _damped_update(self, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
-        s, y, s_pairs, y_pairs = ([state[key] for state in states] for key in ("s", "y", "s_pairs", "y_pairs"))
-        return ops.damped_lbfgs_update_(s_pairs, y_pairs, s, y, group["mu1"], math.sqrt(group["damping"]))
-
-
-class _Pass:
-    """What one call of the closure leaves behind at each linear layer that its loss depends on.
-
-    Recorded when the gradient arrives, so that forward passes without a backward one do not count; several passes add
-    up to the union of their batches.
-
-    Args:
-        layers: the layers to record.
-        sign: 1, or -1 where the loss is maximised.
-        anchored: gives a layer's output, where it needs no gradient, a zero to depend on that does.
-    """
-
-    def __init__(self, layers: list[nn.Linear], sign: float = 1.0, anchored: bool = False):
-        self._layers = layers
-        self.sign = sign
-        self._anchored = anchored
-        self._handles: list[Any] = []
-        self._order: list[nn.Linear] = []
-        self._inputs: dict[nn.Linear, list[Tensor]] = {}
-        self._mean_inputs: dict[nn.Linear, Tensor] = {}
-        self._preactivations: dict[nn.Linear, list[tuple[Tensor, int]]] = {}
-        # Over all ranks, once they are averaged.
-        self._mean_preactivations: dict[nn.Linear, Tensor] = {}
-        self._second_moments: dict[nn.Linear, Tensor] = {}
-        self.gradient: dict[
-            nn.Linear, Tensor
-        ] = {}  # [n_out], summed over the instances: of sign times the loss, whose mean it is
-
-    def __enter__(self) -> "_Pass":
-        self._handles = [layer.register_forward_hook(self._forward, with_kwargs=True) for layer in self._layers]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def run(self, closure: Callable[[], Tensor], name: str) -> Tensor:
-        """Calls the closure with gradients enabled and returns the loss, detached."""
-        with torch.enable_grad():
-            loss = closure()
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise RuntimeError(f"{name}.step(): expected the closure to return the scalar loss, got {type(loss).__name__}")
-        return loss.detach()
-
-    def input(self, layer: nn.Linear) -> Tensor:
-        """The instances' h [m, n_in]."""
-        return rows(self._inputs[layer])
-
-    def mean_input(self, layer: nn.Linear) -> Tensor:
-        """E[h] [n_in]."""
-        if layer not in self._mean_inputs:
-            self._mean_inputs[layer] = self.input(layer).mean(0)
-        return self._mean_inputs[layer]
-
-    def second_moment(self, layer: nn.Linear, average: Tensor | None = None, decay: float = 0.0) -> Tensor:
-        """A <- decay A + (1 - decay) E[h h^T], see `_second_moment`."""
-        if layer not in self._second_moments:
-            return _second_moment(layer, self.input(layer), self.mean_input(layer), average, decay)
-        moment = self._second_moments[layer]
-        return moment if average is None else average.lerp_(moment, 1 - decay)
-
-    def mean_preactivation(self, layer: nn.Linear) -> Tensor:
-        """E[z] [n_out]."""
-        if layer in self._mean_preactivations:
-            return self._mean_preactivations[layer]
-        total = sum(count for _, count in self._preactivations[layer])
-        return torch.stack([mean * (count / total) for mean, count in self._preactivations[layer]]).sum(0)
-
-    def average(self, ranks: Ranks, names: dict[nn.Linear, str], loss: float, inputs: bool = False) -> float:
-        """Makes all means, those of the inputs if asked for, and the gradients those over all ranks; returns the mean loss."""
-        stores = [(self._mean_preactivations, self.mean_preactivation)]
-        if inputs:
-            stores += [(self._mean_inputs, self.mean_input), (self._second_moments, self.second_moment)]
-
-        def terms() -> list[Term]:
-            found = [Term("loss", torch.tensor(loss, dtype=torch.float64, device=ranks.device))]
-            for layer, gradient in self.gradient.items():
-                found.append(Term(names[layer], gradient))
-                found += [Term(names[layer], mean(layer), len(self.input(layer))) for _, mean in stores]
-            return found
-
-        mean_loss, *rest = ranks.average(terms)
-        values = iter(rest)
-        for layer in self.gradient:
-            self.gradient[layer] = next(values)
-            for store, _ in stores:
-                store[layer] = next(values)
-        return float(mean_loss)
-
-    def check_same_data(self, first: "_Pass", name: str) -> None:
-        """Raises RuntimeError unless the first layer's input, on which no covered weight acts, is that of `first`."""
-        layer = next(layer for layer in first._order if layer in first._inputs)
-        if layer in self._inputs:
-            new, old = self.mean_input(layer), first.input(layer).mean(0)
-            # Equal but for the rounding of whatever comes before that layer.
-            if len(self.input(layer)) == len(first.input(layer)) and (new - old).norm() <= 1e-3 * old.norm():
-                return
-        raise RuntimeError(
-            f"{name}.step(): expected the closure to evaluate the same mini-batch at every call, but the first layer's "
-            "input has changed. Draw the batch outside of the closure. No parameter and no state has changed."
-        )
-
-    def _forward(self, layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if not torch.is_grad_enabled():
-            return
-        input = _input(layer, args, kwargs)
-        dtype = wide(layer.weight.dtype)
-        mean = rows([output.detach()]).mean(0, dtype=dtype)
-        if self._anchored and not output.requires_grad:
-            output.add_(torch.zeros(layer.out_features, dtype=output.dtype, device=output.device, requires_grad=True))
-
-        def backward(gradient: Tensor) -> None:
-            self._inputs.setdefault(layer, []).append(input)
-            self._preactivations.setdefault(layer, []).append((mean, len(input)))
-            total = self.sign * rows([gradient]).sum(0, dtype=dtype)
-            self.gradient[layer] = self.gradient[layer] + total if layer in self.gradient else total
-
-        if output.requires_grad:
-            if layer not in self._order:
-                self._order.append(layer)
-            output.register_hook(backward)
-
-
 def _parameters(layer: nn.Linear, gradients: dict[Tensor, Tensor]) -> list[Tensor]:
     """The parameters that are trained together: the weight, and the bias where there is one with a gradient."""
     return [p for p in (layer.weight, layer.bias) if p in gradients]
-
-
-def _input(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The h [m, n_in] of a call, in the state's dtype."""
-    h: Tensor = args[0] if args else kwargs["input"]
-    return rows([h.detach()]).to(wide(layer.weight.dtype))
-
-
-def _second_moment(layer: nn.Linear, h: Tensor, mean: Tensor, average: Tensor | None = None, decay: float = 0.0) -> Tensor:
-    """A <- decay A + (1 - decay) E[h h^T], in place where A is given (`average`); with a bias h ends in a 1."""
-    n, moment = layer.in_features, second_moment(h)
-    if average is None:
-        size = n + (layer.bias is not None and layer.bias.requires_grad)
-        average = h.new_zeros(size, size)
-    average[:n, :n].lerp_(moment, 1 - decay)
-    if len(average) > n:
-        for border, value in ((average[n, :n], mean), (average[:n, n], mean), (average[n, n], mean.new_ones(()))):
-            border.lerp_(value, 1 - decay)
-    return average
 
 
 def _columns(layer: nn.Linear) -> tuple[slice, slice]:
@@ -589,13 +390,3 @@ def _move(parameters: list[Tensor], old: list[Tensor], direction: Tensor, groups
         if group["decoupled_weight_decay"]:
             d = torch.add(d, start, alpha=float(group["weight_decay"]))
         torch.add(start, d, alpha=-lr, out=p)
-
-
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-
-def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])

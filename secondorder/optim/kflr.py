@@ -1,17 +1,75 @@
 """KFLR: KFRA with the exact expected Gauss-Newton blocks (Botev et al., 2017)."""
 
-from typing import Any
+from collections.abc import Callable
 
+from torch import Tensor, nn
+
+from secondorder.curvature import Curvature
 from secondorder.optim.kfra import KFRA
+from secondorder.solvers import Solver
 
 
 class KFLR(KFRA):
-    """`KFRA` with the curvature of Eq. 23 to 25, for K backward passes through the net for K outputs.
+    """The directions of Eq. 36 with the curvature of Eq. 23 to 25: K backward passes through the net for K outputs.
+
+        P = -(H + sqrt(k)/pi I)^{-1} (B + eta W) (E[h h^T] + pi sqrt(k) I)^{-1},   k = gamma + eta,   delta = lr c P   (Eq. 40),
+
+    with H = E[J^T H_out J], J the Jacobian of the network's output with respect to the layer's. `step` checks every delta and
+    takes it back where the loss does not fall.
 
     Args:
-        *args: see `KFRA`.
-        **kwargs: see `KFRA`; `curvature` is "kflr" unless given.
+        model: any module; its nn.Linear layers are covered.
+        criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`, on the very
+            tensor that the model returned; convex in the network's output for every instance.
+        lr: multiplies the step that the quadratic model gives, in [0, 2), so that every scheduler does what it says.
+        curvature: a name of `secondorder.curvature.CURVATURES`, or a `secondorder.curvature.Curvature`.
+        solver: a name of `secondorder.solvers.SOLVERS`, or a `secondorder.solvers.Solver`.
+        tau: the start of the full Gauss-Newton matrix' damping, relative to the first loss, > 0; Levenberg-Marquardt adapts it
+            every 5 steps.
+        gamma: the start of the blocks' damping, likewise; chosen greedily every 20 steps.
+        weight_decay: eta, >= 0.
+        factor_decay: of the factors' averages, in [0, 1); the paper's two variants are 0 and 0.9.
+        curvature_samples: the curvature (but for the criterion's part) and E[h h^T] are estimated from at most so many instances
+            of every forward pass, >= 1; None: from all.
+        inverse_every: the inverses are renewed every so many steps, >= 1, and at each of the first so many.
+        max_factor_elements: "kfi" takes "kfi-rank-one" for a layer with n_in^2 above this, >= 0.
+        subsample: the fraction of the batch that the quadratic model is evaluated on, in (0, 1]; at least 100 instances.
+        average: whether averages of the parameters are kept, for `averaged_parameters`.
+        fallback: what updates parameters that no curvature covers: "sgd" (warns once; here they are part of the quadratic model)
+            or "error".
+        maximize: whether the loss is maximised: everything, the curvature too, is then as for its negative.
+        nonfinite: what a step does that meets NaN or inf: "error" raises `secondorder.NonFiniteError`, "skip" leaves everything
+            as it is and counts in `skipped_steps`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+        RuntimeError: from `step`, where gradients or records are missing or numbers are not finite; nothing has changed then.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **{"curvature": "kflr", **kwargs})
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | Callable[..., Tensor],
+        lr: float = 1.0,
+        *,
+        curvature: str | Curvature = "kflr",
+        solver: str | Solver = "kfi",
+        tau: float = 0.01,
+        gamma: float = 0.01,
+        weight_decay: float = 1e-5,
+        factor_decay: float = 0.9,
+        curvature_samples: int | None = None,
+        inverse_every: int = 1,
+        max_factor_elements: int = 2**24,
+        subsample: float = 1.0,
+        average: bool = True,
+        fallback: str = "sgd",
+        maximize: bool = False,
+        nonfinite: str = "error",
+    ):
+        super().__init__(
+            model, criterion, lr, curvature=curvature, solver=solver, tau=tau, gamma=gamma, weight_decay=weight_decay,
+            factor_decay=factor_decay, curvature_samples=curvature_samples, inverse_every=inverse_every,
+            max_factor_elements=max_factor_elements, subsample=subsample, average=average, fallback=fallback, maximize=maximize,
+            nonfinite=nonfinite,
+        )  # fmt: skip

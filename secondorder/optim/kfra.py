@@ -5,47 +5,55 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from secondorder.curvature import Curvature
-from secondorder.damping import Adaptation
-from secondorder.optim.layerwise import LayerwiseOptimizer
+from secondorder.optim._newton import NewtonOptimizer
+from secondorder.solvers import Solver, SolverOptions
+from secondorder.stepping import DampingSchedule
 
 
-class KFRA(LayerwiseOptimizer):
+class KFRA(NewtonOptimizer):
     """The directions of Eq. 36 with the curvature of Eq. 26, and Appendix B's step size, dampings and parameter averages.
 
-        P = -(H + sqrt(k)/pi I)^{-1} (B + eta W) (E[h h^T] + pi sqrt(k) I)^{-1},   k = gamma + eta,   delta = c P   (Eq. 40).
+        P = -(H + sqrt(k)/pi I)^{-1} (B + eta W) (E[h h^T] + pi sqrt(k) I)^{-1},   k = gamma + eta,   delta = lr c P   (Eq. 40).
 
     `step` checks every delta and takes it back where the loss does not fall.
 
     Args:
-        model: see `LayerwiseOptimizer`.
-        criterion: see there; convex in the network's output for this curvature.
-        lr: None for the step size of Eq. 40; a number fixes it, with the damping `alpha` of the groups.
-        curvature: see there.
-        solver: see there.
+        model: any module; its nn.Linear layers are covered.
+        criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`, on the very
+            tensor that the model returned; convex in the network's output for this curvature.
+        lr: multiplies the step that the quadratic model gives, in [0, 2), so that every scheduler does what it says.
+        curvature: a name of `secondorder.curvature.CURVATURES`, or a `secondorder.curvature.Curvature`.
+        solver: a name of `secondorder.solvers.SOLVERS`, or a `secondorder.solvers.Solver`.
         tau: the start of the full Gauss-Newton matrix' damping, relative to the first loss, > 0; Levenberg-Marquardt adapts it
             every 5 steps.
         gamma: the start of the blocks' damping, likewise; chosen greedily every 20 steps.
         weight_decay: eta, >= 0.
         factor_decay: of the factors' averages, in [0, 1); the paper's two variants are 0 and 0.9.
-        curvature_samples: see there.
-        inverse_every: see there.
-        max_factor_elements: see there.
-        subsample: see there; the paper's 1 is the whole batch.
-        average: see there.
-        fallback: see there.
-        maximize: see `EACG`, and so the following two.
-        decoupled_weight_decay: see there.
-        nonfinite: see there.
+        curvature_samples: the curvature (but for the criterion's part) and E[h h^T] are estimated from at most so many instances
+            of every forward pass, >= 1; None: from all.
+        inverse_every: the inverses are renewed every so many steps, >= 1, and at each of the first so many.
+        max_factor_elements: "kfi" takes "kfi-rank-one" for a layer with n_in^2 above this, >= 0.
+        subsample: the fraction of the batch that the quadratic model is evaluated on, in (0, 1]; at least 100 instances.
+        average: whether averages of the parameters are kept, for `averaged_parameters`.
+        fallback: what updates parameters that no curvature covers: "sgd" (warns once; here they are part of the quadratic model)
+            or "error".
+        maximize: whether the loss is maximised: everything, the curvature too, is then as for its negative.
+        nonfinite: what a step does that meets NaN or inf: "error" raises `secondorder.NonFiniteError`, "skip" leaves everything
+            as it is and counts in `skipped_steps`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+        RuntimeError: from `step`, where gradients or records are missing or numbers are not finite; nothing has changed then.
     """
 
     def __init__(
         self,
         model: nn.Module,
         criterion: nn.Module | Callable[..., Tensor],
-        lr: float | None = None,
+        lr: float = 1.0,
         *,
         curvature: str | Curvature = "gauss-newton",
-        solver: str = "kfi",
+        solver: str | Solver = "kfi",
         tau: float = 0.01,
         gamma: float = 0.01,
         weight_decay: float = 1e-5,
@@ -57,13 +65,12 @@ class KFRA(LayerwiseOptimizer):
         average: bool = True,
         fallback: str = "sgd",
         maximize: bool = False,
-        decoupled_weight_decay: bool = True,
         nonfinite: str = "error",
     ):
         super().__init__(
-            model, criterion, lr, curvature=curvature, solver=solver, alpha=0.01, max_cg=50, eps_cg=1e-4, momentum=0.0,
-            weight_decay=weight_decay, factor_decay=factor_decay, curvature_every=1, curvature_samples=curvature_samples,
-            inverse_every=inverse_every, max_factor_elements=max_factor_elements,
-            adaptation=Adaptation(tau=tau, gamma=gamma), subsample=subsample, average=average, fallback=fallback,
-            maximize=maximize, decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
+            model, criterion, lr, curvature=curvature, solver=solver,
+            options=SolverOptions(max_factor_elements=max_factor_elements), weight_decay=weight_decay, factor_decay=factor_decay,
+            curvature_every=1, curvature_samples=curvature_samples, inverse_every=inverse_every,
+            schedule=DampingSchedule(tau=tau, gamma=gamma), subsample=subsample, average=average,
+            fallback=fallback, maximize=maximize, nonfinite=nonfinite,
         )  # fmt: skip

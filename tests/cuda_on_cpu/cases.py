@@ -390,7 +390,10 @@ def check_bfgs(kernels: Kernels, dtype: type, sizes: list[int]) -> None:
         updated = bfgs(before.inverse_hessian.astype(np.float64), s, y)
         for mode in ("bfgs_update", "damped_bfgs_update"):
             given = (layer.damped_s, layer.damped_y) if mode == "bfgs_update" else (before.s, before.y)
-            given = (placed(given[0], index % 3 == 2), placed(given[1], index % 3 == 1))  # copies of exact size do not keep an offset
+            given = (
+                placed(given[0], index % 3 == 2),
+                placed(given[1], index % 3 == 1),
+            )  # copies of exact size do not keep an offset
             result = BfgsLayer(exact_size(before.inverse_hessian), *given)
             status = kernels.bfgs(mode, [result])
             assert status[0] & 1

@@ -1,8 +1,8 @@
 """sigma' and sigma'' of whatever stands between two linear layers, read off the autograd graph.
 
 The graph, not the module tree, says what happened: it is the same for nn.Sequential, a `forward` of ordinary Python,
-functional calls and in-place ones. A single node of a known activation gives the analytic form (`Analytic`); anything else is
-differentiated by autograd while its graph lives (`Probed`), after a check that it acts elementwise.
+functional calls and in-place ones. A single node of a known activation gives the analytic form (`KnownActivation`); anything else
+is differentiated by autograd while its graph lives (`AutogradMap`), after a check that it acts elementwise.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder import ops
+from secondorder._tensors import flatten_batch, irregular
 
 # Activations with sigma'' = 0 wherever it exists: their diagonal term vanishes, so its gradient need not be kept.
 _PIECEWISE_LINEAR = {"identity", "relu", "leaky_relu"}
 
 
 @dataclass(eq=False, slots=True)
-class Analytic:
+class KnownActivation:
     """An activation that the operators know by name; `saved` [..., n] is what `ops.activation_derivatives` takes for it."""
 
     activation: str
@@ -34,7 +35,7 @@ class Analytic:
 
 
 @dataclass(eq=False, slots=True)
-class Probed:
+class AutogradMap:
     """Any other elementwise function, by its derivatives d1 and d2 (None: identically 0), each [..., n]."""
 
     d1: Tensor
@@ -46,7 +47,7 @@ class Probed:
         return self.d2 is not None
 
 
-Transfer = Analytic | Probed
+ElementwiseMap = KnownActivation | AutogradMap
 
 # Name of the autograd node, without its number -> (name, parameter, whether `saved` is the output), or None where its
 # settings have no analytic form.
@@ -70,22 +71,22 @@ _NODES: dict[str, Callable[[Any], tuple[str, float, bool] | None]] = {
 }
 
 
-def analytic(node: Any, output: Tensor, source: Node, preactivation: Callable[[], Tensor]) -> Analytic | None:
+def analytic(node: Any, output: Tensor, source: Node, preactivation: Callable[[], Tensor]) -> KnownActivation | None:
     """The analytic form of what autograd node `node` made of node `source`'s tensor, if it is one known activation of it.
 
     `output` is what it made, detached; `preactivation` gives the values of the other, and is called only where they are needed.
     """
     if node is source:
-        return Analytic("identity", 1.0, output)
+        return KnownActivation("identity", 1.0, output)
     settings = _NODES.get(node.name().rstrip("0123456789"))  # ...Backward0, or 1 in place
     known = settings(node) if settings and node.next_functions[0][0] is source else None
     if known is None:
         return None
     name, parameter, from_output = known
-    return Analytic(name, float(parameter), output if from_output else preactivation())
+    return KnownActivation(name, float(parameter), output if from_output else preactivation())
 
 
-def probe(output: Tensor, source: Node, second: bool) -> Probed | None:
+def probe(output: Tensor, source: Node, second: bool) -> AutogradMap | None:
     """d1 and, if `second`, d2 of `output` as an elementwise function of node `source`'s tensor; None if it is not elementwise.
 
     An elementwise function has a diagonal Jacobian J, so J^T v = (J^T 1) * v for every v; an irregular one is tried.
@@ -103,15 +104,7 @@ def probe(output: Tensor, source: Node, second: bool) -> Probed | None:
         d2 = None
         if second and d1.requires_grad:
             (d2,) = torch.autograd.grad(d1, edge, torch.ones_like(d1), retain_graph=True, allow_unused=True)
-    return Probed(d1.detach(), d2 if d2 is None else d2.detach())
-
-
-def irregular(like: Tensor) -> Tensor:
-    """Numbers of mixed signs and sizes, no two alike, from 0.5 to 1.5: fixed, so that every random generator is left alone."""
-    index = torch.arange(like.numel(), device=like.device, dtype=torch.float64)
-    fraction = (index * 0.6180339887498949).frac()  # the golden ratio's multiples fill [0, 1) without ever repeating
-    signs = 1 - 2 * ((index * 0.7548776662466927).frac() < 0.5).double()
-    return ((0.5 + fraction) * signs).to(like.dtype).reshape(like.shape)
+    return AutogradMap(d1.detach(), d2 if d2 is None else d2.detach())
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:
@@ -120,58 +113,26 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
     return bool(((actual - expected).abs() <= 1e-3 * scale).all() | ~torch.isfinite(scale))
 
 
-def merge(transfers: list[Transfer], samples: int | None = None) -> Transfer:
-    """One transfer for the union of several micro-batches' instances, or of `sample`s of them, [m, n]."""
-    first, others = transfers[0], transfers[1:]
-    if isinstance(first, Analytic):
+def merge(maps: list[ElementwiseMap], samples: int | None = None) -> ElementwiseMap:
+    """One map for the union of several micro-batches' instances, or of `subsample`s of them, [m, n]."""
+    first, others = maps[0], maps[1:]
+    if isinstance(first, KnownActivation):
         if not others and samples is None and first.saved.dim() == 2:
             return first
-        same = [
-            t for t in others if isinstance(t, Analytic) and (t.activation, t.parameter) == (first.activation, first.parameter)
-        ]
+        kind = (first.activation, first.parameter)
+        same = [t for t in others if isinstance(t, KnownActivation) and (t.activation, t.parameter) == kind]
         if len(same) == len(others):
-            return Analytic(first.activation, first.parameter, rows([first.saved, *(t.saved for t in same)], samples))
-    probed = [t if isinstance(t, Probed) else Probed(*derivatives(t)) for t in transfers]
-    d1 = rows([p.d1 for p in probed], samples)
+            return KnownActivation(*kind, flatten_batch([first.saved, *(t.saved for t in same)], samples))
+    probed = [t if isinstance(t, AutogradMap) else AutogradMap(*derivatives(t)) for t in maps]
+    d1 = flatten_batch([p.d1 for p in probed], samples)
     if not any(p.curved for p in probed):
-        return Probed(d1, None)
-    return Probed(d1, rows([torch.zeros_like(p.d1) if p.d2 is None else p.d2 for p in probed], samples))
+        return AutogradMap(d1, None)
+    return AutogradMap(d1, flatten_batch([torch.zeros_like(p.d1) if p.d2 is None else p.d2 for p in probed], samples))
 
 
-def derivatives(transfer: Transfer) -> tuple[Tensor, Tensor | None]:
+def derivatives(function: ElementwiseMap) -> tuple[Tensor, Tensor | None]:
     """d1 and d2 (None: identically 0) of either form."""
-    if isinstance(transfer, Probed):
-        return transfer.d1, transfer.d2
-    d1, d2 = ops.activation_derivatives(transfer.saved, transfer.activation, transfer.parameter)
-    return d1, d2 if transfer.curved else None
-
-
-def rows(tensors: list[Tensor], samples: int | None = None) -> Tensor:
-    """[m, n] from tensors [..., n]: the union of their instances, or of `sample`s of them."""
-    if len(tensors) == 1 and samples is None and tensors[0].dim() == 2:
-        return tensors[0]
-    flat = [sample(t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1]), samples) for t in tensors]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
-
-
-def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """`t.to(dtype)`, but free where it is `t` itself: with small layers, calls of torch are what a step costs."""
-    return t if t.dtype == dtype else t.to(dtype)
-
-
-def widened(t: Tensor) -> Tensor:
-    """At least in float32."""
-    return t if t.dtype is torch.float32 else cast(t, wide(t.dtype))
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What numbers of this dtype are computed with: at least float32."""
-    return dtype if dtype is torch.float32 else torch.promote_types(dtype, torch.float32)
-
-
-def sample(instances: Tensor, samples: int | None) -> Tensor:
-    """Of the instances [..., m, n], where they are more than `samples`, so many, evenly spaced: floor(k m / samples)."""
-    m = instances.shape[-2]
-    if samples is None or m <= samples:
-        return instances
-    return instances.index_select(-2, torch.arange(samples, device=instances.device) * m // samples)
+    if isinstance(function, AutogradMap):
+        return function.d1, function.d2
+    d1, d2 = ops.activation_derivatives(function.saved, function.activation, function.parameter)
+    return d1, d2 if function.curved else None

@@ -1,10 +1,9 @@
-"""What the optimizers share: which layers a model has, the tape on them, and the parameters that no curvature covers."""
+"""What the papers' optimizers share: which layers a model has, the tape on them, gradients, and steps that are all or nothing."""
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -12,22 +11,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from secondorder.activations import widened
+from secondorder._distributed import RankReducer
+from secondorder._layers import linear_layers
+from secondorder._tape import Columns, LayerRecord, Tape
+from secondorder._tensors import to_compute_dtype
 from secondorder.criteria import FunctionCriterion
-from secondorder.distributed import Ranks
 from secondorder.errors import NonFiniteError
-from secondorder.tape import Columns, LayerRecord, Tape
+from secondorder.optim._amp import unscaling_factor
+from secondorder.optim._fallback import Fallback
+from secondorder.optim._numbers import NUMBERS, Numbers, check_numbers
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DataParallel")
-
-# What the numbers in param_groups must be, at construction and at every step.
-_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "lr": (lambda v: 0 <= v < math.inf, ">= 0"),
-    "alpha": (lambda v: 0 < v < 1, "in (0, 1)"),
-    "momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
-    "weight_decay": (lambda v: 0 <= v < math.inf, ">= 0"),
-    "factor_decay": (lambda v: 0 <= v < 1, "in [0, 1)"),
-}
 
 
 class CurvatureOptimizer(torch.optim.Optimizer):
@@ -43,10 +37,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         defaults: the param_group values.
         diagonal: whether the curvature needs the recursion's diagonal term.
         fallback: "sgd" or "error".
-        grad_outputs: see `secondorder.tape.Tape`; likewise `columns`.
-        columns: see there.
+        grad_outputs: whether the tape keeps every layer's delta.
+        columns: gives columns at the network's output that the tape takes back to every layer, or None.
         keep_inputs: whether the tape keeps the model's and the criterion's arguments.
-        samples: see `secondorder.tape.Tape`.
+        samples: of every forward pass at most so many instances enter the curvature's expectations; None: all.
         maximize: whether the loss is to be maximised: everything is then as for its negative.
         decoupled_weight_decay: whether weight decay shrinks the parameters by themselves, rather than being part of the gradient.
         nonfinite: what a step does that meets NaN or inf: "error" raises `NonFiniteError`, "skip" counts it in `skipped_steps`.
@@ -55,6 +49,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         grad_scaler: the torch.amp.GradScaler in use; needed only where `scaler.unscale_(optimizer)` is called before the step,
             since the curvature must know by how much.
     """
+
+    # What the numbers in param_groups must be.
+    _numbers: ClassVar[Numbers] = NUMBERS
 
     _curvature_name = ""  # of the layers without an obstacle, for repr
 
@@ -89,45 +86,28 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 f"{name}: expected criterion to be an nn.Module or a function (output, target) -> loss, "
                 f"got {type(criterion).__name__}"
             )
-        if fallback not in ("sgd", "error"):
-            raise ValueError(f"{name}: expected fallback 'sgd' or 'error', got {fallback!r}")
         if nonfinite not in ("error", "skip"):
             raise ValueError(f"{name}: expected nonfinite 'error' or 'skip', got {nonfinite!r}")
-        if any(cls.__name__ in _SHARDED for module in model.modules() for cls in type(module).__mro__):
+        ddp = model if isinstance(model, DistributedDataParallel) else None
+        called, model = model, model if ddp is None else ddp.module
+        names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
+        self._fallback = Fallback(name, fallback, names)
+        if any(cls.__name__ in _SHARDED for module in called.modules() for cls in type(module).__mro__):
             raise TypeError(
                 f"{name}: expected whole parameters on every rank, as under DistributedDataParallel; FSDP's shards, and "
                 "DataParallel's replicas, are not supported: the curvature of a layer needs its whole weight"
             )
-        ddp = model if isinstance(model, DistributedDataParallel) else None
-        called, model = model, model if ddp is None else ddp.module
-        layers = linear_layers(model)
-        trainable = [layer for layer in layers if layer.weight.requires_grad]
-        if not trainable:
-            raise ValueError(
-                f"{name}: expected a model with at least one trainable nn.Linear, got {type(model).__name__} with none"
-            )
-        for layer in trainable:
-            if not layer.weight.is_contiguous():
-                raise ValueError(
-                    f"{name}: expected contiguous weights, got strides {layer.weight.stride()} in layer {layers[layer]!r}; "
-                    "make it contiguous first: layer.weight.data = layer.weight.data.contiguous()"
-                )
-            if layer.weight.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-                raise TypeError(
-                    f"{name}: expected parameters of dtype float32, float64 or bfloat16, got {layer.weight.dtype} "
-                    f"in layer {layers[layer]!r}; for float16 keep the parameters in float32 and use torch.autocast"
-                )
-        check_numbers(name, defaults)
+        layers = _supported_layers(name, model)
+        check_numbers(name, defaults, self._numbers)
         defaults |= {"maximize": maximize, "decoupled_weight_decay": decoupled_weight_decay, "skipped_steps": 0}
-        self._parameter_names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
+        self._parameter_names = names
         super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
         criterion = getattr(criterion, "_orig_mod", criterion)
         self.criterion = criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)
         self.grad_scaler: Any = None
         self._model, self._ddp = model, ddp
         self._layers = layers
-        self._fallback, self._nonfinite = fallback, nonfinite
-        self._fallback_warned: set[Tensor] = set()
+        self._nonfinite = nonfinite
         self._restarts: dict[nn.Linear, str] = {}  # the layers where the recursion starts anew, and why
         self._tape_options: dict[str, Any] = {
             "diagonal": diagonal,
@@ -142,11 +122,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._tape.handles.append(model.register_forward_pre_hook(_refuse_ddp))
 
     @property
-    def _ranks(self) -> Ranks | None:
+    def _ranks(self) -> RankReducer | None:
         """The other processes whose gradients are averaged with this one's."""
         if self._ddp is None or dist.get_world_size(self._ddp.process_group) == 1:
             return None
-        return Ranks(self._ddp.process_group, next(self._model.parameters()).device)
+        return RankReducer(self._ddp.process_group, next(self._model.parameters()).device)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the tape, which hangs on the model's hooks, and what a scheduler has put around `step`."""
@@ -212,15 +192,14 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         lines = [super().__repr__()]
         for layer, name in self._layers.items():
             lines.append(f"{name or '(the model)'} ({layer.in_features} -> {layer.out_features}): {self._described(layer)}")
-        others = [self._parameter_names[p] for p in self.param_groups[0]["params"] if p in self._fallback_warned]
-        others += [self._parameter_names[p] for g in self.param_groups[1:] for p in g["params"] if p in self._fallback_warned]
+        others = [self._parameter_names[p] for group in self.param_groups for p in group["params"] if p in self._fallback.warned]
         return "\n".join([*lines, f"fallback (SGD): {', '.join(others)}"] if others else lines)
 
     def _described(self, layer: nn.Linear) -> str:
         """The curvature of a layer."""
         if not layer.weight.requires_grad:
             return "frozen"
-        if layer.weight in self._fallback_warned:
+        if layer.weight in self._fallback.warned:
             return "no curvature"
         if layer in self._restarts:
             return f"empirical Fisher, since its output {self._restarts[layer]}"
@@ -229,7 +208,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _groups(self) -> dict[Tensor, dict[str, Any]]:
         """The param_group of every parameter, once the groups' numbers are known to be valid."""
         for group in self.param_groups:
-            check_numbers(f"{type(self).__name__}.step()", group)
+            check_numbers(f"{type(self).__name__}.step()", group, self._numbers)
         return {p: group for group in self.param_groups for p in group["params"]}
 
     def _maximize(self) -> bool:
@@ -239,15 +218,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{type(self).__name__}.step(): expected maximize to be the same in all param_groups")
         return maximize.pop()
 
-    def _gradients(self, coupled: bool = False) -> dict[Tensor, Tensor]:
-        """The gradient, at least in float32, of what is minimised: the loss, or its negative, and coupled weight decay's penalty.
-
-        Args:
-            coupled: whether all weight decay is coupled, whatever the groups say.
-        """
+    def _gradients(self) -> dict[Tensor, Tensor]:
+        """The gradients, at least in float32, of what is minimised: the loss or its negative, and coupled weight decay."""
         maximize, gradients = self._maximize(), {}
         for group in self.param_groups:
-            decay = float(group["weight_decay"]) if coupled or not group["decoupled_weight_decay"] else 0.0
+            decay = 0.0 if group["decoupled_weight_decay"] else float(group["weight_decay"])
             for p in group["params"]:
                 g = p.grad
                 if g is None:
@@ -257,7 +232,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                         f"{type(self).__name__}.step(): expected dense gradients, got a sparse one for "
                         f"{self._parameter_names[p]!r}; use sparse=False"
                     )
-                g = widened(g)
+                g = to_compute_dtype(g)
                 if maximize:
                     g = -g
                 gradients[p] = g if decay == 0 else g.add(p, alpha=decay)
@@ -270,24 +245,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         Undoes what GradScaler did to the gradients and to what was recorded, sees to `maximize`, and handles a
         `NonFiniteError` as `nonfinite` says.
         """
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        factor = -1.0 if self._maximize() else 1.0
-        if found_inf is not None:
-            if found_inf.item():
-                self._skip()
-                yield False
-                return
-            if scale is not None:
-                factor /= scale.item()
-                for group in self.param_groups:
-                    torch._foreach_div_([p.grad for p in group["params"] if p.grad is not None], scale.item())
-            elif self.grad_scaler is not None:
-                factor /= self.grad_scaler.get_scale()
-            else:
-                raise RuntimeError(
-                    f"{type(self).__name__}.step(): the gradients were unscaled by scaler.unscale_(optimizer), and the curvature "
-                    "must be, too: tell the optimizer its scaler once, by optimizer.grad_scaler = scaler"
-                )
+        sign = -1.0 if self._maximize() else 1.0
+        unscaling = unscaling_factor(self, self.grad_scaler)
+        if unscaling is None:
+            self._skip()
+            yield False
+            return
+        factor = sign * unscaling
         try:
             with nullcontext() if factor == 1 else self._tape.rescaled(factor):
                 yield True
@@ -336,67 +300,25 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 )
         return records
 
-    def _uncovered(
-        self, gradients: dict[Tensor, Tensor], covered: Sequence[Tensor]
-    ) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """The fallback's updates: (parameter, velocity, group) of all with a gradient outside of `covered`.
 
-        Raises:
-            NonFiniteError, RuntimeError: something about them is not sound.
-        """
-        name, rest = type(self).__name__, dict(gradients)
-        for p in covered:
-            rest.pop(p, None)  # two layers may share a bias
-        if not rest:
-            return []
-        found = [(p, g) for g in self.param_groups for p in g["params"] if p in rest]
-        new = [p for p, _ in found if p not in self._fallback_warned]
-        if new:
-            names = ", ".join(repr(self._parameter_names[p]) for p in new)
-            if self._fallback == "error":
-                raise RuntimeError(f"{name}.step(): no curvature covers the parameters {names}, and fallback='error'")
-            self._fallback_warned.update(new)
-            warnings.warn(
-                f"secondorder: no curvature covers the parameters {names}; they are updated by the fallback, SGD.",
-                stacklevel=4,
+def _supported_layers(owner: str, model: nn.Module) -> dict[nn.Linear, str]:
+    """The model's linear layers with their names, once the trainable ones are known to be what curvatures can be taken of."""
+    layers = linear_layers(model)
+    trainable = [layer for layer in layers if layer.weight.requires_grad]
+    if not trainable:
+        raise ValueError(f"{owner}: expected a model with at least one trainable nn.Linear, got {type(model).__name__} with none")
+    for layer in trainable:
+        if not layer.weight.is_contiguous():
+            raise ValueError(
+                f"{owner}: expected contiguous weights, got strides {layer.weight.stride()} in layer {layers[layer]!r}; "
+                "make it contiguous first: layer.weight.data = layer.weight.data.contiguous()"
             )
-        updates = []
-        for p, group in found:
-            velocity = self._velocity(p, gradients[p], group)
-            if not self._bounded(p, velocity, group):
-                raise NonFiniteError(
-                    f"{name}.step(): the gradient of {self._parameter_names[p]!r} holds NaN or inf, or is too large; "
-                    "no parameter and no state has changed"
-                )
-            updates.append((p, velocity, group))
-        return updates
-
-    def _fallback_update(self, updates: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> None:
-        """SGD: v <- momentum v + g, p <- (1 - lr weight_decay) p - lr v."""
-        for p, velocity, group in updates:
-            self._apply(p, velocity, group, -1.0)
-
-    def _velocity(self, p: Tensor, direction: Tensor, group: dict[str, Any]) -> Tensor:
-        """Momentum's v <- momentum v + direction, not yet kept."""
-        before = self.state[p].get("momentum") if group["momentum"] != 0 and p in self.state else None
-        return direction if before is None else torch.add(direction, before, alpha=float(group["momentum"]))
-
-    def _bounded(self, p: Tensor, velocity: Tensor, group: dict[str, Any]) -> bool:
-        """Whether an update by lr times the velocity overflows in no way; NaN fails the comparison."""
-        reach = velocity.abs().amax() * max(1.0, float(group["lr"] or 0)) if velocity.numel() else 0.0
-        return bool(reach <= torch.finfo(p.dtype).max / 8)
-
-    def _apply(self, p: Tensor, velocity: Tensor, group: dict[str, Any], sign: float = 1.0) -> None:
-        """Momentum's v is kept, and p <- (1 - lr weight_decay) p + sign lr v."""
-        lr = float(group["lr"] or 0)
-        shrink = 1 - lr * float(group["weight_decay"]) if group["decoupled_weight_decay"] else 1.0
-        if p.dtype == velocity.dtype:
-            (p if shrink == 1 else p.mul_(shrink)).add_(velocity, alpha=sign * lr)
-        else:
-            p.copy_(torch.add(p.to(velocity.dtype) * shrink, velocity, alpha=sign * lr))  # rounded once
-        if group["momentum"] != 0:
-            # A gradient itself is the user's.
-            self.state[p]["momentum"] = velocity.clone() if velocity is p.grad else velocity
+        if layer.weight.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise TypeError(
+                f"{owner}: expected parameters of dtype float32, float64 or bfloat16, got {layer.weight.dtype} "
+                f"in layer {layers[layer]!r}; for float16 keep the parameters in float32 and use torch.autocast"
+            )
+    return layers
 
 
 def _refuse_ddp(module: nn.Module, args: Any) -> None:
@@ -406,46 +328,3 @@ def _refuse_ddp(module: nn.Module, args: Any) -> None:
             "secondorder: the model is called by DistributedDataParallel, whose ranks must average the curvature, too, or they "
             "drift apart: make the optimizer for that module, EACG(DistributedDataParallel(model), criterion)"
         )
-
-
-def check_numbers(owner: str, values: dict[str, Any]) -> None:
-    """Raises where one of the numbers that a param_group holds is not what it must be.
-
-    Raises:
-        TypeError: it is not a number.
-        ValueError: it is out of range.
-    """
-    for name, (valid, expected) in _NUMBERS.items():
-        value = values.get(name)
-        if value is not None:  # lr=None: the quadratic model gives it
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                raise TypeError(f"{owner}: expected {name} to be a number, got {value!r}") from None
-            if not valid(number):
-                raise ValueError(f"{owner}: expected {name} {expected}, got {value!r}")
-
-
-def linear_layers(model: nn.Module) -> dict[nn.Linear, str]:
-    """The model's nn.Linear modules that compute W h + b from parameters of their own, with their names.
-
-    Raises:
-        ValueError: a weight is shared, with another linear layer or with another module.
-    """
-    owners: dict[Tensor, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter, []).append(name)
-    layers = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-            continue
-        weight = module._parameters.get("weight")
-        if weight is None or isinstance(weight, nn.UninitializedParameter):
-            continue
-        if weight.requires_grad and len(owners[weight]) > 1:
-            raise ValueError(
-                f"expected each linear layer to have a weight of its own, but {' and '.join(map(repr, owners[weight]))} are one "
-                "parameter; curvature of shared weights is not defined here"
-            )
-        layers[module] = name
-    return layers

@@ -23,7 +23,7 @@ T = TypeVar("T")
 _FINE, _FAILED, _NOT_FINITE = range(3)
 
 
-class Term(NamedTuple):
+class RankTerm(NamedTuple):
     """What a rank contributes to an average."""
 
     name: str
@@ -31,7 +31,7 @@ class Term(NamedTuple):
     instances: int | None = None  # that it is the mean of; None: every rank counts alike
 
 
-class Ranks:
+class RankReducer:
     """The processes of a group. Every method is called by all of them; if it raises on one, it raises on all.
 
     Args:
@@ -44,7 +44,7 @@ class Ranks:
         self.size = dist.get_world_size(group)
 
     def all(self, compute: Callable[[], T], signature: Callable[[T], object] = lambda _: None) -> T:
-        """`compute()`, once all ranks have got theirs, with results of one `signature`.
+        """Runs `compute` on every rank; raises on all ranks if one has failed or the signatures of their results differ.
 
         Raises:
             NonFiniteError: on all ranks, where that is why ranks have failed.
@@ -74,7 +74,7 @@ class Ranks:
             )
         return result
 
-    def average(self, compute: Callable[[], list[Term]]) -> list[Tensor]:
+    def average(self, compute: Callable[[], list[RankTerm]]) -> list[Tensor]:
         """The averages over ranks of what `compute()` gives on each: the same names and shapes everywhere."""
         terms = self.all(compute, lambda terms: [(term.name, tuple(term.value.shape)) for term in terms])
         if not terms:
@@ -92,5 +92,5 @@ class Ranks:
 
     def mean(self, compute: Callable[[], Tensor]) -> Tensor:
         """The mean over ranks of one tensor."""
-        (mean,) = self.average(lambda: [Term("", compute())])
+        (mean,) = self.average(lambda: [RankTerm("", compute())])
         return mean

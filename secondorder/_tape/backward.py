@@ -1,0 +1,133 @@
+"""What backward passes from recorded losses leave behind: how each loss was scaled, and the gradients in between.
+
+A backward pass counts if it reaches a recorded loss and changes the weights' gradients: `backward()` does,
+`torch.autograd.grad` does not. Its records are dropped where the gradients are: by `clear`, and at the next backward pass that
+finds them all None or 0.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from secondorder._layers import parameters_of
+from secondorder._tape.records import LayerCall, Link, LossCall
+from secondorder._tensors import to_compute_dtype
+
+
+@dataclass(eq=False, slots=True)
+class _Run:
+    """One run of the autograd engine."""
+
+    id: int
+    gradients: list[tuple[Tensor | None, int]]  # of the weights when it reached the first loss, with their versions
+    discarded: bool  # whether they were all None or zero, though there were earlier records
+    losses: list[LossCall] = field(default_factory=list)
+    events: list[tuple[Any, str, Tensor]] = field(default_factory=list)  # (record, attribute, gradient to add to it)
+
+
+class BackwardLog:
+    """Collects gradients into the records while the engine runs, and keeps them where the run has changed the weights' gradients.
+
+    Gradients come from hooks on the nodes that made the tensors: they fire with the values of before an in-place activation, and
+    after all hooks of the user's own on a tensor, whose changes so count.
+
+    Args:
+        layers: whose weights' gradients say whether a run counts.
+    """
+
+    def __init__(self, layers: dict[nn.Linear, str]):
+        self.losses: list[LossCall] = []
+        self._layers = layers
+        self._run: _Run | None = None
+        self._reference = weakref.ref(self)
+
+    def watch_loss(self, call: LossCall, node: Node, output_nr: int) -> None:
+        """Has backward passes that reach this loss, an output of `node`, collected from there to their end."""
+        reference = self._reference
+
+        def backward(gradients: tuple[Tensor | None, ...]) -> None:
+            log, gradient = reference(), gradients[output_nr]
+            if log is not None and gradient is not None:
+                log._enter_run(call, _graphless(gradient))
+
+        node.register_prehook(backward)
+
+    def collect(self, record: LayerCall | Link, name: str, node: Node, output_nr: int) -> None:
+        """Adds the gradient w.r.t. an output of `node` to an attribute of the record, in backward passes from a recorded loss."""
+        reference = self._reference
+
+        def hook(gradients: tuple[Tensor | None, ...]) -> None:
+            log = reference()
+            run = log._run if log is not None else None
+            gradient = gradients[output_nr]  # None where only another output of the node is in use
+            if run is not None and gradient is not None and run.id == torch._C._current_graph_task_id():
+                run.events.append((record, name, _graphless(gradient)))
+
+        node.register_prehook(hook)
+
+    def clear(self, release: bool = False) -> None:
+        """Forgets every backward pass so far; with `release` also the forward passes that they went through."""
+        for loss in self.losses:
+            calls = loss.calls()
+            loss.clear(release)
+            for call in calls:
+                call.clear(release)
+        self.losses = []
+
+    @contextmanager
+    def rescaled(self, factor: float) -> Iterator[None]:
+        """Within it the records are those of a backward pass from `factor` times what backward() was called on."""
+        calls = dict.fromkeys(call for loss in self.losses for call in loss.calls())
+        fields: list[tuple[Any, str]] = [(loss, "scale") for loss in self.losses] + [(call, "grad_output") for call in calls]
+        fields += [(link, "grad") for call in calls for link in call.inputs_from]
+        before = [(record, name, getattr(record, name)) for record, name in fields if getattr(record, name) is not None]
+        for record, name, value in before:
+            setattr(record, name, to_compute_dtype(value) * factor)
+        try:
+            yield
+        except BaseException:
+            for record, name, value in before:
+                setattr(record, name, value)
+            raise
+
+    def _enter_run(self, loss: LossCall, gradient: Tensor) -> None:
+        """A backward pass has reached a loss: from here to its end, the gradients that it leaves are collected."""
+        run = self._run
+        if run is None or run.id != torch._C._current_graph_task_id():
+            gradients = list(self._gradients())
+            discarded = bool(self.losses) and all(g is None or not g.any() for g, _ in gradients)
+            run = self._run = _Run(torch._C._current_graph_task_id(), gradients, discarded)
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish_run)
+        run.losses.append(loss)
+        run.events.append((loss, "scale", gradient))
+
+    def _finish_run(self) -> None:
+        run, self._run = self._run, None
+        # torch.autograd.grad leaves the weights' gradients as they were: nothing that a step will use has come of it.
+        if run is None or all(a is b and v == w for (a, v), (b, w) in zip(run.gradients, self._gradients(), strict=True)):
+            return
+        if run.discarded:
+            self.clear()  # the gradients that earlier records belong to had been zeroed or set to None
+        for record, name, gradient in run.events:
+            before = getattr(record, name)
+            setattr(record, name, gradient if before is None else before + gradient)
+        self.losses += [loss for loss in dict.fromkeys(run.losses) if not loss.released and loss not in self.losses]
+
+    def _gradients(self) -> Iterator[tuple[Tensor | None, int]]:
+        """Every trainable weight's gradient, and its version."""
+        for layer in self._layers:
+            weight, _ = parameters_of(layer)
+            if weight is not None and weight.requires_grad:
+                g = weight.grad
+                yield g, 0 if g is None else g._version
+
+
+def _graphless(gradient: Tensor) -> Tensor:
+    """Detached, but free where it is already."""
+    return gradient.detach() if gradient.requires_grad else gradient

@@ -1,0 +1,47 @@
+"""Columns of a root of the output's Hessian, taken back to every layer: delta_ic = J_i^T s_ic."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from secondorder._tape.graph import metadata, source_nodes
+from secondorder._tape.records import LayerCall
+from secondorder._tensors import subsample
+from secondorder.criteria import OutputRoot
+
+# (criterion, loss, autograd node of the one linear layer's output it depends on, its arguments) -> where columns start, and they
+Columns = Callable[[nn.Module, Tensor, Node | None, tuple[Any, ...], dict[str, Any]], tuple[GradientEdge, OutputRoot]]
+
+# At most so many numbers of all layers' deltas are held at once.
+_BUDGET = 2**25
+
+
+def column_blocks(edge: GradientEdge, root: OutputRoot, key: str, samples: int | None) -> dict[LayerCall, Tensor]:
+    """The sums over columns of delta delta^T [n_out, n_out] for every recorded layer upstream of `edge`, in chunks of columns.
+
+    Args:
+        edge: where the columns start.
+        root: gives them.
+        key: of the layers' calls in the nodes' metadata.
+        samples: the sums are over at most so many instances, and stand for all; None: over all.
+    """
+    nodes, _ = source_nodes(edge.node, key, nearest=False)
+    calls: list[LayerCall] = [metadata(node)[key] for node in nodes]
+    instances = max((call.input.shape[:-1].numel() for call in calls), default=1)
+    chunk = max(1, _BUDGET // max(1, sum(instances * call.layer.out_features for call in calls)))
+    blocks: dict[LayerCall, Tensor] = {}
+    for begin in range(0, root.count, chunk):
+        columns = root.columns(begin, min(begin + chunk, root.count))
+        deltas = torch.autograd.grad(
+            [edge], [GradientEdge(node, 0) for node in nodes], [columns], retain_graph=True, is_grads_batched=True
+        )
+        for call, delta in zip(calls, deltas, strict=True):
+            flat = delta.reshape(len(delta), delta.shape[1:-1].numel(), delta.shape[-1])
+            chosen = subsample(flat, samples)
+            weight = flat.shape[1] / max(1, chosen.shape[1])  # as if they were all
+            chosen = chosen.flatten(0, 1)
+            blocks[call] = chosen.T @ chosen * weight + blocks.get(call, 0)
+    return blocks

@@ -1,0 +1,58 @@
+"""Walks of the autograd graph: which recorded layers a tensor depends on, and through which nodes."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+# The name of a compiled graph's autograd node.
+COMPILED = "CompiledFunctionBackward"
+
+# Nodes that keep the numbers and change the shape. The last is DistributedDataParallel's, around the output.
+_RESHAPING = {
+    "ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward", "_DDPSinkBackward",
+}  # fmt: skip
+
+
+def metadata(node: Node) -> dict[str, Any]:
+    """What has been left at an autograd node; it lives as long as the graph."""
+    return node.metadata  # type: ignore[return-value]  # torch's stub takes the attribute for a method
+
+
+def source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node], list[str]]:
+    """The autograd nodes upstream of (or at) `start` that hold metadata under `key`, and the names of the nodes on the way.
+
+    Args:
+        start: where the walk begins.
+        key: what marks the outputs of recorded linear layers.
+        nearest: whether the walk ends at the first of them on every path, rather than finding all.
+    """
+    found, names, seen, stack = [], [], {start}, [start]
+    while stack:
+        node = stack.pop()
+        if key in metadata(node):
+            found.append(node)
+            if nearest:
+                continue
+        names.append(node.name())
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return found, names
+
+
+def is_view_of(output: Tensor, source: Node) -> bool:
+    """Whether `output` is the tensor of `source`, at most reshaped."""
+    node = output.grad_fn
+    while node is not None and node is not source and node.name().rstrip("0123456789") in _RESHAPING:
+        node = node.next_functions[0][0]
+    return node is source
+
+
+def compiled_error(what: str) -> RuntimeError:
+    """The error for what runs in a compiled graph: such graphs do not support double backward, and fail silently."""
+    return RuntimeError(
+        f"{what} inside a compiled graph, which does not say what it computes; call the model that the optimizer was made for, "
+        "rather than a compiled part of it"
+    )

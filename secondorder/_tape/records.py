@@ -1,0 +1,103 @@
+"""What is recorded of one call: of a linear layer, of the model, of the criterion."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secondorder._tape.elementwise import ElementwiseMap
+from secondorder.criteria import OutputHessian
+
+_RELEASED = torch.empty(0)
+
+
+@dataclass(eq=False, slots=True)
+class LayerCall:
+    """One call of a linear layer."""
+
+    layer: nn.Linear
+    input: Tensor  # [..., n_in]
+    inputs_from: list["Link"] = field(default_factory=list)  # empty: the network's own input, or one no linear layer made
+    output: Tensor | None = None  # [..., n_out], kept only until what follows is known
+    version: int = 0
+    used: bool = False  # by another layer or by the criterion
+    grad_output: Tensor | None = None  # [..., n_out], kept only where `keeps_gradient`
+    keeps_gradient: bool = False
+
+    def upstream(self) -> list["LayerCall"]:
+        """This call and all that it depends on."""
+        found = dict.fromkeys([self])
+        stack = [self]
+        while stack:
+            new = [link.source for link in stack.pop().inputs_from if link.source not in found]
+            found.update(dict.fromkeys(new))
+            stack += new
+        return list(found)
+
+    def preactivation(self) -> Tensor:
+        """The preactivation z = W h + b, computed anew where an in-place activation has overwritten it."""
+        if self.output is not None and self.output._version == self.version:
+            return self.output
+        with torch.no_grad():
+            return nn.functional.linear(self.input, self.layer.weight, self.layer.bias)
+
+    def clear(self, release: bool) -> None:
+        """Forgets the backward passes; with `release` the forward pass, too."""
+        self.grad_output = None
+        for link in self.inputs_from:
+            link.grad = None
+            link.map = None if release else link.map
+        if release:
+            self.input, self.output, self.inputs_from = _RELEASED, None, []
+
+
+@dataclass(eq=False, slots=True)
+class Link:
+    """The way from a layer's output to the input of the next layer."""
+
+    source: LayerCall
+    target: nn.Linear  # the next layer
+    map: ElementwiseMap | None  # None: not an elementwise function of this source alone; `obstacle` says why
+    obstacle: str = ""
+    grad: Tensor | None = None  # gradient w.r.t. the next layer's input, kept only for a curved map
+
+
+@dataclass(eq=False, slots=True)
+class ModelCall:
+    """The arguments of one call of the model, detached."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(eq=False, slots=True)
+class LossCall:
+    """One call of the criterion."""
+
+    sources: list[LayerCall]  # the layers whose outputs it sees
+    hessian: OutputHessian | None  # w.r.t. the source's output; None if there are several
+    loss: Tensor  # the scalar it returned, detached
+    mean: bool  # whether it is a mean over instances, rather than their sum
+    instances: int | None = None  # rows of its sources, where they agree: a layer before a pooling has more rows than the loss
+    inputs: ModelCall | None = None  # of the model, where the criterion's first argument is its very output
+    output: Tensor | None = None  # that output, where it is also the one source's, at most reshaped
+    args: tuple[Any, ...] = ()  # of the criterion after the output, kept together with `inputs`
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    blocks: dict[LayerCall, Tensor] = field(default_factory=dict)  # sum of delta delta^T [n_out, n_out] over its columns
+    scale: Tensor | None = None  # d(what backward() was called on) / d(loss), summed over backward passes
+    released: bool = False
+
+    def calls(self) -> list[LayerCall]:
+        """All calls of layers that it depends on."""
+        if len(self.sources) == 1:
+            return self.sources[0].upstream()
+        return list(dict.fromkeys(call for source in self.sources for call in source.upstream()))
+
+    def clear(self, release: bool) -> None:
+        """Forgets the backward passes; with `release` the forward pass, too."""
+        self.scale, self.released = None, release
+        if release:
+            if self.inputs is not None:
+                self.inputs.args, self.inputs.kwargs = (), {}
+            self.inputs, self.output, self.args, self.kwargs = None, None, (), {}

@@ -1,0 +1,260 @@
+"""The tape: a forward hook on every linear layer and on the criterion, and what they find in the autograd graph.
+
+A forward hook on every linear layer of the model makes a `LayerCall` and ties it to the autograd node of the layer's output;
+from the graph it also reads which call made its input, and through which function. A forward hook on the criterion makes a
+`LossCall` likewise. So the chain of layers is known whatever the model's `forward` looks like, and a record lives exactly as
+long as its graph: a forward pass without a backward one leaves nothing behind.
+
+Nothing is recorded in eval mode, without grad mode, or while `recording` is off.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
+
+from secondorder._layers import parameters_of
+from secondorder._tape import elementwise
+from secondorder._tape.backward import BackwardLog
+from secondorder._tape.columns import Columns, column_blocks
+from secondorder._tape.elementwise import ElementwiseMap
+from secondorder._tape.graph import COMPILED, compiled_error, is_view_of, metadata, source_nodes
+from secondorder._tape.hooks import EagerForward, ModuleHook, remove_handles
+from secondorder._tape.layers import LayerRecord, connect, recursion_order
+from secondorder._tape.records import LayerCall, Link, LossCall, ModelCall
+from secondorder._tensors import compute_dtype
+from secondorder.criteria import analytic_hessian, autograd_hessian
+
+
+class Tape:
+    """Records the calls of `layers` and of `criterion`.
+
+    Args:
+        layers: the linear layers, with their names for messages.
+        criterion: a module whose calls return the scalar loss.
+        diagonal: whether the gradients that the recursion's diagonal needs are kept.
+        grad_outputs: whether every layer's delta is kept.
+        columns: gives columns s_ic at the network's output, which are taken back to every layer, delta_ic = J_i^T s_ic, while the
+            graph lives; the sum of delta_ic delta_ic^T becomes the layer's `block`. Nothing for the recursion is kept then.
+        model: what the layers are part of: torch.compile leaves its forward, and the criterion's, alone in training mode.
+        keep_inputs: whether the model's arguments are to be kept, and the criterion's, for evaluating them anew.
+        samples: of every forward pass at most so many instances, evenly spaced, enter the curvature's expectations; None: all.
+
+    `recording` may be switched off and on at any time.
+    """
+
+    def __init__(
+        self, layers: dict[nn.Linear, str], criterion: nn.Module, *, diagonal: bool, grad_outputs: bool = False,
+        columns: Columns | None = None, model: nn.Module | None = None, keep_inputs: bool = False, samples: int | None = None,
+    ):  # fmt: skip
+        self.names = layers
+        self.criterion = criterion
+        self.diagonal = diagonal
+        self.grad_outputs = grad_outputs
+        self.columns = columns
+        self.samples = samples
+        self.recording = True
+        self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
+        self._muted = False
+        self._log = BackwardLog(layers)
+        self._consumer: dict[nn.Linear, nn.Module] = {}  # what took each layer's output first: a layer, or the criterion
+        self._several_consumers: set[nn.Linear] = set()
+        self._not_elementwise: set[tuple[nn.Linear, nn.Linear, tuple[str, ...]]] = set()
+        hooks: list[tuple[nn.Module, ModuleHook]] = [(layer, ModuleHook(self, "_on_layer")) for layer in layers]
+        hooks.append((criterion, ModuleHook(self, "_on_criterion", always=True)))
+        if model is not None and keep_inputs:
+            hooks.append((model, ModuleHook(self, "_on_model")))
+        self.handles: list[RemovableHandle | EagerForward] = [
+            module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks
+        ]
+        if model is not None:
+            self.handles += [EagerForward(model), EagerForward(criterion)]
+        weakref.finalize(self, remove_handles, self.handles)
+
+    def remove(self) -> None:
+        """Takes all hooks off the modules."""
+        remove_handles(self.handles)
+
+    def clear(self, release: bool = False) -> None:
+        """Forgets every backward pass so far; with `release` also the forward passes that they went through.
+
+        A graph that somebody still holds (by its loss, say) then keeps none of the tape's tensors alive.
+        """
+        self._log.clear(release)
+
+    def rescaled(self, factor: float) -> AbstractContextManager[None]:
+        """Within it the records are those of a backward pass from `factor` times what backward() was called on."""
+        return self._log.rescaled(factor)
+
+    @property
+    def losses(self) -> list[LossCall]:
+        """The criterion's calls that a backward pass has gone through since the last `clear`."""
+        return self._log.losses
+
+    @property
+    def active(self) -> bool:
+        """Whether calls are recorded."""
+        return self.recording and not self._muted
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Layers that are called inside, as checkpointing does in autograd runs of the tape's own, are not recorded."""
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = False
+
+    def records(self) -> list[LayerRecord]:
+        """The layers that the losses so far depend on, each after the layer that takes its output: the recursion's order."""
+        records: dict[nn.Linear, LayerRecord] = {}
+        seen: set[LayerCall] = set()
+        for loss in self.losses:
+            stack: list[tuple[LayerCall, Link | LossCall]] = [(source, loss) for source in loss.sources]
+            while stack:
+                call, consumer = stack.pop()
+                record = records.get(call.layer)
+                if record is None:
+                    weight, _ = parameters_of(call.layer)
+                    dtype = compute_dtype(weight.dtype)
+                    record = records[call.layer] = LayerRecord(call.layer, weight, dtype, samples=self.samples)
+                record.consumers.append(consumer)
+                if call in seen:
+                    continue
+                seen.add(call)
+                if record.origins and record.origins[-1] is loss:
+                    raise ValueError(
+                        f"expected each linear layer to be called once per forward pass, but {self.names[call.layer]!r} is "
+                        "called more than once; curvature of shared layers is not defined here: give each use a layer of its "
+                        "own, or freeze the shared one (requires_grad_(False))"
+                    )
+                record.calls.append(call)
+                record.origins.append(loss)
+                stack += [(link.source, link) for link in call.inputs_from]
+            for call, block in loss.blocks.items():
+                record = records[call.layer]
+                block = block if loss.scale is None else block * loss.scale.abs()  # a metric, also of a loss that is maximised
+                record.block = block if record.block is None else record.block + block
+        for record in records.values():
+            connect(record, records)
+        return recursion_order(records)
+
+    def _on_layer(self, layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        node = output.grad_fn
+        if node is None:
+            return
+        if node.name() == COMPILED:
+            raise compiled_error(f"layer {self.names[layer]!r} runs")
+        input = args[0] if args else kwargs["input"]
+        call = LayerCall(layer, input.detach(), output=output.detach(), version=output._version)
+        made_by = input.grad_fn
+        if made_by is not None:
+            call.inputs_from = links = self._links(call, input, made_by)
+            if self.diagonal and len(links) == 1 and links[0].map is not None and links[0].map.curved:
+                self._log.collect(links[0], "grad", made_by, input.output_nr)
+        metadata(node)[self._key] = call
+        if self.grad_outputs:
+            self._keep_gradient(node)
+
+    def _on_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            metadata(output.grad_fn)[self._key + ".model"] = ModelCall(*_detached((args, kwargs)))
+
+    def _links(self, call: LayerCall, input: Tensor, made_by: Node) -> list[Link]:
+        """Where the input of a layer's call comes from."""
+        layer = call.layer
+        nodes, passed = source_nodes(made_by, self._key)
+        if len(nodes) != 1:
+            names = sorted({repr(self.names[metadata(node)[self._key].layer]) for node in nodes[:4]})
+            obstacle = f"is combined with other linear layers ({', '.join(names)}{', ...' if len(nodes) > 4 else ''})"
+            return [self._blocked(node, layer, obstacle) for node in nodes]
+        (node,) = nodes
+        source: LayerCall = metadata(node)[self._key]
+        between: ElementwiseMap | None = elementwise.analytic(made_by, call.input, node, source.preactivation)
+        if between is None:
+            if COMPILED in passed:
+                raise compiled_error(f"what follows layer {self.names[source.layer]!r} runs")
+            signature = (source.layer, layer, tuple(passed))
+            if signature not in self._not_elementwise:
+                try:
+                    with self.muted():
+                        between = elementwise.probe(input, node, second=self.diagonal)
+                except RuntimeError as error:
+                    obstacle = f"goes through a function that autograd cannot differentiate twice ({error})"
+                    return [self._blocked(node, layer, obstacle)]
+            if between is None:
+                self._not_elementwise.add(signature)  # probing it at every forward pass would cost more than the pass
+                return [self._blocked(node, layer, f"goes through a function that is not elementwise ({', '.join(passed[:6])})")]
+        self._use(node, layer)
+        source.output = None
+        return [Link(source, layer, between)]
+
+    def _blocked(self, node: Node, consumer: nn.Linear, obstacle: str) -> Link:
+        self._keep_gradient(node)
+        return Link(self._use(node, consumer), consumer, None, obstacle)
+
+    def _use(self, node: Node, consumer: nn.Module) -> LayerCall:
+        call: LayerCall = metadata(node)[self._key]
+        if self._consumer.setdefault(call.layer, consumer) is not consumer:
+            self._several_consumers.add(call.layer)
+        if call.used or call.layer in self._several_consumers:
+            self._keep_gradient(node)
+        call.used = True
+        return call
+
+    def _keep_gradient(self, node: Node) -> None:
+        call: LayerCall = metadata(node)[self._key]
+        if not call.keeps_gradient:
+            call.keeps_gradient = True
+            self._log.collect(call, "grad_output", node, 0)
+
+    def _on_criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor) -> None:
+        made_by = loss.grad_fn if isinstance(loss, Tensor) else None
+        if made_by is None:
+            return
+        nodes, passed = source_nodes(made_by, self._key)
+        if not nodes:
+            return
+        if COMPILED in passed:
+            raise compiled_error("the criterion, or what comes before it, runs")
+        if loss.dim() != 0:
+            raise ValueError(
+                f"expected the criterion {criterion} to return a scalar, got shape {tuple(loss.shape)}; "
+                "use reduction='mean' or 'sum', or pass a function that reduces"
+            )
+        reduction = getattr(criterion, "reduction", kwargs.get("reduction", "mean"))
+        call = LossCall([self._use(node, criterion) for node in nodes], None, loss.detach(), mean=reduction != "sum")
+        instances = {source.input.shape[:-1].numel() for source in call.sources}
+        if len(instances) == 1:
+            (call.instances,) = instances
+        if args and isinstance(args[0], Tensor) and args[0].grad_fn is not None:
+            call.inputs = metadata(args[0].grad_fn).get(self._key + ".model")
+            if call.inputs is not None:
+                call.args, call.kwargs = _detached((args[1:], kwargs))
+                if len(nodes) == 1 and is_view_of(args[0], nodes[0]):
+                    call.output = args[0].detach()
+        if self.columns is not None:
+            with self.muted():
+                edge, root = self.columns(criterion, loss, nodes[0] if len(nodes) == 1 else None, args, kwargs)
+                call.blocks = column_blocks(edge, root, self._key, self.samples)
+        elif len(nodes) == 1:
+            output = args[0] if args else None
+            width = call.sources[0].layer.out_features
+            if isinstance(output, Tensor) and output.dim() > 0 and output.shape[-1] == width and is_view_of(output, nodes[0]):
+                call.hessian = analytic_hessian(criterion, output.detach(), *args[1:], **kwargs)
+            if call.hessian is None:
+                with self.muted():
+                    call.hessian = autograd_hessian(loss, nodes[0])
+        else:
+            for node in nodes:
+                self._keep_gradient(node)
+        self._log.watch_loss(call, made_by, loss.output_nr)
+
+
+def _detached(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)

@@ -1,0 +1,48 @@
+"""Helpers on tensors: batches as rows, subsamples of them, and the dtype that numbers are computed in."""
+
+import torch
+from torch import Tensor
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t.to(dtype)`, but free where it is `t` itself: with small layers, calls of torch are what a step costs."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of this dtype are computed with: at least float32."""
+    return dtype if dtype is torch.float32 else torch.promote_types(dtype, torch.float32)
+
+
+def to_compute_dtype(t: Tensor) -> Tensor:
+    """The tensor at least in float32."""
+    return t if t.dtype is torch.float32 else cast(t, compute_dtype(t.dtype))
+
+
+def subsample(instances: Tensor, samples: int | None) -> Tensor:
+    """Of the instances [..., m, n], where they are more than `samples`, so many, evenly spaced: floor(k m / samples)."""
+    m = instances.shape[-2]
+    if samples is None or m <= samples:
+        return instances
+    return instances.index_select(-2, torch.arange(samples, device=instances.device) * m // samples)
+
+
+def flatten_batch(tensors: list[Tensor], samples: int | None = None) -> Tensor:
+    """[m, n] from tensors [..., n]: the union of their instances, or of a `subsample` of each."""
+    if len(tensors) == 1 and samples is None and tensors[0].dim() == 2:
+        return tensors[0]
+    flat = [subsample(t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1]), samples) for t in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def irregular(like: Tensor) -> Tensor:
+    """Numbers of mixed signs and sizes, no two alike, from 0.5 to 1.5: fixed, so that every random generator is left alone."""
+    index = torch.arange(like.numel(), device=like.device, dtype=torch.float64)
+    fraction = (index * 0.6180339887498949).frac()  # the golden ratio's multiples fill [0, 1) without ever repeating
+    signs = 1 - 2 * ((index * 0.7548776662466927).frac() < 0.5).double()
+    return ((0.5 + fraction) * signs).to(like.dtype).reshape(like.shape)
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether no tensor holds NaN or inf, nor so large numbers that their sum does; waits for the device once."""
+    return bool(torch.stack([t.sum() for t in tensors]).isfinite().all()) if tensors else True

@@ -1,0 +1,160 @@
+"""Square roots of a criterion's Hessian for every instance: the columns that KFLR and the Fisher matrices propagate."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secondorder.criteria.known import evaluated, normalizer
+
+
+class OutputRoot(Protocol):
+    """A square root of the criterion's Hessian for every instance, H_i = sum_c s_ic s_ic^T, on the scale of the loss.
+
+    It has `count` columns s_i1, s_i2, ... for each instance.
+    """
+
+    @property
+    def count(self) -> int:
+        """How many columns an instance has."""
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        """The columns from `begin` to before `end`, [end - begin, *output.shape]."""
+
+
+class LikelihoodRoot(OutputRoot, Protocol):
+    """The root of a criterion that is -log p(target | output)."""
+
+    def sample(self) -> Tensor:
+        """The gradient of the loss where each label is drawn from the model, [*output.shape]; E[s_i s_i^T] = H_i."""
+
+
+@dataclass(frozen=True)
+class SoftmaxRoot:
+    """Of H_i = mass_i (diag p_i - p_i p_i^T): one column sqrt(mass_i p_ik) (p_i - e_k) for each class k."""
+
+    p: Tensor  # [m, K]
+    mass: Tensor  # [m]
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return self.p.shape[1]
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        """The columns from `begin` to before `end`, [end - begin, *output.shape]."""
+        one_hot = torch.eye(self.count, dtype=self.p.dtype, device=self.p.device)[begin:end]
+        return (self.p - one_hot.unsqueeze(1)) * (self.mass * self.p[:, begin:end].T).sqrt().unsqueeze(-1)
+
+    def sample(self) -> Tensor:
+        """Categorical labels."""
+        # NaN is left to the step's own check: it stays in p, and so in the column.
+        label = torch.multinomial(self.p.nan_to_num(nan=1.0), 1).squeeze(1)
+        return (self.p - F.one_hot(label, self.count).to(self.p.dtype)) * self.mass.sqrt().unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class GaussianRoot:
+    """Of a diagonal H_i = diag(root_i^2): one column root_ik e_k for each output k."""
+
+    root: Tensor  # [..., K]
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return self.root.shape[-1]
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        """The columns from `begin` to before `end`, [end - begin, *output.shape]."""
+        columns = self.root.new_zeros(end - begin, *self.root.shape)
+        for row, k in enumerate(range(begin, end)):
+            columns[row, ..., k] = self.root[..., k]
+        return columns
+
+    def sample(self) -> Tensor:
+        """Labels with Gaussian noise."""
+        return self.root * torch.randn_like(self.root)
+
+
+@dataclass(frozen=True)
+class BernoulliRoot(GaussianRoot):
+    """Of H_i = diag(mass_i p_i (1 - p_i))."""
+
+    p: Tensor  # [..., K]
+    mass: Tensor  # [..., K]
+
+    def sample(self) -> Tensor:
+        """Bernoulli labels."""
+        return self.mass.sqrt() * (self.p - (torch.rand_like(self.p) < self.p).to(self.p.dtype))
+
+
+@dataclass(frozen=True)
+class DenseRoot:
+    """Of any positive semi-definite H_i = R_i R_i^T."""
+
+    root: Tensor  # R [..., K, K]
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return self.root.shape[-1]
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        """The columns from `begin` to before `end`, [end - begin, *output.shape]."""
+        return self.root[..., begin:end].movedim(-1, 0)
+
+
+def likelihood_root(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: Any) -> LikelihoodRoot | None:
+    """The root for the criteria known to be a negative log-likelihood, at `output` [..., K]; None for every other.
+
+    They are nn.CrossEntropyLoss (categorical), nn.MSELoss (Gaussian) and nn.BCEWithLogitsLoss (Bernoulli) and their functions.
+    For them it is a root of the Hessian itself: the Fisher matrix is the Gauss-Newton matrix.
+    """
+    return evaluated(_ROOTS, criterion, output, args, kwargs)
+
+
+def cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> SoftmaxRoot | None:
+    """The root of softmax cross-entropy with weights, smoothing and ignored targets, at logits [m, K]; None for other shapes."""
+    # L = -sum_i sum_k t_ik log p_ik / N with t the weighted, smoothed target: H_i = (sum_k t_ik) (diag p_i - p_i p_i^T) / N.
+    if output.dim() != 2:
+        return None
+    k, smoothing, weight = output.shape[1], criterion.label_smoothing, criterion.weight
+    if target.is_floating_point():
+        smoothed = target * (1 - smoothing) + smoothing / k
+        mass = smoothed.sum(1) if weight is None else smoothed @ weight
+        count: float | Tensor = len(output)
+    else:
+        target = target.long()  # uint8 has no ignore_index of -100, and indexes as a mask
+        kept = target != criterion.ignore_index
+        if weight is None:
+            mass = own = kept.to(output.dtype)
+        else:
+            own = weight[torch.where(kept, target, 0)] * kept
+            mass = (1 - smoothing) * own + smoothing / k * weight.sum() * kept
+        count = own.sum()
+    return SoftmaxRoot(output.softmax(1), mass if criterion.reduction == "sum" else mass / count)
+
+
+def _mse_root(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> GaussianRoot:
+    return GaussianRoot(output.new_full(output.shape, (2 / normalizer(criterion, output.numel())) ** 0.5))
+
+
+def bce_with_logits_root(criterion: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor) -> BernoulliRoot:
+    """The root of binary cross-entropy with weights, at logits [..., K]."""
+    p = output.sigmoid()
+    mass = torch.full_like(p, 1 / normalizer(criterion, output.numel()))
+    if criterion.pos_weight is not None:
+        mass = mass * (1 + (criterion.pos_weight - 1) * target)
+    if criterion.weight is not None:
+        mass = mass * criterion.weight
+    return BernoulliRoot((mass * p * (1 - p)).sqrt(), p, mass)
+
+
+_ROOTS: dict[type, Callable[..., LikelihoodRoot | None]] = {
+    nn.CrossEntropyLoss: cross_entropy_root,
+    nn.MSELoss: _mse_root,
+    nn.BCEWithLogitsLoss: bce_with_logits_root,
+}

@@ -1,0 +1,78 @@
+"""What a curvature is, and the names by which optimizers take one."""
+
+from torch import Tensor, nn
+
+from secondorder._distributed import RankTerm
+from secondorder._tape import Columns, LayerRecord
+from secondorder._tensors import cast
+
+
+class Curvature:
+    """What the optimizers ask of a curvature.
+
+    Attributes:
+        diagonal: whether the tape must keep the gradients that the recursion's diagonal needs.
+        grad_outputs: whether the tape must keep every layer's delta.
+        columns: what the tape must take back to every layer, or None (`secondorder.tape.Tape`).
+    """
+
+    diagonal = False
+    grad_outputs = False
+    columns: Columns | None = None
+
+    def bias_hessians(
+        self, records: list[LayerRecord], averaged: dict[nn.Linear, dict[str, Tensor]] | None = None
+    ) -> dict[nn.Linear, Tensor]:
+        """H of every recorded layer, in the dtype of its weight (at least float32).
+
+        The tensors are new: whoever asked for them may write into them.
+
+        Args:
+            records: in the recursion's order, as `Tape.records` gives them.
+            averaged: every layer's `local` terms by name, averaged over ranks; None: this process is alone.
+        """
+        hessians: dict[nn.Linear, Tensor] = {}
+        for record in records:
+            layer = record.layer
+            block = self._block(record, hessians) if averaged is None else self._averaged(record, hessians, averaged[layer])
+            hessians[layer] = cast(block, record.dtype)
+        return hessians
+
+    def local(self, record: LayerRecord) -> list[RankTerm]:
+        """What of this process's instances H depends on, to be averaged over ranks."""
+        return [RankTerm("block", self._block(record, {}))]
+
+    def _averaged(self, record: LayerRecord, above: dict[nn.Linear, Tensor], terms: dict[str, Tensor]) -> Tensor:
+        """H of one layer from the averages of its `local` terms."""
+        return terms["block"]
+
+    def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
+        """H of one layer, given those of the layers after it."""
+        raise NotImplementedError
+
+
+CURVATURES: dict[str, Curvature] = {}
+
+
+def register(name: str, curvature: Curvature) -> None:
+    """Makes a curvature known to optimizers by a name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in CURVATURES:
+        raise ValueError(f"expected a name that no curvature has yet, got {name!r}")
+    CURVATURES[name] = curvature
+
+
+def curvature_by_name(name: str | Curvature) -> Curvature:
+    """The curvature of this name, or the one given.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if isinstance(name, Curvature):
+        return name
+    if name not in CURVATURES:
+        raise ValueError(f"expected curvature to be one of {', '.join(map(repr, CURVATURES))}, or a Curvature, got {name!r}")
+    return CURVATURES[name]

@@ -1,0 +1,115 @@
+"""Bias Hessians from columns: a square root of the output's Hessian, taken back through the graph of the forward pass.
+
+The columns s_ic give delta_ic = J_i^T s_ic at every layer, and H = sum_i sum_c delta_ic delta_ic^T. They know no obstacle.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from secondorder._tape import LayerRecord
+from secondorder.criteria import LikelihoodRoot, OutputRoot, autograd_root, likelihood_root
+from secondorder.curvature.base import Curvature, register
+
+
+class FromColumns(Curvature):
+    """H = sum_i sum_c delta_ic delta_ic^T of columns at the network's output."""
+
+    def columns(  # a method here, None in the base
+        self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[GradientEdge, OutputRoot]:
+        """Where the columns start, and a root of which they are the columns."""
+        raise NotImplementedError
+
+    def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
+        # A layer that the criterion sees by another way than the columns': they say that it has no curvature.
+        n_out = record.layer.out_features
+        return record.layer.weight.new_zeros(n_out, n_out) if record.block is None else record.block
+
+
+class FisherExact(FromColumns):
+    """The Fisher blocks E[delta delta^T], in expectation over the model's own labels (Botev et al., Eq. 46 to 48).
+
+    For a categorical likelihood that is the sum over all classes, weighted by their probabilities.
+
+    Raises:
+        ValueError: in the forward pass, where the criterion is none of those that `secondorder.criteria.likelihood_root` knows.
+    """
+
+    def columns(
+        self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[GradientEdge, OutputRoot]:
+        """Where the columns start, and a root of which they are the columns."""
+        output = args[0] if args else None
+        root = None
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            root = likelihood_root(criterion, output.detach(), *args[1:], **kwargs)
+        if root is None:
+            raise ValueError(
+                "expected a criterion that is a likelihood the Fisher matrix's labels can be drawn from, called with the "
+                f"network's output first: cross-entropy, MSE or BCE with logits; got {criterion}: use curvature='pch-abs' or "
+                "'fisher-empirical'"
+            )
+        assert isinstance(output, Tensor)
+        assert output.grad_fn is not None
+        return GradientEdge(output.grad_fn, output.output_nr), self._labels(root)
+
+    def _labels(self, root: LikelihoodRoot) -> OutputRoot:
+        return root
+
+
+@dataclass(frozen=True)
+class FisherMC(FisherExact):
+    """KFAC's Fisher blocks: `FisherExact` by labels sampled from the model, with torch's global generator.
+
+    Args:
+        samples: how many labels per instance, >= 1; the mean over them is unbiased, its error falls as 1/sqrt(samples).
+    """
+
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.samples >= 1:
+            raise ValueError(f"expected samples >= 1, got {self.samples}")
+
+    def _labels(self, root: LikelihoodRoot) -> OutputRoot:
+        return _Samples(root, self.samples)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    root: LikelihoodRoot
+    count: int
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        return torch.stack([self.root.sample() for _ in range(begin, end)]) / self.count**0.5
+
+
+class KFLRCurvature(FromColumns):
+    """Exact expected Gauss-Newton blocks (Botev et al., Eq. 23 to 25), of K columns per instance for K outputs.
+
+    Raises:
+        ValueError: in the forward pass, where an instance's Hessian of the criterion is not positive semi-definite, or several
+            linear layers enter the criterion and it is not one that `likelihood_root` knows.
+    """
+
+    def columns(
+        self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[GradientEdge, OutputRoot]:
+        """Where the columns start, and a root of which they are the columns."""
+        output = args[0] if args else None
+        if isinstance(output, Tensor) and output.grad_fn is not None and (source is None or output.grad_fn is source):
+            root = likelihood_root(criterion, output.detach(), *args[1:], **kwargs)
+            if root is not None:
+                return GradientEdge(output.grad_fn, output.output_nr), root
+        if source is None:
+            raise ValueError(f"expected one linear layer's output to enter {criterion}, got several; use curvature='pch-abs'")
+        return GradientEdge(source, 0), autograd_root(loss, source)
+
+
+register("kflr", KFLRCurvature())
+register("fisher-mc", FisherMC())
+register("fisher-exact", FisherExact())

@@ -1,0 +1,42 @@
+"""The empirical Fisher blocks, which need only the gradients of the backward pass itself."""
+
+from torch import Tensor, nn
+
+from secondorder._tape import LayerRecord
+from secondorder._tensors import flatten_batch, to_compute_dtype
+from secondorder.curvature.base import Curvature, register
+
+
+class FisherEmpirical(Curvature):
+    """The empirical Fisher blocks E[delta delta^T] of the true labels' gradients; `empirical_fisher` gives the scale."""
+
+    grad_outputs = True
+
+    def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
+        return empirical_fisher(record)
+
+
+def empirical_fisher(record: LayerRecord) -> Tensor:
+    """The outer products of the instances' own gradients, reduced as the criterion does: m sum_i delta_i delta_i^T for a mean.
+
+    m is how many the mean is of: a layer whose rows (tokens, say) are pooled later has more, and each is summed on its own.
+
+    On the scale of what backward() was called on: a factor on the loss is a factor on the block.
+    """
+    total: Tensor | None = None
+    for gradient, loss in record.grad_outputs():
+        m = gradient.shape[:-1].numel()
+        delta = to_compute_dtype(flatten_batch([gradient], record.samples))
+        assert loss.scale is not None
+        # delta_i is scale / instances times the instance's own gradient; for a sum, scale times it. A sample stands for all m
+        # rows, and a negative scale maximises.
+        instances = m if loss.instances is None else loss.instances
+        block = (delta.T @ delta) * ((m / len(delta) if m else 1) * (instances if loss.mean else 1) / loss.scale.abs())
+        total = block if total is None else total + block
+    if total is None:  # no backward pass has come so far: backward(inputs=...) may stop anywhere
+        n_out = record.layer.out_features
+        total = record.weight.new_zeros(n_out, n_out, dtype=record.dtype)
+    return total
+
+
+register("fisher-empirical", FisherEmpirical())

@@ -1,0 +1,93 @@
+"""The fallback: SGD with momentum for parameters that no curvature covers, said once in a warning."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from secondorder.errors import NonFiniteError
+from secondorder.optim import _momentum
+
+
+class Update(NamedTuple):
+    """One parameter's update by the fallback, not yet taken."""
+
+    parameter: Tensor
+    velocity: Tensor
+    group: dict[str, Any]
+
+
+class Fallback:
+    """Updates by SGD what is not covered, or refuses.
+
+    Args:
+        owner: the optimizer's name, for messages.
+        kind: "sgd" or "error".
+        names: of the model's parameters.
+
+    Raises:
+        ValueError: `kind` is neither.
+    """
+
+    def __init__(self, owner: str, kind: str, names: dict[Tensor, str]):
+        if kind not in ("sgd", "error"):
+            raise ValueError(f"{owner}: expected fallback 'sgd' or 'error', got {kind!r}")
+        self.owner, self.kind, self.names = owner, kind, names
+        self.warned: set[Tensor] = set()
+
+    def parameters(
+        self, param_groups: list[dict[str, Any]], gradients: dict[Tensor, Tensor], covered: Sequence[Tensor]
+    ) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The parameters with a gradient outside of `covered`, each with its group; warns of new ones.
+
+        Raises:
+            RuntimeError: there are some, and the kind is "error".
+        """
+        rest = dict(gradients)
+        for p in covered:
+            rest.pop(p, None)  # two layers may share a bias
+        if not rest:
+            return []
+        found = [(p, group) for group in param_groups for p in group["params"] if p in rest]
+        new = [p for p, _ in found if p not in self.warned]
+        if new:
+            names = ", ".join(repr(self.names[p]) for p in new)
+            if self.kind == "error":
+                raise RuntimeError(f"{self.owner}.step(): no curvature covers the parameters {names}, and fallback='error'")
+            self.warned.update(new)
+            warnings.warn(
+                f"secondorder: no curvature covers the parameters {names}; they are updated by the fallback, SGD.",
+                stacklevel=5,
+            )
+        return found
+
+    def check(self, p: Tensor, velocity: Tensor, lr: float) -> None:
+        """Raises NonFiniteError where an update by lr times the velocity is not finite."""
+        if not _momentum.bounded(p, velocity, lr):
+            raise NonFiniteError(
+                f"{self.owner}.step(): the gradient of {self.names[p]!r} holds NaN or inf, or is too large; "
+                "no parameter and no state has changed"
+            )
+
+    def updates(
+        self, param_groups: list[dict[str, Any]], gradients: dict[Tensor, Tensor], covered: Sequence[Tensor],
+        state: Mapping[Tensor, dict[str, Any]],
+    ) -> list[Update]:  # fmt: skip
+        """The updates of all parameters with a gradient outside of `covered`.
+
+        Raises:
+            NonFiniteError: one is not finite.
+            RuntimeError: there are some, and the kind is "error".
+        """
+        updates = []
+        for p, group in self.parameters(param_groups, gradients, covered):
+            velocity = _momentum.velocity(p, gradients[p], group, state)
+            self.check(p, velocity, float(group["lr"]))
+            updates.append(Update(p, velocity, group))
+        return updates
+
+    def apply(self, updates: list[Update], state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """v <- momentum v + g, p <- (1 - lr weight_decay) p - lr v."""
+        for p, velocity, group in updates:
+            _momentum.apply(p, velocity, group, state, -1.0)

@@ -1,0 +1,246 @@
+"""What EACG and LayerwiseNewton share: factors from any curvature, directions from any solver, and when both are renewed."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secondorder._layers import parameters_of
+from secondorder._tape import LayerRecord
+from secondorder._tensors import all_finite
+from secondorder.curvature import Curvature, curvature_by_name
+from secondorder.errors import NonFiniteError
+from secondorder.optim._averaging import swapped_with_averages, update_averages
+from secondorder.optim._base import CurvatureOptimizer
+from secondorder.optim._factors import FactorSource
+from secondorder.optim._numbers import check_arguments
+from secondorder.solvers import Factors, Solver, SolverOptions, solver_by_name
+
+Groups = dict[Tensor, dict[str, Any]]  # the param_group of every parameter
+
+# Keys of the factors in `state[weight]`, when each had an entry of its own: before version 0.2.
+_FACTORS_BEFORE = ("bias_hessian", "mean_input", "input_second_moment", "mean_square_input")
+
+
+class LayerwiseOptimizer(CurvatureOptimizer):
+    """Damped Newton steps layer by layer, from a curvature and a solver; subclasses say how far.
+
+    Args:
+        model: any module; its nn.Linear layers are covered.
+        criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`.
+        defaults: the param_group values.
+        curvature: a name of `secondorder.curvature.CURVATURES`, or a `Curvature`.
+        solver: a name of `secondorder.solvers.SOLVERS`, or a `Solver`.
+        options: what solvers given by name may take.
+        curvature_every: the factors are renewed every so many steps, >= 1, and at each of the first so many.
+        curvature_samples: of every forward pass at most so many instances, evenly spaced, enter the expectations that cost more
+            than a pass over the batch: E[d1 d1^T] and the diagonal of the recursion, delta delta^T, E[h h^T]. >= 1; None: all.
+        inverse_every: likewise the solver's factorisations.
+        average: whether averages of the parameters are kept, for `averaged_parameters`.
+        keep_inputs: whether the tape keeps what evaluating the model anew needs.
+        fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error".
+        maximize: whether the loss is maximised.
+        decoupled_weight_decay: whether weight decay shrinks the parameters by themselves.
+        nonfinite: what a step does that meets NaN or inf: "error" or "skip".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | Callable[..., Tensor],
+        defaults: dict[str, Any],
+        *,
+        curvature: str | Curvature,
+        solver: str | Solver,
+        options: SolverOptions,
+        curvature_every: int,
+        curvature_samples: int | None,
+        inverse_every: int,
+        average: bool,
+        keep_inputs: bool,
+        fallback: str,
+        maximize: bool,
+        decoupled_weight_decay: bool,
+        nonfinite: str,
+    ):
+        name = type(self).__name__
+        check_arguments(name, [
+            ("max_cg", options.max_cg, options.max_cg >= 1, ">= 1"),
+            ("eps_cg", options.eps_cg, options.eps_cg >= 0, ">= 0"),
+            ("curvature_every", curvature_every, curvature_every >= 1, ">= 1"),
+            ("curvature_samples", curvature_samples, curvature_samples is None or curvature_samples >= 1, ">= 1 or None"),
+            ("inverse_every", inverse_every, inverse_every >= 1, ">= 1"),
+            ("max_factor_elements", options.max_factor_elements, options.max_factor_elements >= 0, ">= 0"),
+        ])  # fmt: skip
+        try:
+            self._curvature, self._solver = curvature_by_name(curvature), solver_by_name(solver, options)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        super().__init__(
+            model, criterion, defaults, diagonal=self._curvature.diagonal, fallback=fallback,
+            grad_outputs=self._curvature.grad_outputs, columns=self._curvature.columns, keep_inputs=keep_inputs,
+            samples=curvature_samples, maximize=maximize, decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
+        )  # fmt: skip
+        self._curvature_name = f"{curvature} by {solver}"
+        self._factors = FactorSource(self._curvature, self._solver, curvature_samples, self._layers)
+        self._curvature_every, self._inverse_every, self._average = curvature_every, inverse_every, average
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step from the gradients of the backward passes since the last one.
+
+        Args:
+            closure: evaluates the model anew and returns the loss; optional.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_gradients()
+        with self._whole_or_nothing() as taken:
+            if taken:
+                groups, ranks = self._groups(), self._ranks
+                records: list[LayerRecord] = []
+                if self._tape.recording:
+                    records = self._records() if ranks is None else ranks.all(self._records)
+                factors = self._factors.renewed(records, groups, self.state, ranks) if self._renewing() else {}
+                self._advance(self._covered(factors, groups), factors, groups)
+                if self._average:
+                    update_averages([p for group in self.param_groups for p in group["params"]], self.state, self._steps())
+        self._tape.clear(release=True)
+        self._schedule()
+        return loss
+
+    @abstractmethod
+    def _advance(self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups) -> None:
+        """Updates parameters and state; raises before anything has changed.
+
+        Args:
+            covered: the layers to be updated, with their factors, new or old.
+            factors: the new ones.
+            groups: the param_groups by parameter.
+        """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every torch optimizer's; also takes checkpoints of before version 0.2, where each factor had a key of its own."""
+        state = {key: _nested(each) for key, each in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": state})
+        self._schedule()
+
+    def averaged_parameters(self) -> AbstractContextManager[None]:
+        """Within it the model's parameters are their averages over the steps (Botev et al., Eq. 44, 45); not for training.
+
+            average <- beta_t average + (1 - beta_t) theta_t,   beta_t = min(0.95, 1 - 1/t).
+
+        Raises:
+            RuntimeError: the optimizer was made with average=False.
+        """
+        if not self._average:
+            raise RuntimeError(f"{type(self).__name__}.averaged_parameters(): expected an optimizer made with average=True")
+        return swapped_with_averages([p for group in self.param_groups for p in group["params"]], self.state)
+
+    def _steps(self) -> int:
+        return max((state.get("step", 0) for state in self.state.values()), default=0)
+
+    def _renewing(self) -> bool:
+        """Whether the next step, or the one being taken, renews the factors."""
+        return self._curvature_every == 1 or _due(self._steps(), self._curvature_every)
+
+    def _schedule(self) -> None:
+        """Has the next forward pass recorded if the next step renews the factors."""
+        self._tape.recording = self._renewing()
+
+    def _covered(self, factors: dict[nn.Linear, Factors], groups: Groups) -> dict[nn.Linear, Factors]:
+        """The layers to be updated, with their factors, new or old."""
+        covered = dict(factors)
+        if len(factors) < len(self._layers):
+            for layer in self._layers:
+                state = self.state.get(layer.weight, {})
+                if layer not in factors and layer.weight in groups and layer.weight.grad is not None and "factors" in state:
+                    covered[layer] = state["factors"]
+        return covered
+
+    def _directions(
+        self,
+        covered: dict[nn.Linear, Factors],
+        grads: dict[Tensor, Tensor],
+        systems: dict[nn.Linear, tuple[float, float]],
+        fresh: bool = False,
+    ) -> tuple[dict[Tensor, Tensor], dict[nn.Linear, Factors]]:
+        """P and d of every covered layer by parameter, and what the solver prepared for it.
+
+        Args:
+            covered: the layers, with their factors.
+            grads: the gradients by parameter.
+            systems: every layer's scale c and damping l.
+            fresh: prepare in any case, not only every `inverse_every` steps.
+
+        Raises:
+            NonFiniteError: a direction is not finite.
+        """
+        directions, prepared, bad = {}, {}, []
+        for layer, factors in covered.items():
+            weight, bias, state = layer.weight, layer.bias, self.state.get(layer.weight, {})
+            try:
+                ready = state.get("prepared")
+                if fresh or ready is None or _due(state["step"], self._inverse_every):
+                    ready = self._solver.prepare(factors, *systems[layer])
+                p, d = self._solver.solve(ready, grads[weight], grads.get(bias) if bias is not None else None)
+            except RuntimeError as error:
+                bad.append((layer, str(error)))
+                continue
+            prepared[layer], directions[weight] = ready, p
+            if d is not None:
+                directions[bias] = d
+        if not all_finite(list(directions.values())):
+            own = {layer: [directions[p] for p in layer.parameters(recurse=False) if p in directions] for layer in prepared}
+            bad += [(layer, "the solution overflows") for layer, tensors in own.items() if not all_finite(tensors)]
+        if bad:
+            raise NonFiniteError(self._not_finite(dict(bad), covered))
+        return directions, prepared
+
+    def _commit(
+        self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], prepared: dict[nn.Linear, Factors]
+    ) -> None:
+        for layer in covered:
+            weight, _ = parameters_of(layer)
+            state = self.state[weight]
+            state["step"] = state.get("step", 0) + 1
+            if layer in factors:
+                state["factors"] = factors[layer]
+                state["factor_updates"] = state.get("factor_updates", 0) + 1
+            if self._inverse_every > 1 and layer in prepared:
+                state["prepared"] = prepared[layer]
+
+    def _not_finite(self, layers: dict[nn.Linear, str], covered: dict[nn.Linear, Factors]) -> str:
+        """Says which layers' steps are not finite, and why."""
+        parts = []
+        if not layers or any(not torch.isfinite(loss.loss) for loss in self._tape.losses):
+            parts.append("the loss itself is not finite")
+        for layer, reason in layers.items():
+            tensors = {"weight gradient": layer.weight.grad}
+            tensors |= {name.replace("_", " ").replace("hessian", "Hessian"): factor for name, factor in covered[layer].items()}
+            if layer.bias is not None:
+                tensors["bias gradient"] = layer.bias.grad
+            bad = [name for name, tensor in tensors.items() if tensor is not None and not torch.isfinite(tensor).all()]
+            parts.append(f"layer {self._layers[layer]!r}: " + (f"NaN or inf in its {' and '.join(bad)}" if bad else reason))
+        return (
+            f"{type(self).__name__}.step(): {'; '.join(parts)}. No parameter and no state has changed; skip this batch, or "
+            "lower lr or raise alpha if the training has diverged."
+        )
+
+
+def _due(steps: int, every: int) -> bool:
+    """Whether what is renewed every so many steps is renewed now; at first, when it changes fastest, at every step."""
+    return steps < every or steps % every == 0
+
+
+def _nested(state: dict[str, Any]) -> dict[str, Any]:
+    """A weight's state with its factors under one key."""
+    if "bias_hessian" not in state:
+        return state
+    factors = {name: state[name] for name in _FACTORS_BEFORE if name in state}
+    return {**{key: value for key, value in state.items() if key not in factors}, "factors": factors}

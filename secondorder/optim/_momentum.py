@@ -1,0 +1,34 @@
+"""The update with momentum and decoupled weight decay: v <- momentum v + d, p <- (1 - lr weight_decay) p + lr v."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Group = Mapping[str, Any]
+
+
+def velocity(p: Tensor, direction: Tensor, group: Group, state: Mapping[Tensor, dict[str, Any]]) -> Tensor:
+    """V after this direction, not yet kept."""
+    before = state[p].get("momentum") if group["momentum"] != 0 and p in state else None
+    return direction if before is None else torch.add(direction, before, alpha=float(group["momentum"]))
+
+
+def bounded(p: Tensor, v: Tensor, lr: float) -> bool:
+    """Whether an update by lr v overflows in no way; NaN fails the comparison."""
+    reach = v.abs().amax() * max(1.0, lr) if v.numel() else 0.0
+    return bool(reach <= torch.finfo(p.dtype).max / 8)
+
+
+def apply(p: Tensor, v: Tensor, group: Group, state: Mapping[Tensor, dict[str, Any]], sign: float = 1.0) -> None:
+    """Keeps v, and updates p by sign lr v."""
+    lr = float(group["lr"])
+    shrink = 1 - lr * float(group["weight_decay"]) if group["decoupled_weight_decay"] else 1.0
+    if p.dtype == v.dtype:
+        (p if shrink == 1 else p.mul_(shrink)).add_(v, alpha=sign * lr)
+    else:
+        p.copy_(torch.add(p.to(v.dtype) * shrink, v, alpha=sign * lr))  # rounded once
+    if group["momentum"] != 0:
+        # A gradient itself is the user's.
+        state[p]["momentum"] = v.clone() if v is p.grad else v

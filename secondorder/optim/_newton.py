@@ -1,0 +1,141 @@
+"""What the optimizers without a learning rate to find share: steps by the Levenberg-Marquardt loop."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import astuple
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from secondorder.errors import NonFiniteError
+from secondorder.optim._layerwise import Groups, LayerwiseOptimizer
+from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments
+from secondorder.solvers import Factors
+from secondorder.stepping import Damping, DampingSchedule, LevenbergMarquardtLoop, LocalLoss, LossTrend
+
+
+class NewtonOptimizer(LayerwiseOptimizer):
+    """Steps delta = lr (c P + c' (previous delta)), c and c' minimising the quadratic model of the regularised loss.
+
+    weight_decay is eta in that model (`secondorder.stepping`). Every step's loss is compared with what the model predicted, on
+    the same subsample; where it has not fallen, the step is taken back and tried with a larger damping, without the previous
+    delta. If that does not help either, the parameters stay as they were for this step. Parameters that no curvature covers are
+    part of the model, with -g as their direction, scaled as the covered parameters' directions are on the whole.
+
+    Args:
+        model: any module; its nn.Linear layers are covered.
+        criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`.
+        lr: multiplies the step that the model gives, in [0, 2).
+        schedule: how the dampings begin and change.
+        subsample: the fraction of the batch that the model is evaluated on, in (0, 1]; at least 100 instances.
+        weight_decay: eta, >= 0.
+        factor_decay: in [0, 1); the factors are bias-corrected exponential averages with this decay.
+        **shared: the arguments of `LayerwiseOptimizer` that both kinds of steps have.
+    """
+
+    _numbers: ClassVar[Numbers] = {
+        **NUMBERS,
+        "lr": (lambda v: 0 <= v < 2, "in [0, 2), since it multiplies the step of the quadratic model"),
+    }
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | Callable[..., Tensor],
+        lr: float,
+        *,
+        schedule: DampingSchedule,
+        subsample: float,
+        weight_decay: float,
+        factor_decay: float,
+        **shared: Any,
+    ):
+        check_arguments(type(self).__name__, [
+            ("damping", schedule.tau, schedule.tau is None or 0 < schedule.tau < math.inf, "> 0"),
+            ("subsample", subsample, 0 < subsample <= 1, "in (0, 1]"),
+        ])  # fmt: skip
+        # The dampings are kept in the groups, and so in the state_dict; None: the first step sets them.
+        defaults = {
+            "lr": lr, "weight_decay": weight_decay, "factor_decay": factor_decay,
+            "tau": None, "gamma": None, "loss_trend": None, "rho": None,
+        }  # fmt: skip
+        super().__init__(model, criterion, defaults, keep_inputs=True, decoupled_weight_decay=False, **shared)
+        self._loop, self._subsample = LevenbergMarquardtLoop(schedule), subsample
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every torch optimizer's; also takes what an optimizer with lr=None has saved before version 0.2.
+
+        Raises:
+            ValueError: the state is of an optimizer with a fixed learning rate.
+        """
+        if any("tau" not in group for group in state_dict["param_groups"]):
+            raise ValueError(
+                f"{type(self).__name__}.load_state_dict(): expected the state of an optimizer that finds its own step size, got "
+                "one of an optimizer with a learning rate; load it into secondorder.EACG"
+            )
+        super().load_state_dict({**state_dict, "param_groups": [_renamed(group) for group in state_dict["param_groups"]]})
+
+    def _schedule(self) -> None:
+        """Every forward pass is recorded: the loss is evaluated anew at every step."""
+        self._tape.recording = True
+
+    def _advance(self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups) -> None:
+        """A step whose size the quadratic model gives, checked before the parameters see it."""
+        group, steps = self.param_groups[0], self._steps()
+        gradients = self._gradients()
+        own = [p for layer in covered for p in layer.parameters(recurse=False)]
+        others = [p for p, _ in self._fallback.parameters(self.param_groups, gradients, own)]
+        for p in others:
+            self._fallback.check(p, gradients[p], 1.0)
+        loss = LocalLoss(
+            self._model, self.criterion, self._tape.losses, {p: self._parameter_names[p] for p in gradients}, self._subsample,
+            steps, self._tape, self._ranks,
+        )  # fmt: skip
+        if not math.isfinite(loss.start):
+            raise NonFiniteError(self._not_finite({}, covered))
+
+        def directions(damping: float, fresh: bool) -> tuple[list[Tensor], dict[nn.Linear, Factors]]:
+            # The solvers know one damping for all layers: eta is the first group's.
+            system = (1.0, damping + float(group["weight_decay"]))
+            found, prepared = self._directions(covered, gradients, dict.fromkeys(covered, system), fresh)
+            if others:
+                gain = _norm(found.values()) / max(_norm(gradients[p] for p in found), torch.finfo(torch.float32).tiny)
+                found |= {p: -gradients[p] * gain for p in others}
+            return [found[p] for p in gradients], prepared
+
+        momentum = self._loop.schedule.momentum
+        previous = None
+        if momentum and all("momentum" in self.state.get(p, {}) for p in gradients):
+            previous = [self.state[p]["momentum"] for p in gradients]
+        eta = [float(groups[p]["weight_decay"]) for p in gradients]
+        delta, prepared, damping = self._loop.step(
+            loss, directions, list(gradients.values()), eta, previous, _damping(group), steps, float(group["lr"])
+        )
+        for each in self.param_groups:
+            each.update(tau=damping.tau, gamma=damping.gamma, loss_trend=astuple(damping.trend), rho=damping.rho)
+        for p, change in zip(gradients, delta, strict=True):
+            p.add_(change)
+            if momentum:
+                self.state[p]["momentum"] = change
+        self._commit(covered, factors, prepared or {})
+
+
+def _damping(group: dict[str, Any]) -> Damping | None:
+    """What the last step has left in a group; None before the first."""
+    if group["tau"] is None:
+        return None
+    return Damping(group["tau"], group["gamma"], LossTrend(*group["loss_trend"]), group["rho"])
+
+
+def _renamed(group: dict[str, Any]) -> dict[str, Any]:
+    """A saved group by today's keys."""
+    if "watch" not in group:
+        return group
+    dropped = ("watch", "alpha", "momentum")
+    kept = {key: value for key, value in group.items() if key not in dropped}
+    return {**kept, "loss_trend": group["watch"], "lr": 1.0, "decoupled_weight_decay": False}
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(float(t.square().sum()) for t in tensors))

@@ -1,0 +1,42 @@
+"""The numbers that param_groups hold: what each must be, at construction and at every step."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+# name -> whether a value is valid, and what is expected
+Numbers = dict[str, tuple[Callable[[float], bool], str]]
+
+NUMBERS: Numbers = {
+    "lr": (lambda v: 0 <= v < math.inf, ">= 0"),
+    "alpha": (lambda v: 0 < v < 1, "in (0, 1)"),
+    "momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "weight_decay": (lambda v: 0 <= v < math.inf, ">= 0"),
+    "factor_decay": (lambda v: 0 <= v < 1, "in [0, 1)"),
+}
+
+
+def check_numbers(owner: str, values: dict[str, Any], numbers: Numbers) -> None:
+    """Raises where a value is not what its entry in `numbers` demands; values without an entry may be anything.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is out of range.
+    """
+    for name, (valid, expected) in numbers.items():
+        if name not in values:
+            continue
+        value = values[name]
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"{owner}: expected {name} to be a number, got {value!r}") from None
+        if not valid(number):
+            raise ValueError(f"{owner}: expected {name} {expected}, got {value!r}")
+
+
+def check_arguments(owner: str, checks: list[tuple[str, Any, bool, str]]) -> None:
+    """Raises ValueError at the first (name, value, valid, expected) that is not valid."""
+    for name, value, valid, expected in checks:
+        if not valid:
+            raise ValueError(f"{owner}: expected {name} {expected}, got {value!r}")

@@ -1,0 +1,87 @@
+"""KBFGSL: K-BFGS with the output side in limited memory (Goldfarb, Ren & Bahamou, 2020)."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from secondorder import ops
+from secondorder.optim._numbers import check_arguments
+from secondorder.optim.kbfgs import KBFGS
+
+
+class KBFGSL(KBFGS):
+    """K-BFGS(L): K-BFGS with H_g in limited memory, the last `memory` damped pairs (s, y) of each layer.
+
+        [W | b] <- [W | b] - lr H_g M H_a,   H_g by the compact form of the pairs' BFGS updates of I.
+
+    While no pair has been dropped its steps are those of `KBFGS`, and `step` takes a closure as it does there. Less arithmetic
+    where memory < n_out / 2, roughly.
+
+    Args:
+        model: any module; its nn.Linear layers are covered, whatever lies between them.
+        criterion: as for the other optimizers, but unused: the closure computes the loss, any loss.
+        lr: step size, >= 0.
+        damping: lambda in (0, 1].
+        memory: pairs (s, y) kept of each layer, >= 1.
+        mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
+        decay: of all moving averages (beta in the paper), in [0, 1).
+        weight_decay: >= 0; see `decoupled_weight_decay`.
+        bias_correction: M is the average over the steps so far, as in Adam. False starts from M = 0 without correction,
+            as the authors' published numbers do; the first steps are then short.
+        max_increase: >= 0, see above. math.inf takes every step with a finite loss after it, as the authors do.
+        fallback: what updates parameters outside of the linear layers, after the step: "sgd" (warns once) or "error".
+        maximize: whether the loss is maximised: everything is then as for its negative.
+        decoupled_weight_decay: False: weight_decay is part of the gradient; True: [W | b] <- (1 - lr weight_decay) [W | b] with
+            the step.
+        nonfinite: what a step does that meets NaN or inf: "error" raises `secondorder.NonFiniteError`, "skip" leaves everything
+            as it is and counts in `skipped_steps`.
+
+    lr, damping, mu1, decay, weight_decay, maximize and decoupled_weight_decay are read from `param_groups` at every step (a
+    layer's from its weight's group, but lr and weight_decay of a bias from its own), as is "momentum", 0 unless set there,
+    which the fallback alone uses.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+        RuntimeError: from `step`, where there is no closure, gradients are missing or not finite, or the closure's
+            second call sees other data; the weights and the optimizer's state have not changed then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | Callable[..., Tensor],
+        lr: float = 0.3,
+        *,
+        damping: float = 0.3,
+        memory: int = 100,
+        mu1: float = 0.2,
+        decay: float = 0.9,
+        weight_decay: float = 0.0,
+        bias_correction: bool = True,
+        max_increase: float = 0.05,
+        fallback: str = "sgd",
+        maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+        nonfinite: str = "error",
+    ):
+        check_arguments(type(self).__name__, [("memory", memory, memory >= 1, ">= 1")])
+        super().__init__(
+            model, criterion, lr, damping=damping, mu1=mu1, decay=decay, weight_decay=weight_decay,
+            bias_correction=bias_correction, max_increase=max_increase, fallback=fallback, maximize=maximize,
+            decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
+        )  # fmt: skip
+        self._memory = memory
+
+    def _start_output(self, zero: Tensor) -> dict[str, Tensor]:
+        return {key: zero.new_zeros(self._memory, len(zero)) for key in ("s_pairs", "y_pairs")}
+
+    def _preconditioned(self, states: list[dict[str, Any]], gradients: list[Tensor]) -> list[Tensor]:
+        s_pairs, y_pairs = ([state[key] for state in states] for key in ("s_pairs", "y_pairs"))
+        halves = ops.lbfgs_product(s_pairs, y_pairs, gradients)
+        return [ops.precondition(None, half, state["inverse_input"]) for state, half in zip(states, halves, strict=True)]
+
+    def _damped_update(self, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+        s, y, s_pairs, y_pairs = ([state[key] for state in states] for key in ("s", "y", "s_pairs", "y_pairs"))
+        return ops.damped_lbfgs_update_(s_pairs, y_pairs, s, y, group["mu1"], math.sqrt(group["damping"]))

@@ -1,0 +1,34 @@
+"""The solver `auto`: that of two others which the layer's width calls for."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from secondorder.solvers.base import Factors, Solver, register
+from secondorder.solvers.isotropic import Isotropic
+from secondorder.solvers.kfi import KFI
+
+# Above this, the product with A^{-1} costs more than the gradient of a usual batch does.
+_AUTO_N_IN = 1024
+_KFI, _ISOTROPIC = KFI(_AUTO_N_IN**2), Isotropic()
+
+
+@dataclass(frozen=True)
+class Auto(Solver):
+    """The solver `auto`: `kfi` for a layer with n_in <= 1024, else `ea-isotropic`."""
+
+    def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
+        """The expectations that the solver needs of every layer's input [m, n_in]."""
+        pairs = zip(inputs, samples, strict=True)
+        return [(_KFI if h.shape[1] <= _AUTO_N_IN else _ISOTROPIC).statistics([h], [sample])[0] for h, sample in pairs]
+
+    def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
+        """What `solve` needs of the factors, at this scale c and damping l."""
+        return (_KFI if "input_second_moment" in factors else _ISOTROPIC).prepare(factors, scale, damping)
+
+    def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """P [n_out, n_in] and d [n_out] (None without `grad_bias`) for a layer's gradients B and g."""
+        return (_KFI if "input_inverse" in prepared else _ISOTROPIC).solve(prepared, grad_weight, grad_bias)
+
+
+register("auto", lambda options: Auto())

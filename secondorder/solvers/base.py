@@ -1,0 +1,94 @@
+"""What a solver is, and the names by which optimizers take one."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secondorder import ops
+
+# What a layer's solver works with: "bias_hessian" [n_out, n_out] and its statistics of the input, by name.
+Factors = dict[str, Tensor]
+
+
+class Solver(ABC):
+    """One way to solve a layer's systems. `prepare` may be amortised over steps; `solve` is cheap in comparison."""
+
+    @abstractmethod
+    def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
+        """The expectations over the instances that the solver needs of every layer's input [m, n_in].
+
+        "mean_input" a = E[h] [n_in], "input_second_moment" E[h h^T] [n_in, n_in], or "mean_square_input" E[|h|^2] (0-dim).
+        The second moment, which costs m n_in^2, is taken over the `samples` alone, some of an input's rows or all of them.
+        """
+
+    @abstractmethod
+    def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
+        """What `solve` needs, as tensors (an optimizer keeps them in its state).
+
+        Raises:
+            RuntimeError: a factorisation failed; the message names the factor.
+        """
+
+    @abstractmethod
+    def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """P [n_out, n_in] and d [n_out] (None without `grad_bias`). Numbers that are not finite come out as such."""
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """The arguments of an optimizer that a solver given by name may take."""
+
+    max_cg: int = 50  # conjugate gradient solvers do at most so many iterations, >= 1
+    eps_cg: float = 1e-4  # and stop at this residual, relative to the first one, >= 0
+    max_factor_elements: int = 2**24  # an input factor [n_in, n_in] of more elements is replaced by its rank-one form, >= 0
+
+
+# name -> what makes the solver
+SOLVERS: dict[str, Callable[[SolverOptions], Solver]] = {}
+
+
+def register(name: str, make: Callable[[SolverOptions], Solver]) -> None:
+    """Makes a solver known to optimizers by a name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in SOLVERS:
+        raise ValueError(f"expected a name that no solver has yet, got {name!r}")
+    SOLVERS[name] = make
+
+
+def solver_by_name(solver: str | Solver, options: SolverOptions) -> Solver:
+    """The solver of this name with these options, or the one given, which has its own.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if isinstance(solver, Solver):
+        return solver
+    if solver not in SOLVERS:
+        raise ValueError(f"expected solver to be one of {', '.join(map(repr, SOLVERS))}, or a Solver, got {solver!r}")
+    return SOLVERS[solver](options)
+
+
+def second_moment(input: Tensor) -> Tensor:
+    """E[h h^T] [n, n] of inputs [m, n], float32 or float64."""
+    # One step of the bias Hessian's recursion from H = W = 1: it computes half of the symmetric product, a GEMM all of it.
+    one = input.new_ones(1, 1)
+    return ops.bias_hessian(one, one.expand(1, input.shape[1]), input, None, None, 0.0)
+
+
+def finite(factors: Factors) -> Factors:
+    """The same; factorisations notice NaN and inf by themselves, but CG does not where the gradient is 0."""
+    for name, factor in factors.items():
+        if not torch.isfinite(factor).all():
+            raise RuntimeError(f"NaN or inf in its {name.replace('_', ' ').replace('hessian', 'Hessian')}")
+    return factors
+
+
+def shift_of(like: Tensor, scale: float, damping: float) -> Factors:
+    """Scale and damping as tensors of a factor's dtype and device, for a solver that needs no factorisation."""
+    return {"shift": torch.tensor([scale, damping], dtype=like.dtype, device=like.device)}

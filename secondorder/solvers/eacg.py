@@ -1,0 +1,43 @@
+"""The solvers `ea-cg` and `ea-cg-truncated`: A = a a^T (Chen et al., Eq. 11b)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from secondorder import ops
+from secondorder.solvers.base import Factors, Solver, finite, register, shift_of
+
+
+@dataclass(frozen=True)
+class EACGSolver(Solver):
+    """The solvers `ea-cg` and `ea-cg-truncated`, by `ops.eacg_solve`; see there for the arguments."""
+
+    max_cg: int
+    eps_cg: float
+    truncated: bool = False
+
+    def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
+        """The expectations that the solver needs of every layer's input [m, n_in]."""
+        return [{"mean_input": a} for a in ops.mean_inputs(inputs)]
+
+    def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
+        """What `solve` needs of the factors, at this scale c and damping l."""
+        return {**finite(factors), **shift_of(factors["bias_hessian"], scale, damping)}
+
+    def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """P [n_out, n_in] and d [n_out] (None without `grad_bias`) for a layer's gradients B and g."""
+        # The operator has (1 - alpha) H P a a^T + alpha P = -B: of alpha = l / (c + l) where l <= c. Above, where that may round
+        # to 1, of alpha = 1/2, with the rest of c / l in H.
+        scale, damping = prepared["shift"].tolist()
+        h, alpha, total = prepared["bias_hessian"], damping / (scale + damping), scale + damping
+        if damping > scale:
+            h, alpha, total = h * (scale / damping), 0.5, 2 * damping
+        weight, bias, _ = ops.eacg_solve(
+            h, prepared["mean_input"], grad_weight / total, None if grad_bias is None else grad_bias / total, alpha,
+            self.max_cg, self.eps_cg, self.truncated,
+        )  # fmt: skip
+        return weight, None if grad_bias is None else bias
+
+
+register("ea-cg", lambda options: EACGSolver(options.max_cg, options.eps_cg))
+register("ea-cg-truncated", lambda options: EACGSolver(options.max_cg, options.eps_cg, truncated=True))

@@ -1,0 +1,10 @@
+"""Steps without a learning rate: a quadratic model of the loss, its products, trial losses and the dampings that follow."""
+
+from secondorder.stepping.levenberg_marquardt import Damping, DampingSchedule, LevenbergMarquardtLoop, LossTrend, TrialLoss
+from secondorder.stepping.local_loss import LocalLoss
+from secondorder.stepping.quadratic_model import QuadraticTerms, Step, best_step
+
+__all__ = [
+    "Damping", "DampingSchedule", "LevenbergMarquardtLoop", "LocalLoss", "LossTrend", "QuadraticTerms", "Step", "TrialLoss",
+    "best_step",
+]  # fmt: skip
