@@ -48,15 +48,17 @@ at::Tensor recursion(const at::Tensor& hessian_, const at::Tensor& weight_, cons
   const at::Tensor hessian = hessian_.contiguous(), weight = weight_.contiguous(), first = first_.contiguous(),
                    second = contiguous(second_), grad_input = contiguous(grad_input_);
   const int64_t k = weight.size(0), n = weight.size(1), m = first.size(0);
-  at::Tensor product = at::empty({k, n}, hessian.options()), out = at::empty({n, n}, hessian.options());
+  const Device device = launch.device();
+  const Arithmetic kind = arithmetic(launch.guard.current_device().index());
+  at::Tensor out = at::empty({n, n}, hessian.options());
   AT_DISPATCH_FLOATING_TYPES(hessian.scalar_type(), "bias_hessian", [&] {
     using T = scalar_t;
     const Derivatives<T> derivatives{data<T>(first),         data<T>(second),
                                      data<T>(grad_input),    activation.has_value(),
                                      activation.value_or(Activation::identity), T(parameter)};
-    bias_hessian<T>(k, n, m, data<T>(hessian), data<T>(weight), derivatives, T(gamma),
-                    arithmetic(launch.guard.current_device().index()), product.mutable_data_ptr<T>(),
-                    out.mutable_data_ptr<T>(), launch.device(), launch.stream);
+    const at::Tensor work = workspace(bias_hessian_workspace<T>(k, n, m, kind, device), hessian);
+    bias_hessian<T>(k, n, m, data<T>(hessian), data<T>(weight), derivatives, T(gamma), kind, work.mutable_data_ptr(),
+                    out.mutable_data_ptr<T>(), device, launch.stream);
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;

@@ -41,10 +41,14 @@ enum class Arithmetic {
   tf32,        // tensor cores, the operands rounded to 11 significant bits
 };
 
-// hessian [k, k] symmetric, weight [k, n], product [k, n] scratch for H W, out [n, n]
+// The bytes of workspace, 16-byte aligned, that bias_hessian needs.
+template <typename T>
+size_t bias_hessian_workspace(int64_t k, int64_t n, int64_t m, Arithmetic arithmetic, const Device& device);
+
+// hessian [k, k] symmetric, weight [k, n], out [n, n]; m > 0
 template <typename T>
 void bias_hessian(int64_t k, int64_t n, int64_t m, const T* hessian, const T* weight, const Derivatives<T>& derivatives,
-                  T gamma, Arithmetic arithmetic, T* product, T* out, const Device& device, cudaStream_t stream);
+                  T gamma, Arithmetic arithmetic, void* workspace, T* out, const Device& device, cudaStream_t stream);
 
 // One layer of an EA-CG solve. n_out or n_in may be 0.
 template <typename T>
