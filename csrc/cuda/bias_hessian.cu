@@ -421,6 +421,36 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
   });
 }
 
+constexpr int kCombined = 32;     // rows and columns of a tile of combine_kernel
+constexpr int kCombinedRows = 8;  // of threads
+
+// G from whole products, parallel over the tiles of its lower triangle; the mirror image goes through shared memory, so
+// that both are stored along rows.   curvature, moment, out [n, n], sums [n] or null
+template <typename T>
+__global__ void __launch_bounds__(kCombined * kCombinedRows)
+    combine_kernel(int64_t n, int64_t m, const T* __restrict__ curvature, const T* __restrict__ moment,
+                   const double* __restrict__ sums, T gamma, T* __restrict__ out) {
+  __shared__ T tile[kCombined][kCombined + 1];
+  const Position position = tile_position(blockIdx.x);
+  const int64_t row0 = position.row * kCombined, col0 = position.col * kCombined;
+  const int lane = threadIdx.x % kCombined, line = threadIdx.x / kCombined;
+  const T inverse_batch = T(1) / T(m);
+#pragma unroll
+  for (int r = line; r < kCombined; r += kCombinedRows) {
+    const int64_t row = row0 + r, col = col0 + lane;
+    if (row >= n || col > row) continue;
+    T g = curvature[row * n + col] * (moment[row * n + col] * inverse_batch);
+    if (row == col && sums) g += pos_eig(T(sums[row]), gamma);
+    out[row * n + col] = tile[r][lane] = g;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int r = line; r < kCombined; r += kCombinedRows) {
+    const int64_t row = col0 + r, col = row0 + lane;
+    if (col < n && col > row) out[row * n + col] = tile[lane][r];
+  }
+}
+
 // Fills in `work` for tiles of shape S; returns the bytes of workspace. `workspace` may be null, to measure.
 template <typename S, typename T = typename S::T>
 size_t divide(int64_t k, int64_t n, int64_t m, const Device& device, void* workspace, Work<T>& work) {
@@ -486,10 +516,20 @@ void bias_hessian(int64_t k, int64_t n, int64_t m, const T* hessian, const T* we
   });
 }
 
+template <typename T>
+void bias_hessian_of_products(int64_t n, int64_t m, const T* curvature, const T* moment, const double* sums, T gamma,
+                              T* out, cudaStream_t stream) {
+  const int64_t side = ceil_div<int64_t>(n, kCombined);
+  if (n == 0) return;
+  LAUNCH(combine_kernel<T>, unsigned(side * (side + 1) / 2), kCombined * kCombinedRows, 0, stream, n, m, curvature, moment,
+         sums, gamma, out);
+}
+
 #define INSTANTIATE(T)                                                                                                 \
   template size_t bias_hessian_workspace<T>(int64_t, int64_t, int64_t, Arithmetic, const Device&);                     \
   template void bias_hessian(int64_t, int64_t, int64_t, const T*, const T*, const Derivatives<T>&, T, Arithmetic,      \
-                             void*, T*, const Device&, cudaStream_t);
+                             void*, T*, const Device&, cudaStream_t);                                                  \
+  template void bias_hessian_of_products(int64_t, int64_t, const T*, const T*, const double*, T, T*, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -50,6 +50,12 @@ template <typename T>
 void bias_hessian(int64_t k, int64_t n, int64_t m, const T* hessian, const T* weight, const Derivatives<T>& derivatives,
                   T gamma, Arithmetic arithmetic, void* workspace, T* out, const Device& device, cudaStream_t stream);
 
+// The same from products computed elsewhere, of which the lower triangles are read: curvature = W^T H W and
+// moment = d1^T d1 [n, n], and sums = sum_i d2_i * grad_input_i [n], or null: no diagonal.
+template <typename T>
+void bias_hessian_of_products(int64_t n, int64_t m, const T* curvature, const T* moment, const double* sums, T gamma,
+                              T* out, cudaStream_t stream);
+
 // One layer of an EA-CG solve. n_out or n_in may be 0.
 template <typename T>
 struct EacgLayer {

@@ -206,6 +206,25 @@ def bias_hessian_activation(kernels: Kernels) -> None:
 
 
 @case
+def bias_hessian_of_products(kernels: Kernels) -> None:
+    """From products whose upper triangles, which are not read, hold NaN."""
+    rng = np.random.default_rng(7)
+    for dtype in DTYPES:
+        for n, m, diagonal in ((1, 3, True), (31, 5, False), (65, 7, True), (96, 2, True)):
+            products = [normal(rng, n, n, dtype=dtype) for _ in range(2)]
+            for product in products:
+                product[np.triu_indices(n, 1)] = np.nan
+            sums = normal(rng, n, dtype=np.float64) if diagonal else None
+            result = kernels.bias_hessian_of_products(m, *products, sums, -0.5)
+            lower = np.tril(products[0].astype(np.float64) * products[1] / m)
+            expected = np.tril(lower, -1) + np.tril(lower).T
+            if diagonal:
+                expected += np.diag(np.where(sums < 0, -0.5 * sums, sums))
+            np.testing.assert_allclose(result, expected, rtol=8 * np.finfo(dtype).eps, atol=8 * np.finfo(dtype).eps)
+            np.testing.assert_array_equal(result, result.T)
+
+
+@case
 def eacg_hvp(kernels: Kernels) -> None:
     rng = np.random.default_rng(2)
     for dtype in DTYPES:

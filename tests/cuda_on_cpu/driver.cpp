@@ -135,6 +135,10 @@ const char* races() {
                          workspace.as<void>(), out, device, kStream);                                                  \
     });                                                                                                                \
   }                                                                                                                    \
+  int bias_hessian_of_products_##suffix(int64_t n, int64_t m, const T* curvature, const T* moment, const double* sums, \
+                                        double gamma, T* out) {                                                        \
+    return guarded([&] { cuda::bias_hessian_of_products(n, m, curvature, moment, sums, T(gamma), out, kStream); });    \
+  }                                                                                                                    \
   int eacg_hvp_##suffix(int64_t n_out, int64_t n_in, const T* hessian, const T* mean_input, const T* p, T* out) {      \
     return guarded([&] {                                                                                               \
       Scratch u(n_out * sizeof(T));                                                                                    \
