@@ -110,8 +110,8 @@ BUGS = {
         "races", "lbfgs_product", "bfgs.cu", "bfgs.cu", "diagonal(i);\n    }\n    __syncthreads();", "diagonal(i);\n    }",
     ),
     "last part of a batch as long as the others": (
-        "address", "bias_hessian_parts", "bias_hessian.cu", "bias_hessian.cu", "return (part + 1) * rows < m ? (part + 1) * rows : m;",
-        "return (part + 1) * rows;",
+        "address", "bias_hessian_parts", "bias_hessian.cu", "bias_hessian.cu",
+        "return (part + 1) * rows < m ? (part + 1) * rows : m;", "return (part + 1) * rows;",
     ),
     "one part of the sums read for all": (
         "values", "bias_hessian_parts", "bias_hessian.cu", "bias_hessian.cu", "sum += work.sums[part * work.side",

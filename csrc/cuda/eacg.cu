@@ -165,6 +165,22 @@ __device__ __forceinline__ void each_element(int64_t n, F&& f) {
   for (int64_t i = threadIdx.x; i < n; i += kGroupThreads) f(i);
 }
 
+// to[i] = from[i] for i < n, shared among the group's threads, in accesses of kWidth elements. The loads come first, for
+// none could pass a store that might change what it reads.
+template <int kWidth, typename T>
+__device__ __forceinline__ void copy_elements(int64_t n, const T* from, T* to) {
+  constexpr int kInFlight = 8, kStep = kGroupThreads * kWidth;
+  for (int64_t i = threadIdx.x * kWidth; i < n; i += kInFlight * kStep) {
+    T v[kInFlight][kWidth] = {};
+#pragma unroll
+    for (int l = 0; l < kInFlight; ++l)
+      if (i + l * kStep < n) load(from + i + l * kStep, v[l]);
+#pragma unroll
+    for (int l = 0; l < kInFlight; ++l)
+      if (i + l * kStep < n) store(to + i + l * kStep, v[l]);
+  }
+}
+
 // The solve, from rhs to P's factors c and w and to the bias direction. Parallel over layers, a group of blocks each,
 // that must all be resident.
 //   not_finite [1] or null; dynamic shared memory: [kVectors, n_out] vectors, then this block's rows of H, as each fits
@@ -201,7 +217,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   bool wide = aligned(n, in.bias_hessian, vectors);
   const int64_t used = work.vectors ? 0 : kVectors * n, rows = (row_end - row_begin) * n;
   if ((used + rows) * int64_t(sizeof(T)) <= shared_bytes) {
-    each_element(rows, [&](int64_t i) { shared[used + i] = h[i]; });
+    if (aligned(rows, h, shared + used)) copy_elements<Vector<T>::kSize>(rows, h, shared + used);
+    else copy_elements<1>(rows, h, shared + used);
     h = shared + used;
     wide = aligned(n, h, vectors);
   }
