@@ -77,7 +77,7 @@ def test_no_races(libraries: dict[str, Path], name: str, monkeypatch: pytest.Mon
 BUGS = {
     "missing barrier after a chunk is stored": (
         "races", "bias_hessian_large_tile", "bias_hessian.cu", "bias_hessian.cu",
-        "    if (more) store_chunk(stage ^ 1);\n    __syncthreads();", "    if (more) store_chunk(stage ^ 1);",
+        "    store_chunk(k, stage);\n    __syncthreads();", "    store_chunk(k, stage);",
     ),
     "missing barrier between two uses of a sum's memory": (
         "races", "bfgs_update", "bfgs.cu", "reduce.cuh", "partial[c][lane] : 0.0);\n  __syncthreads();",
@@ -93,8 +93,8 @@ BUGS = {
         "address", "bfgs_update", "bfgs.cu", "bfgs.cu", "if (row >= n) return;", "if (row > n) return;",
     ),
     "off-by-one guard of a tile": (
-        "address", "bias_hessian_large_tile", "bias_hessian.cu", "bias_hessian.cu", "row >= n || col > row",
-        "row > n || col > row",
+        "address", "bias_hessian_large_tile", "bias_hessian.cu", "bias_hessian.cu",
+        "row >= n || col > row) return", "row > n || col > row) return",
     ),
     "vector loads without a look at the alignment": (
         "values", "activation_derivatives", "activation.cu", "activation.cu", "if (aligned(n, saved, d1, d2))",
@@ -104,10 +104,21 @@ BUGS = {
         "values", "bfgs_update", "bfgs.cu", "reduce.cuh", "v += __shfl_xor_sync(0xffffffffu", "v += __shfl_xor_sync(0x0000ffffu",
     ),
     "missing mirror image": (
-        "values", "bias_hessian_large_tile", "bias_hessian.cu", "bias_hessian.cu", "    out[col * n + row] = g;\n", "",
+        "values", "bias_hessian_large_tile", "bias_hessian.cu", "bias_hessian.cu", "    out[col * n + row] = g[i];\n", "",
     ),
     "missing barrier between two rows of a substitution": (
         "races", "lbfgs_product", "bfgs.cu", "bfgs.cu", "diagonal(i);\n    }\n    __syncthreads();", "diagonal(i);\n    }",
+    ),
+    "last part of a batch as long as the others": (
+        "address", "bias_hessian_parts", "bias_hessian.cu", "bias_hessian.cu",
+        "return (part + 1) * rows < m ? (part + 1) * rows : m;", "return (part + 1) * rows;",
+    ),
+    "one part of the sums read for all": (
+        "values", "bias_hessian_parts", "bias_hessian.cu", "bias_hessian.cu", "sum += work.sums[part * work.side",
+        "sum += work.sums[0 * work.side",
+    ),
+    "missing barrier before the sums of the rows' threads": (
+        "races", "bias_hessian_parts", "bias_hessian.cu", "bias_hessian.cu", "= sum[e];\n  __syncthreads();", "= sum[e];",
     ),
     "off-by-one row of a memory": (
         "address", "damped_lbfgs", "bfgs.cu", "bfgs.cu", "row + 1 < in.pairs", "row < in.pairs",

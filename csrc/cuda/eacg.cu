@@ -112,8 +112,8 @@ __device__ __forceinline__ void group_barrier(unsigned* arrived, unsigned blocks
 }
 
 // The scalars of conjugate gradients for (shift I + scale H) x = rhs, with one more, uncoupled coordinate (extra) whose
-// matrix is `shift`; as csrc/cpu/eacg.cpp has it. They lie in shared memory and one thread computes them: double
-// divisions are slow on many devices, and 512 threads doing them alike would wait for each other.
+// matrix is `shift`; as csrc/cpu/eacg.cpp has it. One thread computes them, in its registers: double divisions are slow
+// on many devices, and 512 threads doing them alike would wait for each other. The block reads a copy in shared memory.
 struct Scalars {
   double shift, scale, rr, stop, extra_x, extra_r, extra_p, step, beta;
   int iterations;
@@ -165,6 +165,22 @@ __device__ __forceinline__ void each_element(int64_t n, F&& f) {
   for (int64_t i = threadIdx.x; i < n; i += kGroupThreads) f(i);
 }
 
+// to[i] = from[i] for i < n, shared among the group's threads, in accesses of kWidth elements. The loads come first, for
+// none could pass a store that might change what it reads.
+template <int kWidth, typename T>
+__device__ __forceinline__ void copy_elements(int64_t n, const T* from, T* to) {
+  constexpr int kInFlight = 8, kStep = kGroupThreads * kWidth;
+  for (int64_t i = threadIdx.x * kWidth; i < n; i += kInFlight * kStep) {
+    T v[kInFlight][kWidth] = {};
+#pragma unroll
+    for (int l = 0; l < kInFlight; ++l)
+      if (i + l * kStep < n) load(from + i + l * kStep, v[l]);
+#pragma unroll
+    for (int l = 0; l < kInFlight; ++l)
+      if (i + l * kStep < n) store(to + i + l * kStep, v[l]);
+  }
+}
+
 // The solve, from rhs to P's factors c and w and to the bias direction. Parallel over layers, a group of blocks each,
 // that must all be resident.
 //   not_finite [1] or null; dynamic shared memory: [kVectors, n_out] vectors, then this block's rows of H, as each fits
@@ -182,6 +198,18 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   const unsigned blocks = division.first[l + 1] - division.first[l], rank = blockIdx.x - division.first[l];
   const int64_t row_begin = n * rank / blocks, row_end = n * (rank + 1) / blocks;
   const int warp = threadIdx.x / kWarp;
+  // The first thread of warp k leads system k, and stores all of it after every change. Between the barriers around that
+  // nothing is loaded from it, not even speculatively: what the leader needs is in its registers.
+  Scalars led{};
+  const auto lead = [&](auto&& change) {
+#pragma unroll
+    for (int k = 0; k < kSystems; ++k) {
+      if (int(threadIdx.x) != k * kWarp) continue;
+      change(k);
+      system[k] = led;
+    }
+    __syncthreads();
+  };
 
   T* const vectors = work.vectors ? work.vectors + rank * kVectors * n : shared;
   const auto vector = [&](int which, int system) { return vectors + (which * kSystems + system) * n; };
@@ -189,7 +217,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   bool wide = aligned(n, in.bias_hessian, vectors);
   const int64_t used = work.vectors ? 0 : kVectors * n, rows = (row_end - row_begin) * n;
   if ((used + rows) * int64_t(sizeof(T)) <= shared_bytes) {
-    each_element(rows, [&](int64_t i) { shared[used + i] = h[i]; });
+    if (aligned(rows, h, shared + used)) copy_elements<Vector<T>::kSize>(rows, h, shared + used);
+    else copy_elements<1>(rows, h, shared + used);
     h = shared + used;
     wide = aligned(n, h, vectors);
   }
@@ -217,9 +246,9 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
     // Rounding can leave a small negative number where B is all along a; NaN must stay.
     across = across < 0 ? 0 : sqrt(across);
   }
-  if (threadIdx.x == 0) system[0].start(in.alpha, (1 - in.alpha) * s, sums[2], -across, settings.tol);
-  if (threadIdx.x == kWarp) system[1].start(in.alpha, 1 - in.alpha, sums[3], 0, settings.tol);
-  __syncthreads();
+  lead([&](int k) {
+    led.start(in.alpha, k == 0 ? (1 - in.alpha) * s : 1 - in.alpha, sums[2 + k], k == 0 ? -across : 0, settings.tol);
+  });
 
   for (int iteration = 0; iteration < settings.max_iter && (system[0].active || system[1].active); ++iteration) {
     // The two halves of hp alternate: a block may write the next products while another still reads these.
@@ -245,10 +274,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
       });
     }
     block_sum(curvature, partial);
-#pragma unroll
-    for (int k = 0; k < kSystems; ++k)
-      if (int(threadIdx.x) == k * kWarp) system[k].found_curvature(curvature[k]);
-    __syncthreads();
+    lead([&](int k) { led.found_curvature(curvature[k]); });
     const bool stepping[kSystems] = {system[0].active, system[1].active};
 #pragma unroll
     for (int k = 0; k < kSystems; ++k) {
@@ -261,10 +287,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
       });
     }
     block_sum(residual, partial);
-#pragma unroll
-    for (int k = 0; k < kSystems; ++k)
-      if (int(threadIdx.x) == k * kWarp) system[k].found_residual(residual[k]);
-    __syncthreads();
+    lead([&](int k) { led.found_residual(residual[k]); });
 #pragma unroll
     for (int k = 0; k < kSystems; ++k) {
       if (!stepping[k]) continue;

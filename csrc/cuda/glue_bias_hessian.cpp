@@ -39,6 +39,37 @@ Arithmetic arithmetic(int device) {
   return minor == 0 && (major == 8 || major == 9) ? Arithmetic::split_tf32 : Arithmetic::plain;
 }
 
+// Whether cuBLAS computes the products. In TF32 its kernels for compute capability 9.0 reach five times the rate of
+// mma.sync's, which from some size on outweighs the symmetry that they cannot use and the passes over whole products:
+// H200, m = 1000, TF32: 1.23 ms by cuBLAS against 2.90 for k = n = 4096, but 0.18 against 0.20 for k = n = 1024. With few
+// rows of W the passes would cost more than the products. In float32's accuracy cuBLAS has no tensor cores to offer.
+bool cublas_pays(int64_t k, int64_t n, Arithmetic arithmetic) {
+  return arithmetic == Arithmetic::tf32 && n >= 2048 && k >= 1024;
+}
+
+// Only float32 comes here, at sizes where the launches are small beside the products.
+at::Tensor recursion_by_cublas(const at::Tensor& hessian, const at::Tensor& weight, const at::Tensor& first,
+                               const at::Tensor& second, const at::Tensor& grad_input,
+                               std::optional<Activation> activation, double parameter, double gamma,
+                               const Launch& launch) {
+  const int64_t n = weight.size(1), m = first.size(0);
+  at::Tensor d1 = first, d2 = second;
+  if (activation) {
+    d1 = at::empty_like(first);
+    d2 = at::empty_like(first);
+    activation_derivatives<float>(first.numel(), data<float>(first), *activation, float(parameter),
+                                  d1.mutable_data_ptr<float>(), d2.mutable_data_ptr<float>(), launch.stream);
+  }
+  at::Tensor sums;
+  if (grad_input.defined()) sums = at::sum(at::mul(d2, grad_input), 0, false, at::kDouble);
+  const at::Tensor curvature = at::mm(weight.t(), at::mm(hessian, weight)), moment = at::mm(d1.t(), d1);
+  at::Tensor out = at::empty({n, n}, hessian.options());
+  bias_hessian_of_products<float>(n, m, data<float>(curvature), data<float>(moment), data<double>(sums), float(gamma),
+                                  out.mutable_data_ptr<float>(), launch.stream);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
 // The recursion from `first`, which is d1, or with an activation what it saved.
 at::Tensor recursion(const at::Tensor& hessian_, const at::Tensor& weight_, const at::Tensor& first_,
                      const std::optional<at::Tensor>& second_, const std::optional<at::Tensor>& grad_input_,
@@ -48,15 +79,19 @@ at::Tensor recursion(const at::Tensor& hessian_, const at::Tensor& weight_, cons
   const at::Tensor hessian = hessian_.contiguous(), weight = weight_.contiguous(), first = first_.contiguous(),
                    second = contiguous(second_), grad_input = contiguous(grad_input_);
   const int64_t k = weight.size(0), n = weight.size(1), m = first.size(0);
-  at::Tensor product = at::empty({k, n}, hessian.options()), out = at::empty({n, n}, hessian.options());
+  const Device device = launch.device();
+  const Arithmetic kind = arithmetic(launch.guard.current_device().index());
+  if (hessian.scalar_type() == at::kFloat && cublas_pays(k, n, kind))
+    return recursion_by_cublas(hessian, weight, first, second, grad_input, activation, parameter, gamma, launch);
+  at::Tensor out = at::empty({n, n}, hessian.options());
   AT_DISPATCH_FLOATING_TYPES(hessian.scalar_type(), "bias_hessian", [&] {
     using T = scalar_t;
     const Derivatives<T> derivatives{data<T>(first),         data<T>(second),
                                      data<T>(grad_input),    activation.has_value(),
                                      activation.value_or(Activation::identity), T(parameter)};
-    bias_hessian<T>(k, n, m, data<T>(hessian), data<T>(weight), derivatives, T(gamma),
-                    arithmetic(launch.guard.current_device().index()), product.mutable_data_ptr<T>(),
-                    out.mutable_data_ptr<T>(), launch.device(), launch.stream);
+    const at::Tensor work = workspace(bias_hessian_workspace<T>(k, n, m, kind, device), hessian);
+    bias_hessian<T>(k, n, m, data<T>(hessian), data<T>(weight), derivatives, T(gamma), kind, work.mutable_data_ptr(),
+                    out.mutable_data_ptr<T>(), device, launch.stream);
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;

@@ -41,10 +41,20 @@ enum class Arithmetic {
   tf32,        // tensor cores, the operands rounded to 11 significant bits
 };
 
-// hessian [k, k] symmetric, weight [k, n], product [k, n] scratch for H W, out [n, n]
+// The bytes of workspace, 16-byte aligned, that bias_hessian needs.
+template <typename T>
+size_t bias_hessian_workspace(int64_t k, int64_t n, int64_t m, Arithmetic arithmetic, const Device& device);
+
+// hessian [k, k] symmetric, weight [k, n], out [n, n]; m > 0
 template <typename T>
 void bias_hessian(int64_t k, int64_t n, int64_t m, const T* hessian, const T* weight, const Derivatives<T>& derivatives,
-                  T gamma, Arithmetic arithmetic, T* product, T* out, const Device& device, cudaStream_t stream);
+                  T gamma, Arithmetic arithmetic, void* workspace, T* out, const Device& device, cudaStream_t stream);
+
+// The same from products computed elsewhere, of which the lower triangles are read: curvature = W^T H W and
+// moment = d1^T d1 [n, n], and sums = sum_i d2_i * grad_input_i [n], or null: no diagonal.
+template <typename T>
+void bias_hessian_of_products(int64_t n, int64_t m, const T* curvature, const T* moment, const double* sums, T gamma,
+                              T* out, cudaStream_t stream);
 
 // One layer of an EA-CG solve. n_out or n_in may be 0.
 template <typename T>

@@ -13,6 +13,14 @@ __device__ __forceinline__ float to_tf32(float v) {
   return __uint_as_float(bits);
 }
 
+// v = large + small: large rounded to TF32, small exact, to 12 significant bits at most. Of them the tensor cores ignore
+// what TF32 has no room for, the last. Three instructions, for cvt.rna alone takes three on some devices. A NaN may leave
+// `large`, but not `small`.
+__device__ __forceinline__ void split_tf32(float v, float& large, float& small) {
+  large = __uint_as_float((__float_as_uint(v) + 0x1000u) & 0xffffe000u);
+  small = v - large;
+}
+
 // d += a b for a [16, 8] and b [8, 8] of TF32 numbers and d [16, 8], by all lanes of a warp together. With group = lane / 4
 // and member = lane % 4 a lane holds a[group, member], a[group + 8, member], a[group, member + 4], a[group + 8, member + 4];
 // b[member, group], b[member + 4, group]; and d[group, 2 member + (0, 1)], d[group + 8, 2 member + (0, 1)].

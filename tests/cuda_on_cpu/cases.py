@@ -124,6 +124,15 @@ def bias_hessian_small_tile(kernels: Kernels) -> None:
 
 
 @case
+def bias_hessian_parts(kernels: Kernels) -> None:
+    """A batch divided among blocks, whose last part is shorter than the others or as long."""
+    for dtype, arithmetics in ((np.float32, ("plain", "split_tf32")), (np.float64, ("plain",))):
+        for arithmetic in arithmetics:
+            for k, n, m, diagonal, offset in ((3, 5, 256, True, None), (2, 68, 300, True, 0), (1, 66, 385, False, 1)):
+                check_bias_hessian(kernels, k, n, m, dtype, diagonal, False, offset, -0.5, arithmetic)
+
+
+@case
 def bias_hessian_large_tile(kernels: Kernels) -> None:
     for k, n, m, offset in ((1, 1, 1, None), (17, 129, 18, None), (3, 132, 33, 0), (18, 256, 5, 1)):
         check_bias_hessian(kernels, k, n, m, np.float32, True, True, offset, -1.0)
@@ -133,7 +142,8 @@ def bias_hessian_large_tile(kernels: Kernels) -> None:
 def bias_hessian_split_tf32(kernels: Kernels) -> None:
     """On tensor cores with split numbers: float32's accuracy, judged as the plain kernel is."""
     for k, n, m, offset in ((1, 1, 1, None), (2, 3, 17, None), (17, 65, 16, None), (129, 66, 300, None), (3, 132, 33, 0)):
-        check_bias_hessian(kernels, k, n, m, np.float32, True, False, offset, -1.0, "split_tf32")
+        for large in (False, True):
+            check_bias_hessian(kernels, k, n, m, np.float32, True, large, offset, -1.0, "split_tf32")
 
 
 @case
@@ -193,6 +203,25 @@ def bias_hessian_activation(kernels: Kernels) -> None:
                     for convert in (double, same)
                 )  # fmt: skip
                 assert_accurate(result, exact, plain)
+
+
+@case
+def bias_hessian_of_products(kernels: Kernels) -> None:
+    """From products whose upper triangles, which are not read, hold NaN."""
+    rng = np.random.default_rng(7)
+    for dtype in DTYPES:
+        for n, m, diagonal in ((1, 3, True), (31, 5, False), (65, 7, True), (96, 2, True)):
+            products = [normal(rng, n, n, dtype=dtype) for _ in range(2)]
+            for product in products:
+                product[np.triu_indices(n, 1)] = np.nan
+            sums = normal(rng, n, dtype=np.float64) if diagonal else None
+            result = kernels.bias_hessian_of_products(m, *products, sums, -0.5)
+            lower = np.tril(products[0].astype(np.float64) * products[1] / m)
+            expected = np.tril(lower, -1) + np.tril(lower).T
+            if diagonal:
+                expected += np.diag(np.where(sums < 0, -0.5 * sums, sums))
+            np.testing.assert_allclose(result, expected, rtol=8 * np.finfo(dtype).eps, atol=8 * np.finfo(dtype).eps)
+            np.testing.assert_array_equal(result, result.T)
 
 
 @case

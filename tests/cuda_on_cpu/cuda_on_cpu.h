@@ -496,6 +496,14 @@ NO_RACE_CHECK inline float to_tf32(float v) {
   return v;
 }
 
+NO_RACE_CHECK inline void split_tf32(float v, float& large, float& small) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  bits = (bits + 0x1000u) & ~0x1fffu;
+  std::memcpy(&large, &bits, sizeof bits);
+  small = v - large;
+}
+
 // As on hardware the operands' low bits are ignored and the sum is truncated; its order and its inner width, which NVIDIA
 // does not publish, are not modelled.
 NO_RACE_CHECK inline void mma_m16n8k8(float* d, const float (&a)[4], const float (&b)[2], int line = __builtin_LINE()) {

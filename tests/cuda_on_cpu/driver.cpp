@@ -126,13 +126,18 @@ const char* races() {
                             const T* second, const T* grad_input, int activation, double parameter, double gamma,      \
                             int arithmetic, int multiprocessors, T* out) {                                             \
     return guarded([&] {                                                                                               \
-      Scratch product(size_t(k) * n * sizeof(T));                                                                      \
+      const cuda::Device device{multiprocessors, 0};                                                                   \
+      Scratch workspace(cuda::bias_hessian_workspace<T>(k, n, m, cuda::Arithmetic(arithmetic), device));               \
       const cuda::Derivatives<T> derivatives{first,           second,                                                  \
                                              grad_input,      activation >= 0,                                         \
                                              secondorder::Activation(std::max(activation, 0)), T(parameter)};          \
       cuda::bias_hessian(k, n, m, hessian, weight, derivatives, T(gamma), cuda::Arithmetic(arithmetic),                \
-                         product.as<T>(), out, {multiprocessors, 0}, kStream);                                         \
+                         workspace.as<void>(), out, device, kStream);                                                  \
     });                                                                                                                \
+  }                                                                                                                    \
+  int bias_hessian_of_products_##suffix(int64_t n, int64_t m, const T* curvature, const T* moment, const double* sums, \
+                                        double gamma, T* out) {                                                        \
+    return guarded([&] { cuda::bias_hessian_of_products(n, m, curvature, moment, sums, T(gamma), out, kStream); });    \
   }                                                                                                                    \
   int eacg_hvp_##suffix(int64_t n_out, int64_t n_in, const T* hessian, const T* mean_input, const T* p, T* out) {      \
     return guarded([&] {                                                                                               \

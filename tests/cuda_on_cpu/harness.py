@@ -180,6 +180,16 @@ class Kernels:
         )  # fmt: skip
         return out
 
+    def bias_hessian_of_products(
+        self, m: int, curvature: np.ndarray, moment: np.ndarray, sums: np.ndarray | None, gamma: float
+    ) -> np.ndarray:
+        out = np.full_like(curvature, np.nan)
+        self._call(
+            "bias_hessian_of_products", curvature.dtype, ctypes.c_int64(len(curvature)), ctypes.c_int64(m),
+            pointer(curvature), pointer(moment), pointer(sums), ctypes.c_double(gamma), pointer(out),
+        )  # fmt: skip
+        return out
+
     def eacg_hvp(self, hessian: np.ndarray, mean_input: np.ndarray, p: np.ndarray) -> np.ndarray:
         out = np.full_like(p, np.nan)
         self._call(
