@@ -1,1 +1,1 @@
-"""Benchmarks: `micro` of operators and steps, the papers' `experiments`, `tools`, and the demo; the package never imports them."""
+"""Benchmarks: `micro` of operators and steps, the papers' `experiments`, `tools`, the demo; never imported by the package."""

@@ -25,7 +25,7 @@ __all__ = [
     "EACG", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "NonFiniteError",
     "build_info", "criteria", "diagnostics", "ops", "reference",
 ]  # fmt: skip
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def build_info() -> dict[str, Any]:

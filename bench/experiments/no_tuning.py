@@ -72,9 +72,7 @@ def seconds_to(loss: float, losses: list[float], seconds: list[float]) -> float 
     return next((s for value, s in zip(losses, seconds, strict=True) if value <= loss), None)
 
 
-def main(
-    epochs: int = 8, seeds: int = 3, out: Annotated[Path, typer.Option()] = RESULTS / "no_tuning.md"
-) -> None:
+def main(epochs: int = 8, seeds: int = 3, out: Annotated[Path, typer.Option()] = RESULTS / "no_tuning.md") -> None:
     """Trains everything and writes the table."""
     torch.set_num_threads(1)
     lines = [
