@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-DPI, COLORS = 80, 64
+DPI, COLORS = 72, 48
 
 
 def shrink(image: Image.Image) -> Image.Image:
