@@ -39,26 +39,26 @@ sanitize: .venv/ready
 
 # 100,000 small steps of each way to step, about 40 minutes: fails where memory grows.
 soak: .venv/ready
-	$(BIN)/python -m bench.soak
+	$(BIN)/python -m bench.tools.soak
 
 # Microbenchmarks against plain PyTorch, some 8 minutes: prints tables, stores them in $(BENCH_RESULTS), and renders
 # docs/performance.md. LARGE=--large: more nets and batches, the ImageNet-10 net among them, and peak memory; 20 minutes, 8 GB.
 LARGE ?=
 export BENCH_RESULTS ?= bench/results
 bench: .venv/ready
-	$(BIN)/python -m bench.bench_bias_hessian
-	$(BIN)/python -m bench.bench_eacg
-	$(BIN)/python -m bench.bench_bfgs
-	$(BIN)/python -m bench.bench_operators $(LARGE)
-	$(BIN)/python -m bench.bench_step $(LARGE)
-	$(BIN)/python -m bench.budget $(LARGE)
-	$(if $(LARGE),$(BIN)/python -m bench.memory)
-	$(if $(filter bench/results,$(BENCH_RESULTS)),$(BIN)/python -m bench.render)
+	$(BIN)/python -m bench.micro.bias_hessian
+	$(BIN)/python -m bench.micro.eacg
+	$(BIN)/python -m bench.micro.bfgs
+	$(BIN)/python -m bench.micro.operators $(LARGE)
+	$(BIN)/python -m bench.micro.step $(LARGE)
+	$(BIN)/python -m bench.micro.budget $(LARGE)
+	$(if $(LARGE),$(BIN)/python -m bench.micro.memory)
+	$(if $(filter bench/results,$(BENCH_RESULTS)),$(BIN)/python -m bench.tools.render)
 
 # The same anew, and what got slower against the stored results, by the ratio to plain PyTorch in each run.
 bench-compare: .venv/ready
 	$(MAKE) bench BENCH_RESULTS=build/bench
-	$(BIN)/python -m bench.compare build/bench --old bench/results
+	$(BIN)/python -m bench.tools.compare build/bench --old bench/results
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
@@ -67,7 +67,7 @@ lint: .venv/ready
 
 # Needs a GPU, the CUDA toolkit and a CUDA build of torch (TORCH=).
 gpu-report: .venv/ready
-	$(BIN)/python -m bench.gpu_report --out build/gpu-report
+	$(BIN)/python -m bench.tools.gpu_report --out build/gpu-report
 
 clean:
 	rm -rf .venv build *.egg-info secondorder/*.so

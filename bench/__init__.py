@@ -1,1 +1,1 @@
-"""Microbenchmarks, the demo and the papers' experiments; never imported by the package."""
+"""Benchmarks: `micro` of operators and steps, the papers' `experiments`, `tools`, the demo; never imported by the package."""

@@ -26,7 +26,7 @@ __all__ = [
     "EACG", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "LayerwiseNewton", "NonFiniteError",
     "build_info", "criteria", "curvature", "diagnostics", "ops", "reference", "solvers",
 ]  # fmt: skip
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def build_info() -> dict[str, Any]:

@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "tests" / "cuda_on_cpu"), str(ROOT)]
 import cases  # noqa: E402
 import harness  # noqa: E402
 
-from bench import cuda_resources  # noqa: E402
+from bench.tools import cuda_resources  # noqa: E402
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 emulated = pytest.mark.skipif(

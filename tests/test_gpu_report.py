@@ -1,4 +1,4 @@
-"""bench.gpu_report as far as it runs without a GPU: what it compares is equal, and the report has every number."""
+"""bench.tools.gpu_report as far as it runs without a GPU: what it compares is equal, and the report has every number."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import gpu_report
+from bench.tools import gpu_report
 
 
 def test_what_is_compared_is_equal():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.memory import peak
+from bench.micro.memory import peak
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,13 @@ def test_build_info():
     assert info["openmp"] is True
     assert info["compiler"]
     assert "cuda_architectures" in info
+
+
+def test_one_version():
+    """`secondorder.__version__` is the only one: the build reads it, and the changelog begins with it."""
+    assert 'version = { attr = "secondorder.__version__" }' in (ROOT / "pyproject.toml").read_text()
+    versions = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == so.__version__
 
 
 def test_one_list_of_sources():

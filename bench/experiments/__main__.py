@@ -81,7 +81,7 @@ def compare(
             tables.append(f"{setup}\n\n{shown(problem, best[problem.name])}")
         if each.picture and not only:
             picture = name if len(STUDIES[name]) == 1 else f"{name}-{i + 1}"
-            draw(each.problems, best, each.title, pictures / picture)
+            draw(each.problems, best, each.title, pictures / f"{picture}.png")
             tables.append(f"![{each.title}]({picture}.png)")
     if name == "defaults":
         return overview([problem for each in STUDIES[name] for problem in each.problems], everything, "EACG")

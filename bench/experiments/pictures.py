@@ -1,4 +1,4 @@
-"""Pictures of experiments: training loss and score against seconds and epochs, as PNG and SVG."""
+"""Pictures of experiments: training loss and score against seconds and epochs, as PNG."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from bench.experiments.harness import Problem, Run
+from bench.png import save
 
 # Okabe and Ito's colours, told apart by the colour-blind; lines differ in style as well. Black is EACG's.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F", "#E69F00"]
@@ -66,11 +66,3 @@ def limits(axes: Sequence[Axes], curves: list[list[float]], log: bool) -> None:
             axis.yaxis.set_major_formatter("{x:g}")
             labelled = "235" if high < 50 * low else ""
             axis.yaxis.set_minor_formatter(lambda y, _, digits=labelled: f"{y:g}" if f"{y:e}"[0] in digits else "")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """As PNG and SVG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".png"), dpi=100)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(figure)

@@ -12,7 +12,7 @@ import typer
 from torch import Tensor
 
 import secondorder as so
-from bench.nets import NETS
+from bench.micro.nets import NETS
 from bench.timing import interleaved, report
 from secondorder import ops
 from secondorder.activations import Analytic

@@ -1,6 +1,6 @@
 """Builds with CUDA, tests and measures on a GPU, and writes REPORT.md and REPORT.json. Needs a GPU and the CUDA toolkit.
 
-`python -m bench.gpu_report [--out build/gpu-report]`
+`python -m bench.tools.gpu_report [--out build/gpu-report]`
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BATCH, ITERATIONS, ALPHA, GAMMA, MU1, MU2 = 1000, 20, 0.1, -1.0, 0.2, 0.001
 
 
@@ -241,7 +241,7 @@ def measurements(
 
 def markdown(report: dict) -> str:
     """The report as a page."""
-    lines = ["# secondorder on a GPU", "", "Command: `python -m bench.gpu_report`", ""]
+    lines = ["# secondorder on a GPU", "", "Command: `python -m bench.tools.gpu_report`", ""]
     lines += [f"- {key}: {report[key]}" for key in ("GPU", "torch", "CUDA")]
     lines += [f"- {step['step']}: exit status {step['status']} (`{step['command']}`)" for step in report["steps"]] + [""]
     columns = list(dict.fromkeys(key for row in report["rows"] for key in row))

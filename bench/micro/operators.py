@@ -8,7 +8,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from bench.nets import NETS, Net
+from bench.micro.nets import NETS, Net
 from bench.timing import interleaved, report
 from secondorder import ops, reference
 

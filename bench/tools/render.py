@@ -7,9 +7,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from bench.png import save
 from bench.timing import RESULTS
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def stored(pattern: str) -> list[dict[str, Any]]:
@@ -63,7 +64,7 @@ def draw() -> None:
         axis.margins(x=0.2)
     axes[0][0].invert_yaxis()
     figure.supxlabel("time of a training step, SGD with momentum = 1", fontsize=9)
-    figure.savefig(DOCS / "benchmarks.png", dpi=110)
+    save(figure, DOCS / "benchmarks.png")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import secondorder as so
-from bench.nets import NETS, Net
+from bench.micro.nets import NETS, Net
 from bench.timing import report
 
 OPTIMIZERS = {
@@ -27,8 +27,8 @@ OPTIMIZERS = {
 def peak(optimizer: str, sizes: list[int], batch: int, steps: int = 3) -> float:
     """The largest resident memory, in MB, of a process that trains a sigmoid net of these sizes; Linux alone knows it."""
     arguments = json.dumps([optimizer, sizes, batch, steps])
-    run = [sys.executable, "-c", f"from bench import memory; memory.train(*{arguments})"]
-    return float(subprocess.run(run, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout)
+    run = [sys.executable, "-c", f"from bench.micro import memory; memory.train(*{arguments})"]
+    return float(subprocess.run(run, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]).stdout)
 
 
 def train(name: str, sizes: list[int], batch: int, steps: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import secondorder as so
-from bench.kbfgs_autoencoder import BATCH, OPTIMIZERS, SIZES, autoencoder, criterion
+from bench.experiments.kbfgs_autoencoder import BATCH, OPTIMIZERS, SIZES, autoencoder, criterion
 from bench.timing import interleaved, report
 from secondorder import ops, reference
 

@@ -1,6 +1,6 @@
 """The published MNIST autoencoder run of K-BFGS (Goldfarb, Ren & Bahamou, 2020), over several seeds, beside KFAC and Adam.
 
-    python -m bench.kbfgs_autoencoder --data-dir DIR
+    python -m bench.experiments.kbfgs_autoencoder --data-dir DIR
 
 `bench/data.py` says what DIR holds. Net 784-1000-500-250-30 and back, ReLU but for the code and the output, BCE with logits
 summed over pixels, batch 1000, lr 0.3, damping 0.3, L2 1e-5: the setting whose training losses after epochs 1, 2, 3 the
@@ -147,7 +147,7 @@ def save(runs: list[dict], arguments: argparse.Namespace) -> None:
     """Writes what there is so far."""
     names = " ".join(repr(name) if "(" in name else name for name in arguments.optimizers)
     command = (
-        f"python -m bench.kbfgs_autoencoder --data-dir DIR --seeds {' '.join(map(str, arguments.seeds))} "
+        f"python -m bench.experiments.kbfgs_autoencoder --data-dir DIR --seeds {' '.join(map(str, arguments.seeds))} "
         f"--epochs {arguments.epochs} --optimizers {names} --threads {arguments.threads}"
     )
     text = (

@@ -1,0 +1,1 @@
+"""Micro-benchmarks: operators, whole steps and memory against plain PyTorch; `make bench` runs them all."""
