@@ -83,12 +83,12 @@ def eacg_paper(model: nn.Sequential, lr: float) -> Step:
     return ordinary_loop(model, optimizer, criterion)
 
 
-def eacg(model: nn.Sequential, lr: None) -> Step:
+def layerwise_newton(model: nn.Sequential, lr: None) -> Step:
     criterion = nn.CrossEntropyLoss()
-    return ordinary_loop(model, so.EACG(model, criterion), criterion)
+    return ordinary_loop(model, so.LayerwiseNewton(model, criterion), criterion)
 
 
-def eacg_fixed(model: nn.Sequential, lr: float | None) -> Step:
+def eacg(model: nn.Sequential, lr: float | None) -> Step:
     criterion = nn.CrossEntropyLoss()
     return ordinary_loop(model, so.EACG(model, criterion, lr=0.02), criterion)
 
@@ -115,8 +115,8 @@ def draw(curves: list[Curve], epoch_seconds: dict[str, float], title: str, path:
     styles = {
         "EA-CG, plain PyTorch": ("C4", "--"),
         "EA-CG, fused": ("C3", "-"),
-        "EACG": ("C2", "-"),
-        "EACG, lr=0.02": ("C5", "-"),
+        "LayerwiseNewton": ("C2", "-"),
+        "EACG": ("C5", "-"),
     }
     for i, curve in enumerate(curves):
         color, line = styles.get(curve.name, (f"C{i}", "-"))
@@ -169,18 +169,18 @@ def main(
             if make is eacg_paper:
                 # The same mathematics, so the same learning rate.
                 curves.append(train("EA-CG, plain PyTorch", eacg_literal, grid[best], data, epochs, batch, bar))
-        curves.append(train("EACG, lr=0.02", eacg_fixed, None, data, epochs, batch, bar))
         curves.append(train("EACG", eacg, None, data, epochs, batch, bar))
+        curves.append(train("LayerwiseNewton", layerwise_newton, None, data, epochs, batch, bar))
 
     makers = {"SGD, momentum 0.9": sgd, "Adam": adam, "EA-CG, fused": eacg_paper, "EA-CG, plain PyTorch": eacg_literal}
     steps = {name: make(network(0), 1e-3) for name, make in makers.items()} | {
-        "EACG, lr=0.02": eacg_fixed(network(0), None),
         "EACG": eacg(network(0), None),
+        "LayerwiseNewton": layerwise_newton(network(0), None),
     }
     # On ever new batches: one that is learnt by heart has steps of its own cost.
     batches = {name: cycle(zip(data.train_x.split(batch), data.train_y.split(batch))) for name in steps}
     turns = {name: lambda step=step, each=batches[name]: step(*next(each)) for name, step in steps.items()}
-    cost = interleaved(turns, "SGD, momentum 0.9", periods={"EACG": 5})
+    cost = interleaved(turns, "SGD, momentum 0.9", periods={"LayerwiseNewton": 5})
     print(f"\n{'optimizer':22}{'setting':>10}{'loss':>9}{'accuracy':>10}{'ms/step':>9}{'x SGD':>7}")
     for c in curves:
         print(
@@ -188,7 +188,7 @@ def main(
         )
     print(
         f"EA-CG: PCH-1, alpha {ALPHA}, {CG} CG iterations, momentum 0, as in the paper. "
-        "EACG: step, momentum and damping from the quadratic model; lr=0.02: momentum and factor averages.\n"
+        "LayerwiseNewton: step, momentum and damping from the quadratic model; EACG, lr=0.02: momentum and factor averages.\n"
         "Settings: the best of three learning rates by final training loss; the defaults are not tuned.\n"
         "Steps are timed interleaved, medians; seconds in the picture are steps times that."
     )

@@ -710,3 +710,44 @@ def test_workers_of_a_data_loader_by_fork(name):
         return parameters(model)
 
     assert torch.equal(run(0), run(2))
+
+
+# --- checkpoints of before version 0.2 -----------------------------------------------------------------------------------
+
+
+def as_before_0_2(state_dict):
+    """The same state with every factor under a key of its own, and the groups' keys of that time."""
+    saved = copy.deepcopy(state_dict)
+    saved["state"] = {
+        key: {**{k: v for k, v in state.items() if k != "factors"}, **state.get("factors", {})}
+        for key, state in saved["state"].items()
+    }
+    for group in saved["param_groups"]:
+        if "loss_trend" in group:
+            group.update(watch=group.pop("loss_trend"), lr=None, alpha=0.01, momentum=0.9, decoupled_weight_decay=True)
+    return saved
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if not name.startswith(("KBFGS", "KFAC"))])
+def test_a_checkpoint_of_before_0_2_resumes_to_the_bit(name):
+    straight, interrupted = network(), network()
+    optimizer = ALL[name](straight, nn.CrossEntropyLoss())
+    train(straight, optimizer, range(3))
+    first = ALL[name](interrupted, nn.CrossEntropyLoss())
+    train(interrupted, first, range(3))
+    saved = reloaded(as_before_0_2(first.state_dict()))
+    first.remove_hooks()
+    resumed = ALL[name](interrupted, nn.CrossEntropyLoss())
+    resumed.load_state_dict(saved)
+    assert train(straight, optimizer, range(3, 6)) == train(interrupted, resumed, range(3, 6))
+    assert_same(everything(straight, optimizer), everything(interrupted, resumed))
+
+
+def test_a_checkpoint_of_the_other_kind_of_step_says_where_it_belongs():
+    model, criterion = network(), nn.CrossEntropyLoss()
+    found, given = so.LayerwiseNewton(model, criterion), so.EACG(network(), criterion)
+    for saved in (found.state_dict(), as_before_0_2(found.state_dict())):
+        with pytest.raises(ValueError, match=r"got one of an optimizer that finds its own step.*secondorder\.LayerwiseNewton"):
+            given.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"got one of an optimizer with a learning rate; load it into secondorder\.EACG"):
+        found.load_state_dict(given.state_dict())

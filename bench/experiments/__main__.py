@@ -84,7 +84,7 @@ def compare(
             draw(each.problems, best, each.title, pictures / f"{picture}.png")
             tables.append(f"![{each.title}]({picture}.png)")
     if name == "defaults":
-        return overview([problem for each in STUDIES[name] for problem in each.problems], everything, "EACG")
+        return overview([problem for each in STUDIES[name] for problem in each.problems], everything, "LayerwiseNewton")
     return "\n\n".join(tables)
 
 

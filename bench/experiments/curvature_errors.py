@@ -61,7 +61,7 @@ def experiment(path: Path, data_dir: Path | None, seeds: int, points: int) -> st
         model = network(CIFAR_WIDTHS, nn.Sigmoid)
         names = [name for name in COLUMNS if criterion_name == "cross-entropy" or name not in ("Fisher, sampled", "GN")]
         # The paper does not say whose path it is; this one leaves the plateau that the net starts on within a few dozen steps.
-        optimizer = so.EACG(model, criterion)
+        optimizer = so.LayerwiseNewton(model, criterion)
         tables, losses = [], []
         for step in range(STEPS * (points - 1) + 1):
             rows = torch.randint(len(data.train_x), (BATCH,))

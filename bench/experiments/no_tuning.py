@@ -1,4 +1,6 @@
-"""EACG at its defaults against Adam over its grid, epoch by epoch: a deep sigmoid classifier and a ReLU autoencoder of digits.
+"""LayerwiseNewton at its defaults against Adam over its grid, epoch by epoch, on digits.
+
+A deep sigmoid classifier and a ReLU autoencoder.
 
     python -m bench.experiments.no_tuning [--epochs 8] [--seeds 3]
 
@@ -76,7 +78,7 @@ def main(epochs: int = 8, seeds: int = 3, out: Annotated[Path, typer.Option()] =
     """Trains everything and writes the table."""
     torch.set_num_threads(1)
     lines = [
-        f"# EACG without tuning\n\n    python -m bench.experiments.no_tuning --epochs {epochs} --seeds {seeds}\n",
+        f"# LayerwiseNewton without tuning\n\n    python -m bench.experiments.no_tuning --epochs {epochs} --seeds {seeds}\n",
         (__doc__ or "").split("\n\n")[2],
     ]
     with tqdm(total=len(TASKS) * seeds * (len(RATES) + 1), mininterval=5) as bar:
@@ -90,9 +92,12 @@ def main(epochs: int = 8, seeds: int = 3, out: Annotated[Path, typer.Option()] =
                     adams[lr] = train(task, lambda m, _, lr=lr: torch.optim.Adam(m.parameters(), lr, fused=True), seed, epochs)
                     bar.update()
                 best = min(adams, key=lambda lr: adams[lr][0][-1])
-                own = train(task, lambda m, c: so.EACG(m, c), seed, epochs)
+                own = train(task, lambda m, c: so.LayerwiseNewton(m, c), seed, epochs)
                 bar.update()
-                for name, (losses, seconds) in ((f"Adam, lr {best:g}", adams[best]), ("`EACG(model, criterion)`", own)):
+                for name, (losses, seconds) in (
+                    (f"Adam, lr {best:g}", adams[best]),
+                    ("`LayerwiseNewton(model, criterion)`", own),
+                ):
                     reached = seconds_to(adams[best][0][-1], losses, seconds)
                     cells = " | ".join(f"{loss:.4g}" for loss in losses)
                     lines.append(

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from bench.experiments.harness import Problem, Run
 from bench.png import save
 
-# Okabe and Ito's colours, told apart by the colour-blind; lines differ in style as well. Black is EACG's.
+# Okabe and Ito's colours, told apart by the colour-blind; lines differ in style as well. Black is LayerwiseNewton's.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F", "#E69F00"]
 LINES = ["-", "--", "-."]
 
@@ -22,11 +22,11 @@ LINES = ["-", "--", "-."]
 def draw(problems: list[Problem], best: dict[str, dict[str, list[Run]]], title: str, path: Path) -> None:
     """A row per problem: training loss, then score, against seconds and against epochs; median and range of seeds."""
     figure, axes = plt.subplots(len(problems), 4, figsize=(13, 0.7 + 3.1 * len(problems)), squeeze=False, layout="constrained")
-    others = list(dict.fromkeys(name for methods in best.values() for name in methods if name != "EACG"))
+    others = list(dict.fromkeys(name for methods in best.values() for name in methods if name != "LayerwiseNewton"))
     for problem, row in zip(problems, axes):
         for name, runs in best[problem.name].items():
             style: dict[str, Any] = {"color": "#000000", "linewidth": 2.4}
-            if name != "EACG":
+            if name != "LayerwiseNewton":
                 i = others.index(name)
                 style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
             for axis, x, y in zip(row, ("seconds", "epochs") * 2, ("loss", "loss", "score", "score")):

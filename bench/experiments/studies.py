@@ -73,24 +73,25 @@ def _chen(curvature: str, solver: str) -> Method:
 def _curvatures_and_solvers(convex: bool) -> list[Method]:
     """Between SGD and the defaults; the Gauss-Newton matrix is for convex criteria."""
     curvatures = ["pch-abs", "gauss-newton", "fisher-empirical"] if convex else ["pch-abs", "fisher-empirical"]
-    return [SGD, *(_chen(curvature, solver) for solver in ("ea-cg-truncated", "kfi") for curvature in curvatures), EACG]
+    return [SGD, *(_chen(curvature, solver) for solver in ("ea-cg-truncated", "kfi") for curvature in curvatures), NEWTON]
 
 
 def _cell(curvature: str, solver: str) -> Method:
     """One of all pairs, all else at its default."""
     return Method(
-        f"{curvature}, {solver}", lambda model, criterion: so.EACG(model, criterion, curvature=curvature, solver=solver)
+        f"{curvature}, {solver}",
+        lambda model, criterion: so.LayerwiseNewton(model, criterion, curvature=curvature, solver=solver),
     )
 
 
-def _cheaper(lr: float | None, **options: int) -> Method:
-    """EACG with curvature from some instances, or now and then."""
-    name = ", ".join([*(["lr=0.02"] if lr else []), *(f"{key[10:]}={value}" for key, value in options.items())])
-    return Method(f"EACG, {name}", lambda model, criterion: so.EACG(model, criterion, lr, **options))
+def _cheaper(optimizer: type[torch.optim.Optimizer], **options: int) -> Method:
+    """An optimizer with curvature from some instances, or now and then."""
+    name = ", ".join(f"{key[10:]}={value}" for key, value in options.items())
+    return Method(f"{optimizer.__name__}, {name}", lambda model, criterion: optimizer(model, criterion, **options))
 
 
-EACG = Method("EACG", lambda model, criterion: so.EACG(model, criterion))
-EACG_RATE = Method("EACG, lr=0.02", lambda model, criterion: so.EACG(model, criterion, lr=0.02))
+NEWTON = Method("LayerwiseNewton", lambda model, criterion: so.LayerwiseNewton(model, criterion))
+EACG = Method("EACG", lambda model, criterion: so.EACG(model, criterion, lr=0.02))
 KFRA = Method("KFRA", lambda model, criterion: so.KFRA(model, criterion))
 KFLR = Method("KFLR", lambda model, criterion: so.KFLR(model, criterion))
 # The mixture's likelihood is not convex in the logits, and none that labels are drawn from: KFRA, KFLR and KFAC refuse it.
@@ -111,31 +112,33 @@ KBFGS = [
     Method("SGD", _sgd, grid(lr=[1e-3, 3e-3, 1e-2])),
 ]
 LBFGS = Method("L-BFGS", lambda model, _: torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", history_size=50))
-CHEAPER = [_cheaper(None, curvature_samples=k) for k in (100, 25)] + [_cheaper(None, curvature_every=20)]
-CHEAPER_RATE = [_cheaper(0.02, curvature_samples=k) for k in (100, 25)]
-CHEAPER_RATE += [_cheaper(0.02, curvature_every=10), _cheaper(0.02, curvature_every=10, curvature_samples=100)]
+CHEAPER = [_cheaper(so.LayerwiseNewton, curvature_samples=k) for k in (100, 25)] + [
+    _cheaper(so.LayerwiseNewton, curvature_every=20)
+]
+CHEAPER_EACG = [_cheaper(so.EACG, curvature_samples=k) for k in (100, 25)]
+CHEAPER_EACG += [_cheaper(so.EACG, curvature_every=10), _cheaper(so.EACG, curvature_every=10, curvature_samples=100)]
 
 STUDIES = {
     "figures-1-to-8": [
         Study(f"Figures {numbers}: {problem.name}", "cifar", [problem], _curvatures_and_solvers(convex))
         for numbers, problem, convex in zip(("1 and 3", "5 and 7", "2 and 4", "6 and 8"), CLASSIFIERS, (True, False) * 2)
     ],
-    "kfra-figure-2": [Study("Autoencoders: second order at defaults", "autoencoders", AUTOENCODERS, [ADAM, KFRA, KFAC, EACG])],
-    "kfra-figure-3": [Study("A mixture of two classifiers", "mixture", [MIXTURE], [ADAM_MIXTURE, KFRA_PCH, KFRA_FISHER, EACG])],
+    "kfra-figure-2": [Study("Autoencoders: second order at defaults", "autoencoders", AUTOENCODERS, [ADAM, KFRA, KFAC, NEWTON])],
+    "kfra-figure-3": [Study("A mixture of two classifiers", "mixture", [MIXTURE], [ADAM_MIXTURE, KFRA_PCH, KFRA_FISHER, NEWTON])],
     "kbfgs-figure-1": [Study("Autoencoders: everything tuned but KFAC", "autoencoders", AUTOENCODERS, [ADAM, *KBFGS, KFAC])],
-    "robust-regression": [Study("Corrupted labels and targets", "robust", ROBUST, [ADAM_FIXED, EACG, EACG_RATE])],
-    "pinn": [Study("Poisson's equation", "pinn", [PINN], [ADAM_FIXED, LBFGS, KFLR, EACG])],
+    "robust-regression": [Study("Corrupted labels and targets", "robust", ROBUST, [ADAM_FIXED, NEWTON, EACG])],
+    "pinn": [Study("Poisson's equation", "pinn", [PINN], [ADAM_FIXED, LBFGS, KFLR, NEWTON])],
     "defaults": [
-        Study("EACG(model, criterion)", results, problems, [EACG], picture=False)
+        Study("LayerwiseNewton(model, criterion)", results, problems, [NEWTON], picture=False)
         for results, problems in (
             ("autoencoders", AUTOENCODERS), ("cifar", CLASSIFIERS), ("mixture", [MIXTURE]), ("robust", ROBUST), ("pinn", [PINN]),
             ("digits", [DIGITS, FASHION]),
         )
     ],
-    "no-tuning": [Study("Classifiers without tuning", "digits", [DIGITS, FASHION], [ADAM_FIXED, EACG, EACG_RATE, KFRA, KFAC])],
+    "no-tuning": [Study("Classifiers without tuning", "digits", [DIGITS, FASHION], [ADAM_FIXED, NEWTON, EACG, KFRA, KFAC])],
     "cheaper-curvature": [
-        Study("Curvature for less, without a learning rate", "cheaper", [DIGITS_500, AUTOENCODERS[0]], [EACG, *CHEAPER]),
-        Study("Curvature for less, with a learning rate", "cheaper", [DIGITS_500], [EACG_RATE, *CHEAPER_RATE]),
+        Study("Curvature for less: LayerwiseNewton", "cheaper", [DIGITS_500, AUTOENCODERS[0]], [NEWTON, *CHEAPER]),
+        Study("Curvature for less: EACG", "cheaper", [DIGITS_500], [EACG, *CHEAPER_EACG]),
     ],
     "grid": [Study("Every curvature with every solver", "grid", [DIGITS_EPOCH],
                    [_cell(c, s) for c in CURVATURES for s in SOLVERS], picture=False)],

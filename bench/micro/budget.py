@@ -15,7 +15,7 @@ import secondorder as so
 from bench.micro.nets import NETS
 from bench.timing import interleaved, report
 from secondorder import ops
-from secondorder.activations import Analytic
+from secondorder._tape import KnownActivation
 
 SMALL = {"cifar": [100, 1000], "pinn": [128], "tabular": [128]}
 LARGE = {"imagenet": [100], "autoencoder": [1000]}
@@ -67,11 +67,11 @@ def budget(name: str, batch: int, rounds: int) -> None:
     hessians = so.curvature.PCH(-1.0).bias_hessians(records)
     links = []
     for record in records:
-        transfer = record.transfer() if record.next is not None else None
-        if isinstance(transfer, Analytic) and record.next is not None:
+        between = record.map() if record.next is not None else None
+        if isinstance(between, KnownActivation) and record.next is not None:
             above = record.next.layer
             grad = record.grad_activation()
-            links.append((hessians[above], above.weight.detach(), transfer.saved, transfer.activation, transfer.parameter, grad))
+            links.append((hessians[above], above.weight.detach(), between.saved, between.activation, between.parameter, grad))
     layers = [record.layer for record in records]
     inputs = [record.input() for record in records]
     own = [hessians[layer] for layer in layers]

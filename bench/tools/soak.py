@@ -16,7 +16,7 @@ import secondorder as so
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, nn.Module], torch.optim.Optimizer]] = {
     "EACG, lr=0.002": lambda m, c: so.EACG(m, c, lr=0.002),
-    "EACG, lr=None": lambda m, c: so.EACG(m, c),
+    "LayerwiseNewton": lambda m, c: so.LayerwiseNewton(m, c),
     "K-BFGS": lambda m, c: so.KBFGS(m, c),
 }
 WARM, ALLOWED = 1000, 4.0  # steps before memory must be flat; MiB that it may then grow by

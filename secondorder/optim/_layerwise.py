@@ -75,6 +75,12 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             ("inverse_every", inverse_every, inverse_every >= 1, ">= 1"),
             ("max_factor_elements", options.max_factor_elements, options.max_factor_elements >= 0, ">= 0"),
         ])  # fmt: skip
+        if isinstance(solver, Solver):
+            own = SolverOptions()
+            check_arguments(name, [
+                (option, value, value == getattr(own, option), "to be left to the solver that was given as an object")
+                for option, value in vars(options).items()
+            ])  # fmt: skip
         try:
             self._curvature, self._solver = curvature_by_name(curvature), solver_by_name(solver, options)
         except ValueError as error:

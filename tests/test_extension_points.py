@@ -1,0 +1,124 @@
+"""A curvature or a solver of one's own, as an object or by a name, is used as those of the package are."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import secondorder as so
+from secondorder import curvature as curvatures
+from secondorder import solvers
+
+
+@dataclass(frozen=True)
+class Rms(solvers.Solver):
+    """P = -B / (sqrt(E[h^2]) + l), d = -g: with a statistic that no solver of the package has."""
+
+    power: float = 2.0
+
+    def statistics(self, inputs, samples):
+        return [{"input_rms": h.abs().pow(self.power).mean(0).pow(1 / self.power)} for h in inputs]
+
+    def prepare(self, factors, scale, damping):
+        assert factors["bias_hessian"].dim() == 2
+        return {"divisor": factors["input_rms"] + damping}
+
+    def solve(self, prepared, grad_weight, grad_bias):
+        return -grad_weight / prepared["divisor"], None if grad_bias is None else -grad_bias
+
+
+class Identity(curvatures.Curvature):
+    """H = I."""
+
+    def _block(self, record, above):
+        n_out = record.layer.out_features
+        return torch.eye(n_out, dtype=record.dtype)
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def train(model, optimizer, seeds):
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        x, y = torch.randn(9, 5, generator=generator).double(), torch.randint(3, (9,), generator=generator)
+        optimizer.zero_grad()
+        loss = optimizer.criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("make", [so.EACG, so.LayerwiseNewton])
+@pytest.mark.parametrize("curvature_every", [1, 3])
+def test_a_solver_object_with_a_statistic_of_its_own(make, curvature_every):
+    model, other = network(), network()
+    options = {"solver": Rms(), "curvature_every": curvature_every, "inverse_every": 1}
+    optimizer = make(model, nn.CrossEntropyLoss(), **options)
+    train(model, optimizer, range(8))
+    assert optimizer.state[model[0].weight]["factors"].keys() == {"bias_hessian", "input_rms"}
+    # Resumed in the middle, to the bit.
+    first = make(other, nn.CrossEntropyLoss(), **options)
+    train(other, first, range(4))
+    saved = copy.deepcopy(first.state_dict())
+    first.remove_hooks()
+    resumed = make(other, nn.CrossEntropyLoss(), **options)
+    resumed.load_state_dict(saved)
+    train(other, resumed, range(4, 8))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_the_step_of_ones_own_solver_is_taken():
+    model = network()
+    before, x, y = copy.deepcopy(model), torch.randn(9, 5).double(), torch.arange(9) % 3
+    optimizer = so.EACG(model, nn.CrossEntropyLoss(), lr=0.5, alpha=0.1, solver=Rms(), momentum=0.0)
+    optimizer.criterion(model(x), y).backward()
+    optimizer.step()
+    divisor = x.square().mean(0).sqrt() + 0.1
+    torch.testing.assert_close(model[0].weight, before[0].weight - 0.5 * model[0].weight.grad / divisor)
+    torch.testing.assert_close(model[0].bias, before[0].bias - 0.5 * model[0].bias.grad)
+
+
+def test_a_curvature_object_of_ones_own():
+    model, curved = network(), Identity()
+    optimizer = so.EACG(model, nn.CrossEntropyLoss(), curvature=curved, solver="kfi")
+    train(model, optimizer, range(3))
+    torch.testing.assert_close(optimizer.state[model[0].weight]["factors"]["bias_hessian"], torch.eye(7).double())
+
+
+def test_names_of_ones_own(monkeypatch):
+    monkeypatch.setattr(solvers.base, "SOLVERS", dict(solvers.SOLVERS))
+    monkeypatch.setattr(curvatures.base, "CURVATURES", dict(curvatures.CURVATURES))
+    solvers.register("rms", lambda options: Rms())
+    curvatures.register("identity", Identity())
+    models = [network(), network()]
+    train(models[0], so.EACG(models[0], nn.CrossEntropyLoss(), solver="rms", curvature="identity"), range(3))
+    train(models[1], so.EACG(models[1], nn.CrossEntropyLoss(), solver=Rms(), curvature=Identity()), range(3))
+    assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
+    with pytest.raises(ValueError, match="expected a name that no solver has yet, got 'kfi'"):
+        solvers.register("kfi", lambda options: Rms())
+    with pytest.raises(ValueError, match="expected a name that no curvature has yet, got 'kflr'"):
+        curvatures.register("kflr", Identity())
+
+
+def test_a_solver_object_has_its_own_settings():
+    model = network()
+    with pytest.raises(ValueError, match="EACG: expected max_cg to be left to the solver that was given as an object, got 3"):
+        so.EACG(model, nn.CrossEntropyLoss(), solver=Rms(), max_cg=3)
+
+
+def test_what_is_no_solver_is_refused():
+    for wrong in ("cg", Rms, object()):
+        with pytest.raises(ValueError, match="EACG: expected solver to be one of .*'ea-cg', .*, or a Solver, got"):
+            so.EACG(network(), nn.CrossEntropyLoss(), solver=wrong)
+
+    class Half(solvers.Solver):
+        def statistics(self, inputs, samples):
+            return [{} for _ in inputs]
+
+    with pytest.raises(TypeError, match="abstract"):
+        Half()
