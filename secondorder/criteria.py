@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge, Node
 from secondorder import ops
 from secondorder.activations import irregular, widened
 from secondorder.errors import NonFiniteError
-from secondorder.reference import pos_eig
+from secondorder.linalg import pos_eig
 
 
 @dataclass(eq=False, slots=True)

@@ -22,7 +22,7 @@ from secondorder import activations, ops
 from secondorder.activations import Analytic, Probed, cast, rows, widened
 from secondorder.criteria import LikelihoodRoot, OutputHessian, OutputRoot, autograd_root, likelihood_root
 from secondorder.distributed import Term
-from secondorder.reference import pos_eig
+from secondorder.linalg import pos_eig
 from secondorder.tape import Columns, LayerRecord
 
 

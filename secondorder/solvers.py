@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from secondorder import ops
-from secondorder.reference import conjugate_gradient
+from secondorder.linalg import conjugate_gradient
 
 # What a layer's solver works with: "bias_hessian" [n_out, n_out] and its statistics of the input, by name.
 Factors = dict[str, Tensor]

@@ -195,16 +195,6 @@ def bias_hessian_activation(kernels: Kernels) -> None:
                 assert_accurate(result, exact, plain)
 
 
-@case
-def eacg_hvp(kernels: Kernels) -> None:
-    rng = np.random.default_rng(2)
-    for dtype in DTYPES:
-        for n_out, n_in, offset in ((1, 1, None), (2, 3, None), (17, 129, None), (129, 17, None), (12, 256, 0), (8, 64, 1)):
-            arrays = [spd(rng, n_out, dtype), *(normal(rng, *s, dtype=dtype, offset=offset) for s in ((n_in,), (n_out, n_in)))]
-            result = kernels.eacg_hvp(*arrays)
-            assert_accurate(result, reference.eacg_hvp(*map(double, arrays)), reference.eacg_hvp(*map(same, arrays)))
-
-
 def eacg_layers(rng: np.random.Generator, dtype: type, sizes: list[tuple[int, int]], offset: int | None) -> list[EacgLayer]:
     layers = []
     for index, (n_out, n_in) in enumerate(sizes):
@@ -390,7 +380,10 @@ def check_bfgs(kernels: Kernels, dtype: type, sizes: list[int]) -> None:
         updated = bfgs(before.inverse_hessian.astype(np.float64), s, y)
         for mode in ("bfgs_update", "damped_bfgs_update"):
             given = (layer.damped_s, layer.damped_y) if mode == "bfgs_update" else (before.s, before.y)
-            given = (placed(given[0], index % 3 == 2), placed(given[1], index % 3 == 1))  # copies of exact size do not keep an offset
+            given = (
+                placed(given[0], index % 3 == 2),
+                placed(given[1], index % 3 == 1),
+            )  # copies of exact size do not keep an offset
             result = BfgsLayer(exact_size(before.inverse_hessian), *given)
             status = kernels.bfgs(mode, [result])
             assert status[0] & 1
