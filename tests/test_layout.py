@@ -48,10 +48,15 @@ def test_every_family_is_named_alike_in_every_folder():
 
 
 def test_both_builds_find_every_source():
-    sources = {path for path in ROOT.glob("csrc/**/*") if path.suffix in (".cpp", ".cu")}
+    present = {path for path in ROOT.glob("csrc/**/*") if path.suffix in (".cpp", ".cu")}
     patterns = re.findall(r"csrc/\S+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text())
-    assert {path for pattern in patterns for path in ROOT.glob(pattern)} == sources
-    assert 'glob(f"csrc/**/*.{suffix}")' in (ROOT / "setup.py").read_text()
+    assert {path for pattern in patterns for path in ROOT.glob(pattern)} == present
+    setup = ROOT / "setup.py"
+    (function,) = (node for node in ast.parse(setup.read_text()).body if getattr(node, "name", None) == "sources")
+    namespace = {"Path": Path, "__file__": str(setup)}
+    exec(compile(ast.Module([function], []), setup, "exec"), namespace)
+    assert {ROOT / path for path in namespace["sources"](cuda=True)} == present
+    assert {ROOT / path for path in namespace["sources"](cuda=False)} == {p for p in present if p.parent.name != "cuda"}
 
 
 def test_every_schema_stands_in_the_file_of_its_family():
