@@ -25,12 +25,11 @@ test: .venv/ready
 
 # The operators' tests with the extension built for AddressSanitizer and UBSan, then for ThreadSanitizer, whose memory map
 # needs addresses that are not randomised; about 20 minutes. CPU sources alone.
-SANITIZED_TESTS := $(addprefix tests/test_,bias_hessian.py precondition.py averages.py eacg_ops.py bfgs.py activation.py fuzz.py)
 SANITIZED_BUILD = SECONDORDER_CUDA=0 CFLAGS="$(1) -fno-omit-frame-pointer -g1" LDFLAGS="$(1)" \
 	$(BIN)/python setup.py -q build --build-base build/$(2) --build-lib build/$(2)/lib
 # Not by python -m, which would put the working directory, and so another build, before PYTHONPATH.
 SANITIZED_RUN = PYTHONPATH=build/$(1)/lib LD_PRELOAD="$(foreach l,$(2),$(shell gcc -print-file-name=lib$(l).so))" \
-	$(BIN)/pytest -s -p no:cacheprovider $(SANITIZED_TESTS)
+	$(BIN)/pytest -s -p no:cacheprovider tests/ops
 sanitize: .venv/ready
 	$(call SANITIZED_BUILD,-fsanitize=address$(comma)undefined,asan)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(call SANITIZED_RUN,asan,asan ubsan)
@@ -64,6 +63,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/cuda_on_cpu -regex '.*\.\(cpp\|cuh?\|h\|inc\)')
 
 # Needs a GPU, the CUDA toolkit and a CUDA build of torch (TORCH=).
 gpu-report: .venv/ready

@@ -1,10 +1,12 @@
-"""Builds secondorder._C from csrc/sources.txt.
+"""Builds secondorder._C from the sources in csrc/.
 
 SECONDORDER_CUDA=0|1|auto (default auto: with CUDA where both torch and the machine have it; building needs no GPU).
-TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean to torch.
+CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean to torch.
 """
 
 import os
+import re
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -26,9 +28,23 @@ except ImportError:
             "in a tool that builds elsewhere (uv, build), use --no-build-isolation."
         )
 
-from torch.utils import cpp_extension
-
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+
+def toolkit() -> str | None:
+    """Asks nvcc for the toolkit's folder, which is not the one above it where the nvcc on PATH is a link or a script."""
+    try:
+        report = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    except OSError:
+        return None
+    top = re.search(r"^#\$ TOP=(.+)$", report, re.MULTILINE)
+    return str(Path(top[1].strip()).resolve()) if top else None
+
+
+# torch looks for the toolkit when this module of it is imported.
+if "CUDA_HOME" not in os.environ and "CUDA_PATH" not in os.environ and (found := toolkit()):
+    os.environ["CUDA_HOME"] = found
+from torch.utils import cpp_extension  # noqa: E402
 
 
 def cuda_wanted() -> bool:
@@ -37,17 +53,21 @@ def cuda_wanted() -> bool:
     if choice not in ("0", "1", "auto"):
         sys.exit(f"secondorder: expected SECONDORDER_CUDA to be 0, 1 or auto, got {choice!r}")
     available = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    has_kernels = any(path.endswith(".cu") for path in SOURCES)
-    if choice == "1" and not (available and has_kernels):
+    if choice == "1" and not available:
         sys.exit(
             "secondorder: SECONDORDER_CUDA=1 needs a CUDA build of torch (torch.version.cuda is "
-            f"{torch.version.cuda}), a CUDA toolkit (CUDA_HOME is {cpp_extension.CUDA_HOME}) and the CUDA sources "
-            f"({'present' if has_kernels else 'absent from csrc/sources.txt'})"
+            f"{torch.version.cuda}) and a CUDA toolkit (CUDA_HOME is {cpp_extension.CUDA_HOME})"
         )
-    return choice != "0" and available and has_kernels
+    return choice != "0" and available
 
 
-SOURCES = Path(__file__).with_name("csrc").joinpath("sources.txt").read_text().split()
+def sources(cuda: bool) -> list[str]:
+    """Lists csrc's source files, relative to this file as setuptools wants them."""
+    root = Path(__file__).parent
+    found = (path.relative_to(root) for suffix in ("cpp", "cu") for path in root.glob(f"csrc/**/*.{suffix}"))
+    return sorted(str(path) for path in found if cuda or "cuda" not in path.parts)
+
+
 cuda = cuda_wanted()
 if cuda:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
@@ -56,7 +76,7 @@ if cuda:
     flags.append(f'-DSECONDORDER_CUDA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"')
 extension = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
     "secondorder._C",
-    [path for path in SOURCES if cuda or not path.startswith("csrc/cuda/")],
+    sources(cuda),
     extra_compile_args={"cxx": flags, "nvcc": ["-std=c++20", "-O3", "--Werror", "all-warnings"]},
 )
 

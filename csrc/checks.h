@@ -56,24 +56,6 @@ inline void check_same(const char* op, const char* name, const at::Tensor& t, co
   check_same_device(op, name, t, like_name, like);
 }
 
-inline void check_alpha(const char* op, double alpha) {
-  TORCH_CHECK_VALUE(alpha > 0 && alpha < 1, op, ": expected alpha in (0, 1), got ", alpha);
-}
-
-inline void check_gamma(const char* op, double gamma) {
-  TORCH_CHECK_VALUE(gamma <= 0, op, ": expected gamma <= 0 (-1: PCH-1, 0: PCH-2), got ", gamma);
-}
-
-inline void check_cg(const char* op, int64_t max_iter, double tol) {
-  TORCH_CHECK_VALUE(max_iter >= 1, op, ": expected max_iter >= 1, got ", max_iter);
-  TORCH_CHECK_VALUE(tol >= 0, op, ": expected tol >= 0, got ", tol);
-}
-
-inline void check_damping(const char* op, double mu1, double mu2) {
-  TORCH_CHECK_VALUE(mu1 > 0 && mu1 < 1, op, ": expected mu1 in (0, 1), got ", mu1);
-  TORCH_CHECK_VALUE(mu2 > 0 && mu2 <= 1, op, ": expected mu2 in (0, 1], got ", mu2);
-}
-
 // `t` is written in place.
 inline void check_contiguous(const char* op, const char* name, const at::Tensor& t) {
   TORCH_CHECK_VALUE(t.is_contiguous(), op, ": expected a contiguous ", name, ", got strides ", t.strides());

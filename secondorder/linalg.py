@@ -13,13 +13,17 @@ def pos_eig(eigenvalues: Tensor, gamma: float) -> Tensor:
 
 
 def conjugate_gradient(matrix: Callable[[Tensor], Tensor], rhs: Tensor, max_iter: int, tol: float) -> tuple[Tensor, int]:
-    """Solves matrix(x) = rhs by conjugate gradients from 0, and counts the iterations.
+    """Solves matrix(x) = rhs by conjugate gradients from 0.
 
     Args:
-        matrix: the product with a positive definite matrix; on an indefinite one the iteration ends where it shows.
+        matrix: multiplies by a symmetric positive definite matrix.
         rhs: of any shape.
-        max_iter: at most so many iterations.
-        tol: the iteration ends at |residual| <= tol |rhs|.
+        max_iter: the most iterations.
+        tol: stops where |r| <= tol |rhs|.
+
+    Returns:
+        x, NaN where a residual was, and the iterations done. x is the last iterate before a p with p^T A p <= 0, which
+        comes of an indefinite matrix, or of a p too small for its square.
     """
     x = torch.zeros_like(rhs)
     r, p = rhs.clone(), rhs.clone()

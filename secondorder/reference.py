@@ -5,7 +5,7 @@ any device and dtype. Nothing here is fast on purpose.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +53,39 @@ def bias_hessian(
     if d2 is not None and grad_input is not None:
         result += torch.diag(pos_eig((d2 * grad_input).sum(0), gamma))
     return result
+
+
+_step = bias_hessian  # the parameters of this name hide it below
+
+
+def bias_hessian_activation(
+    bias_hessian: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    activation: str,
+    parameter: float,
+    grad_input: Tensor | None,
+    gamma: float,
+) -> Tensor:
+    """Eq. 8b with the derivatives of a known activation."""
+    d1, d2 = activation_derivatives(saved, activation, parameter)
+    return _step(bias_hessian, weight, d1, None if grad_input is None else d2, grad_input, gamma)
+
+
+def bias_hessian_chain(
+    bias_hessian: Tensor,
+    weight: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    activation: Sequence[str],
+    parameter: Sequence[float],
+    grad_input: Sequence[Tensor | None],
+    gamma: float,
+) -> list[Tensor]:
+    """Eq. 8b layer after layer, going down."""
+    hessians = [bias_hessian]
+    for layer in zip(weight, saved, activation, parameter, grad_input, strict=True):
+        hessians.append(bias_hessian_activation(hessians[-1], *layer, gamma))
+    return hessians[1:]
 
 
 def cross_entropy_hessian(output: Tensor, target: Tensor, ignore_index: int = -100, mean: bool = True) -> Tensor:
@@ -110,7 +143,39 @@ def eacg_solve(
     return direction, bias, torch.tensor(iterations)
 
 
-def conjugate_gradient(matrix, rhs: Tensor, max_iter: int, tol: float) -> tuple[Tensor, int]:  # type: ignore[no-untyped-def]
+def eacg_update_(
+    bias_hessian: Sequence[Tensor],
+    mean_input: Sequence[Tensor],
+    grad_weight: Sequence[Tensor],
+    grad_bias: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    weight_momentum: Sequence[Tensor],
+    bias_momentum: Sequence[Tensor],
+    lr: Sequence[float],
+    alpha: Sequence[float],
+    momentum: Sequence[float],
+    weight_decay: Sequence[float],
+    max_iter: int,
+    tol: float,
+    truncated: bool,
+) -> Tensor:
+    """Eq. 10a and 10b for every layer; then V <- momentum V + P and W <- (1 - lr weight_decay) W + lr V, if all are finite."""
+    solutions, counts = [], []
+    for h, a, b, g, damping in zip(bias_hessian, mean_input, grad_weight, grad_bias, alpha, strict=True):
+        p, d, iterations = eacg_solve(h, a, b, g if len(g) else None, damping, max_iter, tol, truncated)
+        solutions.append((p, d))
+        counts.append(int(iterations) if p.isfinite().all() and d.isfinite().all() else -1)
+    if all(count >= 0 for count in counts):
+        for layer, directions in enumerate(solutions):
+            for p, x, v in zip(directions, (weight, bias), (weight_momentum, bias_momentum), strict=True):
+                if v:
+                    p = v[layer].mul_(momentum[layer]).add_(p)
+                x[layer].mul_(1 - lr[layer] * weight_decay[layer]).add_(p, alpha=lr[layer])
+    return torch.tensor(counts, dtype=torch.int64)
+
+
+def conjugate_gradient(matrix: Callable[[Tensor], Tensor], rhs: Tensor, max_iter: int, tol: float) -> tuple[Tensor, int]:
     """Textbook CG from 0 for a positive definite `matrix` (a function), until |r| <= tol |rhs| or max_iter times."""
     x = torch.zeros_like(rhs)
     r, p = rhs.clone(), rhs.clone()

@@ -205,7 +205,7 @@ def test_compiles_without_spills(source: Path) -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("glue", sorted((ROOT / "csrc" / "cuda").glob("glue*.cpp")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("glue", sorted((ROOT / "csrc" / "cuda").glob("*_cuda.cpp")), ids=lambda path: path.stem)
 def test_glue_compiles_against_a_cpu_torch(glue: Path, tmp_path: Path) -> None:
     """The classic c10 headers need one stub there: the file in which a CUDA build of torch records its configuration."""
     stub = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"

@@ -71,7 +71,6 @@ def cases(net: Net, batch: int) -> Iterator[tuple[str, Case]]:
     means, b = [torch.rand(n_in) for n_in, _ in pairs], [torch.randn_like(w) for w in weights]
     g = [torch.randn(n_out) for _, n_out in pairs]
     systems = list(zip(hessians, means, b, g, strict=True))
-    yield "eacg_hvp", (each(ops.eacg_hvp), reference.eacg_hvp, [(h, a, p) for h, a, p, _ in systems])
     for truncated in (False, True):
         yield (
             "eacg_solve" + ", truncated" * truncated,
@@ -149,7 +148,6 @@ STRAIGHT = {
     "activation_derivatives",
     "bias_hessian",
     "bias_hessian_activation",
-    "eacg_hvp",
     "mean_inputs",
     "precondition",
     "double_damping",

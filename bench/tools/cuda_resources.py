@@ -108,8 +108,6 @@ def floors() -> list[tuple[str, float, float, float]]:
             for name, (size, work) in (("product_kernel", product), ("recursion_kernel", recursion))
             for arithmetic, times, rate in (("float32", 1, FLOAT32), ("split TF32", 3, TF32), ("TF32", 1, TF32))
         ),
-        ("hvp_products_kernel", 4 * weights, 2 * weights, FLOAT32),
-        ("hvp_kernel", 4 * (squares + weights), 2 * squares + weights, FLOAT32),
         ("products_kernel (EA-CG)", 4 * weights, 2 * weights, FLOAT32),
         (f"directions_kernel, {ITERATIONS} iterations", 4 * squares, 4 * squares * ITERATIONS, FLOAT32),
         ("update_kernel (EA-CG), no momentum", 12 * weights, 5 * weights, FLOAT32),

@@ -7,11 +7,9 @@
 
 #include <cmath>
 #include <numbers>
-#include <string_view>
 #include <tuple>
 
-#include "../activations.h"
-#include "../checks.h"
+#include "../ops/activation.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -36,8 +34,7 @@ namespace {
 std::tuple<at::Tensor, at::Tensor> activation_derivatives(const at::Tensor& saved_, c10::string_view name,
                                                           double parameter) {
   constexpr const char* op = "activation_derivatives";
-  check_floating(op, "saved", saved_);
-  const Activation activation = activation_by_name(op, std::string_view(name.data(), name.size()), parameter);
+  const Activation activation = check_activation_derivatives(saved_, name, parameter);
   const at::Tensor saved = saved_.contiguous();
   const auto [e0, e1] = transcendentals(activation, parameter, saved);
   at::Tensor d1 = at::empty_like(saved), d2 = at::empty_like(saved);

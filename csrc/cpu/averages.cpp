@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../argument_checks.h"
+#include "../ops/averages.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -15,7 +15,7 @@ namespace secondorder::cpu {
 namespace {
 
 std::vector<at::Tensor> mean_inputs(at::TensorList inputs) {
-  check_inputs("mean_inputs", inputs);
+  check_mean_inputs(inputs);
   std::vector<at::Tensor> means, small;
   std::vector<size_t> places;  // of the small ones
   std::vector<int64_t> sizes;
@@ -43,7 +43,7 @@ std::vector<at::Tensor> mean_inputs(at::TensorList inputs) {
 }
 
 void average_(at::TensorList news, at::TensorList olds, double share) {
-  check_average("average_", news, olds, share);
+  check_average(news, olds, share);
   std::vector<at::Tensor> contiguous;
   std::vector<int64_t> sizes;
   for (const at::Tensor& old : olds) {

@@ -19,8 +19,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../argument_checks.h"
 #include "../formulas.h"
+#include "../ops/bfgs.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -177,12 +177,10 @@ at::Tensor statuses(const std::vector<Pair<T>>& pairs) {
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> double_damping_list(at::TensorList s, at::TensorList y,
                                                                                  at::TensorList inverses, double mu1,
                                                                                  double mu2) {
-  constexpr const char* op = "double_damping";
-  check_damping(op, mu1, mu2);
-  check_pairs(op, inverses, s, y, /*written=*/false);
+  check_double_damping(s, y, inverses, mu1, mu2);
   std::vector<at::Tensor> s_damped, y_damped;
   if (s.empty()) return {s_damped, y_damped};
-  AT_DISPATCH_FLOATING_TYPES(inverses[0].scalar_type(), op, [&] {
+  AT_DISPATCH_FLOATING_TYPES(inverses[0].scalar_type(), "double_damping", [&] {
     using T = scalar_t;
     std::vector<Pair<T>> pairs = make_pairs<T>(s, y);
     std::vector<at::Tensor> contiguous;
@@ -210,11 +208,10 @@ std::tuple<at::Tensor, at::Tensor> double_damping(const at::Tensor& s, const at:
 }
 
 at::Tensor bfgs_update_list_(at::TensorList inverses, at::TensorList s, at::TensorList y) {
-  constexpr const char* op = "bfgs_update_";
-  check_pairs(op, inverses, s, y, /*written=*/true);
+  check_bfgs_update(inverses, s, y);
   if (s.empty()) return at::empty({0}, at::kLong);
   at::Tensor status;
-  AT_DISPATCH_FLOATING_TYPES(inverses[0].scalar_type(), op, [&] {
+  AT_DISPATCH_FLOATING_TYPES(inverses[0].scalar_type(), "bfgs_update_", [&] {
     using T = scalar_t;
     std::vector<Pair<T>> pairs = make_pairs<T>(s, y);
     std::vector<Product<T>> products;
@@ -235,12 +232,10 @@ at::Tensor bfgs_update_(const at::Tensor& inverse, const at::Tensor& s, const at
 }
 
 at::Tensor damped_bfgs_update_(at::TensorList inverses, at::TensorList s, at::TensorList y, double mu1, double mu2) {
-  constexpr const char* op = "damped_bfgs_update_";
-  check_damping(op, mu1, mu2);
-  check_pairs(op, inverses, s, y, /*written=*/true);
+  check_damped_bfgs_update(inverses, s, y, mu1, mu2);
   if (s.empty()) return at::empty({0}, at::kLong);
   at::Tensor status;
-  AT_DISPATCH_FLOATING_TYPES(inverses[0].scalar_type(), op, [&] {
+  AT_DISPATCH_FLOATING_TYPES(inverses[0].scalar_type(), "damped_bfgs_update_", [&] {
     using T = scalar_t;
     const size_t layers = s.size();
     std::vector<Pair<T>> pairs = make_pairs<T>(s, y);
@@ -276,11 +271,10 @@ at::Tensor damped_bfgs_update_(at::TensorList inverses, at::TensorList s, at::Te
 
 at::Tensor hessian_action_update_(at::TensorList inverses, at::TensorList matrices, at::TensorList vectors,
                                   double damping) {
-  constexpr const char* op = "hessian_action_update_";
-  check_action(op, inverses, matrices, vectors, damping);
+  check_hessian_action_update(inverses, matrices, vectors, damping);
   if (vectors.empty()) return at::empty({0}, at::kLong);
   at::Tensor status;
-  AT_DISPATCH_FLOATING_TYPES(inverses[0].scalar_type(), op, [&] {
+  AT_DISPATCH_FLOATING_TYPES(inverses[0].scalar_type(), "hessian_action_update_", [&] {
     using T = scalar_t;
     const size_t layers = vectors.size();
     std::vector<Pair<T>> pairs = make_pairs<T>(vectors, vectors);
@@ -323,14 +317,14 @@ at::Tensor compact_product(const at::Tensor& s, const at::Tensor& y, const at::T
 }
 
 at::Tensor lbfgs_product(const at::Tensor& s, const at::Tensor& y, const at::Tensor& v) {
-  check_product("lbfgs_product", s, y, v);
+  check_lbfgs_product(s, y, v);
   return compact_product(s, y, v);
 }
 
 std::vector<at::Tensor> lbfgs_product_list(at::TensorList s, at::TensorList y, at::TensorList v) {
-  check_lengths("lbfgs_product", {{"s_pairs", s.size()}, {"y_pairs", y.size()}, {"v", v.size()}});
+  check_lbfgs_product(s, y, v);
   std::vector<at::Tensor> out;
-  for (size_t l = 0; l < s.size(); ++l) out.push_back(lbfgs_product(s[l], y[l], v[l]));
+  for (size_t l = 0; l < s.size(); ++l) out.push_back(compact_product(s[l], y[l], v[l]));
   return out;
 }
 
@@ -345,12 +339,10 @@ void push(const at::Tensor& memory, const std::vector<T>& v) {
 
 at::Tensor damped_lbfgs_update_(at::TensorList s_pairs, at::TensorList y_pairs, at::TensorList s, at::TensorList y,
                                 double mu1, double mu2) {
-  constexpr const char* op = "damped_lbfgs_update_";
-  check_damping(op, mu1, mu2);
-  check_memories(op, s_pairs, y_pairs, s, y);
+  check_damped_lbfgs_update(s_pairs, y_pairs, s, y, mu1, mu2);
   at::Tensor status = at::empty({int64_t(s.size())}, at::kLong);
   for (size_t l = 0; l < s.size(); ++l)
-    AT_DISPATCH_FLOATING_TYPES(s[l].scalar_type(), op, [&] {
+    AT_DISPATCH_FLOATING_TYPES(s[l].scalar_type(), "damped_lbfgs_update_", [&] {
       using T = scalar_t;
       Pair<T> pair{to_vector<T>(s[l]), to_vector<T>(y[l])};
       pair.hy = to_vector<T>(compact_product(s_pairs[l], y_pairs[l], y[l].unsqueeze(1)));

@@ -12,12 +12,10 @@
 
 #include <cstring>
 #include <optional>
-#include <string_view>
 #include <vector>
 
-#include "../activations.h"
-#include "../argument_checks.h"
 #include "../formulas.h"
+#include "../ops/bias_hessian.h"
 #include "activation.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -99,14 +97,12 @@ void recursion(const T* hessian, const T* weight, int64_t k, int64_t n, int64_t 
 at::Tensor bias_hessian(const at::Tensor& hessian_, const at::Tensor& weight_, const at::Tensor& d1_,
                         const std::optional<at::Tensor>& d2_, const std::optional<at::Tensor>& grad_input_,
                         double gamma) {
-  constexpr const char* op = "bias_hessian";
-  check_recursion(op, hessian_, weight_, "d1", d1_, grad_input_, gamma);
-  check_second_derivative(op, hessian_, d1_, d2_, grad_input_);
+  check_bias_hessian(hessian_, weight_, d1_, d2_, grad_input_, gamma);
   const at::Tensor hessian = hessian_.contiguous(), weight = weight_.contiguous(), d1 = d1_.contiguous();
   const at::Tensor d2 = d2_ ? d2_->contiguous() : at::Tensor(), grad = d2_ ? grad_input_->contiguous() : at::Tensor();
   const int64_t n = weight.size(1), m = d1.size(0);
   at::Tensor out = at::empty({n, n}, hessian.options());
-  AT_DISPATCH_FLOATING_TYPES(hessian.scalar_type(), op, [&] {
+  AT_DISPATCH_FLOATING_TYPES(hessian.scalar_type(), "bias_hessian", [&] {
     using T = scalar_t;
     const T *source = d1.const_data_ptr<T>(), *second = d2.defined() ? d2.const_data_ptr<T>() : nullptr,
             *g = d2.defined() ? grad.const_data_ptr<T>() : nullptr;
@@ -123,15 +119,14 @@ at::Tensor bias_hessian(const at::Tensor& hessian_, const at::Tensor& weight_, c
 at::Tensor bias_hessian_activation(const at::Tensor& hessian_, const at::Tensor& weight_, const at::Tensor& saved_,
                                    c10::string_view name, double parameter,
                                    const std::optional<at::Tensor>& grad_input_, double gamma) {
-  constexpr const char* op = "bias_hessian";
-  check_recursion(op, hessian_, weight_, "saved", saved_, grad_input_, gamma);
-  const Activation activation = activation_by_name(op, std::string_view(name.data(), name.size()), parameter);
+  const Activation activation =
+      check_bias_hessian_activation(hessian_, weight_, saved_, name, parameter, grad_input_, gamma);
   const at::Tensor hessian = hessian_.contiguous(), weight = weight_.contiguous(), saved = saved_.contiguous();
   const at::Tensor grad = grad_input_ ? grad_input_->contiguous() : at::Tensor();
   const auto [e0, e1] = transcendentals(activation, parameter, saved);
   const int64_t n = weight.size(1), m = saved.size(0);
   at::Tensor out = at::empty({n, n}, hessian.options());
-  AT_DISPATCH_FLOATING_TYPES(hessian.scalar_type(), op, [&] {
+  AT_DISPATCH_FLOATING_TYPES(hessian.scalar_type(), "bias_hessian", [&] {
     using T = scalar_t;
     const T *v = saved.const_data_ptr<T>(), *p0 = e0.defined() ? e0.const_data_ptr<T>() : v,
             *p1 = e1.defined() ? e1.const_data_ptr<T>() : v, *g = grad.defined() ? grad.const_data_ptr<T>() : v;

@@ -21,7 +21,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../argument_checks.h"
+#include "../ops/eacg.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -195,35 +195,11 @@ struct Systems {
   }
 };
 
-at::Tensor eacg_hvp(const at::Tensor& hessian, const at::Tensor& mean_input, const at::Tensor& p) {
-  constexpr const char* op = "eacg_hvp";
-  check_hvp(op, hessian, mean_input, p);
-  const at::Tensor h = hessian.contiguous(), a = mean_input.contiguous(), x = p.contiguous();
-  const int64_t n_out = h.size(0), n_in = a.size(0);
-  at::Tensor out = at::empty({n_out, n_in}, h.options());
-  AT_DISPATCH_FLOATING_TYPES(h.scalar_type(), op, [&] {
-    using T = scalar_t;
-    const Kernels<T>& kernel = kernels<T>();
-    std::vector<T> u(n_out), v(n_out);
-    const T *ap = a.const_data_ptr<T>(), *xp = x.const_data_ptr<T>(), *hp = h.const_data_ptr<T>();
-    T* op_ = out.mutable_data_ptr<T>();
-    parallel_rows(n_out, n_in, [&](int64_t begin, int64_t end) {
-      kernel.matvec(end - begin, n_in, xp + begin * n_in, ap, nullptr, u.data() + begin, nullptr);
-    });
-    parallel_rows(n_out, n_out + n_in, [&](int64_t begin, int64_t end) {
-      kernel.matvec(end - begin, n_out, hp + begin * n_out, u.data(), nullptr, v.data() + begin, nullptr);
-      for (int64_t i = begin; i < end; ++i) kernel.combine(n_in, T(0), ap, v[i], ap, op_ + i * n_in);
-    });
-  });
-  return out;
-}
-
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor> eacg_solve_list(
     at::TensorList hessians, at::TensorList mean_inputs, at::TensorList grad_weights, at::TensorList grad_biases,
     at::ArrayRef<double> alpha, int64_t max_iter, double tol, bool truncated) {
-  constexpr const char* op = "eacg_solve";
   const size_t layers = hessians.size();
-  check_solve(op, hessians, mean_inputs, grad_weights, grad_biases, alpha, max_iter, tol);
+  check_eacg_solve(hessians, mean_inputs, grad_weights, grad_biases, alpha, max_iter, tol);
   std::vector<at::Tensor> weights, biases;
   for (size_t l = 0; l < layers; ++l) {
     weights.push_back(at::empty(grad_weights[l].sizes(), hessians[l].options()));
@@ -261,10 +237,9 @@ at::Tensor eacg_update_(at::TensorList hessians, at::TensorList mean_inputs, at:
                         at::TensorList weight_momenta, at::TensorList bias_momenta, at::ArrayRef<double> lr,
                         at::ArrayRef<double> alpha, at::ArrayRef<double> momentum, at::ArrayRef<double> weight_decay,
                         int64_t max_iter, double tol, bool truncated) {
-  constexpr const char* op = "eacg_update_";
   const size_t layers = hessians.size();
-  check_update(op, hessians, mean_inputs, grad_weights, grad_biases, weights, biases, weight_momenta, bias_momenta, lr,
-               alpha, momentum, weight_decay, max_iter, tol);
+  check_eacg_update(hessians, mean_inputs, grad_weights, grad_biases, weights, biases, weight_momenta, bias_momenta, lr,
+                    alpha, momentum, weight_decay, max_iter, tol);
   at::Tensor iterations = at::empty({int64_t(layers)}, at::kLong);
   int64_t* counts = iterations.mutable_data_ptr<int64_t>();
   const bool keep = !weight_momenta.empty();
@@ -305,7 +280,6 @@ at::Tensor eacg_update_(at::TensorList hessians, at::TensorList mean_inputs, at:
 }  // namespace
 
 TORCH_LIBRARY_IMPL(secondorder, CPU, m) {
-  m.impl("eacg_hvp", eacg_hvp);
   m.impl("eacg_solve", eacg_solve);
   m.impl("eacg_solve.list", eacg_solve_list);
   m.impl("eacg_update_", eacg_update_);

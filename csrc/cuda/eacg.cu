@@ -371,36 +371,6 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   }
 }
 
-// u = p a. Parallel over rows, a warp each.   p [n_out, n_in], a [n_in], u [n_out]
-template <typename T>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
-    hvp_products_kernel(int64_t n_out, int64_t n_in, const T* __restrict__ p, const T* __restrict__ a,
-                        T* __restrict__ u) {
-  const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
-  if (row >= n_out) return;
-  T sum[1];
-  row_products<1, T>(n_in, aligned(n_in, p, a), p + row * n_in, a, nullptr, sum);
-  if (threadIdx.x % kWarp == 0) u[row] = sum[0];
-}
-
-// out = (H u) a^T. Parallel over rows, a warp each.   hessian [n_out, n_out], u [n_out], a [n_in], out [n_out, n_in]
-template <typename T>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
-    hvp_kernel(int64_t n_out, int64_t n_in, const T* __restrict__ hessian, const T* __restrict__ u,
-               const T* __restrict__ a, T* __restrict__ out) {
-  const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
-  if (row >= n_out) return;
-  T v[1];
-  row_products<1, T>(n_out, aligned(n_out, hessian, u), hessian + row * n_out, u, nullptr, v);
-  each_column<T>(n_in, aligned(n_in, a, out), [&](int64_t j, auto width) {
-    T x[width.value];
-    load(a + j, x);
-#pragma unroll
-    for (int e = 0; e < width.value; ++e) x[e] *= v[0];
-    store(out + row * n_in + j, x);
-  });
-}
-
 // One launch's layers with their groups and memory. The plan depends on the layers' sizes and the device alone, so that
 // every launcher that is given them lays the workspace out alike.
 template <typename T>
@@ -507,22 +477,12 @@ void eacg_update(const EacgLayer<T>* layers, int count, void* workspace, const i
   launch_updates<true>(layers, count, workspace, not_finite, device, stream);
 }
 
-template <typename T>
-void eacg_hvp(int64_t n_out, int64_t n_in, const T* hessian, const T* mean_input, const T* p, T* u, T* out,
-              cudaStream_t stream) {
-  if (n_out == 0) return;
-  const unsigned blocks = unsigned(ceil_div<int64_t>(n_out, kRowsPerBlock));
-  LAUNCH(hvp_products_kernel<T>, blocks, kRowThreads, 0, stream, n_out, n_in, p, mean_input, u);
-  LAUNCH(hvp_kernel<T>, blocks, kRowThreads, 0, stream, n_out, n_in, hessian, u, mean_input, out);
-}
-
 #define INSTANTIATE(T)                                                                                                \
   template size_t eacg_workspace(const EacgLayer<T>*, int, const Device&);                                            \
   template void eacg_directions(const EacgLayer<T>*, int, const EacgSettings&, void*, int*, const Device&,            \
                                 cudaStream_t);                                                                        \
   template void eacg_write(const EacgLayer<T>*, int, void*, const Device&, cudaStream_t);                             \
-  template void eacg_update(const EacgLayer<T>*, int, void*, const int*, const Device&, cudaStream_t);                \
-  template void eacg_hvp(int64_t, int64_t, const T*, const T*, const T*, T*, T*, cudaStream_t);
+  template void eacg_update(const EacgLayer<T>*, int, void*, const int*, const Device&, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

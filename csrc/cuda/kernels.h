@@ -78,11 +78,6 @@ struct EacgSettings {
   bool truncated;
 };
 
-// p [n_out, n_in], u [n_out] scratch, out [n_out, n_in]
-template <typename T>
-void eacg_hvp(int64_t n_out, int64_t n_in, const T* hessian, const T* mean_input, const T* p, T* u, T* out,
-              cudaStream_t stream);
-
 // The bytes of workspace, 16-byte aligned, that the two launchers below share.
 template <typename T>
 size_t eacg_workspace(const EacgLayer<T>* layers, int count, const Device& device);

@@ -224,16 +224,6 @@ def bias_hessian_of_products(kernels: Kernels) -> None:
             np.testing.assert_array_equal(result, result.T)
 
 
-@case
-def eacg_hvp(kernels: Kernels) -> None:
-    rng = np.random.default_rng(2)
-    for dtype in DTYPES:
-        for n_out, n_in, offset in ((1, 1, None), (2, 3, None), (17, 129, None), (129, 17, None), (12, 256, 0), (8, 64, 1)):
-            arrays = [spd(rng, n_out, dtype), *(normal(rng, *s, dtype=dtype, offset=offset) for s in ((n_in,), (n_out, n_in)))]
-            result = kernels.eacg_hvp(*arrays)
-            assert_accurate(result, reference.eacg_hvp(*map(double, arrays)), reference.eacg_hvp(*map(same, arrays)))
-
-
 def eacg_layers(rng: np.random.Generator, dtype: type, sizes: list[tuple[int, int]], offset: int | None) -> list[EacgLayer]:
     layers = []
     for index, (n_out, n_in) in enumerate(sizes):

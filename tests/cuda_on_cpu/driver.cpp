@@ -139,12 +139,6 @@ const char* races() {
                                         double gamma, T* out) {                                                        \
     return guarded([&] { cuda::bias_hessian_of_products(n, m, curvature, moment, sums, T(gamma), out, kStream); });    \
   }                                                                                                                    \
-  int eacg_hvp_##suffix(int64_t n_out, int64_t n_in, const T* hessian, const T* mean_input, const T* p, T* out) {      \
-    return guarded([&] {                                                                                               \
-      Scratch u(n_out * sizeof(T));                                                                                    \
-      cuda::eacg_hvp(n_out, n_in, hessian, mean_input, p, u.as<T>(), out, kStream);                                    \
-    });                                                                                                                \
-  }                                                                                                                    \
   int eacg_##suffix(int count, const int64_t* n_out, const int64_t* n_in, const T** bias_hessian,                      \
                     const T** mean_input, const T** grad_weight, const T** grad_bias, T** weight, T** bias,            \
                     T** weight_momentum, T** bias_momentum, const double* alpha, const double* lr,                     \

@@ -36,7 +36,7 @@ def build(mode: str, out: Path) -> Path:
 
 def build_with_bug(mode: str, healthy: Path, out: Path, source: str, file: str, old: str, new: str) -> Path:
     """The library with `old` replaced by `new` in `file`, and of the kernel files `source` alone compiled anew."""
-    shutil.copytree(KERNELS.parent, out / "csrc", ignore=shutil.ignore_patterns("cpu"))
+    shutil.copytree(KERNELS.parent, out / "csrc", ignore=shutil.ignore_patterns("cpu", "ops"))
     patched = out / "csrc" / "cuda" / file
     text = patched.read_text()
     assert text.count(old) == 1, f"{old!r} must stand in {file} once"
@@ -187,14 +187,6 @@ class Kernels:
         self._call(
             "bias_hessian_of_products", curvature.dtype, ctypes.c_int64(len(curvature)), ctypes.c_int64(m),
             pointer(curvature), pointer(moment), pointer(sums), ctypes.c_double(gamma), pointer(out),
-        )  # fmt: skip
-        return out
-
-    def eacg_hvp(self, hessian: np.ndarray, mean_input: np.ndarray, p: np.ndarray) -> np.ndarray:
-        out = np.full_like(p, np.nan)
-        self._call(
-            "eacg_hvp", p.dtype, ctypes.c_int64(p.shape[0]), ctypes.c_int64(p.shape[1]), pointer(hessian),
-            pointer(mean_input), pointer(p), pointer(out),
         )  # fmt: skip
         return out
 

@@ -1,5 +1,5 @@
-// cross_entropy_hessian, on any device, and by plain loops where it is small: the dozen operators that it takes otherwise would
-// last longer than their work.
+// cross_entropy_hessian by plain loops where it is small: the dozen operators that it takes otherwise would last longer than
+// their work.
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <torch/library.h>
@@ -8,9 +8,9 @@
 #include <limits>
 #include <vector>
 
-#include "argument_checks.h"
+#include "../ops/cross_entropy.h"
 
-namespace secondorder {
+namespace secondorder::cpu {
 namespace {
 
 // Up to so many multiply-adds plain loops on one thread are the faster.
@@ -41,30 +41,21 @@ void small_hessian(const T* logits, const int64_t* target, int64_t m, int64_t k,
       out[a * k + b] = out[b * k + a] = T((a == b ? diagonal[a] + h[a * k + a] : h[a * k + b]) * scale);
 }
 
-// output [m, K], target [m] class indices -> [K, K]
 at::Tensor cross_entropy_hessian(const at::Tensor& output_, const at::Tensor& target, int64_t ignore_index, bool mean) {
-  constexpr const char* op = "cross_entropy_hessian";
-  check_cross_entropy(op, output_, target);
+  check_cross_entropy_hessian(output_, target);
   const int64_t m = output_.size(0), k = output_.size(1);
-  if (output_.device().is_cpu() && m * k * k <= kSmall) {
-    const at::Tensor output = output_.contiguous(), classes = target.to(at::kLong).contiguous();
-    at::Tensor out = at::empty({k, k}, output.options());
-    AT_DISPATCH_FLOATING_TYPES(output.scalar_type(), op, [&] {
-      small_hessian(output.const_data_ptr<scalar_t>(), classes.const_data_ptr<int64_t>(), m, k, ignore_index, mean,
-                    out.mutable_data_ptr<scalar_t>());
-    });
-    return out;
-  }
-  const at::Tensor kept = target.to(at::kLong).ne(ignore_index);  // uint8 has no -100
-  const at::Tensor p = at::softmax(output_, 1).masked_fill(kept.logical_not().unsqueeze(1), 0);
-  at::Tensor mass = kept.to(output_.scalar_type());
-  if (mean) mass.div_(mass.sum());
-  const at::Tensor weighted = at::mul(p, mass.unsqueeze(1));
-  return at::addmm(at::diag(weighted.sum(0)), p.t(), weighted, /*beta=*/1, /*alpha=*/-1);
+  if (m * k * k > kSmall) return cross_entropy_hessian_by_products(output_, target, ignore_index, mean);
+  const at::Tensor output = output_.contiguous(), classes = target.to(at::kLong).contiguous();
+  at::Tensor out = at::empty({k, k}, output.options());
+  AT_DISPATCH_FLOATING_TYPES(output.scalar_type(), "cross_entropy_hessian", [&] {
+    small_hessian(output.const_data_ptr<scalar_t>(), classes.const_data_ptr<int64_t>(), m, k, ignore_index, mean,
+                  out.mutable_data_ptr<scalar_t>());
+  });
+  return out;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(secondorder, CompositeExplicitAutograd, m) { m.impl("cross_entropy_hessian", cross_entropy_hessian); }
+TORCH_LIBRARY_IMPL(secondorder, CPU, m) { m.impl("cross_entropy_hessian", cross_entropy_hessian); }
 
-}  // namespace secondorder
+}  // namespace secondorder::cpu

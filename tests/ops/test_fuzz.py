@@ -1,5 +1,8 @@
 """Arguments of every operator, drawn at random: the same numbers in any layout, a Python error for wrong ones, never a crash."""
 
+import importlib
+from pathlib import Path
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from secondorder import ops, reference
 
+HERE = Path(__file__)
 SIZES = st.sampled_from([0, 1, 1, 2, 3, 17, 33])
 LAYOUTS = st.sampled_from(["contiguous", "transposed", "strided", "offset", "expanded"])
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -48,40 +52,12 @@ def problems(draw):
     }  # fmt: skip
 
 
+FAMILIES = [importlib.import_module(path.stem) for path in sorted(HERE.parent.glob("test_*.py")) if path != HERE]
+
+
 def cases(q):
-    """Every operator with its arguments."""
-    o = torch.ops.secondorder
-    h, one = q["h"].contiguous(), [0.5]
-    return [
-        (o.activation_derivatives.default, (q["d1"], "gelu", 1.0)),
-        (o.bias_hessian.default, (q["h"], q["w"], q["d1"], q["d2"], q["grad"], -1.0)),
-        (o.bias_hessian.default, (q["h"], q["w"], q["d1"], None, None, 0.0)),
-        (o.bias_hessian.activation, (q["h"], q["w"], q["d1"], "softplus", 1.0, q["grad"], -1.0)),
-        (o.bias_hessian.chain, (q["h"], [q["w"]], [q["d1"]], ["softplus"], [1.0], [q["grad"]], -1.0)),
-        (o.cross_entropy_hessian.default, (q["d1"], torch.arange(len(q["d1"])) % 3, 1, True)),
-        (o.mean_inputs.default, ([q["d1"], q["w"]],)),
-        (o.average_.default, ([h.clone(), q["s"].clone()], [q["h"], q["y"]], 0.5)),
-        (o.precondition.default, (q["h"], q["b"], torch.outer(q["a"], q["a"]))),
-        (o.precondition.default, (None, q["b"], torch.outer(q["a"], q["a"]))),
-        (o.eacg_hvp.default, (q["h"], q["a"], q["b"])),
-        (o.eacg_solve.default, (q["h"], q["a"], q["b"], q["g"], 0.1, 5, 1e-3, True)),
-        (o.eacg_solve.list, ([q["h"]], [q["a"]], [q["b"]], [q["g"]], [0.1], 5, 1e-3, False)),
-        (
-            o.eacg_update_.default,
-            ([q["h"]], [q["a"]], [q["b"]], [q["g"]], [q["w"].clone(memory_format=torch.contiguous_format)], [q["g"].clone()],
-             [torch.zeros_like(q["b"], memory_format=torch.contiguous_format)], [torch.zeros_like(q["g"]).contiguous()],
-             [0.1], [0.1], [0.9], [0.0], 5, 1e-3, False),
-        ),
-        (o.double_damping.default, (q["s"], q["y"], h, 0.2, 0.5)),
-        (o.double_damping.list, ([q["s"]], [q["y"]], [h], 0.2, 0.5)),
-        (o.bfgs_update_.default, (h.clone(), q["s"], q["y"])),
-        (o.bfgs_update_.list, ([h.clone()], [q["s"]], [q["y"]])),
-        (o.damped_bfgs_update_.default, ([h.clone()], [q["s"]], [q["y"]], 0.2, 0.5)),
-        (o.hessian_action_update_.default, ([h.clone()], [h], [q["s"]], *one)),
-        (o.lbfgs_product.default, (q["sp"], q["yp"], q["b"])),
-        (o.lbfgs_product.list, ([q["sp"]], [q["yp"]], [q["b"]])),
-        (o.damped_lbfgs_update_.default, ([q["sp"].clone()], [q["yp"].clone()], [q["s"]], [q["y"]], 0.2, 0.5)),
-    ]  # fmt: skip
+    """Every operator with its arguments, as the tests of each family of operators have them."""
+    return [case for family in FAMILIES for case in family.fuzz_cases(q)]
 
 
 def square_problem():

@@ -86,3 +86,12 @@ def test_opcheck():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.ones(3, 4))
+
+
+def fuzz_cases(q):
+    """Every operator with arguments made of the problem that test_fuzz.py draws."""
+    o = torch.ops.secondorder
+    return [
+        (o.mean_inputs.default, ([q["d1"], q["w"]],)),
+        (o.average_.default, ([q["h"].contiguous().clone(), q["s"].clone()], [q["h"], q["y"]], 0.5)),
+    ]

@@ -108,3 +108,9 @@ def test_bad_input(change, error, message):
     change(arguments)
     with pytest.raises(error, match=message):
         ops.precondition(*arguments)
+
+
+def fuzz_cases(q):
+    """Every operator with arguments made of the problem that test_fuzz.py draws."""
+    o, right = torch.ops.secondorder.precondition, torch.outer(q["a"], q["a"])
+    return [(o.default, (q["h"], q["b"], right)), (o.default, (None, q["b"], right))]

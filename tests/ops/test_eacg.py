@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -23,6 +25,37 @@ def test_hvp(size):
         h, a, p, _ = problem(*size, dtype)
         exact = (torch.kron(h.double(), torch.outer(a, a).double()) @ p.double().reshape(-1)).reshape(p.shape)
         assert_as_accurate(ops.eacg_hvp(h, a, p), reference.eacg_hvp(h, a, p), exact)
+
+
+def test_hvp_compiles_without_graph_breaks():
+    arguments = problem(3, 2, torch.float32)[:3]
+    compiled = torch.compile(ops.eacg_hvp, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), ops.eacg_hvp(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"bias_hessian": torch.zeros(3, 4).double()}, ValueError, r"expected a square bias_hessian, got shape \[3, 4\]"),
+        (
+            {"bias_hessian": torch.eye(3).half()},
+            TypeError,
+            "expected bias_hessian of dtype float32 or float64, got torch.float16",
+        ),
+        ({"mean_input": torch.zeros(2, 1).double()}, ValueError, "expected mean_input with 1 dimension, got 2"),
+        (
+            {"mean_input": torch.zeros(2)},
+            TypeError,
+            "expected mean_input of dtype torch.float64 as bias_hessian, got torch.float32",
+        ),
+        ({"p": torch.zeros(2, 3).double()}, ValueError, r"expected p of shape \[3, 2\], got \[2, 3\]"),
+        ({"p": torch.zeros(3, 2).double().to("meta")}, ValueError, "expected p on cpu as bias_hessian, got meta"),
+    ],
+)
+def test_bad_input_of_hvp(change, error, message):
+    h, a, p, _ = problem(3, 2)
+    with pytest.raises(error, match="eacg_hvp: " + message):
+        ops.eacg_hvp(**{"bias_hessian": h, "mean_input": a, "p": p, **change})
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -162,6 +195,19 @@ def test_update_is_solve_and_plain_arithmetic(momentum, dtype):
     assert all(w._version > v for w, v in zip(weights, versions, strict=True))  # autograd sees the change
 
 
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_update_equals_its_twin(momentum, poisoned):
+    arguments = update_arguments(momentum=momentum)
+    if poisoned:
+        arguments[2][4][0, 0] = float("nan")
+    own, twins = (copy.deepcopy(arguments) for _ in range(2))
+    assert torch.equal(ops.eacg_update_(*own) < 0, reference.eacg_update_(*twins) < 0)
+    for ours, theirs, before in zip(own[4:8], twins[4:8], arguments[4:8], strict=True):
+        torch.testing.assert_close(ours, before if poisoned else theirs, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(theirs, ours, rtol=1e-8, atol=1e-8)
+
+
 def test_copy_on_write():
     h, a, b, g = map(list, zip(*[problem(200, 200) for _ in range(3)], strict=True))  # enough for threads
     originals = [torch.zeros_like(t) for t in (*b, *g)]
@@ -220,7 +266,6 @@ def test_opcheck():
     arguments = update_arguments(torch.float32)
     h, a, b, g = (x[:3] for x in arguments[:4])
     library = torch.ops.secondorder
-    opcheck(library.eacg_hvp.default, (h[1], a[1], b[1]))
     for truncated in (False, True):
         opcheck(library.eacg_solve.default, (h[1], a[1], b[1], g[1], 0.1, 4, 0.0, truncated))
         opcheck(library.eacg_solve.default, (h[1], a[1], b[1], None, 0.1, 4, 0.0, truncated))
@@ -268,3 +313,18 @@ def test_bad_input(change, error, message):
     }  # fmt: skip
     with pytest.raises(error, match=message):
         ops.eacg_solve(**{**arguments, **change})
+
+
+def fuzz_cases(q):
+    """Every operator with arguments made of the problem that test_fuzz.py draws."""
+    o, contiguous = torch.ops.secondorder, {"memory_format": torch.contiguous_format}
+    w, v, u = q["w"].clone(**contiguous), torch.zeros_like(q["b"], **contiguous), torch.zeros_like(q["g"]).contiguous()
+    h, a, b, g = system = q["h"], q["a"], q["b"], q["g"]
+    return [
+        (o.eacg_solve.default, (*system, 0.1, 5, 1e-3, True)),
+        (o.eacg_solve.list, ([h], [a], [b], [g], [0.1], 5, 1e-3, False)),
+        (
+            o.eacg_update_.default,
+            ([h], [a], [b], [g], [w], [g.clone()], [v], [u], [0.1], [0.1], [0.9], [0.0], 5, 1e-3, False),
+        ),
+    ]

@@ -1,32 +1,13 @@
-// activation_derivatives and bias_hessian on CUDA tensors.
+// bias_hessian on CUDA tensors.
 #include <ATen/Context.h>
 
 #include <optional>
-#include <string_view>
-#include <tuple>
 
-#include "../activations.h"
-#include "../argument_checks.h"
+#include "../ops/bias_hessian.h"
 #include "glue.h"
 
 namespace secondorder::cuda {
 namespace {
-
-std::tuple<at::Tensor, at::Tensor> derivatives(const at::Tensor& saved_, c10::string_view name, double parameter) {
-  constexpr const char* op = "activation_derivatives";
-  check_floating(op, "saved", saved_);
-  const Activation activation = activation_by_name(op, std::string_view(name.data(), name.size()), parameter);
-  const Launch launch(saved_);
-  const at::Tensor saved = saved_.contiguous();
-  at::Tensor d1 = at::empty_like(saved), d2 = at::empty_like(saved);
-  AT_DISPATCH_FLOATING_TYPES(saved.scalar_type(), op, [&] {
-    using T = scalar_t;
-    activation_derivatives<T>(saved.numel(), saved.const_data_ptr<T>(), activation, T(parameter),
-                              d1.mutable_data_ptr<T>(), d2.mutable_data_ptr<T>(), launch.stream);
-  });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return {d1, d2};
-}
 
 // How float32's products are computed: PyTorch's own switch for matrix products on CUDA
 // (torch.set_float32_matmul_precision) allows TF32, or calls for float32's accuracy. That takes three TF32 products in
@@ -100,24 +81,21 @@ at::Tensor recursion(const at::Tensor& hessian_, const at::Tensor& weight_, cons
 at::Tensor from_derivatives(const at::Tensor& hessian, const at::Tensor& weight, const at::Tensor& d1,
                             const std::optional<at::Tensor>& d2, const std::optional<at::Tensor>& grad_input,
                             double gamma) {
-  check_recursion("bias_hessian", hessian, weight, "d1", d1, grad_input, gamma);
-  check_second_derivative("bias_hessian", hessian, d1, d2, grad_input);
+  check_bias_hessian(hessian, weight, d1, d2, grad_input, gamma);
   return recursion(hessian, weight, d1, d2, grad_input, {}, 1, gamma);
 }
 
 at::Tensor from_activation(const at::Tensor& hessian, const at::Tensor& weight, const at::Tensor& saved,
                            c10::string_view name, double parameter, const std::optional<at::Tensor>& grad_input,
                            double gamma) {
-  check_recursion("bias_hessian", hessian, weight, "saved", saved, grad_input, gamma);
   const Activation activation =
-      activation_by_name("bias_hessian", std::string_view(name.data(), name.size()), parameter);
+      check_bias_hessian_activation(hessian, weight, saved, name, parameter, grad_input, gamma);
   return recursion(hessian, weight, saved, {}, grad_input, activation, parameter, gamma);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(secondorder, CUDA, m) {
-  m.impl("activation_derivatives", derivatives);
   m.impl("bias_hessian", from_derivatives);
   m.impl("bias_hessian.activation", from_activation);
 }

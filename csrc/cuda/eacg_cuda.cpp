@@ -1,30 +1,15 @@
-// eacg_hvp, eacg_solve and eacg_update_ on CUDA tensors. `iterations` stays on the device.
+// eacg_solve and eacg_update_ on CUDA tensors. `iterations` stays on the device.
 #include <algorithm>
 #include <climits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../argument_checks.h"
+#include "../ops/eacg.h"
 #include "glue.h"
 
 namespace secondorder::cuda {
 namespace {
-
-at::Tensor hvp(const at::Tensor& hessian_, const at::Tensor& mean_input_, const at::Tensor& p_) {
-  constexpr const char* op = "eacg_hvp";
-  check_hvp(op, hessian_, mean_input_, p_);
-  const Launch launch(hessian_);
-  const at::Tensor hessian = hessian_.contiguous(), mean_input = mean_input_.contiguous(), p = p_.contiguous();
-  at::Tensor u = at::empty({p.size(0)}, p.options()), out = at::empty_like(p);
-  AT_DISPATCH_FLOATING_TYPES(p.scalar_type(), op, [&] {
-    using T = scalar_t;
-    eacg_hvp<T>(p.size(0), p.size(1), data<T>(hessian), data<T>(mean_input), data<T>(p), u.mutable_data_ptr<T>(),
-                out.mutable_data_ptr<T>(), launch.stream);
-  });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return out;
-}
 
 // The arguments of all layers, contiguous; the parameters where the results go.
 struct Net {
@@ -82,8 +67,7 @@ void solve(const Net& net, int64_t max_iter, double tol, bool truncated, bool up
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor> solve_list(
     at::TensorList hessians, at::TensorList mean_inputs, at::TensorList grad_weights, at::TensorList grad_biases,
     at::ArrayRef<double> alpha, int64_t max_iter, double tol, bool truncated) {
-  constexpr const char* op = "eacg_solve";
-  check_solve(op, hessians, mean_inputs, grad_weights, grad_biases, alpha, max_iter, tol);
+  check_eacg_solve(hessians, mean_inputs, grad_weights, grad_biases, alpha, max_iter, tol);
   const Launch launch(hessians[0]);
   std::vector<at::Tensor> weights, biases;
   for (size_t l = 0; l < hessians.size(); ++l) {
@@ -112,9 +96,8 @@ at::Tensor update_(at::TensorList hessians, at::TensorList mean_inputs, at::Tens
                    at::TensorList weight_momenta, at::TensorList bias_momenta, at::ArrayRef<double> lr,
                    at::ArrayRef<double> alpha, at::ArrayRef<double> momentum, at::ArrayRef<double> weight_decay,
                    int64_t max_iter, double tol, bool truncated) {
-  constexpr const char* op = "eacg_update_";
-  check_update(op, hessians, mean_inputs, grad_weights, grad_biases, weights, biases, weight_momenta, bias_momenta, lr,
-               alpha, momentum, weight_decay, max_iter, tol);
+  check_eacg_update(hessians, mean_inputs, grad_weights, grad_biases, weights, biases, weight_momenta, bias_momenta, lr,
+                    alpha, momentum, weight_decay, max_iter, tol);
   const Launch launch(hessians[0]);
   at::Tensor iterations = at::empty({int64_t(hessians.size())}, hessians[0].options().dtype(at::kLong));
   solve({contiguous(hessians), contiguous(mean_inputs), contiguous(grad_weights), contiguous(grad_biases), weights,
@@ -129,7 +112,6 @@ at::Tensor update_(at::TensorList hessians, at::TensorList mean_inputs, at::Tens
 }  // namespace
 
 TORCH_LIBRARY_IMPL(secondorder, CUDA, m) {
-  m.impl("eacg_hvp", hvp);
   m.impl("eacg_solve", solve_one);
   m.impl("eacg_solve.list", solve_list);
   m.impl("eacg_update_", update_);

@@ -69,3 +69,8 @@ def test_bad_input():
         ops.activation_derivatives(torch.rand(3), "swish")
     with pytest.raises(ValueError, match="expected a parameter > 0 for activation 'softplus', got 0"):
         ops.activation_derivatives(torch.rand(3), "softplus", 0.0)
+
+
+def fuzz_cases(q):
+    """Every operator with arguments made of the problem that test_fuzz.py draws."""
+    return [(torch.ops.secondorder.activation_derivatives.default, (q["d1"], "gelu", 1.0))]

@@ -83,3 +83,8 @@ def test_opcheck():
 def test_bad_input(change, error, message):
     with pytest.raises(error, match="cross_entropy_hessian: " + message):
         ops.cross_entropy_hessian(**{"output": torch.zeros(4, 3), "target": torch.zeros(4).long()} | change)
+
+
+def fuzz_cases(q):
+    """Every operator with arguments made of the problem that test_fuzz.py draws."""
+    return [(torch.ops.secondorder.cross_entropy_hessian.default, (q["d1"], torch.arange(len(q["d1"])) % 3, 1, True))]

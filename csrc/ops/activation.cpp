@@ -1,15 +1,16 @@
-// The names by which operators take an activation, and their parameters' bounds.
-#pragma once
+// activation_derivatives: sigma' and sigma'' of the activations whose derivatives have formulas.
+#include "activation.h"
 
-#include <c10/util/Exception.h>
+#include <torch/library.h>
 
 #include <string_view>
 
-#include "formulas.h"
+#include "../checks.h"
 
 namespace secondorder {
 
-inline Activation activation_by_name(const char* op, std::string_view name, double parameter) {
+Activation activation_by_name(const char* op, c10::string_view name_, double parameter) {
+  const std::string_view name(name_.data(), name_.size());  // c10's is a type of its own in older versions of torch
   struct Entry {
     std::string_view name;
     Activation activation;
@@ -30,6 +31,16 @@ inline Activation activation_by_name(const char* op, std::string_view name, doub
     }
   TORCH_CHECK_VALUE(false, op, ": expected activation to be one of identity, sigmoid, tanh, relu, leaky_relu, elu, ",
                     "softplus, silu, gelu, gelu_tanh; got '", name, "'");
+}
+
+Activation check_activation_derivatives(const at::Tensor& saved, c10::string_view name, double parameter) {
+  constexpr const char* op = "activation_derivatives";
+  check_floating(op, "saved", saved);
+  return activation_by_name(op, name, parameter);
+}
+
+TORCH_LIBRARY_FRAGMENT(secondorder, m) {
+  m.def("activation_derivatives(Tensor saved, str activation, float parameter) -> (Tensor d1, Tensor d2)");
 }
 
 }  // namespace secondorder

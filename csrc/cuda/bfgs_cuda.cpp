@@ -2,7 +2,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../argument_checks.h"
+#include "../ops/bfgs.h"
 #include "glue.h"
 
 namespace secondorder::cuda {
@@ -61,9 +61,7 @@ void launch_all(const Pairs& pairs, F&& f) {
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> damping_list(at::TensorList s, at::TensorList y,
                                                                           at::TensorList inverses, double mu1,
                                                                           double mu2) {
-  constexpr const char* op = "double_damping";
-  check_damping(op, mu1, mu2);
-  check_pairs(op, inverses, s, y, /*written=*/false);
+  check_double_damping(s, y, inverses, mu1, mu2);
   Pairs pairs{.inverse = contiguous(inverses), .s = contiguous(s), .y = contiguous(y), .mu1 = mu1, .mu2 = mu2};
   for (const at::Tensor& vector : pairs.s) {
     pairs.damped_s.push_back(at::empty_like(vector));
@@ -80,7 +78,7 @@ std::tuple<at::Tensor, at::Tensor> damping_one(const at::Tensor& s, const at::Te
 }
 
 at::Tensor update_list_(at::TensorList inverses, at::TensorList s, at::TensorList y) {
-  check_pairs("bfgs_update_", inverses, s, y, /*written=*/true);
+  check_bfgs_update(inverses, s, y);
   const Pairs pairs{
       .inverse = inverses.vec(), .s = contiguous(s), .y = contiguous(y), .status = statuses(inverses)};
   launch_all(pairs, [](auto... arguments) { bfgs_update(arguments...); });
@@ -92,9 +90,7 @@ at::Tensor update_one_(const at::Tensor& inverse, const at::Tensor& s, const at:
 }
 
 at::Tensor damped_update_(at::TensorList inverses, at::TensorList s, at::TensorList y, double mu1, double mu2) {
-  constexpr const char* op = "damped_bfgs_update_";
-  check_damping(op, mu1, mu2);
-  check_pairs(op, inverses, s, y, /*written=*/true);
+  check_damped_bfgs_update(inverses, s, y, mu1, mu2);
   const Pairs pairs{.inverse = inverses.vec(),
                     .s = contiguous(s),
                     .y = contiguous(y),
@@ -106,7 +102,7 @@ at::Tensor damped_update_(at::TensorList inverses, at::TensorList s, at::TensorL
 }
 
 at::Tensor action_update_(at::TensorList inverses, at::TensorList matrices, at::TensorList vectors, double damping) {
-  check_action("hessian_action_update_", inverses, matrices, vectors, damping);
+  check_hessian_action_update(inverses, matrices, vectors, damping);
   const Pairs pairs{.inverse = inverses.vec(),
                     .s = contiguous(vectors),
                     .matrix = contiguous(matrices),
@@ -132,22 +128,20 @@ at::Tensor compact_product(const at::Tensor& s_pairs, const at::Tensor& y_pairs,
 }
 
 at::Tensor product(const at::Tensor& s_pairs, const at::Tensor& y_pairs, const at::Tensor& v) {
-  check_product("lbfgs_product", s_pairs, y_pairs, v);
+  check_lbfgs_product(s_pairs, y_pairs, v);
   return compact_product(s_pairs, y_pairs, v);
 }
 
 std::vector<at::Tensor> product_list(at::TensorList s_pairs, at::TensorList y_pairs, at::TensorList v) {
-  check_lengths("lbfgs_product", {{"s_pairs", s_pairs.size()}, {"y_pairs", y_pairs.size()}, {"v", v.size()}});
+  check_lbfgs_product(s_pairs, y_pairs, v);
   std::vector<at::Tensor> out;
-  for (size_t l = 0; l < v.size(); ++l) out.push_back(product(s_pairs[l], y_pairs[l], v[l]));
+  for (size_t l = 0; l < v.size(); ++l) out.push_back(compact_product(s_pairs[l], y_pairs[l], v[l]));
   return out;
 }
 
 at::Tensor damped_limited_update_(at::TensorList s_pairs, at::TensorList y_pairs, at::TensorList s, at::TensorList y,
                                   double mu1, double mu2) {
-  constexpr const char* op = "damped_lbfgs_update_";
-  check_damping(op, mu1, mu2);
-  check_memories(op, s_pairs, y_pairs, s, y);
+  check_damped_lbfgs_update(s_pairs, y_pairs, s, y, mu1, mu2);
   Pairs pairs{.s = contiguous(s),
               .y = contiguous(y),
               .s_pairs = s_pairs.vec(),

@@ -391,3 +391,19 @@ def test_noncontiguous_arguments():
     wide[:, :6] = h
     for result, e in zip(ops.double_damping(s, y, wide[:, :6], MU1, MU2), expected, strict=True):
         assert torch.equal(result, e)
+
+
+def fuzz_cases(q):
+    """Every operator with arguments made of the problem that test_fuzz.py draws."""
+    o, h, s, y = torch.ops.secondorder, q["h"].contiguous(), q["s"], q["y"]
+    return [
+        (o.double_damping.default, (s, y, h, 0.2, 0.5)),
+        (o.double_damping.list, ([s], [y], [h], 0.2, 0.5)),
+        (o.bfgs_update_.default, (h.clone(), s, y)),
+        (o.bfgs_update_.list, ([h.clone()], [s], [y])),
+        (o.damped_bfgs_update_.default, ([h.clone()], [s], [y], 0.2, 0.5)),
+        (o.hessian_action_update_.default, ([h.clone()], [h], [s], 0.5)),
+        (o.lbfgs_product.default, (q["sp"], q["yp"], q["b"])),
+        (o.lbfgs_product.list, ([q["sp"]], [q["yp"]], [q["b"]])),
+        (o.damped_lbfgs_update_.default, ([q["sp"].clone()], [q["yp"].clone()], [s], [y], 0.2, 0.5)),
+    ]

@@ -87,6 +87,15 @@ def test_chain(dtype):
     assert ops.bias_hessian_chain(top, [], [], [], [], [], gamma) == []
 
 
+def test_fused_forms_equal_their_twins():
+    h, w, z, _, g = problem(17, 33, 5)
+    for grad in (g, None):
+        arguments = h, w, torch.tanh(z), "tanh", 1.0, grad, -0.5
+        torch.testing.assert_close(ops.bias_hessian_activation(*arguments), reference.bias_hessian_activation(*arguments))
+    arguments = h, [w, w.T.contiguous()], [z, z[:, :17]], ["gelu", "softplus"], [1.0, 0.5], [g, None], -0.5
+    torch.testing.assert_close(ops.bias_hessian_chain(*arguments), reference.bias_hessian_chain(*arguments))
+
+
 def test_no_outputs_and_no_inputs():
     w, d = torch.zeros(0, 300).double(), torch.randn(4, 300).double()
     ops.bias_hessian(*problem(300, 300, 4), -1.0)  # leaves its numbers in whatever memory comes next
@@ -187,3 +196,14 @@ def test_bad_activation():
         ops.bias_hessian_chain(h, [w, w], [d1], ["elu"], [1.0], [g], -1.0)
     with pytest.raises(ValueError, match=r"expected weight of shape \[7, 7\], got \[5, 7\]"):
         ops.bias_hessian_chain(h, [w, w], [d1, d1], ["elu"] * 2, [1.0] * 2, [g, g], -1.0)
+
+
+def fuzz_cases(q):
+    """Every operator with arguments made of the problem that test_fuzz.py draws."""
+    o = torch.ops.secondorder.bias_hessian
+    return [
+        (o.default, (q["h"], q["w"], q["d1"], q["d2"], q["grad"], -1.0)),
+        (o.default, (q["h"], q["w"], q["d1"], None, None, 0.0)),
+        (o.activation, (q["h"], q["w"], q["d1"], "softplus", 1.0, q["grad"], -1.0)),
+        (o.chain, (q["h"], [q["w"]], [q["d1"]], ["softplus"], [1.0], [q["grad"]], -1.0)),
+    ]

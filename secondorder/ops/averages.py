@@ -1,0 +1,33 @@
+"""Mean inputs and exponential averages, for all layers of a net in one call."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from secondorder.ops._library import fake, library
+
+
+def mean_inputs(input: Sequence[Tensor]) -> list[Tensor]:
+    """The mean inputs a = E[h] [n_in] of all layers of a net, from their inputs h [m, n_in]; NaN where m = 0."""
+    return library.mean_inputs(list(input))
+
+
+@fake("mean_inputs")
+def _(input: list[Tensor]) -> list[Tensor]:
+    return [h.new_empty(h.shape[1]) for h in input]
+
+
+def average_(new: Sequence[Tensor], old: Sequence[Tensor], share: float) -> None:
+    """new <- (1 - share) new + share old for all tensors of two lists.
+
+    Args:
+        new: contiguous, written in place; no two may overlap.
+        old: of the same shapes and dtypes.
+        share: in [0, 1).
+    """
+    library.average_(list(new), list(old), share)
+
+
+@fake("average_")
+def _(new: list[Tensor], old: list[Tensor], share: float) -> None:
+    return None

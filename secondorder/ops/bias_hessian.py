@@ -1,0 +1,106 @@
+"""The backward recursion of the bias Hessian."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from secondorder.ops._library import fake, library
+
+
+def bias_hessian(
+    bias_hessian: Tensor, weight: Tensor, d1: Tensor, d2: Tensor | None, grad_input: Tensor | None, gamma: float
+) -> Tensor:
+    """One step of the backward recursion of the bias Hessian (Chen et al., Eq. 8b; without diagonal: KFRA, Eq. 26).
+
+    G = (W^T H W) * (1/m) sum_i d1_i d1_i^T + diag(PosEig_gamma(sum_i d2_i * grad_input_i)),   * elementwise,
+
+    where PosEig_gamma turns a negative entry l into gamma * l. G is symmetric to the bit, and positive semi-definite where H is.
+    On CUDA float32's products obey torch.set_float32_matmul_precision, as PyTorch's own do (docs/cuda.md).
+
+    Args:
+        bias_hessian: H [n_out, n_out] of this layer, symmetric (only H^T is read where it is not).
+        weight: W [n_out, n_in] of this layer.
+        d1: [m, n_in], sigma' at the preactivation of the layer below, m >= 1.
+        d2: [m, n_in], sigma'' there; None together with `grad_input` leaves the diagonal out (Gauss-Newton).
+        grad_input: [m, n_in], gradient of the mean loss w.r.t. this layer's input: the sum over i is the expectation.
+        gamma: <= 0. -1 takes absolute values (PCH-1), 0 clips (PCH-2).
+
+    Returns:
+        G [n_in, n_in], the bias Hessian of the layer below.
+    """
+    return library.bias_hessian(bias_hessian, weight, d1, d2, grad_input, gamma)
+
+
+@fake("bias_hessian")
+def _(bias_hessian: Tensor, weight: Tensor, d1: Tensor, d2: Tensor | None, grad_input: Tensor | None, gamma: float) -> Tensor:
+    return bias_hessian.new_empty(weight.shape[1], weight.shape[1])
+
+
+def bias_hessian_activation(
+    bias_hessian: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    activation: str,
+    parameter: float,
+    grad_input: Tensor | None,
+    gamma: float,
+) -> Tensor:
+    """`bias_hessian` with d1 and d2 computed inside from `saved` [m, n_in], as `activation_derivatives` would.
+
+    Saves writing and reading d1 and d2. Without `grad_input` the diagonal is left out.
+    """
+    return library.bias_hessian.activation(bias_hessian, weight, saved, activation, parameter, grad_input, gamma)
+
+
+@fake("bias_hessian.activation")
+def _(
+    bias_hessian: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    activation: str,
+    parameter: float,
+    grad_input: Tensor | None,
+    gamma: float,
+) -> Tensor:
+    return bias_hessian.new_empty(weight.shape[1], weight.shape[1])
+
+
+def bias_hessian_chain(
+    bias_hessian: Tensor,
+    weight: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    activation: Sequence[str],
+    parameter: Sequence[float],
+    grad_input: Sequence[Tensor | None],
+    gamma: float,
+) -> list[Tensor]:
+    """`bias_hessian_activation` from layer to layer down a net: each step starts from the H that the one before returned.
+
+    Args:
+        bias_hessian: H [n_0, n_0] of the chain's last layer, that nearest to the loss.
+        weight: W_l [n_l, n_(l+1)], from that layer down; likewise the lists below, one element for each step.
+        saved: [m, n_(l+1)].
+        activation: see `bias_hessian_activation`.
+        parameter: see `bias_hessian_activation`.
+        grad_input: [m, n_(l+1)], or None.
+        gamma: see `bias_hessian`.
+
+    Returns:
+        The bias Hessians [n_(l+1), n_(l+1)] of the layers below.
+    """
+    return library.bias_hessian.chain(
+        bias_hessian, list(weight), list(saved), list(activation), list(parameter), list(grad_input), gamma
+    )
+
+
+@fake("bias_hessian.chain")
+def _(
+    bias_hessian: Tensor,
+    weight: list[Tensor],
+    saved: list[Tensor],
+    activation: list[str],
+    parameter: list[float],
+    grad_input: list[Tensor | None],
+    gamma: float,
+) -> list[Tensor]:
+    return [bias_hessian.new_empty(w.shape[1], w.shape[1]) for w in weight]
