@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, hessian
+from torch.func import functional_call, hessian, jacrev
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -107,3 +107,19 @@ def random_psd(n: int, dtype=torch.float64) -> Tensor:
     root = torch.randn(n, max(1, n // 2 + 1), dtype=torch.float64)
     product = root @ root.T / n
     return ((product + product.T) / 2).to(dtype)
+
+
+def dense_gauss_newton(model, criterion, x, y, gamma=None):
+    """The full Gauss-Newton matrix over all parameters; with gamma, the output's mean Hessian goes through Pos-Eig."""
+    names, values = zip(*((n, p.detach()) for n, p in model.named_parameters()), strict=True)
+    flat = torch.cat([v.reshape(-1) for v in values])
+
+    def output(theta, row):
+        parts = [t.reshape(v.shape) for t, v in zip(theta.split([v.numel() for v in values]), values, strict=True)]
+        return functional_call(model, dict(zip(names, parts, strict=True)), (row,))[0]
+
+    jacobians = [jacrev(lambda t, i=i: output(t, x[i : i + 1]))(flat) for i in range(len(x))]
+    tops = [hessian(lambda z, i=i: criterion(z[None], y[i : i + 1]))(output(flat, x[i : i + 1])) for i in range(len(x))]
+    if gamma is not None:
+        tops = [pos_eig_matrix(sum(tops) / len(x), gamma)] * len(x)
+    return sum(j.T @ h @ j for j, h in zip(jacobians, tops, strict=True)) / len(x)

@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from oracles import hessian_block, linear_names, pch_by_loops
-from test_curvature import CRITERIA, network
-from test_layerwise import dense_gauss_newton
+from helpers.curvatures import CRITERIA, network
+from oracles import dense_gauss_newton, hessian_block, linear_names, pch_by_loops
 from torch import nn
 from torch.func import functional_call, hessian
 

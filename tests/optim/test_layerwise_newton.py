@@ -5,10 +5,10 @@ import io
 
 import pytest
 import torch
-from oracles import pos_eig_matrix
-from test_optimizer import assert_same, batch, network, one_step, poison_gradient, poison_input, snapshot
+from helpers.training import assert_same, batch, network, one_step, poison_gradient, poison_input, snapshot
+from oracles import dense_gauss_newton
 from torch import nn
-from torch.func import functional_call, hessian, jacrev, jvp
+from torch.func import functional_call, hessian, jvp
 from torch.nn import functional as F
 
 import secondorder as so
@@ -108,22 +108,6 @@ def local_loss(model, criterion, x, y, fraction=1.0, offset=0):
     criterion(model(x), y).backward()
     local = LocalLoss(model, criterion, tape.losses, {p: n for n, p in model.named_parameters()}, fraction, offset, tape)
     return local, [p.detach() for p in model.parameters()], [p.grad.clone() for p in model.parameters()]
-
-
-def dense_gauss_newton(model, criterion, x, y, gamma=None):
-    """The full Gauss-Newton matrix over all parameters; with gamma, the output's mean Hessian goes through Pos-Eig."""
-    names, values = zip(*((n, p.detach()) for n, p in model.named_parameters()), strict=True)
-    flat = torch.cat([v.reshape(-1) for v in values])
-
-    def output(theta, row):
-        parts = [t.reshape(v.shape) for t, v in zip(theta.split([v.numel() for v in values]), values, strict=True)]
-        return functional_call(model, dict(zip(names, parts, strict=True)), (row,))[0]
-
-    jacobians = [jacrev(lambda t, i=i: output(t, x[i : i + 1]))(flat) for i in range(len(x))]
-    tops = [hessian(lambda z, i=i: criterion(z[None], y[i : i + 1]))(output(flat, x[i : i + 1])) for i in range(len(x))]
-    if gamma is not None:
-        tops = [pos_eig_matrix(sum(tops) / len(x), gamma)] * len(x)
-    return sum(j.T @ h @ j for j, h in zip(jacobians, tops, strict=True)) / len(x)
 
 
 CASES = {

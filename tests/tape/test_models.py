@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
+from helpers.optimizers import ALL, FIXED, parameters
 from oracles import pos_eig_matrix
-from test_habits import ALL, FIXED, parameters
 from torch import nn
 from torch.nn import functional as F
 

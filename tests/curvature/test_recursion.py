@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.curvatures import CRITERIA, Branching, network
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import hessian_block, linear_names, pch_by_loops, pos_eig_matrix
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from secondorder import ops
 from secondorder._layers import linear_layers
 from secondorder._tape import Tape, elementwise
-from secondorder.criteria import BoundedClassificationLoss, FunctionCriterion, TukeyBiweightLoss
+from secondorder.criteria import BoundedClassificationLoss, FunctionCriterion
 from secondorder.curvature import PCH
 
 
@@ -53,13 +54,6 @@ ACTIVATIONS = {
 }
 
 
-def network(widths, activation, bias=True):
-    layers = []
-    for n_in, n_out in zip(widths, widths[1:]):
-        layers += [nn.Linear(n_in, n_out, bias=bias), activation]
-    return nn.Sequential(*layers[:-1]).double()
-
-
 def recorded(model, criterion, *batches, diagonal=True, scale=None):
     """The tape's records after forward and backward passes over the batches."""
     tape = Tape(linear_layers(model), criterion, diagonal=diagonal)
@@ -74,16 +68,6 @@ def recorded(model, criterion, *batches, diagonal=True, scale=None):
 def blocks(model, criterion, *batches, gamma=-1.0, **kwargs):
     hessians = PCH(gamma).bias_hessians(recorded(model, criterion, *batches, **kwargs))
     return [hessians[layer] for layer in model.modules() if layer in hessians]
-
-
-CRITERIA = {
-    "cross-entropy": (nn.CrossEntropyLoss(), lambda m, k: torch.randint(k, (m,))),
-    "mse": (nn.MSELoss(), lambda m, k: torch.randn(m, k).double()),
-    "bce": (nn.BCEWithLogitsLoss(), lambda m, k: torch.rand(m, k).double()),
-    "eq14": (BoundedClassificationLoss(), lambda m, k: torch.randint(k, (m,))),
-    "tukey": (TukeyBiweightLoss(c=1.0), lambda m, k: torch.randn(m, k).double()),
-    "huber": (nn.HuberLoss(delta=0.3), lambda m, k: torch.randn(m, k).double()),
-}
 
 
 @pytest.mark.parametrize("criterion_name", CRITERIA)
@@ -290,25 +274,6 @@ def test_every_block_is_positive_semi_definite(widths, m, gamma, name, criterion
     for block in blocks(model, criterion, (torch.randn(m, widths[0]).double(), target(m, widths[-1])), gamma=gamma):
         eigenvalues = torch.linalg.eigvalsh(block)
         assert eigenvalues[0] >= -1e-10 * max(1e-3, float(eigenvalues[-1]))
-
-
-class Branching(nn.Module):
-    def __init__(self, kind):
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
-        self.norm, self.kind = nn.LayerNorm(5), kind
-
-    def forward(self, x):
-        h = torch.tanh(self.a(x))
-        if self.kind == "norm":
-            return self.c(torch.tanh(self.norm(self.b(h))))
-        if self.kind == "softmax":
-            return self.c(torch.tanh(self.b(h)).softmax(-1))
-        if self.kind == "residual":
-            return self.c(h + torch.tanh(self.b(h)))
-        if self.kind == "heads":
-            return torch.cat([self.b(h)[:, :2], self.c(h)[:, :1]], -1)
-        return self.c(torch.tanh(self.b(h)).flip(0))  # mixes instances
 
 
 @pytest.mark.parametrize(

@@ -2,30 +2,16 @@
 
 import pytest
 import torch
+from helpers.curvatures import CRITERIA, Branching, blocks, network
 from oracles import hessian_block
-from test_curvature import CRITERIA, Branching, network
 from torch import nn
 from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 
 from secondorder._layers import linear_layers
-from secondorder._tape import Tape, columns
+from secondorder._tape import columns
 from secondorder.criteria import BoundedClassificationLoss, FunctionCriterion
 from secondorder.curvature import CURVATURES, FisherMC
-
-
-def blocks(model, criterion, curvature, *batches, scale=1.0, samples=None):
-    """{layer name: H} of a curvature after backward passes over the batches."""
-    layers = linear_layers(model)
-    tape = Tape(
-        layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns,
-        samples=samples,
-    )  # fmt: skip
-    for x, y in batches:
-        (scale * criterion(model(x), y)).backward()
-    hessians = curvature.bias_hessians(tape.records())
-    tape.remove()
-    return {layers[layer]: h for layer, h in hessians.items()}
 
 
 def gauss_newton_blocks(model, criterion, x, y):

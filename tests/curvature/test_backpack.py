@@ -12,8 +12,8 @@ Its definitions, for a layer of a sequential net, with the loss as reduced by th
 
 import pytest
 import torch
+from helpers.curvatures import blocks
 from oracles import hessian_block
-from test_curvature_kinds import blocks
 from torch import nn
 
 from secondorder.curvature import CURVATURES, FisherMC

@@ -13,7 +13,8 @@ import warnings
 
 import pytest
 import torch
-from test_optimizer import assert_same
+from helpers.optimizers import ALL, FIXED, parameters
+from helpers.training import assert_same
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
@@ -21,23 +22,6 @@ from torch.utils._pytree import tree_leaves
 
 import secondorder as so
 
-FACTORED = {"lr": 0.1, "solver": "kfi", "momentum": 0.0, "weight_decay": 1e-5}
-FIXED = {
-    "EACG": lambda m, c, **k: so.EACG(m, c, **{"lr": 0.1, **k}),
-    "EACG-exact": lambda m, c, **k: so.EACG(m, c, **{"lr": 0.1, "solver": "exact", "curvature": "gauss-newton", **k}),
-    "KFAC-lr": lambda m, c, **k: so.EACG(m, c, **{**FACTORED, "curvature": "fisher-mc", "inverse_every": 20, **k}),
-    "KFRA-lr": lambda m, c, **k: so.EACG(m, c, **{**FACTORED, "curvature": "gauss-newton", "average": True, **k}),
-    "KFLR-lr": lambda m, c, **k: so.EACG(m, c, **{**FACTORED, "curvature": "kflr", "average": True, **k}),
-    "KBFGS": lambda m, c, **k: so.KBFGS(m, c, **{"lr": 0.1, **k}),
-    "KBFGSL": lambda m, c, **k: so.KBFGSL(m, c, **{"lr": 0.1, "memory": 3, **k}),
-}
-ALL = {
-    **FIXED,
-    "LayerwiseNewton": lambda m, c, **k: so.LayerwiseNewton(m, c, **k),
-    "KFAC": lambda m, c, **k: so.KFAC(m, c, **k),
-    "KFRA": lambda m, c, **k: so.KFRA(m, c, **k),
-    "KFLR": lambda m, c, **k: so.KFLR(m, c, **k),
-}
 one_call = pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("KBFGS")])
 fixed = pytest.mark.parametrize("name", FIXED)
 every = pytest.mark.parametrize("name", ALL)
@@ -70,10 +54,6 @@ def step(model, optimizer, x, y, between=lambda: None):
 def train(model, optimizer, seeds, **kwargs):
     torch.manual_seed(3)
     return [step(model, optimizer, *batch(seed, **kwargs)) for seed in seeds]
-
-
-def parameters(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def everything(model, optimizer):

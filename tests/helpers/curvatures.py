@@ -1,0 +1,58 @@
+"""Nets and criteria whose curvature is compared with oracles, and the blocks that the tape gives."""
+
+import torch
+from torch import nn
+
+from secondorder._layers import linear_layers
+from secondorder._tape import Tape
+from secondorder.criteria import BoundedClassificationLoss, TukeyBiweightLoss
+
+
+def network(widths, activation, bias=True):
+    layers = []
+    for n_in, n_out in zip(widths, widths[1:]):
+        layers += [nn.Linear(n_in, n_out, bias=bias), activation]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+CRITERIA = {
+    "cross-entropy": (nn.CrossEntropyLoss(), lambda m, k: torch.randint(k, (m,))),
+    "mse": (nn.MSELoss(), lambda m, k: torch.randn(m, k).double()),
+    "bce": (nn.BCEWithLogitsLoss(), lambda m, k: torch.rand(m, k).double()),
+    "eq14": (BoundedClassificationLoss(), lambda m, k: torch.randint(k, (m,))),
+    "tukey": (TukeyBiweightLoss(c=1.0), lambda m, k: torch.randn(m, k).double()),
+    "huber": (nn.HuberLoss(delta=0.3), lambda m, k: torch.randn(m, k).double()),
+}
+
+
+class Branching(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.norm, self.kind = nn.LayerNorm(5), kind
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        if self.kind == "norm":
+            return self.c(torch.tanh(self.norm(self.b(h))))
+        if self.kind == "softmax":
+            return self.c(torch.tanh(self.b(h)).softmax(-1))
+        if self.kind == "residual":
+            return self.c(h + torch.tanh(self.b(h)))
+        if self.kind == "heads":
+            return torch.cat([self.b(h)[:, :2], self.c(h)[:, :1]], -1)
+        return self.c(torch.tanh(self.b(h)).flip(0))  # mixes instances
+
+
+def blocks(model, criterion, curvature, *batches, scale=1.0, samples=None):
+    """{layer name: H} of a curvature after backward passes over the batches."""
+    layers = linear_layers(model)
+    tape = Tape(
+        layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns,
+        samples=samples,
+    )  # fmt: skip
+    for x, y in batches:
+        (scale * criterion(model(x), y)).backward()
+    hessians = curvature.bias_hessians(tape.records())
+    tape.remove()
+    return {layers[layer]: h for layer, h in hessians.items()}

@@ -1,0 +1,31 @@
+"""Every optimizer of the package by a name, and the parameters that it leaves."""
+
+import torch
+
+import secondorder as so
+
+FACTORED = {"lr": 0.1, "solver": "kfi", "momentum": 0.0, "weight_decay": 1e-5}
+
+
+FIXED = {
+    "EACG": lambda m, c, **k: so.EACG(m, c, **{"lr": 0.1, **k}),
+    "EACG-exact": lambda m, c, **k: so.EACG(m, c, **{"lr": 0.1, "solver": "exact", "curvature": "gauss-newton", **k}),
+    "KFAC-lr": lambda m, c, **k: so.EACG(m, c, **{**FACTORED, "curvature": "fisher-mc", "inverse_every": 20, **k}),
+    "KFRA-lr": lambda m, c, **k: so.EACG(m, c, **{**FACTORED, "curvature": "gauss-newton", "average": True, **k}),
+    "KFLR-lr": lambda m, c, **k: so.EACG(m, c, **{**FACTORED, "curvature": "kflr", "average": True, **k}),
+    "KBFGS": lambda m, c, **k: so.KBFGS(m, c, **{"lr": 0.1, **k}),
+    "KBFGSL": lambda m, c, **k: so.KBFGSL(m, c, **{"lr": 0.1, "memory": 3, **k}),
+}
+
+
+ALL = {
+    **FIXED,
+    "LayerwiseNewton": lambda m, c, **k: so.LayerwiseNewton(m, c, **k),
+    "KFAC": lambda m, c, **k: so.KFAC(m, c, **k),
+    "KFRA": lambda m, c, **k: so.KFRA(m, c, **k),
+    "KFLR": lambda m, c, **k: so.KFLR(m, c, **k),
+}
+
+
+def parameters(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
