@@ -139,6 +139,26 @@ def test_bias_hessian_obeys_the_matmul_precision(size):
     assert errors["high"].max() > errors["highest"].max()
 
 
+@pytest.mark.parametrize("activation", [None, "tanh"])
+def test_the_recursion_by_cublas_has_its_diagonal_and_activation(activation):
+    """At sizes where TF32's products are cuBLAS's, the rest is what it is elsewhere."""
+    n_out, n_in, batch = 1024, 2050, 300
+    h, w = random_psd(n_out, torch.float32), torch.randn(n_out, n_in) / n_out
+    saved, grad = torch.rand(batch, n_in) - 0.5, torch.randn(batch, n_in)
+    d1, d2 = (saved, -saved) if activation is None else reference.activation_derivatives(saved.double(), activation, 1.0)
+    exact = reference.bias_hessian(*to_double([h, w, d1, d2, grad]), -0.5)
+    d1 = d1.abs().double()
+    bound = 7 * 2.0**-11 * (w.abs().double().T @ h.abs().double() @ w.abs().double()) * (d1.T @ d1 / batch)
+    bound += torch.diag((d2 * grad).abs().sum(0).double()) * batch * 2.0**-23
+    torch.set_float32_matmul_precision("high")
+    if activation is None:
+        actual = on_gpu(ops.bias_hessian, h, w, d1.float() * saved.sign(), d2, grad, -0.5)
+    else:
+        (actual,) = on_gpu(ops.bias_hessian_chain, h, [w], [saved], [activation], [1.0], [grad], -0.5)
+    assert ((actual.double() - exact).abs() <= bound + 1e-6).all()
+    assert torch.equal(actual, actual.T)
+
+
 @pytest.mark.parametrize("truncated", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
