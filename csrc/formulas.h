@@ -129,8 +129,8 @@ SECONDORDER_HD void with_activation(Activation activation, F&& f) {
   }
 }
 
-// Powell's damping: the weight theta of the undamped vector that lifts the curvature s.y to mu times `reference` (y^T H y
-// when s is damped, s^T s when y is) where it is below that. 1: nothing to damp.
+// Powell's damping: the weight theta of the undamped vector that lifts the curvature s.y to mu times `reference`
+// (y^T H y when s is damped, s^T s when y is) where it is below that. 1: nothing to damp.
 SECONDORDER_HD double powell_theta(double curvature, double reference, double mu) {
   return curvature < mu * reference ? (1 - mu) * reference / (reference - curvature) : 1;
 }

@@ -42,7 +42,8 @@ struct Kernels {
   void (*column_products)(int64_t rows, int64_t cols, const T* x, const T* y, int64_t ld, double* sums);
 
   // sigma' and sigma'' of a [rows, cols] block. v, e0, e1, g: row stride ld (e0, e1 may be null where the activation
-  // has none); d1: row stride d1_ld; d2 (or null): row stride ld; sums (or null): sums[j] += sum_i sigma''[i, j] g[i, j].
+  // has none); d1: row stride d1_ld; d2 (or null): row stride ld; sums (or null):
+  // sums[j] += sum_i sigma''[i, j] g[i, j].
   void (*derivatives)(Activation activation, T p, int64_t rows, int64_t cols, const T* v, const T* e0, const T* e1,
                       const T* g, int64_t ld, T* d1, int64_t d1_ld, T* d2, double* sums);
 

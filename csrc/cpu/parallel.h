@@ -58,7 +58,8 @@ void parallel_rows(int64_t rows, int64_t row_work, F&& f) {
   parallel_for(0, rows, std::max<int64_t>(1, kSerialWork / std::max<int64_t>(1, row_work)), f);
 }
 
-// Gives tensors that threads will write to storage of their own, where it is copy-on-write: within threads ATen refuses to.
+// Gives tensors that threads will write to storage of their own, where it is copy-on-write: ATen refuses to within
+// threads.
 inline void own_storage(at::TensorList tensors) {
   for (const at::Tensor& tensor : tensors) tensor.mutable_data_ptr();
 }

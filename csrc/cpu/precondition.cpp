@@ -1,7 +1,7 @@
-// precondition: L G R, with the inverse Kronecker factors L [k, k] and R [n, n], symmetric both, of a gradient G [k, n].
+// precondition: L G R of a gradient G [k, n], with the inverse Kronecker factors L [k, k] and R [n, n], both symmetric.
 //
-// In the form X^T Y of the register kernel that is (G^T L)^T R: the first product is written as the strips that the second
-// one reads, so that nothing is packed twice. Where G is thin, packing L and R would cost more than the products with it.
+// In the form X^T Y of the register kernel that is (G^T L)^T R: the first product is written as the strips that the
+// second one reads, so that nothing is packed twice. Where G is thin, packing L and R would cost more than the products.
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <torch/library.h>

@@ -57,8 +57,9 @@ struct Strips {
   }
 };
 
-// C = X^T Y over `depth` rows, for strips of X and Y that lie a stride apart; C's row r, strip s at c + r * row + s * strip.
-// With `lower`, X and Y cover the same columns and register tiles wholly above the diagonal are left undefined.
+// C = X^T Y over `depth` rows, for strips of X and Y that lie a stride apart; C's row r of strip s is at
+// c + r * c_row + s * c_strip. With `lower`, X and Y cover the same columns and register tiles wholly above the diagonal
+// are left undefined.
 template <typename T>
 void multiply_strips(const Kernels<T>& kernel, int64_t depth, const T* x, int64_t x_stride, int64_t x_strips, const T* y,
                      int64_t y_stride, int64_t y_strips, T* c, int64_t c_row, int64_t c_strip, bool lower) {
