@@ -267,9 +267,9 @@ def test_the_operators_of_kbfgs_equal_the_cpus():
 
 
 OPTIMIZERS = {
-    "EACG": lambda m, c: so.LayerwiseNewton(m, c),
-    "EACG truncated": lambda m, c: so.LayerwiseNewton(m, c, solver="ea-cg-truncated", momentum=0, factor_decay=0),
-    "EACG, no lr": lambda m, c: so.LayerwiseNewton(m, c),
+    "EACG": lambda m, c: so.EACG(m, c),
+    "EACG truncated": lambda m, c: so.EACG(m, c, solver="ea-cg-truncated", momentum=0, factor_decay=0),
+    "LayerwiseNewton": lambda m, c: so.LayerwiseNewton(m, c),
     "KFLR": lambda m, c: so.KFLR(m, c),
     "KFRA": lambda m, c: so.KFRA(m, c),
     "KFAC": lambda m, c: so.KFAC(m, c),
