@@ -2,6 +2,7 @@
 #include <ATen/Context.h>
 
 #include <optional>
+#include <type_traits>
 
 #include "../ops/bias_hessian.h"
 #include "glue.h"
@@ -9,11 +10,30 @@
 namespace secondorder::cuda {
 namespace {
 
+// Context::float32Precision, by whichever types it has: strings first, enumerations later.
+template <typename Context, typename Precision, typename Backend, typename Op>
+bool reads_tf32(const Context& context, Precision (Context::*read)(Backend, Op) const) {
+  if constexpr (std::is_enum_v<Precision>)
+    return (context.*read)(Backend::CUDA, Op::MATMUL) == Precision::TF32;
+  else
+    return (context.*read)("cuda", "matmul") == "tf32";
+}
+
+// Whether PyTorch allows TF32 in matrix products on CUDA. Where torch has float32Precision (2.9), allowTF32CuBLAS throws
+// after the user has set torch.backends.cuda.matmul.fp32_precision; before, there is nothing else to ask.
+template <typename Context>
+bool allows_tf32(const Context& context) {
+  if constexpr (requires { &Context::float32Precision; })
+    return reads_tf32(context, &Context::float32Precision);
+  else
+    return context.allowTF32CuBLAS();
+}
+
 // How float32's products are computed: PyTorch's own switch for matrix products on CUDA
 // (torch.set_float32_matmul_precision) allows TF32, or calls for float32's accuracy. That takes three TF32 products in
 // place of one, which pays by the data sheets' rates on 8.0 (156 TFLOP/s against 19.5) and 9.0 (495 against 67) only.
 Arithmetic arithmetic(int device) {
-  if (at::globalContext().allowTF32CuBLAS()) return Arithmetic::tf32;
+  if (allows_tf32(at::globalContext())) return Arithmetic::tf32;
   int major, minor;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
