@@ -1,4 +1,4 @@
-# Every target sets up what it needs in .venv. TORCH is the tested version; the package itself accepts a range.
+# Every target but gpu-report sets up what it needs in .venv. TORCH is the tested version; the package itself accepts a range.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 BIN := .venv/bin
@@ -65,9 +65,10 @@ lint: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/cuda_on_cpu -regex '.*\.\(cpp\|cuh?\|h\|inc\)')
 
-# Needs a GPU, the CUDA toolkit and a CUDA build of torch (TORCH=).
-gpu-report: .venv/ready
-	$(BIN)/python -m bench.tools.gpu_report --out build/gpu-report
+# On a machine with a GPU, the CUDA toolkit and, in PYTHON's environment, a CUDA build of torch, numpy, ninja, setuptools,
+# pytest and hypothesis. Makes no .venv, installs nothing, needs no network; builds in place.
+gpu-report:
+	$(PYTHON) -m bench.tools.gpu_report --out build/gpu-report
 
 clean:
 	rm -rf .venv build *.egg-info secondorder/*.so
