@@ -139,6 +139,18 @@ def test_bias_hessian_obeys_the_matmul_precision(size):
     assert errors["high"].max() > errors["highest"].max()
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has the older switch alone")
+def test_bias_hessian_obeys_the_newer_switch():
+    """Where it is set, torch refuses to answer by the older name."""
+    arguments = [random_psd(33, torch.float32), torch.randn(33, 129), torch.randn(64, 129), None, None, -1.0]
+    torch.set_float32_matmul_precision("high")
+    expected = on_gpu(ops.bias_hessian, *arguments)
+    torch.set_float32_matmul_precision("highest")
+    assert not torch.equal(on_gpu(ops.bias_hessian, *arguments), expected)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert torch.equal(on_gpu(ops.bias_hessian, *arguments), expected)
+
+
 @pytest.mark.parametrize("activation", [None, "tanh"])
 def test_the_recursion_by_cublas_has_its_diagonal_and_activation(activation):
     """At sizes where TF32's products are cuBLAS's, the rest is what it is elsewhere."""

@@ -1,6 +1,6 @@
 """Writes the tables of docs/cuda.md: what ptxas reports of every kernel, the occupancy that follows, and roofline floors.
 
-`python -m bench.tools.cuda_resources` needs nvcc and no GPU. Every time in the tables is computed, none is measured.
+`python -m bench.tools.cuda_resources` needs nvcc and no GPU. Every time in these tables is computed.
 """
 
 import re
@@ -16,6 +16,7 @@ PAGE = ROOT / "docs" / "cuda.md"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 BATCH, ITERATIONS, PAIRS = 1000, 20, 100
+COMBINED = 4096  # the net's layers are too small for cuBLAS and combine_kernel
 
 
 @dataclass
@@ -82,8 +83,8 @@ def occupancy(kernel: Kernel) -> int:
     return min(64 // warps, 65536 // registers, 228 * 1024 // shared) * warps
 
 
-# An H100 SXM's, by its data sheet: bytes/s, and FLOP/s of multiply-adds and of dense products on tensor cores.
-BANDWIDTH, FLOAT32, FLOAT64, TF32 = 3.35e12, 67e12, 34e12, 495e12
+# An H200 SXM's, by its data sheet: bytes/s, and FLOP/s of multiply-adds and of dense products on tensor cores.
+BANDWIDTH, FLOAT32, FLOAT64, TF32 = 4.8e12, 67e12, 34e12, 495e12
 
 
 def floors() -> list[tuple[str, float, float, float]]:
@@ -96,18 +97,22 @@ def floors() -> list[tuple[str, float, float, float]]:
     weights = sum(i * o for i, o in pairs)
     columns = sum(i + 1 for i, _ in pairs)
     elements = BATCH * sum(i for i, _ in hidden)
-    product = 4 * sum(o * o + 2 * o * i for i, o in hidden), sum(2 * o * o * i for i, o in hidden)
+    products = (  # H W, and the lower triangle of d1^T d1
+        sum(4 * (o * o + 2 * o * i + 2 * BATCH * i + i * (i + 1) // 2) for i, o in hidden),
+        sum(2 * o * o * i + BATCH * i * (i + 1) for i, o in hidden),
+    )
     recursion = (
-        4 * sum(2 * o * i + 2 * BATCH * i + i * i for i, o in hidden),
-        sum((o + BATCH) * i * (i + 1) for i, o in hidden),
+        sum(4 * (2 * o * i + i * (i + 1) // 2 + i * i) for i, o in hidden),
+        sum(o * i * (i + 1) for i, o in hidden),
     )
     return [
         ("derivatives_kernel, sigmoid", 12 * elements, 5 * elements, FLOAT32),
         *(
             (f"{name}, {arithmetic}", size, times * work, rate)
-            for name, (size, work) in (("product_kernel", product), ("recursion_kernel", recursion))
+            for name, (size, work) in (("products_kernel (bias_hessian)", products), ("recursion_kernel", recursion))
             for arithmetic, times, rate in (("float32", 1, FLOAT32), ("split TF32", 3, TF32), ("TF32", 1, TF32))
         ),
+        (f"combine_kernel, n = {COMBINED}", 8 * COMBINED**2, 2 * COMBINED**2, FLOAT32),
         ("products_kernel (EA-CG)", 4 * weights, 2 * weights, FLOAT32),
         (f"directions_kernel, {ITERATIONS} iterations", 4 * squares, 4 * squares * ITERATIONS, FLOAT32),
         ("update_kernel (EA-CG), no momentum", 12 * weights, 5 * weights, FLOAT32),
@@ -132,7 +137,7 @@ def tables() -> str:
     for source in SOURCES:
         for kernel in compile_kernels(source, ("90",)):
             lines.append(f"| {source.stem}: `{kernel.name}` | {kernel.registers} | {kernel.shared} | {occupancy(kernel)} |")
-    lines += ["", "| kernel | MB | GFLOP | floor on an H100, µs (computed, not measured) | bound by |", "|---|---|---|---|---|"]
+    lines += ["", "| kernel | MB | GFLOP | floor on an H200, µs (computed) | bound by |", "|---|---|---|---|---|"]
     for name, size, work, rate in floors():
         memory, arithmetic = size / BANDWIDTH, work / rate
         bound = "memory" if memory > arithmetic else "arithmetic"

@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench.tools import gpu_report, gpu_timings
+from bench.tools import gpu_report, gpu_tables, gpu_timings
 
 
 def test_what_is_compared_is_equal():
@@ -92,3 +92,8 @@ def test_the_report_is_written_as_far_as_it_has_come(tmp_path):
     assert "- recursion: exit status stopped after 900 s (`python`)" in page
     assert "| 3 | 0.500 |" in page
     assert json.loads((tmp_path / "REPORT.json").read_text())["rows"] == {"recursion": [{"k": 3, "secondorder, ms": 0.5}]}
+
+
+def test_the_page_has_the_tables_of_the_stored_result():
+    page = gpu_tables.PAGE.read_text()
+    assert gpu_tables.placed(page) == page
