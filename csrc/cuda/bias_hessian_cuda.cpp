@@ -19,8 +19,8 @@ bool reads_tf32(const Context& context, Precision (Context::*read)(Backend, Op) 
     return (context.*read)("cuda", "matmul") == "tf32";
 }
 
-// Whether PyTorch allows TF32 in matrix products on CUDA. Where torch has float32Precision (2.9), allowTF32CuBLAS throws
-// after the user has set torch.backends.cuda.matmul.fp32_precision; before, there is nothing else to ask.
+// Whether PyTorch allows TF32 in matrix products on CUDA. Where torch has float32Precision (2.9), allowTF32CuBLAS
+// throws once the user has set torch.backends.cuda.matmul.fp32_precision; before, there is nothing else to ask.
 template <typename Context>
 bool allows_tf32(const Context& context) {
   if constexpr (requires { &Context::float32Precision; })
