@@ -47,7 +47,7 @@ PAPER = {
 def experiment(path: Path, data_dir: Path | None, seeds: int, points: int) -> str:
     """Stores and returns the tables: medians over seeds of the means over `points` times along the run.
 
-    A run is STEPS (points - 1) steps of EACG with batches of BATCH, on which the errors are measured too.
+    A run is STEPS (points - 1) steps of LayerwiseNewton with batches of BATCH, on which the errors are measured too.
     """
     torch.set_num_threads(1)
     runs = json.loads(path.read_text()) if path.exists() else []
