@@ -6,8 +6,9 @@
 //
 //   H + a a^T - b b^T,   a = sqrt(rho/tau) (s - tau q),   b = sqrt(rho tau) q,
 //
-// symmetric to the bit: every update is some products with H, these factors, and one pass that writes H. The damped q is theta2 H y + (1-theta2) H s~ with H s~ = theta1 H s + (1-theta1) H (H y), so
-// one pass over H, for H y and H s together, serves both dampings, unless both thetas are below 1.
+// symmetric to the bit: every update is some products with H, these factors, and one pass that writes H. The damped q is
+// theta2 H y + (1-theta2) H s~ with H s~ = theta1 H s + (1-theta1) H (H y), so one pass over H, for H y and H s together,
+// serves both dampings, unless both thetas are below 1.
 #include <algorithm>
 #include <cmath>
 
@@ -263,8 +264,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Calls f(layers, division of the rows by warps, of the columns by threads) for every kLayersPerLaunch layers; returns the bytes of workspace.
-// With `made` the update takes the pair in damped_s and damped_y. `workspace` may be null, to measure.
+// Calls f(layers, division of the rows by warps, of the columns by threads) for every kLayersPerLaunch layers; returns
+// the bytes of workspace. With `made` the update takes the pair in damped_s and damped_y. `workspace` may be null, to measure.
 template <typename T, typename F>
 size_t each_launch(const BfgsLayer<T>* in, int count, void* workspace, bool made, F&& f) {
   size_t used = 0;

@@ -96,9 +96,9 @@ struct Fragment {
 };
 
 // Tensor cores in TF32, the tile divided among 2 x 4 warps. Numbers are rounded once, when they are stored in shared
-// memory. With kSplit they are split when they are read, for there is no room for both halves there; three products make up one of float32's accuracy,
-// a b = large large + large small + small large. The hardware truncates its sums where it should round them: they
-// are kept short, and added up outside.
+// memory. With kSplit they are split when they are read, for there is no room for both halves there; three products make
+// up one of float32's accuracy, a b = large large + large small + small large. The hardware truncates its sums where it
+// should round them: they are kept short, and added up outside.
 template <int kTile, bool kSplit>
 struct TensorCores : Tile<float, kTile> {
   using Tile<float, kTile>::kDepth;

@@ -1,9 +1,9 @@
 // EA-CG (Chen et al., Eq. 9 to 11b): ((1-alpha) H P a a^T + alpha P) = -B and ((1-alpha) H + alpha I) d = -g, for all
 // layers of a net in three launches:
 //
-//   products    u = B a, s = a^T a, the largest entry of every row of B, and for the truncated form its squares: one pass
-//               over every B
-//   directions  conjugate gradients of every layer and of both right-hand sides, from the first iteration to the last
+//   products    u = B a, s = a^T a, the largest entry of every row of B, and for the truncated form its
+//               squares: one pass over every B
+//   directions  conjugate gradients of every layer and of both right-hand sides, all iterations
 //   update      W += lr (c B + w a^T), or the direction alone: one pass over every B and W
 //
 // The mathematics is that of csrc/cpu/eacg.cpp: P = c B + w a^T, found from (alpha I + (1-alpha) s H) v = -u/sqrt(s),

@@ -21,9 +21,12 @@ __device__ __forceinline__ void split_tf32(float v, float& large, float& small) 
   small = v - large;
 }
 
-// d += a b for a [16, 8] and b [8, 8] of TF32 numbers and d [16, 8], by all lanes of a warp together. With group = lane / 4
-// and member = lane % 4 a lane holds a[group, member], a[group + 8, member], a[group, member + 4], a[group + 8, member + 4];
-// b[member, group], b[member + 4, group]; and d[group, 2 member + (0, 1)], d[group + 8, 2 member + (0, 1)].
+// d += a b for a [16, 8] and b [8, 8] of TF32 numbers and d [16, 8], by all lanes of a warp together. With
+// group = lane / 4 and member = lane % 4 a lane holds
+//
+//   a[group, member], a[group + 8, member], a[group, member + 4], a[group + 8, member + 4];
+//   b[member, group], b[member + 4, group];
+//   d[group, 2 member + (0, 1)], d[group + 8, 2 member + (0, 1)].
 __device__ __forceinline__ void mma_m16n8k8(float* d, const float (&a)[4], const float (&b)[2]) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
