@@ -22,8 +22,9 @@ Arithmetic arithmetic(int device) {
 
 // Whether cuBLAS computes the products. In TF32 its kernels for compute capability 9.0 reach five times the rate of
 // mma.sync's, which from some size on outweighs the symmetry that they cannot use and the passes over whole products:
-// H200, m = 1000, TF32: 1.23 ms by cuBLAS against 2.90 for k = n = 4096, but 0.18 against 0.20 for k = n = 1024. With few
-// rows of W the passes would cost more than the products. In float32's accuracy cuBLAS has no tensor cores to offer.
+// H200, m = 1000, TF32: 1.23 ms by cuBLAS against 2.90 for k = n = 4096, but 0.18 against 0.20 for k = n = 1024. With
+// few rows of W the passes would cost more than the products. In float32's accuracy cuBLAS has no tensor cores to
+// offer.
 bool cublas_pays(int64_t k, int64_t n, Arithmetic arithmetic) {
   return arithmetic == Arithmetic::tf32 && n >= 2048 && k >= 1024;
 }
@@ -67,9 +68,12 @@ at::Tensor recursion(const at::Tensor& hessian_, const at::Tensor& weight_, cons
   at::Tensor out = at::empty({n, n}, hessian.options());
   AT_DISPATCH_FLOATING_TYPES(hessian.scalar_type(), "bias_hessian", [&] {
     using T = scalar_t;
-    const Derivatives<T> derivatives{data<T>(first),         data<T>(second),
-                                     data<T>(grad_input),    activation.has_value(),
-                                     activation.value_or(Activation::identity), T(parameter)};
+    const Derivatives<T> derivatives{data<T>(first),
+                                     data<T>(second),
+                                     data<T>(grad_input),
+                                     activation.has_value(),
+                                     activation.value_or(Activation::identity),
+                                     T(parameter)};
     const at::Tensor work = workspace(bias_hessian_workspace<T>(k, n, m, kind, device), hessian);
     bias_hessian<T>(k, n, m, data<T>(hessian), data<T>(weight), derivatives, T(gamma), kind, work.mutable_data_ptr(),
                     out.mutable_data_ptr<T>(), device, launch.stream);
