@@ -21,7 +21,8 @@ SECONDORDER_HD T pos_eig(T eigenvalue, T gamma) {
 //   v       what autograd saves for it: the output h where that determines the derivatives, else the preactivation z
 //   e0, e1  its transcendental functions of v, as `transcendentals` names them (unused ones may be anything)
 //   p       its parameter (slope, beta, alpha; else unused)
-// The piecewise ones take the derivatives of torch's backward at the kink: sigma'(0) = 0 for ReLU, the slope for leaky ReLU.
+// The piecewise ones take the derivatives of torch's backward at the kink: sigma'(0) = 0 for ReLU, the slope for leaky
+// ReLU.
 enum class Activation { identity, sigmoid, tanh, relu, leaky_relu, elu, softplus, silu, gelu, gelu_tanh };
 
 struct Identity {

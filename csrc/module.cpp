@@ -7,7 +7,8 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The compiled part of secondorder. Its operators are torch.ops.secondorder.*, documented in secondorder.ops.";
+  m.doc() =
+      "The compiled part of secondorder. Its operators are torch.ops.secondorder.*, documented in secondorder.ops.";
   m.def("build_info", [] {
     py::dict info;
 #if defined(__VERSION__)

@@ -216,9 +216,9 @@ def reduction_ratio(
 
         rho = (L(theta + delta) - L(theta)) / (g^T delta + 1/2 delta^T (G + damping I) delta),
 
-    G being the full Gauss-Newton matrix, as in `secondorder.damping`. Near 1 the model is trustworthy, below 0 the step went
-    uphill. An optimizer with lr=None has that of its last step, with its own damping and weight decay and on its subsample, in
-    `optimizer.param_groups[0]["rho"]`; None: the step was taken back.
+    G being the full Gauss-Newton matrix, as in `secondorder.stepping`. Near 1 the model is trustworthy, below 0 the step went
+    uphill. An optimizer that finds its own step has that of its last one, with its own damping and weight decay and on its
+    subsample, in `optimizer.param_groups[0]["rho"]`; None: the step was taken back.
 
     Args:
         model: from before the step; see `curvature_error`.

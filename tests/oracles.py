@@ -39,10 +39,11 @@ def scalar_derivatives(function, z: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def pch_by_loops(weights, biases, functions, loss, x: Tensor, gamma: float) -> list[Tensor]:
+def pch_by_loops(weights, biases, functions, loss, x: Tensor, gamma: float, gamma_output: float | None = None) -> list[Tensor]:
     """Every PCH bias Hessian of z^t = W^t h^{t-1} + b^t, h^t = functions[t](z^t), by loops over instances (Eq. 8).
 
-    `loss(z, i)` is instance i's share of the whole loss at its output z. Returns the blocks from the first layer to the last.
+    `loss(z, i)` is instance i's share of the whole loss at its output z, `gamma_output` Eq. 8a's gamma, by default 8b's.
+    Returns the blocks from the first layer to the last.
     """
     m = len(x)
     inputs, preactivations = [], []
@@ -53,7 +54,7 @@ def pch_by_loops(weights, biases, functions, loss, x: Tensor, gamma: float) -> l
         preactivations.append(z)
         h = functions[t](z) if t < len(weights) - 1 else z
     top = sum(hessian(lambda z, i=i: loss(z, i))(h[i]) for i in range(m))
-    blocks = [pos_eig_matrix((top + top.T) / 2, gamma)]
+    blocks = [pos_eig_matrix((top + top.T) / 2, gamma if gamma_output is None else gamma_output)]
     deltas = [torch.func.grad(lambda z, i=i: loss(z, i))(h[i]) for i in range(m)]
     for t in range(len(weights) - 1, 0, -1):
         w, z = weights[t], preactivations[t - 1]

@@ -1,5 +1,5 @@
-// mean_inputs and average_ of a whole net: one call for all layers, and threads for those alone that are worth waking them.
-// The means of large inputs are ATen's.
+// mean_inputs and average_ of a whole net: one call for all layers, and threads for those alone that are worth waking
+// them. The means of large inputs are ATen's.
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <torch/library.h>

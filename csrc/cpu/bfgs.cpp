@@ -1,13 +1,13 @@
-// K-BFGS (Goldfarb, Ren & Bahamou): Powell's double damping, the BFGS update of an inverse H, its Hessian-action form, and
-// the compact form of L-BFGS.
+// K-BFGS (Goldfarb, Ren & Bahamou): Powell's double damping, the BFGS update of an inverse H, its Hessian-action form,
+// and the compact form of L-BFGS.
 //
 // With q = H y, rho = 1/(s.y) and tau = 1/(1 + rho y.q) the update H - rho (s q^T + q s^T) + rho (1 + rho y.q) s s^T,
 // its square completed, is
 //
 //   H + a a^T - b b^T,   a = sqrt(rho/tau) (s - tau q),   b = sqrt(rho tau) q.
 //
-// Symmetry then holds to the bit, and H - b b^T >= tau H stays positive definite before a a^T is added: nothing large cancels.
-// All layers of a call pass through each phase together, so their rows are shared out among the threads.
+// Symmetry then holds to the bit, and H - b b^T >= tau H stays positive definite before a a^T is added: nothing large
+// cancels. All layers of a call pass through each phase together, so their rows are shared out among the threads.
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
@@ -76,7 +76,8 @@ void for_rows(const std::vector<int64_t>& sizes, F&& f) {
     for (int64_t begin = 0; begin < n; begin += step) ranges.push_back({l, begin, std::min(begin + step, n)});
     work += n * n;
   }
-  parallel_items(int64_t(ranges.size()), work, [&](int64_t, int64_t i) { f(ranges[i].layer, ranges[i].begin, ranges[i].end); });
+  parallel_items(int64_t(ranges.size()), work,
+                 [&](int64_t, int64_t i) { f(ranges[i].layer, ranges[i].begin, ranges[i].end); });
 }
 
 // y1 = M x1 (and y2 = M x2 where x2 is given) for one layer; a null matrix is skipped.
@@ -130,8 +131,8 @@ struct Damping {
   }
 };
 
-// H += a a^T - b b^T for every pair with hy, unless s.y is not positive, H turns out indefinite, or a number would not be
-// finite: then H is left as it is.
+// H += a a^T - b b^T for every pair with hy, unless s.y is not positive, H turns out indefinite, or a number would not
+// be finite: then H is left as it is.
 template <typename T>
 void update(const std::vector<T*>& matrices, std::vector<Pair<T>>& pairs) {
   std::vector<std::vector<T>> a(pairs.size()), b(pairs.size());
@@ -261,7 +262,8 @@ at::Tensor damped_bfgs_update_(at::TensorList inverses, at::TensorList s, at::Te
     multiply(products);
     for (size_t l = 0; l < layers; ++l) {
       damping.second(pairs[l], theta2[l]);
-      if (theta2[l] != 1) pairs[l].hy = combine(theta2[l], pairs[l].hy, 1 - theta2[l], products[l].matrix ? hhy[l] : hs[l]);
+      if (theta2[l] != 1)
+        pairs[l].hy = combine(theta2[l], pairs[l].hy, 1 - theta2[l], products[l].matrix ? hhy[l] : hs[l]);
     }
     update(matrices, pairs);
     status = statuses(pairs);
@@ -302,15 +304,16 @@ at::Tensor hessian_action_update_(at::TensorList inverses, at::TensorList matric
 
 // H v = v + P^T K P v, P = [S; Y] [2p, n], with H's start the identity (Byrd, Nocedal & Schnabel 1994):
 //   K = [[R^-T (D + Y Y^T) R^-1, -R^-T], [-R^-1, 0]],  R = triu(S Y^T),  D = diag(S Y^T).
-// K is small and R can be ill-conditioned, so it is formed in float64. Rows with s.y = 0 are empty places of the memory;
-// they are zero, and a 1 on R's diagonal keeps them out.
+// K is small and R can be ill-conditioned, so it is formed in float64. Rows with s.y = 0 are empty places of the
+// memory; they are zero, and a 1 on R's diagonal keeps them out.
 at::Tensor compact_product(const at::Tensor& s, const at::Tensor& y, const at::Tensor& v) {
   const int64_t p = s.size(0);
   const at::Tensor s64 = s.to(at::kDouble), y64 = y.to(at::kDouble);
   const at::Tensor sy = at::matmul(s64, y64.t()), d = sy.diagonal();
   const at::Tensor r = at::triu(sy) + at::diag_embed(d.eq(0).to(at::kDouble));
   const at::Tensor r_inverse = at::linalg_solve_triangular(r, at::eye(p, r.options()), /*upper=*/true);
-  const at::Tensor corner = at::matmul(at::matmul(r_inverse.t(), at::matmul(y64, y64.t()) + at::diag_embed(d)), r_inverse);
+  const at::Tensor corner =
+      at::matmul(at::matmul(r_inverse.t(), at::matmul(y64, y64.t()) + at::diag_embed(d)), r_inverse);
   const at::Tensor k = at::cat({at::cat({corner, -r_inverse.t()}, 1), at::cat({-r_inverse, at::zeros_like(r)}, 1)}, 0);
   const at::Tensor pairs = at::cat({s, y}, 0);
   return at::matmul(pairs.t(), at::matmul(k.to(v.scalar_type()), at::matmul(pairs, v))).add_(v);

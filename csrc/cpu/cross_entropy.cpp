@@ -1,5 +1,5 @@
-// cross_entropy_hessian by plain loops where it is small: the dozen operators that it takes otherwise would last longer than
-// their work.
+// cross_entropy_hessian by plain loops where it is small: the dozen operators that it takes otherwise would last longer
+// than their work.
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <torch/library.h>
@@ -18,7 +18,8 @@ constexpr int64_t kSmall = 1 << 17;
 
 // logits [m, K], target [m], both contiguous -> out [K, K]
 template <typename T>
-void small_hessian(const T* logits, const int64_t* target, int64_t m, int64_t k, int64_t ignore_index, bool mean, T* out) {
+void small_hessian(const T* logits, const int64_t* target, int64_t m, int64_t k, int64_t ignore_index, bool mean,
+                   T* out) {
   std::vector<double> p(k), h(k * k, 0.0);  // h: minus the sum of p p^T, of which the lower triangle
   std::vector<double> diagonal(k, 0.0);
   int64_t count = 0;

@@ -1,13 +1,15 @@
 // EA-CG (Chen et al., Eq. 9 to 11b): ((1-alpha) H P a a^T + alpha P) = -B and ((1-alpha) H + alpha I) d = -g.
 //
-// In the orthogonal split B = B' + u a^T/s, with u = B a and s = a^T a, every matrix that conjugate gradients meet from a
-// zero start has the form c B' + (v/sqrt(s)) a^T, and the system falls apart into a scalar and an n_out-dimensional one:
+// In the orthogonal split B = B' + u a^T/s, with u = B a and s = a^T a, every matrix that conjugate gradients meet from
+// a zero start has the form c B' + (v/sqrt(s)) a^T, and the system falls apart into a scalar and an n_out-dimensional
+// one:
 //
 //   alpha c = -1     and     (alpha I + (1-alpha) s H) v = -u/sqrt(s).
 //
-// The closed form divides in the first and runs CG on the second. The paper's truncated iterates are CG on both together,
-// the scalar entering as one more coordinate of length |B'|. Either way an iteration is one product with H, which the
-// bias system, the same H under another shift, shares. P is a rank-one change of B, so an update reads B and W once.
+// The closed form divides in the first and runs CG on the second. The paper's truncated iterates are CG on both
+// together, the scalar entering as one more coordinate of length |B'|. Either way an iteration is one product with H,
+// which the bias system, the same H under another shift, shares. P is a rank-one change of B, so an update reads B and
+// W once.
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <torch/library.h>
@@ -140,7 +142,8 @@ Direction<T> solve(const T* hessian, const T* mean_input, const T* grad_weight, 
     T* y1 = weight.active() ? h1.data() : h2.data();
     const T* p2 = both ? bias.direction().data() : nullptr;
     parallel_rows(n_out, n_out, [&](int64_t begin, int64_t end) {
-      kernel.matvec(end - begin, n_out, hessian + begin * n_out, p1, p2, y1 + begin, both ? h2.data() + begin : nullptr);
+      kernel.matvec(end - begin, n_out, hessian + begin * n_out, p1, p2, y1 + begin,
+                    both ? h2.data() + begin : nullptr);
     });
     if (weight.active()) weight.step(h1);
     if (bias.active()) bias.step(h2);
@@ -161,7 +164,8 @@ Direction<T> solve(const T* hessian, const T* mean_input, const T* grad_weight, 
     result.w[i] = T(w);
     enlarge(std::abs(result.c) * std::sqrt(squares[i]) + std::abs(w) * std::max(1.0, root));
   }
-  for (size_t i = 0; i < result.bias.size() && !std::isnan(result.largest); ++i) enlarge(std::abs(double(result.bias[i])));
+  for (size_t i = 0; i < result.bias.size() && !std::isnan(result.largest); ++i)
+    enlarge(std::abs(double(result.bias[i])));
   return result;
 }
 
@@ -170,7 +174,8 @@ struct Systems {
   std::vector<at::Tensor> hessian, mean_input, grad_weight, grad_bias;
   std::vector<int64_t> sizes;  // of the larger of H and B
 
-  Systems(at::TensorList hessians, at::TensorList mean_inputs, at::TensorList grad_weights, at::TensorList grad_biases) {
+  Systems(at::TensorList hessians, at::TensorList mean_inputs, at::TensorList grad_weights,
+          at::TensorList grad_biases) {
     for (size_t l = 0; l < hessians.size(); ++l) {
       hessian.push_back(hessians[l].contiguous());
       mean_input.push_back(mean_inputs[l].contiguous());
@@ -188,8 +193,11 @@ struct Systems {
       AT_DISPATCH_FLOATING_TYPES(hessian[l].scalar_type(), "eacg_solve", [&] {
         using T = scalar_t;
         const T *b = grad_weight[l].const_data_ptr<T>(), *a = mean_input[l].const_data_ptr<T>();
-        f(l, solve<T>(hessian[l].const_data_ptr<T>(), a, b, grad_bias[l].numel() ? grad_bias[l].const_data_ptr<T>() : nullptr,
-                      hessian[l].size(0), mean_input[l].size(0), alpha[l], settings), b, a);
+        f(l,
+          solve<T>(hessian[l].const_data_ptr<T>(), a, b,
+                   grad_bias[l].numel() ? grad_bias[l].const_data_ptr<T>() : nullptr, hessian[l].size(0),
+                   mean_input[l].size(0), alpha[l], settings),
+          b, a);
       });
     });
   }
@@ -257,7 +265,8 @@ at::Tensor eacg_update_(at::TensorList hessians, at::TensorList mean_inputs, at:
           T *x = weights[l].mutable_data_ptr<T>(), *v = keep ? weight_momenta[l].mutable_data_ptr<T>() : nullptr;
           parallel_rows(n_out, n_in, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i)
-              kernels<T>().update(n_in, c, b + i * n_in, w[i], a, rate, decay, mu, v ? v + i * n_in : nullptr, x + i * n_in);
+              kernels<T>().update(n_in, c, b + i * n_in, w[i], a, rate, decay, mu, v ? v + i * n_in : nullptr,
+                                  x + i * n_in);
           });
         };
         bias_updates[l] = [=, d = std::move(direction.bias)] {

@@ -11,9 +11,9 @@ namespace secondorder::cpu {
 // A "strip" is kNR columns of a row-major matrix, stored contiguously as [rows, kNR] and padded with zeros.
 template <typename T>
 struct Kernels {
-  const char* name;   // "avx512", "avx2" or "baseline"
-  int64_t mr;         // rows of the register tile
-  int64_t nr;         // its columns: the width of a strip, a multiple of mr
+  const char* name;  // "avx512", "avx2" or "baseline"
+  int64_t mr;        // rows of the register tile
+  int64_t nr;        // its columns: the width of a strip, a multiple of mr
 
   // C [mr, nr] (row stride ldc) = A^T B, or += if accumulate.
   //   a [k, mr] (row stride nr), b [k, nr]

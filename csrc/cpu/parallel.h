@@ -64,8 +64,8 @@ inline void own_storage(at::TensorList tensors) {
   for (const at::Tensor& tensor : tensors) tensor.mutable_data_ptr();
 }
 
-// Calls f(layer) for every layer of a net: side by side for those that `parallel_rows` would not split, one after another for
-// the others. sizes[layer]: the elements that one pass over the layer touches; `passes` over each are made.
+// Calls f(layer) for every layer of a net: side by side for those that `parallel_rows` would not split, one after
+// another for the others. sizes[layer]: the elements that one pass over the layer touches; `passes` over each are made.
 template <typename F>
 void parallel_layers(const std::vector<int64_t>& sizes, int64_t passes, F&& f) {
   std::vector<int64_t> small;

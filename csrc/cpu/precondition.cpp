@@ -1,7 +1,8 @@
 // precondition: L G R of a gradient G [k, n], with the inverse Kronecker factors L [k, k] and R [n, n], both symmetric.
 //
 // In the form X^T Y of the register kernel that is (G^T L)^T R: the first product is written as the strips that the
-// second one reads, so that nothing is packed twice. Where G is thin, packing L and R would cost more than the products.
+// second one reads, so that nothing is packed twice. Where G is thin, packing L and R would cost more than the
+// products.
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <torch/library.h>
@@ -41,8 +42,8 @@ void multiply(const Strips<T>& x, int64_t x_stride, const Strips<T>& y, T* out) 
   for_tiles(y.rows, x, y, [&](int64_t worker, int64_t xs, int64_t x_strips, int64_t ys, int64_t y_strips) {
     std::vector<T>& tile = scratch[worker];
     tile.resize(row * row);
-    multiply_strips(kernel, y.rows, x.strip(0) + xs * x_stride, x_stride, x_strips,
-                    y.strip(ys), y.stride(), y_strips, tile.data(), row, nr, false);
+    multiply_strips(kernel, y.rows, x.strip(0) + xs * x_stride, x_stride, x_strips, y.strip(ys), y.stride(), y_strips,
+                    tile.data(), row, nr, false);
     const int64_t rows = std::min(x_strips * nr, x.cols - xs * nr), cols = std::min(y_strips * nr, y.cols - ys * nr);
     for (int64_t i = 0; i < rows; ++i)
       std::memcpy(out + (xs * nr + i) * y.cols + ys * nr, tile.data() + i * row, sizeof(T) * cols);
@@ -51,9 +52,8 @@ void multiply(const Strips<T>& x, int64_t x_stride, const Strips<T>& y, T* out) 
 
 template <typename T>
 void pack(const Strips<T>& strips, const T* matrix, bool transposed) {
-  parallel_items(strips.count, strips.rows * strips.cols, [&](int64_t, int64_t s) {
-    transposed ? strips.pack_transposed(s, matrix) : strips.pack(s, matrix);
-  });
+  parallel_items(strips.count, strips.rows * strips.cols,
+                 [&](int64_t, int64_t s) { transposed ? strips.pack_transposed(s, matrix) : strips.pack(s, matrix); });
 }
 
 at::Tensor precondition(const std::optional<at::Tensor>& left_, const at::Tensor& gradient_,

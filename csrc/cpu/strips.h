@@ -11,8 +11,8 @@
 
 namespace secondorder::cpu {
 
-constexpr int64_t kTileStrips = 4;    // a tile of a result is at most this many strips square
-constexpr int64_t kDepth = 256;       // rows of X and Y multiplied at a time: two strips of them fit the L1 cache
+constexpr int64_t kTileStrips = 4;  // a tile of a result is at most this many strips square
+constexpr int64_t kDepth = 256;     // rows of X and Y multiplied at a time: two strips of them fit the L1 cache
 
 // How many strips a tile has: fewer where there would be too few rows of tiles for the threads to finish together.
 inline int64_t tile_strips(int64_t strips) {
@@ -58,11 +58,11 @@ struct Strips {
 };
 
 // C = X^T Y over `depth` rows, for strips of X and Y that lie a stride apart; C's row r of strip s is at
-// c + r * c_row + s * c_strip. With `lower`, X and Y cover the same columns and register tiles wholly above the diagonal
-// are left undefined.
+// c + r * c_row + s * c_strip. With `lower`, X and Y cover the same columns and register tiles wholly above the
+// diagonal are left undefined.
 template <typename T>
-void multiply_strips(const Kernels<T>& kernel, int64_t depth, const T* x, int64_t x_stride, int64_t x_strips, const T* y,
-                     int64_t y_stride, int64_t y_strips, T* c, int64_t c_row, int64_t c_strip, bool lower) {
+void multiply_strips(const Kernels<T>& kernel, int64_t depth, const T* x, int64_t x_stride, int64_t x_strips,
+                     const T* y, int64_t y_stride, int64_t y_strips, T* c, int64_t c_row, int64_t c_strip, bool lower) {
   const int64_t nr = kernel.nr;
   int64_t k = 0;
   do {  // once for no rows at all: C = 0

@@ -6,8 +6,9 @@
 //
 //   H + a a^T - b b^T,   a = sqrt(rho/tau) (s - tau q),   b = sqrt(rho tau) q,
 //
-// symmetric to the bit: every update is some products with H, these factors, and one pass that writes H. The damped q is theta2 H y + (1-theta2) H s~ with H s~ = theta1 H s + (1-theta1) H (H y), so
-// one pass over H, for H y and H s together, serves both dampings, unless both thetas are below 1.
+// symmetric to the bit: every update is some products with H, these factors, and one pass that writes H. The damped q
+// is theta2 H y + (1-theta2) H s~ with H s~ = theta1 H s + (1-theta1) H (H y), so one pass over H, for H y and H s
+// together, serves both dampings, unless both thetas are below 1.
 #include <algorithm>
 #include <cmath>
 
@@ -23,16 +24,16 @@ constexpr int64_t kUpdated = 1, kDampedS = 2, kDampedY = 4;
 // Device memory of one layer.
 template <typename T>
 struct Work {
-  double* theta2;    // [1]
-  int64_t* status;   // [1]
-  const T* s;        // [n] the pair that the update takes: given or made
-  const T* y;        // [n]
-  T* damped_s;       // [n] where a pair is made
-  T* damped_y;       // [n]
-  T* hy;             // [n] H y, then q
-  T* hs;             // [n] H s of the given s; then H s~ where both dampings act
-  T* a;              // [n]
-  T* b;              // [n]
+  double* theta2;   // [1]
+  int64_t* status;  // [1]
+  const T* s;       // [n] the pair that the update takes: given or made
+  const T* y;       // [n]
+  T* damped_s;      // [n] where a pair is made
+  T* damped_y;      // [n]
+  T* hy;            // [n] H y, then q
+  T* hs;            // [n] H s of the given s; then H s~ where both dampings act
+  T* a;             // [n]
+  T* b;             // [n]
 };
 
 template <typename T>
@@ -143,8 +144,8 @@ __global__ void __launch_bounds__(kThreads) damping_kernel(const Layers<T> __gri
   }
 }
 
-// Moves every row of both memories up by one and puts the damped pair in the last, where the status allows. Parallel over
-// the columns of every memory, a thread each.
+// Moves every row of both memories up by one and puts the damped pair in the last, where the status allows. Parallel
+// over the columns of every memory, a thread each.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     push_kernel(const Layers<T> __grid_constant__ layers, const Blocks __grid_constant__ division) {
@@ -219,13 +220,13 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   });
 }
 
-// The solves with R and with R^T by substitution, and the product between them, kColumns columns to a block, a warp each.
+// The solves with R and with R^T by substitution, and the product between them, kColumns columns to a block, a warp
+// each.
 constexpr int kColumns = kThreads / kWarp;
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    middle_kernel(int64_t p, int64_t k, const double* __restrict__ sy, const double* __restrict__ yy, T* columns,
-                  double* work) {
+__global__ void __launch_bounds__(kThreads) middle_kernel(int64_t p, int64_t k, const double* __restrict__ sy,
+                                                          const double* __restrict__ yy, T* columns, double* work) {
   const int lane = threadIdx.x % kWarp;
   const int64_t column = int64_t(blockIdx.x) * kColumns + threadIdx.x / kWarp;
   const bool inside = column < k;  // the others only come to the barriers
@@ -263,8 +264,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Calls f(layers, division of the rows by warps, of the columns by threads) for every kLayersPerLaunch layers; returns the bytes of workspace.
-// With `made` the update takes the pair in damped_s and damped_y. `workspace` may be null, to measure.
+// Calls f(layers, division of the rows by warps, of the columns by threads) for every kLayersPerLaunch layers; returns
+// the bytes of workspace. With `made` the update takes the pair in damped_s and damped_y. `workspace` may be null, to
+// measure.
 template <typename T, typename F>
 size_t each_launch(const BfgsLayer<T>* in, int count, void* workspace, bool made, F&& f) {
   size_t used = 0;
@@ -371,13 +373,13 @@ void lbfgs_middle(int64_t p, int64_t k, const double* sy, const double* yy, T* c
   LAUNCH(middle_kernel<T>, unsigned(ceil_div<int64_t>(k, kColumns)), kThreads, 0, stream, p, k, sy, yy, columns, work);
 }
 
-#define INSTANTIATE(T)                                                                                  \
-  template size_t bfgs_workspace(const BfgsLayer<T>*, int);                                             \
-  template void double_damping(const BfgsLayer<T>*, int, void*, cudaStream_t);                          \
-  template void bfgs_update(const BfgsLayer<T>*, int, void*, cudaStream_t);                             \
-  template void damped_bfgs_update(const BfgsLayer<T>*, int, void*, cudaStream_t);                      \
-  template void hessian_action_update(const BfgsLayer<T>*, int, void*, cudaStream_t);                   \
-  template void damped_lbfgs_update(const BfgsLayer<T>*, int, void*, cudaStream_t);                     \
+#define INSTANTIATE(T)                                                                \
+  template size_t bfgs_workspace(const BfgsLayer<T>*, int);                           \
+  template void double_damping(const BfgsLayer<T>*, int, void*, cudaStream_t);        \
+  template void bfgs_update(const BfgsLayer<T>*, int, void*, cudaStream_t);           \
+  template void damped_bfgs_update(const BfgsLayer<T>*, int, void*, cudaStream_t);    \
+  template void hessian_action_update(const BfgsLayer<T>*, int, void*, cudaStream_t); \
+  template void damped_lbfgs_update(const BfgsLayer<T>*, int, void*, cudaStream_t);   \
   template void lbfgs_middle(int64_t, int64_t, const double*, const double*, T*, double*, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

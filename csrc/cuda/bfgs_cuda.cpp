@@ -79,8 +79,7 @@ std::tuple<at::Tensor, at::Tensor> damping_one(const at::Tensor& s, const at::Te
 
 at::Tensor update_list_(at::TensorList inverses, at::TensorList s, at::TensorList y) {
   check_bfgs_update(inverses, s, y);
-  const Pairs pairs{
-      .inverse = inverses.vec(), .s = contiguous(s), .y = contiguous(y), .status = statuses(inverses)};
+  const Pairs pairs{.inverse = inverses.vec(), .s = contiguous(s), .y = contiguous(y), .status = statuses(inverses)};
   launch_all(pairs, [](auto... arguments) { bfgs_update(arguments...); });
   return pairs.status;
 }

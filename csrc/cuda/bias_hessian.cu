@@ -21,7 +21,8 @@ constexpr int kThreads = 256;
 constexpr int kOperandBytes = 8 << 10;  // of X and of Y in shared memory at a time, but for padding
 constexpr int kPartRows = 128;          // of the batch at least, that a block of the first launch sums over
 
-// A tile of kTile x kTile elements, and how the block loads its operands. Simt and TensorCores say how it computes them:
+// A tile of kTile x kTile elements, and how the block loads its operands. Simt and TensorCores say how it computes
+// them:
 //   kStride               of a row of an operand in shared memory
 //   prepare(v)            what an operand's element v is stored as there
 //   kCount                elements of the tile that a thread accumulates
@@ -33,7 +34,7 @@ struct Tile {
   static constexpr int kTile = kTile_;
   static constexpr int kVector = Vector<T>::kSize;
   static constexpr int kDepth = kOperandBytes / (kTile * sizeof(T));  // rows of an operand in shared memory
-  static constexpr int kLoadRows = kThreads * kVector / kTile;  // rows that the block loads at once
+  static constexpr int kLoadRows = kThreads * kVector / kTile;        // rows that the block loads at once
   static constexpr int kLoads = kDepth / kLoadRows;
   static constexpr int kBlocks = sizeof(T) * kTile * kTile <= 1 << 14 ? 2 : 1;  // on a multiprocessor: bounds registers
   static_assert(kLoads * kLoadRows == kDepth);
@@ -96,9 +97,9 @@ struct Fragment {
 };
 
 // Tensor cores in TF32, the tile divided among 2 x 4 warps. Numbers are rounded once, when they are stored in shared
-// memory. With kSplit they are split when they are read, for there is no room for both halves there; three products make up one of float32's accuracy,
-// a b = large large + large small + small large. The hardware truncates its sums where it should round them: they
-// are kept short, and added up outside.
+// memory. With kSplit they are split when they are read, for there is no room for both halves there; three products
+// make up one of float32's accuracy, a b = large large + large small + small large. The hardware truncates its sums
+// where it should round them: they are kept short, and added up outside.
 template <int kTile, bool kSplit>
 struct TensorCores : Tile<float, kTile> {
   using Tile<float, kTile>::kDepth;
@@ -327,8 +328,8 @@ __device__ __forceinline__ void column_sums(const Derivatives<T>& source, int64_
   sums[threadIdx.x] = total;
 }
 
-// product = H^T W = H W, parallel over its tiles; the parts of d1^T d1, parallel over the parts and the tiles of the lower
-// triangle; the parts of the diagonal's sums, parallel over the parts and the tiles' columns.
+// product = H^T W = H W, parallel over its tiles; the parts of d1^T d1, parallel over the parts and the tiles of the
+// lower triangle; the parts of the diagonal's sums, parallel over the parts and the tiles' columns.
 //   hessian [k, k], weight [k, n], derivatives' arrays [m, n]
 template <typename S, typename T = typename S::T>
 __global__ void __launch_bounds__(kThreads, S::kBlocks)
@@ -393,7 +394,7 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
   __syncthreads();  // the diagonal is there
 
   const T inverse_batch = T(1) / T(m);
-  constexpr int kGroup = 16;                                              // elements at a time
+  constexpr int kGroup = 16;                                            // elements at a time
   [[maybe_unused]] constexpr int kUnroll = 256 / (kGroup * sizeof(T));  // parts in flight
 #pragma unroll
   for (int i = 0; i < S::kCount; i += kGroup) {
@@ -427,7 +428,7 @@ constexpr int kCombinedRows = 8;  // of threads
 // G from whole products, parallel over the tiles of its lower triangle; the mirror image goes through shared memory, so
 // that both are stored along rows.   curvature, moment, out [n, n], sums [n] or null
 template <typename T>
-__global__ void __launch_bounds__(kCombined * kCombinedRows)
+__global__ void __launch_bounds__(kCombined* kCombinedRows)
     combine_kernel(int64_t n, int64_t m, const T* __restrict__ curvature, const T* __restrict__ moment,
                    const double* __restrict__ sums, T gamma, T* __restrict__ out) {
   __shared__ T tile[kCombined][kCombined + 1];
@@ -521,14 +522,14 @@ void bias_hessian_of_products(int64_t n, int64_t m, const T* curvature, const T*
                               T* out, cudaStream_t stream) {
   const int64_t side = ceil_div<int64_t>(n, kCombined);
   if (n == 0) return;
-  LAUNCH(combine_kernel<T>, unsigned(side * (side + 1) / 2), kCombined * kCombinedRows, 0, stream, n, m, curvature, moment,
-         sums, gamma, out);
+  LAUNCH(combine_kernel<T>, unsigned(side * (side + 1) / 2), kCombined * kCombinedRows, 0, stream, n, m, curvature,
+         moment, sums, gamma, out);
 }
 
-#define INSTANTIATE(T)                                                                                                 \
-  template size_t bias_hessian_workspace<T>(int64_t, int64_t, int64_t, Arithmetic, const Device&);                     \
-  template void bias_hessian(int64_t, int64_t, int64_t, const T*, const T*, const Derivatives<T>&, T, Arithmetic,      \
-                             void*, T*, const Device&, cudaStream_t);                                                  \
+#define INSTANTIATE(T)                                                                                            \
+  template size_t bias_hessian_workspace<T>(int64_t, int64_t, int64_t, Arithmetic, const Device&);                \
+  template void bias_hessian(int64_t, int64_t, int64_t, const T*, const T*, const Derivatives<T>&, T, Arithmetic, \
+                             void*, T*, const Device&, cudaStream_t);                                             \
   template void bias_hessian_of_products(int64_t, int64_t, const T*, const T*, const double*, T, T*, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -88,9 +88,12 @@ at::Tensor recursion(const at::Tensor& hessian_, const at::Tensor& weight_, cons
   at::Tensor out = at::empty({n, n}, hessian.options());
   AT_DISPATCH_FLOATING_TYPES(hessian.scalar_type(), "bias_hessian", [&] {
     using T = scalar_t;
-    const Derivatives<T> derivatives{data<T>(first),         data<T>(second),
-                                     data<T>(grad_input),    activation.has_value(),
-                                     activation.value_or(Activation::identity), T(parameter)};
+    const Derivatives<T> derivatives{data<T>(first),
+                                     data<T>(second),
+                                     data<T>(grad_input),
+                                     activation.has_value(),
+                                     activation.value_or(Activation::identity),
+                                     T(parameter)};
     const at::Tensor work = workspace(bias_hessian_workspace<T>(k, n, m, kind, device), hessian);
     bias_hessian<T>(k, n, m, data<T>(hessian), data<T>(weight), derivatives, T(gamma), kind, work.mutable_data_ptr(),
                     out.mutable_data_ptr<T>(), device, launch.stream);

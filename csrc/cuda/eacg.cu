@@ -1,9 +1,9 @@
 // EA-CG (Chen et al., Eq. 9 to 11b): ((1-alpha) H P a a^T + alpha P) = -B and ((1-alpha) H + alpha I) d = -g, for all
 // layers of a net in three launches:
 //
-//   products    u = B a, s = a^T a, the largest entry of every row of B, and for the truncated form its squares: one pass
-//               over every B
-//   directions  conjugate gradients of every layer and of both right-hand sides, from the first iteration to the last
+//   products    u = B a, s = a^T a, the largest entry of every row of B, and for the truncated form its
+//               squares: one pass over every B
+//   directions  conjugate gradients of every layer and of both right-hand sides, all iterations
 //   update      W += lr (c B + w a^T), or the direction alone: one pass over every B and W
 //
 // The mathematics is that of csrc/cpu/eacg.cpp: P = c B + w a^T, found from (alpha I + (1-alpha) s H) v = -u/sqrt(s),
@@ -24,9 +24,9 @@ namespace secondorder::cuda {
 namespace {
 
 constexpr int kGroupThreads = 512;
-constexpr int kSystems = 2;        // the weight's and the bias's
+constexpr int kSystems = 2;             // the weight's and the bias's
 constexpr int kVectors = 4 * kSystems;  // x, r, p, A p of each
-constexpr int kSums = 4;        // that one block_sum of directions_kernel takes, at most
+constexpr int kSums = 4;                // that one block_sum of directions_kernel takes, at most
 
 // Device memory of one layer.
 template <typename T>
@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   if (row >= in.n_out) return;
   const T* b = in.grad_weight + row * n;
   const bool vectors = aligned(n, in.grad_weight, in.mean_input), leader = threadIdx.x % kWarp == 0;
-  const Projection<T> products = truncated ? project_row<true>(n, vectors, b, in.mean_input)
-                                            : project_row<false>(n, vectors, b, in.mean_input);
+  const Projection<T> products =
+      truncated ? project_row<true>(n, vectors, b, in.mean_input) : project_row<false>(n, vectors, b, in.mean_input);
   if (leader) {
     work.u[row] = products.u;
     work.largest[row] = products.largest;
@@ -165,8 +165,8 @@ __device__ __forceinline__ void each_element(int64_t n, F&& f) {
   for (int64_t i = threadIdx.x; i < n; i += kGroupThreads) f(i);
 }
 
-// to[i] = from[i] for i < n, shared among the group's threads, in accesses of kWidth elements. The loads come first, for
-// none could pass a store that might change what it reads.
+// to[i] = from[i] for i < n, shared among the group's threads, in accesses of kWidth elements. The loads come first,
+// for none could pass a store that might change what it reads.
 template <int kWidth, typename T>
 __device__ __forceinline__ void copy_elements(int64_t n, const T* from, T* to) {
   constexpr int kInFlight = 8, kStep = kGroupThreads * kWidth;
@@ -198,8 +198,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   const unsigned blocks = division.first[l + 1] - division.first[l], rank = blockIdx.x - division.first[l];
   const int64_t row_begin = n * rank / blocks, row_end = n * (rank + 1) / blocks;
   const int warp = threadIdx.x / kWarp;
-  // The first thread of warp k leads system k, and stores all of it after every change. Between the barriers around that
-  // nothing is loaded from it, not even speculatively: what the leader needs is in its registers.
+  // The first thread of warp k leads system k, and stores all of it after every change. Between the barriers around
+  // that nothing is loaded from it, not even speculatively: what the leader needs is in its registers.
   Scalars led{};
   const auto lead = [&](auto&& change) {
 #pragma unroll
@@ -300,8 +300,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   if (rank != 0) return;
   // -1/alpha in the closed form; the extra coordinate, undone from its length |B'|, in the truncated one.
   const double c = settings.truncated ? (across == 0 ? 0 : system[0].extra_x / across) : -1 / in.alpha;
-  // |P_ij| <= |c| max_j |B_ij| + |w_i| |a|, and |V| <= max |P| / (1 - mu): neither momentum mu V + P nor update lr V may
-  // overflow, now or later. What is not finite is not below the bound either.
+  // |P_ij| <= |c| max_j |B_ij| + |w_i| |a|, and |V| <= max |P| / (1 - mu): neither momentum mu V + P nor update lr V
+  // may overflow, now or later. What is not finite is not below the bound either.
   const double reach = std::fmax(1.0, std::abs(in.lr)) / std::fmax(1e-3, 1 - in.momentum);
   bool finite = true;
   each_element(n, [&](int64_t i) {
@@ -359,13 +359,12 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   const T lr = T(in.lr), keep = T(1) - T(in.lr * in.weight_decay), momentum = T(in.momentum);
   const T* b = in.grad_weight + row * n;
   T *x = in.weight + row * n, *v = in.weight_momentum ? in.weight_momentum + row * n : nullptr;
-  each_column<T>(n, aligned(n, in.grad_weight, in.mean_input, in.weight, in.weight_momentum),
-                 [&](int64_t j, auto width) {
-                   apply<kUpdate>(width, c, b + j, w, in.mean_input + j, lr, keep, momentum, v ? v + j : nullptr,
-                                  x + j);
-                 });
+  each_column<T>(
+      n, aligned(n, in.grad_weight, in.mean_input, in.weight, in.weight_momentum), [&](int64_t j, auto width) {
+        apply<kUpdate>(width, c, b + j, w, in.mean_input + j, lr, keep, momentum, v ? v + j : nullptr, x + j);
+      });
   if (in.bias && threadIdx.x % kWarp == 0) {
-    const T *d = work.d + row;
+    const T* d = work.d + row;
     T* const bias_momentum = in.bias_momentum ? in.bias_momentum + row : nullptr;
     apply<kUpdate>(Width<1>{}, T(1), d, T(0), d, lr, keep, momentum, bias_momentum, in.bias + row);
   }
@@ -477,11 +476,11 @@ void eacg_update(const EacgLayer<T>* layers, int count, void* workspace, const i
   launch_updates<true>(layers, count, workspace, not_finite, device, stream);
 }
 
-#define INSTANTIATE(T)                                                                                                \
-  template size_t eacg_workspace(const EacgLayer<T>*, int, const Device&);                                            \
-  template void eacg_directions(const EacgLayer<T>*, int, const EacgSettings&, void*, int*, const Device&,            \
-                                cudaStream_t);                                                                        \
-  template void eacg_write(const EacgLayer<T>*, int, void*, const Device&, cudaStream_t);                             \
+#define INSTANTIATE(T)                                                                                     \
+  template size_t eacg_workspace(const EacgLayer<T>*, int, const Device&);                                 \
+  template void eacg_directions(const EacgLayer<T>*, int, const EacgSettings&, void*, int*, const Device&, \
+                                cudaStream_t);                                                             \
+  template void eacg_write(const EacgLayer<T>*, int, void*, const Device&, cudaStream_t);                  \
   template void eacg_update(const EacgLayer<T>*, int, void*, const int*, const Device&, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -24,11 +24,20 @@ struct Net {
       return !list.empty() && list[l].numel() ? list[l].mutable_data_ptr<T>() : nullptr;
     };
     const auto setting = [&](at::ArrayRef<double> list) { return list.empty() ? 0.0 : list[l]; };
-    return {hessian[l].size(0),        mean_input[l].size(0),         data<T>(hessian[l]),
-            data<T>(mean_input[l]),    data<T>(grad_weight[l]),       data<T>(grad_bias[l]),
-            target(weight, l),         target(bias, l),               target(weight_momentum, l),
-            target(bias_momentum, l),  iterations.mutable_data_ptr<int64_t>() + l,
-            alpha[l],                  setting(lr),                   setting(momentum),
+    return {hessian[l].size(0),
+            mean_input[l].size(0),
+            data<T>(hessian[l]),
+            data<T>(mean_input[l]),
+            data<T>(grad_weight[l]),
+            data<T>(grad_bias[l]),
+            target(weight, l),
+            target(bias, l),
+            target(weight_momentum, l),
+            target(bias_momentum, l),
+            iterations.mutable_data_ptr<int64_t>() + l,
+            alpha[l],
+            setting(lr),
+            setting(momentum),
             setting(weight_decay)};
   }
 };
@@ -75,8 +84,19 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor> solve_l
     biases.push_back(at::empty(grad_biases[l].sizes(), hessians[l].options()));
   }
   at::Tensor iterations = at::empty({int64_t(hessians.size())}, hessians[0].options().dtype(at::kLong));
-  solve({contiguous(hessians), contiguous(mean_inputs), contiguous(grad_weights), contiguous(grad_biases), weights,
-         biases, {}, {}, alpha, {}, {}, {}, iterations},
+  solve({contiguous(hessians),
+         contiguous(mean_inputs),
+         contiguous(grad_weights),
+         contiguous(grad_biases),
+         weights,
+         biases,
+         {},
+         {},
+         alpha,
+         {},
+         {},
+         {},
+         iterations},
         max_iter, tol, truncated, false, launch);
   return {std::move(weights), std::move(biases), iterations};
 }

@@ -110,11 +110,11 @@ struct BfgsLayer {
   T* damped_y;         // [n]
   int64_t* status;     // [1] bits: 1 updated, 2 s was damped, 4 y was damped
   double mu1, mu2;
-  const T* matrix;     // [n, n] symmetric
+  const T* matrix;  // [n, n] symmetric
   double damping;
-  T* hy;               // [n] H y
-  T* s_pairs;          // [pairs, n]
-  T* y_pairs;          // [pairs, n]
+  T* hy;       // [n] H y
+  T* s_pairs;  // [pairs, n]
+  T* y_pairs;  // [pairs, n]
   int64_t pairs;
 };
 

@@ -5,19 +5,19 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 
-#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                              \
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 // All blocks resident at once, so that they may wait for each other. A failure is left for the caller's launch check.
-#define LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...)                                  \
-  do {                                                                                                      \
-    cudaLaunchAttribute attribute_{};                                                                       \
-    attribute_.id = cudaLaunchAttributeCooperative;                                                         \
-    attribute_.val.cooperative = 1;                                                                         \
-    const cudaLaunchConfig_t config_{dim3(grid), dim3(block), size_t(shared_bytes), stream, &attribute_, 1};\
-    (void)cudaLaunchKernelEx(&config_, kernel, __VA_ARGS__);                                                \
+#define LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...)                                   \
+  do {                                                                                                       \
+    cudaLaunchAttribute attribute_{};                                                                        \
+    attribute_.id = cudaLaunchAttributeCooperative;                                                          \
+    attribute_.val.cooperative = 1;                                                                          \
+    const cudaLaunchConfig_t config_{dim3(grid), dim3(block), size_t(shared_bytes), stream, &attribute_, 1}; \
+    (void)cudaLaunchKernelEx(&config_, kernel, __VA_ARGS__);                                                 \
   } while (false)
-#define DYN_SHARED(T, name)                                                                                 \
-  extern __shared__ __align__(16) unsigned char dynamic_shared_[];                                          \
+#define DYN_SHARED(T, name)                                        \
+  extern __shared__ __align__(16) unsigned char dynamic_shared_[]; \
   T* const name = reinterpret_cast<T*>(dynamic_shared_)
 #else
 #include "cuda_on_cpu.h"

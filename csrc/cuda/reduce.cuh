@@ -1,5 +1,5 @@
-// Sums and maxima over a warp, over a row by a warp, and over a block. Every thread gets the same bits, whatever the order in
-// which warps run.
+// Sums and maxima over a warp, over a row by a warp, and over a block. Every thread gets the same bits, whatever the
+// order in which warps run.
 #pragma once
 
 #include <cmath>

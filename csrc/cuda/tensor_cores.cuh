@@ -13,19 +13,23 @@ __device__ __forceinline__ float to_tf32(float v) {
   return __uint_as_float(bits);
 }
 
-// v = large + small: large rounded to TF32, small exact, to 12 significant bits at most. Of them the tensor cores ignore
-// what TF32 has no room for, the last. Three instructions, for cvt.rna alone takes three on some devices. A NaN may leave
-// `large`, but not `small`.
+// v = large + small: large rounded to TF32, small exact, to 12 significant bits at most. Of them the tensor cores
+// ignore what TF32 has no room for, the last. Three instructions, for cvt.rna alone takes three on some devices. A NaN
+// may leave `large`, but not `small`.
 __device__ __forceinline__ void split_tf32(float v, float& large, float& small) {
   large = __uint_as_float((__float_as_uint(v) + 0x1000u) & 0xffffe000u);
   small = v - large;
 }
 
-// d += a b for a [16, 8] and b [8, 8] of TF32 numbers and d [16, 8], by all lanes of a warp together. With group = lane / 4
-// and member = lane % 4 a lane holds a[group, member], a[group + 8, member], a[group, member + 4], a[group + 8, member + 4];
-// b[member, group], b[member + 4, group]; and d[group, 2 member + (0, 1)], d[group + 8, 2 member + (0, 1)].
+// d += a b for a [16, 8] and b [8, 8] of TF32 numbers and d [16, 8], by all lanes of a warp together. With
+// group = lane / 4 and member = lane % 4 a lane holds
+//
+//   a[group, member], a[group + 8, member], a[group, member + 4], a[group + 8, member + 4];
+//   b[member, group], b[member + 4, group];
+//   d[group, 2 member + (0, 1)], d[group + 8, 2 member + (0, 1)].
 __device__ __forceinline__ void mma_m16n8k8(float* d, const float (&a)[4], const float (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
         "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));

@@ -17,11 +17,16 @@ Activation activation_by_name(const char* op, c10::string_view name_, double par
     bool positive;  // its parameter must be > 0
   };
   static constexpr Entry kEntries[] = {
-      {"identity", Activation::identity, false}, {"sigmoid", Activation::sigmoid, false},
-      {"tanh", Activation::tanh, false},         {"relu", Activation::relu, false},
-      {"leaky_relu", Activation::leaky_relu, true}, {"elu", Activation::elu, true},
-      {"softplus", Activation::softplus, true},  {"silu", Activation::silu, false},
-      {"gelu", Activation::gelu, false},         {"gelu_tanh", Activation::gelu_tanh, false},
+      {"identity", Activation::identity, false},
+      {"sigmoid", Activation::sigmoid, false},
+      {"tanh", Activation::tanh, false},
+      {"relu", Activation::relu, false},
+      {"leaky_relu", Activation::leaky_relu, true},
+      {"elu", Activation::elu, true},
+      {"softplus", Activation::softplus, true},
+      {"silu", Activation::silu, false},
+      {"gelu", Activation::gelu, false},
+      {"gelu_tanh", Activation::gelu_tanh, false},
   };
   for (const auto& entry : kEntries)
     if (entry.name == name) {

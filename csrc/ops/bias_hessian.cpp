@@ -1,4 +1,5 @@
-// bias_hessian: one step of the recursion; with the derivatives computed inside (activation); down several layers (chain).
+// bias_hessian: one step of the recursion; with the derivatives computed inside (activation); down several layers
+// (chain).
 #include "bias_hessian.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -35,16 +36,16 @@ void check_recursion(const at::Tensor& hessian, const at::Tensor& weight, const 
   TORCH_CHECK_VALUE(gamma <= 0, op, ": expected gamma <= 0 (-1: PCH-1, 0: PCH-2), got ", gamma);
 }
 
-// H of the layers below `hessian`'s, going down: weights W_0 [n_0, n_1], W_1 [n_1, n_2], ..., what the activations below each
-// saved [m, n_(l+1)], and the gradients there, or none where the diagonal is left out. One call from Python in place of one
-// per layer, whose dispatch and argument parsing are what nets of small layers cost.
+// H of the layers below `hessian`'s, going down: weights W_0 [n_0, n_1], W_1 [n_1, n_2], ..., what the activations
+// below each saved [m, n_(l+1)], and the gradients there, or none where the diagonal is left out. One call from Python
+// in place of one per layer, whose dispatch and argument parsing are what nets of small layers cost.
 std::vector<at::Tensor> bias_hessian_chain(at::Tensor hessian, at::TensorList weights, at::TensorList saved,
                                            const c10::List<std::string>& activations, at::ArrayRef<double> parameters,
                                            const c10::List<std::optional<at::Tensor>>& grad_inputs, double gamma) {
   static const auto step = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("secondorder::bias_hessian", "activation")
-                               .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, c10::string_view,
-                                                 double, const std::optional<at::Tensor>&, double)>();
+                               .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                 c10::string_view, double, const std::optional<at::Tensor>&, double)>();
   const size_t layers = weights.size();
   check_lengths(op, {{"weight", layers},
                      {"saved", saved.size()},
@@ -54,15 +55,16 @@ std::vector<at::Tensor> bias_hessian_chain(at::Tensor hessian, at::TensorList we
   const at::AutoDispatchBelowADInplaceOrView guard;  // autograd has been passed already
   std::vector<at::Tensor> hessians;
   for (size_t l = 0; l < layers; ++l)
-    hessians.push_back(step.call(l == 0 ? hessian : hessians.back(), weights[l], saved[l], activations.get(l), parameters[l],
-                                 grad_inputs.get(l), gamma));
+    hessians.push_back(step.call(l == 0 ? hessian : hessians.back(), weights[l], saved[l], activations.get(l),
+                                 parameters[l], grad_inputs.get(l), gamma));
   return hessians;
 }
 
 }  // namespace
 
 void check_bias_hessian(const at::Tensor& hessian, const at::Tensor& weight, const at::Tensor& d1,
-                        const std::optional<at::Tensor>& d2, const std::optional<at::Tensor>& grad_input, double gamma) {
+                        const std::optional<at::Tensor>& d2, const std::optional<at::Tensor>& grad_input,
+                        double gamma) {
   check_recursion(hessian, weight, "d1", d1, grad_input, gamma);
   TORCH_CHECK_VALUE(d2.has_value() == grad_input.has_value(), op,
                     ": expected d2 and grad_input together (with the diagonal) or neither (without), got only ",

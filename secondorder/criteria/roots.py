@@ -138,7 +138,9 @@ def cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: T
     return SoftmaxRoot(output.softmax(1), mass if criterion.reduction == "sum" else mass / count)
 
 
-def _mse_root(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> GaussianRoot:
+def _mse_root(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> GaussianRoot | None:
+    if target.shape != output.shape:  # broadcast: autograd counts the terms
+        return None
     return GaussianRoot(output.new_full(output.shape, (2 / normalizer(criterion, output.numel())) ** 0.5))
 
 

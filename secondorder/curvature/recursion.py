@@ -130,17 +130,31 @@ class Recursion(Curvature):
 
 @dataclass(frozen=True)
 class PCH(Recursion):
-    """The positive-curvature Hessian (Chen et al., Eq. 8): gamma = -1 is PCH-1, gamma = 0 is PCH-2."""
+    """The positive-curvature Hessian (Chen et al., Eq. 8).
+
+    A negative eigenvalue l of the criterion's Hessian (Eq. 8a) becomes gamma_output l, a negative entry l of the recursion's
+    diagonal (Eq. 8b) gamma l: -1 takes absolute values, 0 clips. PCH-1 is PCH(-1); the paper's PCH-2 is PCH(0, -1), since its
+    Tables 4 and 5 are those of absolute values in Eq. 8a.
+
+    Args:
+        gamma: of Eq. 8b, <= 0.
+        gamma_output: of Eq. 8a, <= 0; None: as gamma.
+
+    Raises:
+        ValueError: one of them is positive.
+    """
 
     gamma: float
+    gamma_output: float | None = None
     diagonal = True
 
     def __post_init__(self) -> None:
-        if not self.gamma <= 0:
-            raise ValueError(f"expected gamma <= 0 (-1: PCH-1, 0: PCH-2), got {self.gamma}")
+        for name, value in (("gamma", self.gamma), ("gamma_output", self.gamma_output)):
+            if value is not None and not value <= 0:
+                raise ValueError(f"expected {name} <= 0 (-1: absolute values, 0: clipping), got {value}")
 
     def _top(self, hessian: OutputHessian) -> Tensor:
-        return hessian.positive(self.gamma)
+        return hessian.positive(self.gamma if self.gamma_output is None else self.gamma_output)
 
 
 @dataclass(frozen=True)
@@ -173,5 +187,6 @@ def _dense_sum(x: Tensor, y: Tensor) -> Tensor:
 
 
 register("pch-abs", PCH(-1.0))
-register("pch-clip", PCH(0.0))
+register("pch-clip", PCH(0.0, gamma_output=-1.0))
+register("pch-clip-all", PCH(0.0))
 register("gauss-newton", GaussNewton())

@@ -37,9 +37,8 @@ class ClosurePass:
         # Over all ranks, once they are averaged.
         self._mean_preactivations: dict[nn.Linear, Tensor] = {}
         self._second_moments: dict[nn.Linear, Tensor] = {}
-        self.gradient: dict[
-            nn.Linear, Tensor
-        ] = {}  # [n_out], summed over the instances: of sign times the loss, whose mean it is
+        # [n_out], summed over the instances, of sign times the loss: for a mean loss it is a mean.
+        self.gradient: dict[nn.Linear, Tensor] = {}
 
     def __enter__(self) -> "ClosurePass":
         self._handles = [layer.register_forward_hook(self._forward, with_kwargs=True) for layer in self._layers]

@@ -218,7 +218,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             if layer in factors:
                 state["factors"] = factors[layer]
                 state["factor_updates"] = state.get("factor_updates", 0) + 1
-            if self._inverse_every > 1 and layer in prepared:
+            if self._inverse_every > 1 and self._solver.factorises and layer in prepared:
                 state["prepared"] = prepared[layer]
 
     def _not_finite(self, layers: dict[nn.Linear, str], covered: dict[nn.Linear, Factors]) -> str:

@@ -39,8 +39,9 @@ class EACG(LayerwiseOptimizer):
         model: any module; its nn.Linear layers are covered wherever elementwise functions connect them (docs/design.md).
         criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`.
         lr: step size, >= 0.
-        curvature: "pch-abs" (PCH-1, gamma = -1), "pch-clip" (PCH-2, gamma = 0), "gauss-newton", "kflr", "fisher-mc",
-            "fisher-empirical", "fisher-exact", or a `secondorder.curvature.Curvature`, such as PCH(gamma).
+        curvature: "pch-abs" (PCH-1: absolute values), "pch-clip" (PCH-2: clips in Eq. 8b, absolute values in Eq. 8a),
+            "pch-clip-all" (clips in both), "gauss-newton", "kflr", "fisher-mc", "fisher-empirical", "fisher-exact", or a
+            `secondorder.curvature.Curvature`, such as PCH(gamma).
         alpha: damping, in (0, 1): the weight of the identity against H.
         max_cg: the CG solvers do at most this many iterations, >= 1.
         eps_cg: the CG solvers stop at this residual, relative to the first one, >= 0.

@@ -107,7 +107,7 @@ class KBFGS(CurvatureOptimizer):
             model, criterion, defaults, diagonal=False, fallback=fallback, maximize=maximize,
             decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip
-        # Means over two passes are all that is needed here, and `_Pass` takes them during a step.
+        # Means over two passes are all that is needed here, and `ClosurePass` takes them during a step.
         self._tape.recording = False
         self._curvature_name = "quasi-Newton"
         self._max_increase, self._bias_correction = max_increase, bias_correction

@@ -37,8 +37,9 @@ class LayerwiseNewton(NewtonOptimizer):
         model: any module; its nn.Linear layers are covered wherever elementwise functions connect them (docs/design.md).
         criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`.
         lr: multiplies the step that the quadratic model gives, in [0, 2), so that every scheduler does what it says.
-        curvature: "pch-abs" (PCH-1, gamma = -1), "pch-clip" (PCH-2, gamma = 0), "gauss-newton", "kflr", "fisher-mc",
-            "fisher-empirical", "fisher-exact", or a `secondorder.curvature.Curvature`, such as PCH(gamma).
+        curvature: "pch-abs" (PCH-1: absolute values), "pch-clip" (PCH-2: clips in Eq. 8b, absolute values in Eq. 8a),
+            "pch-clip-all" (clips in both), "gauss-newton", "kflr", "fisher-mc", "fisher-empirical", "fisher-exact", or a
+            `secondorder.curvature.Curvature`, such as PCH(gamma).
         solver: "auto" ("kfi" up to n_in = 1024, else "ea-isotropic"), "ea-cg", "ea-cg-truncated", "kron-cg", "kfi",
             "kfi-rank-one", "exact", "ea-isotropic", or a `secondorder.solvers.Solver`, which has its own settings.
         max_cg: the CG solvers do at most this many iterations, >= 1.

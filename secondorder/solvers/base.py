@@ -14,7 +14,13 @@ Factors = dict[str, Tensor]
 
 
 class Solver(ABC):
-    """One way to solve a layer's systems. `prepare` may be amortised over steps; `solve` is cheap in comparison."""
+    """One way to solve a layer's systems: `prepare`, then `solve`, which is cheap in comparison.
+
+    Attributes:
+        factorises: whether `prepare` computes anything that is worth keeping over steps, of factors that are then older.
+    """
+
+    factorises = True
 
     @abstractmethod
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:

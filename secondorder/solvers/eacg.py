@@ -12,6 +12,8 @@ from secondorder.solvers.base import Factors, Solver, finite, register, shift_of
 class EACGSolver(Solver):
     """The solvers `ea-cg` and `ea-cg-truncated`, by `ops.eacg_solve`; see there for the arguments."""
 
+    factorises = False
+
     max_cg: int
     eps_cg: float
     truncated: bool = False

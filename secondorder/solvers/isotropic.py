@@ -12,11 +12,11 @@ from secondorder.solvers.base import Factors, Solver, register
 
 @dataclass(frozen=True)
 class Isotropic(Solver):
-    """The solver `ea-isotropic`: A = a a^T + rho I, rho = tr Cov(h) / n_in, solved exactly (docs/math.md, section 6).
+    """The solver `ea-isotropic`: A = a a^T + rho I, rho = tr Cov(h) / n_in, solved exactly.
 
         P = -[M^{-1} (B - u a^T / s) + q a^T / s],   M = c rho H + l I,   (c (s + rho) H + l I) q = u,
 
-    with u = B a and s = a^T a.
+    with u = B a and s = a^T a (docs/math.md, "Other curvatures and solvers").
     """
 
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:

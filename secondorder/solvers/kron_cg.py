@@ -13,6 +13,8 @@ from secondorder.solvers.base import Factors, Solver, finite, register, second_m
 class KroneckerCG(Solver):
     """The solver `kron-cg`: conjugate gradients on Eq. 11a from zero, an iteration being the product H P A."""
 
+    factorises = False
+
     max_cg: int
     eps_cg: float
 

@@ -14,8 +14,8 @@
 #error "cuda_on_cpu.h switches fibers with x86-64 instructions"
 #endif
 
-#include <sys/mman.h>
 #include <link.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cmath>
@@ -89,8 +89,8 @@ struct Thread {
   void* stack_pointer;
   int linear, lane, line;
   State state;
-  int vote;                      // the result of the last __syncthreads_and
-  bool fenced;                   // has passed __threadfence since its last barrier
+  int vote;                               // the result of the last __syncthreads_and
+  bool fenced;                            // has passed __threadfence since its last barrier
   std::map<unsigned, unsigned> acquired;  // races.h: what its atomics have read of other blocks' epochs
 };
 
@@ -160,8 +160,8 @@ NO_RACE_CHECK inline void resume(Thread& thread) {
 
 // Ends the launch from inside a kernel.
 [[noreturn]] NO_RACE_CHECK inline void fail(const std::string& message) {
-  machine().error = "block " + std::to_string(current->block->linear) + " thread " +
-                    std::to_string(current->linear) + ": " + message;
+  machine().error =
+      "block " + std::to_string(current->block->linear) + " thread " + std::to_string(current->linear) + ": " + message;
   to_scheduler();
   std::abort();
 }
@@ -446,12 +446,12 @@ NO_RACE_CHECK __attribute__((noinline)) T read_modify_write(T* address, F f) {
 
 }  // namespace cuda_on_cpu
 
-#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                       \
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                               \
   (cuda_on_cpu::launch(#kernel, (const void*)(kernel), stream, false, dim3(grid), dim3(block), shared_bytes, \
-                                       [&] { kernel(__VA_ARGS__); }))
-#define LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...)                                          \
+                       [&] { kernel(__VA_ARGS__); }))
+#define LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...)                                  \
   (cuda_on_cpu::launch(#kernel, (const void*)(kernel), stream, true, dim3(grid), dim3(block), shared_bytes, \
-                                       [&] { kernel(__VA_ARGS__); }))
+                       [&] { kernel(__VA_ARGS__); }))
 #define DYN_SHARED(T, name) T* const name = reinterpret_cast<T*>(cuda_on_cpu::current->block->dynamic.get())
 
 #define threadIdx (cuda_on_cpu::current->index)
@@ -504,8 +504,8 @@ NO_RACE_CHECK inline void split_tf32(float v, float& large, float& small) {
   small = v - large;
 }
 
-// As on hardware the operands' low bits are ignored and the sum is truncated; its order and its inner width, which NVIDIA
-// does not publish, are not modelled.
+// As on hardware the operands' low bits are ignored and the sum is truncated; its order and its inner width, which
+// NVIDIA does not publish, are not modelled.
 NO_RACE_CHECK inline void mma_m16n8k8(float* d, const float (&a)[4], const float (&b)[2], int line = __builtin_LINE()) {
   struct Operands {
     uint32_t a[4], b[2];
@@ -540,7 +540,8 @@ void cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
   cuda_on_cpu::machine().shared_limits[(const void*)kernel] = size_t(value);
 }
 inline void cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t stream) {
-  if (stream != cuda_on_cpu::machine().stream) throw std::runtime_error("cudaMemsetAsync: not on the stream that was given");
+  if (stream != cuda_on_cpu::machine().stream)
+    throw std::runtime_error("cudaMemsetAsync: not on the stream that was given");
   cuda_on_cpu::machine().launches.push_back("memset");
   std::memset(address, value, bytes);
 }

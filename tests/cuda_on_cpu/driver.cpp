@@ -47,10 +47,9 @@ void run_eacg(const Eacg<T>& in, const cuda::EacgSettings& settings, bool update
               int64_t* iterations) {
   std::vector<cuda::EacgLayer<T>> layers(in.count);
   for (int l = 0; l < in.count; ++l)
-    layers[l] = {in.n_out[l],           in.n_in[l],           in.bias_hessian[l], in.mean_input[l],
-                 in.grad_weight[l],     in.grad_bias[l],      in.weight[l],       in.bias[l],
-                 in.weight_momentum[l], in.bias_momentum[l],  iterations + l,     in.alpha[l],
-                 in.lr[l],              in.momentum[l],       in.weight_decay[l]};
+    layers[l] = {in.n_out[l],     in.n_in[l],   in.bias_hessian[l], in.mean_input[l],      in.grad_weight[l],
+                 in.grad_bias[l], in.weight[l], in.bias[l],         in.weight_momentum[l], in.bias_momentum[l],
+                 iterations + l,  in.alpha[l],  in.lr[l],           in.momentum[l],        in.weight_decay[l]};
   Scratch workspace(cuda::eacg_workspace(layers.data(), in.count, device));
   void* work = workspace.as<void>();
   cuda_on_cpu::machine().multiprocessors = device.multiprocessors;
@@ -78,9 +77,8 @@ void run_bfgs(int mode, const Bfgs<T>& in, double mu1, double mu2, double dampin
       cuda::damped_lbfgs_update<T>};
   std::vector<cuda::BfgsLayer<T>> layers(in.count);
   for (int l = 0; l < in.count; ++l)
-    layers[l] = {in.n[l],      in.inverse_hessian[l], in.s[l],  in.y[l],       in.damped_s[l],
-                 in.damped_y[l], status + l,          mu1,      mu2,           in.matrix[l],
-                 damping,      in.hy[l],              in.s_pairs[l], in.y_pairs[l], in.pairs[l]};
+    layers[l] = {in.n[l], in.inverse_hessian[l], in.s[l], in.y[l],  in.damped_s[l], in.damped_y[l], status + l, mu1,
+                 mu2,     in.matrix[l],          damping, in.hy[l], in.s_pairs[l],  in.y_pairs[l],  in.pairs[l]};
   Scratch workspace(cuda::bfgs_workspace(layers.data(), in.count));
   launchers[mode](layers.data(), in.count, workspace.as<void>(), kStream);
 }
@@ -128,9 +126,8 @@ const char* races() {
     return guarded([&] {                                                                                               \
       const cuda::Device device{multiprocessors, 0};                                                                   \
       Scratch workspace(cuda::bias_hessian_workspace<T>(k, n, m, cuda::Arithmetic(arithmetic), device));               \
-      const cuda::Derivatives<T> derivatives{first,           second,                                                  \
-                                             grad_input,      activation >= 0,                                         \
-                                             secondorder::Activation(std::max(activation, 0)), T(parameter)};          \
+      const cuda::Derivatives<T> derivatives{                                                                          \
+          first, second, grad_input, activation >= 0, secondorder::Activation(std::max(activation, 0)), T(parameter)}; \
       cuda::bias_hessian(k, n, m, hessian, weight, derivatives, T(gamma), cuda::Arithmetic(arithmetic),                \
                          workspace.as<void>(), out, device, kStream);                                                  \
     });                                                                                                                \
@@ -154,8 +151,7 @@ const char* races() {
                     const T** y, T** damped_s, T** damped_y, const T** matrix, T** hy, T** s_pairs, T** y_pairs,       \
                     double mu1, double mu2, double damping, int64_t* status) {                                         \
     return guarded([&] {                                                                                               \
-      run_bfgs<T>(mode,                                                                                                \
-                  {count, n, pairs, inverse_hessian, s, y, damped_s, damped_y, matrix, hy, s_pairs, y_pairs},          \
+      run_bfgs<T>(mode, {count, n, pairs, inverse_hessian, s, y, damped_s, damped_y, matrix, hy, s_pairs, y_pairs},    \
                   mu1, mu2, damping, status);                                                                          \
     });                                                                                                                \
   }                                                                                                                    \

@@ -143,20 +143,24 @@ NO_RACE_CHECK inline void fence() {
 
 extern "C" {
 #define HOOK NO_RACE_CHECK __attribute__((used, weak, noinline))
-#define HOOKS(n)                                                                                                 \
-  HOOK void __tsan_read##n(void* p) {                                                                            \
-    cuda_on_cpu::check_access(p, n, cuda_on_cpu::Access::read, __builtin_return_address(0));                     \
-  }                                                                                                              \
-  HOOK void __tsan_write##n(void* p) {                                                                           \
-    cuda_on_cpu::check_access(p, n, cuda_on_cpu::Access::write, __builtin_return_address(0));                    \
-  }                                                                                                              \
-  HOOK void __tsan_unaligned_read##n(void* p) {                                                                  \
-    cuda_on_cpu::check_access(p, n, cuda_on_cpu::Access::read, __builtin_return_address(0));                     \
-  }                                                                                                              \
-  HOOK void __tsan_unaligned_write##n(void* p) {                                                                 \
-    cuda_on_cpu::check_access(p, n, cuda_on_cpu::Access::write, __builtin_return_address(0));                    \
+#define HOOKS(n)                                                                              \
+  HOOK void __tsan_read##n(void* p) {                                                         \
+    cuda_on_cpu::check_access(p, n, cuda_on_cpu::Access::read, __builtin_return_address(0));  \
+  }                                                                                           \
+  HOOK void __tsan_write##n(void* p) {                                                        \
+    cuda_on_cpu::check_access(p, n, cuda_on_cpu::Access::write, __builtin_return_address(0)); \
+  }                                                                                           \
+  HOOK void __tsan_unaligned_read##n(void* p) {                                               \
+    cuda_on_cpu::check_access(p, n, cuda_on_cpu::Access::read, __builtin_return_address(0));  \
+  }                                                                                           \
+  HOOK void __tsan_unaligned_write##n(void* p) {                                              \
+    cuda_on_cpu::check_access(p, n, cuda_on_cpu::Access::write, __builtin_return_address(0)); \
   }
-HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
+HOOKS(1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8)
+HOOKS(16)
 HOOK void __tsan_read_range(void* p, size_t n) {
   cuda_on_cpu::check_access(p, n, cuda_on_cpu::Access::read, __builtin_return_address(0));
 }
@@ -169,11 +173,13 @@ HOOK void __tsan_func_exit() {}
 HOOK void __tsan_vptr_update(void**, void*) {}
 HOOK void __tsan_vptr_read(void**) {}
 // The standard library's reference counts and once-flags; kernels' atomics do not come here.
-#define ATOMIC_HOOKS(n, T)                                                                                           \
-  HOOK T __tsan_atomic##n##_load(const volatile T* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }          \
-  HOOK void __tsan_atomic##n##_store(volatile T* p, T v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }          \
+#define ATOMIC_HOOKS(n, T)                                                                                  \
+  HOOK T __tsan_atomic##n##_load(const volatile T* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); } \
+  HOOK void __tsan_atomic##n##_store(volatile T* p, T v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); } \
   HOOK T __tsan_atomic##n##_fetch_add(volatile T* p, T v, int) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
-ATOMIC_HOOKS(8, uint8_t) ATOMIC_HOOKS(32, uint32_t) ATOMIC_HOOKS(64, uint64_t)
+ATOMIC_HOOKS(8, uint8_t)
+ATOMIC_HOOKS(32, uint32_t)
+ATOMIC_HOOKS(64, uint64_t)
 #undef ATOMIC_HOOKS
 #undef HOOKS
 #undef HOOK

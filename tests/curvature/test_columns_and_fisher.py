@@ -1,5 +1,7 @@
 """Gauss-Newton, KFLR and the Fisher matrices, against Jacobians and instances' gradients by autograd in float64."""
 
+import warnings
+
 import pytest
 import torch
 from helpers.curvatures import CRITERIA, Branching, blocks, network
@@ -212,3 +214,24 @@ def test_functions_and_outputs_of_one_dimension():
     expected = gauss_newton_blocks(rows, nn.BCEWithLogitsLoss(), x, y.unsqueeze(1))
     for curvature in ("fisher-exact", "kflr"):
         assert_blocks(blocks(model, criterion, CURVATURES[curvature], (x, y)), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_output_that_is_broadcast_has_all_its_terms(reduction):
+    """MSE of [m, 1] against [m, 4], say, has four terms for each instance."""
+    model, x, y = network([3, 5, 1], nn.Tanh()), torch.randn(6, 3).double(), torch.randn(6, 4).double()
+
+    def criterion(output, target):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's own, of the shapes
+            return F.mse_loss(output, target, reduction=reduction)
+
+    expected = blocks(model, FunctionCriterion(criterion), CURVATURES["kflr"], (x, y))
+    module = nn.MSELoss(reduction=reduction)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        actual = blocks(model, module, CURVATURES["kflr"], (x, y))
+    scale = 2 * (4 * 6 if reduction == "sum" else 1)
+    torch.testing.assert_close(actual["2"], torch.tensor([[float(scale)]]).double())
+    for name, block in actual.items():
+        torch.testing.assert_close(block, expected[name])

@@ -15,7 +15,7 @@ from secondorder import ops
 from secondorder._layers import linear_layers
 from secondorder._tape import Tape, elementwise
 from secondorder.criteria import BoundedClassificationLoss, FunctionCriterion
-from secondorder.curvature import PCH
+from secondorder.curvature import PCH, curvature_by_name
 
 
 class Functional(nn.Module):
@@ -121,6 +121,32 @@ def test_batches_match_loops_over_instances(name, criterion_name, gamma):
     )
     for actual, block in zip(blocks(model, criterion, (x, y), gamma=gamma), expected, strict=True):
         torch.testing.assert_close(actual, block, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("curvature", "gammas"), [("pch-abs", (-1.0, -1.0)), ("pch-clip", (0.0, -1.0)), ("pch-clip-all", (0.0, 0.0)),
+                              (PCH(-0.3, gamma_output=-0.6), (-0.3, -0.6))]
+)  # fmt: skip
+def test_where_a_curvature_takes_absolute_values_and_where_it_clips(curvature, gammas):
+    """Eq. 8b's gamma is that of the recursion's diagonal, Eq. 8a's that of the criterion's Hessian, which is indefinite here."""
+    criterion, target = CRITERIA["eq14"]
+    m, model = 6, network([3, 7, 4, 3], nn.Tanh())
+    x, y = torch.randn(m, 3).double(), target(m, 3)
+    linears = [layer for layer in model if isinstance(layer, nn.Linear)]
+    expected = pch_by_loops(
+        [layer.weight.detach() for layer in linears],
+        [layer.bias.detach() for layer in linears],
+        [torch.tanh] * 2,
+        lambda z, i: criterion(z[None], y[i : i + 1]) / m,
+        x,
+        *gammas,
+    )
+    tape = Tape(linear_layers(model), criterion, diagonal=True)
+    criterion(model(x), y).backward()
+    actual = curvature_by_name(curvature).bias_hessians(tape.records())
+    for layer, block in zip(linears, expected, strict=True):
+        torch.testing.assert_close(actual[layer], block, rtol=1e-9, atol=1e-12)
+    assert PCH(-0.3) != PCH(-0.3, gamma_output=-0.6)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -66,7 +66,7 @@ CRITERIA = [nn.CrossEntropyLoss(), BoundedClassificationLoss()]
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("criterion", CRITERIA, ids=["cross-entropy", "eq14"])
-@pytest.mark.parametrize(("curvature", "gamma"), [("pch-abs", -1.0), ("pch-clip", 0.0), (PCH(-0.4), -0.4)])
+@pytest.mark.parametrize(("curvature", "gamma"), [("pch-abs", -1.0), ("pch-clip-all", 0.0), (PCH(-0.4), -0.4)])
 def test_a_step_is_the_dense_step(curvature, gamma, criterion, bias):
     model, (x, y) = network(bias), batch()
     before = copy.deepcopy(model)
@@ -817,3 +817,19 @@ def test_a_branch_without_instances_is_a_step_to_skip():
             criterion(model(torch.randn(5, 3)), torch.randn(5, 2)).backward()
             optimizer.step()
         assert optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("solver", ["ea-cg", "kron-cg"])
+def test_conjugate_gradients_have_no_factorisation_to_keep(solver):
+    """With the biases in a group of their own the step is not the fused one, and must not use an old bias Hessian."""
+    criterion, models = nn.CrossEntropyLoss(), [network(), network()]
+    optimizers = [
+        so.EACG(m, criterion, lr=0.1, solver=solver, inverse_every=every) for m, every in zip(models, (1, 5), strict=True)
+    ]
+    for optimizer, model in zip(optimizers, models, strict=True):
+        biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+        optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.dim() == 2]
+        optimizer.add_param_group({"params": biases, "lr": 0.05})
+        for seed in range(9):
+            one_step(model, criterion, optimizer, *batch(seed=seed))
+    assert_same(models[0].state_dict(), models[1].state_dict())

@@ -672,7 +672,7 @@ def test_a_kill_while_saving_leaves_a_loadable_checkpoint(tmp_path):
             process.send_signal(signal.SIGCONT)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()  # waits, and closes the pipe
     torch.load(path, weights_only=True)
 
 
