@@ -151,10 +151,11 @@ def test_bias_hessian_obeys_the_newer_switch():
     assert torch.equal(on_gpu(ops.bias_hessian, *arguments), expected)
 
 
+@pytest.mark.parametrize("n_out", [1024, 10])
 @pytest.mark.parametrize("activation", [None, "tanh"])
-def test_the_recursion_by_cublas_has_its_diagonal_and_activation(activation):
+def test_the_recursion_by_cublas_has_its_diagonal_and_activation(activation, n_out):
     """At sizes where TF32's products are cuBLAS's, the rest is what it is elsewhere."""
-    n_out, n_in, batch = 1024, 2050, 300
+    n_in, batch = 2050, 300
     h, w = random_psd(n_out, torch.float32), torch.randn(n_out, n_in) / n_out
     saved, grad = torch.rand(batch, n_in) - 0.5, torch.randn(batch, n_in)
     d1, d2 = (saved, -saved) if activation is None else reference.activation_derivatives(saved.double(), activation, 1.0)

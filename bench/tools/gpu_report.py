@@ -42,7 +42,7 @@ def run(name: str, command: list[str], limit: float, **environment: str) -> Step
 
 
 def steps(folder: Path, architecture: str) -> list[tuple[str, Callable[[], Step]]]:
-    """The build for one architecture, the GPU tests, the smaller of them under compute-sanitizer's tools, the timings."""
+    """The build for one architecture, the GPU tests, the timings, the smaller tests under compute-sanitizer's tools."""
     python, tests = sys.executable, [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py"]
 
     def sanitizer(tool: str) -> Step:
@@ -59,8 +59,8 @@ def steps(folder: Path, architecture: str) -> list[tuple[str, Callable[[], Step]
     return [
         ("build", lambda: run("build", build, 1800, SECONDORDER_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture)),
         ("tests", lambda: run("tests", tests, 600)),
-        *((tool, lambda t=tool: sanitizer(t)) for tool in ("memcheck", "racecheck", "synccheck", "initcheck")),
         *((name, lambda n=name: measurement(n)) for name in MEASUREMENTS),
+        *((tool, lambda t=tool: sanitizer(t)) for tool in ("racecheck", "memcheck", "synccheck", "initcheck")),  # the slowest
     ]
 
 

@@ -21,6 +21,15 @@ from bench.timing import CIFAR_NET
 from secondorder import ops, reference
 
 Row = dict[str, object]
+# (k, n, m)
+RECURSION_SIZES = (
+    (64, 128, 1000),
+    (256, 512, 1000),
+    (1024, 1024, 1000),
+    (2048, 2048, 1000),
+    (10, 4096, 1000),
+    (4096, 4096, 1000),
+)
 BATCH, ITERATIONS, ALPHA, GAMMA, MU1, MU2 = 1000, 20, 0.1, -1.0, 0.2, 0.001
 
 
@@ -217,7 +226,7 @@ def operators(
 
 def recursion(
     device: str = "cuda",
-    sizes: tuple[tuple[int, int, int], ...] = ((64, 128, 1000), (256, 512, 1000), (1024, 1024, 1000), (4096, 4096, 1000)),
+    sizes: tuple[tuple[int, int, int], ...] = RECURSION_SIZES,
     clock: Callable[[Callable], float] = milliseconds,
 ) -> Iterator[Row]:
     """`bias_hessian` of one Sigmoid layer by size, beside cuBLAS and elementwise passes, and beside the products alone."""

@@ -13,20 +13,16 @@ namespace {
 // Context::float32Precision, by whichever types it has: strings first, enumerations later.
 template <typename Context, typename Precision, typename Backend, typename Op>
 bool reads_tf32(const Context& context, Precision (Context::*read)(Backend, Op) const) {
-  if constexpr (std::is_enum_v<Precision>)
-    return (context.*read)(Backend::CUDA, Op::MATMUL) == Precision::TF32;
-  else
-    return (context.*read)("cuda", "matmul") == "tf32";
+  if constexpr (std::is_enum_v<Precision>) return (context.*read)(Backend::CUDA, Op::MATMUL) == Precision::TF32;
+  else return (context.*read)("cuda", "matmul") == "tf32";
 }
 
 // Whether PyTorch allows TF32 in matrix products on CUDA. Where torch has float32Precision (2.9), allowTF32CuBLAS
 // throws once the user has set torch.backends.cuda.matmul.fp32_precision; before, there is nothing else to ask.
 template <typename Context>
 bool allows_tf32(const Context& context) {
-  if constexpr (requires { &Context::float32Precision; })
-    return reads_tf32(context, &Context::float32Precision);
-  else
-    return context.allowTF32CuBLAS();
+  if constexpr (requires { &Context::float32Precision; }) return reads_tf32(context, &Context::float32Precision);
+  else return context.allowTF32CuBLAS();
 }
 
 // How float32's products are computed: PyTorch's own switch for matrix products on CUDA
@@ -43,11 +39,9 @@ Arithmetic arithmetic(int device) {
 // Whether cuBLAS computes the products. In TF32 its kernels for compute capability 9.0 reach five times the rate of
 // mma.sync's, which from some size on outweighs the symmetry that they cannot use and the passes over whole products.
 // H200, m = 1000, TF32: 1.16 ms by cuBLAS for k = n = 4096, against 2.90 by an earlier form of these kernels; for
-// k = n = 1024 cuBLAS and passes of PyTorch's take 0.24, these kernels 0.15. Fewer rows of W have not been compared. In
-// float32's accuracy cuBLAS has no tensor cores to offer.
-bool cublas_pays(int64_t k, int64_t n, Arithmetic arithmetic) {
-  return arithmetic == Arithmetic::tf32 && n >= 2048 && k >= 1024;
-}
+// k = n = 1024 cuBLAS and passes of PyTorch's take 0.24, these kernels 0.15. With few rows of W the moment of d1 is
+// nearly all of the work, and n decides alike. In float32's accuracy cuBLAS has no tensor cores to offer.
+bool cublas_pays(int64_t n, Arithmetic arithmetic) { return arithmetic == Arithmetic::tf32 && n >= 2048; }
 
 // Only float32 comes here, at sizes where the launches are small beside the products.
 at::Tensor recursion_by_cublas(const at::Tensor& hessian, const at::Tensor& weight, const at::Tensor& first,
@@ -83,7 +77,7 @@ at::Tensor recursion(const at::Tensor& hessian_, const at::Tensor& weight_, cons
   const int64_t k = weight.size(0), n = weight.size(1), m = first.size(0);
   const Device device = launch.device();
   const Arithmetic kind = arithmetic(launch.guard.current_device().index());
-  if (hessian.scalar_type() == at::kFloat && cublas_pays(k, n, kind))
+  if (hessian.scalar_type() == at::kFloat && cublas_pays(n, kind))
     return recursion_by_cublas(hessian, weight, first, second, grad_input, activation, parameter, gamma, launch);
   at::Tensor out = at::empty({n, n}, hessian.options());
   AT_DISPATCH_FLOATING_TYPES(hessian.scalar_type(), "bias_hessian", [&] {
