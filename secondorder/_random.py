@@ -1,8 +1,8 @@
 """The state of the random generators: taken, set, and replayed, so that random layers repeat what they drew."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -30,16 +30,21 @@ class RandomState(NamedTuple):
             torch.cuda.set_rng_state_all(self.cuda)
 
 
+def preserved_generators(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """Leaves the CPU's generator, and those of the tensors' CUDA devices, as they were before."""
+    return torch.random.fork_rng(devices=list(_cuda_devices(tensors)))
+
+
 class SeededReplay:
     """Has the global generators start from one seed, as often as it is entered, and leaves them as they were.
 
     Args:
-        seed: of the CPU's generator and of those of `devices`.
-        devices: the CUDA devices whose generators are drawn from.
+        seed: of the CPU's generator and of those of the tensors' CUDA devices.
+        tensors: what the random layers act on.
     """
 
-    def __init__(self, seed: int, devices: set[torch.device]):
-        self.seed, self.devices = seed, list(devices)
+    def __init__(self, seed: int, tensors: Iterable[Tensor]):
+        self.seed, self.devices = seed, list(_cuda_devices(tensors))
         self.cpu = torch.Generator().manual_seed(seed).get_state()  # setting a state takes a hundredth of manual_seed's time
 
     @contextmanager
@@ -50,3 +55,7 @@ class SeededReplay:
             if self.devices:
                 torch.cuda.manual_seed_all(self.seed)
             yield
+
+
+def _cuda_devices(tensors: Iterable[Tensor]) -> set[torch.device]:
+    return {t.device for t in tensors if t.device.type == "cuda"}

@@ -14,8 +14,7 @@ The functions that judge a step take the model from before it, and the step as {
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev
 
 from secondorder._layers import linear_layers
+from secondorder._random import preserved_generators
 from secondorder._tape import Tape
 from secondorder.criteria import FunctionCriterion
 from secondorder.curvature import Curvature, curvature_by_name
@@ -166,7 +166,7 @@ def newton_step(
             return loss(functional_call(model, {**fixed, **dict(zip(keys, parts, strict=True))}, (x,)), y)
 
         here = torch.cat([fixed[key].flatten() for key in keys])
-        with _undisturbed(model):
+        with preserved_generators(model.parameters()):
             g, n = grad(value)(here), jacrev(grad(value), chunk_size=_ROWS)(here)
         values, vectors = torch.linalg.eigh((n + n.T) / 2)
         delta = -vectors @ ((vectors.T @ g) / (values.abs() + damping))
@@ -281,7 +281,7 @@ def true_bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Ten
         if layer.bias is None:
             continue
         key = _own(name)[1]
-        with _undisturbed(model):
+        with preserved_generators(model.parameters()):
             h = hessian(lambda b, key=key: loss(functional_call(model, {**fixed, key: b}, (x,)), y))(fixed[key]).double()
         hessians[name] = (h + h.T) / 2
     return hessians
@@ -299,7 +299,7 @@ def _record(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> None:
     """A backward pass through copies that a tape is on."""
     for layer in linear_layers(model):
         layer.train()  # which means something to the tape alone
-    with _undisturbed(model), torch.enable_grad():
+    with preserved_generators(model.parameters()), torch.enable_grad():
         loss(model(x), y).backward()
 
 
@@ -315,14 +315,6 @@ def _own(layer: str) -> tuple[str, str]:
 
 def _values(model: nn.Module) -> dict[str, Tensor]:
     return {name: t.detach() for name, t in itertools.chain(model.named_parameters(), model.named_buffers())}
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Leaves the random generators as they were."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        yield
 
 
 def _check_step(name: str, model: nn.Module, step: Mapping[str, Tensor]) -> None:

@@ -59,7 +59,7 @@ class LocalLoss:
         self.model, self.criterion, self.names, self.tape = model, criterion, list(parameters.values()), tape
         self.ranks = ranks
         self.here = [p.detach() for p in parameters]
-        self._replay = SeededReplay(offset, {p.device for p in self.here if p.device.type == "cuda"})
+        self._replay = SeededReplay(offset, self.here)
         self.pieces: list[Subsample] = []
         self._instances = 0
         for loss in losses:
