@@ -27,41 +27,49 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def recursion(rows: list[Row]) -> str:
-    """`bias_hessian` by size: both sessions, and cuBLAS in the second."""
-    before, after = ([row for row in rows if row["session"] == session] for session in ("before", "after"))
+    """`bias_hessian` by size in the third session, and what the first one measured."""
     ours, plain, alone = "secondorder, ms", "cuBLAS and elementwise, ms", "three cuBLAS products alone, ms"
-    cells = [
-        [str((new["k"], new["n"], new["m"])), f'"{new["float32 matmul precision"]}"']
-        + [number(value) for value in (old[ours], new[ours], new[plain], new[alone])]
-        for old, new in zip(before, after, strict=True)
-    ]
+    sizes = ("k", "n", "m", "float32 matmul precision")
+    first = {tuple(row[key] for key in sizes): row for row in rows if row["session"] == "first"}
+    cells = []
+    for row in (row for row in rows if row["session"] == "third"):
+        *size, precision = key = tuple(row[key] for key in sizes)
+        old = [number(first[key][column]) if key in first else "" for column in (ours, plain)]
+        new = [number(row[column]) for column in (ours, plain, alone)]
+        cells.append([str(tuple(size)), f'"{precision}"', *old, *new])
     names = [
         "k, n, m",
         "precision",
-        "before, ms",
-        "after, ms",
-        "cuBLAS and elementwise passes, ms",
-        "cuBLAS's three products alone, ms",
+        "before: secondorder, ms",
+        "before: cuBLAS and passes, ms",
+        "now: secondorder, ms",
+        "now: cuBLAS and passes, ms",
+        "now: three products alone, ms",
     ]
     return table(names, cells)
 
 
 def training(rows: list[Row], net: str) -> str:
-    """A step by optimizer in the second session."""
+    """A step by optimizer in the third session."""
     columns = ["median ms, each step waited for", "mean ms, steps queued", "kernel ms", "launches", "host waits"]
-    chosen = [
-        row for row in rows if row["session"] == "after" and row["net"] == net and row["float32 matmul precision"] == "high"
-    ]
+    chosen = [row for row in rows if row["session"] == "third" and row["net"] == net]
     title = f"**{net}, batch {chosen[0]['batch']}**\n\n"
     return title + table(["", *columns], [[row["optimizer"], *(number(row[column]) for column in columns)] for row in chosen])
 
 
 def operators(rows: list[Row]) -> str:
-    """The operators over a net in the first session."""
-    columns = ["plain, eager, ms", "plain, CUDA graph, ms", "secondorder, eager, ms", "secondorder, CUDA graph, ms"]
+    """The operators over a net in the third session."""
+    columns = [
+        "plain, eager, ms",
+        "plain, torch.compile, ms",
+        "plain, CUDA graph, ms",
+        "secondorder, eager, ms",
+        "secondorder, CUDA graph, ms",
+    ]
     cells = [
         [f"`{row['operator']}`", f'"{row["float32 matmul precision"]}"', *(number(row[column]) for column in columns)]
         for row in rows
+        if row["session"] == "third"
     ]
     return table(["", "precision", *columns], cells)
 
