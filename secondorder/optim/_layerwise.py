@@ -1,5 +1,6 @@
 """What EACG and LayerwiseNewton share: factors from any curvature, directions from any solver, and when both are renewed."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -111,7 +112,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 groups, ranks = self._groups(), self._ranks
                 records: list[LayerRecord] = []
                 if self._tape.recording:
-                    records = self._records() if ranks is None else ranks.all(self._records)
+                    records = self._finite_records() if ranks is None else ranks.all(self._finite_records)
                 factors = self._factors.renewed(records, groups, self.state, ranks) if self._renewing() else {}
                 self._advance(self._covered(factors, groups), factors, groups)
                 if self._average:
@@ -119,6 +120,18 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         self._tape.clear(release=True)
         self._schedule()
         return loss
+
+    def _finite_records(self) -> list[LayerRecord]:
+        """The records, unless no loss is finite though every gradient is, which no check of the solution would show.
+
+        One empty micro-batch among others has a mean of NaN, and adds nothing.
+        """
+        records = self._records()
+        if not any(math.isfinite(float(loss.loss)) for loss in self._tape.losses):
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            if all_finite(gradients):
+                raise NonFiniteError(self._not_finite({}, {}))
+        return records
 
     @abstractmethod
     def _advance(self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups) -> None:

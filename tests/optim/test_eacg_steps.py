@@ -833,3 +833,16 @@ def test_conjugate_gradients_have_no_factorisation_to_keep(solver):
         for seed in range(9):
             one_step(model, criterion, optimizer, *batch(seed=seed))
     assert_same(models[0].state_dict(), models[1].state_dict())
+
+
+@pytest.mark.parametrize("curvature", ["pch-abs", "fisher-empirical", "kflr"])
+def test_a_batch_whose_rows_are_all_ignored_moves_nothing(curvature):
+    """Its loss is NaN and its gradient 0: momentum alone would move the parameters."""
+    model, criterion, (x, y) = network(), nn.CrossEntropyLoss(), batch()
+    optimizer = so.EACG(model, criterion, lr=0.1, curvature=curvature)
+    one_step(model, criterion, optimizer, x, y)
+    before = snapshot(model, optimizer)
+    with pytest.raises(so.NonFiniteError, match="the loss itself is not finite.*No parameter and no state has changed"):
+        one_step(model, criterion, optimizer, x, torch.full_like(y, -100))
+    assert_same(snapshot(model, optimizer), before)
+    one_step(model, criterion, optimizer, x, y)
