@@ -2,6 +2,7 @@
 
 import copy
 import io
+from itertools import cycle, islice
 
 import pytest
 import torch
@@ -369,7 +370,7 @@ def test_degenerate_nets(name, case):
 
 
 # Every solver and every curvature at least once.
-PAIRS = list(zip(SOLVERS, [*CURVATURES, "pch-abs"], strict=True))
+PAIRS = list(islice(zip(cycle(SOLVERS), cycle(CURVATURES)), max(len(SOLVERS), len(CURVATURES))))
 
 
 @pytest.mark.parametrize("case", ["dead units", "constant input", "zero input", "one sample", "one input", "zero net"])
