@@ -81,12 +81,14 @@ class RankReducer:
             return []
         weights = torch.tensor([1.0 if term.instances is None else term.instances for term in terms], dtype=torch.float64)
         dtype = max((term.value.dtype for term in terms), key=lambda d: torch.finfo(d).bits)
-        scaled = [term.value.reshape(-1).to(dtype) * weight for term, weight in zip(terms, weights.tolist(), strict=True)]
+        scaled = [
+            term.value.reshape(-1).to(self.device, dtype) * weight for term, weight in zip(terms, weights.tolist(), strict=True)
+        ]
         flat = torch.cat([*scaled, weights.to(self.device, dtype)])
         dist.all_reduce(flat, group=self.group)
         *sums, totals = flat.split([*(term.value.numel() for term in terms), len(terms)])
         return [
-            (total / weight).to(term.value.dtype).reshape(term.value.shape)
+            (total / weight).to(term.value.device, term.value.dtype).reshape(term.value.shape)
             for term, total, weight in zip(terms, sums, totals, strict=True)
         ]
 

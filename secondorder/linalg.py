@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from secondorder.errors import NonFiniteError
+
 
 def pos_eig(eigenvalues: Tensor, gamma: float) -> Tensor:
     """Pos-Eig_gamma of eigenvalues: a negative one l becomes gamma l (Chen et al., between Eq. 3 and 4)."""
@@ -51,7 +53,7 @@ def inverse(matrix: Tensor, name: str) -> Tensor:
     A product with it is several times as fast as the two triangular solves with a Cholesky factor.
 
     Raises:
-        RuntimeError: it holds NaN or inf; the message names it.
+        NonFiniteError: it holds NaN or inf; the message names it.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     if not info.any():
@@ -67,7 +69,7 @@ def eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     In float32 LAPACK may fail to converge on an ill-conditioned matrix; it is then done in float64.
 
     Raises:
-        RuntimeError: the matrix holds NaN or inf; the message names it.
+        NonFiniteError: the matrix holds NaN or inf; the message names it.
     """
     try:
         values, vectors = _eigh(matrix, name)
@@ -78,7 +80,7 @@ def eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(matrix).all():
-        raise RuntimeError(f"NaN or inf in its {name}")
+        raise NonFiniteError(f"NaN or inf in its {name}")
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return values, vectors
 

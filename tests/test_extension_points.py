@@ -1,6 +1,8 @@
 """A curvature or a solver of one's own, as an object or by a name, is used as those of the package are."""
 
 import copy
+import pickle
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -16,14 +18,12 @@ from secondorder import solvers
 class Rms(solvers.Solver):
     """P = -B / (sqrt(E[h^2]) + l), d = -g: with a statistic that no solver of the package has."""
 
-    power: float = 2.0
-
     def statistics(self, inputs, samples):
-        return [{"input_rms": h.abs().pow(self.power).mean(0).pow(1 / self.power)} for h in inputs]
+        return [{"input_square": h.square().mean(0)} for h in inputs]
 
     def prepare(self, factors, scale, damping):
         assert factors["bias_hessian"].dim() == 2
-        return {"divisor": factors["input_rms"] + damping}
+        return {"divisor": factors["input_square"].sqrt() + damping}
 
     def solve(self, prepared, grad_weight, grad_bias):
         return -grad_weight / prepared["divisor"], None if grad_bias is None else -grad_bias
@@ -54,13 +54,13 @@ def train(model, optimizer, seeds):
 
 
 @pytest.mark.parametrize("make", [so.EACG, so.LayerwiseNewton])
-@pytest.mark.parametrize("curvature_every", [1, 3])
-def test_a_solver_object_with_a_statistic_of_its_own(make, curvature_every):
+@pytest.mark.parametrize(("curvature_every", "inverse_every"), [(1, 1), (3, 1), (1, 3), (2, 3)])
+def test_a_solver_object_with_a_statistic_of_its_own(make, curvature_every, inverse_every):
     model, other = network(), network()
-    options = {"solver": Rms(), "curvature_every": curvature_every, "inverse_every": 1}
+    options = {"solver": Rms(), "curvature_every": curvature_every, "inverse_every": inverse_every}
     optimizer = make(model, nn.CrossEntropyLoss(), **options)
     train(model, optimizer, range(8))
-    assert optimizer.state[model[0].weight]["factors"].keys() == {"bias_hessian", "input_rms"}
+    assert optimizer.state[model[0].weight]["factors"].keys() == {"bias_hessian", "input_square"}
     # Resumed in the middle, to the bit.
     first = make(other, nn.CrossEntropyLoss(), **options)
     train(other, first, range(4))
@@ -122,3 +122,42 @@ def test_what_is_no_solver_is_refused():
 
     with pytest.raises(TypeError, match="abstract"):
         Half()
+
+
+def test_objects_are_copied_pickled_and_shown_as_names_are():
+    model = network()
+    optimizer = so.EACG(model, nn.CrossEntropyLoss(), solver=Rms(), curvature=curvatures.KFLRCurvature(), inverse_every=2)
+    train(model, optimizer, range(3))
+    assert "KFLRCurvature() by Rms()" in repr(optimizer)
+    for how in (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))):
+        twin, twin_optimizer = how((model, optimizer))
+        ours, theirs = copy.deepcopy((model, optimizer)), (twin, twin_optimizer)
+        assert train(*ours, range(3, 6)) == train(*theirs, range(3, 6))
+
+
+def test_a_curvature_without_recursion_starts_nowhere_anew():
+    model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)).double()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = so.EACG(model, nn.CrossEntropyLoss(), curvature=Identity(), solver="kfi")
+        train(model, optimizer, range(2))
+    assert not any("recursion" in str(w.message) for w in caught)
+    assert "empirical Fisher" not in repr(optimizer)
+
+
+def test_settings_of_solver_objects_are_checked():
+    for make in (solvers.EACGSolver, solvers.KroneckerCG):
+        with pytest.raises(ValueError, match="expected max_cg >= 1, got 0"):
+            make(0, 1e-4)
+        with pytest.raises(ValueError, match="expected eps_cg >= 0, got -1"):
+            make(3, -1)
+
+
+def test_a_warning_points_at_the_users_line():
+    model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)).double()
+    optimizer = so.EACG(model, nn.CrossEntropyLoss())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer, [0])
+    assert len(caught) == 2  # the norm's own parameters, and the recursion that ends at it
+    assert {w.filename for w in caught} == {__file__}

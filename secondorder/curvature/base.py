@@ -13,12 +13,15 @@ class Curvature:
     Attributes:
         diagonal: whether the tape must keep the gradients that the recursion's diagonal needs.
         grad_outputs: whether the tape must keep every layer's delta.
-        columns: what the tape must take back to every layer, or None (`secondorder.tape.Tape`).
+        columns: what the tape must take back to every layer, or None: `(criterion, loss, source, args, kwargs) -> (where columns
+            start, a root whose columns they are)`.
+        restarts: whether a layer behind an obstacle starts anew from its empirical Fisher block.
     """
 
     diagonal = False
     grad_outputs = False
     columns: Columns | None = None
+    restarts = False
 
     def bias_hessians(
         self, records: list[LayerRecord], averaged: dict[nn.Linear, dict[str, Tensor]] | None = None
@@ -73,6 +76,6 @@ def curvature_by_name(name: str | Curvature) -> Curvature:
     """
     if isinstance(name, Curvature):
         return name
-    if name not in CURVATURES:
+    if not isinstance(name, str) or name not in CURVATURES:
         raise ValueError(f"expected curvature to be one of {', '.join(map(repr, CURVATURES))}, or a Curvature, got {name!r}")
     return CURVATURES[name]

@@ -30,6 +30,7 @@ class FromColumns(Curvature):
         return record.layer.weight.new_zeros(n_out, n_out) if record.block is None else record.block
 
 
+@dataclass(frozen=True)
 class FisherExact(FromColumns):
     """The Fisher blocks E[delta delta^T], in expectation over the model's own labels (Botev et al., Eq. 46 to 48).
 
@@ -88,6 +89,7 @@ class _Samples:
         return torch.stack([self.root.sample() for _ in range(begin, end)]) / self.count**0.5
 
 
+@dataclass(frozen=True)
 class KFLRCurvature(FromColumns):
     """Exact expected Gauss-Newton blocks (Botev et al., Eq. 23 to 25), of K columns per instance for K outputs.
 

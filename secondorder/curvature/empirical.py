@@ -1,5 +1,7 @@
 """The empirical Fisher blocks, which need only the gradients of the backward pass itself."""
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from secondorder._tape import LayerRecord
@@ -7,6 +9,7 @@ from secondorder._tensors import flatten_batch, to_compute_dtype
 from secondorder.curvature.base import Curvature, register
 
 
+@dataclass(frozen=True)
 class FisherEmpirical(Curvature):
     """The empirical Fisher blocks E[delta delta^T] of the true labels' gradients; `empirical_fisher` gives the scale."""
 

@@ -24,6 +24,7 @@ class Recursion(Curvature):
     """Backward recursion of the bias Hessian, with Pos-Eig_gamma where it has a diagonal."""
 
     gamma: float
+    restarts = True
 
     def _top(self, hessian: OutputHessian) -> Tensor:
         """The recursion's start [K, K]."""

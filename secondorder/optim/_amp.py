@@ -33,3 +33,11 @@ def unscaling_factor(optimizer: torch.optim.Optimizer, grad_scaler: Any) -> floa
         f"{type(optimizer).__name__}.step(): the gradients were unscaled by scaler.unscale_(optimizer), and the curvature "
         "must be, too: tell the optimizer its scaler once, by optimizer.grad_scaler = scaler"
     )
+
+
+def restore_scale(optimizer: torch.optim.Optimizer) -> None:
+    """Gives the gradients GradScaler's factor back, after a step that has failed: it may be tried again."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        for group in optimizer.param_groups:
+            torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], scale.item())

@@ -1,6 +1,5 @@
 """What the papers' optimizers share: which layers a model has, the tape on them, gradients, and steps that are all or nothing."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ from secondorder._tape import Columns, LayerRecord, Tape
 from secondorder._tensors import to_compute_dtype
 from secondorder.criteria import FunctionCriterion
 from secondorder.errors import NonFiniteError
-from secondorder.optim._amp import unscaling_factor
+from secondorder.optim._amp import restore_scale, unscaling_factor
 from secondorder.optim._fallback import Fallback
 from secondorder.optim._numbers import NUMBERS, Numbers, check_numbers
 
@@ -42,7 +41,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         keep_inputs: whether the tape keeps the model's and the criterion's arguments.
         samples: of every forward pass at most so many instances enter the curvature's expectations; None: all.
         maximize: whether the loss is to be maximised: everything is then as for its negative.
-        decoupled_weight_decay: whether weight decay shrinks the parameters by themselves, rather than being part of the gradient.
+        decoupled_weight_decay: whether weight decay shrinks the parameters by themselves, rather than being part of the gradient;
+            None: it always is part of the gradient, and no group says so.
         nonfinite: what a step does that meets NaN or inf: "error" raises `NonFiniteError`, "skip" counts it in `skipped_steps`.
 
     Attributes:
@@ -71,7 +71,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         keep_inputs: bool = False,
         samples: int | None = None,
         maximize: bool = False,
-        decoupled_weight_decay: bool = True,
+        decoupled_weight_decay: bool | None = True,
         nonfinite: str = "error",
     ):
         name = type(self).__name__
@@ -99,7 +99,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             )
         layers = _supported_layers(name, model)
         check_numbers(name, defaults, self._numbers)
-        defaults |= {"maximize": maximize, "decoupled_weight_decay": decoupled_weight_decay, "skipped_steps": 0}
+        defaults |= {"maximize": maximize, "skipped_steps": 0}
+        if decoupled_weight_decay is not None:
+            defaults["decoupled_weight_decay"] = decoupled_weight_decay
         self._parameter_names = names
         super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
         criterion = getattr(criterion, "_orig_mod", criterion)
@@ -222,7 +224,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """The gradients, at least in float32, of what is minimised: the loss or its negative, and coupled weight decay."""
         maximize, gradients = self._maximize(), {}
         for group in self.param_groups:
-            decay = 0.0 if group["decoupled_weight_decay"] else float(group["weight_decay"])
+            decay = 0.0 if group.get("decoupled_weight_decay", False) else float(group["weight_decay"])
             for p in group["params"]:
                 g = p.grad
                 if g is None:
@@ -255,10 +257,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         try:
             with nullcontext() if factor == 1 else self._tape.rescaled(factor):
                 yield True
-        except NonFiniteError:
-            if self._nonfinite == "error":
-                raise
-            self._skip()
+        except BaseException as error:
+            if isinstance(error, NonFiniteError) and self._nonfinite == "skip":
+                self._skip()
+                return
+            restore_scale(self)
+            raise
 
     def _skip(self) -> None:
         for group in self.param_groups:
@@ -288,16 +292,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 "where it is a function), with the model in training mode; optimizer.zero_grad() forgets the calls before it."
             )
         self._check_instances(call.input for record in records for call in record.calls)
-        recursion = self._tape.columns is None and not self._tape.grad_outputs
-        for record in records:
-            if recursion and record.obstacle and record.layer not in self._restarts:
-                self._restarts[record.layer] = record.obstacle
-                warnings.warn(
-                    f"secondorder: the output of layer {self._layers[record.layer]!r} {record.obstacle}; the bias Hessian's "
-                    "recursion is not defined there. The layer gets its empirical Fisher block, and the recursion "
-                    "starts anew from it.",
-                    stacklevel=3,
-                )
         return records
 
 

@@ -1,11 +1,11 @@
 """The fallback: SGD with momentum for parameters that no curvature covers, said once in a warning."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
 from secondorder.optim import _momentum
 
@@ -56,10 +56,7 @@ class Fallback:
             if self.kind == "error":
                 raise RuntimeError(f"{self.owner}.step(): no curvature covers the parameters {names}, and fallback='error'")
             self.warned.update(new)
-            warnings.warn(
-                f"secondorder: no curvature covers the parameters {names}; they are updated by the fallback, SGD.",
-                stacklevel=5,
-            )
+            warn(f"no curvature covers the parameters {names}; they are updated by the fallback, SGD.")
         return found
 
     def check(self, p: Tensor, velocity: Tensor, lr: float) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from secondorder._layers import parameters_of
 from secondorder._tape import LayerRecord
 from secondorder._tensors import all_finite
+from secondorder._warnings import warn
 from secondorder.curvature import Curvature, curvature_by_name
 from secondorder.errors import NonFiniteError
 from secondorder.optim._averaging import swapped_with_averages, update_averages
@@ -44,9 +45,11 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         keep_inputs: whether the tape keeps what evaluating the model anew needs.
         fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error".
         maximize: whether the loss is maximised.
-        decoupled_weight_decay: whether weight decay shrinks the parameters by themselves.
+        decoupled_weight_decay: whether weight decay shrinks the parameters by themselves; None: it is part of the gradient.
         nonfinite: what a step does that meets NaN or inf: "error" or "skip".
     """
+
+    _remedy = ""  # what helps where the training has diverged
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         keep_inputs: bool,
         fallback: str,
         maximize: bool,
-        decoupled_weight_decay: bool,
+        decoupled_weight_decay: bool | None,
         nonfinite: str,
     ):
         name = type(self).__name__
@@ -86,6 +89,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             self._curvature, self._solver = curvature_by_name(curvature), solver_by_name(solver, options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        defaults |= {"solver": type(self._solver).__qualname__}  # what the state's factors are for
         super().__init__(
             model, criterion, defaults, diagonal=self._curvature.diagonal, fallback=fallback,
             grad_outputs=self._curvature.grad_outputs, columns=self._curvature.columns, keep_inputs=keep_inputs,
@@ -122,11 +126,19 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         return loss
 
     def _finite_records(self) -> list[LayerRecord]:
-        """The records, unless no loss is finite though every gradient is, which no check of the solution would show.
+        """The records; warns of layers where the recursion starts anew.
 
+        Raises NonFiniteError where no loss is finite though every gradient is, which no check of the solution would show.
         One empty micro-batch among others has a mean of NaN, and adds nothing.
         """
         records = self._records()
+        for record in records:
+            if self._curvature.restarts and record.obstacle and record.layer not in self._restarts:
+                self._restarts[record.layer] = record.obstacle
+                warn(
+                    f"the output of layer {self._layers[record.layer]!r} {record.obstacle}; the bias Hessian's recursion is not "
+                    "defined there. The layer gets its empirical Fisher block, and the recursion starts anew from it."
+                )
         if not any(math.isfinite(float(loss.loss)) for loss in self._tape.losses):
             gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
             if all_finite(gradients):
@@ -144,7 +156,17 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every torch optimizer's; also takes checkpoints of before version 0.2, where each factor had a key of its own."""
+        """As every torch optimizer's; also takes checkpoints of before version 0.2, where each factor had a key of its own.
+
+        Raises:
+            ValueError: the state is of an optimizer with another solver.
+        """
+        name, own = type(self).__name__, type(self._solver).__qualname__
+        for group in state_dict["param_groups"]:
+            if group.get("solver", own) != own:
+                raise ValueError(
+                    f"{name}.load_state_dict(): expected the state of the solver {own}, got one of {group['solver']}"
+                )
         state = {key: _nested(each) for key, each in state_dict["state"].items()}
         super().load_state_dict({**state_dict, "state": state})
         self._schedule()
@@ -204,11 +226,11 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         for layer, factors in covered.items():
             weight, bias, state = layer.weight, layer.bias, self.state.get(layer.weight, {})
             try:
-                ready = state.get("prepared")
+                ready = state.get("prepared") if self._solver.factorises else None
                 if fresh or ready is None or _due(state["step"], self._inverse_every):
                     ready = self._solver.prepare(factors, *systems[layer])
                 p, d = self._solver.solve(ready, grads[weight], grads.get(bias) if bias is not None else None)
-            except RuntimeError as error:
+            except NonFiniteError as error:
                 bad.append((layer, str(error)))
                 continue
             prepared[layer], directions[weight] = ready, p
@@ -248,7 +270,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             parts.append(f"layer {self._layers[layer]!r}: " + (f"NaN or inf in its {' and '.join(bad)}" if bad else reason))
         return (
             f"{type(self).__name__}.step(): {'; '.join(parts)}. No parameter and no state has changed; skip this batch, or "
-            "lower lr or raise alpha if the training has diverged."
+            f"{self._remedy} if the training has diverged."
         )
 
 

@@ -1,4 +1,4 @@
-"""What the optimizers without a learning rate to find share: steps by the Levenberg-Marquardt loop."""
+"""What the optimizers share that find their own step: the Levenberg-Marquardt loop on the recorded batch."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -34,6 +34,8 @@ class NewtonOptimizer(LayerwiseOptimizer):
         **shared: the arguments of `LayerwiseOptimizer` that both kinds of steps have.
     """
 
+    _remedy = "begin with more damping"
+
     _numbers: ClassVar[Numbers] = {
         **NUMBERS,
         "lr": (lambda v: 0 <= v < 2, "in [0, 2), since it multiplies the step of the quadratic model"),
@@ -60,7 +62,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
             "lr": lr, "weight_decay": weight_decay, "factor_decay": factor_decay,
             "tau": None, "gamma": None, "loss_trend": None, "rho": None,
         }  # fmt: skip
-        super().__init__(model, criterion, defaults, keep_inputs=True, decoupled_weight_decay=False, **shared)
+        super().__init__(model, criterion, defaults, keep_inputs=True, decoupled_weight_decay=None, **shared)
         self._loop, self._subsample = LevenbergMarquardtLoop(schedule), subsample
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -82,7 +84,11 @@ class NewtonOptimizer(LayerwiseOptimizer):
 
     def _advance(self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups) -> None:
         """A step whose size the quadratic model gives, checked before the parameters see it."""
-        group, steps = self.param_groups[0], self._steps()
+        group, steps, lr = self.param_groups[0], self._steps(), float(self.param_groups[0]["lr"])
+        if any(float(each["lr"]) != lr for each in self.param_groups):
+            raise ValueError(
+                f"{type(self).__name__}.step(): expected lr to be the same in all param_groups, since it multiplies one step"
+            )
         gradients = self._gradients()
         own = [p for layer in covered for p in layer.parameters(recurse=False)]
         others = [p for p, _ in self._fallback.parameters(self.param_groups, gradients, own)]
@@ -110,13 +116,13 @@ class NewtonOptimizer(LayerwiseOptimizer):
             previous = [self.state[p]["momentum"] for p in gradients]
         eta = [float(groups[p]["weight_decay"]) for p in gradients]
         delta, prepared, damping = self._loop.step(
-            loss, directions, list(gradients.values()), eta, previous, _damping(group), steps, float(group["lr"])
+            loss, directions, list(gradients.values()), eta, previous, _damping(group), steps, lr
         )
         for each in self.param_groups:
             each.update(tau=damping.tau, gamma=damping.gamma, loss_trend=astuple(damping.trend), rho=damping.rho)
         for p, change in zip(gradients, delta, strict=True):
             p.add_(change)
-            if momentum:
+            if momentum and lr > 0:  # a step of zero, of a scheduler that begins anew, says nothing of the direction
                 self.state[p]["momentum"] = change
         self._commit(covered, factors, prepared or {})
 
@@ -132,9 +138,9 @@ def _renamed(group: dict[str, Any]) -> dict[str, Any]:
     """A saved group by today's keys."""
     if "watch" not in group:
         return group
-    dropped = ("watch", "alpha", "momentum")
+    dropped = ("watch", "alpha", "momentum", "decoupled_weight_decay")
     kept = {key: value for key, value in group.items() if key not in dropped}
-    return {**kept, "loss_trend": group["watch"], "lr": 1.0, "decoupled_weight_decay": False}
+    return {**kept, "loss_trend": group["watch"], "lr": 1.0}
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

@@ -56,7 +56,7 @@ class EACG(LayerwiseOptimizer):
         curvature_samples: H (but for the criterion's part) and E[h h^T] are estimated from at most so many instances of every
             forward pass, >= 1; None: from all. a is the whole batch's.
         inverse_every: the solver's factorisations are renewed every so many steps, >= 1, and at each of the first so many.
-        max_factor_elements: "kfi" takes "kfi-rank-one" for a layer with n_in^2 above this, >= 0.
+        max_factor_elements: for a layer with n_in^2 above this, >= 0, "kfi" takes "kfi-rank-one" and "auto" "ea-isotropic".
         average: whether averages of the parameters are kept, for `averaged_parameters`.
         fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error".
         maximize: whether the loss is maximised: everything, the curvature too, is then as for its negative.
@@ -72,6 +72,8 @@ class EACG(LayerwiseOptimizer):
         TypeError, ValueError: an argument is not as described.
         RuntimeError: from `step`, where gradients or records are missing or numbers are not finite; nothing has changed then.
     """
+
+    _remedy = "lower lr or raise alpha"
 
     def __init__(
         self,
@@ -126,7 +128,7 @@ class EACG(LayerwiseOptimizer):
         super().load_state_dict(state_dict)
 
     def _advance(self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups) -> None:
-        if isinstance(self._solver, EACGSolver) and self._fusible(covered, groups):
+        if type(self._solver) is EACGSolver and self._fusible(covered, groups):  # a subclass may solve otherwise
             self._fused_update(covered, factors, groups, self._solver)
         else:
             self._update(covered, factors, groups)
@@ -201,10 +203,14 @@ class EACG(LayerwiseOptimizer):
         def numbers(p: Tensor) -> list[Any]:
             return [groups[p][key] for key in ("lr", "momentum", "weight_decay", "decoupled_weight_decay")]
 
-        several = len(self.param_groups) > 1
+        several, biases = len(self.param_groups) > 1, set()
         for weight, bias in map(parameters_of, layers):
             if weight.dtype is torch.bfloat16 or (several and bias in groups and numbers(bias) != numbers(weight)):
                 return False
+            if bias in biases:  # two layers share it: it is to be moved once
+                return False
+            if bias is not None:
+                biases.add(bias)
         return True
 
     def _momenta(self, parameters: list[Tensor], started: dict[Tensor, Tensor]) -> list[Tensor]:

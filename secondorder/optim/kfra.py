@@ -32,7 +32,7 @@ class KFRA(NewtonOptimizer):
         curvature_samples: the curvature (but for the criterion's part) and E[h h^T] are estimated from at most so many instances
             of every forward pass, >= 1; None: from all.
         inverse_every: the inverses are renewed every so many steps, >= 1, and at each of the first so many.
-        max_factor_elements: "kfi" takes "kfi-rank-one" for a layer with n_in^2 above this, >= 0.
+        max_factor_elements: for a layer with n_in^2 above this, >= 0, "kfi" takes "kfi-rank-one" and "auto" "ea-isotropic".
         subsample: the fraction of the batch that the quadratic model is evaluated on, in (0, 1]; at least 100 instances.
         average: whether averages of the parameters are kept, for `averaged_parameters`.
         fallback: what updates parameters that no curvature covers: "sgd" (warns once; here they are part of the quadratic model)
@@ -40,6 +40,9 @@ class KFRA(NewtonOptimizer):
         maximize: whether the loss is maximised: everything, the curvature too, is then as for its negative.
         nonfinite: what a step does that meets NaN or inf: "error" raises `secondorder.NonFiniteError`, "skip" leaves everything
             as it is and counts in `skipped_steps`.
+
+    lr, weight_decay, factor_decay and maximize are read from `param_groups` at every step: the solver's weight_decay from the
+    first group, factor_decay of a layer from its weight's group; lr and maximize must be the same in all.
 
     Raises:
         TypeError, ValueError: an argument is not as described.

@@ -51,7 +51,7 @@ class LayerwiseNewton(NewtonOptimizer):
         curvature_samples: H (but for the criterion's part) and E[h h^T] are estimated from at most so many instances of every
             forward pass, >= 1; None: from all. E[h] is the whole batch's.
         inverse_every: the solver's factorisations are renewed every so many steps, >= 1, and at each of the first so many.
-        max_factor_elements: "kfi" takes "kfi-rank-one" for a layer with n_in^2 above this, >= 0.
+        max_factor_elements: for a layer with n_in^2 above this, >= 0, "kfi" takes "kfi-rank-one" and "auto" "ea-isotropic".
         damping: where tau starts, relative to the first loss, > 0; it stays above a tenth of that, and above more where steps do
             not generalise (`secondorder.stepping.LossTrend`). None: 250 / m^2 for m instances, from 1e-4 to 1.
         subsample: the fraction of the batch that the quadratic model is evaluated on, in (0, 1]; at least 100 instances.
@@ -62,8 +62,8 @@ class LayerwiseNewton(NewtonOptimizer):
         nonfinite: what a step does that meets NaN or inf: "error" raises `secondorder.NonFiniteError`, "skip" leaves everything
             as it is and counts in `skipped_steps`.
 
-    lr, weight_decay, factor_decay and maximize are read from `param_groups` at every step: lr and the solvers' weight_decay from
-    the first, factor_decay of a layer from its weight's group; maximize must be the same in all.
+    lr, weight_decay, factor_decay and maximize are read from `param_groups` at every step: the solver's weight_decay from the
+    first group, factor_decay of a layer from its weight's group; lr and maximize must be the same in all.
 
     Raises:
         TypeError, ValueError: an argument is not as described.

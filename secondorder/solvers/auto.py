@@ -9,18 +9,24 @@ from secondorder.solvers.isotropic import Isotropic
 from secondorder.solvers.kfi import KFI
 
 # Above this, the product with A^{-1} costs more than the gradient of a usual batch does.
-_AUTO_N_IN = 1024
-_KFI, _ISOTROPIC = KFI(_AUTO_N_IN**2), Isotropic()
+_N_IN = 1024
+_KFI, _ISOTROPIC = KFI(_N_IN**2), Isotropic()
 
 
 @dataclass(frozen=True)
 class Auto(Solver):
-    """The solver `auto`: `kfi` for a layer with n_in <= 1024, else `ea-isotropic`."""
+    """The solver `auto`: `kfi` for a layer with n_in^2 <= max_elements, else `ea-isotropic`.
+
+    Args:
+        max_elements: 1024^2, or less.
+    """
+
+    max_elements: int = _N_IN**2
 
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
         """The expectations that the solver needs of every layer's input [m, n_in]."""
         pairs = zip(inputs, samples, strict=True)
-        return [(_KFI if h.shape[1] <= _AUTO_N_IN else _ISOTROPIC).statistics([h], [sample])[0] for h, sample in pairs]
+        return [(_KFI if h.shape[1] ** 2 <= self.max_elements else _ISOTROPIC).statistics([h], [s])[0] for h, s in pairs]
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """What `solve` needs of the factors, at this scale c and damping l."""
@@ -31,4 +37,4 @@ class Auto(Solver):
         return (_KFI if "input_inverse" in prepared else _ISOTROPIC).solve(prepared, grad_weight, grad_bias)
 
 
-register("auto", lambda options: Auto())
+register("auto", lambda options: Auto(min(options.max_factor_elements, _N_IN**2)))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from secondorder import ops
+from secondorder.errors import NonFiniteError
 
 # What a layer's solver works with: "bias_hessian" [n_out, n_out] and its statistics of the input, by name.
 Factors = dict[str, Tensor]
@@ -35,7 +36,7 @@ class Solver(ABC):
         """What `solve` needs, as tensors (an optimizer keeps them in its state).
 
         Raises:
-            RuntimeError: a factorisation failed; the message names the factor.
+            NonFiniteError: a factor holds NaN or inf; the message names it.
         """
 
     @abstractmethod
@@ -50,6 +51,14 @@ class SolverOptions:
     max_cg: int = 50  # conjugate gradient solvers do at most so many iterations, >= 1
     eps_cg: float = 1e-4  # and stop at this residual, relative to the first one, >= 0
     max_factor_elements: int = 2**24  # an input factor [n_in, n_in] of more elements is replaced by its rank-one form, >= 0
+
+
+def check_cg(max_cg: int, eps_cg: float) -> None:
+    """Raises ValueError unless conjugate gradients do an iteration at least, and stop at a residual >= 0."""
+    if not max_cg >= 1:
+        raise ValueError(f"expected max_cg >= 1, got {max_cg}")
+    if not eps_cg >= 0:
+        raise ValueError(f"expected eps_cg >= 0, got {eps_cg}")
 
 
 # name -> what makes the solver
@@ -75,7 +84,7 @@ def solver_by_name(solver: str | Solver, options: SolverOptions) -> Solver:
     """
     if isinstance(solver, Solver):
         return solver
-    if solver not in SOLVERS:
+    if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"expected solver to be one of {', '.join(map(repr, SOLVERS))}, or a Solver, got {solver!r}")
     return SOLVERS[solver](options)
 
@@ -91,7 +100,7 @@ def finite(factors: Factors) -> Factors:
     """The same; factorisations notice NaN and inf by themselves, but CG does not where the gradient is 0."""
     for name, factor in factors.items():
         if not torch.isfinite(factor).all():
-            raise RuntimeError(f"NaN or inf in its {name.replace('_', ' ').replace('hessian', 'Hessian')}")
+            raise NonFiniteError(f"NaN or inf in its {name.replace('_', ' ').replace('hessian', 'Hessian')}")
     return factors
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secondorder import ops
-from secondorder.solvers.base import Factors, Solver, finite, register, shift_of
+from secondorder.solvers.base import Factors, Solver, check_cg, finite, register, shift_of
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,9 @@ class EACGSolver(Solver):
     max_cg: int
     eps_cg: float
     truncated: bool = False
+
+    def __post_init__(self) -> None:
+        check_cg(self.max_cg, self.eps_cg)
 
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
         """The expectations that the solver needs of every layer's input [m, n_in]."""

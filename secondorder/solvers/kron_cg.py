@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secondorder.linalg import conjugate_gradient
-from secondorder.solvers.base import Factors, Solver, finite, register, second_moment, shift_of
+from secondorder.solvers.base import Factors, Solver, check_cg, finite, register, second_moment, shift_of
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,9 @@ class KroneckerCG(Solver):
 
     max_cg: int
     eps_cg: float
+
+    def __post_init__(self) -> None:
+        check_cg(self.max_cg, self.eps_cg)
 
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
         """The expectations that the solver needs of every layer's input [m, n_in]."""

@@ -1,4 +1,4 @@
-"""Steps without a learning rate: a quadratic model of the loss, its products, trial losses and the dampings that follow."""
+"""Steps that find their own length: a quadratic model of the loss, its products, trial losses and the dampings that follow."""
 
 from secondorder.stepping.levenberg_marquardt import Damping, DampingSchedule, LevenbergMarquardtLoop, LossTrend, TrialLoss
 from secondorder.stepping.local_loss import LocalLoss

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import secondorder as so
 from secondorder.criteria import BoundedClassificationLoss
 from secondorder.curvature import PCH
+from secondorder.solvers import EACGSolver
 
 
 def dense_directions(model, criterion, x, y, gamma, alpha, iterations=None, factors=None):
@@ -846,3 +847,48 @@ def test_a_batch_whose_rows_are_all_ignored_moves_nothing(curvature):
         one_step(model, criterion, optimizer, x, torch.full_like(y, -100))
     assert_same(snapshot(model, optimizer), before)
     one_step(model, criterion, optimizer, x, y)
+
+
+@pytest.mark.parametrize("solver", ["ea-cg", "kfi"])
+def test_a_bias_of_two_layers_moves_once(solver):
+    model, criterion, (x, y) = network(), nn.CrossEntropyLoss(), batch()
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    model[2].bias = model[0].bias
+    optimizer = so.EACG(model, criterion, lr=0.1, momentum=0.0, solver=solver)
+    before = model[0].bias.detach().clone()
+    one_step(model, criterion, optimizer, x, y)
+    # One of the two layers' directions, rather than their sum.
+    h, alpha = (optimizer.state[model[i].weight]["factors"]["bias_hessian"] for i in (0, 2)), 0.01
+    scale = 1.0 if solver == "kfi" else 1 - alpha
+    own = [before - 0.1 * torch.linalg.solve(scale * each + alpha * torch.eye(4), model[0].bias.grad) for each in h]
+    moved = model[0].bias.detach()
+    assert any(torch.allclose(moved, each, rtol=1e-3) for each in own)
+
+
+def test_a_subclass_of_the_solver_solves_by_itself():
+    class Half(EACGSolver):
+        def solve(self, prepared, grad_weight, grad_bias):
+            p, d = super().solve(prepared, grad_weight, grad_bias)
+            return 0.5 * p, None if d is None else 0.5 * d
+
+    criterion, (x, y) = nn.CrossEntropyLoss(), batch()
+    moves = []
+    for solver in (EACGSolver(500, 1e-13), Half(500, 1e-13)):
+        model = network()
+        before = model[0].weight.detach().clone()
+        one_step(model, criterion, so.EACG(model, criterion, lr=0.1, momentum=0.0, solver=solver), x, y)
+        moves.append(model[0].weight.detach() - before)
+    torch.testing.assert_close(moves[1], 0.5 * moves[0])
+
+
+def test_a_mistake_in_a_solver_is_no_skipped_step():
+    class Wrong(EACGSolver):
+        def solve(self, prepared, grad_weight, grad_bias):
+            return grad_weight @ grad_weight, None
+
+    model, criterion, (x, y) = network(), nn.CrossEntropyLoss(), batch()
+    optimizer = so.EACG(model, criterion, solver=Wrong(5, 0.0), nonfinite="skip")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as raised:
+        one_step(model, criterion, optimizer, x, y)
+    assert not isinstance(raised.value, so.NonFiniteError)
+    assert optimizer.skipped_steps == 0

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -695,39 +696,95 @@ def test_workers_of_a_data_loader_by_fork(name):
 # --- checkpoints of before version 0.2 -----------------------------------------------------------------------------------
 
 
-def as_before_0_2(state_dict):
-    """The same state with every factor under a key of its own, and the groups' keys of that time."""
-    saved = copy.deepcopy(state_dict)
-    saved["state"] = {
-        key: {**{k: v for k, v in state.items() if k != "factors"}, **state.get("factors", {})}
-        for key, state in saved["state"].items()
-    }
-    for group in saved["param_groups"]:
-        if "loss_trend" in group:
-            group.update(watch=group.pop("loss_trend"), lr=None, alpha=0.01, momentum=0.9, decoupled_weight_decay=True)
-    return saved
+# Written by 0.1: a model and its optimizer after the batches 0 to 6, and the model after 7 to 10.
+CHECKPOINTS = torch.load(Path(__file__).with_name("checkpoints_0_1.pt"), weights_only=True)
+CONTINUED = {
+    "EACG": lambda m, c: so.EACG(m, c, 0.1, curvature_every=2, weight_decay=0.01),
+    "LayerwiseNewton": lambda m, c: so.LayerwiseNewton(m, c, weight_decay=0.01),
+    "LayerwiseNewton, exact": lambda m, c: so.LayerwiseNewton(m, c, solver="exact", average=True),
+    "KFRA": so.KFRA,
+    "KFLR": so.KFLR,
+    "KBFGS": so.KBFGS,
+}
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if not name.startswith(("KBFGS", "KFAC"))])
-def test_a_checkpoint_of_before_0_2_resumes_to_the_bit(name):
-    straight, interrupted = network(), network()
-    optimizer = ALL[name](straight, nn.CrossEntropyLoss())
-    train(straight, optimizer, range(3))
-    first = ALL[name](interrupted, nn.CrossEntropyLoss())
-    train(interrupted, first, range(3))
-    saved = reloaded(as_before_0_2(first.state_dict()))
-    first.remove_hooks()
-    resumed = ALL[name](interrupted, nn.CrossEntropyLoss())
-    resumed.load_state_dict(saved)
-    assert train(straight, optimizer, range(3, 6)) == train(interrupted, resumed, range(3, 6))
-    assert_same(everything(straight, optimizer), everything(interrupted, resumed))
+def continued(name, make):
+    """The model after the batches 7 to 10, from version 0.1's checkpoint."""
+    model, saved = network(), CHECKPOINTS[name]
+    model.load_state_dict(saved["model"])
+    optimizer = make(model, nn.CrossEntropyLoss())
+    optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+    for seed in range(7, 11):
+        step(model, optimizer, *batch(seed))
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_a_checkpoint_of_0_1_goes_on_as_it_would_have(name):
+    for key, value in continued(name, CONTINUED[name]).items():
+        torch.testing.assert_close(value, CHECKPOINTS[name]["after"][key], rtol=1e-9, atol=1e-12)
+
+
+def test_what_0_1_kept_for_conjugate_gradients_is_not_used():
+    """It kept the factors of up to `inverse_every` steps ago, as if they had been a factorisation."""
+    kept, fresh = (
+        continued("EACG, kron-cg", lambda m, c, n=n: so.EACG(m, c, 0.1, solver="kron-cg", inverse_every=n, curvature_every=2))
+        for n in (5, 1)
+    )
+    assert_same(kept, fresh)
 
 
 def test_a_checkpoint_of_the_other_kind_of_step_says_where_it_belongs():
     model, criterion = network(), nn.CrossEntropyLoss()
     found, given = so.LayerwiseNewton(model, criterion), so.EACG(network(), criterion)
-    for saved in (found.state_dict(), as_before_0_2(found.state_dict())):
+    for saved in (found.state_dict(), CHECKPOINTS["LayerwiseNewton"]["optimizer"]):
         with pytest.raises(ValueError, match=r"got one of an optimizer that finds its own step.*secondorder\.LayerwiseNewton"):
             given.load_state_dict(saved)
     with pytest.raises(ValueError, match=r"got one of an optimizer with a learning rate; load it into secondorder\.EACG"):
         found.load_state_dict(given.state_dict())
+
+
+def test_a_state_of_another_solver_is_refused_at_once():
+    model = network()
+    saved = so.EACG(network(), nn.CrossEntropyLoss(), solver="ea-cg").state_dict()
+    optimizer = so.EACG(model, nn.CrossEntropyLoss(), solver="kfi")
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="EACG.load_state_dict.*: expected the state of the solver KFI, got one of EACGSolver"):
+        optimizer.load_state_dict(saved)
+    assert_same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("name", [name for name in so.optim.__all__ if name not in FIXED])
+def test_one_learning_rate_multiplies_one_step(name):
+    model = network()
+    optimizer = ALL[name](model, nn.CrossEntropyLoss())
+    weights = [model[0].weight, model[2].weight]
+    optimizer.param_groups[0]["params"] = [p for p in model.parameters() if all(p is not w for w in weights)]
+    optimizer.add_param_group({"params": weights, "lr": 0.5})
+    before = parameters(model)
+    with pytest.raises(ValueError, match="expected lr to be the same in all param_groups"):
+        train(model, optimizer, [0])
+    assert torch.equal(parameters(model), before)
+
+
+def test_a_step_of_zero_keeps_the_previous_step():
+    model = network()
+    optimizer = so.LayerwiseNewton(model, nn.CrossEntropyLoss())
+    train(model, optimizer, range(3))
+    previous = optimizer.state[model[0].weight]["momentum"].clone()
+    assert previous.abs().max() > 0
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(model, optimizer, [3])
+    assert torch.equal(optimizer.state[model[0].weight]["momentum"], previous)
+
+
+def test_a_failed_step_under_grad_scaler_can_be_tried_again():
+    model, (x, y) = network(), batch()
+    optimizer, scaler = so.EACG(model, nn.CrossEntropyLoss()), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(optimizer.criterion(model(x), y)).backward()
+    gradient = model[0].weight.grad.clone()
+    losses, optimizer._tape._log.losses = optimizer._tape._log.losses, []
+    with pytest.raises(RuntimeError, match="no call of the criterion"):
+        scaler.step(optimizer)
+    assert torch.equal(model[0].weight.grad, gradient)
+    optimizer._tape._log.losses = losses
