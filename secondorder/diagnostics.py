@@ -78,8 +78,8 @@ def curvature_error(
     one forward-over-backward pass for each of its rows.
 
     Args:
-        model: as for an optimizer; called as model(x).
-        criterion: as for an optimizer; called as criterion(output, y).
+        model: a module, called as model(x); one with random layers belongs in eval mode.
+        criterion: a module or a function, called as criterion(output, y).
         x: a batch of inputs.
         y: their targets.
         curvatures: names, or curvatures themselves.
@@ -103,11 +103,11 @@ def spectrum(
     """The eigenvalues of every linear layer's bias block, of the true Hessian and of each curvature.
 
     Args:
-        model: see `curvature_error`, and so the others.
-        criterion: see there.
-        x: see there.
-        y: see there.
-        curvatures: see there.
+        model: a module, called as model(x); one with random layers belongs in eval mode.
+        criterion: a module or a function, called as criterion(output, y).
+        x: a batch of inputs.
+        y: their targets.
+        curvatures: names, or curvatures themselves.
 
     Returns:
         {"hessian" or the curvature: {layer name: eigenvalues [n_out], ascending, float64}}; None for a curvature that is not
@@ -131,10 +131,10 @@ def newton_step(
     exact counterpart of what a layer-wise optimizer approximates.
 
     Args:
-        model: see `curvature_error`, and so the next three.
-        criterion: see there.
-        x: see there.
-        y: see there.
+        model: a module, called as model(x); one with random layers belongs in eval mode.
+        criterion: a module or a function, called as criterion(output, y).
+        x: a batch of inputs.
+        y: their targets.
         damping: > 0.
         max_size: how many parameters a layer may have; N_t takes their square in numbers and, factored, their cube in time.
 
@@ -186,13 +186,13 @@ def newton_cosine(
     """The cosine of the angle between a step and `newton_step`, for every linear layer and for all of them together.
 
     Args:
-        model: from before the step; see `curvature_error`.
-        criterion: see there.
-        x: see there.
-        y: see there.
+        model: from before the step: a module, called as model(x); one with random layers belongs in eval mode.
+        criterion: a module or a function, called as criterion(output, y).
+        x: a batch of inputs.
+        y: their targets.
         step: {parameter name: change}; what it leaves out has not moved, what is not of a linear layer does not count.
-        damping: see `newton_step`.
-        max_size: see there.
+        damping: of the Newton step, > 0.
+        max_size: how many parameters a layer may have.
 
     Raises:
         ValueError: as `newton_step`; or the step is not one of this model's parameters.
@@ -221,10 +221,10 @@ def reduction_ratio(
     subsample, in `optimizer.param_groups[0]["rho"]`; None: the step was taken back.
 
     Args:
-        model: from before the step; see `curvature_error`.
-        criterion: see there.
-        x: see there.
-        y: see there.
+        model: from before the step: a module, called as model(x); one with random layers belongs in eval mode.
+        criterion: a module or a function, called as criterion(output, y).
+        x: a batch of inputs.
+        y: their targets.
         step: {parameter name: change}; what it leaves out has not moved.
         damping: of the model, >= 0.
 
