@@ -88,7 +88,7 @@ def eacg_solve(
         alpha: in (0, 1), the damping of Eq. 9; one for all layers, or one each.
         max_iter: at least 1.
         tol: at least 0, relative.
-        truncated: see above.
+        truncated: whether P is the paper's iterate, rather than exact across the mean input.
 
     Returns:
         P [n_out, n_in], d [n_out] (empty without grad_bias), and the iterations of the weight system, a 0-dim int64 tensor;
@@ -160,21 +160,21 @@ def eacg_update_(
     V <- momentum V + P,   W <- (1 - lr weight_decay) W + lr V,   and likewise for the biases.
 
     Args:
-        bias_hessian: a list with one tensor per layer, as in `eacg_solve`; likewise the next three.
-        mean_input: see `eacg_solve`.
-        grad_weight: see `eacg_solve`.
-        grad_bias: see `eacg_solve`; an empty tensor for a layer without bias.
+        bias_hessian: H [n_out, n_out] of every layer, symmetric positive semi-definite.
+        mean_input: a [n_in] of every layer.
+        grad_weight: B [n_out, n_in] of every layer.
+        grad_bias: g [n_out] of every layer; an empty tensor for one without bias.
         weight: W, contiguous, written in place; no two may overlap, since threads write them.
         bias: b, contiguous, written in place; an empty tensor where there is none.
         weight_momentum: V, contiguous, written in place; an empty list for no momentum.
         bias_momentum: its twin for the biases.
         lr: one number per layer; likewise the next three.
-        alpha: see `eacg_solve`.
-        momentum: see above.
+        alpha: in (0, 1), the damping of Eq. 9.
+        momentum: in [0, 1).
         weight_decay: decoupled: it shrinks the parameters and does not enter the gradient.
-        max_iter: see `eacg_solve`.
-        tol: see `eacg_solve`.
-        truncated: see `eacg_solve`.
+        max_iter: of conjugate gradients, at least 1.
+        tol: they stop at this residual, relative to the first one, at least 0.
+        truncated: whether P is the paper's iterate, rather than exact across the mean input.
 
     Returns:
         int64 [layers], the iterations of each weight system; -1 for a layer whose solution is not finite, which any NaN or

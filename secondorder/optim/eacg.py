@@ -48,7 +48,7 @@ class EACG(LayerwiseOptimizer):
         solver: "ea-cg" (exact across the mean input, CG along it), "ea-cg-truncated" (the paper's iterates), "kron-cg", "kfi",
             "kfi-rank-one", "exact", "ea-isotropic", "auto", or a `secondorder.solvers.Solver`, which has its own settings.
         momentum: in [0, 1).
-        weight_decay: >= 0; see `decoupled_weight_decay`.
+        weight_decay: >= 0, of the kind that `decoupled_weight_decay` says.
         factor_decay: in [0, 1); H and a are bias-corrected exponential averages with this decay over their renewals; 0: the last
             one alone.
         curvature_every: H and a are renewed every so many steps, >= 1, and at each of the first so many; nothing is recorded in

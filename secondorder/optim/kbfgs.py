@@ -54,7 +54,7 @@ class KBFGS(CurvatureOptimizer):
         damping: lambda in (0, 1].
         mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
         decay: of all moving averages (beta in the paper), in [0, 1).
-        weight_decay: >= 0; see `decoupled_weight_decay`.
+        weight_decay: >= 0, of the kind that `decoupled_weight_decay` says.
         bias_correction: M is the average over the steps so far, as in Adam. False starts from M = 0 without correction,
             as the authors' published numbers do; the first steps are then short.
         max_increase: >= 0, see above. math.inf takes every step with a finite loss after it, as the authors do.
