@@ -2,8 +2,11 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,3 +164,25 @@ def test_a_warning_points_at_the_users_line():
         train(model, optimizer, [0])
     assert len(caught) == 2  # the norm's own parameters, and the recursion that ends at it
     assert {w.filename for w in caught} == {__file__}
+
+
+@pytest.mark.parametrize(("package", "names"), [("solvers", "SOLVERS"), ("curvature", "CURVATURES")])
+def test_a_file_in_the_folder_is_found_by_its_being_there(package, names, tmp_path):
+    """In a copy of the package, of links but for the one new file."""
+    own, copied = Path(so.__file__).parent, tmp_path / "secondorder"
+    (copied / package).mkdir(parents=True)
+    for source, target in ((own, copied), (own / package, copied / package)):
+        for entry in source.iterdir():
+            if entry.name not in (package, "__pycache__"):
+                (target / entry.name).symlink_to(entry)
+    (copied / package / "of_ones_own.py").write_text(f"from secondorder.{package}.base import register\nregister('own', None)\n")
+    script = f"from secondorder.{package} import {names}; assert 'own' in {names}, {names}"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+
+def test_auto_keeps_no_larger_factor_than_it_may():
+    model = network()
+    optimizer = so.LayerwiseNewton(model, nn.CrossEntropyLoss(), max_factor_elements=30)
+    train(model, optimizer, [0])
+    kept = [optimizer.state[model[i].weight]["factors"].keys() for i in (0, 2)]  # 5 and 7 inputs
+    assert ["input_second_moment" in each for each in kept] == [True, False]

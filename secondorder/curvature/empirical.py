@@ -34,7 +34,10 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
         # delta_i is scale / instances times the instance's own gradient; for a sum, scale times it. A sample stands for all m
         # rows, and a negative scale maximises.
         instances = m if loss.instances is None else loss.instances
-        block = (delta.T @ delta) * ((m / len(delta) if m else 1) * (instances if loss.mean else 1) / loss.scale.abs())
+        factor = (m / len(delta) if m else 1) * (instances if loss.mean else 1) / loss.scale.abs()
+        if m:
+            factor = factor + 0 * loss.loss  # NaN of all rows ignored, whose gradients are 0, must reach the step's own check
+        block = (delta.T @ delta) * factor
         total = block if total is None else total + block
     if total is None:  # no backward pass has come so far: backward(inputs=...) may stop anywhere
         n_out = record.layer.out_features

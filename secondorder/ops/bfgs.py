@@ -107,11 +107,11 @@ def damped_bfgs_update_(
     """`double_damping` and then `bfgs_update_` of all layers of a net, each H read once less.
 
     Args:
-        inverse_hessian: a list with one H per layer, as in `bfgs_update_`; likewise the next two.
-        s: see `double_damping`.
-        y: see `double_damping`.
-        mu1: see `double_damping`.
-        mu2: see `double_damping`.
+        inverse_hessian: H [n, n] of every layer, symmetric positive definite, contiguous, written in place.
+        s: s [n] of every layer.
+        y: y [n] of every layer.
+        mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
+        mu2: in (0, 1): the second damping's, s.y >= mu2 s.s.
 
     Returns:
         The statuses, int64 [layers].
@@ -199,10 +199,10 @@ def damped_lbfgs_update_(
     Args:
         s_pairs: a list with one S [p, n] per layer, as in `lbfgs_product`, contiguous, written in place; likewise `y_pairs`.
         y_pairs: Y [p, n].
-        s: a list with one s [n] per layer; likewise `y`.
-        y: see `double_damping`.
-        mu1: see `double_damping`.
-        mu2: see `double_damping`.
+        s: s [n] of every layer.
+        y: y [n] of every layer.
+        mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
+        mu2: in (0, 1): the second damping's, s.y >= mu2 s.s.
 
     Returns:
         The statuses, int64 [layers].

@@ -80,10 +80,10 @@ def bias_hessian_chain(
         bias_hessian: H [n_0, n_0] of the chain's last layer, that nearest to the loss.
         weight: W_l [n_l, n_(l+1)], from that layer down; likewise the lists below, one element for each step.
         saved: [m, n_(l+1)].
-        activation: see `bias_hessian_activation`.
-        parameter: see `bias_hessian_activation`.
+        activation: the name of the activation below W_l, of those that `activation_derivatives` takes.
+        parameter: its parameter, 1 where it has none.
         grad_input: [m, n_(l+1)], or None.
-        gamma: see `bias_hessian`.
+        gamma: of Pos-Eig on the diagonals, <= 0. -1 takes absolute values, 0 clips.
 
     Returns:
         The bias Hessians [n_(l+1), n_(l+1)] of the layers below.

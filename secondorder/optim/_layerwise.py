@@ -1,6 +1,5 @@
 """What EACG and LayerwiseNewton share: factors from any curvature, directions from any solver, and when both are renewed."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -116,7 +115,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 groups, ranks = self._groups(), self._ranks
                 records: list[LayerRecord] = []
                 if self._tape.recording:
-                    records = self._finite_records() if ranks is None else ranks.all(self._finite_records)
+                    records = self._records() if ranks is None else ranks.all(self._records)
                 factors = self._factors.renewed(records, groups, self.state, ranks) if self._renewing() else {}
                 self._advance(self._covered(factors, groups), factors, groups)
                 if self._average:
@@ -125,13 +124,9 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         self._schedule()
         return loss
 
-    def _finite_records(self) -> list[LayerRecord]:
-        """The records; warns of layers where the recursion starts anew.
-
-        Raises NonFiniteError where no loss is finite though every gradient is, which no check of the solution would show.
-        One empty micro-batch among others has a mean of NaN, and adds nothing.
-        """
-        records = self._records()
+    def _records(self) -> list[LayerRecord]:
+        """The layers that the losses since the last step reach; warns of those where the recursion starts anew."""
+        records = super()._records()
         for record in records:
             if self._curvature.restarts and record.obstacle and record.layer not in self._restarts:
                 self._restarts[record.layer] = record.obstacle
@@ -139,10 +134,6 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                     f"the output of layer {self._layers[record.layer]!r} {record.obstacle}; the bias Hessian's recursion is not "
                     "defined there. The layer gets its empirical Fisher block, and the recursion starts anew from it."
                 )
-        if not any(math.isfinite(float(loss.loss)) for loss in self._tape.losses):
-            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            if all_finite(gradients):
-                raise NonFiniteError(self._not_finite({}, {}))
         return records
 
     @abstractmethod

@@ -53,10 +53,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
         factor_decay: float,
         **shared: Any,
     ):
-        check_arguments(type(self).__name__, [
-            ("damping", schedule.tau, schedule.tau is None or 0 < schedule.tau < math.inf, "> 0"),
-            ("subsample", subsample, 0 < subsample <= 1, "in (0, 1]"),
-        ])  # fmt: skip
+        check_arguments(type(self).__name__, [("subsample", subsample, 0 < subsample <= 1, "in (0, 1]")])
         # The dampings are kept in the groups, and so in the state_dict; None: the first step sets them.
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "factor_decay": factor_decay,

@@ -57,7 +57,8 @@ class KBFGS(CurvatureOptimizer):
         weight_decay: >= 0, of the kind that `decoupled_weight_decay` says.
         bias_correction: M is the average over the steps so far, as in Adam. False starts from M = 0 without correction,
             as the authors' published numbers do; the first steps are then short.
-        max_increase: >= 0, see above. math.inf takes every step with a finite loss after it, as the authors do.
+        max_increase: >= 0, relative: a step after which the loss is higher by more is halved. math.inf takes every step
+            with a finite loss after it, as the authors do.
         fallback: what updates parameters outside of the linear layers, after the step: "sgd" (warns once) or "error".
         maximize: whether the loss is maximised: everything is then as for its negative.
         decoupled_weight_decay: False: weight_decay is part of the gradient; True: [W | b] <- (1 - lr weight_decay) [W | b] with

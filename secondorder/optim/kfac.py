@@ -1,11 +1,13 @@
 """KFAC: the Fisher matrix by sampled labels and Kronecker-factored inverses (Martens & Grosse, 2015)."""
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from secondorder.curvature import Curvature
 from secondorder.optim._newton import NewtonOptimizer
+from secondorder.optim._numbers import check_arguments
 from secondorder.solvers import Solver, SolverOptions
 from secondorder.stepping import DampingSchedule
 
@@ -68,6 +70,7 @@ class KFAC(NewtonOptimizer):
         maximize: bool = False,
         nonfinite: str = "error",
     ):
+        check_arguments(type(self).__name__, [("tau", tau, 0 < tau < math.inf, "> 0")])
         super().__init__(
             model, criterion, lr, curvature=curvature, solver=solver,
             options=SolverOptions(max_factor_elements=max_factor_elements), weight_decay=weight_decay, factor_decay=factor_decay,

@@ -1,11 +1,13 @@
 """KFRA: recursive Gauss-Newton blocks, Kronecker-factored inverses and adapted dampings (Botev et al., 2017)."""
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from secondorder.curvature import Curvature
 from secondorder.optim._newton import NewtonOptimizer
+from secondorder.optim._numbers import check_arguments
 from secondorder.solvers import Solver, SolverOptions
 from secondorder.stepping import DampingSchedule
 
@@ -70,6 +72,9 @@ class KFRA(NewtonOptimizer):
         maximize: bool = False,
         nonfinite: str = "error",
     ):
+        check_arguments(
+            type(self).__name__, [("tau", tau, 0 < tau < math.inf, "> 0"), ("gamma", gamma, 0 < gamma < math.inf, "> 0")]
+        )
         super().__init__(
             model, criterion, lr, curvature=curvature, solver=solver,
             options=SolverOptions(max_factor_elements=max_factor_elements), weight_decay=weight_decay, factor_decay=factor_decay,

@@ -1,11 +1,13 @@
 """LayerwiseNewton: any curvature and solver; step size, momentum and damping from a quadratic model of the loss."""
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from secondorder.curvature import Curvature
 from secondorder.optim._newton import NewtonOptimizer
+from secondorder.optim._numbers import check_arguments
 from secondorder.solvers import Solver, SolverOptions
 from secondorder.stepping import DampingSchedule
 
@@ -93,6 +95,7 @@ class LayerwiseNewton(NewtonOptimizer):
         maximize: bool = False,
         nonfinite: str = "error",
     ):
+        check_arguments(type(self).__name__, [("damping", damping, damping is None or 0 < damping < math.inf, "> 0")])
         super().__init__(
             model, criterion, lr, curvature=curvature, solver=solver,
             options=SolverOptions(max_cg, eps_cg, max_factor_elements), weight_decay=weight_decay, factor_decay=factor_decay,

@@ -10,7 +10,13 @@ from secondorder.solvers.base import Factors, Solver, check_cg, finite, register
 
 @dataclass(frozen=True)
 class EACGSolver(Solver):
-    """The solvers `ea-cg` and `ea-cg-truncated`, by `ops.eacg_solve`; see there for the arguments."""
+    """The solvers `ea-cg` and `ea-cg-truncated`: c H P a a^T + l P = -B, by `ops.eacg_solve`.
+
+    Args:
+        max_cg: at most so many iterations, >= 1.
+        eps_cg: they stop at this residual, relative to the first one, >= 0.
+        truncated: whether P is the paper's iterate, rather than exact across the mean input.
+    """
 
     factorises = False
 

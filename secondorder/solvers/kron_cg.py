@@ -11,7 +11,12 @@ from secondorder.solvers.base import Factors, Solver, check_cg, finite, register
 
 @dataclass(frozen=True)
 class KroneckerCG(Solver):
-    """The solver `kron-cg`: conjugate gradients on Eq. 11a from zero, an iteration being the product H P A."""
+    """The solver `kron-cg`: conjugate gradients on Eq. 11a from zero, an iteration being the product H P A.
+
+    Args:
+        max_cg: at most so many iterations, >= 1.
+        eps_cg: they stop at this residual, relative to the first one, >= 0.
+    """
 
     factorises = False
 

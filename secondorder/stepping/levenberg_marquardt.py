@@ -149,7 +149,8 @@ class LevenbergMarquardtLoop:
             vectors = [direction] if previous is None else [direction, previous]
             return best_step(loss, gradients, vectors, tau, eta, lr), prepared
 
-        delta, accepted, rho = [torch.zeros_like(p) for p in loss.here], None, None
+        delta: list[Tensor] | None = None
+        accepted, rho = None, None
         for attempt in range(rule.tries + 1):
             choose = gamma is not None and attempt == 0 and steps % rule.gamma_every == rule.gamma_every - 1
             step, prepared = proposal(tau, gamma, choose or attempt > 0)
@@ -175,6 +176,8 @@ class LevenbergMarquardtLoop:
 
         if rho is not None and steps % rule.every == rule.every - 1:
             tau = max(rule.adapted(tau, rho), damping.trend.floor)
+        if delta is None:
+            delta = [torch.zeros_like(p) for p in loss.here]
         return delta, accepted, Damping(tau, gamma, damping.trend, rho)
 
     def _entered(self, loss: TrialLoss, damping: Damping | None) -> tuple[Damping, bool]:

@@ -502,6 +502,13 @@ def test_bad_arguments(kwargs):
         so.LayerwiseNewton(network(), nn.CrossEntropyLoss(), **kwargs)
 
 
+@pytest.mark.parametrize(("make", "name"), [(so.KFAC, "tau"), (so.KFRA, "tau"), (so.KFRA, "gamma"), (so.KFLR, "gamma")])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_dampings_are_named_as_they_were_given(make, name, value):
+    with pytest.raises(ValueError, match=f"{make.__name__}: expected {name} > 0, got"):
+        make(network(), nn.CrossEntropyLoss(), **{name: value})
+
+
 def mixture_of_two_classifiers(h, y):
     """-log p(y | h) of Botev et al., Eq. 27, which is not convex in h."""
     first, second = (torch.where(y > 0, F.logsigmoid(h[:, k]), F.logsigmoid(-h[:, k])) for k in (1, 2))
