@@ -132,6 +132,11 @@ def test_where_a_curvature_takes_absolute_values_and_where_it_clips(curvature, g
     criterion, target = CRITERIA["eq14"]
     m, model = 6, network([3, 7, 4, 3], nn.Tanh())
     x, y = torch.randn(m, 3).double(), target(m, 3)
+    with torch.no_grad():
+        model[-1].weight *= 10
+    output = model(x).detach()
+    top = sum(torch.func.hessian(lambda z, i=i: criterion(z[None], y[i : i + 1]))(output[i]) for i in range(m))
+    assert torch.linalg.eigvalsh(top)[0] < -0.1
     linears = [layer for layer in model if isinstance(layer, nn.Linear)]
     expected = pch_by_loops(
         [layer.weight.detach() for layer in linears],

@@ -725,6 +725,15 @@ def test_a_checkpoint_of_0_1_goes_on_as_it_would_have(name):
         torch.testing.assert_close(value, CHECKPOINTS[name]["after"][key], rtol=1e-9, atol=1e-12)
 
 
+def test_the_dampings_of_0_1_are_those_that_go_on():
+    saved = CHECKPOINTS["LayerwiseNewton"]["optimizer"]
+    optimizer = so.LayerwiseNewton(network(), nn.CrossEntropyLoss())
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    (before,), (after,) = saved["param_groups"], optimizer.param_groups
+    assert after["loss_trend"] == before["watch"]
+    assert [after[key] for key in ("tau", "gamma", "rho")] == [before[key] for key in ("tau", "gamma", "rho")]
+
+
 def test_what_0_1_kept_for_conjugate_gradients_is_not_used():
     """It kept the factors of up to `inverse_every` steps ago, as if they had been a factorisation."""
     kept, fresh = (
