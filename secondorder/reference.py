@@ -279,3 +279,208 @@ def damped_lbfgs_update_(
             for memory, new in zip((s_memory, y_memory), damped, strict=True):
                 memory.copy_(torch.cat([memory[1:], new[None]]))
     return torch.tensor(statuses)
+
+
+def eigen_sketch_(sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor) -> None:
+    """Sums over the rows x of the shifted inputs: (x V)^T x, and x."""
+    x = inputs - shift
+    sketch += torch.cat([(x @ basis.T).T @ x, x.sum(0, keepdim=True)])
+
+
+def _parts(
+    grad_weight: Tensor, grad_bias: Tensor, mean: Tensor, basis_out: Tensor, basis_in: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """[C, R, T, E], those that there are; and U, V, G'."""
+    u, v, bias = basis_out.T, basis_in.T, grad_bias.numel() > 0
+    g = grad_weight - torch.outer(grad_bias, mean) if bias else grad_weight
+    x = torch.cat([g @ v, grad_bias.unsqueeze(1)], 1) if bias else g @ v
+    (n, ku), (p, kv) = u.shape, v.shape
+    c = u.T @ x
+    parts = [c]
+    if ku < n:
+        parts.append(x - u @ c)
+    if kv < p:
+        parts.append(u.T @ g - (u.T @ g @ v) @ v.T)
+    if ku < n and kv < p:
+        parts.append(g - u @ (u.T @ g) - (g - u @ (u.T @ g)) @ v @ v.T)
+    return parts, u, v, g
+
+
+def _split(flat: Tensor, parts: list[Tensor]) -> list[Tensor]:
+    """A flat tensor as views of these shapes."""
+    pieces = flat.split([part.numel() for part in parts])
+    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+
+
+def _whole(parts: list[Tensor], u: Tensor, v: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """S [n, p] and y [n] (or [0]) from parts."""
+    (n, ku), (p, kv) = u.shape, v.shape
+    rest = list(parts[1:])
+    y = u @ parts[0]
+    if ku < n:
+        right = rest.pop(0)
+        y = y + right - u @ (u.T @ right)
+    inner = torch.zeros(n, p, dtype=y.dtype, device=y.device)
+    if kv < p:
+        inner = inner + u @ rest.pop(0)
+    if rest:
+        residual = rest.pop(0)
+        inner = inner + residual - u @ (u.T @ residual)
+    return inner - inner @ v @ v.T + y[:, :kv] @ v.T, y[:, kv] if bias else y[:0, 0]
+
+
+def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows made orthonormal in their order, and their lengths before; what depends on those before it is drawn anew."""
+    tolerance = 16 * torch.finfo(rows.dtype).eps
+    largest = rows.norm(dim=1).max() if len(rows) else 0
+    basis, lengths = torch.zeros_like(rows), torch.zeros_like(rows[:, 0])
+    for q, row in enumerate(rows):
+        start = row.norm()
+        row = row - (row @ basis.T) @ basis
+        if row.norm() > tolerance * start and row.norm() > tolerance * largest:
+            lengths[q] = row.norm()
+        else:
+            row = _refill(len(row), q).to(row)
+            row = row - (row @ basis.T) @ basis
+        row = row / row.norm()
+        row = row - (row @ basis.T) @ basis
+        basis[q] = row / row.norm()
+    return basis, lengths
+
+
+def _refill(n: int, q: int) -> Tensor:
+    """Numbers in [-1, 1) from a hash of their place, in 32 bits."""
+    mask = 2**32 - 1
+    u = (torch.arange(n) * 2654435761 + q * 40503 + 12345) & mask
+    u = ((u ^ (u >> 15)) * 2246822519) & mask
+    u = u ^ (u >> 13)
+    return u.double() / 2**31 - 1
+
+
+def eigen_renew_(
+    mean: Sequence[Tensor],
+    basis_out: Sequence[Tensor],
+    basis_in: Sequence[Tensor],
+    scale_out: Sequence[Tensor],
+    scale_in: Sequence[Tensor],
+    first: Sequence[Tensor],
+    control: Tensor,
+    grad_weight: Sequence[Tensor],
+    grad_bias: Sequence[Tensor],
+    sketch: Sequence[Tensor],
+    rows: Sequence[int],
+    share: Sequence[float],
+) -> None:
+    """One power iteration on the averaged second moments of both sides."""
+    if not all(t.isfinite().all() for t in (*grad_weight, *grad_bias, *sketch)):
+        control[6] = 1
+        return
+    for l, w in enumerate(share):
+        parts, u, v, _ = _parts(grad_weight[l], grad_bias[l], mean[l], basis_out[l], basis_in[l])
+        bias = grad_bias[l].numel() > 0
+        moments = _whole(_split(first[l], parts), u, v, bias)
+        sums = sketch[l]
+        if bias and rows[l]:
+            move = w * sums[-1] / rows[l]
+            mean[l] += move
+        else:
+            move = torch.zeros_like(mean[l])
+        g = grad_weight[l] - torch.outer(grad_bias[l], mean[l]) if bias else grad_weight[l]
+        if rows[l]:  # sum (x - move) (x - move)^T V from the sums over x
+            vx, vm = v.T @ sums[-1], v.T @ move
+            inputs = sums[:-1] - torch.outer(vm, sums[-1]) - torch.outer(vx, move) + rows[l] * torch.outer(vm, move)
+            inputs = inputs / rows[l]
+        else:
+            inputs = (v.T @ g.T) @ g
+        outputs = (u.T @ g) @ g.T
+        for basis, scale, product in ((basis_in[l], scale_in[l], inputs), (basis_out[l], scale_out[l], outputs)):
+            new, lengths = _orthonormal((1 - w) * scale.unsqueeze(1) * basis + w * product)
+            basis.copy_(new)
+            scale.copy_(lengths)
+        parts, *_ = _parts(*moments, torch.zeros_like(mean[l]), basis_out[l], basis_in[l])
+        first[l].copy_(torch.cat([part.flatten() for part in parts]))
+
+
+def eigen_step_(
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    last: Sequence[Tensor],
+    size: Sequence[Tensor],
+    control: Tensor,
+    grad_weight: Sequence[Tensor],
+    grad_bias: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    basis_out: Sequence[Tensor],
+    basis_in: Sequence[Tensor],
+    lr: Sequence[float],
+    lr_bias: Sequence[float],
+    decay: Sequence[float],
+    decay_bias: Sequence[float],
+    step: Sequence[int],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    renewed: bool,
+) -> None:
+    """Adam's rule in every part of every gradient, and the step length from the slopes."""
+    grads = [*grad_weight, *grad_bias]
+    if control[6] or not all(g.double().square().sum() < torch.finfo(g.dtype).max / 4 for g in grads):
+        control[5] += 1
+        control[6] = 0
+        return
+    length = control[0] / (1 + control[1] / 25).sqrt() * ((control[4] + 2) / 14).clamp(max=1)
+    slope = last_slope = 0.0
+    for l, t in enumerate(step):
+        parts, u, v, _ = _parts(grad_weight[l], grad_bias[l], mean[l], basis_out[l], basis_in[l])
+        size[l].clamp_(min=grad_weight[l].double().square().mean().sqrt())
+        floor = eps * float(size[l]) + torch.finfo(weight[l].dtype).tiny
+        x, m, v2 = torch.cat([part.flatten() for part in parts]), first[l], second[l]
+        m.mul_(beta1).add_(x, alpha=1 - beta1)
+        v2.mul_(beta2).addcmul_(x, x, value=1 - beta2)
+        ahead = beta1 * m / (1 - beta1 ** (t + 2)) + (1 - beta1) * x / (1 - beta1 ** (t + 1))
+        normed = (math.sqrt(1 - beta2 ** (t + 1)) * ahead / (v2.sqrt() + floor)).clamp(-1.2, 1.2)
+        # The slopes: of E from some rows.
+        residual = parts[-1] if len(parts) == 4 or (len(u.T) < len(u) and len(v.T) < len(v)) else None
+        rest = x.numel() - (0 if residual is None else residual.numel())
+        index = torch.arange(rest, device=x.device)
+        weights = torch.ones(rest, device=x.device, dtype=torch.float64)
+        if residual is not None:
+            n, p = residual.shape
+            sampled = (last[l].numel() - rest) // p
+            chosen = torch.arange(sampled, device=x.device) * n // sampled
+            index = torch.cat([index, rest + (chosen.unsqueeze(1) * p + torch.arange(p, device=x.device)).flatten()])
+            weights = torch.cat([weights, weights.new_full((sampled * p,), n / sampled)])
+        slope += float((weights * x[index].double() * normed[index].double()).sum())
+        last_slope += float((weights * x[index].double() * last[l].double()).sum())
+        last[l].copy_(normed[index])
+        s, y = _whole(_split(normed, parts), u, v, grad_bias[l].numel() > 0)
+        s = s * (grad_weight[l] != 0)
+        weight[l].mul_(1 - float(length) * lr[l] * decay[l]).sub_(float(length) * lr[l] * s)
+        if grad_bias[l].numel():
+            y = (y - s @ mean[l]) * (grad_bias[l] != 0)
+            bias[l].mul_(1 - float(length) * lr_bias[l] * decay_bias[l]).sub_(float(length) * lr_bias[l] * y)
+    _control(control, slope, last_slope, renewed)
+
+
+def _control(control: Tensor, slope: float, last_slope: float, renewed: bool) -> None:
+    """The step length after a step with these slopes."""
+    length, oscillations, average, last_average, t, refused, unrenewed, start = control.tolist()
+    if t == 0:
+        average = slope
+    else:
+        average += 0.2 * (slope - average)
+        if not renewed:
+            last_average += 0.2 * (last_slope - last_average)
+            oscillations += last_slope < 0
+    if t < 14:
+        start = max(start, abs(average))
+    elif t > 14 and average != 0:
+        r = last_average / abs(average)
+        if r > 0.1 and oscillations < 25:
+            length *= math.exp(0.05 * min(1.0, r - 0.1))
+        elif r < -0.6:
+            length *= math.exp(0.05 * max(-1.0, r + 0.6))
+        length = min(max(length, 1e-6), 0.1)
+    control.copy_(torch.tensor([length, oscillations, average, last_average, t + 1, refused, unrenewed, start]))

@@ -22,9 +22,11 @@ from secondorder.ops.bfgs import (
 from secondorder.ops.bias_hessian import bias_hessian, bias_hessian_activation, bias_hessian_chain
 from secondorder.ops.cross_entropy import cross_entropy_hessian
 from secondorder.ops.eacg import eacg_hvp, eacg_solve, eacg_update_
+from secondorder.ops.eigen import CONTROL, eigen_renew_, eigen_sketch_, eigen_step_
 from secondorder.ops.precondition import precondition
 
 __all__ = [
+    "CONTROL",
     "DAMPED_S",
     "DAMPED_Y",
     "UPDATED",
@@ -41,6 +43,9 @@ __all__ = [
     "eacg_hvp",
     "eacg_solve",
     "eacg_update_",
+    "eigen_renew_",
+    "eigen_sketch_",
+    "eigen_step_",
     "hessian_action_update_",
     "lbfgs_product",
     "mean_inputs",

@@ -1,0 +1,23 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace secondorder {
+
+void check_eigen_sketch(const at::Tensor& sketch, const at::Tensor& inputs, const at::Tensor& basis,
+                        const at::Tensor& shift);
+
+// A list with one entry per matrix each.
+
+void check_eigen_renew(at::TensorList mean, at::TensorList basis_out, at::TensorList basis_in, at::TensorList scale_out,
+                       at::TensorList scale_in, at::TensorList first, const at::Tensor& control,
+                       at::TensorList grad_weight, at::TensorList grad_bias, at::TensorList sketch, at::IntArrayRef rows,
+                       at::ArrayRef<double> share);
+
+void check_eigen_step(at::TensorList weight, at::TensorList bias, at::TensorList first, at::TensorList second,
+                      at::TensorList last, at::TensorList size, const at::Tensor& control, at::TensorList grad_weight,
+                      at::TensorList grad_bias, at::TensorList mean, at::TensorList basis_out, at::TensorList basis_in,
+                      at::ArrayRef<double> lr, at::ArrayRef<double> lr_bias, at::ArrayRef<double> decay,
+                      at::ArrayRef<double> decay_bias, at::IntArrayRef step, double beta1, double beta2, double eps);
+
+}  // namespace secondorder

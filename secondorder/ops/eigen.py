@@ -1,0 +1,203 @@
+"""EigenAdam: Adam's rule in the eigenbases of both sides of every matrix of a net.
+
+A matrix W [n, p] with gradient G has a basis U [n, ku] of its outputs' side and a basis V [p, kv] of its inputs' side, both
+with orthonormal columns, and is given as the rows of `basis_out` = U^T [ku, n] and `basis_in` = V^T [kv, p]. With a bias b
+[n], whose gradient is g, the mean input a [p] is taken out of the inputs: G' = G - g a^T, X = [G' V, g]; without one G' = G,
+X = G V. The parts of the gradient, in which Adam's rule is applied element by element, are
+
+    C = U^T X [ku, c],    R = X - U C [n, c],    T = U^T G' (I - V V^T) [ku, p],    E = (I - U U^T) G' (I - V V^T) [n, p],
+
+where c = kv + 1 with a bias, else kv; R is missing where ku = n, T where kv = p, E in both cases. A tensor of all parts is flat:
+C, R, T, E one after another. With ku = kv = 0 there is E = G alone, and the rule is Adam's.
+
+`control` [8], float64, is what finds the step length: the entries that `CONTROL` names.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from secondorder.ops._library import fake, library
+
+CONTROL = ("length", "oscillations", "slope", "last_slope", "steps", "refused", "unrenewed", "start")
+"""What the entries of a control tensor are: the length L; K, the steps with a negative slope along the step before; S0 and S1, the
+averaged slopes along the present step and along the one before; the steps taken; the steps refused since a gradient was not finite;
+whether the renewal of the present step was refused; the largest S0 of the warm-up."""
+
+
+def eigen_sketch_(sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor) -> None:
+    """Adds the rows h of a layer's inputs to what a renewal of its basis V needs to know of them.
+
+    With x = h - shift: sketch[:k] += V^T sum_h x x^T and sketch[k] += sum_h x.
+
+    Args:
+        sketch: [k + 1, p], contiguous, written in place; zero at first.
+        inputs: h [m, p], one row per use of the layer.
+        basis: V^T [k, p].
+        shift: [p], near the mean input, so that nothing large cancels later.
+    """
+    library.eigen_sketch_(sketch, inputs, basis, shift)
+
+
+@fake("eigen_sketch_")
+def _(sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor) -> None:
+    return None
+
+
+def eigen_renew_(
+    mean: Sequence[Tensor],
+    basis_out: Sequence[Tensor],
+    basis_in: Sequence[Tensor],
+    scale_out: Sequence[Tensor],
+    scale_in: Sequence[Tensor],
+    first: Sequence[Tensor],
+    control: Tensor,
+    grad_weight: Sequence[Tensor],
+    grad_bias: Sequence[Tensor],
+    sketch: Sequence[Tensor],
+    rows: Sequence[int],
+    share: Sequence[float],
+) -> None:
+    """Renews mean inputs and bases by one power iteration each, and takes the first moments to the new bases.
+
+    With the share w and S the averaged variance along V (`scale_in`), and likewise for U with M = G' G'^T:
+
+        a <- (1 - w) a + w E[h],    V S <- qr((1 - w) V S + w M V),    M = E[(h - a) (h - a)^T], or G'^T G' without a sketch.
+
+    The columns are orthonormalised in their order, S are their lengths before. One that depends on those before it is drawn
+    anew, with S = 0. The mean stays as it is without a bias. If a gradient or a sketch is not finite nothing changes but
+    `control`, which then lets `eigen_step_` refuse the step.
+
+    Args:
+        mean: a [p] of every matrix; written in place like the five arguments after it.
+        basis_out: U^T [ku, n] of every matrix.
+        basis_in: V^T [kv, p] of every matrix.
+        scale_out: [ku] of every matrix.
+        scale_in: [kv] of every matrix.
+        first: the first moments of all parts, flat, of every matrix.
+        control: [8], float64.
+        grad_weight: G [n, p] of every matrix.
+        grad_bias: g [n] of every matrix, [0] without a bias.
+        sketch: what `eigen_sketch_` made with a as the shift, [kv + 1, p], of every matrix; [0] where no inputs were seen.
+        rows: how many inputs each sketch has seen; 0 for none.
+        share: w in (0, 1] of every matrix.
+    """
+    library.eigen_renew_(
+        list(mean), list(basis_out), list(basis_in), list(scale_out), list(scale_in), list(first), control,
+        list(grad_weight), list(grad_bias), list(sketch), list(rows), list(share),
+    )  # fmt: skip
+
+
+@fake("eigen_renew_")
+def _(
+    mean: list[Tensor],
+    basis_out: list[Tensor],
+    basis_in: list[Tensor],
+    scale_out: list[Tensor],
+    scale_in: list[Tensor],
+    first: list[Tensor],
+    control: Tensor,
+    grad_weight: list[Tensor],
+    grad_bias: list[Tensor],
+    sketch: list[Tensor],
+    rows: list[int],
+    share: list[float],
+) -> None:
+    return None
+
+
+def eigen_step_(
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    last: Sequence[Tensor],
+    size: Sequence[Tensor],
+    control: Tensor,
+    grad_weight: Sequence[Tensor],
+    grad_bias: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    basis_out: Sequence[Tensor],
+    basis_in: Sequence[Tensor],
+    lr: Sequence[float],
+    lr_bias: Sequence[float],
+    decay: Sequence[float],
+    decay_bias: Sequence[float],
+    step: Sequence[int],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    renewed: bool,
+) -> None:
+    """Makes EigenAdam's step of a whole net: Adam's rule in every part x of the gradients, and its way back to the parameters.
+
+    m = beta1 m + (1 - beta1) x,   v = beta2 v + (1 - beta2) x^2, and with Nesterov's look-ahead and t = `step` from 0
+
+        N = clip(sqrt(1 - beta2^(t+1)) (beta1 m / (1 - beta1^(t+2)) + (1 - beta1) x / (1 - beta1^(t+1))) / (sqrt(v) + eps size), +-1.2),
+
+    where size is the largest root mean square of G so far. From N's parts, with Y = (I - U U^T) N_R + U N_C, whose last column
+    y belongs to a bias,
+
+        S = (I - U U^T) N_E (I - V V^T) + U N_T (I - V V^T) + Y V^T,       W -= l lr S,    b -= l lr_bias (y - S a),
+
+    l the step length that `control` holds; before that W and b are shrunk by 1 - l lr decay. An element whose gradient is exactly
+    zero does not move but for the decay: S is zero there. Then `control` learns the slopes of this step: of <x, N>, and of
+    <x, N of the step before>, from `last`, for which of E some evenly spread rows stand for all.
+
+    If any gradient is not finite, or too large for its square to be, nothing changes but `control`, which counts it.
+
+    Args:
+        weight: W [n, p] of every matrix, contiguous; written in place like the six arguments after it.
+        bias: b [n] of every matrix, [0] without one.
+        first: the first moments of all parts, flat, of every matrix.
+        second: the second moments, likewise.
+        last: the parts C, R, T of N and some rows of its E, flat, of every matrix; zero at first.
+        size: [1], float64, of every matrix; zero at first.
+        control: [8], float64.
+        grad_weight: G [n, p] of every matrix.
+        grad_bias: g [n] of every matrix, [0] without a bias.
+        mean: a [p] of every matrix.
+        basis_out: U^T [ku, n] of every matrix.
+        basis_in: V^T [kv, p] of every matrix.
+        lr: what multiplies the step length, of every matrix.
+        lr_bias: likewise, of its bias.
+        decay: of every matrix.
+        decay_bias: of its bias.
+        step: t of every matrix.
+        beta1: in [0, 1).
+        beta2: in (0, 1).
+        eps: at least 0.
+        renewed: whether bases were renewed since the step before: its N is then unknown.
+    """
+    library.eigen_step_(
+        list(weight), list(bias), list(first), list(second), list(last), list(size), control, list(grad_weight),
+        list(grad_bias), list(mean), list(basis_out), list(basis_in), list(lr), list(lr_bias), list(decay),
+        list(decay_bias), list(step), beta1, beta2, eps, renewed,
+    )  # fmt: skip
+
+
+@fake("eigen_step_")
+def _(
+    weight: list[Tensor],
+    bias: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    last: list[Tensor],
+    size: list[Tensor],
+    control: Tensor,
+    grad_weight: list[Tensor],
+    grad_bias: list[Tensor],
+    mean: list[Tensor],
+    basis_out: list[Tensor],
+    basis_in: list[Tensor],
+    lr: list[float],
+    lr_bias: list[float],
+    decay: list[float],
+    decay_bias: list[float],
+    step: list[int],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    renewed: bool,
+) -> None:
+    return None
