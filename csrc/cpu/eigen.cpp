@@ -207,7 +207,7 @@ std::vector<Matrix<T>> matrices(at::TensorList grad_weight, at::TensorList grad_
                    grad_bias[l].numel() > 0};
     all[l].gradient = grad_weight[l].const_data_ptr<T>();
     all[l].bias_gradient = optional_data<T>(grad_bias[l]);
-    all[l].mean = mean[l].const_data_ptr<T>();
+    all[l].mean = optional_data<T>(mean[l]);
     all[l].out = optional_data<T>(basis_out[l]);
     all[l].in = optional_data<T>(basis_in[l]);
   }
@@ -235,14 +235,16 @@ void eigen_sketch_(const at::Tensor& sketch, const at::Tensor& inputs, const at:
     const Kernels<T>& loops = kernels<T>();
     const int64_t blocks = ceil_div(m, block_rows(p)), size = (k + 1) * p;
     std::vector<T> sums(blocks * size, T(0));
-    const T *x = h.const_data_ptr<T>(), *directions = optional_data<T>(v), *minus = c.const_data_ptr<T>();
+    const T *x = h.const_data_ptr<T>(), *directions = optional_data<T>(v), *minus = optional_data<T>(c);
     for_blocks(m, p, [&](int64_t b, int64_t begin, int64_t end) {
       std::vector<T> row(4 * p), coordinates(4 * (k + 1), T(1));  // the last coordinate, 1, sums the rows
       for (int64_t i = begin; i < end; i += 4) {
         const int64_t rows = std::min<int64_t>(4, end - i);
-        for (int64_t r = 0; r < rows; ++r) loops.combine(p, T(1), x + (i + r) * p, T(-1), minus, row.data() + r * p);
-        loops.products(rows, p, row.data(), k, directions, coordinates.data(), k + 1);
-        loops.accumulate(rows, p, row.data(), k + 1, coordinates.data(), k + 1, sums.data() + b * size);
+        const T* shifted = minus ? row.data() : x + i * p;
+        for (int64_t r = 0; minus && r < rows; ++r)
+          loops.combine(p, T(1), x + (i + r) * p, T(-1), minus, row.data() + r * p);
+        loops.products(rows, p, shifted, k, directions, coordinates.data(), k + 1);
+        loops.accumulate(rows, p, shifted, k + 1, coordinates.data(), k + 1, sums.data() + b * size);
       }
     });
     add_blocks(sums, blocks, size);
