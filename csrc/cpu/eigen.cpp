@@ -1,7 +1,7 @@
 // EigenAdam: a step of a whole net in three passes over every matrix (the gradient's projections; the moments; the
 // parameters), the renewal of its bases, and the sketch of a layer's inputs.
 //
-// Skinny products run over blocks of rows small enough for the caches, each with its own sums, which are added in order: the
+// Skinny products run over groups of rows that stay in the caches, and over blocks of them, each with its own sums, which are added in order: the
 // result does not depend on the number of threads.
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
@@ -21,14 +21,18 @@
 namespace secondorder::cpu {
 namespace {
 
-// Rows of a matrix with p columns that one block has.
-int64_t block_rows(int64_t p) { return std::max<int64_t>(4, (kSerialWork / 2 / p) & ~int64_t(3)); }
+constexpr int64_t kGroup = 16;  // rows that stay in the caches from one product with them to the next
 
-// Calls f(block, begin, end) for all blocks of rows of [n, p], over threads where `passes` over them pay.
+// Rows of a matrix [n, p] that one block has: small matrices are one block, others at most eight.
+int64_t block_rows(int64_t n, int64_t p) {
+  return n * p <= kSerialWork ? std::max<int64_t>(1, n) : kGroup * ceil_div(n, 8 * kGroup);
+}
+
+// Calls f(block, begin, end) for all blocks of rows of [n, p], over threads.
 template <typename F>
 void for_blocks(int64_t n, int64_t p, F&& f) {
-  const int64_t rows = block_rows(p), blocks = ceil_div(n, rows);
-  parallel_for(0, blocks, n * p < kSerialWork ? blocks : 1, [&](int64_t begin, int64_t end) {
+  const int64_t rows = block_rows(n, p), blocks = ceil_div(n, rows);
+  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) f(b, b * rows, std::min(n, (b + 1) * rows));
   });
 }
@@ -62,7 +66,7 @@ struct Matrix {
 
   const Kernels<T>& k = kernels<T>();
 
-  int64_t blocks() const { return ceil_div(size.n, block_rows(size.p)); }
+  int64_t blocks() const { return ceil_div(size.n, block_rows(size.n, size.p)); }
   // Whether the gradient is finite, and the squares of its elements, too.
   bool finite() const {
     constexpr double limit = double(std::numeric_limits<T>::max()) / 4;
@@ -77,13 +81,13 @@ struct Matrix {
     above.assign(count * ku * p, T(0));
     std::vector<double> sums(count, 0.0);
     for_blocks(n, p, [&](int64_t b, int64_t begin, int64_t end) {
-      // A few rows at a time, so that they are read from the fastest cache by what comes second.
-      for (int64_t i = begin; i < end; i += 4) {
-        const int64_t rows = std::min<int64_t>(4, end - i);
+      for (int64_t i = begin; i < end; i += kGroup) {
+        const int64_t rows = std::min(kGroup, end - i);
         const T* x = matrix + i * p;
         if (measure) sums[b] += k.squares(rows * p, x);
         k.products(rows, p, x, kv, in, projected.data() + i * kv, kv);
-        k.accumulate(rows, p, x, ku, u.data() + i * ku, ku, above.data() + b * ku * p);
+        T* sum = above.data() + b * ku * p;
+        k.low_rank(ku, p, sum, rows, out + i, n, x, sum);
       }
     });
     if (measure) {
@@ -95,9 +99,9 @@ struct Matrix {
     if (vector && a) {
       std::vector<T> shift(kv), along(ku, T(0));  // a^T V, U^T g
       k.products(1, p, a, kv, in, shift.data(), kv);
-      k.low_rank(n, kv, projected.data(), 1, negative(n, vector).data(), shift.data(), projected.data());
-      k.accumulate(n, 1, vector, ku, u.data(), ku, along.data());
-      k.low_rank(ku, p, above.data(), 1, negative(ku, along.data()).data(), a, above.data());
+      k.low_rank(n, kv, projected.data(), 1, negative(n, vector).data(), 1, shift.data(), projected.data());
+      k.products(ku, n, out, 1, vector, along.data(), 1);
+      k.low_rank(ku, p, above.data(), 1, negative(ku, along.data()).data(), 1, a, above.data());
     }
     right.resize(n * c);
     for (int64_t i = 0; i < n; ++i) {
@@ -105,14 +109,14 @@ struct Matrix {
       if (vector) right[i * c + kv] = vector[i];
     }
     corner.assign(ku * c, T(0));
-    k.accumulate(n, c, right.data(), ku, u.data(), ku, corner.data());
-    if (size.right()) k.low_rank(n, c, right.data(), ku, negative(n * ku, u.data()).data(), corner.data(), right.data());
+    k.low_rank(ku, c, corner.data(), n, out, n, right.data(), corner.data());
+    if (size.right()) k.low_rank(n, c, right.data(), ku, negative(n * ku, u.data()).data(), ku, corner.data(), right.data());
     if (size.top()) {  // U^T G' - C V^T, without the bias' column
       std::vector<T> minus(ku * kv);
       for (int64_t q = 0; q < ku; ++q)
         for (int64_t s = 0; s < kv; ++s) minus[q * kv + s] = -corner[q * c + s];
       top.resize(ku * p);
-      k.low_rank(ku, p, above.data(), kv, minus.data(), in, top.data());
+      k.low_rank(ku, p, above.data(), kv, minus.data(), kv, in, top.data());
     }
   }
 
@@ -154,7 +158,7 @@ struct Matrix {
     std::vector<T> inside(c_part, c_part + ku * c);
     if (size.right()) {
       std::vector<T> minus(ku * c, T(0));
-      k.accumulate(n, c, r_part, ku, u.data(), ku, minus.data());
+      k.low_rank(ku, c, minus.data(), n, out, n, r_part, minus.data());
       for (int64_t i = 0; i < ku * c; ++i) inside[i] -= minus[i];
     }
     if (nu) {
@@ -164,7 +168,7 @@ struct Matrix {
         for (int64_t s = 0; s < kv; ++s) inside[q * c + s] += both[q * kv + s];
     }
     std::vector<T> x(n * c);  // N_R + U inside
-    k.low_rank(n, c, size.right() ? r_part : nullptr, ku, u.data(), inside.data(), x.data());
+    k.low_rank(n, c, size.right() ? r_part : nullptr, ku, u.data(), ku, inside.data(), x.data());
     LowRank f{ku + kv, std::vector<T>(n * (ku + kv)), std::vector<T>((ku + kv) * p, T(0))};
     y.assign(bias ? n : 0, T(0));
     for (int64_t i = 0; i < n; ++i) {
@@ -177,7 +181,7 @@ struct Matrix {
       std::vector<T> both(ku * kv);
       k.products(ku, p, t_part, kv, in, both.data(), kv);
       for (T& value : both) value = -value;
-      k.low_rank(ku, p, t_part, kv, both.data(), in, f.r.data());
+      k.low_rank(ku, p, t_part, kv, both.data(), kv, in, f.r.data());
       if (nu)
         for (int64_t i = 0; i < ku * p; ++i) f.r[i] -= nu[i];
     }
@@ -233,18 +237,20 @@ void eigen_sketch_(const at::Tensor& sketch, const at::Tensor& inputs, const at:
   AT_DISPATCH_FLOATING_TYPES(h.scalar_type(), "eigen_sketch_", [&] {
     using T = scalar_t;
     const Kernels<T>& loops = kernels<T>();
-    const int64_t blocks = ceil_div(m, block_rows(p)), size = (k + 1) * p;
+    const int64_t blocks = ceil_div(m, block_rows(m, p)), size = (k + 1) * p;
     std::vector<T> sums(blocks * size, T(0));
     const T *x = h.const_data_ptr<T>(), *directions = optional_data<T>(v), *minus = optional_data<T>(c);
     for_blocks(m, p, [&](int64_t b, int64_t begin, int64_t end) {
-      std::vector<T> row(4 * p), coordinates(4 * (k + 1), T(1));  // the last coordinate, 1, sums the rows
-      for (int64_t i = begin; i < end; i += 4) {
-        const int64_t rows = std::min<int64_t>(4, end - i);
+      std::vector<T> row(kGroup * p), coordinates(kGroup * (k + 1), T(1));  // the last coordinate, 1, sums the rows
+      for (int64_t i = begin; i < end; i += kGroup) {
+        const int64_t rows = std::min(kGroup, end - i);
         const T* shifted = minus ? row.data() : x + i * p;
         for (int64_t r = 0; minus && r < rows; ++r)
           loops.combine(p, T(1), x + (i + r) * p, T(-1), minus, row.data() + r * p);
         loops.products(rows, p, shifted, k, directions, coordinates.data(), k + 1);
-        loops.accumulate(rows, p, shifted, k + 1, coordinates.data(), k + 1, sums.data() + b * size);
+        const std::vector<T> turned = transposed(rows, k + 1, coordinates.data());
+        T* sum = sums.data() + b * size;
+        loops.low_rank(k + 1, p, sum, rows, turned.data(), rows, shifted, sum);
       }
     });
     add_blocks(sums, blocks, size);
@@ -269,7 +275,7 @@ void orthonormalize(int64_t k, int64_t n, T* x, T* lengths) {
     const auto strip = [&] {
       loops.products(1, n, row, q, x, along.data(), q);
       for (int64_t s = 0; s < q; ++s) along[s] = -along[s];
-      loops.low_rank(1, n, row, q, along.data(), x, row);
+      loops.low_rank(1, n, row, q, along.data(), q, x, row);
     };
     const auto scale = [&](T factor) { loops.combine(n, factor, row, T(0), row, row); };
     const T start = length(row);
@@ -310,7 +316,7 @@ void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, 
     const auto f = matrix.whole(first, first_right, first_top, nullptr, nullptr, moments_bias);
     for_blocks(n, p, [&](int64_t, int64_t begin, int64_t end) {
       loops.low_rank(end - begin, p, first_residual ? first_residual + begin * p : nullptr, f.width,
-                     f.l.data() + begin * f.width, f.r.data(), moments.data() + begin * p);
+                     f.l.data() + begin * f.width, f.width, f.r.data(), moments.data() + begin * p);
     });
   }
   std::vector<T> inputs(kv * p, T(0)), outputs(ku * n, T(0));
@@ -332,11 +338,12 @@ void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, 
   // G'^T G' V, where no inputs were seen, and G' G'^T U, with the new mean.
   matrix.project(matrix.gradient, matrix.bias_gradient, mean, /*measure=*/false);
   if (!rows) {
-    loops.accumulate(n, p, matrix.gradient, kv, matrix.projected.data(), kv, inputs.data());
+    const std::vector<T> turned = transposed(n, kv, matrix.projected.data());
+    loops.low_rank(kv, p, inputs.data(), n, turned.data(), n, matrix.gradient, inputs.data());
     if (bias) {  // less (g^T G' V)^T a^T
       std::vector<T> along(kv, T(0));
-      loops.accumulate(n, kv, matrix.projected.data(), 1, matrix.bias_gradient, 1, along.data());
-      loops.low_rank(kv, p, inputs.data(), 1, matrix.negative(kv, along.data()).data(), mean, inputs.data());
+      loops.products(kv, n, turned.data(), 1, matrix.bias_gradient, along.data(), 1);
+      loops.low_rank(kv, p, inputs.data(), 1, matrix.negative(kv, along.data()).data(), 1, mean, inputs.data());
     }
   }
   {
@@ -344,7 +351,7 @@ void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, 
     loops.products(n, p, matrix.gradient, ku, matrix.above.data(), product.data(), ku);
     if (bias) {
       loops.products(1, p, mean, ku, matrix.above.data(), along.data(), ku);
-      loops.low_rank(n, ku, product.data(), 1, matrix.negative(n, matrix.bias_gradient).data(), along.data(),
+      loops.low_rank(n, ku, product.data(), 1, matrix.negative(n, matrix.bias_gradient).data(), 1, along.data(),
                      product.data());
     }
     outputs = transposed(n, ku, product.data());
@@ -359,8 +366,8 @@ void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, 
   if (first_residual) {
     const auto f = matrix.residual(nullptr, nullptr);
     for_blocks(n, p, [&](int64_t, int64_t begin, int64_t end) {
-      loops.low_rank(end - begin, p, moments.data() + begin * p, f.width, f.l.data() + begin * f.width, f.r.data(),
-                     first_residual + begin * p);
+      loops.low_rank(end - begin, p, moments.data() + begin * p, f.width, f.l.data() + begin * f.width, f.width,
+                     f.r.data(), first_residual + begin * p);
     });
   }
 }
@@ -446,10 +453,10 @@ void step(Matrix<T>& matrix, const State<T>& state, const Rates& rates, double b
     const auto f = matrix.residual(matrix.bias_gradient, matrix.mean);
     std::vector<double> along(count, 0.0), along_last(count, 0.0);
     for_blocks(n, p, [&](int64_t b, int64_t begin, int64_t end) {
-      std::vector<T> x(4 * p);
-      for (int64_t i = begin; i < end; i += 4) {
-        const int64_t rows = std::min<int64_t>(4, end - i);
-        loops.low_rank(rows, p, matrix.gradient + i * p, f.width, f.l.data() + i * f.width, f.r.data(), x.data());
+      std::vector<T> x(kGroup * p);
+      for (int64_t i = begin; i < end; i += kGroup) {
+        const int64_t rows = std::min(kGroup, end - i);
+        loops.low_rank(rows, p, matrix.gradient + i * p, f.width, f.l.data() + i * f.width, f.width, f.r.data(), x.data());
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t at_row = rest + (i + r) * p, s = sample[i + r];
           const T slope = loops.moments(p, x.data() + r * p, rule, state.first + at_row, state.second + at_row,
@@ -461,7 +468,8 @@ void step(Matrix<T>& matrix, const State<T>& state, const Rates& rates, double b
           std::copy_n(residual + (i + r) * p, p, last);
         }
         loops.products(rows, p, residual + i * p, kv, matrix.in, nv.data() + i * kv, kv);
-        loops.accumulate(rows, p, residual + i * p, ku, matrix.u.data() + i * ku, ku, nu.data() + b * ku * p);
+        T* sum = nu.data() + b * ku * p;
+        loops.low_rank(ku, p, sum, rows, matrix.out + i, n, residual + i * p, sum);
       }
     });
     add_blocks(nu, count, ku * p);
@@ -475,12 +483,12 @@ void step(Matrix<T>& matrix, const State<T>& state, const Rates& rates, double b
                               residual ? nv.data() : nullptr, residual ? nu.data() : nullptr, y);
   const T keep = T(1 - rates.length * rates.lr * rates.decay), rate = T(rates.length * rates.lr);
   for_blocks(n, p, [&](int64_t, int64_t begin, int64_t end) {
-    std::vector<T> s(4 * p);
-    T shift[4];
+    std::vector<T> s(kGroup * p);
+    T shift[kGroup];
     for (int64_t i = begin; i < end; i += 4) {
       const int64_t rows = std::min<int64_t>(4, end - i);
-      loops.low_rank(rows, p, residual ? residual + i * p : nullptr, f.width, f.l.data() + i * f.width, f.r.data(),
-                     s.data());
+      loops.low_rank(rows, p, residual ? residual + i * p : nullptr, f.width, f.l.data() + i * f.width, f.width,
+                     f.r.data(), s.data());
       loops.descend(rows * p, keep, rate, matrix.gradient + i * p, s.data(), state.weight + i * p);
       if (!size.bias) continue;
       loops.products(rows, p, s.data(), 1, matrix.mean, shift, 1);

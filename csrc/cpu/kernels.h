@@ -54,11 +54,8 @@ struct Kernels {
   // out[r, q] = x_r . b_q   x [rows, n] and b [k, n] contiguous; out [rows, k] with row stride ld
   void (*products)(int64_t rows, int64_t n, const T* x, int64_t k, const T* b, T* out, int64_t ld);
 
-  // t += u^T x   x [rows, n] and t [k, n] contiguous; u [rows, k] with row stride ld
-  void (*accumulate)(int64_t rows, int64_t n, const T* x, int64_t k, const T* u, int64_t ld, T* t);
-
-  // out = x + l r   x (or null: zero) and out [rows, n], l [rows, k], r [k, n], all contiguous; out may be x
-  void (*low_rank)(int64_t rows, int64_t n, const T* x, int64_t k, const T* l, const T* r, T* out);
+  // out = x + l r   x (or null: zero) and out [rows, n], r [k, n] contiguous; l [rows, k] with row stride ld; out may be x
+  void (*low_rank)(int64_t rows, int64_t n, const T* x, int64_t k, const T* l, int64_t ld, const T* r, T* out);
 
   // x . y over n
   T (*dot)(int64_t n, const T* x, const T* y);
