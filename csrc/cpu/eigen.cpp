@@ -84,7 +84,7 @@ struct Matrix {
       for (int64_t i = begin; i < end; i += kGroup) {
         const int64_t rows = std::min(kGroup, end - i);
         const T* x = matrix + i * p;
-        if (measure) sums[b] += k.squares(rows * p, x);
+        if (measure) sums[b] += double(k.dot(rows * p, x, x));
         k.products(rows, p, x, kv, in, projected.data() + i * kv, kv);
         T* sum = above.data() + b * ku * p;
         k.low_rank(ku, p, sum, rows, out + i, n, x, sum);
@@ -92,7 +92,7 @@ struct Matrix {
     });
     if (measure) {
       squares = std::accumulate(sums.begin(), sums.end(), 0.0);
-      bias_squares = vector ? k.squares(n, vector) : 0;
+      bias_squares = vector ? double(k.dot(n, vector, vector)) : 0;
     }
     add_blocks(above, count, ku * p);
     above.resize(ku * p);
@@ -267,7 +267,7 @@ void orthonormalize(int64_t k, int64_t n, T* x, T* lengths) {
   const Kernels<T>& loops = kernels<T>();
   const T tolerance = 16 * std::numeric_limits<T>::epsilon();
   std::vector<T> along(k);
-  const auto length = [&](const T* row) { return T(std::sqrt(loops.squares(n, row))); };
+  const auto length = [&](const T* row) { return T(std::sqrt(loops.dot(n, row, row))); };
   T largest = 0;
   for (int64_t q = 0; q < k; ++q) largest = std::max(largest, length(x + q * n));
   for (int64_t q = 0; q < k; ++q) {
@@ -386,10 +386,13 @@ void eigen_renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList 
     const Kernels<T>& loops = kernels<T>();
     double* steps = control.mutable_data_ptr<double>();
     for (size_t l = 0; l < all.size(); ++l) {
-      all[l].squares = loops.squares(g[l].numel(), all[l].gradient);
-      all[l].bias_squares = loops.squares(gb[l].numel(), optional_data<T>(gb[l]));
-      const double seen = loops.squares(sums[l].numel(), optional_data<T>(sums[l]));
-      if (!all[l].finite() || !std::isfinite(seen)) {
+      const auto squares = [&](const at::Tensor& t) {
+        const T* x = optional_data<T>(t);
+        return double(loops.dot(t.numel(), x, x));
+      };
+      all[l].squares = squares(g[l]);
+      all[l].bias_squares = squares(gb[l]);
+      if (!all[l].finite() || !std::isfinite(squares(sums[l]))) {
         steps[kEigenUnrenewed] = 1;
         return;
       }

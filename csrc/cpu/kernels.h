@@ -60,9 +60,6 @@ struct Kernels {
   // x . y over n
   T (*dot)(int64_t n, const T* x, const T* y);
 
-  // |x|^2 over n, accumulated in double
-  double (*squares)(int64_t n, const T* x);
-
   // Adam's rule, as EigenMoments has it, elementwise over n; returns x . normed
   T (*moments)(int64_t n, const T* x, const EigenMoments<T>& rule, T* first, T* second, T* normed);
 
