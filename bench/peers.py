@@ -33,9 +33,6 @@ class Parts(torch.optim.Optimizer):
         for part in self.parts:
             part.step()
 
-    def state_dict(self) -> dict:
-        return {"state": {i: part.state_dict()["state"] for i, part in enumerate(self.parts)}}
-
 
 def hidden_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The weights of all linear layers but the last, and all other parameters."""
