@@ -6,7 +6,7 @@ A pair of runs has the same problem, seed and seconds, and so the same loss at f
   is, the seconds over those after which the peer was at the method's final loss, a number above 1. So the ratio of A to B is the
   inverse of B's to A. It lies between 1 / `LIMIT` and `LIMIT`, which a method that diverged has.
 - **Loss ratio**: the final losses' quotient. Where losses may be negative a quotient says nothing: there it is
-  1 + (method's - peer's) / (first - peer's), the difference relative to what the peer has gained.
+  1 + (method's - peer's) / (first - peer's), the difference relative to what the peer has gained. What diverged has its first loss.
 - In both a loss below a thousandth of the first one counts as that: beyond it nothing is left to learn. Of a peer that is there
   before its seconds have passed, the seconds until then count.
 - **Score**: a difference in the score's own unit, as points of accuracy or decibels, or in percent of the peer's where it is an
@@ -48,12 +48,11 @@ def time_ratio(own: Run, peer: Run, signed: bool = False) -> float:
 
 def loss_ratio(own: Run, peer: Run, signed: bool = False) -> float:
     """See the module."""
-    if own.diverged or peer.diverged:
-        return LIMIT if own.diverged else 1 / LIMIT
+    own_final, peer_final = (run.loss[0] if run.diverged else run.final for run in (own, peer))
     if signed:
-        return 1 + (own.final - peer.final) / (peer.loss[0] - peer.final)
+        return 1 + (own_final - peer_final) / (peer.loss[0] - peer_final)
     lowest = floor(peer, signed)
-    return max(own.final, lowest) / max(peer.final, lowest)
+    return max(own_final, lowest) / max(peer_final, lowest)
 
 
 def score_difference(own: Run, peer: Run, higher: bool) -> float:

@@ -97,6 +97,7 @@ def tables(problems: list[Problem], best: dict[str, comparison.Best]) -> str:
     """Markdown: what is trained, then the means, then a line per problem."""
     methods = list(best[problems[0].name])
     counted = [problem for problem in problems if not (isinstance(problem, Script) and problem.noise)]
+    machines = sorted({run.environment for runs in best.values() for each in runs.values() for run in each})
     setups = [f"- {problem.name}: {problem.description}; {best[problem.name][OWN][0].data}." for problem in problems]
     parts = [
         *([comparison.summary(counted, best, methods)] if counted else []),
@@ -104,5 +105,6 @@ def tables(problems: list[Problem], best: dict[str, comparison.Best]) -> str:
         comparison.losses(problems, best, methods),
         comparison.scores(problems, best, methods),
         "\n".join(setups),
+        f"Measured on: {'; '.join(machines)}.",
     ]
     return "\n\n".join(parts)
