@@ -5,8 +5,8 @@ A pair of runs has the same problem, seed and seconds, and so the same loss at f
 - **Time ratio**: the seconds after which the method is at the peer's final loss, as a share of the peer's seconds. Where it never
   is, the seconds over those after which the peer was at the method's final loss, a number above 1. So the ratio of A to B is the
   inverse of B's to A. It lies between 1 / `LIMIT` and `LIMIT`, which a method that diverged has.
-- **Loss ratio**: the final losses' quotient; what diverged has its first loss. Where losses may be negative a quotient says nothing:
-  there it is 1 + (method's - peer's) / (first - peer's), the difference relative to what the peer has gained.
+- **Loss ratio**: the final losses' quotient; what diverged has its first loss. Where losses may be negative a quotient says
+  nothing: there it is 1 + (method's - peer's) / (first - peer's), the difference relative to what the peer has gained.
 - In both a loss below a thousandth of the first one counts as that: beyond it nothing is left to learn. Of a peer that is there
   before its seconds have passed, the seconds until then count.
 - **Score**: a difference in the score's own unit, as points of accuracy or decibels, or in percent of the peer's where it is an
