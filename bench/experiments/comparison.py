@@ -125,29 +125,38 @@ def scores(problems: list[Problem], best: dict[str, Best], methods: list[str]) -
         cells += [spread([run.score[-1] for run in runs[method]]) for method in methods]
         for other in (best_peer(runs, own), "Adam"):
             difference = paired(score_difference, runs[own], runs[other], problem.higher)
-            cells.append(f"{difference:+.2g}" + ("" if problem.higher else " %"))
+            cells.append(f"{difference:+.3g}" + ("" if problem.higher else " %"))
         lines.append(row(cells))
     return "\n".join(lines)
 
 
 def summary(problems: list[Problem], best: dict[str, Best], methods: list[str]) -> str:
-    """Markdown: geometric means over the problems, and the worst."""
+    """Markdown: geometric means over the problems, the worst, and on how many the first method is ahead."""
     own = methods[0]
-    lines = ["| against | time ratio, mean | worst | loss ratio, mean | worst | ahead on |", "|---|---|---|---|---|---|"]
+    columns = ["against", "time ratio, mean", "worst", "ahead on", "loss ratio, mean", "worst", "better score on"]
+    lines = [row(columns), "|---" * len(columns) + "|"]
     for against in ("the best peer", *methods[1:]):
-        cells = [against]
-        for value in (time_ratio, loss_ratio):
-            ratios = {}
-            for problem in problems:
-                runs = best[problem.name]
-                other = best_peer(runs, own) if against == "the best peer" else against
-                ratios[problem.name] = paired(value, runs[own], runs[other], problem.signed)
-            worst = max(ratios, key=lambda name, ratios=ratios: ratios[name])
-            cells += [f"{geometric_mean(list(ratios.values())):.2f}", f"{ratios[worst]:.2f}, {worst}"]
-            if value is time_ratio:
-                ahead = sum(ratio < 1 for ratio in ratios.values())
-        lines.append(row([*cells, f"{ahead} of {len(problems)}"]))
+        times, losses, better = {}, {}, 0
+        for problem in problems:
+            runs = best[problem.name]
+            pair = runs[own], runs[best_peer(runs, own) if against == "the best peer" else against]
+            times[problem.name] = paired(time_ratio, *pair, problem.signed)
+            losses[problem.name] = paired(loss_ratio, *pair, problem.signed)
+            difference = paired(score_difference, *pair, problem.higher)
+            better += difference > 0 if problem.higher else difference < 0
+        lines.append(
+            row([
+                against, *mean_and_worst(times), f"{sum(ratio < 1 for ratio in times.values())} of {len(problems)}",
+                *mean_and_worst(losses), f"{better} of {len(problems)}",
+            ])
+        )  # fmt: skip
     return "\n".join(lines)
+
+
+def mean_and_worst(ratios: dict[str, float]) -> tuple[str, str]:
+    """Of problems' ratios, the geometric mean, and the highest with its problem."""
+    worst = max(ratios, key=lambda name: ratios[name])
+    return f"{geometric_mean(list(ratios.values())):.2f}", f"{ratios[worst]:.2f}, {worst}"
 
 
 def geometric_mean(values: list[float]) -> float:

@@ -11,7 +11,7 @@ from bench import peers
 from bench.data import Dataset
 from bench.experiments import comparison, eigen_adam, training
 from bench.experiments.comparison import best_peer, geometric_mean, loss_ratio, paired, score_difference, time_ratio
-from bench.experiments.harness import Method, Run, Store, Supervised
+from bench.experiments.harness import Method, Problem, Run, Store, Supervised
 from bench.experiments.training import Training, study, take_turns
 from bench.micro.memory import tensor_bytes
 
@@ -66,6 +66,19 @@ def test_medians_are_over_seeds_in_pairs():
     worse = [run([8.0, 5.0], "worse", seed) for seed in (0, 1, 2)]
     assert best_peer({"own": own, "worse": worse, "peer": peer}, "own") == "peer"
     assert geometric_mean([0.5, 8.0]) == pytest.approx(2)
+
+
+def test_the_summary_has_means_the_worst_and_counts():
+    first = Problem("first", "", seconds=4, score_name="accuracy", higher=True)
+    second = Problem("second", "", seconds=4, score_name="error")
+    best = {
+        "first": {"own": [run([8.0, 4.0, 2.0], score=90.0)], "Adam": [run([8.0, 6.0, 4.0], score=91.0)]},
+        "second": {"own": [run([8.0, 6.0, 4.0], score=2.0)], "Adam": [run([8.0, 4.0, 3.5], score=3.0)]},
+    }
+    # Time: 1 of 2 seconds; 2 seconds over the 1 after which Adam is at 4. Loss: 2 / 4; 4 / 3.5.
+    lines = comparison.summary([first, second], best, ["own", "Adam"]).splitlines()
+    assert lines[3] == "| Adam | 1.00 | 2.00, second | 1 of 2 | 0.76 | 1.14, second | 1 of 2 |"
+    assert lines[2] == lines[3].replace("Adam", "the best peer")
 
 
 def noisy(name="noisy", seconds=32.0):
