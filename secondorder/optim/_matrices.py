@@ -1,8 +1,10 @@
 """The parameters of a model as matrices [n, p]: the bias that belongs to each, and the inputs that it is multiplied with."""
 
 import math
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +94,28 @@ def _multiplies(module: nn.Module) -> bool:
         own = next(kind for kind in _CONVOLUTIONS if isinstance(module, kind))
         return type(module).forward is own.forward and module.padding_mode == "zeros"
     return False
+
+
+class InputHook:
+    """A forward hook that shows a module's input to an optimizer, which it does not keep alive. Copies of the module are another
+    net's: there it does nothing.
+
+    Args:
+        optimizer: has a method `_see(module, input)`; None in a copy.
+    """
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = None if optimizer is None else weakref.ref(optimizer)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        optimizer = None if self.optimizer is None else self.optimizer()
+        if optimizer is not None and args and isinstance(output, Tensor) and output.requires_grad:
+            optimizer._see(module, args[0])
+
+    def __reduce__(self) -> tuple[type, tuple[None]]:  # also what copy.deepcopy goes by
+        return InputHook, (None,)
 
 
 def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:

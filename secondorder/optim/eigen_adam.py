@@ -1,7 +1,7 @@
 """EigenAdam: Adam in the eigenbasis of the expectation-approximated curvature."""
 
+import weakref
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from secondorder import ops
+from secondorder._tape.hooks import remove_handles
 from secondorder._tensors import compute_dtype
 from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
-from secondorder.optim._matrices import Matrix, input_rows, matrices
+from secondorder.optim._matrices import InputHook, Matrix, input_rows, matrices
 from secondorder.optim._numbers import Numbers, check_arguments, check_numbers
 from secondorder.optim._optimizer import SecondOrderOptimizer
 
@@ -113,6 +114,7 @@ class EigenAdam(SecondOrderOptimizer):
     def _reset(self) -> None:
         """What is no part of the state."""
         self._handles: list[Any] = []
+        weakref.finalize(self, remove_handles, self._handles)
         self._matrices: list[Matrix] | None = None
         self._sketches: dict[Matrix, tuple[Tensor, int]] = {}
         self._seeing: bool | None = None  # whether the next step renews bases; None: not known yet
@@ -130,15 +132,13 @@ class EigenAdam(SecondOrderOptimizer):
 
     def _hook(self) -> None:
         """Lays the hooks through which layers show their inputs."""
+        hook = InputHook(self)
         for matrix in self._table():
-            for module in matrix.modules:
-                self._handles.append(module.register_forward_hook(partial(self._see, matrix)))
+            self._handles += [module.register_forward_hook(hook) for module in matrix.modules]
 
     def remove_hooks(self) -> None:
         """Takes the hooks off the model: it is an ordinary module again, and bases come from gradients alone."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        remove_handles(self._handles)
         self._sketches.clear()
 
     def _table(self) -> list[Matrix]:
@@ -146,21 +146,21 @@ class EigenAdam(SecondOrderOptimizer):
         if self._matrices is None:
             own = (p for group in self.param_groups for p in group["params"])
             self._matrices = [matrix for matrix in matrices(own, self._model) if matrix.weight.numel()]
+            self._owner: dict[Any, Matrix] = {matrix.weight: matrix for matrix in self._matrices if matrix.modules}
         return self._matrices
 
-    def _see(self, matrix: Matrix, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """A forward hook: takes a sketch of the inputs where the next step renews bases."""
-        if torch.compiler.is_compiling():
-            return
+    def _see(self, module: nn.Module, inputs: Tensor) -> None:
+        """Takes a sketch of a layer's inputs where the next step renews bases."""
         if self._seeing is None:
             self._seeing = self._due()
-        if not self._seeing or not output.requires_grad or module._parameters.get("weight") is not matrix.weight:
+        matrix = self._owner.get(module._parameters["weight"]) if self._seeing else None
+        if matrix is None:
             return
         ddp = DistributedDataParallel._get_active_ddp_module()
         if ddp is not None:
             self._group = ddp.process_group
         with torch.no_grad():
-            rows = input_rows(module, args[0].detach()).to(compute_dtype(matrix.weight.dtype))
+            rows = input_rows(module, inputs.detach()).to(compute_dtype(matrix.weight.dtype))
             if not len(rows):
                 return
             state = self._state(matrix, len(rows))
@@ -224,7 +224,7 @@ class EigenAdam(SecondOrderOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the hooks, what they have seen, and what a scheduler has put around `step`."""
-        passing = ("_handles", "_matrices", "_sketches", "_seeing", "_group", "_announced", "_report", "step")
+        passing = ("_handles", "_matrices", "_owner", "_sketches", "_seeing", "_group", "_announced", "_report", "step")
         return {key: value for key, value in self.__dict__.items() if key not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -270,7 +270,7 @@ class EigenAdam(SecondOrderOptimizer):
             if isinstance(p, Tensor) and not p.is_floating_point():
                 raise TypeError(f"{type(self).__name__}: expected parameters of a floating dtype, got {p.dtype}")
             for group in self.param_groups:
-                if not self.state.get(p) and any(p is each for each in group["params"]):
+                if "exp_avg" not in self.state.get(p, ()) and any(p is each for each in group["params"]):
                     group["params"] = [each for each in group["params"] if each is not p]
         super().add_param_group(param_group)
         if self._handles or self._matrices is not None:
