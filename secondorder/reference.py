@@ -377,9 +377,7 @@ def eigen_renew_(
         return
     for l, w in enumerate(share):
         parts, u, v, _ = _parts(grad_weight[l], grad_bias[l], mean[l], basis_out[l], basis_in[l])
-        bias = grad_bias[l].numel() > 0
-        moments = _whole(_split(first[l], parts), u, v, bias)
-        sums = sketch[l]
+        u, v, bias, sums = u.clone(), v.clone(), grad_bias[l].numel() > 0, sketch[l]
         move = torch.zeros_like(grad_weight[l][0])
         if bias and rows[l]:
             move = w * sums[-1] / rows[l]
@@ -396,8 +394,16 @@ def eigen_renew_(
             new, lengths = _orthonormal((1 - w) * scale.unsqueeze(1) * basis + w * product)
             basis.copy_(new)
             scale.copy_(lengths)
-        parts, *_ = _parts(*moments, torch.zeros_like(moments[0][0]), basis_out[l], basis_in[l])
-        first[l].copy_(torch.cat([part.flatten() for part in parts]))
+        # The moments in the new bases; E stays.
+        rows_turn, columns_turn = basis_out[l] @ u, torch.block_diag(v.T @ basis_in[l].T, *[u.new_ones(1, 1)] * bias)
+        moments = _split(first[l], parts)
+        corner, *rest = moments
+        corner.copy_(rows_turn @ corner @ columns_turn)
+        if u.shape[1] < u.shape[0]:
+            right = rest.pop(0)
+            right.copy_(right @ columns_turn)
+        if v.shape[1] < v.shape[0]:
+            rest[0].copy_(rows_turn @ rest[0])
 
 
 def eigen_step_(

@@ -73,8 +73,8 @@ struct Matrix {
     return squares < limit && bias_squares < limit;
   }
 
-  // C, R, T of a matrix [n, p] and a bias' vector (or null), of which bias_vector mean^T is taken out.
-  void project(const T* matrix, const T* vector, const T* a, bool measure) {
+  // C, R, T of the gradient, what they are made of, and its size.
+  void project() {
     const int64_t n = size.n, p = size.p, ku = size.ku, kv = size.kv, c = size.c(), count = blocks();
     u = transposed(ku, n, out);
     projected.resize(n * kv);
@@ -83,30 +83,28 @@ struct Matrix {
     for_blocks(n, p, [&](int64_t b, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i += kGroup) {
         const int64_t rows = std::min(kGroup, end - i);
-        const T* x = matrix + i * p;
-        if (measure) sums[b] += double(k.dot(rows * p, x, x));
+        const T* x = gradient + i * p;
+        sums[b] += double(k.dot(rows * p, x, x));
         k.products(rows, p, x, kv, in, projected.data() + i * kv, kv);
         T* sum = above.data() + b * ku * p;
         k.low_rank(ku, p, sum, rows, out + i, n, x, sum);
       }
     });
-    if (measure) {
-      squares = std::accumulate(sums.begin(), sums.end(), 0.0);
-      bias_squares = vector ? double(k.dot(n, vector, vector)) : 0;
-    }
+    squares = std::accumulate(sums.begin(), sums.end(), 0.0);
+    bias_squares = bias_gradient ? double(k.dot(n, bias_gradient, bias_gradient)) : 0;
     add_blocks(above, count, ku * p);
     above.resize(ku * p);
-    if (vector && a) {
+    if (bias_gradient) {
       std::vector<T> shift(kv), along(ku, T(0));  // a^T V, U^T g
-      k.products(1, p, a, kv, in, shift.data(), kv);
-      k.low_rank(n, kv, projected.data(), 1, negative(n, vector).data(), 1, shift.data(), projected.data());
-      k.products(ku, n, out, 1, vector, along.data(), 1);
-      k.low_rank(ku, p, above.data(), 1, negative(ku, along.data()).data(), 1, a, above.data());
+      k.products(1, p, mean, kv, in, shift.data(), kv);
+      k.low_rank(n, kv, projected.data(), 1, negative(n, bias_gradient).data(), 1, shift.data(), projected.data());
+      k.products(ku, n, out, 1, bias_gradient, along.data(), 1);
+      k.low_rank(ku, p, above.data(), 1, negative(ku, along.data()).data(), 1, mean, above.data());
     }
     right.resize(n * c);
     for (int64_t i = 0; i < n; ++i) {
       std::copy_n(projected.data() + i * kv, kv, right.data() + i * c);
-      if (vector) right[i * c + kv] = vector[i];
+      if (bias_gradient) right[i * c + kv] = bias_gradient[i];
     }
     corner.assign(ku * c, T(0));
     k.low_rank(ku, c, corner.data(), n, out, n, right.data(), corner.data());
@@ -126,31 +124,29 @@ struct Matrix {
     return minus;
   }
 
-  // E = matrix + l r: l [n, w], r [w, p], with w = (1 with a mean) + kv + ku.
+  // E = G + l r: l [n, w], r [w, p], with w = (1 with a bias) + kv + ku.
   struct LowRank {
     int64_t width;
     std::vector<T> l, r;
   };
-  LowRank residual(const T* vector, const T* a) const {
+  LowRank residual() const {
     const int64_t n = size.n, p = size.p, ku = size.ku, kv = size.kv;
-    const bool shift = vector && a;
-    LowRank f{(shift ? 1 : 0) + kv + ku, {}, {}};
+    LowRank f{size.c() + ku, {}, {}};
     f.l.resize(n * f.width);
     for (int64_t i = 0; i < n; ++i) {
       T* l = f.l.data() + i * f.width;
-      if (shift) *l++ = -vector[i];
+      if (size.bias) *l++ = -bias_gradient[i];
       for (int64_t s = 0; s < kv; ++s) *l++ = -projected[i * kv + s];
       for (int64_t q = 0; q < ku; ++q) *l++ = -u[i * ku + q];
     }
     f.r.reserve(f.width * p);
-    if (shift) f.r.insert(f.r.end(), a, a + p);
+    if (size.bias) f.r.insert(f.r.end(), mean, mean + p);
     f.r.insert(f.r.end(), in, in + kv * p);
     f.r.insert(f.r.end(), top.begin(), top.end());
     return f;
   }
 
-  // S = N_E + l r and y [n] from parts of N: w = ku + kv. nv = N_E V [n, kv] and nu = U^T N_E [ku, p], or null where there is
-  // no N_E, or none of it lies in the bases.
+  // S = N_E + l r and y [n] from parts of N: w = ku + kv. nv = N_E V [n, kv] and nu = U^T N_E [ku, p], null without N_E.
   LowRank whole(const T* c_part, const T* r_part, const T* t_part, const T* nv, const T* nu, std::vector<T>& y) const {
     const int64_t n = size.n, p = size.p, ku = size.ku, kv = size.kv, c = size.c();
     const bool bias = size.bias;
@@ -301,24 +297,41 @@ void renew_side(int64_t k, int64_t n, T share, std::vector<T>& product, T* basis
   std::copy(product.begin(), product.end(), basis);
 }
 
+// The first moments in new bases: C <- A C B, R <- R B, T <- A T with A = U'^T U and B = V^T V', but for the bias' column. E stays:
+// what turns into the bases, or out of them, is little from one renewal to the next.
+template <typename T>
+void turn(const EigenSizes& size, const T* old_out, const T* old_in, const T* out, const T* in, T* first) {
+  const Kernels<T>& loops = kernels<T>();
+  const int64_t n = size.n, p = size.p, ku = size.ku, kv = size.kv, c = size.c();
+  std::vector<T> a(ku * ku), b(c * c, T(0));
+  loops.products(ku, n, out, ku, old_out, a.data(), ku);
+  loops.products(kv, p, old_in, kv, in, b.data(), c);
+  if (size.bias) b[c * c - 1] = 1;
+  const auto product = [&](int64_t rows, int64_t inner, int64_t columns, const T* x, const T* y) {
+    std::vector<T> result(rows * columns);
+    loops.low_rank(rows, columns, nullptr, inner, x, inner, y, result.data());
+    return result;
+  };
+  T *right = first + size.corner(), *top = right + size.right();
+  const std::vector<T> corner = product(ku, c, c, product(ku, ku, c, a.data(), first).data(), b.data());
+  std::copy(corner.begin(), corner.end(), first);
+  if (size.right()) {
+    const std::vector<T> turned = product(n, c, c, right, b.data());
+    std::copy(turned.begin(), turned.end(), right);
+  }
+  if (size.top()) {
+    const std::vector<T> turned = product(ku, ku, p, a.data(), top);
+    std::copy(turned.begin(), turned.end(), top);
+  }
+}
+
 template <typename T>
 void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, T* scale_in, T* first, const T* sketch,
            int64_t rows, T share) {
   const Kernels<T>& loops = kernels<T>();
   const int64_t n = matrix.size.n, p = matrix.size.p, ku = matrix.size.ku, kv = matrix.size.kv;
   const bool bias = matrix.size.bias;
-  T *first_right = first + matrix.size.corner(), *first_top = first_right + matrix.size.right(),
-    *first_residual = matrix.size.residual() ? first + matrix.size.rest() : nullptr;
-  // The first moments in the parameters' coordinates. Their E has no part in the old bases.
-  std::vector<T> moments(n * p), moments_bias;
-  {
-    matrix.u = transposed(ku, n, matrix.out);
-    const auto f = matrix.whole(first, first_right, first_top, nullptr, nullptr, moments_bias);
-    for_blocks(n, p, [&](int64_t, int64_t begin, int64_t end) {
-      loops.low_rank(end - begin, p, first_residual ? first_residual + begin * p : nullptr, f.width,
-                     f.l.data() + begin * f.width, f.width, f.r.data(), moments.data() + begin * p);
-    });
-  }
+  const std::vector<T> old_out(basis_out, basis_out + ku * n), old_in(basis_in, basis_in + kv * p);
   std::vector<T> inputs(kv * p, T(0)), outputs(ku * n, T(0));
   if (rows) {
     // sum (x - d)(x - d)^T V = sum x x^T V - (sum x)(d^T V) - d (sum x)^T V + rows d (d^T V), d the mean's move
@@ -336,7 +349,7 @@ void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, 
         inputs[q * p + j] = (sketch[q * p + j] - vd[q] * sum[j] - vx[q] * move[j] + count * vd[q] * move[j]) / count;
   }
   // G'^T G' V, where no inputs were seen, and G' G'^T U, with the new mean.
-  matrix.project(matrix.gradient, matrix.bias_gradient, mean, /*measure=*/false);
+  matrix.project();
   if (!rows) {
     const std::vector<T> turned = transposed(n, kv, matrix.projected.data());
     loops.low_rank(kv, p, inputs.data(), n, turned.data(), n, matrix.gradient, inputs.data());
@@ -358,18 +371,7 @@ void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, 
   }
   renew_side(kv, p, share, inputs, basis_in, scale_in);
   renew_side(ku, n, share, outputs, basis_out, scale_out);
-  // The first moments in the new bases.
-  matrix.project(moments.data(), bias ? moments_bias.data() : nullptr, nullptr, /*measure=*/false);
-  std::copy(matrix.corner.begin(), matrix.corner.end(), first);
-  if (matrix.size.right()) std::copy(matrix.right.begin(), matrix.right.end(), first_right);
-  if (matrix.size.top()) std::copy(matrix.top.begin(), matrix.top.end(), first_top);
-  if (first_residual) {
-    const auto f = matrix.residual(nullptr, nullptr);
-    for_blocks(n, p, [&](int64_t, int64_t begin, int64_t end) {
-      loops.low_rank(end - begin, p, moments.data() + begin * p, f.width, f.l.data() + begin * f.width, f.width,
-                     f.r.data(), first_residual + begin * p);
-    });
-  }
+  turn(matrix.size, old_out.data(), old_in.data(), basis_out, basis_in, first);
 }
 
 void eigen_renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList basis_in, at::TensorList scale_out,
@@ -397,7 +399,7 @@ void eigen_renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList 
         return;
       }
     }
-    parallel_layers(elements(all), 8, [&](int64_t l) {
+    parallel_layers(elements(all), 4, [&](int64_t l) {
       renew(all[l], mean[l].mutable_data_ptr<T>(), basis_out[l].mutable_data_ptr<T>(), basis_in[l].mutable_data_ptr<T>(),
             scale_out[l].mutable_data_ptr<T>(), scale_in[l].mutable_data_ptr<T>(), first[l].mutable_data_ptr<T>(),
             optional_data<T>(sums[l]), rows[l], T(share[l]));
@@ -453,7 +455,7 @@ void step(Matrix<T>& matrix, const State<T>& state, const Rates& rates, double b
     std::vector<int64_t> sample(n, -1);  // which of the sampled rows a row is
     for (int64_t s = 0; s < state.sampled; ++s) sample[eigen_sampled_row(s, state.sampled, n)] = s;
     const double share = double(n) / double(state.sampled);
-    const auto f = matrix.residual(matrix.bias_gradient, matrix.mean);
+    const auto f = matrix.residual();
     std::vector<double> along(count, 0.0), along_last(count, 0.0);
     for_blocks(n, p, [&](int64_t b, int64_t begin, int64_t end) {
       std::vector<T> x(kGroup * p);
@@ -520,7 +522,7 @@ void eigen_step_(at::TensorList weight, at::TensorList bias, at::TensorList firs
     std::vector<Matrix<T>> all = matrices<T>(g, gb, a, u, v);
     const std::vector<int64_t> sizes = elements(all);
     parallel_layers(sizes, 2, [&](int64_t l) {
-      all[l].project(all[l].gradient, all[l].bias_gradient, all[l].mean, /*measure=*/true);
+      all[l].project();
     });
     double* steps = control.mutable_data_ptr<double>();
     if (steps[kEigenUnrenewed] != 0 ||

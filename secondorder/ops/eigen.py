@@ -58,11 +58,14 @@ def eigen_renew_(
     rows: Sequence[int],
     share: Sequence[float],
 ) -> None:
-    """Renews mean inputs and bases by one power iteration each, and takes the first moments to the new bases.
+    """Renews mean inputs and bases by one power iteration each, and turns the first moments with them.
 
     With the share w and S the averaged variance along V (`scale_in`), and likewise for U with M = G' G'^T:
 
         a <- (1 - w) a + w E[h],    V S <- qr((1 - w) V S + w M V),    M = E[(h - a) (h - a)^T], or G'^T G' without a sketch.
+
+    Of the first moments C <- A C B, R <- R B and T <- A T, with A = U'^T U and B = V^T V' but for the bias' column; E stays, since
+    what turns into the bases, or out of them, is little.
 
     The columns are orthonormalised in their order, S are their lengths before. One that depends on those before it is drawn
     anew, with S = 0. If a gradient or a sketch is not finite nothing changes but
