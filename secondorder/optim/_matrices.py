@@ -69,6 +69,8 @@ def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matr
     biases: dict[Tensor, Tensor] = {}  # weight -> its bias
     taken: set[Tensor] = set()
     for weight, modules in users.items():
+        if not weight.numel():
+            continue
         bias: Tensor | None = modules[0]._parameters.get("bias")
         alike = all(module._parameters.get("bias") is bias for module in modules)
         if bias is not None and bias in wanted and alike and bias not in taken and weight.requires_grad == bias.requires_grad:
@@ -76,7 +78,7 @@ def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matr
             taken.add(bias)
     found = []
     for p, name in wanted.items():
-        if p in taken:
+        if p in taken or not p.numel():
             continue
         n, width = Matrix(p, None, name, False).shape
         eigen = p.dim() >= 2 and (p in users or (min(n, width) > 1 and p not in tables))
@@ -102,21 +104,38 @@ class InputHook:
     Copies of the module are another net's: there it does nothing.
 
     Args:
-        optimizer: has a method `_see(module, input)`; None in a copy.
+        optimizer: has methods `_see(module, input, output)` and `_hook()`; None in a copy.
     """
 
     def __init__(self, optimizer: Any):
         self.optimizer = None if optimizer is None else weakref.ref(optimizer)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         optimizer = None if self.optimizer is None else self.optimizer()
-        if optimizer is not None and args and isinstance(output, Tensor) and output.requires_grad:
-            optimizer._see(module, args[0])
+        if optimizer is not None and args:
+            optimizer._see(module, args[0], output)
+
+    def lay(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook of a model with lazy layers: lays the hooks once its parameters are known."""
+        optimizer = None if self.optimizer is None else self.optimizer()
+        if optimizer is not None:
+            optimizer._hook()
 
     def __reduce__(self) -> tuple[type, tuple[None]]:  # also what copy.deepcopy goes by
         return InputHook, (None,)
+
+
+def is_plain(inputs: Any) -> bool:
+    """Whether inputs are numbers that can be summed up: of an ordinary tensor, not one of vmap's or jvp's, and some."""
+    return (
+        isinstance(inputs, Tensor)
+        and inputs.layout is torch.strided
+        and not inputs.is_nested
+        and inputs.numel() > 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from secondorder._tape.hooks import remove_handles
 from secondorder._tensors import compute_dtype
 from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
-from secondorder.optim._matrices import InputHook, Matrix, input_rows, matrices
+from secondorder.optim._matrices import InputHook, Matrix, input_rows, is_plain, matrices
 from secondorder.optim._numbers import Numbers, check_arguments, check_numbers
 from secondorder.optim._optimizer import SecondOrderOptimizer
 
@@ -28,7 +29,20 @@ _LENGTH, _OSCILLATIONS, _SLOPE, _LAST_SLOPE, _STEPS, _REFUSED, _UNRENEWED, _STAR
 FIRST = 5  # steps at each of which bases are renewed
 DECAY = 0.9  # of the averages behind a basis, from one renewal to the next
 MANY_ROWS = 256  # of a layer's inputs: from here on its bases have twice as many directions
+PATIENCE = 5  # renewals in a row at which a layer that has shown its inputs may show none
 SAMPLED = 4096  # elements of what has no basis, whose slopes stand for all
+
+
+_SHARED = ("control", "steps", "refused", "first_loss")  # what one parameter's state has for all
+
+
+@dataclass
+class _Sketch:
+    """What `ops.eigen_sketch_` has made of a layer's inputs."""
+
+    sums: Tensor
+    shift: Tensor
+    rows: int = 0
 
 
 class EigenAdam(SecondOrderOptimizer):
@@ -97,17 +111,20 @@ class EigenAdam(SecondOrderOptimizer):
         elif not (model is None or isinstance(model, nn.Module)):
             raise TypeError(f"EigenAdam: expected model to be an nn.Module, got {type(model).__name__}")
         checks: list[tuple[str, Any, bool, str]] = [
-            ("betas", betas, len(betas) == 2 and 0 <= betas[0] < 1 and 0 < betas[1] < 1, "in [0, 1) and (0, 1)"),
-            ("rank", rank, rank is None or (isinstance(rank, int) and rank >= 1), "to be an int >= 1, or None"),
-            ("renew_every", renew_every, isinstance(renew_every, int) and renew_every >= 1, "to be an int >= 1"),
+            ("rank", rank, rank is None or (type(rank) is int and rank >= 1), "to be an int >= 1, or None"),
+            ("renew_every", renew_every, type(renew_every) is int and renew_every >= 1, "to be an int >= 1"),
             ("nonfinite", nonfinite, nonfinite in ("error", "skip"), "'error' or 'skip'"),
         ]
         check_arguments(type(self).__name__, checks)
-        self._model = None if model is None else _plain(model)
         self._rank, self._renew_every, self._nonfinite = rank, renew_every, nonfinite
+        self._model: nn.Module | None = None
+        self._group: dist.ProcessGroup | None = None  # of the ranks that DDP averages gradients over
+        if model is not None:
+            self._model, self._group = _unwrapped(model)
+        self._hooked = True
         self._reset()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        check_numbers(type(self).__name__, defaults, _NUMBERS)
+        _check_group(type(self).__name__, defaults)
         super().__init__(params, defaults)
         self._hook()
 
@@ -116,9 +133,8 @@ class EigenAdam(SecondOrderOptimizer):
         self._handles: list[Any] = []
         weakref.finalize(self, remove_handles, self._handles)
         self._matrices: list[Matrix] | None = None
-        self._sketches: dict[Matrix, tuple[Tensor, int]] = {}
+        self._sketches: dict[Matrix, _Sketch] = {}
         self._seeing: bool | None = None  # whether the next step renews bases; None: not known yet
-        self._group: dist.ProcessGroup | None = None  # of the ranks that DDP averages gradients over
         self._announced: set[str] = set()  # warnings given
         self._report: tuple[Tensor, Any] | None = (
             None  # control on its way from the device, and the event that tells of its arrival
@@ -126,52 +142,56 @@ class EigenAdam(SecondOrderOptimizer):
 
     # --- the model -----------------------------------------------------------------------------------------------------------
 
-    def _lay_anew(self) -> None:
-        """Finds the matrices of the parameters that there are now, and lays the hooks on their layers."""
-        self.remove_hooks()
-        self._matrices = None
-        self._hook()
-
     def _hook(self) -> None:
-        """Lays the hooks through which layers show their inputs."""
-        hook = InputHook(self)
-        for matrix in self._table():
-            self._handles += [module.register_forward_hook(hook) for module in matrix.modules]
+        """Finds the matrices of the parameters that there are now, and lays hooks on the layers that show their inputs."""
+        remove_handles(self._handles)
+        self._sketches.clear()
+        self._matrices = None
+        if self._hooked:
+            hook = InputHook(self)
+            if self._model is not None and not self._table():  # lazy layers: again at the model's next call
+                self._handles.append(self._model.register_forward_pre_hook(hook.lay))
+            for matrix in self._table():
+                self._handles += [module.register_forward_hook(hook) for module in matrix.modules]
 
     def remove_hooks(self) -> None:
         """Takes the hooks off the model: it is an ordinary module again, and bases come from gradients alone."""
-        remove_handles(self._handles)
-        self._sketches.clear()
+        self._hooked = False
+        self._hook()
 
     def _table(self) -> list[Matrix]:
         """The matrices of all groups' parameters."""
         if self._matrices is None:
-            own = (p for group in self.param_groups for p in group["params"])
-            self._matrices = [matrix for matrix in matrices(own, self._model) if matrix.weight.numel()]
+            own = [p for group in self.param_groups for p in group["params"]]
+            if any(isinstance(p, nn.UninitializedParameter) for p in own):
+                return []  # until a lazy layer's first call
+            self._matrices = matrices(own, self._model)
             self._owner: dict[Any, Matrix] = {matrix.weight: matrix for matrix in self._matrices if matrix.modules}
         return self._matrices
 
-    def _see(self, module: nn.Module, inputs: Tensor) -> None:
+    def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Takes a sketch of a layer's inputs where the next step renews bases."""
-        if self._seeing is None:
-            self._seeing = self._due()
-        matrix = self._owner.get(module._parameters["weight"]) if self._seeing else None
-        if matrix is None:
-            return
         ddp = DistributedDataParallel._get_active_ddp_module()
         if ddp is not None:
             self._group = ddp.process_group
+        if not (isinstance(output, Tensor) and output.requires_grad):
+            return
+        if self._seeing is None:
+            self._seeing = self._due()
+        matrix = self._owner.get(module._parameters.get("weight")) if self._seeing else None
+        if matrix is None or not matrix.weight.requires_grad or not is_plain(inputs):
+            return
         with torch.no_grad():
             rows = input_rows(module, inputs.detach()).to(compute_dtype(matrix.weight.dtype))
-            if not len(rows):
-                return
             state = self._state(matrix, len(rows))
-            mean, basis = state["mean"], state["basis_in"]
-            if not state["renewals"] and matrix not in self._sketches and mean.numel() and self._group is None:
-                mean.copy_(rows.mean(0))
-            sketch, seen = self._sketches.get(matrix) or (rows.new_zeros(len(basis) + 1, rows.shape[1]), 0)
-            ops.eigen_sketch_(sketch, rows, basis, mean)
-            self._sketches[matrix] = sketch, seen + len(rows)
+            sketch = self._sketches.get(matrix)
+            if sketch is None:
+                shift = state["mean"]
+                if not state["renewals"] and shift.numel() and self._group is None and not shift.is_cuda:
+                    shift = rows.mean(0)  # not put into the state before it is known to be finite
+                sketch = self._sketches[matrix] = _Sketch(rows.new_zeros(len(state["basis_in"]) + 1, rows.shape[1]), shift)
+            ops.eigen_sketch_(sketch.sums, rows, state["basis_in"], sketch.shift)
+            sketch.rows += len(rows)
 
     # --- the state -----------------------------------------------------------------------------------------------------------
 
@@ -180,44 +200,53 @@ class EigenAdam(SecondOrderOptimizer):
         """The parameter whose state has what belongs to all."""
         return next(p for group in self.param_groups for p in group["params"])
 
-    def _control(self) -> Tensor:
-        """What finds the step length, [8] in float64: see `ops.eigen`."""
+    def _shared(self) -> dict[str, Any]:
+        """The state of `_first`, with what belongs to all: "control" [8] in float64, see `ops.eigen`, and counts."""
         state = self.state[self._first]
         if "control" not in state:
-            state["control"] = torch.tensor([0.01, *[0.0] * 7], dtype=torch.float64, device=self._first.device)
-            state.update(steps=0, refused=0)
-        return state["control"]
+            before = next((each for each in self.state.values() if "control" in each), None)  # of a parameter that was the first
+            if before is None:
+                control = torch.tensor([0.01, *[0.0] * 7], dtype=torch.float64, device=self._first.device)
+                before = {"control": control, "steps": 0, "refused": 0}
+            state.update({key: before.pop(key) for key in _SHARED if key in before})
+        return state
 
     def _due(self) -> bool:
         """Whether the next step renews bases."""
-        steps = self.state[self._first].get("steps", 0)
+        steps = next((state["steps"] for state in self.state.values() if "steps" in state), 0)
         return bool(steps < FIRST or steps % self._renew_every == 0)
 
     def _state(self, matrix: Matrix, rows: int) -> dict[str, Any]:
         """A matrix' state, made when its inputs or gradient are first seen; rows: how many inputs it sees at a time."""
         state = self.state[matrix.weight]
-        n, p = matrix.shape
-        if "exp_avg" in state and (state["mean"].numel() > 0) == (matrix.bias is not None):
+        device, dtype = matrix.weight.device, compute_dtype(matrix.weight.dtype)
+        if "exp_avg" in state:
+            if state["exp_avg"].dtype is not dtype or state["exp_avg"].device != device:
+                self.state[matrix.weight] = state = _cast(state, matrix.weight)
             return state
+        if matrix.eigen and self._group is not None and rows:  # all ranks take the rank that one process with all inputs would
+            total = torch.tensor(rows, device=device)
+            dist.all_reduce(total, group=self._group)
+            rows = int(total)
+        n, p = matrix.shape
         k = (self._rank or (16 if rows >= MANY_ROWS else 8)) if matrix.eigen else 0
         ku, kv = (length if matrix.eigen and length <= 2 * k + 1 else k for length in (n, p))
         columns = kv + (matrix.bias is not None)
         rest = ku * columns + (n * columns if ku < n else 0) + (ku * p if kv < p else 0)
         residual = ku < n and kv < p
         sampled = max(1, min(n, k or SAMPLED // p)) if residual else 0
-        device, dtype = matrix.weight.device, compute_dtype(matrix.weight.dtype)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
 
-        generator = torch.Generator().manual_seed(n * 1_000_003 + p)
+        generator = torch.Generator("cpu").manual_seed(n * 1_000_003 + p)
 
         def basis(k: int, length: int) -> Tensor:
-            numbers = torch.randn(length, k, generator=generator, dtype=torch.float64)
+            numbers = torch.randn(length, k, generator=generator, dtype=torch.float64, device="cpu")
             return torch.linalg.qr(numbers)[0].T.to(device, dtype).contiguous()
 
         state.update(
-            step=0, renewals=0, seen=False, basis_out=basis(ku, n), basis_in=basis(kv, p), scale_out=zeros(ku),
+            step=0, renewals=0, unseen=0, basis_out=basis(ku, n), basis_in=basis(kv, p), scale_out=zeros(ku),
             scale_in=zeros(kv), mean=zeros(p if matrix.bias is not None else 0), exp_avg=zeros(rest + residual * n * p),
             exp_avg_sq=zeros(rest + residual * n * p), last=zeros(rest + sampled * p),
             size=torch.zeros(1, device=device, dtype=torch.float64),
@@ -225,58 +254,86 @@ class EigenAdam(SecondOrderOptimizer):
         return state
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the hooks, what they have seen, and what a scheduler has put around `step`."""
-        passing = ("_handles", "_matrices", "_owner", "_sketches", "_seeing", "_group", "_announced", "_report", "step")
-        return {key: value for key, value in self.__dict__.items() if key not in passing}
+        """The state and what it was made with; not the hooks."""
+        own = ("_model", "_rank", "_renew_every", "_nonfinite", "_hooked")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Lays hooks on the copy's own model; `load_state_dict` comes here too, with the state alone."""
         super().__setstate__(state)
         if "_handles" not in self.__dict__:
+            self._group = None
             self._reset()
             self._hook()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every torch optimizer's; the state keeps its dtypes.
+        """As every torch optimizer's; the state has the dtype that its parameter is computed in.
 
         Raises:
-            ValueError: it is not EigenAdam's, or of other parameters.
+            ValueError: it is not EigenAdam's, or of other parameters, or of an optimizer that was made in another way.
         """
+        self._hook()
+        name = f"{type(self).__name__}.load_state_dict()"
         own = [p for group in self.param_groups for p in group["params"]]
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         weights = {matrix.weight: matrix for matrix in self._table()}
         for i, p in zip(saved, own, strict=False):
-            state, matrix = state_dict["state"].get(i), weights.get(p)
-            if state is None or ("control" in state and "step" not in state):
+            state, matrix = state_dict["state"].get(i) or {}, weights.get(p)
+            if state.keys() <= set(_SHARED):
                 continue
-            if matrix is None or "basis_out" not in state or "basis_in" not in state:
-                raise ValueError(
-                    f"{type(self).__name__}.load_state_dict(): expected the state of an EigenAdam, got one of {sorted(state)}"
-                )
+            if "basis_out" not in state or "basis_in" not in state:
+                raise ValueError(f"{name}: expected the state of an EigenAdam, got one of {sorted(state)}")
             shape = state["basis_out"].shape[-1], state["basis_in"].shape[-1]
-            if shape != matrix.shape:
+            if matrix is None or shape != matrix.shape:
+                wanted = "no state for a bias" if matrix is None else f"the state of a matrix of shape {list(matrix.shape)}"
+                named = "" if matrix is None else f" for {matrix.name!r}"
+                raise ValueError(f"{name}: expected {wanted}{named}, got one of {list(shape)}")
+            if (state["mean"].numel() > 0) != (matrix.bias is not None) or (len(state["basis_in"]) > 0) != matrix.eigen:
                 raise ValueError(
-                    f"{type(self).__name__}.load_state_dict(): expected the state of a matrix of shape {list(matrix.shape)} for "
-                    f"{matrix.name!r}, got one of {list(shape)}"
+                    f"{name}: expected the state of an optimizer that was made as this one is, got one for {matrix.name!r} that "
+                    "knows another bias or basis; give both the model, or neither"
                 )
         super().load_state_dict(state_dict)
-        self._sketches.clear()
         self._seeing = None
+
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        super()._restore(state_dict)
+        for p in [p for p, state in self.state.items() if "exp_avg" in state]:
+            self.state[p] = _cast(self.state[p], p)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As every torch optimizer's; parameters that were frozen so far move from the group they are in."""
-        params = param_group.get("params")
-        if params is not None and not isinstance(params, Tensor):
-            params = param_group["params"] = list(params)
-        for p in [params] if isinstance(params, Tensor) else params or ():
-            if isinstance(p, Tensor) and not p.is_floating_point():
-                raise TypeError(f"{type(self).__name__}: expected parameters of a floating dtype, got {p.dtype}")
-            for group in self.param_groups:
-                if "exp_avg" not in self.state.get(p, ()) and any(p is each for each in group["params"]):
-                    group["params"] = [each for each in group["params"] if each is not p]
-        super().add_param_group(param_group)
-        if self._handles or self._matrices is not None:
-            self._lay_anew()
+        before = [{**group, "params": list(group["params"])} for group in self.param_groups]
+        constructed = "_matrices" in self.__dict__ and self._matrices is not None
+        params = param_group.get("params") if isinstance(param_group, dict) else None
+        if constructed and params is not None and not isinstance(params, set):
+            given = [params] if isinstance(params, Tensor) else list(params)
+            param_group = {**param_group, "params": given}
+            for p in (each[1] if isinstance(each, tuple) else each for each in given):
+                if isinstance(p, Tensor) and not self.state.get(p, {}).get("step"):
+                    self._leave(p)
+        try:
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
+            _check_group(type(self).__name__, group)
+            for p in group["params"]:
+                if not p.is_floating_point():
+                    raise TypeError(f"{type(self).__name__}: expected parameters of a floating dtype, got {p.dtype}")
+        except BaseException:
+            self.param_groups[:] = before
+            raise
+        if constructed:
+            self._hook()
+
+    def _leave(self, p: Tensor) -> None:
+        """Takes a parameter out of its group."""
+        for group in self.param_groups:
+            for i, each in enumerate(group["params"]):
+                if each is p:
+                    del group["params"][i]
+                    if "param_names" in group:
+                        del group["param_names"][i]
+                    break
 
     # --- the step ------------------------------------------------------------------------------------------------------------
 
@@ -303,149 +360,177 @@ class EigenAdam(SecondOrderOptimizer):
         finally:
             self._sketches.clear()
             self._seeing = None
-        if loss is not None and not self._first.is_cuda:
+        if closure is not None:
             self._watch(loss)
         return loss
 
     def _step(self) -> None:
         groups = self._groups()
         sign = -1 if self._maximize() else 1
-        if any(m.bias is not None and m.weight.grad is None and m.bias.grad is not None for m in self._table()):
-            self._lay_anew()  # a weight was frozen, but not its bias
-        present = [(matrix, g) for matrix in self._table() if (g := matrix.weight.grad) is not None]
+        if self._matrices is None:
+            self._hook()
+        present = [m for m in self._table() if m.weight.grad is not None or (m.bias is not None and m.bias.grad is not None)]
         if not present:
             raise RuntimeError(f"{type(self).__name__}.step(): expected gradients, found none; call loss.backward() first")
-        control, due = self._control(), self._due()
-        self._read_report()
         dtype = self._dtype(present)
+        shared, due = self._shared(), self._due()
+        control = shared["control"]
+        self._read_report()
         nothing = torch.empty(0, device=control.device, dtype=dtype)
-        states, weights, biases, weight_grads, bias_grads = [], [], [], [], []
-        for matrix, g in present:
-            if g.layout is not torch.strided:
-                raise RuntimeError(
-                    f"{type(self).__name__}.step(): expected dense gradients, got a sparse one for {matrix.name!r}; "
-                    "use sparse=False"
-                )
+        states, weights, biases, weight_grads, bias_grads, decays = [], [], [], [], [], []
+        for matrix in present:
+            weight, bias = matrix.weight, matrix.bias
             states.append(self._state(matrix, 0))
-            weights.append(_values(matrix.weight, matrix.shape, dtype))
-            weight_grads.append(_gradient(g, matrix.shape, dtype, sign))
-            bias = matrix.bias
-            if bias is None:
-                biases.append(nothing)
-                bias_grads.append(nothing)
-            else:  # a bias that was frozen has a gradient of zeros, so that it does not move
-                biases.append(_values(bias, bias.shape, dtype))
-                bias_grads.append(
-                    torch.zeros_like(biases[-1]) if bias.grad is None else _gradient(bias.grad, bias.shape, dtype, sign)
-                )
-        if due:
-            self._renew([matrix for matrix, _ in present], states, control, weight_grads, bias_grads)
-        of_weights = [groups[matrix.weight] for matrix, _ in present]
-        of_biases = [groups[matrix.weight if matrix.bias is None else matrix.bias] for matrix, _ in present]
-        beta1, beta2 = of_weights[0]["betas"]
+            weights.append(_values(weight, matrix.shape, dtype))
+            weight_grads.append(_gradient(weight, matrix.shape, dtype, sign))
+            biases.append(nothing if bias is None else _values(bias, bias.shape, dtype))
+            bias_grads.append(nothing if bias is None else _gradient(bias, bias.shape, dtype, sign))
+            # What has no gradient is given one of zeros, so that it does not move; nor does it decay.
+            decays.append([0.0 if p is None or p.grad is None else float(groups[p]["weight_decay"]) for p in (weight, bias)])
+        means = [state["mean"] for state in states]
+        renewed = self._renew(present, states, means, control, weight_grads, bias_grads) if due else []
+        rates = [(float(groups[m.weight]["lr"]), float(groups[m.weight if m.bias is None else m.bias]["lr"])) for m in present]
+        beta1, beta2 = self.param_groups[0]["betas"]
         ops.eigen_step_(
             weights, biases, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [s["last"] for s in states],
-            [s["size"] for s in states], control, weight_grads, bias_grads, [s["mean"] for s in states],
-            [s["basis_out"] for s in states], [s["basis_in"] for s in states], [float(g["lr"]) for g in of_weights],
-            [float(g["lr"]) for g in of_biases], [float(g["weight_decay"]) for g in of_weights],
-            [float(g["weight_decay"]) for g in of_biases], [s["step"] for s in states], beta1, beta2,
-            of_weights[0]["eps"], due,
+            [s["size"] for s in states], control, weight_grads, bias_grads, means, [s["basis_out"] for s in states],
+            [s["basis_in"] for s in states], [rate for rate, _ in rates], [rate for _, rate in rates],
+            [decay for decay, _ in decays], [decay for _, decay in decays], [s["step"] for s in states], beta1, beta2,
+            self.param_groups[0]["eps"], due,
         )  # fmt: skip
         if not self._taken(control):
             return
-        for (matrix, _), state, weight, bias in zip(present, states, weights, biases, strict=True):
+        for matrix, state, weight, bias, mean in zip(present, states, weights, biases, means, strict=True):
             _write_back(matrix.weight, weight)
             if matrix.bias is not None:
                 _write_back(matrix.bias, bias)
             state["step"] += 1
-            state["renewals"] += due and matrix.eigen
-        self.state[self._first]["steps"] += 1
+            state["mean"] = mean
+        for state, unseen in renewed:
+            state["renewals"] += 1
+            state["unseen"] = unseen
+        shared["steps"] += 1
 
     def _groups(self) -> dict[Tensor, dict[str, Any]]:
         """The group of every parameter, once the groups' numbers are known to be valid."""
+        first = self.param_groups[0]
         for group in self.param_groups:
-            check_numbers(f"{type(self).__name__}.step()", group, _NUMBERS)
+            _check_group(f"{type(self).__name__}.step()", group)
+            for name in ("betas", "eps"):
+                if tuple(group["betas"]) != tuple(first["betas"]) or group["eps"] != first["eps"]:
+                    raise ValueError(
+                        f"{type(self).__name__}.step(): expected {name} to be the same in all param_groups, got "
+                        f"{first[name]!r} and {group[name]!r}"
+                    )
         return {p: group for group in self.param_groups for p in group["params"]}
 
-    def _dtype(self, present: list[tuple[Matrix, Tensor]]) -> torch.dtype:
-        """What all parameters are computed in."""
-        device = present[0][0].weight.device
-        dtypes = set()
-        for matrix, _ in present:
-            if matrix.weight.device != device:
-                raise RuntimeError(
-                    f"{type(self).__name__}.step(): expected all parameters on one device, got {present[0][0].name!r} "
-                    f"on {device} and {matrix.name!r} on {matrix.weight.device}"
-                )
-            dtypes.add(compute_dtype(matrix.weight.dtype))
-        if len(dtypes) > 1:
-            raise RuntimeError(
-                f"{type(self).__name__}.step(): expected all parameters of one dtype, 16-bit ones counting as float32, got "
-                f"{' and '.join(sorted(map(str, dtypes)))}"
-            )
-        return dtypes.pop()
+    def _dtype(self, present: list[Matrix]) -> torch.dtype:
+        """What all parameters are computed in, once they and their gradients are known to be what can be computed with."""
+        name, first = f"{type(self).__name__}.step()", present[0]
+        dtype = compute_dtype(first.weight.dtype)
+        for matrix in present:
+            for p in (matrix.weight, matrix.bias):
+                if p is None:
+                    continue
+                if p.device != first.weight.device:
+                    raise RuntimeError(
+                        f"{name}: expected all parameters on one device, got {first.name!r} on {first.weight.device} and "
+                        f"{matrix.name!r} on {p.device}"
+                    )
+                if compute_dtype(p.dtype) is not dtype:
+                    raise RuntimeError(
+                        f"{name}: expected all parameters of one dtype, 16-bit ones counting as float32, got "
+                        f"{first.weight.dtype} and {p.dtype}"
+                    )
+                if any(stride == 0 < length - 1 for stride, length in zip(p.stride(), p.shape, strict=True)):
+                    raise RuntimeError(f"{name}: expected parameters with memory of their own, got expanded {matrix.name!r}")
+                if p.grad is not None and p.grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"{name}: expected dense gradients, got a sparse one for {matrix.name!r}; use sparse=False"
+                    )
+        return dtype
 
     def _renew(
         self,
         present: list[Matrix],
         states: list[dict[str, Any]],
+        means: list[Tensor],
         control: Tensor,
         weight_grads: list[Tensor],
         bias_grads: list[Tensor],
-    ) -> None:
-        """Renews the bases of all matrices from their inputs' sketches and their gradients."""
+    ) -> list[tuple[dict[str, Any], int]]:
+        """Renews the bases of all matrices from their inputs' sketches and their gradients.
+
+        Returns the states that it is for, and how many times in a row each has seen no inputs. A first mean that a sketch has
+        found takes its place in `means`, and is put into the state when the step is made.
+        """
         sketches = self._sketches if self._group is None else self._averaged(present)
-        unseen, chosen, given = [], [], []
-        for i, matrix in enumerate(present):
+        chosen, given, renewed, lost = [], [], [], []
+        for i, (matrix, state) in enumerate(zip(present, states, strict=True)):
             if not matrix.eigen:
                 continue
-            sketch, rows = sketches.get(matrix, (weight_grads[i].new_empty(0), 0))
-            if matrix.modules and not rows:
-                if states[i]["seen"]:
-                    continue  # the basis of its inputs stays, rather than being mixed with one of its gradients
-                unseen.append(matrix.name)
-            states[i]["seen"] |= rows > 0
+            sketch, unseen = sketches.get(matrix), 0
+            if sketch is None:
+                sketch, unseen = _Sketch(weight_grads[i].new_empty(0), means[i]), state["unseen"] + 1
+                if (
+                    matrix.modules
+                    and matrix.weight.grad is not None
+                    and state["renewals"] in (0, state["unseen"])
+                    and unseen == 1
+                ):
+                    lost.append(matrix.name)
+                elif state["renewals"] > state["unseen"] and unseen <= PATIENCE:  # it has seen some, and may again: V stays
+                    sketch = _Sketch(weight_grads[i].new_zeros(len(state["basis_in"]) + 1, matrix.shape[1]), means[i], 1)
+                elif unseen == PATIENCE + 1 and state["renewals"] > state["unseen"]:
+                    state["scale_in"].zero_()  # what inputs have said is on another scale than what gradients will say
+                    lost.append(matrix.name)
+            elif not state["renewals"]:
+                means[i] = sketch.shift
             chosen.append(i)
-            given.append((sketch, rows))
-        if unseen and "unseen" not in self._announced:
+            given.append(sketch)
+            renewed.append((state, unseen))
+        if lost and "unseen" not in self._announced:
             self._announced.add("unseen")
             warn(
-                f"{type(self).__name__} sees no inputs of {', '.join(unseen)}: the layers run in a compiled graph, or are not "
+                f"{type(self).__name__} sees no inputs of {', '.join(lost)}: the layers run in a compiled graph, or are not "
                 "called as modules. Their bases are those of their gradients."
             )
-        if not chosen:
-            return
-        of = [states[i] for i in chosen]
-        ops.eigen_renew_(
-            [s["mean"] for s in of], [s["basis_out"] for s in of], [s["basis_in"] for s in of], [s["scale_out"] for s in of],
-            [s["scale_in"] for s in of], [s["exp_avg"] for s in of], control, [weight_grads[i] for i in chosen],
-            [bias_grads[i] for i in chosen], [sketch for sketch, _ in given], [rows for _, rows in given],
-            [(1 - DECAY) / (1 - DECAY ** (s["renewals"] + 1)) for s in of],
-        )  # fmt: skip
+        if chosen:
+            of = [states[i] for i in chosen]
+            ops.eigen_renew_(
+                [means[i] for i in chosen], [s["basis_out"] for s in of], [s["basis_in"] for s in of],
+                [s["scale_out"] for s in of], [s["scale_in"] for s in of], [s["exp_avg"] for s in of], control,
+                [weight_grads[i] for i in chosen], [bias_grads[i] for i in chosen], [_finite(sketch.sums) for sketch in given],
+                [sketch.rows for sketch in given], [(1 - DECAY) / (1 - DECAY ** (s["renewals"] + 1)) for s in of],
+            )  # fmt: skip
+        return renewed
 
-    def _averaged(self, present: list[Matrix]) -> dict[Matrix, tuple[Tensor, int]]:
+    def _averaged(self, present: list[Matrix]) -> dict[Matrix, "_Sketch"]:
         """The sketches of all ranks' inputs, per input, as if one had seen them all."""
         wanted = [matrix for matrix in present if matrix.eigen and matrix.modules]
         if not wanted:
             return {}
         own = []
         for matrix in wanted:
-            basis = self.state[matrix.weight]["basis_in"]
-            sketch, rows = self._sketches.get(matrix) or (basis.new_zeros(len(basis) + 1, basis.shape[1]), 0)
-            own += [sketch.flatten(), sketch.new_full((1,), rows)]
+            state = self.state[matrix.weight]
+            empty = state["basis_in"].new_zeros(len(state["basis_in"]) + 1, matrix.shape[1])
+            sketch = self._sketches.get(matrix) or _Sketch(empty, state["mean"])
+            own += [sketch.sums.flatten(), empty.new_full((1,), sketch.rows)]
         flat = torch.cat(own)
         dist.all_reduce(flat, group=self._group)
         pieces = flat.split([piece.numel() for piece in own])
         averaged = {}
         for i, matrix in enumerate(wanted):
-            width = matrix.shape[1]
-            averaged[matrix] = (pieces[2 * i] / pieces[2 * i + 1].clamp(min=1)).view(-1, width), 1
+            sums = (pieces[2 * i] / pieces[2 * i + 1].clamp(min=1)).view(-1, matrix.shape[1])
+            averaged[matrix] = _Sketch(sums, self.state[matrix.weight]["mean"], 1)
         return averaged
 
     def _taken(self, control: Tensor) -> bool:
         """Whether the step was made, where that is known without waiting; raises, counts or warns where it should."""
         if control.is_cuda:
-            copy = torch.empty(control.shape, dtype=control.dtype, pin_memory=True).copy_(control, non_blocking=True)
+            copy = torch.empty(control.shape, dtype=control.dtype, device="cpu", pin_memory=True).copy_(
+                control, non_blocking=True
+            )
             event = torch.cuda.Event()
             event.record()
             self._report = copy, event
@@ -460,7 +545,7 @@ class EigenAdam(SecondOrderOptimizer):
 
     def _heed(self, entries: list[float]) -> bool:
         """Whether these entries of control are of a step that was made."""
-        state = self.state[self._first]
+        state = self._shared()
         refused = int(entries[_REFUSED]) - state["refused"]
         if not refused:
             return True
@@ -474,19 +559,24 @@ class EigenAdam(SecondOrderOptimizer):
 
     def _watch(self, loss: Any) -> None:
         """Warns where a closure's loss has grown to a thousand times the first one."""
-        value = abs(float(loss.detach() if isinstance(loss, Tensor) else loss))
-        first = self.state[self._first].setdefault("first_loss", value)
-        if value > 1000 * first > 0 and "growth" not in self._announced:
+        if "growth" in self._announced or self._maximize():
+            return
+        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_cuda:
+            loss = loss.item()
+        if not isinstance(loss, float):
+            return
+        shared = self._shared()
+        if abs(loss) > 1000 * shared.setdefault("first_loss", abs(loss)) > 0:
             self._announced.add("growth")
             warn(
-                f"{type(self).__name__}: the loss has grown from {first:.3g} to {value:.3g}: training diverges. "
+                f"{type(self).__name__}: the loss has grown from {shared['first_loss']:.3g} to {loss:.3g}: training diverges. "
                 "Lower lr, or clip the gradients."
             )
 
     @property
     def skipped_steps(self) -> int:
         """Steps that were not made since a gradient or an input was not finite. Part of the state_dict; waits for the device."""
-        return int(self._control()[_REFUSED])
+        return int(self._shared()["control"][_REFUSED])
 
     def metrics(self) -> dict[str, float]:
         """What is worth watching, waiting for the device.
@@ -496,7 +586,7 @@ class EigenAdam(SecondOrderOptimizer):
             "slope_ratio": that along the step before over it, -1 to 1 or so: above 0.1 steps grow, below -0.6 they shrink;
             "oscillations": how many steps had a negative one; "skipped_steps".
         """
-        entries = self._control().tolist()
+        entries = self._shared()["control"].tolist()
         return {
             "length": _length(entries),
             "slope": entries[_SLOPE],
@@ -511,11 +601,36 @@ def _length(entries: list[float]) -> float:
     return entries[_LENGTH] / (1 + entries[_OSCILLATIONS] / 25) ** 0.5 * min(1.0, (entries[_STEPS] + 2) / 14)
 
 
-def _plain(model: nn.Module) -> nn.Module:
-    """The model without torch.compile's and DDP's wrappers, which share its parameters and call it."""
-    model = getattr(model, "_orig_mod", model)
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    return getattr(model, "_orig_mod", model)
+def _check_group(owner: str, group: dict[str, Any]) -> None:
+    """Raises where a group's numbers are not what they must be."""
+    check_numbers(owner, group, _NUMBERS)
+    betas = group["betas"]
+    valid = isinstance(betas, tuple | list) and len(betas) == 2 and 0 <= betas[0] < 1 and 0 < betas[1] < 1
+    check_arguments(owner, [("betas", betas, valid, "to be two numbers, in [0, 1) and (0, 1)")])
+
+
+def _unwrapped(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
+    """The model without torch.compile's and DDP's wrappers, which share its parameters and call it; and DDP's ranks."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    group: dist.ProcessGroup | None = None
+    if isinstance(inner, DistributedDataParallel):
+        group = inner.process_group
+        inner = inner.module
+    return getattr(inner, "_orig_mod", inner), group
+
+
+def _cast(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    """A matrix' state on its parameter's device, in the dtype that this is computed in."""
+    dtype = compute_dtype(p.dtype)
+    return {
+        key: value.to(p.device, torch.float64 if key in ("control", "size") else dtype) if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }
+
+
+def _finite(sums: Tensor) -> Tensor:
+    """A sketch, or zeros, which leave V and the mean alone, where its inputs were not finite, though the gradients may be."""
+    return torch.where(sums.isfinite().all(), sums, 0.0) if sums.numel() else sums
 
 
 def _values(p: Tensor, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
@@ -531,8 +646,10 @@ def _write_back(p: Tensor, values: Tensor) -> None:
         p.copy_(values.view(p.shape))
 
 
-def _gradient(g: Tensor, shape: Iterable[int], dtype: torch.dtype, sign: int) -> Tensor:
-    """A gradient of what is minimised, as a matrix or vector."""
-    g = g.to(dtype)
+def _gradient(p: Tensor, shape: Iterable[int], dtype: torch.dtype, sign: int) -> Tensor:
+    """The gradient of what is minimised, as a matrix or vector; zeros where there is none."""
+    if p.grad is None:
+        return torch.zeros(*shape, dtype=dtype, device=p.device)
+    g = p.grad.to(dtype)
     g = g if g.shape == shape else g.reshape(*shape)
     return -g if sign < 0 else g
