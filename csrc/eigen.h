@@ -37,18 +37,27 @@ SECONDORDER_HD int64_t eigen_sampled_row(int64_t s, int64_t rows, int64_t n) { r
 // Adam's rule with Nesterov's look-ahead, as in NAdam, t from 0:
 //
 //   m = beta1 m + (1 - beta1) x,   v = beta2 v + (1 - beta2) x^2
-//   N = clip(sqrt(1 - beta2^(t+1)) (beta1 m / (1 - beta1^(t+2)) + (1 - beta1) x / (1 - beta1^(t+1))) / (sqrt(v) + eps), +-1.2)
+//   N = clip(sqrt(1 - beta2^(t+1)) (beta1 m / (1 - beta1^(t+2)) + (1 - beta1) x / (1 - beta1^(t+1))) / (sqrt(v) + eps),
+//   +-1.2)
 template <typename T>
 struct EigenMoments {
   T beta1, beta2, first, fresh, eps;
   static constexpr double kClip = 1.2;
 
   EigenMoments(double b1, double b2, int64_t t, double eps_)
-      : beta1(T(b1)),
-        beta2(T(b2)),
+      : beta1(T(b1)), beta2(T(b2)),
         first(T(std::sqrt(1 - std::pow(b2, double(t + 1))) * b1 / (1 - std::pow(b1, double(t + 2))))),
         fresh(T(std::sqrt(1 - std::pow(b2, double(t + 1))) * (1 - b1) / (1 - std::pow(b1, double(t + 1))))),
         eps(T(eps_)) {}
+  EigenMoments() = default;
+
+  // Takes x into both moments of its coordinate; returns N.
+  SECONDORDER_HD T normed(T x, T& m, T& v) const {
+    m = beta1 * m + (T(1) - beta1) * x;
+    v = beta2 * v + (T(1) - beta2) * x * x;
+    const T ratio = (first * m + fresh * x) / (std::sqrt(v) + eps), clip = T(kClip);
+    return ratio > clip ? clip : ratio < -clip ? -clip : ratio;
+  }
 };
 
 // Entries of the control tensor (float64): what finds the step length.
@@ -73,7 +82,8 @@ SECONDORDER_HD double eigen_length(const double* control) {
   return control[kEigenLength] / std::sqrt(1 + control[kEigenOscillations] / kEigenDecay) * (rise < 1 ? rise : 1.0);
 }
 
-// After a step: s0 = <x_t, N_t>, s1 = <x_t, N_{t-1}>, summed over all coordinates; s1 is unknown where bases were renewed.
+// After a step: s0 = <x_t, N_t>, s1 = <x_t, N_{t-1}>, summed over all coordinates; s1 is unknown where bases were
+// renewed.
 SECONDORDER_HD void eigen_control(double* control, double s0, double s1, bool renewed) {
   const double t = control[kEigenSteps];
   control[kEigenSteps] = t + 1;

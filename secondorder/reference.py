@@ -326,7 +326,7 @@ def _whole(parts: list[Tensor], u: Tensor, v: Tensor, bias: bool) -> tuple[Tenso
     if rest:
         residual = rest.pop(0)
         inner = inner + residual - u @ (u.T @ residual)
-    return inner - inner @ v @ v.T + y[:, :kv] @ v.T, y[:, kv] if bias else y[:0, 0]
+    return inner - inner @ v @ v.T + y[:, :kv] @ v.T, y[:, kv] if bias else y.new_zeros(0)
 
 
 def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -483,4 +483,5 @@ def _control(control: Tensor, slope: float, last_slope: float, renewed: bool) ->
         elif r < -0.6:
             length *= math.exp(0.05 * max(-1.0, r + 0.6))
         length = min(max(length, 1e-6), 0.1)
-    control.copy_(torch.tensor([length, oscillations, average, last_average, t + 1, refused, unrenewed, start]))
+    entries = [length, oscillations, average, last_average, t + 1, refused, unrenewed, start]
+    control.copy_(torch.tensor(entries, dtype=control.dtype))

@@ -1,0 +1,1270 @@
+// EigenAdam, all matrices of a net in each launch. secondorder/ops/eigen.py has the mathematics, csrc/eigen.h the parts
+// C, R, T, E of a gradient. Between kernels that go over whole matrices stand small ones over what has a side of a
+// basis:
+//
+//   step     products    G' V, U^T G', |G|^2: one pass over G
+//            parts, corner, sides    the parts but E; Adam's rule in them
+//            residual    E, Adam's rule in it, N_E V, U^T N_E: one pass over G and the moments
+//            whole, corner, sides    Q and Z of S = N_E + U Q + Z V^T
+//            update      S, W, S a: one pass over N_E, G and W
+//            finish      b, the size of gradients, the control of the step length
+//   renewal  products, parts, iteration, candidates, orthonormal    new bases: two passes over G
+//            the first moments as `whole` has them, then their parts by the new bases: three passes over them
+//
+// From the formulas of the specification, with B = N_E V and A = U^T N_E,
+//
+//   Q = N_T - A,   M = N_C - U^T (N_R - B) - N_T V,   Z = N_R - B + U M,
+//
+// where a bias' column of B and of N_T V is zero: the last column of Z is y.
+//
+// A pass cuts a matrix into strips of columns and chunks of rows, a block each, which leaves sums over its part; they
+// are added up in order by whoever reads them. A gradient that is not finite sets a flag in the first launches, before
+// anything is written, and the others return at once.
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <type_traits>
+
+#include "kernels.h"
+#include "reduce.cuh"
+
+namespace secondorder::cuda {
+namespace {
+
+constexpr int kTileRows = kWarp;   // the lanes of a warp have a column each of a tile, then a row each
+constexpr int kGroup = 8;          // vectors of a basis that are taken at a time
+constexpr int kBatch = 4;          // rows whose loads are under way together
+constexpr int kThreads = 256;      // of the kernels without tiles
+constexpr int kSideThreads = 512;  // of a block that makes a basis orthonormal
+constexpr int kSlice = 64;         // rows or columns of a block without tiles, at least
+constexpr int kSlices = 64;        // that a side is cut into, at most
+constexpr int kMostTiles = 8;      // of a chunk
+constexpr int kTilesPerUnit = 8;   // tiles for each multiprocessor, from which on chunks take more than one
+
+// Columns of a tile, a thread each: a tile takes 16 KB.
+template <typename T>
+constexpr int kStrip = 512 / int(sizeof(T));
+
+template <typename T>
+constexpr double kTiny = double(std::numeric_limits<T>::min());
+template <typename T>
+constexpr double kRounding = double(std::numeric_limits<T>::epsilon());
+
+// The inputs [m, p] of a sketch as a matrix: k and one for the sums are its vectors.
+template <typename T>
+struct SketchMatrix : EigenMatrix<T> {
+  T* sketch;  // [k + 1, p]
+};
+
+template <typename M>
+struct Layer {
+  M in;
+  uintptr_t work;
+  int64_t chunk;  // rows of a chunk
+};
+
+template <typename M>
+using Layers = Table<Layer<M>>;
+
+template <typename T>
+T scalar_of(const EigenMatrix<T>&);
+template <typename M>
+using Scalar = decltype(scalar_of(std::declval<M>()));
+
+template <typename M>
+constexpr bool kIsStep = std::is_same_v<M, EigenStep<Scalar<M>>>;
+template <typename M>
+constexpr bool kIsRenewal = std::is_same_v<M, EigenRenewal<Scalar<M>>>;
+
+// How many blocks of one kernel a matrix takes.
+template <typename T>
+__host__ __device__ inline int64_t strips(const EigenSizes& sizes) {
+  return ceil_div<int64_t>(sizes.p, kStrip<T>);
+}
+
+__host__ __device__ inline int64_t slice(int64_t n) { return kSlice * ceil_div<int64_t>(n, kSlice * kSlices); }
+
+__host__ __device__ inline int64_t slices(int64_t n) { return ceil_div(n, slice(n)); }
+
+// Device memory of one matrix. What has n elements is stored by vectors of them, as bases are.
+template <typename T>
+struct Work {
+  T* row_sums;      // [strips, vectors, n] products of the rows of each strip
+  T* column_sums;   // [chunks, vectors, p] products of the columns of each chunk
+  T* right;         // [c, n] X^T, then R^T
+  T* top;           // [ku, p] U^T G'
+  T* corner_sums;   // [slices of rows and of columns, ku, c]
+  T* corner;        // [ku, c] C, then M
+  T* new_corner;    // [ku, c] N_C
+  T* new_right;     // [c, n] N_R^T, then Z^T
+  T* new_top;       // [ku, p] N_T, then Q
+  T* whole;         // [n, p] N_E, or S of a renewal
+  double* squares;  // [strips chunks] of G, by blocks
+  double* scalars;  // [2] the size of gradients; the step length
+  T* next_out;      // [ku, n] the rows that become a basis
+  T* next_in;       // [kv, p]
+  T* length_out;    // [ku]
+  T* length_in;     // [kv]
+  double* along;    // [kv] V^T of a sketch's sums
+};
+
+// The memory of a matrix at `base`; returns its bytes.
+template <typename M>
+__host__ __device__ inline int64_t carve(const M& in, int64_t chunk, uintptr_t base, Work<Scalar<M>>& work) {
+  using T = Scalar<M>;
+  const EigenSizes& sizes = in.sizes;
+  const int64_t n = sizes.n, p = sizes.p, ku = sizes.ku, kv = sizes.kv, c = sizes.c();
+  const int64_t vectors = ku > kv ? (ku > 1 ? ku : 1) : (kv > 1 ? kv : 1), chunks = ceil_div(n, chunk);
+  uintptr_t end = base;
+  const auto take = [&](auto*& pointer, int64_t elements) {
+    pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(end);
+    end += ceil_div<int64_t>(elements * int64_t(sizeof(*pointer)), 16) * 16;
+  };
+  take(work.row_sums, strips<T>(sizes) * vectors * n);
+  take(work.column_sums, chunks * vectors * p);
+  take(work.right, c * n);
+  if constexpr (kIsStep<M> || kIsRenewal<M>) {
+    take(work.top, ku * p);
+    take(work.corner_sums, (slices(n) + slices(p)) * ku * c);
+    take(work.corner, ku * c);
+    take(work.new_corner, ku * c);
+    take(work.new_right, c * n);
+    take(work.new_top, ku * p);
+    take(work.whole, kIsRenewal<M> || sizes.residual() > 0 ? n * p : 0);
+  }
+  if constexpr (kIsStep<M>) {
+    take(work.squares, strips<T>(sizes) * chunks);
+    take(work.scalars, 2);
+  }
+  if constexpr (kIsRenewal<M>) {
+    take(work.next_out, ku * n);
+    take(work.next_in, kv * p);
+    take(work.length_out, ku);
+    take(work.length_in, kv);
+    take(work.along, kv);
+  }
+  return int64_t(end - base);
+}
+
+// Vectors of a basis, or of what is used like one: [count, n] or [count, p].
+template <typename T>
+struct Vectors {
+  const T* data;
+  int64_t count;
+};
+
+// A block's part of a matrix in a pass: a strip of columns, a thread each, and a chunk of rows.
+template <typename M>
+struct Part {
+  using T = Scalar<M>;
+  const M& in;
+  Work<T> work;
+  int64_t n, p, block, strip, chunk, begin, end, column;
+  bool inside;
+
+  __device__ __forceinline__ Part(const Layer<M>& layer, int64_t block_) : in(layer.in), block(block_) {
+    carve(in, layer.chunk, layer.work, work);
+    n = in.sizes.n;
+    p = in.sizes.p;
+    const int64_t count = strips<T>(in.sizes);
+    strip = block % count;
+    chunk = block / count;
+    begin = chunk * layer.chunk;
+    end = begin + layer.chunk < n ? begin + layer.chunk : n;
+    column = strip * kStrip<T> + threadIdx.x;
+    inside = column < p;
+  }
+
+  // f(first row, rows) for every tile.
+  template <typename F>
+  __device__ __forceinline__ void each_tile(F&& f) const {
+    for (int64_t row = begin; row < end; row += kTileRows) f(row, int(end - row < kTileRows ? end - row : kTileRows));
+  }
+};
+
+template <int kCount, typename T>
+__device__ __forceinline__ void load_many(const T* p, T (&v)[kCount]) {
+  constexpr int kSize = kCount % Vector<T>::kSize == 0 ? Vector<T>::kSize : 1;
+#pragma unroll
+  for (int e = 0; e < kCount; e += kSize) {
+    T piece[kSize];
+    load(p + e, piece);
+#pragma unroll
+    for (int f = 0; f < kSize; ++f) v[e + f] = piece[f];
+  }
+}
+
+template <int kCount, typename T>
+__device__ __forceinline__ void store_many(T* p, const T (&v)[kCount]) {
+  constexpr int kSize = kCount % Vector<T>::kSize == 0 ? Vector<T>::kSize : 1;
+#pragma unroll
+  for (int e = 0; e < kCount; e += kSize) {
+    T piece[kSize];
+#pragma unroll
+    for (int f = 0; f < kSize; ++f) piece[f] = v[e + f];
+    store(p + e, piece);
+  }
+}
+
+// A tile of a matrix in shared memory and the skinny products with it. Each thread writes a column of its own, and each
+// lane reads a row of its warp's columns. Every thread must call every function.
+template <typename T>
+struct Tile {
+  static constexpr int kWarps = kStrip<T> / kWarp;
+
+  T element[kWarps][kTileRows][kTileRows + 1];  // one more, so that neither rows nor columns share banks
+  alignas(16) T left[kTileRows][kGroup];
+  alignas(16) T right[kStrip<T>][kGroup];
+  alignas(16) T sums[kWarps][kTileRows][kGroup];
+
+  __device__ __forceinline__ T& own(int row) { return element[threadIdx.x / kWarp][row][threadIdx.x % kWarp]; }
+
+  // own(row) = f(row) for row < rows; zero in columns beyond the matrix.
+  template <typename F>
+  __device__ __forceinline__ void fill(int rows, bool inside, F&& f) {
+    for (int row = 0; row < rows; row += kBatch) {
+      T v[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) v[b] = inside && row + b < rows ? f(row + b) : T(0);
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) own(row + b) = v[b];
+    }
+  }
+
+  // left = rows of vectors `group` and on of those in `first`, then in `second`.
+  __device__ __forceinline__ void take_left(const Vectors<T>& first, const Vectors<T>& second, int64_t group, int64_t n,
+                                            int64_t begin, int rows) {
+    __syncthreads();  // what was there has been used
+    for (int k = threadIdx.x; k < kTileRows * kGroup; k += kStrip<T>) {
+      const int row = k % kTileRows, e = k / kTileRows;
+      const int64_t vector = group + e, count = first.count + second.count;
+      T value = 0;
+      if (vector < count && row < rows)
+        value =
+            (vector < first.count ? first.data + vector * n : second.data + (vector - first.count) * n)[begin + row];
+      left[row][e] = value;
+    }
+    __syncthreads();
+  }
+
+  // tile += sign (left1^T right1 + left2^T right2)   left1, left2 [., n], right1, right2 [., p]
+  __device__ __forceinline__ void add(T sign, const Vectors<T>& left1, const T* right1, const Vectors<T>& left2,
+                                      const T* right2, int64_t n, int64_t p, int64_t begin, int rows, int64_t column,
+                                      bool inside) {
+    const int64_t count = left1.count + left2.count;
+    for (int64_t group = 0; group < count; group += kGroup) {
+      T r[kGroup], l[kGroup];
+#pragma unroll
+      for (int e = 0; e < kGroup; ++e) {
+        const int64_t vector = group + e;
+        r[e] = 0;
+        if (inside && vector < count)
+          r[e] = sign * (vector < left1.count ? right1 + vector * p : right2 + (vector - left1.count) * p)[column];
+      }
+      take_left(left1, left2, group, n, begin, rows);
+      for (int row = 0; row < rows; ++row) {
+        load_many(left[row], l);
+        T sum = own(row);
+#pragma unroll
+        for (int e = 0; e < kGroup; ++e) sum += l[e] * r[e];
+        own(row) = sum;
+      }
+    }
+  }
+
+  // out[v, column] = sum over rows of vectors[v, row] tile[row, column], or that more where it is not the first tile.
+  //   out [count, p]
+  __device__ __forceinline__ void column_products(const Vectors<T>& vectors, int64_t n, int64_t p, int64_t begin,
+                                                  int rows, int64_t column, bool inside, bool first, T* out) {
+    for (int64_t group = 0; group < vectors.count; group += kGroup) {
+      take_left(vectors, {nullptr, 0}, group, n, begin, rows);
+      T sum[kGroup] = {}, l[kGroup];
+      for (int row = 0; row < rows; ++row) {
+        const T x = own(row);
+        load_many(left[row], l);
+#pragma unroll
+        for (int e = 0; e < kGroup; ++e) sum[e] += l[e] * x;
+      }
+#pragma unroll
+      for (int e = 0; e < kGroup; ++e) {
+        if (!inside || group + e >= vectors.count) continue;
+        T* const target = out + (group + e) * p + column;
+        *target = first ? sum[e] : *target + sum[e];
+      }
+    }
+  }
+
+  // out[v, row] = sum over the strip's columns of vectors[v, column] tile[row, column], kCount vectors at a time.
+  //   out [count, n]
+  template <int kCount>
+  __device__ __forceinline__ void row_products(const Vectors<T>& vectors, int64_t n, int64_t p, int64_t begin, int rows,
+                                               int64_t column, bool inside, T* out) {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    for (int64_t group = 0; group < vectors.count; group += kCount) {
+      T sum[kCount] = {}, r[kCount];
+#pragma unroll
+      for (int e = 0; e < kCount; ++e)
+        r[e] = inside && group + e < vectors.count ? vectors.data[(group + e) * p + column] : T(0);
+      store_many(right[threadIdx.x], r);
+      __syncthreads();  // the tile and `right` are written, and the sums of the group before read
+      for (int k = 0; k < kWarp; ++k) {
+        const T x = element[warp][lane][k];
+        load_many(right[warp * kWarp + k], r);
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) sum[e] += x * r[e];
+      }
+      store_many(sums[warp][lane], sum);
+      __syncthreads();
+      for (int k = threadIdx.x; k < kTileRows * kCount; k += kStrip<T>) {
+        const int row = k % kTileRows, e = k / kTileRows;
+        if (row >= rows || group + e >= vectors.count) continue;
+        T total = sums[0][row][e];
+#pragma unroll
+        for (int w = 1; w < kWarps; ++w) total += sums[w][row][e];
+        out[(group + e) * n + begin + row] = total;
+      }
+    }
+  }
+};
+
+// What a renewal adds to the mean at j.
+template <typename T>
+__device__ __forceinline__ T mean_change(const EigenRenewal<T>& in, int64_t j) {
+  if (!in.grad_bias || !in.sketch) return T(0);
+  return T(in.share) * in.sketch[in.sizes.kv * in.sizes.p + j] / T(in.rows);
+}
+
+// Which matrix the products are of, and with which vectors.
+enum class Products {
+  step,         // G' with the bases; |G|^2
+  renewal,      // G' with the bases (V only without a sketch); whether G is finite
+  iteration,    // G' with G' V (only without a sketch) and U^T G'
+  moments,      // the first moments of E with the bases
+  sketch,       // the shifted inputs with V
+  sketch_sums,  // the shifted inputs with their coordinates along V and with 1
+};
+
+// Parallel over strips and chunks.
+template <Products kProducts, typename M>
+__global__ void __launch_bounds__(kStrip<Scalar<M>>)
+    products_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division, int* refused) {
+  using T = Scalar<M>;
+  constexpr bool kSketch = kProducts == Products::sketch || kProducts == Products::sketch_sums;
+  constexpr bool kMoments = kProducts == Products::moments;
+  __shared__ Tile<T> tile;
+  __shared__ double partial[1][kWarp];
+  if ((kMoments || kProducts == Products::iteration) && *refused) return;
+  const int l = division.layer(layers.count, blockIdx.x);
+  const Part<M> at(layers.layer[l], blockIdx.x - division.first[l]);
+  const M& in = at.in;
+  const EigenSizes& sizes = in.sizes;
+  const T* source = (kMoments ? in.first + sizes.rest() : in.grad_weight) + at.column;
+  Vectors<T> left{in.basis_out, sizes.ku}, right{in.basis_in, sizes.kv};
+  T centre = 0;  // the mean at the thread's column
+  if constexpr (kSketch) {
+    if (at.inside) centre = in.mean[at.column];
+    left = {at.work.right, kProducts == Products::sketch ? 0 : sizes.ku};
+    if (kProducts == Products::sketch_sums) right.count = 0;
+  } else if constexpr (!kMoments) {
+    if (in.grad_bias && at.inside) centre = in.mean[at.column];
+    if constexpr (kIsRenewal<M>) {
+      if (in.grad_bias && at.inside) centre += mean_change(in, at.column);
+      if (kProducts == Products::iteration) {
+        left = {at.work.right, sizes.kv};
+        right = {at.work.top, sizes.ku};
+      }
+      if (in.sketch) (kProducts == Products::iteration ? left : right).count = 0;
+    }
+  }
+  T* const row_sums = at.work.row_sums + at.strip * right.count * at.n;
+  T* const column_sums = at.work.column_sums + at.chunk * left.count * at.p;
+  double square[1] = {};
+  bool finite = true;
+  at.each_tile([&](int64_t begin, int rows) {
+    tile.fill(rows, at.inside, [&](int row) {
+      const T x = source[(begin + row) * at.p];
+      if (kProducts == Products::step) square[0] += double(x) * double(x);
+      if (kProducts == Products::renewal) finite = finite && x - x == 0;
+      if constexpr (kSketch) return x - centre;
+      else if constexpr (kMoments) return x;
+      else return in.grad_bias ? x - in.grad_bias[begin + row] * centre : x;
+    });
+    tile.column_products(left, at.n, at.p, begin, rows, at.column, at.inside, begin == at.begin, column_sums);
+    tile.template row_products<kGroup>(right, at.n, at.p, begin, rows, at.column, at.inside, row_sums);
+  });
+  if constexpr (kProducts == Products::step) {
+    block_sum(square, partial);
+    if (threadIdx.x == 0) at.work.squares[at.block] = square[0];
+  }
+  if constexpr (kProducts == Products::renewal) {
+    finite = __syncthreads_and(finite);
+    if (threadIdx.x == 0 && !finite) atomicOr(refused, 1);
+  }
+}
+
+// Adam's rule with the floor that the size of the gradients sets.
+template <typename T>
+__device__ __forceinline__ EigenMoments<T> rule(const EigenStep<T>& in, const Work<T>& work) {
+  EigenMoments<T> moments = in.moments;
+  moments.eps = T(double(moments.eps) * work.scalars[0] + kTiny<T>);
+  return moments;
+}
+
+// N at one of the parts C, R, T, where `place` is in the flat tensors; adds to the slopes along this N and along the
+// last.
+template <typename T>
+__device__ __forceinline__ T normed(const EigenStep<T>& in, const EigenMoments<T>& moments, int64_t place, T x,
+                                    double (&slopes)[2]) {
+  T m = in.first[place], v = in.second[place];
+  const T result = moments.normed(x, m, v);
+  in.first[place] = m;
+  in.second[place] = v;
+  slopes[0] += double(x) * double(result);
+  slopes[1] += double(x) * double(in.last[place]);
+  in.last[place] = result;
+  return result;
+}
+
+// Stores a block's share of the slopes, in the place that is its own. Every thread must call it.
+__device__ __forceinline__ void store_slopes(double (&slopes)[2], double (*partial)[kWarp], double* out) {
+  block_sum(slopes, partial);
+  if (threadIdx.x < 2) out[2 * int64_t(blockIdx.x) + threadIdx.x] = slopes[threadIdx.x];
+}
+
+// E, Adam's rule in it, and the products of its N with the bases. Parallel over strips and chunks.
+//   slopes [blocks, 2]
+template <typename T>
+__global__ void __launch_bounds__(kStrip<T>)
+    residual_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                    const int* __restrict__ refused, double* slopes) {
+  __shared__ Tile<T> tile;
+  __shared__ double partial[2][kWarp];
+  if (*refused) return;
+  const int l = division.layer(layers.count, blockIdx.x);
+  const Part<EigenStep<T>> at(layers.layer[l], blockIdx.x - division.first[l]);
+  const EigenStep<T>& in = at.in;
+  const EigenSizes& sizes = in.sizes;
+  const EigenMoments<T> moments = rule(in, at.work);
+  const int64_t n = at.n, p = at.p, column = at.column, rest = sizes.rest();
+  const T centre = in.grad_bias && at.inside ? in.mean[column] : T(0);
+  T* const row_sums = at.work.row_sums + at.strip * sizes.kv * n;
+  T* const column_sums = at.work.column_sums + at.chunk * sizes.ku * p;
+  // The next row that is a sample, and which.
+  int64_t sample = ceil_div(at.begin * in.sampled, n);
+  const auto sampled_row = [&] { return sample < in.sampled ? eigen_sampled_row(sample, in.sampled, n) : n; };
+  int64_t next = sampled_row();
+  const double weight = double(n) / double(in.sampled);
+  double sums[2] = {};
+  at.each_tile([&](int64_t begin, int rows) {
+    tile.fill(rows, at.inside, [&](int row) {
+      const T x = in.grad_weight[(begin + row) * p + column];
+      return in.grad_bias ? x - in.grad_bias[begin + row] * centre : x;
+    });
+    tile.add(T(-1), {in.basis_out, sizes.ku}, at.work.top, {at.work.right, sizes.kv}, in.basis_in, n, p, begin, rows,
+             column, at.inside);
+    const int64_t first = begin * p + column;
+    T *const m = in.first + rest + first, *const v = in.second + rest + first, *const whole = at.work.whole + first;
+    for (int row = 0; row < rows; row += kBatch) {
+      T old_m[kBatch], old_v[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const bool there = at.inside && row + b < rows;
+        old_m[b] = there ? m[(row + b) * p] : T(0);
+        old_v[b] = there ? v[(row + b) * p] : T(0);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (row + b >= rows) continue;
+        const bool chosen = begin + row + b == next;
+        if (at.inside) {
+          const T x = tile.own(row + b), result = moments.normed(x, old_m[b], old_v[b]);
+          m[(row + b) * p] = old_m[b];
+          v[(row + b) * p] = old_v[b];
+          whole[(row + b) * p] = tile.own(row + b) = result;
+          if (chosen) {
+            T* const last = in.last + rest + sample * p + column;
+            sums[0] += weight * double(x) * double(result);
+            sums[1] += weight * double(x) * double(*last);
+            *last = result;
+          }
+        }
+        if (chosen) {
+          ++sample;
+          next = sampled_row();
+        }
+      }
+    }
+    tile.column_products({in.basis_out, sizes.ku}, n, p, begin, rows, column, at.inside, begin == at.begin,
+                         column_sums);
+    tile.template row_products<kGroup>({in.basis_in, sizes.kv}, n, p, begin, rows, column, at.inside, row_sums);
+  });
+  store_slopes(sums, partial, slopes);
+}
+
+// tile = x + U Q + Z V^T, x being what f gives.
+template <typename M, typename F>
+__device__ __forceinline__ void fill_whole(Tile<Scalar<M>>& tile, const Part<M>& at, int64_t begin, int rows, F&& f) {
+  const M& in = at.in;
+  tile.fill(rows, at.inside, f);
+  tile.add(1, {in.basis_out, in.sizes.top() > 0 ? in.sizes.ku : 0}, at.work.new_top, {at.work.new_right, in.sizes.kv},
+           in.basis_in, at.n, at.p, begin, rows, at.column, at.inside);
+}
+
+// S where the gradient is not zero, W, and S a. Parallel over strips and chunks.
+template <typename T>
+__global__ void __launch_bounds__(kStrip<T>)
+    update_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                  const int* __restrict__ refused) {
+  __shared__ Tile<T> tile;
+  if (*refused) return;
+  const int l = division.layer(layers.count, blockIdx.x);
+  const Part<EigenStep<T>> at(layers.layer[l], blockIdx.x - division.first[l]);
+  const EigenStep<T>& in = at.in;
+  const int64_t n = at.n, p = at.p, column = at.column;
+  const double rate = at.work.scalars[1] * in.lr;
+  const T lr = T(rate), keep = T(1 - rate * in.decay);
+  const bool residual = in.sizes.residual() > 0;
+  at.each_tile([&](int64_t begin, int rows) {
+    const int64_t first = begin * p + column;
+    const T* const whole = at.work.whole + first;
+    fill_whole(tile, at, begin, rows, [&](int row) { return residual ? whole[row * p] : T(0); });
+    const T* const g = in.grad_weight + first;
+    T* const w = in.weight + first;
+    for (int row = 0; row < rows; row += kBatch) {
+      T old_g[kBatch], old_w[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const bool there = at.inside && row + b < rows;
+        old_g[b] = there ? g[(row + b) * p] : T(0);
+        old_w[b] = there ? w[(row + b) * p] : T(0);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (!at.inside || row + b >= rows) continue;
+        const T s = old_g[b] == T(0) ? T(0) : tile.own(row + b);
+        tile.own(row + b) = s;
+        w[(row + b) * p] = keep * old_w[b] - lr * s;
+      }
+    }
+    if (in.bias)
+      tile.template row_products<1>({in.mean, 1}, n, p, begin, rows, column, at.inside,
+                                    at.work.row_sums + at.strip * n);
+  });
+}
+
+// The first moments S in the parameters' coordinates, and their products with the new bases. Parallel over strips and
+// chunks.
+template <typename T>
+__global__ void __launch_bounds__(kStrip<T>)
+    whole_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                 const int* __restrict__ refused) {
+  __shared__ Tile<T> tile;
+  if (*refused) return;
+  const int l = division.layer(layers.count, blockIdx.x);
+  const Part<EigenRenewal<T>> at(layers.layer[l], blockIdx.x - division.first[l]);
+  const EigenRenewal<T>& in = at.in;
+  const EigenSizes& sizes = in.sizes;
+  const int64_t n = at.n, p = at.p, column = at.column;
+  const bool residual = sizes.residual() > 0;
+  at.each_tile([&](int64_t begin, int rows) {
+    const int64_t first = begin * p + column;
+    const T* const m = in.first + sizes.rest() + first;
+    fill_whole(tile, at, begin, rows, [&](int row) { return residual ? m[row * p] : T(0); });
+    if (at.inside)
+      for (int row = 0; row < rows; ++row) at.work.whole[first + row * p] = tile.own(row);
+    tile.column_products({at.work.next_out, sizes.ku}, n, p, begin, rows, column, at.inside, begin == at.begin,
+                         at.work.column_sums + at.chunk * sizes.ku * p);
+    tile.template row_products<kGroup>({at.work.next_in, sizes.kv}, n, p, begin, rows, column, at.inside,
+                                       at.work.row_sums + at.strip * sizes.kv * n);
+  });
+}
+
+// The first moments of E by the new bases. Parallel over strips and chunks.
+template <typename T>
+__global__ void __launch_bounds__(kStrip<T>)
+    remainder_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                     const int* __restrict__ refused) {
+  __shared__ Tile<T> tile;
+  if (*refused) return;
+  const int l = division.layer(layers.count, blockIdx.x);
+  const Part<EigenRenewal<T>> at(layers.layer[l], blockIdx.x - division.first[l]);
+  const EigenSizes& sizes = at.in.sizes;
+  T* const m = at.in.first + sizes.rest();
+  at.each_tile([&](int64_t begin, int rows) {
+    const int64_t first = begin * at.p + at.column;
+    tile.fill(rows, at.inside, [&](int row) { return at.work.whole[first + row * at.p]; });
+    tile.add(T(-1), {at.work.next_out, sizes.ku}, at.work.top, {at.work.right, sizes.kv}, at.work.next_in, at.n, at.p,
+             begin, rows, at.column, at.inside);
+    if (at.inside)
+      for (int row = 0; row < rows; ++row) m[first + row * at.p] = tile.own(row);
+  });
+}
+
+// A block's slice of the rows or of the columns of a matrix; or neither: the last block of every matrix.
+struct Slice {
+  int64_t index, begin, end;  // of rows, then of columns
+  bool rows, columns;
+
+  __device__ __forceinline__ Slice(const EigenSizes& sizes, int64_t block) {
+    const int64_t row_slices = slices(sizes.n);
+    rows = block < row_slices;
+    columns = !rows && block < row_slices + slices(sizes.p);
+    index = block;
+    const int64_t size = rows ? sizes.n : sizes.p, step = slice(size);
+    begin = (rows ? block : block - row_slices) * step;
+    end = begin + step < size ? begin + step : size;
+  }
+
+  // f(vector, element) over `count` vectors' elements of the slice, shared among the block's threads.
+  template <typename F>
+  __device__ __forceinline__ void each(int64_t count, F&& f) const {
+    const int64_t length = end - begin;
+    for (int64_t k = threadIdx.x; k < count * length; k += kThreads) f(k / length, begin + k % length);
+  }
+};
+
+// sum over s < count of sums[s stride]
+template <typename T>
+__device__ __forceinline__ T ordered_sum(const T* sums, int64_t count, int64_t stride) {
+  T sum = 0;
+#pragma unroll 4
+  for (int64_t s = 0; s < count; ++s) sum += sums[s * stride];
+  return sum;
+}
+
+// out[q, r] = sum over the slice of left[q, .] right[r, .] for r < count, else 0, a warp for each.
+//   left [ku, size], right [count, size], out [ku, c]
+template <typename T>
+__device__ __forceinline__ void slice_products(const Slice& slice, int64_t size, const T* left, int64_t ku,
+                                               const T* right, int64_t count, int64_t c, T* out) {
+  for (int64_t pair = threadIdx.x / kWarp; pair < ku * c; pair += kThreads / kWarp) {
+    const int64_t q = pair / c, r = pair % c;
+    T sum = 0;
+    if (r < count)
+      for (int64_t i = slice.begin + threadIdx.x % kWarp; i < slice.end; i += kWarp)
+        sum += left[q * size + i] * right[r * size + i];
+    sum = warp_sum(sum);
+    if (threadIdx.x % kWarp == 0) out[pair] = sum;
+  }
+}
+
+// What parts_kernel makes of products.
+enum class Parts {
+  step,     // of the gradient; and the step's scalars, and whether it is refused
+  renewal,  // of the gradient; and what else of a renewal must be finite
+  moments,  // of the first moments, by the new bases
+  sketch,   // of the inputs
+};
+
+// The last column of X at row i.
+template <Parts kParts, typename M>
+__device__ __forceinline__ Scalar<M> bias_column(const M& in, const Work<Scalar<M>>& work, int64_t i) {
+  if constexpr (kParts == Parts::sketch) return 1;
+  else if constexpr (kParts == Parts::moments) return work.new_right[in.sizes.kv * in.sizes.n + i];
+  else return in.grad_bias[i];
+}
+
+// X, U^T G', and the slices' shares of C = U^T X. Parallel over slices of rows and of columns, and one block more.
+template <Parts kParts, typename M>
+__global__ void __launch_bounds__(kThreads)
+    parts_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                 const double* control, int* refused) {
+  using T = Scalar<M>;
+  __shared__ double partial[2][kWarp];
+  if (kParts == Parts::moments && *refused) return;
+  const int l = division.layer(layers.count, blockIdx.x);
+  const M& in = layers.layer[l].in;
+  const EigenSizes& sizes = in.sizes;
+  Work<T> work;
+  carve(in, layers.layer[l].chunk, layers.layer[l].work, work);
+  const int64_t n = sizes.n, p = sizes.p, ku = sizes.ku, c = sizes.c(), chunks = ceil_div(n, layers.layer[l].chunk);
+  const Slice slice(sizes, blockIdx.x - division.first[l]);
+  int64_t kv = sizes.kv;
+  if constexpr (kParts == Parts::renewal)
+    if (in.sketch) kv = 0;  // no G' V was made
+  bool finite = true;
+  if (slice.rows) {
+    slice.each(kv, [&](int64_t v, int64_t i) {
+      work.right[v * n + i] = ordered_sum(work.row_sums + v * n + i, strips<T>(sizes), kv * n);
+    });
+    if (sizes.bias)
+      slice.each(1, [&](int64_t, int64_t i) {
+        const T g = bias_column<kParts>(in, work, i);
+        work.right[sizes.kv * n + i] = g;
+        finite = finite && g - g == 0;
+      });
+    if constexpr (kParts == Parts::step || kParts == Parts::moments) {
+      __syncthreads();
+      const T* basis = in.basis_out;
+      if constexpr (kParts == Parts::moments) basis = work.next_out;
+      slice_products(slice, n, basis, ku, work.right, c, c, work.corner_sums + slice.index * ku * c);
+    }
+  } else if (slice.columns) {
+    if constexpr (kParts != Parts::sketch)
+      slice.each(ku, [&](int64_t q, int64_t j) {
+        work.top[q * p + j] = ordered_sum(work.column_sums + q * p + j, chunks, ku * p);
+      });
+    if constexpr (kParts == Parts::renewal)
+      if (in.sketch)
+        slice.each(sizes.kv + 1, [&](int64_t v, int64_t j) {
+          const T x = in.sketch[v * p + j];
+          finite = finite && x - x == 0;
+        });
+  } else if constexpr (kParts == Parts::step) {
+    double squares[2] = {};  // of G and of g
+    for (int64_t k = threadIdx.x; k < strips<T>(sizes) * chunks; k += kThreads) squares[0] += work.squares[k];
+    if (in.grad_bias)
+      for (int64_t i = threadIdx.x; i < n; i += kThreads)
+        squares[1] += double(in.grad_bias[i]) * double(in.grad_bias[i]);
+    block_sum(squares, partial);
+    if (threadIdx.x == 0) {
+      const double size = std::sqrt(squares[0] / (double(n) * double(p)));
+      work.scalars[0] = size > *in.size ? size : *in.size;
+      work.scalars[1] = eigen_length(control);
+      // A NaN is not below the limit either.
+      if (!(squares[0] < kLargest<T> / 4 && squares[1] < kLargest<T> / 4) || control[kEigenUnrenewed] != 0)
+        atomicOr(refused, 1);
+    }
+  } else if constexpr (kParts == Parts::renewal) {
+    if (in.sketch)
+      for (int64_t v = threadIdx.x / kWarp; v < sizes.kv; v += kThreads / kWarp) {
+        double sum = 0;
+        for (int64_t j = threadIdx.x % kWarp; j < p; j += kWarp)
+          sum += double(in.basis_in[v * p + j]) * double(in.sketch[sizes.kv * p + j]);
+        sum = warp_sum(sum);
+        if (threadIdx.x % kWarp == 0) work.along[v] = sum;
+      }
+  }
+  if constexpr (kParts == Parts::renewal) {
+    finite = __syncthreads_and(finite);
+    if (threadIdx.x == 0 && !finite) atomicOr(refused, 1);
+  }
+}
+
+// N_R - B, N_T - A, and the slices' shares of U^T (N_R - B) and N_T V; of first moments in a renewal. Parallel over
+// slices of rows and of columns.
+template <typename M>
+__global__ void __launch_bounds__(kThreads)
+    whole_parts_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                       const int* __restrict__ refused) {
+  using T = Scalar<M>;
+  if (*refused) return;
+  const int l = division.layer(layers.count, blockIdx.x);
+  const M& in = layers.layer[l].in;
+  const EigenSizes& sizes = in.sizes;
+  Work<T> work;
+  carve(in, layers.layer[l].chunk, layers.layer[l].work, work);
+  const int64_t n = sizes.n, p = sizes.p, ku = sizes.ku, kv = sizes.kv, c = sizes.c();
+  const int64_t chunks = ceil_div(n, layers.layer[l].chunk);
+  const bool residual = sizes.residual() > 0;
+  const Slice slice(sizes, blockIdx.x - division.first[l]);
+  T* const corner_sums = work.corner_sums + slice.index * ku * c;
+  if (slice.rows && sizes.right() > 0) {
+    slice.each(c, [&](int64_t v, int64_t i) {
+      T x = kIsRenewal<M> ? in.first[sizes.corner() + i * c + v] : work.new_right[v * n + i];
+      if (residual && v < kv) x -= ordered_sum(work.row_sums + v * n + i, strips<T>(sizes), kv * n);
+      work.new_right[v * n + i] = x;
+    });
+    __syncthreads();
+    slice_products(slice, n, in.basis_out, ku, work.new_right, c, c, corner_sums);
+  } else if (slice.columns && sizes.top() > 0) {
+    if (kIsRenewal<M>) {
+      slice.each(ku, [&](int64_t q, int64_t j) {
+        work.new_top[q * p + j] = in.first[sizes.corner() + sizes.right() + q * p + j];
+      });
+      __syncthreads();
+    }
+    slice_products(slice, p, work.new_top, ku, in.basis_in, kv, c, corner_sums);
+    __syncthreads();
+    if (residual)
+      slice.each(ku, [&](int64_t q, int64_t j) {
+        work.new_top[q * p + j] -= ordered_sum(work.column_sums + q * p + j, chunks, ku * p);
+      });
+  }
+}
+
+// What has a side of a basis, element by element: C, or M with kWhole. Parallel over the elements.
+//   slopes [blocks, 2]: a step's, without kWhole
+template <bool kWhole, typename M>
+__global__ void __launch_bounds__(kThreads)
+    corner_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                  const int* __restrict__ refused, double* slopes) {
+  using T = Scalar<M>;
+  __shared__ double partial[2][kWarp];
+  if (*refused) return;
+  const int l = division.layer(layers.count, blockIdx.x);
+  const M& in = layers.layer[l].in;
+  const EigenSizes& sizes = in.sizes;
+  Work<T> work;
+  carve(in, layers.layer[l].chunk, layers.layer[l].work, work);
+  const int64_t k = int64_t(blockIdx.x - division.first[l]) * kThreads + threadIdx.x, size = sizes.corner();
+  const int64_t row_slices = slices(sizes.n), column_slices = slices(sizes.p);
+  double sums[2] = {};
+  if (k < size) {
+    const T* const shares = work.corner_sums + k;
+    if constexpr (kWhole) {
+      T m = kIsRenewal<M> ? in.first[k] : work.new_corner[k];
+      if (sizes.right() > 0) m -= ordered_sum(shares, row_slices, size);
+      if (sizes.top() > 0) m -= ordered_sum(shares + row_slices * size, column_slices, size);
+      work.corner[k] = m;
+    } else {
+      const T x = ordered_sum(shares, row_slices, size);
+      work.corner[k] = x;
+      if constexpr (kIsStep<M>) work.new_corner[k] = normed(in, rule(in, work), k, x, sums);
+      else in.first[k] = x;
+    }
+  }
+  if constexpr (kIsStep<M> && !kWhole) store_slopes(sums, partial, slopes);
+}
+
+// R and T from C; or Z from M with kWhole. Parallel over the elements of R and of T, a thread each.
+//   slopes [blocks, 2]: a step's, without kWhole
+template <bool kWhole, typename M>
+__global__ void __launch_bounds__(kThreads)
+    sides_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                 const int* __restrict__ refused, double* slopes) {
+  using T = Scalar<M>;
+  __shared__ double partial[2][kWarp];
+  if (*refused) return;
+  const int l = division.layer(layers.count, blockIdx.x);
+  const M& in = layers.layer[l].in;
+  const EigenSizes& sizes = in.sizes;
+  Work<T> work;
+  carve(in, layers.layer[l].chunk, layers.layer[l].work, work);
+  const int64_t n = sizes.n, p = sizes.p, ku = sizes.ku, kv = sizes.kv, c = sizes.c();
+  const int64_t block = blockIdx.x - division.first[l], right_blocks = ceil_div<int64_t>(n * c, kThreads);
+  const T *basis_out = in.basis_out, *basis_in = in.basis_in;
+  if constexpr (kIsRenewal<M> && !kWhole) {
+    basis_out = work.next_out;
+    basis_in = work.next_in;
+  }
+  double sums[2] = {};
+  if (block < right_blocks) {
+    // By rows of R, as the moments have it.
+    const int64_t k = block * kThreads + threadIdx.x, i = k / c, v = k % c;
+    if (k < n * c && (kWhole || sizes.right() > 0)) {
+      T change = 0;
+      for (int64_t q = 0; q < ku; ++q) change += basis_out[q * n + i] * work.corner[q * c + v];
+      if constexpr (kWhole) {
+        T& z = work.new_right[v * n + i];
+        z = (sizes.right() > 0 ? z : T(0)) + change;
+      } else {
+        const T x = work.right[v * n + i] - change;
+        work.right[v * n + i] = x;
+        const int64_t place = sizes.corner() + k;
+        if constexpr (kIsStep<M>) work.new_right[v * n + i] = normed(in, rule(in, work), place, x, sums);
+        else in.first[place] = x;
+      }
+    }
+  } else if (!kWhole && sizes.top() > 0) {
+    const int64_t k = (block - right_blocks) * kThreads + threadIdx.x, q = k / p, j = k % p;
+    if (k < ku * p) {
+      T x = work.top[k];
+      for (int64_t v = 0; v < kv; ++v) x -= work.corner[q * c + v] * basis_in[v * p + j];
+      const int64_t place = sizes.corner() + sizes.right() + k;
+      if constexpr (kIsStep<M>) work.new_top[k] = normed(in, rule(in, work), place, x, sums);
+      else in.first[place] = x;
+    }
+  }
+  if constexpr (kIsStep<M> && !kWhole) store_slopes(sums, partial, slopes);
+}
+
+// b and the size of gradients; and by the block beyond all matrices', where the launch has one, the control of the step
+// length from `count` slopes. Parallel over the rows of every matrix, a thread each.
+//   slopes [count, 2]
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    finish_step_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                       const int* __restrict__ refused, const double* __restrict__ slopes, int64_t count, bool renewed,
+                       double* control) {
+  __shared__ double partial[2][kWarp];
+  if (blockIdx.x == division.first[layers.count]) {
+    const bool refuse = *refused || control[kEigenUnrenewed] != 0;
+    double sums[2] = {};
+    for (int64_t k = threadIdx.x; k < count; k += kThreads) {
+      sums[0] += slopes[2 * k];
+      sums[1] += slopes[2 * k + 1];
+    }
+    block_sum(sums, partial);
+    if (threadIdx.x != 0) return;
+    if (refuse) {
+      control[kEigenRefused] += 1;
+      control[kEigenUnrenewed] = 0;
+    } else {
+      eigen_control(control, sums[0], sums[1], renewed);
+    }
+    return;
+  }
+  if (*refused) return;
+  const int l = division.layer(layers.count, blockIdx.x);
+  const EigenStep<T>& in = layers.layer[l].in;
+  Work<T> work;
+  carve(in, layers.layer[l].chunk, layers.layer[l].work, work);
+  const int64_t i = int64_t(blockIdx.x - division.first[l]) * kThreads + threadIdx.x, n = in.sizes.n;
+  if (i == 0) *in.size = work.scalars[0];
+  if (!in.bias || i >= n) return;
+  const double rate = work.scalars[1] * in.lr_bias;
+  const T keep = T(1 - rate * in.decay_bias);
+  T step = 0;
+  if (in.grad_bias[i] != T(0))
+    step = work.new_right[in.sizes.kv * n + i] - ordered_sum(work.row_sums + i, strips<T>(in.sizes), n);
+  in.bias[i] = keep * in.bias[i] - T(rate) * step;
+}
+
+// (1 - w) S V + w M V of both sides, by vectors. Parallel over slices of rows and of columns.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    candidates_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                      const int* __restrict__ refused) {
+  if (*refused) return;
+  const int l = division.layer(layers.count, blockIdx.x);
+  const EigenRenewal<T>& in = layers.layer[l].in;
+  const EigenSizes& sizes = in.sizes;
+  Work<T> work;
+  carve(in, layers.layer[l].chunk, layers.layer[l].work, work);
+  const int64_t n = sizes.n, p = sizes.p, chunks = ceil_div(n, layers.layer[l].chunk);
+  const T w = T(in.share), old = T(1 - in.share);
+  const Slice slice(sizes, blockIdx.x - division.first[l]);
+  if (slice.rows) {
+    slice.each(sizes.ku, [&](int64_t q, int64_t i) {
+      const T product = ordered_sum(work.row_sums + q * n + i, strips<T>(sizes), sizes.ku * n);
+      work.next_out[q * n + i] = old * in.scale_out[q] * in.basis_out[q * n + i] + w * product;
+    });
+  } else if (slice.columns) {
+    slice.each(sizes.kv, [&](int64_t v, int64_t j) {
+      T product;
+      if (in.sketch) {
+        // sum (x - move) (x - move)^T V from the sums over x
+        const T move = mean_change(in, j), sum = in.sketch[sizes.kv * p + j], rows = T(in.rows);
+        const T along = T(work.along[v]);
+        const T moved = in.grad_bias ? T(in.share * work.along[v] / double(in.rows)) : T(0);  // V^T of the change
+        product = (in.sketch[v * p + j] - moved * sum - along * move + rows * moved * move) / rows;
+      } else {
+        product = ordered_sum(work.column_sums + v * p + j, chunks, sizes.kv * p);
+      }
+      work.next_in[v * p + j] = old * in.scale_in[v] * in.basis_in[v * p + j] + w * product;
+    });
+  }
+}
+
+// f(i) for i < n, shared among a side's threads: an element is one thread's throughout.
+template <typename F>
+__device__ __forceinline__ void each_element(int64_t n, F&& f) {
+  for (int64_t i = threadIdx.x; i < n; i += kSideThreads) f(i);
+}
+
+// |row|, squares in double: those of a float may leave its range.   row [n]
+template <typename T>
+__device__ __forceinline__ double norm(int64_t n, const T* row, double (*partial)[kWarp]) {
+  double square[1] = {};
+  each_element(n, [&](int64_t i) { square[0] += double(row[i]) * double(row[i]); });
+  block_sum(square, partial);
+  return std::sqrt(square[0]);
+}
+
+// row -= its projection on the q rows of the basis, kGroup at a time.   basis [q, n], row [n]
+template <typename T>
+__device__ __forceinline__ void strip(int64_t n, int64_t q, const T* basis, T* row, double (*partial)[kWarp]) {
+  for (int64_t group = 0; group < q; group += kGroup) {
+    T sums[kGroup] = {};
+    each_element(n, [&](int64_t i) {
+      const T x = row[i];
+#pragma unroll
+      for (int e = 0; e < kGroup; ++e)
+        if (group + e < q) sums[e] += x * basis[(group + e) * n + i];
+    });
+    double along[kGroup];
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) along[e] = double(sums[e]);
+    block_sum(along, partial);
+    each_element(n, [&](int64_t i) {
+      T x = row[i];
+#pragma unroll
+      for (int e = 0; e < kGroup; ++e)
+        if (group + e < q) x -= T(along[e]) * basis[(group + e) * n + i];
+      row[i] = x;
+    });
+  }
+}
+
+// Rows made orthonormal in their order, with their lengths before; one that depends on those before it is drawn anew.
+// Parallel over both sides of every matrix, a block each.
+template <typename T>
+__global__ void __launch_bounds__(kSideThreads, 1)
+    orthonormal_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const int* __restrict__ refused) {
+  __shared__ double partial[kGroup][kWarp];
+  if (*refused) return;
+  const Layer<EigenRenewal<T>>& layer = layers.layer[blockIdx.x / 2];
+  const EigenSizes& sizes = layer.in.sizes;
+  Work<T> work;
+  carve(layer.in, layer.chunk, layer.work, work);
+  const bool out = blockIdx.x % 2 == 0;
+  const int64_t n = out ? sizes.n : sizes.p, k = out ? sizes.ku : sizes.kv;
+  T *const basis = out ? work.next_out : work.next_in, *const lengths = out ? work.length_out : work.length_in;
+  constexpr double kTolerance = 16 * kRounding<T>;
+  double largest = 0;
+  for (int64_t q = 0; q < k; ++q) largest = std::fmax(largest, norm(n, basis + q * n, partial));
+  for (int64_t q = 0; q < k; ++q) {
+    T* const row = basis + q * n;
+    const double start = norm(n, row, partial);
+    strip(n, q, basis, row, partial);
+    double length = norm(n, row, partial);
+    const bool kept = length > kTolerance * start && length > kTolerance * largest;
+    if (threadIdx.x == 0) lengths[q] = kept ? T(length) : T(0);
+    if (!kept) {
+      each_element(n, [&](int64_t i) { row[i] = T(eigen_refill(i, q)); });
+      strip(n, q, basis, row, partial);
+      length = norm(n, row, partial);
+    }
+    for (int pass = 0; pass < 2; ++pass) {
+      const double inverse = 1 / length;
+      each_element(n, [&](int64_t i) { row[i] = T(double(row[i]) * inverse); });
+      if (pass == 1) break;
+      strip(n, q, basis, row, partial);
+      length = norm(n, row, partial);
+    }
+  }
+}
+
+// The new mean, bases and scales to their places; or a word in `control` that the renewal was refused. Parallel over
+// the elements of every matrix.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    finish_renewal_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers,
+                          const Blocks __grid_constant__ division, const int* __restrict__ refused, double* control) {
+  if (*refused) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) control[kEigenUnrenewed] = 1;
+    return;
+  }
+  const int l = division.layer(layers.count, blockIdx.x);
+  const EigenRenewal<T>& in = layers.layer[l].in;
+  const EigenSizes& sizes = in.sizes;
+  Work<T> work;
+  carve(in, layers.layer[l].chunk, layers.layer[l].work, work);
+  int64_t k = int64_t(blockIdx.x - division.first[l]) * kThreads + threadIdx.x;
+  if (k < sizes.p) in.new_mean[k] += mean_change(in, k);
+  const auto copy = [&](const T* from, T* to, int64_t size) {
+    if (k >= 0 && k < size) to[k] = from[k];
+    k -= size;
+  };
+  k -= sizes.p;
+  copy(work.next_out, in.new_out, sizes.ku * sizes.n);
+  copy(work.next_in, in.new_in, sizes.kv * sizes.p);
+  copy(work.length_out, in.scale_out, sizes.ku);
+  copy(work.length_in, in.scale_in, sizes.kv);
+}
+
+// sketch += the sums over all chunks. Parallel over slices of columns.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) sketch_kernel(const Layers<SketchMatrix<T>> __grid_constant__ layers) {
+  const Layer<SketchMatrix<T>>& layer = layers.layer[0];
+  const EigenSizes& sizes = layer.in.sizes;
+  Work<T> work;
+  carve(layer.in, layer.chunk, layer.work, work);
+  const Slice slice(sizes, slices(sizes.n) + blockIdx.x);
+  slice.each(sizes.ku, [&](int64_t v, int64_t j) {
+    layer.in.sketch[v * sizes.p + j] +=
+        ordered_sum(work.column_sums + v * sizes.p + j, ceil_div(sizes.n, layer.chunk), sizes.ku * sizes.p);
+  });
+}
+
+// One launch's matrices, and how each kernel's blocks are divided among them.
+template <typename M>
+struct Plan {
+  Layers<M> layers;
+  Blocks tiles, residuals, slices, corners, sides, finish;
+  int* refused;
+  double* slopes;       // [., 2] of all launches
+  int64_t first_slope;  // this one's
+  int64_t slope_count;
+  bool last;
+};
+
+template <typename M>
+int64_t corner_blocks(const M& in) {
+  return ceil_div<int64_t>(in.sizes.corner(), kThreads);
+}
+
+template <typename M>
+int64_t side_blocks(const M& in) {
+  return ceil_div<int64_t>(in.sizes.n * in.sizes.c(), kThreads) + ceil_div<int64_t>(in.sizes.ku * in.sizes.p, kThreads);
+}
+
+template <typename M>
+int64_t tile_blocks(const M& in, int64_t chunk) {
+  return strips<Scalar<M>>(in.sizes) * ceil_div(in.sizes.n, chunk);
+}
+
+template <typename M>
+int64_t finish_blocks(const M& in) {
+  const EigenSizes& sizes = in.sizes;
+  if constexpr (kIsStep<M>) return in.bias ? ceil_div<int64_t>(sizes.n, kThreads) : 1;
+  const int64_t elements = sizes.p + sizes.ku * sizes.n + sizes.kv * sizes.p + sizes.ku + sizes.kv;
+  return ceil_div<int64_t>(elements, kThreads);
+}
+
+// Calls f(plan) for every kLayersPerLaunch matrices, or once where there are none; returns the bytes of workspace,
+// which may be null, to measure.
+template <typename M, typename F>
+size_t each_plan(const M* in, int count, void* workspace, const Device& device, F&& f) {
+  static_assert(sizeof(Layers<M>) + sizeof(Blocks) + 64 <= 32764, "more than a kernel's parameters may take");
+  // Chunks of one tile until the device is full, then of several: fewer sums.
+  int64_t tiles = 0;
+  for (int l = 0; l < count; ++l) tiles += tile_blocks(in[l], kTileRows);
+  const int64_t many = tiles / (int64_t(kTilesPerUnit) * device.multiprocessors);
+  const int64_t chunk = kTileRows * std::clamp<int64_t>(many, 1, kMostTiles);
+  Plan<M> plan;
+  plan.slope_count = 0;
+  if constexpr (kIsStep<M>)
+    for (int l = 0; l < count; ++l)
+      plan.slope_count +=
+          corner_blocks(in[l]) + side_blocks(in[l]) + (in[l].sizes.residual() > 0 ? tile_blocks(in[l], chunk) : 0);
+  const uintptr_t base = reinterpret_cast<uintptr_t>(workspace);
+  plan.refused = reinterpret_cast<int*>(base);
+  plan.slopes = reinterpret_cast<double*>(base + 16);
+  uintptr_t end = base + 16 + uintptr_t(plan.slope_count) * 2 * sizeof(double);
+  plan.first_slope = 0;
+  int begin = 0;
+  do {
+    plan.layers.count = std::min(kLayersPerLaunch, count - begin);
+    for (int l = 0; l < plan.layers.count; ++l) {
+      const M& matrix = in[begin + l];
+      Work<Scalar<M>> work;
+      plan.layers.layer[l] = {matrix, end, chunk};
+      end += carve(matrix, chunk, end, work);
+      const auto divide = [l](Blocks& blocks, int64_t count) {
+        blocks.first[l + 1] = blocks.first[l] + unsigned(count);
+      };
+      divide(plan.tiles, tile_blocks(matrix, chunk));
+      divide(plan.residuals, matrix.sizes.residual() > 0 ? tile_blocks(matrix, chunk) : 0);
+      divide(plan.slices, slices(matrix.sizes.n) + slices(matrix.sizes.p) + 1);
+      divide(plan.corners, corner_blocks(matrix));
+      divide(plan.sides, side_blocks(matrix));
+      divide(plan.finish, finish_blocks(matrix));
+    }
+    begin += plan.layers.count;
+    plan.last = begin >= count;
+    f(plan);
+    const int l = plan.layers.count;
+    plan.first_slope += plan.corners.first[l] + plan.sides.first[l] + plan.residuals.first[l];
+  } while (begin < count);
+  return size_t(end - base);
+}
+
+// A launch of all blocks of a division, if there are any.
+#define LAUNCH_DIVIDED(kernel, division, threads, ...)                 \
+  if (const unsigned blocks_ = plan.division.first[plan.layers.count]) \
+  LAUNCH(kernel, blocks_, threads, 0, stream, plan.layers, plan.division, __VA_ARGS__)
+
+template <typename M>
+void launch_whole(const Plan<M>& plan, cudaStream_t stream) {
+  LAUNCH_DIVIDED(whole_parts_kernel<M>, slices, kThreads, plan.refused);
+  LAUNCH_DIVIDED((corner_kernel<true, M>), corners, kThreads, plan.refused, nullptr);
+  LAUNCH_DIVIDED((sides_kernel<true, M>), sides, kThreads, plan.refused, nullptr);
+}
+
+template <typename M>
+void launch_parts(const Plan<M>& plan, cudaStream_t stream) {
+  double* const slopes = plan.slopes + 2 * plan.first_slope;
+  LAUNCH_DIVIDED((corner_kernel<false, M>), corners, kThreads, plan.refused, slopes);
+  LAUNCH_DIVIDED((sides_kernel<false, M>), sides, kThreads, plan.refused,
+                 slopes + 2 * int64_t(plan.corners.first[plan.layers.count]));
+}
+
+template <typename T>
+SketchMatrix<T> matrix_of(const EigenSketch<T>& sketch) {
+  SketchMatrix<T> matrix{};
+  matrix.sizes = {sketch.m, sketch.p, sketch.k + 1, sketch.k, true};
+  matrix.grad_weight = sketch.inputs;
+  matrix.mean = sketch.shift;
+  matrix.basis_in = sketch.basis;
+  matrix.sketch = sketch.sketch;
+  return matrix;
+}
+
+}  // namespace
+
+template <typename T>
+size_t eigen_sketch_workspace(const EigenSketch<T>& sketch, const Device& device) {
+  const SketchMatrix<T> matrix = matrix_of(sketch);
+  return each_plan(&matrix, 1, nullptr, device, [](const Plan<SketchMatrix<T>>&) {});
+}
+
+template <typename T>
+size_t eigen_renew_workspace(const EigenRenewal<T>* matrices, int count, const Device& device) {
+  return each_plan(matrices, count, nullptr, device, [](const Plan<EigenRenewal<T>>&) {});
+}
+
+template <typename T>
+size_t eigen_step_workspace(const EigenStep<T>* matrices, int count, const Device& device) {
+  return each_plan(matrices, count, nullptr, device, [](const Plan<EigenStep<T>>&) {});
+}
+
+template <typename T>
+void eigen_sketch(const EigenSketch<T>& sketch, void* workspace, const Device& device, cudaStream_t stream) {
+  using M = SketchMatrix<T>;
+  const M matrix = matrix_of(sketch);
+  each_plan(&matrix, 1, workspace, device, [&](const Plan<M>& plan) {
+    LAUNCH_DIVIDED((products_kernel<Products::sketch, M>), tiles, kStrip<T>, nullptr);
+    LAUNCH_DIVIDED((parts_kernel<Parts::sketch, M>), slices, kThreads, nullptr, nullptr);
+    LAUNCH_DIVIDED((products_kernel<Products::sketch_sums, M>), tiles, kStrip<T>, nullptr);
+    LAUNCH(sketch_kernel<T>, unsigned(slices(sketch.p)), kThreads, 0, stream, plan.layers);
+  });
+}
+
+template <typename T>
+void eigen_renew(const EigenRenewal<T>* matrices, int count, double* control, void* workspace, const Device& device,
+                 cudaStream_t stream) {
+  using M = EigenRenewal<T>;
+  cudaMemsetAsync(workspace, 0, sizeof(int), stream);  // the flag comes first in the workspace
+  each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
+    LAUNCH_DIVIDED((products_kernel<Products::renewal, M>), tiles, kStrip<T>, plan.refused);
+    LAUNCH_DIVIDED((parts_kernel<Parts::renewal, M>), slices, kThreads, nullptr, plan.refused);
+  });
+  each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
+    LAUNCH_DIVIDED((products_kernel<Products::iteration, M>), tiles, kStrip<T>, plan.refused);
+    LAUNCH_DIVIDED(candidates_kernel<T>, slices, kThreads, plan.refused);
+    LAUNCH(orthonormal_kernel<T>, 2 * plan.layers.count, kSideThreads, 0, stream, plan.layers, plan.refused);
+    LAUNCH_DIVIDED((products_kernel<Products::moments, M>), residuals, kStrip<T>, plan.refused);
+    launch_whole(plan, stream);
+    LAUNCH_DIVIDED(whole_kernel<T>, tiles, kStrip<T>, plan.refused);
+    LAUNCH_DIVIDED((parts_kernel<Parts::moments, M>), slices, kThreads, nullptr, plan.refused);
+    launch_parts(plan, stream);
+    LAUNCH_DIVIDED(remainder_kernel<T>, residuals, kStrip<T>, plan.refused);
+    LAUNCH_DIVIDED(finish_renewal_kernel<T>, finish, kThreads, plan.refused, control);
+  });
+}
+
+template <typename T>
+void eigen_step(const EigenStep<T>* matrices, int count, double* control, bool renewed, void* workspace,
+                const Device& device, cudaStream_t stream) {
+  using M = EigenStep<T>;
+  cudaMemsetAsync(workspace, 0, sizeof(int), stream);  // the flag comes first in the workspace
+  each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
+    LAUNCH_DIVIDED((products_kernel<Products::step, M>), tiles, kStrip<T>, plan.refused);
+    LAUNCH_DIVIDED((parts_kernel<Parts::step, M>), slices, kThreads, control, plan.refused);
+  });
+  each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
+    const int l = plan.layers.count;
+    launch_parts(plan, stream);
+    LAUNCH_DIVIDED(residual_kernel<T>, residuals, kStrip<T>, plan.refused,
+                   plan.slopes + 2 * (plan.first_slope + plan.corners.first[l] + plan.sides.first[l]));
+    launch_whole(plan, stream);
+    LAUNCH_DIVIDED(update_kernel<T>, tiles, kStrip<T>, plan.refused);
+    LAUNCH(finish_step_kernel<T>, plan.finish.first[l] + (plan.last ? 1 : 0), kThreads, 0, stream, plan.layers,
+           plan.finish, plan.refused, plan.slopes, plan.slope_count, renewed, control);
+  });
+}
+
+#define INSTANTIATE(T)                                                                                 \
+  template size_t eigen_sketch_workspace(const EigenSketch<T>&, const Device&);                        \
+  template size_t eigen_renew_workspace(const EigenRenewal<T>*, int, const Device&);                   \
+  template size_t eigen_step_workspace(const EigenStep<T>*, int, const Device&);                       \
+  template void eigen_sketch(const EigenSketch<T>&, void*, const Device&, cudaStream_t);               \
+  template void eigen_renew(const EigenRenewal<T>*, int, double*, void*, const Device&, cudaStream_t); \
+  template void eigen_step(const EigenStep<T>*, int, double*, bool, void*, const Device&, cudaStream_t);
+INSTANTIATE(float)
+INSTANTIATE(double)
+
+}  // namespace secondorder::cuda
