@@ -26,307 +26,12 @@
 #include <limits>
 #include <type_traits>
 
+#include "eigen.cuh"
 #include "kernels.h"
 #include "reduce.cuh"
 
 namespace secondorder::cuda {
 namespace {
-
-constexpr int kTileRows = kWarp;   // the lanes of a warp have a column each of a tile, then a row each
-constexpr int kGroup = 8;          // vectors of a basis that are taken at a time
-constexpr int kBatch = 4;          // rows whose loads are under way together
-constexpr int kThreads = 256;      // of the kernels without tiles
-constexpr int kSideThreads = 512;  // of a block that makes a basis orthonormal
-constexpr int kSlice = 64;         // rows or columns of a block without tiles, at least
-constexpr int kSlices = 64;        // that a side is cut into, at most
-constexpr int kMostTiles = 8;      // of a chunk
-constexpr int kTilesPerUnit = 8;   // tiles for each multiprocessor, from which on chunks take more than one
-
-// Columns of a tile, a thread each: a tile takes 16 KB.
-template <typename T>
-constexpr int kStrip = 512 / int(sizeof(T));
-
-template <typename T>
-constexpr double kTiny = double(std::numeric_limits<T>::min());
-template <typename T>
-constexpr double kRounding = double(std::numeric_limits<T>::epsilon());
-
-// The inputs [m, p] of a sketch as a matrix: k and one for the sums are its vectors.
-template <typename T>
-struct SketchMatrix : EigenMatrix<T> {
-  T* sketch;  // [k + 1, p]
-};
-
-template <typename M>
-struct Layer {
-  M in;
-  uintptr_t work;
-  int64_t chunk;  // rows of a chunk
-};
-
-template <typename M>
-using Layers = Table<Layer<M>>;
-
-template <typename T>
-T scalar_of(const EigenMatrix<T>&);
-template <typename M>
-using Scalar = decltype(scalar_of(std::declval<M>()));
-
-template <typename M>
-constexpr bool kIsStep = std::is_same_v<M, EigenStep<Scalar<M>>>;
-template <typename M>
-constexpr bool kIsRenewal = std::is_same_v<M, EigenRenewal<Scalar<M>>>;
-
-// How many blocks of one kernel a matrix takes.
-template <typename T>
-__host__ __device__ inline int64_t strips(const EigenSizes& sizes) {
-  return ceil_div<int64_t>(sizes.p, kStrip<T>);
-}
-
-__host__ __device__ inline int64_t slice(int64_t n) { return kSlice * ceil_div<int64_t>(n, kSlice * kSlices); }
-
-__host__ __device__ inline int64_t slices(int64_t n) { return ceil_div(n, slice(n)); }
-
-// Device memory of one matrix. What has n elements is stored by vectors of them, as bases are.
-template <typename T>
-struct Work {
-  T* row_sums;      // [strips, vectors, n] products of the rows of each strip
-  T* column_sums;   // [chunks, vectors, p] products of the columns of each chunk
-  T* right;         // [c, n] X^T, then R^T
-  T* top;           // [ku, p] U^T G'
-  T* corner_sums;   // [slices of rows and of columns, ku, c]
-  T* corner;        // [ku, c] C, then M
-  T* new_corner;    // [ku, c] N_C
-  T* new_right;     // [c, n] N_R^T, then Z^T
-  T* new_top;       // [ku, p] N_T, then Q
-  T* whole;         // [n, p] N_E, or S of a renewal
-  double* squares;  // [strips chunks] of G, by blocks
-  double* scalars;  // [2] the size of gradients; the step length
-  T* next_out;      // [ku, n] the rows that become a basis
-  T* next_in;       // [kv, p]
-  T* length_out;    // [ku]
-  T* length_in;     // [kv]
-  double* along;    // [kv] V^T of a sketch's sums
-};
-
-// The memory of a matrix at `base`; returns its bytes.
-template <typename M>
-__host__ __device__ inline int64_t carve(const M& in, int64_t chunk, uintptr_t base, Work<Scalar<M>>& work) {
-  using T = Scalar<M>;
-  const EigenSizes& sizes = in.sizes;
-  const int64_t n = sizes.n, p = sizes.p, ku = sizes.ku, kv = sizes.kv, c = sizes.c();
-  const int64_t vectors = ku > kv ? (ku > 1 ? ku : 1) : (kv > 1 ? kv : 1), chunks = ceil_div(n, chunk);
-  uintptr_t end = base;
-  const auto take = [&](auto*& pointer, int64_t elements) {
-    pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(end);
-    end += ceil_div<int64_t>(elements * int64_t(sizeof(*pointer)), 16) * 16;
-  };
-  take(work.row_sums, strips<T>(sizes) * vectors * n);
-  take(work.column_sums, chunks * vectors * p);
-  take(work.right, c * n);
-  if constexpr (kIsStep<M> || kIsRenewal<M>) {
-    take(work.top, ku * p);
-    take(work.corner_sums, (slices(n) + slices(p)) * ku * c);
-    take(work.corner, ku * c);
-    take(work.new_corner, ku * c);
-    take(work.new_right, c * n);
-    take(work.new_top, ku * p);
-    take(work.whole, kIsRenewal<M> || sizes.residual() > 0 ? n * p : 0);
-  }
-  if constexpr (kIsStep<M>) {
-    take(work.squares, strips<T>(sizes) * chunks);
-    take(work.scalars, 2);
-  }
-  if constexpr (kIsRenewal<M>) {
-    take(work.next_out, ku * n);
-    take(work.next_in, kv * p);
-    take(work.length_out, ku);
-    take(work.length_in, kv);
-    take(work.along, kv);
-  }
-  return int64_t(end - base);
-}
-
-// Vectors of a basis, or of what is used like one: [count, n] or [count, p].
-template <typename T>
-struct Vectors {
-  const T* data;
-  int64_t count;
-};
-
-// A block's part of a matrix in a pass: a strip of columns, a thread each, and a chunk of rows.
-template <typename M>
-struct Part {
-  using T = Scalar<M>;
-  const M& in;
-  Work<T> work;
-  int64_t n, p, block, strip, chunk, begin, end, column;
-  bool inside;
-
-  __device__ __forceinline__ Part(const Layer<M>& layer, int64_t block_) : in(layer.in), block(block_) {
-    carve(in, layer.chunk, layer.work, work);
-    n = in.sizes.n;
-    p = in.sizes.p;
-    const int64_t count = strips<T>(in.sizes);
-    strip = block % count;
-    chunk = block / count;
-    begin = chunk * layer.chunk;
-    end = begin + layer.chunk < n ? begin + layer.chunk : n;
-    column = strip * kStrip<T> + threadIdx.x;
-    inside = column < p;
-  }
-
-  // f(first row, rows) for every tile.
-  template <typename F>
-  __device__ __forceinline__ void each_tile(F&& f) const {
-    for (int64_t row = begin; row < end; row += kTileRows) f(row, int(end - row < kTileRows ? end - row : kTileRows));
-  }
-};
-
-template <int kCount, typename T>
-__device__ __forceinline__ void load_many(const T* p, T (&v)[kCount]) {
-  constexpr int kSize = kCount % Vector<T>::kSize == 0 ? Vector<T>::kSize : 1;
-#pragma unroll
-  for (int e = 0; e < kCount; e += kSize) {
-    T piece[kSize];
-    load(p + e, piece);
-#pragma unroll
-    for (int f = 0; f < kSize; ++f) v[e + f] = piece[f];
-  }
-}
-
-template <int kCount, typename T>
-__device__ __forceinline__ void store_many(T* p, const T (&v)[kCount]) {
-  constexpr int kSize = kCount % Vector<T>::kSize == 0 ? Vector<T>::kSize : 1;
-#pragma unroll
-  for (int e = 0; e < kCount; e += kSize) {
-    T piece[kSize];
-#pragma unroll
-    for (int f = 0; f < kSize; ++f) piece[f] = v[e + f];
-    store(p + e, piece);
-  }
-}
-
-// A tile of a matrix in shared memory and the skinny products with it. Each thread writes a column of its own, and each
-// lane reads a row of its warp's columns. Every thread must call every function.
-template <typename T>
-struct Tile {
-  static constexpr int kWarps = kStrip<T> / kWarp;
-
-  T element[kWarps][kTileRows][kTileRows + 1];  // one more, so that neither rows nor columns share banks
-  alignas(16) T left[kTileRows][kGroup];
-  alignas(16) T right[kStrip<T>][kGroup];
-  alignas(16) T sums[kWarps][kTileRows][kGroup];
-
-  __device__ __forceinline__ T& own(int row) { return element[threadIdx.x / kWarp][row][threadIdx.x % kWarp]; }
-
-  // own(row) = f(row) for row < rows; zero in columns beyond the matrix.
-  template <typename F>
-  __device__ __forceinline__ void fill(int rows, bool inside, F&& f) {
-    for (int row = 0; row < rows; row += kBatch) {
-      T v[kBatch];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) v[b] = inside && row + b < rows ? f(row + b) : T(0);
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) own(row + b) = v[b];
-    }
-  }
-
-  // left = rows of vectors `group` and on of those in `first`, then in `second`.
-  __device__ __forceinline__ void take_left(const Vectors<T>& first, const Vectors<T>& second, int64_t group, int64_t n,
-                                            int64_t begin, int rows) {
-    __syncthreads();  // what was there has been used
-    for (int k = threadIdx.x; k < kTileRows * kGroup; k += kStrip<T>) {
-      const int row = k % kTileRows, e = k / kTileRows;
-      const int64_t vector = group + e, count = first.count + second.count;
-      T value = 0;
-      if (vector < count && row < rows)
-        value =
-            (vector < first.count ? first.data + vector * n : second.data + (vector - first.count) * n)[begin + row];
-      left[row][e] = value;
-    }
-    __syncthreads();
-  }
-
-  // tile += sign (left1^T right1 + left2^T right2)   left1, left2 [., n], right1, right2 [., p]
-  __device__ __forceinline__ void add(T sign, const Vectors<T>& left1, const T* right1, const Vectors<T>& left2,
-                                      const T* right2, int64_t n, int64_t p, int64_t begin, int rows, int64_t column,
-                                      bool inside) {
-    const int64_t count = left1.count + left2.count;
-    for (int64_t group = 0; group < count; group += kGroup) {
-      T r[kGroup], l[kGroup];
-#pragma unroll
-      for (int e = 0; e < kGroup; ++e) {
-        const int64_t vector = group + e;
-        r[e] = 0;
-        if (inside && vector < count)
-          r[e] = sign * (vector < left1.count ? right1 + vector * p : right2 + (vector - left1.count) * p)[column];
-      }
-      take_left(left1, left2, group, n, begin, rows);
-      for (int row = 0; row < rows; ++row) {
-        load_many(left[row], l);
-        T sum = own(row);
-#pragma unroll
-        for (int e = 0; e < kGroup; ++e) sum += l[e] * r[e];
-        own(row) = sum;
-      }
-    }
-  }
-
-  // out[v, column] = sum over rows of vectors[v, row] tile[row, column], or that more where it is not the first tile.
-  //   out [count, p]
-  __device__ __forceinline__ void column_products(const Vectors<T>& vectors, int64_t n, int64_t p, int64_t begin,
-                                                  int rows, int64_t column, bool inside, bool first, T* out) {
-    for (int64_t group = 0; group < vectors.count; group += kGroup) {
-      take_left(vectors, {nullptr, 0}, group, n, begin, rows);
-      T sum[kGroup] = {}, l[kGroup];
-      for (int row = 0; row < rows; ++row) {
-        const T x = own(row);
-        load_many(left[row], l);
-#pragma unroll
-        for (int e = 0; e < kGroup; ++e) sum[e] += l[e] * x;
-      }
-#pragma unroll
-      for (int e = 0; e < kGroup; ++e) {
-        if (!inside || group + e >= vectors.count) continue;
-        T* const target = out + (group + e) * p + column;
-        *target = first ? sum[e] : *target + sum[e];
-      }
-    }
-  }
-
-  // out[v, row] = sum over the strip's columns of vectors[v, column] tile[row, column], kCount vectors at a time.
-  //   out [count, n]
-  template <int kCount>
-  __device__ __forceinline__ void row_products(const Vectors<T>& vectors, int64_t n, int64_t p, int64_t begin, int rows,
-                                               int64_t column, bool inside, T* out) {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    for (int64_t group = 0; group < vectors.count; group += kCount) {
-      T sum[kCount] = {}, r[kCount];
-#pragma unroll
-      for (int e = 0; e < kCount; ++e)
-        r[e] = inside && group + e < vectors.count ? vectors.data[(group + e) * p + column] : T(0);
-      store_many(right[threadIdx.x], r);
-      __syncthreads();  // the tile and `right` are written, and the sums of the group before read
-      for (int k = 0; k < kWarp; ++k) {
-        const T x = element[warp][lane][k];
-        load_many(right[warp * kWarp + k], r);
-#pragma unroll
-        for (int e = 0; e < kCount; ++e) sum[e] += x * r[e];
-      }
-      store_many(sums[warp][lane], sum);
-      __syncthreads();
-      for (int k = threadIdx.x; k < kTileRows * kCount; k += kStrip<T>) {
-        const int row = k % kTileRows, e = k / kTileRows;
-        if (row >= rows || group + e >= vectors.count) continue;
-        T total = sums[0][row][e];
-#pragma unroll
-        for (int w = 1; w < kWarps; ++w) total += sums[w][row][e];
-        out[(group + e) * n + begin + row] = total;
-      }
-    }
-  }
-};
 
 // What a renewal adds to the mean at j.
 template <typename T>
@@ -347,7 +52,7 @@ enum class Products {
 
 // Parallel over strips and chunks.
 template <Products kProducts, typename M>
-__global__ void __launch_bounds__(kStrip<Scalar<M>>)
+__global__ void __launch_bounds__(kStrip<Scalar<M>>, kTileBlocks)
     products_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division, int* refused) {
   using T = Scalar<M>;
   constexpr bool kSketch = kProducts == Products::sketch || kProducts == Products::sketch_sums;
@@ -355,11 +60,10 @@ __global__ void __launch_bounds__(kStrip<Scalar<M>>)
   __shared__ Tile<T> tile;
   __shared__ double partial[1][kWarp];
   if ((kMoments || kProducts == Products::iteration) && *refused) return;
-  const int l = division.layer(layers.count, blockIdx.x);
-  const Part<M> at(layers.layer[l], blockIdx.x - division.first[l]);
+  const Part<M> at(layers, division);
   const M& in = at.in;
   const EigenSizes& sizes = in.sizes;
-  const T* source = (kMoments ? in.first + sizes.rest() : in.grad_weight) + at.column;
+  const T* const source = kMoments ? in.first + sizes.rest() : in.grad_weight;
   Vectors<T> left{in.basis_out, sizes.ku}, right{in.basis_in, sizes.kv};
   T centre = 0;  // the mean at the thread's column
   if constexpr (kSketch) {
@@ -381,17 +85,17 @@ __global__ void __launch_bounds__(kStrip<Scalar<M>>)
   T* const column_sums = at.work.column_sums + at.chunk * left.count * at.p;
   double square[1] = {};
   bool finite = true;
-  at.each_tile([&](int64_t begin, int rows) {
-    tile.fill(rows, at.inside, [&](int row) {
-      const T x = source[(begin + row) * at.p];
+  at.each_tile([&](const Frame& frame) {
+    tile.fill(frame, [&](int row) {
+      const T x = source[frame.place(row)];
       if (kProducts == Products::step) square[0] += double(x) * double(x);
       if (kProducts == Products::renewal) finite = finite && x - x == 0;
       if constexpr (kSketch) return x - centre;
       else if constexpr (kMoments) return x;
-      else return in.grad_bias ? x - in.grad_bias[begin + row] * centre : x;
+      else return in.grad_bias ? x - in.grad_bias[frame.begin + row] * centre : x;
     });
-    tile.column_products(left, at.n, at.p, begin, rows, at.column, at.inside, begin == at.begin, column_sums);
-    tile.template row_products<kGroup>(right, at.n, at.p, begin, rows, at.column, at.inside, row_sums);
+    tile.column_products(frame, left, column_sums);
+    tile.template row_products<kGroup>(frame, right, row_sums);
   });
   if constexpr (kProducts == Products::step) {
     block_sum(square, partial);
@@ -429,61 +133,58 @@ __device__ __forceinline__ T normed(const EigenStep<T>& in, const EigenMoments<T
 // Stores a block's share of the slopes, in the place that is its own. Every thread must call it.
 __device__ __forceinline__ void store_slopes(double (&slopes)[2], double (*partial)[kWarp], double* out) {
   block_sum(slopes, partial);
-  if (threadIdx.x < 2) out[2 * int64_t(blockIdx.x) + threadIdx.x] = slopes[threadIdx.x];
+  if (threadIdx.x != 0) return;
+  out[2 * int64_t(blockIdx.x)] = slopes[0];
+  out[2 * int64_t(blockIdx.x) + 1] = slopes[1];
 }
 
 // E, Adam's rule in it, and the products of its N with the bases. Parallel over strips and chunks.
 //   slopes [blocks, 2]
 template <typename T>
-__global__ void __launch_bounds__(kStrip<T>)
+__global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
     residual_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
                     const int* __restrict__ refused, double* slopes) {
   __shared__ Tile<T> tile;
   __shared__ double partial[2][kWarp];
   if (*refused) return;
-  const int l = division.layer(layers.count, blockIdx.x);
-  const Part<EigenStep<T>> at(layers.layer[l], blockIdx.x - division.first[l]);
+  const Part<EigenStep<T>> at(layers, division);
   const EigenStep<T>& in = at.in;
-  const EigenSizes& sizes = in.sizes;
   const EigenMoments<T> moments = rule(in, at.work);
-  const int64_t n = at.n, p = at.p, column = at.column, rest = sizes.rest();
-  const T centre = in.grad_bias && at.inside ? in.mean[column] : T(0);
-  T* const row_sums = at.work.row_sums + at.strip * sizes.kv * n;
-  T* const column_sums = at.work.column_sums + at.chunk * sizes.ku * p;
+  const int64_t n = at.n, rest = at.sizes.rest();
+  const Vectors<T> u{in.basis_out, at.ku}, v{in.basis_in, at.kv};
+  const T centre = in.grad_bias && at.inside ? in.mean[at.column] : T(0);
   // The next row that is a sample, and which.
   int64_t sample = ceil_div(at.begin * in.sampled, n);
   const auto sampled_row = [&] { return sample < in.sampled ? eigen_sampled_row(sample, in.sampled, n) : n; };
   int64_t next = sampled_row();
   const double weight = double(n) / double(in.sampled);
   double sums[2] = {};
-  at.each_tile([&](int64_t begin, int rows) {
-    tile.fill(rows, at.inside, [&](int row) {
-      const T x = in.grad_weight[(begin + row) * p + column];
-      return in.grad_bias ? x - in.grad_bias[begin + row] * centre : x;
+  at.each_tile([&](const Frame& frame) {
+    tile.fill(frame, [&](int row) {
+      const T x = in.grad_weight[frame.place(row)];
+      return in.grad_bias ? x - in.grad_bias[frame.begin + row] * centre : x;
     });
-    tile.add(T(-1), {in.basis_out, sizes.ku}, at.work.top, {at.work.right, sizes.kv}, in.basis_in, n, p, begin, rows,
-             column, at.inside);
-    const int64_t first = begin * p + column;
-    T *const m = in.first + rest + first, *const v = in.second + rest + first, *const whole = at.work.whole + first;
-    for (int row = 0; row < rows; row += kBatch) {
-      T old_m[kBatch], old_v[kBatch];
+    tile.add(frame, T(-1), u, at.work.top, {at.work.right, at.kv}, in.basis_in);
+    for (int row = 0; row < frame.rows; row += kBatch) {
+      T first[kBatch], second[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        const bool there = at.inside && row + b < rows;
-        old_m[b] = there ? m[(row + b) * p] : T(0);
-        old_v[b] = there ? v[(row + b) * p] : T(0);
+        const bool there = at.inside && row + b < frame.rows;
+        first[b] = there ? in.first[rest + frame.place(row + b)] : T(0);
+        second[b] = there ? in.second[rest + frame.place(row + b)] : T(0);
       }
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        if (row + b >= rows) continue;
-        const bool chosen = begin + row + b == next;
+        if (row + b >= frame.rows) continue;
+        const bool chosen = frame.begin + row + b == next;
         if (at.inside) {
-          const T x = tile.own(row + b), result = moments.normed(x, old_m[b], old_v[b]);
-          m[(row + b) * p] = old_m[b];
-          v[(row + b) * p] = old_v[b];
-          whole[(row + b) * p] = tile.own(row + b) = result;
+          const int64_t place = frame.place(row + b);
+          const T x = tile.own(row + b), result = moments.normed(x, first[b], second[b]);
+          in.first[rest + place] = first[b];
+          in.second[rest + place] = second[b];
+          at.work.whole[place] = tile.own(row + b) = result;
           if (chosen) {
-            T* const last = in.last + rest + sample * p + column;
+            T* const last = in.last + rest + sample * at.p + at.column;
             sums[0] += weight * double(x) * double(result);
             sums[1] += weight * double(x) * double(*last);
             *last = result;
@@ -495,142 +196,91 @@ __global__ void __launch_bounds__(kStrip<T>)
         }
       }
     }
-    tile.column_products({in.basis_out, sizes.ku}, n, p, begin, rows, column, at.inside, begin == at.begin,
-                         column_sums);
-    tile.template row_products<kGroup>({in.basis_in, sizes.kv}, n, p, begin, rows, column, at.inside, row_sums);
+    tile.column_products(frame, u, at.work.column_sums + at.chunk * at.ku * at.p);
+    tile.template row_products<kGroup>(frame, v, at.work.row_sums + at.strip * at.kv * n);
   });
   store_slopes(sums, partial, slopes);
 }
 
-// tile = x + U Q + Z V^T, x being what f gives.
-template <typename M, typename F>
-__device__ __forceinline__ void fill_whole(Tile<Scalar<M>>& tile, const Part<M>& at, int64_t begin, int rows, F&& f) {
-  const M& in = at.in;
-  tile.fill(rows, at.inside, f);
-  tile.add(1, {in.basis_out, in.sizes.top() > 0 ? in.sizes.ku : 0}, at.work.new_top, {at.work.new_right, in.sizes.kv},
-           in.basis_in, at.n, at.p, begin, rows, at.column, at.inside);
+// tile = E + U Q + Z V^T, E where there is one.   residual [n, p]
+template <typename M>
+__device__ __forceinline__ void fill_whole(Tile<Scalar<M>>& tile, const Part<M>& at, const Frame& frame,
+                                           const Scalar<M>* residual) {
+  using T = Scalar<M>;
+  const bool there = at.sizes.residual() > 0;
+  tile.fill(frame, [&](int row) { return there ? residual[frame.place(row)] : T(0); });
+  tile.add(frame, T(1), {at.in.basis_out, at.sizes.top() > 0 ? at.ku : 0}, at.work.new_top, {at.work.new_right, at.kv},
+           at.in.basis_in);
 }
 
 // S where the gradient is not zero, W, and S a. Parallel over strips and chunks.
 template <typename T>
-__global__ void __launch_bounds__(kStrip<T>)
+__global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
     update_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
                   const int* __restrict__ refused) {
   __shared__ Tile<T> tile;
   if (*refused) return;
-  const int l = division.layer(layers.count, blockIdx.x);
-  const Part<EigenStep<T>> at(layers.layer[l], blockIdx.x - division.first[l]);
+  const Part<EigenStep<T>> at(layers, division);
   const EigenStep<T>& in = at.in;
-  const int64_t n = at.n, p = at.p, column = at.column;
   const double rate = at.work.scalars[1] * in.lr;
   const T lr = T(rate), keep = T(1 - rate * in.decay);
-  const bool residual = in.sizes.residual() > 0;
-  at.each_tile([&](int64_t begin, int rows) {
-    const int64_t first = begin * p + column;
-    const T* const whole = at.work.whole + first;
-    fill_whole(tile, at, begin, rows, [&](int row) { return residual ? whole[row * p] : T(0); });
-    const T* const g = in.grad_weight + first;
-    T* const w = in.weight + first;
-    for (int row = 0; row < rows; row += kBatch) {
-      T old_g[kBatch], old_w[kBatch];
+  at.each_tile([&](const Frame& frame) {
+    fill_whole(tile, at, frame, at.work.whole);
+    for (int row = 0; row < frame.rows; row += kBatch) {
+      T g[kBatch], w[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        const bool there = at.inside && row + b < rows;
-        old_g[b] = there ? g[(row + b) * p] : T(0);
-        old_w[b] = there ? w[(row + b) * p] : T(0);
+        const bool there = at.inside && row + b < frame.rows;
+        g[b] = there ? in.grad_weight[frame.place(row + b)] : T(0);
+        w[b] = there ? in.weight[frame.place(row + b)] : T(0);
       }
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        if (!at.inside || row + b >= rows) continue;
-        const T s = old_g[b] == T(0) ? T(0) : tile.own(row + b);
+        if (!at.inside || row + b >= frame.rows) continue;
+        const T s = g[b] == T(0) ? T(0) : tile.own(row + b);
         tile.own(row + b) = s;
-        w[(row + b) * p] = keep * old_w[b] - lr * s;
+        in.weight[frame.place(row + b)] = keep * w[b] - lr * s;
       }
     }
-    if (in.bias)
-      tile.template row_products<1>({in.mean, 1}, n, p, begin, rows, column, at.inside,
-                                    at.work.row_sums + at.strip * n);
+    if (in.bias) tile.template row_products<1>(frame, {in.mean, 1}, at.work.row_sums + at.strip * at.n);
   });
 }
 
 // The first moments S in the parameters' coordinates, and their products with the new bases. Parallel over strips and
 // chunks.
 template <typename T>
-__global__ void __launch_bounds__(kStrip<T>)
+__global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
     whole_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
                  const int* __restrict__ refused) {
   __shared__ Tile<T> tile;
   if (*refused) return;
-  const int l = division.layer(layers.count, blockIdx.x);
-  const Part<EigenRenewal<T>> at(layers.layer[l], blockIdx.x - division.first[l]);
-  const EigenRenewal<T>& in = at.in;
-  const EigenSizes& sizes = in.sizes;
-  const int64_t n = at.n, p = at.p, column = at.column;
-  const bool residual = sizes.residual() > 0;
-  at.each_tile([&](int64_t begin, int rows) {
-    const int64_t first = begin * p + column;
-    const T* const m = in.first + sizes.rest() + first;
-    fill_whole(tile, at, begin, rows, [&](int row) { return residual ? m[row * p] : T(0); });
+  const Part<EigenRenewal<T>> at(layers, division);
+  const Work<T>& work = at.work;
+  at.each_tile([&](const Frame& frame) {
+    fill_whole(tile, at, frame, at.in.first + at.sizes.rest());
     if (at.inside)
-      for (int row = 0; row < rows; ++row) at.work.whole[first + row * p] = tile.own(row);
-    tile.column_products({at.work.next_out, sizes.ku}, n, p, begin, rows, column, at.inside, begin == at.begin,
-                         at.work.column_sums + at.chunk * sizes.ku * p);
-    tile.template row_products<kGroup>({at.work.next_in, sizes.kv}, n, p, begin, rows, column, at.inside,
-                                       at.work.row_sums + at.strip * sizes.kv * n);
+      for (int row = 0; row < frame.rows; ++row) work.whole[frame.place(row)] = tile.own(row);
+    tile.column_products(frame, {work.next_out, at.ku}, work.column_sums + at.chunk * at.ku * at.p);
+    tile.template row_products<kGroup>(frame, {work.next_in, at.kv}, work.row_sums + at.strip * at.kv * at.n);
   });
 }
 
 // The first moments of E by the new bases. Parallel over strips and chunks.
 template <typename T>
-__global__ void __launch_bounds__(kStrip<T>)
+__global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
     remainder_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
                      const int* __restrict__ refused) {
   __shared__ Tile<T> tile;
   if (*refused) return;
-  const int l = division.layer(layers.count, blockIdx.x);
-  const Part<EigenRenewal<T>> at(layers.layer[l], blockIdx.x - division.first[l]);
-  const EigenSizes& sizes = at.in.sizes;
-  T* const m = at.in.first + sizes.rest();
-  at.each_tile([&](int64_t begin, int rows) {
-    const int64_t first = begin * at.p + at.column;
-    tile.fill(rows, at.inside, [&](int row) { return at.work.whole[first + row * at.p]; });
-    tile.add(T(-1), {at.work.next_out, sizes.ku}, at.work.top, {at.work.right, sizes.kv}, at.work.next_in, at.n, at.p,
-             begin, rows, at.column, at.inside);
+  const Part<EigenRenewal<T>> at(layers, division);
+  const Work<T>& work = at.work;
+  T* const first = at.in.first + at.sizes.rest();
+  at.each_tile([&](const Frame& frame) {
+    tile.fill(frame, [&](int row) { return work.whole[frame.place(row)]; });
+    tile.add(frame, T(-1), {work.next_out, at.ku}, work.top, {work.right, at.kv}, work.next_in);
     if (at.inside)
-      for (int row = 0; row < rows; ++row) m[first + row * at.p] = tile.own(row);
+      for (int row = 0; row < frame.rows; ++row) first[frame.place(row)] = tile.own(row);
   });
-}
-
-// A block's slice of the rows or of the columns of a matrix; or neither: the last block of every matrix.
-struct Slice {
-  int64_t index, begin, end;  // of rows, then of columns
-  bool rows, columns;
-
-  __device__ __forceinline__ Slice(const EigenSizes& sizes, int64_t block) {
-    const int64_t row_slices = slices(sizes.n);
-    rows = block < row_slices;
-    columns = !rows && block < row_slices + slices(sizes.p);
-    index = block;
-    const int64_t size = rows ? sizes.n : sizes.p, step = slice(size);
-    begin = (rows ? block : block - row_slices) * step;
-    end = begin + step < size ? begin + step : size;
-  }
-
-  // f(vector, element) over `count` vectors' elements of the slice, shared among the block's threads.
-  template <typename F>
-  __device__ __forceinline__ void each(int64_t count, F&& f) const {
-    const int64_t length = end - begin;
-    for (int64_t k = threadIdx.x; k < count * length; k += kThreads) f(k / length, begin + k % length);
-  }
-};
-
-// sum over s < count of sums[s stride]
-template <typename T>
-__device__ __forceinline__ T ordered_sum(const T* sums, int64_t count, int64_t stride) {
-  T sum = 0;
-#pragma unroll 4
-  for (int64_t s = 0; s < count; ++s) sum += sums[s * stride];
-  return sum;
 }
 
 // out[q, r] = sum over the slice of left[q, .] right[r, .] for r < count, else 0, a warp for each.
@@ -673,20 +323,19 @@ __global__ void __launch_bounds__(kThreads)
   using T = Scalar<M>;
   __shared__ double partial[2][kWarp];
   if (kParts == Parts::moments && *refused) return;
-  const int l = division.layer(layers.count, blockIdx.x);
-  const M& in = layers.layer[l].in;
+  const Here<M> at(layers, division);
+  const M& in = at.in;
   const EigenSizes& sizes = in.sizes;
-  Work<T> work;
-  carve(in, layers.layer[l].chunk, layers.layer[l].work, work);
-  const int64_t n = sizes.n, p = sizes.p, ku = sizes.ku, c = sizes.c(), chunks = ceil_div(n, layers.layer[l].chunk);
-  const Slice slice(sizes, blockIdx.x - division.first[l]);
-  int64_t kv = sizes.kv;
+  const Work<T>& work = at.work;
+  const int64_t n = at.n, p = at.p, ku = at.ku;
+  const Slice slice(sizes, at.block);
+  int64_t kv = at.kv;
   if constexpr (kParts == Parts::renewal)
     if (in.sketch) kv = 0;  // no G' V was made
   bool finite = true;
   if (slice.rows) {
     slice.each(kv, [&](int64_t v, int64_t i) {
-      work.right[v * n + i] = ordered_sum(work.row_sums + v * n + i, strips<T>(sizes), kv * n);
+      work.right[v * n + i] = ordered_sum(work.row_sums + v * n + i, at.strips, kv * n);
     });
     if (sizes.bias)
       slice.each(1, [&](int64_t, int64_t i) {
@@ -698,12 +347,12 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();
       const T* basis = in.basis_out;
       if constexpr (kParts == Parts::moments) basis = work.next_out;
-      slice_products(slice, n, basis, ku, work.right, c, c, work.corner_sums + slice.index * ku * c);
+      slice_products(slice, n, basis, ku, work.right, at.c, at.c, work.corner_sums + slice.index * ku * at.c);
     }
   } else if (slice.columns) {
     if constexpr (kParts != Parts::sketch)
       slice.each(ku, [&](int64_t q, int64_t j) {
-        work.top[q * p + j] = ordered_sum(work.column_sums + q * p + j, chunks, ku * p);
+        work.top[q * p + j] = ordered_sum(work.column_sums + q * p + j, at.chunks, ku * p);
       });
     if constexpr (kParts == Parts::renewal)
       if (in.sketch)
@@ -713,7 +362,7 @@ __global__ void __launch_bounds__(kThreads)
         });
   } else if constexpr (kParts == Parts::step) {
     double squares[2] = {};  // of G and of g
-    for (int64_t k = threadIdx.x; k < strips<T>(sizes) * chunks; k += kThreads) squares[0] += work.squares[k];
+    for (int64_t k = threadIdx.x; k < at.strips * at.chunks; k += kThreads) squares[0] += work.squares[k];
     if (in.grad_bias)
       for (int64_t i = threadIdx.x; i < n; i += kThreads)
         squares[1] += double(in.grad_bias[i]) * double(in.grad_bias[i]);
@@ -750,20 +399,18 @@ __global__ void __launch_bounds__(kThreads)
                        const int* __restrict__ refused) {
   using T = Scalar<M>;
   if (*refused) return;
-  const int l = division.layer(layers.count, blockIdx.x);
-  const M& in = layers.layer[l].in;
+  const Here<M> at(layers, division);
+  const M& in = at.in;
   const EigenSizes& sizes = in.sizes;
-  Work<T> work;
-  carve(in, layers.layer[l].chunk, layers.layer[l].work, work);
-  const int64_t n = sizes.n, p = sizes.p, ku = sizes.ku, kv = sizes.kv, c = sizes.c();
-  const int64_t chunks = ceil_div(n, layers.layer[l].chunk);
+  const Work<T>& work = at.work;
+  const int64_t n = at.n, p = at.p, ku = at.ku, kv = at.kv, c = at.c;
   const bool residual = sizes.residual() > 0;
-  const Slice slice(sizes, blockIdx.x - division.first[l]);
+  const Slice slice(sizes, at.block);
   T* const corner_sums = work.corner_sums + slice.index * ku * c;
   if (slice.rows && sizes.right() > 0) {
     slice.each(c, [&](int64_t v, int64_t i) {
       T x = kIsRenewal<M> ? in.first[sizes.corner() + i * c + v] : work.new_right[v * n + i];
-      if (residual && v < kv) x -= ordered_sum(work.row_sums + v * n + i, strips<T>(sizes), kv * n);
+      if (residual && v < kv) x -= ordered_sum(work.row_sums + v * n + i, at.strips, kv * n);
       work.new_right[v * n + i] = x;
     });
     __syncthreads();
@@ -779,7 +426,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     if (residual)
       slice.each(ku, [&](int64_t q, int64_t j) {
-        work.new_top[q * p + j] -= ordered_sum(work.column_sums + q * p + j, chunks, ku * p);
+        work.new_top[q * p + j] -= ordered_sum(work.column_sums + q * p + j, at.chunks, ku * p);
       });
   }
 }
@@ -793,12 +440,11 @@ __global__ void __launch_bounds__(kThreads)
   using T = Scalar<M>;
   __shared__ double partial[2][kWarp];
   if (*refused) return;
-  const int l = division.layer(layers.count, blockIdx.x);
-  const M& in = layers.layer[l].in;
+  const Here<M> at(layers, division);
+  const M& in = at.in;
   const EigenSizes& sizes = in.sizes;
-  Work<T> work;
-  carve(in, layers.layer[l].chunk, layers.layer[l].work, work);
-  const int64_t k = int64_t(blockIdx.x - division.first[l]) * kThreads + threadIdx.x, size = sizes.corner();
+  const Work<T>& work = at.work;
+  const int64_t k = at.block * kThreads + threadIdx.x, size = sizes.corner();
   const int64_t row_slices = slices(sizes.n), column_slices = slices(sizes.p);
   double sums[2] = {};
   if (k < size) {
@@ -827,13 +473,12 @@ __global__ void __launch_bounds__(kThreads)
   using T = Scalar<M>;
   __shared__ double partial[2][kWarp];
   if (*refused) return;
-  const int l = division.layer(layers.count, blockIdx.x);
-  const M& in = layers.layer[l].in;
+  const Here<M> at(layers, division);
+  const M& in = at.in;
   const EigenSizes& sizes = in.sizes;
-  Work<T> work;
-  carve(in, layers.layer[l].chunk, layers.layer[l].work, work);
-  const int64_t n = sizes.n, p = sizes.p, ku = sizes.ku, kv = sizes.kv, c = sizes.c();
-  const int64_t block = blockIdx.x - division.first[l], right_blocks = ceil_div<int64_t>(n * c, kThreads);
+  const Work<T>& work = at.work;
+  const int64_t n = at.n, p = at.p, ku = at.ku, kv = at.kv, c = at.c;
+  const int64_t block = at.block, right_blocks = ceil_div<int64_t>(n * c, kThreads);
   const T *basis_out = in.basis_out, *basis_in = in.basis_in;
   if constexpr (kIsRenewal<M> && !kWhole) {
     basis_out = work.next_out;
@@ -897,18 +542,16 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   if (*refused) return;
-  const int l = division.layer(layers.count, blockIdx.x);
-  const EigenStep<T>& in = layers.layer[l].in;
-  Work<T> work;
-  carve(in, layers.layer[l].chunk, layers.layer[l].work, work);
-  const int64_t i = int64_t(blockIdx.x - division.first[l]) * kThreads + threadIdx.x, n = in.sizes.n;
+  const Here<EigenStep<T>> at(layers, division);
+  const EigenStep<T>& in = at.in;
+  const Work<T>& work = at.work;
+  const int64_t i = at.block * kThreads + threadIdx.x, n = at.n;
   if (i == 0) *in.size = work.scalars[0];
   if (!in.bias || i >= n) return;
   const double rate = work.scalars[1] * in.lr_bias;
   const T keep = T(1 - rate * in.decay_bias);
   T step = 0;
-  if (in.grad_bias[i] != T(0))
-    step = work.new_right[in.sizes.kv * n + i] - ordered_sum(work.row_sums + i, strips<T>(in.sizes), n);
+  if (in.grad_bias[i] != T(0)) step = work.new_right[at.kv * n + i] - ordered_sum(work.row_sums + i, at.strips, n);
   in.bias[i] = keep * in.bias[i] - T(rate) * step;
 }
 
@@ -918,30 +561,28 @@ __global__ void __launch_bounds__(kThreads)
     candidates_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
                       const int* __restrict__ refused) {
   if (*refused) return;
-  const int l = division.layer(layers.count, blockIdx.x);
-  const EigenRenewal<T>& in = layers.layer[l].in;
-  const EigenSizes& sizes = in.sizes;
-  Work<T> work;
-  carve(in, layers.layer[l].chunk, layers.layer[l].work, work);
-  const int64_t n = sizes.n, p = sizes.p, chunks = ceil_div(n, layers.layer[l].chunk);
+  const Here<EigenRenewal<T>> at(layers, division);
+  const EigenRenewal<T>& in = at.in;
+  const Work<T>& work = at.work;
+  const int64_t n = at.n, p = at.p, ku = at.ku, kv = at.kv;
   const T w = T(in.share), old = T(1 - in.share);
-  const Slice slice(sizes, blockIdx.x - division.first[l]);
+  const Slice slice(at.sizes, at.block);
   if (slice.rows) {
-    slice.each(sizes.ku, [&](int64_t q, int64_t i) {
-      const T product = ordered_sum(work.row_sums + q * n + i, strips<T>(sizes), sizes.ku * n);
+    slice.each(ku, [&](int64_t q, int64_t i) {
+      const T product = ordered_sum(work.row_sums + q * n + i, at.strips, ku * n);
       work.next_out[q * n + i] = old * in.scale_out[q] * in.basis_out[q * n + i] + w * product;
     });
   } else if (slice.columns) {
-    slice.each(sizes.kv, [&](int64_t v, int64_t j) {
+    slice.each(kv, [&](int64_t v, int64_t j) {
       T product;
       if (in.sketch) {
         // sum (x - move) (x - move)^T V from the sums over x
-        const T move = mean_change(in, j), sum = in.sketch[sizes.kv * p + j], rows = T(in.rows);
+        const T move = mean_change(in, j), sum = in.sketch[kv * p + j], rows = T(in.rows);
         const T along = T(work.along[v]);
         const T moved = in.grad_bias ? T(in.share * work.along[v] / double(in.rows)) : T(0);  // V^T of the change
         product = (in.sketch[v * p + j] - moved * sum - along * move + rows * moved * move) / rows;
       } else {
-        product = ordered_sum(work.column_sums + v * p + j, chunks, sizes.kv * p);
+        product = ordered_sum(work.column_sums + v * p + j, at.chunks, kv * p);
       }
       work.next_in[v * p + j] = old * in.scale_in[v] * in.basis_in[v * p + j] + w * product;
     });
@@ -995,13 +636,11 @@ __global__ void __launch_bounds__(kSideThreads, 1)
     orthonormal_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const int* __restrict__ refused) {
   __shared__ double partial[kGroup][kWarp];
   if (*refused) return;
-  const Layer<EigenRenewal<T>>& layer = layers.layer[blockIdx.x / 2];
-  const EigenSizes& sizes = layer.in.sizes;
-  Work<T> work;
-  carve(layer.in, layer.chunk, layer.work, work);
+  const Here<EigenRenewal<T>> at(layers.layer[blockIdx.x / 2], 0);
   const bool out = blockIdx.x % 2 == 0;
-  const int64_t n = out ? sizes.n : sizes.p, k = out ? sizes.ku : sizes.kv;
-  T *const basis = out ? work.next_out : work.next_in, *const lengths = out ? work.length_out : work.length_in;
+  const int64_t n = out ? at.n : at.p, k = out ? at.ku : at.kv;
+  T* const basis = out ? at.work.next_out : at.work.next_in;
+  T* const lengths = out ? at.work.length_out : at.work.length_in;
   constexpr double kTolerance = 16 * kRounding<T>;
   double largest = 0;
   for (int64_t q = 0; q < k; ++q) largest = std::fmax(largest, norm(n, basis + q * n, partial));
@@ -1037,12 +676,11 @@ __global__ void __launch_bounds__(kThreads)
     if (blockIdx.x == 0 && threadIdx.x == 0) control[kEigenUnrenewed] = 1;
     return;
   }
-  const int l = division.layer(layers.count, blockIdx.x);
-  const EigenRenewal<T>& in = layers.layer[l].in;
+  const Here<EigenRenewal<T>> at(layers, division);
+  const EigenRenewal<T>& in = at.in;
   const EigenSizes& sizes = in.sizes;
-  Work<T> work;
-  carve(in, layers.layer[l].chunk, layers.layer[l].work, work);
-  int64_t k = int64_t(blockIdx.x - division.first[l]) * kThreads + threadIdx.x;
+  const Work<T>& work = at.work;
+  int64_t k = at.block * kThreads + threadIdx.x;
   if (k < sizes.p) in.new_mean[k] += mean_change(in, k);
   const auto copy = [&](const T* from, T* to, int64_t size) {
     if (k >= 0 && k < size) to[k] = from[k];
@@ -1058,14 +696,10 @@ __global__ void __launch_bounds__(kThreads)
 // sketch += the sums over all chunks. Parallel over slices of columns.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) sketch_kernel(const Layers<SketchMatrix<T>> __grid_constant__ layers) {
-  const Layer<SketchMatrix<T>>& layer = layers.layer[0];
-  const EigenSizes& sizes = layer.in.sizes;
-  Work<T> work;
-  carve(layer.in, layer.chunk, layer.work, work);
-  const Slice slice(sizes, slices(sizes.n) + blockIdx.x);
-  slice.each(sizes.ku, [&](int64_t v, int64_t j) {
-    layer.in.sketch[v * sizes.p + j] +=
-        ordered_sum(work.column_sums + v * sizes.p + j, ceil_div(sizes.n, layer.chunk), sizes.ku * sizes.p);
+  const Here<SketchMatrix<T>> at(layers.layer[0], 0);
+  const Slice slice(at.sizes, slices(at.n) + blockIdx.x);
+  slice.each(at.ku, [&](int64_t v, int64_t j) {
+    at.in.sketch[v * at.p + j] += ordered_sum(at.work.column_sums + v * at.p + j, at.chunks, at.ku * at.p);
   });
 }
 
@@ -1093,7 +727,7 @@ int64_t side_blocks(const M& in) {
 
 template <typename M>
 int64_t tile_blocks(const M& in, int64_t chunk) {
-  return strips<Scalar<M>>(in.sizes) * ceil_div(in.sizes.n, chunk);
+  return strip_count<Scalar<M>>(in.sizes) * ceil_div(in.sizes.n, chunk);
 }
 
 template <typename M>
