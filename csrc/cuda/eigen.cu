@@ -317,7 +317,7 @@ __device__ __forceinline__ Scalar<M> bias_column(const M& in, const Work<Scalar<
 
 // X, U^T G', and the slices' shares of C = U^T X. Parallel over slices of rows and of columns, and one block more.
 template <Parts kParts, typename M>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     parts_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division,
                  const double* control, int* refused) {
   using T = Scalar<M>;
@@ -394,7 +394,7 @@ __global__ void __launch_bounds__(kThreads)
 // N_R - B, N_T - A, and the slices' shares of U^T (N_R - B) and N_T V; of first moments in a renewal. Parallel over
 // slices of rows and of columns.
 template <typename M>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     whole_parts_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division,
                        const int* __restrict__ refused) {
   using T = Scalar<M>;
@@ -434,7 +434,7 @@ __global__ void __launch_bounds__(kThreads)
 // What has a side of a basis, element by element: C, or M with kWhole. Parallel over the elements.
 //   slopes [blocks, 2]: a step's, without kWhole
 template <bool kWhole, typename M>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     corner_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division,
                   const int* __restrict__ refused, double* slopes) {
   using T = Scalar<M>;
@@ -467,7 +467,7 @@ __global__ void __launch_bounds__(kThreads)
 // R and T from C; or Z from M with kWhole. Parallel over the elements of R and of T, a thread each.
 //   slopes [blocks, 2]: a step's, without kWhole
 template <bool kWhole, typename M>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     sides_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division,
                  const int* __restrict__ refused, double* slopes) {
   using T = Scalar<M>;
@@ -519,7 +519,7 @@ __global__ void __launch_bounds__(kThreads)
 // length from `count` slopes. Parallel over the rows of every matrix, a thread each.
 //   slopes [count, 2]
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     finish_step_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
                        const int* __restrict__ refused, const double* __restrict__ slopes, int64_t count, bool renewed,
                        double* control) {
@@ -557,7 +557,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // (1 - w) S V + w M V of both sides, by vectors. Parallel over slices of rows and of columns.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     candidates_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
                       const int* __restrict__ refused) {
   if (*refused) return;
@@ -669,7 +669,7 @@ __global__ void __launch_bounds__(kSideThreads, 1)
 // The new mean, bases and scales to their places; or a word in `control` that the renewal was refused. Parallel over
 // the elements of every matrix.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     finish_renewal_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers,
                           const Blocks __grid_constant__ division, const int* __restrict__ refused, double* control) {
   if (*refused) {
@@ -695,7 +695,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // sketch += the sums over all chunks. Parallel over slices of columns.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sketch_kernel(const Layers<SketchMatrix<T>> __grid_constant__ layers) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    sketch_kernel(const Layers<SketchMatrix<T>> __grid_constant__ layers) {
   const Here<SketchMatrix<T>> at(layers.layer[0], 0);
   const Slice slice(at.sizes, slices(at.n) + blockIdx.x);
   slice.each(at.ku, [&](int64_t v, int64_t j) {

@@ -17,6 +17,7 @@ constexpr int kGroup = 8;          // vectors of a basis that are taken at a tim
 constexpr int kBatch = 4;          // rows whose loads are under way together
 constexpr int kTileBlocks = 4;     // with tiles that fit a multiprocessor, at least: 128 registers for each thread
 constexpr int kThreads = 256;      // of the kernels without tiles
+constexpr int kBlocks = 2;         // of them that fit a multiprocessor, at least
 constexpr int kSideThreads = 512;  // of a block that makes a basis orthonormal
 constexpr int kSlice = 64;         // rows or columns of a block without tiles, at least
 constexpr int kSlices = 64;        // that a side is cut into, at most

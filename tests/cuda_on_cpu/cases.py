@@ -590,6 +590,7 @@ EIGEN_NET = [
     (130, 6, 0, 6, True, 0),
     (35, 3, 0, 1, True, 35),
 ]
+MANY = 131  # matrices, more than a launch holds
 
 
 def eigen_net(rng: np.random.Generator, dtype: type, sizes: list[tuple[int, int, int, int, bool, int]]) -> list[EigenMatrix]:
@@ -671,7 +672,9 @@ def assert_eigen(net: list[EigenMatrix], control: np.ndarray, exact: EigenTwin, 
             try:
                 assert_accurate(getattr(matrix, name), x, y, slack)
             except AssertionError as error:
-                raise AssertionError(f"{name} of {matrix.weight.shape}, {len(matrix.basis_out)}, {len(matrix.basis_in)}: {error}") from error
+                raise AssertionError(
+                    f"{name} of {matrix.weight.shape}, {len(matrix.basis_out)}, {len(matrix.basis_in)}: {error}"
+                ) from error
     x, y = exact.control.numpy(), plain.control.numpy()
     assert (np.abs(control - x) <= 2 * np.abs(y - x) + slack * eps * (1 + np.abs(x).max())).all(), (control, x)
     np.testing.assert_array_equal(control[[1, 4, 5, 6]], x[[1, 4, 5, 6]])  # counts
@@ -726,7 +729,7 @@ def eigen_step(kernels: Kernels) -> None:
         for multiprocessors in (4, 1):
             net = eigen_net(np.random.default_rng(21), dtype, EIGEN_NET)
             if multiprocessors == 1:
-                net = [*net, *eigen_net(np.random.default_rng(22), dtype, [(300, 70, 8, 7, True, 11)])]
+                net = [*net, *eigen_net(np.random.default_rng(22), dtype, [(260, 140, 8, 7, True, 11)])]
             check_eigen(kernels, net, multiprocessors, "sss")
 
 
@@ -776,6 +779,7 @@ def eigen_lost_directions(kernels: Kernels) -> None:
             matrix.grad_weight[:] = matrix.grad_bias[:] = 0
             matrix.sketch, matrix.rows = np.zeros(0, dtype), 0
             matrix.basis_out[2] = matrix.basis_out[0]
+            matrix.basis_out[3] = matrix.basis_out[1] + 1e-3 * matrix.basis_out[3]  # nearly lost: one pass is not enough
             matrix.scale_out[4] = matrix.scale_in[1] = 0
         before = copy.deepcopy(net)
         twin, control = EigenTwin(net, eigen_control(), True), eigen_control()
@@ -789,17 +793,17 @@ def eigen_lost_directions(kernels: Kernels) -> None:
                 basis = getattr(matrix, name)
                 np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), rtol=0, atol=tolerance)
                 exact = twin.tensors[name][index].numpy()
-                np.testing.assert_allclose(basis, exact, rtol=0, atol=30 * tolerance)
+                np.testing.assert_allclose(basis, exact, rtol=0, atol=50 * tolerance)
 
 
 @case
 def eigen_more_matrices_than_a_launch_holds(kernels: Kernels) -> None:
-    sizes = [(1 + k % 5, 2 + k % 3, k % 2, k % 3, k % 4 > 0, 1) for k in range(131)]
+    sizes = [(1 + k % 5, 2 + k % 3, k % 2, k % 3, k % 4 > 0, 1) for k in range(MANY)]
     sizes = [(n, p, ku, kv, bias, 1 if ku < n and kv < p else 0) for n, p, ku, kv, bias, _ in sizes]
     check_eigen(kernels, eigen_net(np.random.default_rng(26), np.float64, sizes), 4, "srs", slack=400)
     for operator in ("step", "renew"):
         net = eigen_net(np.random.default_rng(26), np.float64, sizes)
-        net[130].grad_weight[0, 0] = np.nan
+        net[-1].grad_weight[0, 0] = np.nan
         check_refused(kernels, net, operator)
 
 
@@ -822,12 +826,12 @@ def check_refused(kernels: Kernels, net: list[EigenMatrix], operator: str) -> No
 @case
 def eigen_refused(kernels: Kernels) -> None:
     """A gradient that is not finite anywhere, or whose square is not, or a renewal that was refused."""
-    sizes = [(5, 9, 2, 3, True, 2), (33, 130, 8, 8, True, 3), (6, 4, 6, 4, True, 0)]
+    sizes = [(5, 9, 2, 3, True, 2), (33, 30, 8, 8, True, 3), (6, 4, 6, 4, True, 0)]
     for dtype in DTYPES:
         large = np.sqrt(np.finfo(dtype).max)
         for which in range(3):
             for name in ("grad_weight", "grad_bias", "sketch"):
-                for bad in (np.nan, np.inf, -np.inf, large):
+                for bad in (np.nan, -np.inf, large):
                     net = eigen_net(np.random.default_rng(27), dtype, sizes)
                     if name == "sketch":
                         net[which].sketch = np.ones((sizes[which][3] + 1, sizes[which][1]), dtype)

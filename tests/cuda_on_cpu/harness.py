@@ -265,7 +265,9 @@ class Kernels:
             "lbfgs_middle", columns.dtype, ctypes.c_int64(p), ctypes.c_int64(k), pointer(sy), pointer(yy), pointer(columns)
         )
 
-    def eigen_sketch(self, sketch: np.ndarray, inputs: np.ndarray, basis: np.ndarray, shift: np.ndarray, multiprocessors: int) -> None:
+    def eigen_sketch(
+        self, sketch: np.ndarray, inputs: np.ndarray, basis: np.ndarray, shift: np.ndarray, multiprocessors: int
+    ) -> None:
         """Adds to `sketch`."""
         sizes = (*inputs.shape, len(basis))
         self._call("eigen_sketch", sketch.dtype, *map(ctypes.c_int64, sizes),
