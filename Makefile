@@ -40,8 +40,8 @@ sanitize: .venv/ready
 soak: .venv/ready
 	$(BIN)/python -m bench.tools.soak
 
-# Microbenchmarks against plain PyTorch, some 8 minutes: prints tables, stores them in $(BENCH_RESULTS), and renders
-# docs/performance.md. LARGE=--large: more nets and batches, the ImageNet-10 net among them, and peak memory; 20 minutes, 8 GB.
+# Microbenchmarks against plain PyTorch, some 12 minutes: prints tables, stores them in $(BENCH_RESULTS), and renders
+# docs/performance.md. LARGE=--large: more nets and batches, the ImageNet-10 net among them, and peak memory; 25 minutes, 8 GB.
 LARGE ?=
 export BENCH_RESULTS ?= bench/results
 bench: .venv/ready

@@ -71,7 +71,8 @@ def sources(cuda: bool) -> list[str]:
 cuda = cuda_wanted()
 if cuda:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-flags = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall"]
+# Nobody reads errno or the exception flags of floating-point numbers; without them roots and choices are vectors, too.
+flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fvisibility=hidden", "-Wall"]
 if cuda:
     flags.append(f'-DSECONDORDER_CUDA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"')
 extension = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(

@@ -20,10 +20,10 @@ except ImportError as error:
 
 from secondorder import criteria, curvature, diagnostics, ops, reference, solvers
 from secondorder.errors import NonFiniteError
-from secondorder.optim import EACG, KBFGS, KBFGSL, KFAC, KFLR, KFRA, LayerwiseNewton
+from secondorder.optim import EACG, KBFGS, KBFGSL, KFAC, KFLR, KFRA, EigenAdam, LayerwiseNewton
 
 __all__ = [
-    "EACG", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "LayerwiseNewton", "NonFiniteError",
+    "EACG", "EigenAdam", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "LayerwiseNewton", "NonFiniteError",
     "build_info", "criteria", "curvature", "diagnostics", "ops", "reference", "solvers",
 ]  # fmt: skip
 __version__ = "0.2.0"

@@ -283,7 +283,7 @@ def damped_lbfgs_update_(
 
 def eigen_sketch_(sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor) -> None:
     """Sums over the rows x of the shifted inputs: (x V)^T x, and x."""
-    x = inputs - shift
+    x = inputs - shift if shift.numel() else inputs
     sketch += torch.cat([(x @ basis.T).T @ x, x.sum(0, keepdim=True)])
 
 
@@ -377,14 +377,11 @@ def eigen_renew_(
         return
     for l, w in enumerate(share):
         parts, u, v, _ = _parts(grad_weight[l], grad_bias[l], mean[l], basis_out[l], basis_in[l])
-        bias = grad_bias[l].numel() > 0
-        moments = _whole(_split(first[l], parts), u, v, bias)
-        sums = sketch[l]
+        u, v, bias, sums = u.clone(), v.clone(), grad_bias[l].numel() > 0, sketch[l]
+        move = torch.zeros_like(grad_weight[l][0])
         if bias and rows[l]:
             move = w * sums[-1] / rows[l]
             mean[l] += move
-        else:
-            move = torch.zeros_like(mean[l])
         g = grad_weight[l] - torch.outer(grad_bias[l], mean[l]) if bias else grad_weight[l]
         if rows[l]:  # sum (x - move) (x - move)^T V from the sums over x
             vx, vm = v.T @ sums[-1], v.T @ move
@@ -397,8 +394,16 @@ def eigen_renew_(
             new, lengths = _orthonormal((1 - w) * scale.unsqueeze(1) * basis + w * product)
             basis.copy_(new)
             scale.copy_(lengths)
-        parts, *_ = _parts(*moments, torch.zeros_like(mean[l]), basis_out[l], basis_in[l])
-        first[l].copy_(torch.cat([part.flatten() for part in parts]))
+        # The moments in the new bases; E stays.
+        rows_turn, columns_turn = basis_out[l] @ u, torch.block_diag(v.T @ basis_in[l].T, *[u.new_ones(1, 1)] * bias)
+        moments = _split(first[l], parts)
+        corner, *rest = moments
+        corner.copy_(rows_turn @ corner @ columns_turn)
+        if u.shape[1] < u.shape[0]:
+            right = rest.pop(0)
+            right.copy_(right @ columns_turn)
+        if v.shape[1] < v.shape[0]:
+            rest[0].copy_(rows_turn @ rest[0])
 
 
 def eigen_step_(

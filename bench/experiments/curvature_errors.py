@@ -9,8 +9,8 @@ from torch import nn
 from tqdm import tqdm
 
 import secondorder as so
-from bench.experiments.harness import environment
 from bench.experiments.problems import CIFAR_WIDTHS, cifar10, network
+from bench.experiments.training import environment
 from secondorder.criteria import BoundedClassificationLoss
 
 BATCH, STEPS = 100, 30  # training steps between two tables

@@ -1,17 +1,14 @@
 """One way of doing an experiment: every method on every problem for the same seconds, stored run by run.
 
-Seconds are CPU seconds of one thread (`time.process_time`), of the optimizer's steps alone: what else the machine does hardly
-enters. A method with a grid runs all of it with the first seed, and its best setting, by the training loss at the end, with the
-others. A finished run is a line of the results file; what is there already is not run again.
+A method with a grid runs all of it with the first seed, and its best setting, by the training loss at the end, with the others.
+A finished run is a line of the results file; what is there already is not run again. `training` does the runs.
 """
 
 import json
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import lru_cache
 from itertools import pairwise, product
 from pathlib import Path
@@ -19,47 +16,109 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-import secondorder as so
 from bench.data import Dataset
-from bench.timing import cpu_name
 
-EVALUATIONS = 16  # of a run
 EVALUATED = 2000  # instances at most, of the training and of the test set
 
 Setting = dict[str, float]
 
 
+@dataclass
+class Task:
+    """What one run trains, and how it is measured."""
+
+    data: str  # the name
+    model: nn.Module
+    batches: Iterator[Any]  # without end
+    loss: Callable[[Any], Tensor]  # of a batch
+    evaluate: Callable[[], tuple[float, float]]  # training loss and score
+    steps_per_epoch: float
+    criterion: nn.Module | None = None  # for optimizers that ask for it
+    inputs: Callable[[], Sequence[Tensor]] = tuple  # the training set's, in batches
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A data set, a net, a criterion."""
+    """What methods are compared on."""
 
     name: str
     description: str
+    _: KW_ONLY
+    seconds: float  # of training, for each run
+    score_name: str
+    higher: bool = False  # scores are the better ones; otherwise they are errors
+    signed: bool = False  # losses may be below zero
+    epochs: float = math.inf  # a run ends after so many, if the seconds last
+
+    def begin(self, data_dir: Path | None, seed: int) -> Task:
+        """Makes what a run trains; torch's generator has been seeded."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Supervised(Problem):
+    """A data set, a net, a criterion."""
+
     data: Callable[[Path | None], Dataset]
     model: Callable[[], nn.Module]
     criterion: Callable[[], nn.Module]
     batch: int
-    seconds: float  # of training, for each run
     score: Callable[[Tensor, Tensor], float]  # of outputs and targets of the test set
-    score_name: str
+    _: KW_ONLY
     log_loss: bool = True  # axes of pictures
     log_score: bool = False
     summed: bool = False  # the criterion sums over instances: the loss is its value per instance
-    epochs: float = math.inf  # a run ends after so many, if the seconds last
 
-    def loss(self, criterion: nn.Module, output: Tensor, target: Tensor) -> Tensor:
-        """What is trained and shown."""
-        value = criterion(output, target)
-        return value / len(output) if self.summed else value
+    def begin(self, data_dir: Path | None, seed: int) -> Task:
+        data, model, criterion = _loaded(self.data, data_dir), self.model(), self.criterion()
+
+        def loss_of(output: Tensor, target: Tensor) -> Tensor:
+            value = criterion(output, target)
+            return value / len(output) if self.summed else value
+
+        @torch.no_grad()
+        def evaluate() -> tuple[float, float]:
+            model.eval()
+            x, y = data.train_x[:EVALUATED], data.train_y[:EVALUATED]
+            loss = loss_of(model(x), y).item()
+            score = self.score(model(data.test_x[:EVALUATED]), data.test_y[:EVALUATED])
+            model.train()
+            return loss, score
+
+        return Task(
+            data.name,
+            model,
+            batches((data.train_x, data.train_y), self.batch, seed),
+            lambda batch: loss_of(model(batch[0]), batch[1]),
+            evaluate,
+            len(data.train_x) / self.batch,
+            criterion,
+            lambda: data.train_x.split(self.batch),
+        )
+
+
+@lru_cache(maxsize=2)
+def _loaded(load: Callable[[Path | None], Dataset], data_dir: Path | None) -> Dataset:
+    return load(data_dir)
+
+
+def batches(tensors: tuple[Tensor, ...], size: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
+    """Shuffled batches without end; what is too little for a batch at an epoch's end is left out."""
+    order = torch.Generator().manual_seed(seed)
+    n = len(tensors[0])
+    while True:
+        for rows in torch.randperm(n, generator=order).split(size):
+            if len(rows) == min(size, n):
+                yield tuple(tensor[rows] for tensor in tensors)
 
 
 @dataclass(frozen=True, eq=False)
 class Method:
     """An optimizer and the settings to choose from.
 
-    `halve` in a setting is not the optimizer's: the learning rate is halved whenever this fraction of the seconds has passed.
+    Two keys of a setting are not the optimizer's: with `halve` the learning rate is halved whenever this fraction of the seconds
+    has passed, with `linear` it falls linearly to zero at their end.
     """
 
     name: str
@@ -131,144 +190,6 @@ class Store:
         """Deletes the chosen runs."""
         kept = [run for run in self.runs() if not chosen(run)]
         self.path.write_text("".join(json.dumps(asdict(run)) + "\n" for run in kept))
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")
-
-
-def environment() -> str:
-    """What the seconds were measured on."""
-    return f"{cpu_name()}, {so.build_info()['vectors']} vectors, 1 thread, torch {torch.__version__}"
-
-
-@lru_cache(maxsize=2)
-def _data(problem: Problem, data_dir: Path | None) -> Dataset:
-    return problem.data(data_dir)
-
-
-def train(problem: Problem, method: Method, setting: Setting, seed: int, budget: float, data_dir: Path | None) -> Run:
-    """Trains for `budget` CPU seconds."""
-    data = _data(problem, data_dir)
-    _warm_up(problem, method, data_dir)
-    torch.manual_seed(seed)
-    model, criterion = problem.model(), problem.criterion()
-    run = Run(problem.name, method.name, setting, seed, budget, data.name, environment())
-    order = torch.Generator().manual_seed(seed)
-    steps, elapsed = 0, 0.0
-
-    @torch.no_grad()
-    def evaluate() -> None:
-        loss = float(problem.loss(criterion, _outputs(model, data.train_x), data.train_y[:EVALUATED]))
-        output = _outputs(model, data.test_x)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the training loss is {loss}")
-        run.steps.append(steps)
-        run.epochs.append(_rounded(steps * problem.batch / len(data.train_x)))
-        run.seconds.append(_rounded(elapsed))
-        run.loss.append(_rounded(loss))
-        run.score.append(_rounded(problem.score(output, data.test_y[:EVALUATED])))
-
-    def batches() -> Iterator[Tensor]:
-        while True:
-            shuffled = torch.randperm(len(data.train_x), generator=order)
-            yield from (rows for rows in shuffled.split(problem.batch) if len(rows) == min(problem.batch, len(shuffled)))
-
-    evaluate()
-    setting = dict(setting)
-    halve = setting.pop("halve", math.inf) * budget
-    try:
-        start = time.process_time()
-        optimizer = method.make(model, criterion, **setting)
-        if isinstance(optimizer, so.KBFGS):
-            optimizer.initialize(data.train_x.split(problem.batch))
-        elapsed += time.process_time() - start
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for rows in batches():
-            x, y = data.train_x[rows], data.train_y[rows]
-            start = time.process_time()
-            _step(problem, model, criterion, optimizer, x, y)
-            elapsed += time.process_time() - start
-            steps += 1
-            if elapsed >= halve:
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * 0.5 ** (elapsed // halve)
-            done = elapsed >= budget or steps * problem.batch >= problem.epochs * len(data.train_x)
-            if done or elapsed >= len(run.seconds) * budget / EVALUATIONS:
-                evaluate()
-            if done:
-                break
-    except (FloatingPointError, so.NonFiniteError) as error:
-        run.diverged = f"after {steps} steps: {error}"
-    return run
-
-
-def _step(
-    problem: Problem, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
-) -> None:
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = problem.loss(criterion, model(x), y)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-
-
-@lru_cache
-def _warm_up(problem: Problem, method: Method, data_dir: Path | None) -> None:
-    """Two steps that are not counted: what happens once in a process, as imports do, is no part of a run."""
-    data, model, criterion = _data(problem, data_dir), problem.model(), problem.criterion()
-    setting = {key: value for key, value in min(method.grid, key=lambda s: s.get("lr", 0)).items() if key != "halve"}
-    optimizer = method.make(model, criterion, **setting)
-    with suppress(so.NonFiniteError):  # it diverges: that is for the runs to tell
-        for _ in range(2):
-            _step(problem, model, criterion, optimizer, data.train_x[: problem.batch], data.train_y[: problem.batch])
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, x: Tensor) -> Tensor:
-    model.eval()
-    output = model(x[:EVALUATED])
-    model.train()
-    return output
-
-
-def study(
-    problems: list[Problem], methods: list[Method], seeds: list[int], store: Store, data_dir: Path | None, share: float = 1.0
-) -> list[Run]:
-    """Does what is not stored yet; every run of these problems and methods.
-
-    Args:
-        problems: see the module.
-        methods: likewise.
-        seeds: the first one chooses each method's setting.
-        store: where runs are kept.
-        data_dir: see `bench.data`.
-        share: of each problem's seconds.
-    """
-    torch.set_num_threads(1)
-    done = {run.key: run for run in store.runs()}
-    total = len(problems) * sum(len(method.grid) + len(seeds) - 1 for method in methods)
-    wanted = []
-    with tqdm(total=total, mininterval=2) as bar:
-        for problem, method in product(problems, methods):
-
-            def once(setting: Setting, seed: int, problem: Problem = problem, method: Method = method) -> Run:
-                budget = problem.seconds * share
-                key = Run(problem.name, method.name, setting, seed, budget, "", "").key
-                bar.set_description(f"{problem.name}, {method.name}, {setting or 'defaults'}, seed {seed}")
-                if key not in done:
-                    done[key] = train(problem, method, setting, seed, budget, data_dir)
-                    store.add(done[key])
-                wanted.append(done[key])
-                bar.update()
-                return done[key]
-
-            best = min((once(setting, seeds[0]) for setting in method.grid), key=lambda run: run.final)
-            for seed in seeds[1:]:
-                once(best.setting, seed)
-    return wanted
 
 
 def best_runs(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from bench.experiments.harness import Problem, Run
+from bench.experiments.harness import Run, Supervised
 from bench.png import save
 
 # Okabe and Ito's colours, told apart by the colour-blind; lines differ in style as well. Black is LayerwiseNewton's.
@@ -19,7 +19,7 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F", "#E6
 LINES = ["-", "--", "-."]
 
 
-def draw(problems: list[Problem], best: dict[str, dict[str, list[Run]]], title: str, path: Path) -> None:
+def draw(problems: list[Supervised], best: dict[str, dict[str, list[Run]]], title: str, path: Path) -> None:
     """A row per problem: training loss, then score, against seconds and against epochs; median and range of seeds."""
     figure, axes = plt.subplots(len(problems), 4, figsize=(13, 0.7 + 3.1 * len(problems)), squeeze=False, layout="constrained")
     others = list(dict.fromkeys(name for methods in best.values() for name in methods if name != "LayerwiseNewton"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bench import data
 from bench.data import Dataset
-from bench.experiments.harness import Problem
+from bench.experiments.harness import Supervised
 from secondorder.criteria import BoundedClassificationLoss, TukeyBiweightLoss
 
 
@@ -68,9 +68,9 @@ def first_images(load: Callable[[Path], Dataset], n: int, data_dir: Path | None,
     return Dataset(name, train_x, train_x if themselves else whole.train_y[:n], test_x, test_x if themselves else whole.test_y)
 
 
-def _autoencoder(name: str, load: Callable[[Path | None], Dataset], pixels: int, binary: bool) -> Problem:
+def _autoencoder(name: str, load: Callable[[Path | None], Dataset], pixels: int, binary: bool) -> Supervised:
     widths = [pixels, 256, 128, 64, 30, 64, 128, 256, pixels]
-    return Problem(
+    return Supervised(
         name,
         f"{'-'.join(map(str, widths))}, ReLU, linear code, {'cross-entropy' if binary else 'squared error'} per image",
         load,
@@ -100,7 +100,7 @@ def _even_digits(data_dir: Path | None) -> Dataset:
     return Dataset(digits.name, digits.train_x, even[0], digits.test_x, even[1])
 
 
-MIXTURE = Problem(
+MIXTURE = Supervised(
     "even or odd",
     "784-256-128-64-30-3, ReLU, mixture of two binary classifiers (Eq. 27)",
     _even_digits,
@@ -110,6 +110,7 @@ MIXTURE = Problem(
     seconds=5,
     score=mixture_accuracy,
     score_name="test accuracy, %",
+    higher=True,
 )
 
 CIFAR_WIDTHS = [3072, 1024, 512, 256, 128, 64, 32, 16, 10]  # of Chen et al.
@@ -129,8 +130,8 @@ def _resized_cifar10(data_dir: Path | None, images: int, side: int) -> Dataset:
     return Dataset(f"{original.name}, {side} x {side}", train, original.train_y, test, original.test_y[:2000])
 
 
-def _classifier(name: str, load: Callable, widths: list[int], criterion: Callable[[], nn.Module], seconds: float) -> Problem:
-    return Problem(
+def _classifier(name: str, load: Callable, widths: list[int], criterion: Callable[[], nn.Module], seconds: float) -> Supervised:
+    return Supervised(
         name,
         f"{'-'.join(map(str, widths))}, sigmoid, Xavier",
         load,
@@ -140,6 +141,7 @@ def _classifier(name: str, load: Callable, widths: list[int], criterion: Callabl
         seconds=seconds,
         score=accuracy,
         score_name="test accuracy, %",
+        higher=True,
         log_loss=criterion is nn.CrossEntropyLoss,
     )
 
@@ -193,10 +195,10 @@ def mean_absolute_error(output: Tensor, target: Tensor) -> float:
 
 def _robust(
     name: str, load: Callable, widths: list[int], criterion: Callable[[], nn.Module], score: Callable, label: str
-) -> Problem:
-    return Problem(
+) -> Supervised:
+    return Supervised(
         name, f"{'-'.join(map(str, widths))}, tanh", load, partial(network, widths, nn.Tanh), criterion, batch=100, seconds=2,
-        score=score, score_name=label, log_loss=False,
+        score=score, score_name=label, higher=score is accuracy, log_loss=False,
     )  # fmt: skip
 
 
@@ -270,7 +272,7 @@ def relative_error(output: Tensor, target: Tensor) -> float:
     return ((output[:, 0] - target[:, 2]).norm() / target[:, 2].norm()).item()
 
 
-PINN = Problem(
+PINN = Supervised(
     "Poisson", "2-32-32-32-1, tanh, on the unit square", _poisson, partial(JetNet, [2, 32, 32, 32, 1]), PoissonLoss,
     batch=1000, seconds=6, score=relative_error, score_name="relative L2 error", log_score=True,
 )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import secondorder as so
-from bench.experiments.harness import Method, Problem, grid
+from bench.experiments.harness import Method, Supervised, grid
 from bench.experiments.problems import (
     AUTOENCODERS,
     CLASSIFIERS,
@@ -28,7 +28,7 @@ class Study:
 
     title: str
     results: str  # the file's stem
-    problems: list[Problem]
+    problems: list[Supervised]
     methods: list[Method]
     picture: bool = True
 

@@ -38,6 +38,7 @@ class Net:
 
 HALF = [784, 1000, 500, 250, 30]
 NETS = {
+    "digits": Net([784, 256, 128, 64, 32, 10], nn.Sigmoid, nn.CrossEntropyLoss),
     "cifar": Net(CIFAR_NET, nn.Sigmoid, nn.CrossEntropyLoss),  # the two of Chen et al.
     "imagenet": Net([150528, *CIFAR_NET[1:]], nn.Sigmoid, nn.CrossEntropyLoss),
     "autoencoder": Net([*HALF, *HALF[-2::-1]], nn.Sigmoid, nn.BCEWithLogitsLoss),  # of Botev et al. and Goldfarb et al.

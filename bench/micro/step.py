@@ -11,41 +11,29 @@ import typer
 from torch import Tensor, nn
 
 import secondorder as so
+from bench import peers
 from bench.literal import LiteralEACG
 from bench.micro.nets import NETS, Net
 from bench.timing import interleaved, report
 
 BASELINE = "SGD, momentum"
-SMALL = {"cifar": [100, 1000], "autoencoder": [1000], "pinn": [128], "tabular": [128]}
+SMALL = {"digits": [100], "cifar": [100, 1000], "autoencoder": [1000], "pinn": [128], "tabular": [128]}
 LARGE = {"imagenet": [100], "autoencoder": [100], "pinn": [1000], "tabular": [1000]}
 EVERY = 10  # of what is renewed every so many steps
 
 Make = Callable[[nn.Module, nn.Module], torch.optim.Optimizer]
 
-
-class MuonAndSGD(torch.optim.Optimizer):
-    """Muon takes matrices alone; the biases get SGD."""
-
-    def __init__(self, model: nn.Module):
-        parameters = list(model.parameters())
-        super().__init__(parameters, {})
-        self.parts = [
-            torch.optim.Muon([p for p in parameters if p.dim() == 2], lr=1e-4),
-            torch.optim.SGD([p for p in parameters if p.dim() != 2], lr=1e-4, momentum=0.9),
-        ]
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for part in self.parts:
-            part.step()
-
-
 # lr is tiny: a benchmark's random targets must not let anything diverge.
 TORCH: dict[str, Make] = {
     BASELINE: lambda m, c: torch.optim.SGD(m.parameters(), lr=1e-6, momentum=0.9),
+    "Adam": lambda m, c: torch.optim.Adam(m.parameters(), lr=1e-6),
     "Adam, fused": lambda m, c: torch.optim.Adam(m.parameters(), lr=1e-6, fused=True),
 }
 if hasattr(torch.optim, "Muon"):
-    TORCH["Muon"] = lambda m, c: MuonAndSGD(m)
+    TORCH["Muon"] = lambda m, c: peers.muon(m, 1e-6)
+EIGEN: dict[str, Make] = {"EigenAdam": lambda m, c: so.EigenAdam(m, lr=1e-4)}  # its own learning rate times this
+SOAP: dict[str, Make] = {"SOAP": lambda m, c: peers.soap(m, 1e-6)}
+RENEWING = {*EIGEN, *SOAP}  # what has a basis, renewed every fifth or tenth step
 EACGS: dict[str, Make] = {
     "EACG": lambda m, c: so.EACG(m, c, 1e-6),
     "EACG, momentum=0": lambda m, c: so.EACG(m, c, 1e-6, momentum=0),
@@ -115,7 +103,7 @@ def backpack_pass(net: Net, batch: int, extension: str) -> Callable[[], object]:
 
 def functions(net: Net, batch: int, everything: bool, compiled: bool) -> dict[str, Callable[[], object]]:
     """All that are compared on a net."""
-    makes = TORCH | EACGS | (KFI | CLOSURES if everything else {})
+    makes = TORCH | EIGEN | EACGS | (SOAP | KFI | CLOSURES if everything else {})
     found = {name: stepper(net, batch, make) for name, make in makes.items()}
     if everything and (net.activation, net.criterion) == (nn.Sigmoid, nn.CrossEntropyLoss):
         x, y = net.batch(batch)
@@ -131,19 +119,22 @@ def main(
     large: Annotated[bool, typer.Option(help="The nets and batches that take long, too, and the ImageNet-10 net.")] = False,
     compiled: Annotated[bool, typer.Option(help="Plain PyTorch under torch.compile, too.")] = True,
     rounds: Annotated[int, typer.Option(help="Turns that each function takes; four times as many on the small nets.")] = 5,
+    only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(NETS)} these nets alone.")] = None,
 ) -> None:
     """Measures training steps and stores bench/results/step_NET_BATCH.json."""
     warnings.filterwarnings("ignore", message="Full backward hook")
     for name, batch in [(n, b) for shapes in ([SMALL, LARGE] if large else [SMALL]) for n, each in shapes.items() for b in each]:
+        if only and name not in only:
+            continue
         net = NETS[name]
         compared = functions(net, batch, name != "imagenet", compiled)
-        periods = {each: EVERY for each in compared if "every" in each and "10" in each}
-        rows = interleaved(compared, BASELINE, 4 * rounds if name in ("pinn", "tabular") else rounds, periods)
+        periods = {each: EVERY for each in compared if each in RENEWING or ("every" in each and "10" in each)}
+        rows = interleaved(compared, BASELINE, 4 * rounds if name in ("digits", "pinn", "tabular") else rounds, periods)
         report(
             f"step_{name}_{batch}",
             f"Training step, {net}, batch {batch}, float32, {torch.get_num_threads()} threads",
             rows,
-            "Ratio: to SGD with momentum, median over rounds. What is done every tenth step is averaged over ten.",
+            "Ratio: to SGD with momentum, median over rounds. What is done every fifth or tenth step is averaged over ten.",
         )
 
 

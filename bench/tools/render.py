@@ -51,7 +51,7 @@ def draw() -> None:
     names = list(dict.fromkeys(name for result in results for name in result["rows"]))
     for axis, result in zip(axes.flat, results, strict=False):
         ratios = [result["rows"].get(name, {}).get("ratio", 0) for name in names]
-        colours = ["C2" if name.startswith(("EACG", "KF", "K-BFGS")) else "C7" for name in names]
+        colours = ["C2" if name.startswith(("EACG", "EigenAdam", "KF", "K-BFGS")) else "C7" for name in names]
         bars = axis.barh(names, ratios, color=colours)
         axis.bar_label(bars, [f"{r:.2f}" if r else "" for r in ratios], fontsize=7, padding=2)
         axis.set_xscale("log")

@@ -8,6 +8,10 @@
 
 namespace secondorder::cpu {
 
+// Builtins, which become one instruction of the target region that they are used in.
+inline __attribute__((always_inline)) float sqrt_of(float x) { return __builtin_sqrtf(x); }
+inline __attribute__((always_inline)) double sqrt_of(double x) { return __builtin_sqrt(x); }
+
 namespace baseline {
 constexpr const char* kName = "baseline";
 constexpr int kBytes = 16, kMR = 4;

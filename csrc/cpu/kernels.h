@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../eigen.h"
 #include "../formulas.h"
 
 namespace secondorder::cpu {
@@ -49,6 +50,21 @@ struct Kernels {
 
   // One row of H += a a^T - b b^T: h = h + ai a - bi b over n. Every entry is rounded as its mirror image is.
   void (*rank_two)(int64_t n, T ai, const T* a, T bi, const T* b, T* h);
+
+  // out[r, q] = x_r . b_q   x [rows, n] and b [k, n] contiguous; out [rows, k] with row stride ld
+  void (*products)(int64_t rows, int64_t n, const T* x, int64_t k, const T* b, T* out, int64_t ld);
+
+  // out = x + l r   x (or null: zero) and out [rows, n], r [k, n] contiguous; l [rows, k] with row stride ld; out may be x
+  void (*low_rank)(int64_t rows, int64_t n, const T* x, int64_t k, const T* l, int64_t ld, const T* r, T* out);
+
+  // x . y over n
+  T (*dot)(int64_t n, const T* x, const T* y);
+
+  // Adam's rule, as EigenMoments has it, elementwise over n; returns x . normed
+  T (*moments)(int64_t n, const T* x, const EigenMoments<T>& rule, T* first, T* second, T* normed);
+
+  // step = 0 where mask is 0; w = keep w - rate step, elementwise over n
+  void (*descend)(int64_t n, T keep, T rate, const T* mask, T* step, T* w);
 };
 
 // The table for this machine's widest supported vectors.

@@ -37,7 +37,7 @@ EigenSizes check_matrix(const char* op, const at::Tensor& grad_weight, const at:
   check_dim(op, "basis_in", basis_in, 2);
   check_shape(op, "basis_out", basis_out, {std::min(basis_out.size(0), n), n});
   check_shape(op, "basis_in", basis_in, {std::min(basis_in.size(0), p), p});
-  check_shape(op, "mean", mean, {p});
+  check_shape(op, "mean", mean, {bias ? p : 0});
   for (const auto& [name, t] : {std::pair<const char*, const at::Tensor&>{"grad_bias", grad_bias},
                                 {"mean", mean},
                                 {"basis_out", basis_out},
@@ -57,7 +57,7 @@ void check_eigen_sketch(const at::Tensor& sketch, const at::Tensor& inputs, cons
   const int64_t k = basis.size(0), p = inputs.size(1);
   check_shape(op, "basis", basis, {k, p});
   check_same(op, "basis", basis, "inputs", inputs);
-  check_shape(op, "shift", shift, {p});
+  check_shape(op, "shift", shift, {shift.numel() ? p : 0});
   check_same(op, "shift", shift, "inputs", inputs);
   check_shape(op, "sketch", sketch, {k + 1, p});
   check_same(op, "sketch", sketch, "inputs", inputs);
@@ -86,7 +86,7 @@ void check_eigen_renew(at::TensorList mean, at::TensorList basis_out, at::Tensor
     const EigenSizes sizes = check_matrix(op, g, grad_bias[l], mean[l], basis_out[l], basis_in[l]);
     check_same(op, "grad_weight", g, "the first one", grad_weight[0]);
     check_same_device(op, "grad_weight", g, "control", control);
-    check_written(op, "mean", mean[l], {sizes.p}, g);
+    check_written(op, "mean", mean[l], {sizes.bias ? sizes.p : 0}, g);
     check_written(op, "basis_out", basis_out[l], {sizes.ku, sizes.n}, g);
     check_written(op, "basis_in", basis_in[l], {sizes.kv, sizes.p}, g);
     check_written(op, "scale_out", scale_out[l], {sizes.ku}, g);

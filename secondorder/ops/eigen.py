@@ -34,7 +34,7 @@ def eigen_sketch_(sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor) 
         sketch: [k + 1, p], contiguous, written in place; zero at first.
         inputs: h [m, p], one row per use of the layer.
         basis: V^T [k, p].
-        shift: [p], near the mean input, so that nothing large cancels later.
+        shift: [p], near the mean input, so that nothing large cancels later; [0] for none.
     """
     library.eigen_sketch_(sketch, inputs, basis, shift)
 
@@ -58,18 +58,21 @@ def eigen_renew_(
     rows: Sequence[int],
     share: Sequence[float],
 ) -> None:
-    """Renews mean inputs and bases by one power iteration each, and takes the first moments to the new bases.
+    """Renews mean inputs and bases by one power iteration each, and turns the first moments with them.
 
     With the share w and S the averaged variance along V (`scale_in`), and likewise for U with M = G' G'^T:
 
         a <- (1 - w) a + w E[h],    V S <- qr((1 - w) V S + w M V),    M = E[(h - a) (h - a)^T], or G'^T G' without a sketch.
 
+    Of the first moments C <- A C B, R <- R B and T <- A T, with A = U'^T U and B = V^T V' but for the bias' column; E stays, since
+    what turns into the bases, or out of them, is little.
+
     The columns are orthonormalised in their order, S are their lengths before. One that depends on those before it is drawn
-    anew, with S = 0. The mean stays as it is without a bias. If a gradient or a sketch is not finite nothing changes but
+    anew, with S = 0. If a gradient or a sketch is not finite nothing changes but
     `control`, which then lets `eigen_step_` refuse the step.
 
     Args:
-        mean: a [p] of every matrix; written in place like the five arguments after it.
+        mean: a [p] of every matrix, [0] without a bias; written in place like the five arguments after it.
         basis_out: U^T [ku, n] of every matrix.
         basis_in: V^T [kv, p] of every matrix.
         scale_out: [ku] of every matrix.
@@ -156,7 +159,7 @@ def eigen_step_(
         control: [8], float64.
         grad_weight: G [n, p] of every matrix.
         grad_bias: g [n] of every matrix, [0] without a bias.
-        mean: a [p] of every matrix.
+        mean: a [p] of every matrix, [0] without a bias.
         basis_out: U^T [ku, n] of every matrix.
         basis_in: V^T [kv, p] of every matrix.
         lr: what multiplies the step length, of every matrix.

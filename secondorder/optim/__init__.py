@@ -1,6 +1,7 @@
 """The optimizers, one file each; files with an underscore hold what several share."""
 
 from secondorder.optim.eacg import EACG
+from secondorder.optim.eigen_adam import EigenAdam
 from secondorder.optim.kbfgs import KBFGS
 from secondorder.optim.kbfgsl import KBFGSL
 from secondorder.optim.kfac import KFAC
@@ -8,4 +9,4 @@ from secondorder.optim.kflr import KFLR
 from secondorder.optim.kfra import KFRA
 from secondorder.optim.layerwise_newton import LayerwiseNewton
 
-__all__ = ["EACG", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "LayerwiseNewton"]
+__all__ = ["EACG", "EigenAdam", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "LayerwiseNewton"]

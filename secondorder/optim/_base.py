@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
 
 from secondorder._distributed import RankReducer
 from secondorder._layers import linear_layers
@@ -19,11 +18,12 @@ from secondorder.errors import NonFiniteError
 from secondorder.optim._amp import restore_scale, unscaling_factor
 from secondorder.optim._fallback import Fallback
 from secondorder.optim._numbers import NUMBERS, Numbers, check_numbers
+from secondorder.optim._optimizer import SecondOrderOptimizer
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DataParallel")
 
 
-class CurvatureOptimizer(torch.optim.Optimizer):
+class CurvatureOptimizer(SecondOrderOptimizer):
     """A torch.optim.Optimizer for a model and a criterion, with a tape on its linear layers.
 
     Parameters outside of the linear layers that the recorded losses reach get the `fallback`: "sgd" updates them by
@@ -163,27 +163,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 f"got {foreign} others"
             )
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every torch optimizer's, but the state keeps its dtype: under bfloat16 parameters the factors are float32."""
-        seen: list[dict[str, Any]] = []  # after the pre-hooks
-        last = self.register_load_state_dict_pre_hook(lambda _, given: seen.append(given))
-        first = self.register_load_state_dict_post_hook(lambda _: self._restore(seen[0]), prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            last.remove()
-            first.remove()
-
-    def _restore(self, state_dict: dict[str, Any]) -> None:
-        """The state once more, of its own dtype and sharing no memory with `state_dict`."""
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, own, strict=True):
-            if i in state_dict["state"]:
-                self.state[p] = tree_map(
-                    lambda leaf, p=p: leaf.to(p.device, copy=True) if isinstance(leaf, Tensor) else leaf, state_dict["state"][i]
-                )
-
     @property
     def skipped_steps(self) -> int:
         """Steps skipped for NaN or inf: by nonfinite="skip", or because GradScaler found inf. Part of the state_dict."""
@@ -212,13 +191,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             check_numbers(f"{type(self).__name__}.step()", group, self._numbers)
         return {p: group for group in self.param_groups for p in group["params"]}
-
-    def _maximize(self) -> bool:
-        """Whether the loss is maximised: one answer for all groups, for one loss."""
-        maximize = {bool(group["maximize"]) for group in self.param_groups}
-        if len(maximize) > 1:
-            raise ValueError(f"{type(self).__name__}.step(): expected maximize to be the same in all param_groups")
-        return maximize.pop()
 
     def _gradients(self) -> dict[Tensor, Tensor]:
         """The gradients, at least in float32, of what is minimised: the loss or its negative, and coupled weight decay."""

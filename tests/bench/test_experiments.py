@@ -11,9 +11,10 @@ from torch import nn
 import secondorder as so
 from bench.data import Dataset
 from bench.experiments.__main__ import insert
-from bench.experiments.harness import Method, Problem, Run, Store, best_runs, grid, matrices, study, table
+from bench.experiments.harness import Method, Run, Store, Supervised, best_runs, grid, matrices, table
 from bench.experiments.problems import JetNet, MixtureLoss, PoissonLoss
 from bench.experiments.studies import STUDIES
+from bench.experiments.training import study
 
 
 def line(_):
@@ -21,7 +22,7 @@ def line(_):
     return Dataset("a line", x, x.sum(1, keepdim=True), x, x.sum(1, keepdim=True))
 
 
-PROBLEM = Problem(
+PROBLEM = Supervised(
     "line", "2-1", line, lambda: nn.Linear(2, 1), nn.MSELoss, batch=8, seconds=0.02,
     score=lambda output, target: (output - target).abs().max().item(), score_name="error",
 )  # fmt: skip
@@ -37,8 +38,8 @@ def store(tmp_path):
 def test_a_study_tunes_on_the_first_seed_and_trains_the_best_setting_with_the_others(store):
     runs = study([PROBLEM], [SGD, EACG], [0, 1, 2], store, None)
     assert [(run.method, run.setting, run.seed) for run in runs] == [
-        ("SGD", {"lr": 1e-6}, 0), ("SGD", {"lr": 0.1}, 0), ("SGD", {"lr": 0.1}, 1), ("SGD", {"lr": 0.1}, 2),
-        ("EACG", {}, 0), ("EACG", {}, 1), ("EACG", {}, 2),
+        ("SGD", {"lr": 1e-6}, 0), ("SGD", {"lr": 0.1}, 0), ("EACG", {}, 0),
+        ("SGD", {"lr": 0.1}, 1), ("EACG", {}, 1), ("SGD", {"lr": 0.1}, 2), ("EACG", {}, 2),
     ]  # fmt: skip
     for run in runs:
         assert not run.diverged

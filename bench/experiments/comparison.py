@@ -1,0 +1,167 @@
+"""One method against its peers, each at its best setting: seconds to a peer's loss, losses at the end, scores.
+
+A pair of runs has the same problem, seed and seconds, and so the same loss at first. What the numbers of a pair mean:
+
+- **Time ratio**: the seconds after which the method is at the peer's final loss, as a share of the peer's seconds. Where it never
+  is, the seconds over those after which the peer was at the method's final loss, a number above 1. So the ratio of A to B is the
+  inverse of B's to A. It lies between 1 / `LIMIT` and `LIMIT`, which a method that diverged has.
+- **Loss ratio**: the final losses' quotient; what diverged has its first loss. Where losses may be negative a quotient says
+  nothing: there it is 1 + (method's - peer's) / (first - peer's), the difference relative to what the peer has gained.
+- In both a loss below a thousandth of the first one counts as that: beyond it nothing is left to learn. Of a peer that is there
+  before its seconds have passed, the seconds until then count.
+- **Score**: a difference in the score's own unit, as points of accuracy or decibels, or in percent of the peer's where it is an
+  error. Above zero is better for scores, below zero for errors.
+
+A problem's number is the median over seeds; the best peer of a problem is the one with the lowest median of final losses.
+"""
+
+import math
+import statistics
+from collections.abc import Callable
+
+from bench.experiments.harness import Problem, Run, Setting, spread
+
+LIMIT = 20.0
+FLOOR = 1e-3  # of the first loss
+
+Best = dict[str, list[Run]]  # by method, a run per seed
+
+
+def floor(run: Run, signed: bool) -> float:
+    """The loss below which none is told from another."""
+    return -math.inf if signed else FLOOR * run.loss[0]
+
+
+def time_ratio(own: Run, peer: Run, signed: bool = False) -> float:
+    """See the module."""
+    if own.diverged or peer.diverged:
+        return LIMIT if own.diverged else 1 / LIMIT
+    lowest = floor(peer, signed)
+    if peer.final >= lowest:
+        goal, whole = peer.final, peer.seconds[-1]
+    else:
+        goal, whole = lowest, peer.seconds_to(lowest)
+    reached = own.seconds_to(goal)
+    ratio = reached / whole if reached < math.inf else own.seconds[-1] / max(peer.seconds_to(own.final), 1e-9)
+    return min(LIMIT, max(1 / LIMIT, ratio))
+
+
+def loss_ratio(own: Run, peer: Run, signed: bool = False) -> float:
+    """See the module."""
+    own_final, peer_final = (run.loss[0] if run.diverged else run.final for run in (own, peer))
+    if signed:
+        return 1 + (own_final - peer_final) / (peer.loss[0] - peer_final)
+    lowest = floor(peer, signed)
+    return max(own_final, lowest) / max(peer_final, lowest)
+
+
+def score_difference(own: Run, peer: Run, higher: bool) -> float:
+    """See the module."""
+    return own.score[-1] - peer.score[-1] if higher else 100 * (own.score[-1] / peer.score[-1] - 1)
+
+
+def paired(value: Callable[..., float], own: list[Run], peer: list[Run], *options: bool) -> float:
+    """The median over seeds."""
+    peers = {run.seed: run for run in peer}
+    return statistics.median(value(run, peers[run.seed], *options) for run in own if run.seed in peers)
+
+
+def best_peer(best: Best, method: str) -> str:
+    """The one with the lowest median of final losses."""
+    peers = [name for name in best if name != method]
+    return min(peers, key=lambda name: statistics.median(run.final for run in best[name]))
+
+
+def setting_name(setting: Setting) -> str:
+    parts = [f"{setting['lr']:g}"] if "lr" in setting else []
+    return ", ".join(parts + (["falling"] if "linear" in setting else []))
+
+
+def losses(problems: list[Problem], best: dict[str, Best], methods: list[str]) -> str:
+    """Markdown: final training losses, with the setting that was chosen."""
+    lines = [row(["training loss", "s", *methods]), "|---" * (len(methods) + 2) + "|"]
+    for problem in problems:
+        cells = [problem.name, f"{next(iter(best[problem.name].values()))[0].budget:g}"]
+        for method in methods:
+            runs = best[problem.name][method]
+            setting = setting_name(runs[0].setting)
+            cells.append(spread([run.final for run in runs]) + (f"; {setting}" if setting else ""))
+        lines.append(row(cells))
+    return "\n".join(lines)
+
+
+def times(problems: list[Problem], best: dict[str, Best], methods: list[str]) -> str:
+    """Markdown: steps, and the first method's time and loss ratios to the best of all peers and to the best Adam."""
+    own = methods[0]
+    columns = [
+        f"steps: {', '.join(methods)}",
+        "best peer",
+        "time ratio",
+        "loss ratio",
+        "time ratio to Adam",
+        "loss ratio to Adam",
+    ]
+    lines = [row(["", *columns]), "|---" * 7 + "|"]
+    for problem in problems:
+        runs = best[problem.name]
+        peer = best_peer(runs, own)
+        steps = [f"{statistics.median(run.steps[-1] for run in runs[method]):.0f}" for method in methods]
+        cells = [problem.name, ", ".join(steps), peer]
+        for other in (peer, "Adam"):
+            ratio = paired(time_ratio, runs[own], runs[other], problem.signed)
+            cells.append(f"{ratio:.2f}" if ratio <= 1 else f"not reached ({ratio:.2f})")
+            cells.append(f"{paired(loss_ratio, runs[own], runs[other], problem.signed):.3g}")
+        lines.append(row(cells))
+    return "\n".join(lines)
+
+
+def scores(problems: list[Problem], best: dict[str, Best], methods: list[str]) -> str:
+    """Markdown: scores at the end, and how the first method's differs from the best peer's and from the best Adam's."""
+    own = methods[0]
+    lines = [row(["", "score", *methods, "to the best peer's", "to Adam's"]), "|---" * (len(methods) + 4) + "|"]
+    for problem in problems:
+        runs = best[problem.name]
+        cells = [problem.name, problem.score_name]
+        cells += [spread([run.score[-1] for run in runs[method]]) for method in methods]
+        for other in (best_peer(runs, own), "Adam"):
+            difference = paired(score_difference, runs[own], runs[other], problem.higher)
+            cells.append(f"{difference:+.3g}" + ("" if problem.higher else " %"))
+        lines.append(row(cells))
+    return "\n".join(lines)
+
+
+def summary(problems: list[Problem], best: dict[str, Best], methods: list[str]) -> str:
+    """Markdown: geometric means over the problems, the worst, and on how many the first method is ahead."""
+    own = methods[0]
+    columns = ["against", "time ratio, mean", "worst", "ahead on", "loss ratio, mean", "worst", "better score on"]
+    lines = [row(columns), "|---" * len(columns) + "|"]
+    for against in ("the best peer", *methods[1:]):
+        times, losses, better = {}, {}, 0
+        for problem in problems:
+            runs = best[problem.name]
+            pair = runs[own], runs[best_peer(runs, own) if against == "the best peer" else against]
+            times[problem.name] = paired(time_ratio, *pair, problem.signed)
+            losses[problem.name] = paired(loss_ratio, *pair, problem.signed)
+            difference = paired(score_difference, *pair, problem.higher)
+            better += difference > 0 if problem.higher else difference < 0
+        lines.append(
+            row([
+                against, *mean_and_worst(times), f"{sum(ratio < 1 for ratio in times.values())} of {len(problems)}",
+                *mean_and_worst(losses), f"{better} of {len(problems)}",
+            ])
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def mean_and_worst(ratios: dict[str, float]) -> tuple[str, str]:
+    """Of problems' ratios, the geometric mean, and the highest with its problem."""
+    worst = max(ratios, key=lambda name: ratios[name])
+    return f"{geometric_mean(list(ratios.values())):.2f}", f"{ratios[worst]:.2f}, {worst}"
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,110 @@
+"""EigenAdam as it is, untuned, against other optimizers at their best settings: on the papers' problems and everyday scripts."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import secondorder as so
+from bench import peers
+from bench.experiments import comparison
+from bench.experiments.everyday import SCRIPTS
+from bench.experiments.everyday.script import Script
+from bench.experiments.harness import Method, Problem, Store, best_runs, grid
+from bench.experiments.problems import AUTOENCODERS, CLASSIFIERS, DIGITS, FASHION, MIXTURE, PINN, ROBUST
+from bench.experiments.training import study
+
+OWN = "EigenAdam"
+
+
+def _adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr, fused=True)
+
+
+def _peer(name: str, make: Callable[..., torch.optim.Optimizer], fixed: list[float], falling: list[float]) -> Method:
+    """A peer with learning rates that stay, and some that fall linearly to zero at the end of the seconds."""
+    settings = grid(lr=fixed) + grid(lr=falling, linear=[1.0])
+    return Method(name, lambda model, _, lr: make(model, lr), settings)
+
+
+METHODS = [
+    Method(OWN, lambda model, _: so.EigenAdam(model)),
+    _peer("Adam", _adam, [1e-3, 3e-3, 1e-2], [3e-3, 1e-2]),
+    _peer("Muon", peers.muon, [3e-3, 1e-2, 3e-2], [1e-2, 3e-2]),
+    _peer("SOAP", peers.soap, [1e-3, 3e-3, 1e-2, 3e-2], [3e-3]),
+]
+if peers.has_cosmos():
+    METHODS.append(_peer("COSMOS", peers.cosmos, [3e-3, 1e-2, 3e-2], [1e-2, 3e-2]))
+
+
+def _for(problems: list[Problem], seconds: float) -> list[Problem]:
+    return [replace(problem, seconds=seconds) for problem in problems]
+
+
+PAPERS: list[Problem] = [
+    *_for([DIGITS, FASHION], 4),
+    *_for(CLASSIFIERS[:2], 5),
+    *_for(CLASSIFIERS[2:], 6),
+    *_for([replace(problem, name=f"{problem.name}, batch 100", batch=100) for problem in AUTOENCODERS], 5),
+    *_for([replace(problem, name=f"{problem.name}, batch 500") for problem in AUTOENCODERS], 8),
+    *_for([MIXTURE], 4),
+    *_for(ROBUST, 2),
+    *_for([PINN], 4),
+]
+COMPARISONS: dict[str, list[Problem]] = {"eigen-adam": PAPERS, "everyday": SCRIPTS}
+
+
+def compare(
+    name: str,
+    results: Path,
+    data_dir: Path | None,
+    seeds: list[int],
+    share: float = 1.0,
+    only: list[str] | None = None,
+    again: bool = False,
+    chosen: list[str] | None = None,
+) -> str:
+    """Trains what is not stored yet; returns the tables, which `only` leaves out.
+
+    Args:
+        name: of the comparison.
+        results: the folder of the stored runs.
+        data_dir: see `bench.data`.
+        seeds: the first one chooses settings.
+        share: of each problem's seconds.
+        only: these methods alone.
+        again: forget their stored runs first.
+        chosen: these problems alone.
+
+    Raises:
+        ValueError: one of the chosen problems is none of this comparison's.
+    """
+    problems = [problem for problem in COMPARISONS[name] if not chosen or problem.name in chosen]
+    if unknown := set(chosen or []) - {problem.name for problem in problems}:
+        raise ValueError(f"expected problems of {[problem.name for problem in COMPARISONS[name]]}, got {sorted(unknown)}")
+    methods = [method for method in METHODS if not only or method.name in only]
+    store = Store(results / "eigen_adam.jsonl")
+    if again:
+        forgotten = {(problem.name, method.name) for problem in problems for method in methods}
+        store.forget(lambda run: (run.problem, run.method) in forgotten)
+    runs = study(problems, methods, seeds, store, data_dir, share)
+    return "" if only else tables(problems, best_runs(runs))
+
+
+def tables(problems: list[Problem], best: dict[str, comparison.Best]) -> str:
+    """Markdown: what is trained, then the means, then a line per problem."""
+    methods = list(best[problems[0].name])
+    counted = [problem for problem in problems if not (isinstance(problem, Script) and problem.noise)]
+    machines = sorted({run.environment for runs in best.values() for each in runs.values() for run in each})
+    setups = [f"- {problem.name}: {problem.description}; {best[problem.name][OWN][0].data}." for problem in problems]
+    parts = [
+        *([comparison.summary(counted, best, methods)] if counted else []),
+        comparison.times(problems, best, methods),
+        comparison.losses(problems, best, methods),
+        comparison.scores(problems, best, methods),
+        "\n".join(setups),
+        f"Measured on: {'; '.join(machines)}.",
+    ]
+    return "\n\n".join(parts)

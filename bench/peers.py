@@ -1,0 +1,107 @@
+"""Optimizers that others made, for a model, as they are compared with this package's.
+
+Muon and COSMOS are made for the matrices of hidden layers; the output layer and the rest of a model get AdamW, as their authors
+have it. Weight decay is zero everywhere: what is compared first is the training loss. SOAP comes from PyPI's pytorch_optimizer.
+COSMOS takes part where its authors' module COSMOS_optim (https://github.com/lliu606/COSMOS) can be imported. Muon and COSMOS
+orthogonalise in bfloat16, which a processor without instructions for it does a hundred times as slowly as float32: there they
+get the same iteration in float32.
+"""
+
+import importlib.util
+from functools import lru_cache
+from itertools import groupby
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+COSMOS_RANK = 64  # the authors' default
+
+
+class Parts(torch.optim.Optimizer):
+    """Optimizers of a model's parts, stepped together; their groups are shown as one optimizer's."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        groups = [group for part in parts for group in part.param_groups]
+        super().__init__([p for group in groups for p in group["params"]], {})
+        self.param_groups = groups
+        self.parts = parts
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+def hidden_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights of all linear layers but the last, and all other parameters."""
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)][:-1]
+    chosen = {id(weight) for weight in weights}
+    return weights, [p for p in model.parameters() if id(p) not in chosen]
+
+
+@lru_cache
+def bfloat16_is_slow() -> bool:
+    """Whether this processor multiplies in float32 faster."""
+    x = torch.rand(128, 512)
+    seconds = [Timer("x @ x.T", globals={"x": x.to(dtype)}).timeit(20).median for dtype in (torch.bfloat16, torch.float32)]
+    return seconds[0] > seconds[1]
+
+
+def orthogonalized(
+    grad: Tensor, coefficients: tuple[float, float, float] = NEWTON_SCHULZ, steps: int = 5, eps: float = 1e-7
+) -> Tensor:
+    """Muon's Newton-Schulz iteration in the gradient's own dtype."""
+    a, b, c = coefficients
+    wide = len(grad) <= grad.shape[1]
+    x = grad if wide else grad.T
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.T
+
+
+class Muon(getattr(torch.optim, "Muon", torch.optim.Optimizer)):  # torch has it from 2.9 on
+    """torch's, in float32 where that is faster."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if bfloat16_is_slow():
+            with patch("torch.optim._muon._zeropower_via_newtonschulz", orthogonalized):
+                super().step()
+        else:
+            super().step()
+
+
+def muon(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Muon with updates as long as AdamW's, so that one learning rate does for both."""
+    weights, others = hidden_weights(model)
+    own = [Muon(weights, lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")] if weights else []
+    return Parts(*own, torch.optim.AdamW(others, lr, weight_decay=0))
+
+
+def soap(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """SOAP with its authors' betas and a new basis every ten steps."""
+    from pytorch_optimizer import SOAP
+
+    return SOAP(model.parameters(), lr, betas=(0.95, 0.95), weight_decay=0, precondition_frequency=10)
+
+
+def has_cosmos() -> bool:
+    return importlib.util.find_spec("COSMOS_optim") is not None
+
+
+def cosmos(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """COSMOS as its authors' page calls it; its rank is at most a layer's number of inputs."""
+    import COSMOS_optim
+
+    if bfloat16_is_slow():
+        COSMOS_optim.zeropower_via_newtonschulz5 = orthogonalized
+    weights, others = hidden_weights(model)
+    rank = lambda weight: min(COSMOS_RANK, weight.shape[1])
+    own = [
+        COSMOS_optim.COSMOS(list(same), lr, betas=(0.95, 0.95), lr_ratio=0.2, rank=r, nestrov=True)
+        for r, same in groupby(sorted(weights, key=rank), key=rank)
+    ]
+    return Parts(*own, torch.optim.AdamW(others, lr, weight_decay=0))

@@ -1,0 +1,164 @@
+"""The parameters of a model as matrices [n, p]: the bias that belongs to each, and the inputs that it is multiplied with."""
+
+import math
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+# Modules whose weight [n_out, n_in, ...] multiplies their one input, as rows.
+_LINEAR = (nn.Linear,)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Modules whose weight's rows are looked up, each by itself: there is nothing to rotate.
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+
+PATCHES = 1024  # of a convolution's input at most that are looked at
+
+
+@dataclass(eq=False)
+class Matrix:
+    """A parameter, or a weight with the bias that is added to its product.
+
+    Attributes:
+        weight: its values, [n, ...].
+        bias: [n], or None.
+        name: of the weight.
+        eigen: whether it has a basis on either side; otherwise every element stands for itself.
+        modules: that multiply their inputs with it: what `input_rows` gives are the inputs that it sees.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    name: str
+    eigen: bool
+    modules: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[n, p]."""
+        if self.weight.dim() < 2:
+            return 1, self.weight.numel()
+        n = self.weight.shape[0]
+        return n, self.weight.numel() // max(n, 1)
+
+
+def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matrix]:
+    """The parameters as matrices.
+
+    Without a model, every parameter with two or more dimensions is a matrix of its own. With one, its linear layers and
+    convolutions give each weight its bias and its inputs, and what they do not know, as attention's or an LSTM's weights, is a matrix
+    of its own; the tables of embeddings, vectors, and what has a single row or column, are no matrices.
+    """
+    wanted = {p: f"parameter {i}" for i, p in enumerate(parameters)}
+    if model is not None:
+        wanted |= {p: name for name, p in model.named_parameters() if p in wanted}
+    users: dict[Tensor, list[nn.Module]] = {}
+    tables: set[Tensor] = set()
+    for module in model.modules() if model is not None else ():
+        weight = module._parameters.get("weight")
+        if weight is None or weight not in wanted:
+            continue
+        if _multiplies(module):
+            users.setdefault(weight, []).append(module)
+        elif isinstance(module, _TABLES):
+            tables.add(weight)
+    biases: dict[Tensor, Tensor] = {}  # weight -> its bias
+    taken: set[Tensor] = set()
+    for weight, modules in users.items():
+        bias = modules[0]._parameters.get("bias")
+        alike = all(module._parameters.get("bias") is bias for module in modules)
+        if bias is not None and bias in wanted and alike and bias not in taken and weight.requires_grad == bias.requires_grad:
+            biases[weight] = bias
+            taken.add(bias)
+    found = []
+    for p, name in wanted.items():
+        if p in taken:
+            continue
+        n, width = Matrix(p, None, name, False).shape
+        eigen = p.dim() >= 2 and (p in users or (min(n, width) > 1 and p not in tables))
+        found.append(Matrix(p, biases.get(p), name, eigen, users.get(p, [])))
+    return found
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module's output is its weight times its input, plus its bias, by torch's own forward."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):  # attention's, which is not called
+        return False
+    if isinstance(module, _LINEAR):
+        return type(module).forward is nn.Linear.forward
+    if isinstance(module, _CONVOLUTIONS):
+        own = next(kind for kind in _CONVOLUTIONS if isinstance(module, kind))
+        return type(module).forward is own.forward and module.padding_mode == "zeros"
+    return False
+
+
+class InputHook:
+    """A forward hook that shows a module's input to an optimizer, which it does not keep alive. Copies of the module are another
+    net's: there it does nothing.
+
+    Args:
+        optimizer: has a method `_see(module, input)`; None in a copy.
+    """
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = None if optimizer is None else weakref.ref(optimizer)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        optimizer = None if self.optimizer is None else self.optimizer()
+        if optimizer is not None and args and isinstance(output, Tensor) and output.requires_grad:
+            optimizer._see(module, args[0])
+
+    def __reduce__(self) -> tuple[type, tuple[None]]:  # also what copy.deepcopy goes by
+        return InputHook, (None,)
+
+
+def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
+    """The rows [m, p] that a module's weight is multiplied with: its inputs, or evenly spread patches of them."""
+    if isinstance(module, _LINEAR):
+        return inputs.reshape(-1, inputs.shape[-1])
+    return _patches(module, inputs)
+
+
+def _patches(module: nn.Module, inputs: Tensor) -> Tensor:
+    """At most PATCHES of the patches [c_in / groups * prod(kernel)] that a convolution's outputs are made of, of all groups."""
+    size = len(module.kernel_size)  # type: ignore[arg-type]
+    x = inputs if inputs.dim() == size + 2 else inputs.unsqueeze(0)
+    padding = _padding(module)
+    extents = [
+        (length + sum(pad) - dilation * (kernel - 1) - 1) // stride + 1
+        for length, pad, kernel, stride, dilation in zip(
+            x.shape[2:], padding, module.kernel_size, module.stride, module.dilation, strict=True  # type: ignore[arg-type]
+        )
+    ]
+    total = len(x) * math.prod(extents)
+    chosen = torch.arange(min(total, PATCHES), device=x.device) * total // min(total, PATCHES)
+    inside = torch.ones((), dtype=torch.bool, device=x.device)
+    places = []
+    for axis in reversed(range(size)):  # the last axis varies fastest
+        at, chosen = chosen % extents[axis], chosen // extents[axis]
+        kernel = torch.arange(module.kernel_size[axis], device=x.device) * module.dilation[axis]  # type: ignore[index]
+        place = at.unsqueeze(1) * module.stride[axis] - padding[axis][0] + kernel  # type: ignore[index]
+        shape = [len(at), *(len(kernel) if i == axis else 1 for i in range(size))]
+        inside = inside & ((place >= 0) & (place < x.shape[2 + axis])).reshape(shape)
+        places.insert(0, place.clamp(0, x.shape[2 + axis] - 1).reshape(shape))
+    instance = chosen.reshape(-1, *[1] * size)
+    patches = x.movedim(1, -1)[(instance, *places)] * inside.unsqueeze(-1)  # [m, *kernel, c_in]
+    patches = patches.movedim(-1, 1)
+    groups = int(module.groups)  # type: ignore[arg-type]
+    return patches.reshape(len(patches) * groups, -1)
+
+
+def _padding(module: nn.Module) -> list[tuple[int, int]]:
+    """Zeros before and after each axis."""
+    if module.padding == "valid":
+        return [(0, 0)] * len(module.kernel_size)  # type: ignore[arg-type]
+    if module.padding == "same":  # torch puts the odd one at the end
+        needs = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]  # type: ignore[arg-type]
+        return [(need // 2, need - need // 2) for need in needs]
+    return [(p, p) for p in module.padding]  # type: ignore[union-attr]

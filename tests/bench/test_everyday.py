@@ -1,0 +1,66 @@
+"""Every everyday script is built, takes three steps and is evaluated."""
+
+import math
+
+import pytest
+import torch
+
+from bench.experiments.eigen_adam import PAPERS
+from bench.experiments.everyday import SCRIPTS
+from bench.experiments.everyday.fields import exact
+from bench.experiments.everyday.games import LONGEST, mean_return
+from bench.experiments.everyday.images import view
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_a_script_takes_steps_and_is_evaluated(script):
+    torch.manual_seed(0)
+    task = script.begin(None, 0)
+    first = task.evaluate()
+    assert all(map(math.isfinite, first))
+    assert task.evaluate() == first  # whatever is random in it is the same
+    optimizer = torch.optim.Adam(task.model.parameters(), 1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        task.loss(next(task.batches)).backward()
+        assert all(p.grad is not None for p in task.model.parameters())
+        optimizer.step()
+    after = task.evaluate()
+    assert all(map(math.isfinite, after))
+    assert after != first or script.noise
+    assert script.signed or after[0] >= 0
+    assert task.model.training
+    assert task.steps_per_epoch >= 1
+
+
+def test_names_are_keys_of_the_stored_runs():
+    names = [problem.name for problem in (*PAPERS, *SCRIPTS)]
+    assert len(set(names)) == len(names)
+    assert [script.name for script in SCRIPTS if script.noise] == ["DQN"]
+
+
+def test_the_heat_equation_is_solved_by_what_is_taken_as_its_solution():
+    points = torch.rand(9, 2, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(exact(points).sum(), points, create_graph=True)
+    (bend,) = torch.autograd.grad(slope[:, 1].sum(), points)
+    torch.testing.assert_close(math.pi**2 * slope[:, 0], bend[:, 1])
+    edge = torch.tensor([[0.3, 0.0], [0.7, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(exact(edge), torch.zeros(2, 1, dtype=torch.float64))
+
+
+def test_views_are_the_image_shifted():
+    x = torch.zeros(50, 1, 8, 8)
+    x[:, :, 4, 4] = 100
+    rows, columns = (view(x).flatten(2).argmax(2) // 8, view(x).flatten(2).argmax(2) % 8)
+    assert set(rows.flatten().tolist()) == set(columns.flatten().tolist()) == {3, 4, 5}
+
+
+def test_a_pole_stays_up_for_who_pushes_against_its_fall():
+    leaning = torch.nn.Linear(4, 2)
+    with torch.no_grad():
+        leaning.weight.copy_(torch.tensor([[0.0] * 4, [0.0, 0.5, 10.0, 1.0]]))
+        leaning.bias.zero_()
+    assert mean_return(leaning) == LONGEST
+    with torch.no_grad():
+        leaning.weight.neg_()
+    assert mean_return(leaning) < 20
