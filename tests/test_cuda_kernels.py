@@ -156,6 +156,9 @@ BUGS = {
     "a renewal's mean taken out once": (
         "values", "eigen_renew", "eigen.cu", "eigen.cu", " - along * move + rows", " + rows",
     ),
+    "first moments turned the other way": (
+        "values", "eigen_renew", "eigen.cu", "eigen.cu", "row[w] * b[w * kv + v]", "row[w] * b[v * kv + w]",
+    ),
     "one Gram-Schmidt pass": (
         "values", "eigen_lost_directions", "eigen.cu", "eigen.cu", "if (pass == 1) break;", "break;",
     ),
@@ -203,8 +206,7 @@ LAUNCHES = {
     "eigen_sketch": ["products_kernel", "parts_kernel", "products_kernel", "sketch_kernel"],
     "eigen_renew": [
         "memset", "products_kernel", "parts_kernel", "products_kernel", "candidates_kernel", "orthonormal_kernel",
-        "products_kernel", "whole_parts_kernel", "corner_kernel", "sides_kernel", "whole_kernel", "parts_kernel",
-        "corner_kernel", "sides_kernel", "remainder_kernel", "finish_renewal_kernel",
+        "overlaps_kernel", "turns_kernel", "moments_kernel", "finish_renewal_kernel",
     ],
     "eigen_step": [
         "memset", "products_kernel", "parts_kernel", "corner_kernel", "sides_kernel", "residual_kernel",

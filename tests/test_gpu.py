@@ -303,7 +303,7 @@ def eigen_arguments(dtype=torch.float64, seed=0):
         return n * p if ku < n and kv < p else 0
 
     grads = [each(lambda n, p, ku, kv, bias: normal(n, p)), each(lambda n, p, ku, kv, bias: normal(n if bias else 0))]
-    mean = each(lambda n, p, ku, kv, bias: normal(p))
+    mean = each(lambda n, p, ku, kv, bias: normal(p if bias else 0))
     basis_out = each(lambda n, p, ku, kv, bias: torch.linalg.qr(normal(n, ku).double())[0].T.contiguous().to(dtype))
     basis_in = each(lambda n, p, ku, kv, bias: torch.linalg.qr(normal(p, kv).double())[0].T.contiguous().to(dtype))
     scale_out = each(lambda n, p, ku, kv, bias: normal(ku).abs() + 1)

@@ -8,8 +8,9 @@
 //            whole, corner, sides    Q and Z of S = N_E + U Q + Z V^T
 //            update      S, W, S a: one pass over N_E, G and W
 //            finish      b, the size of gradients, the control of the step length
-//   renewal  products, parts, iteration, candidates, orthonormal    new bases: two passes over G
-//            the first moments as `whole` has them, then their parts by the new bases: three passes over them
+//   renewal  products, parts, products, candidates, orthonormal    new bases: two passes over G
+//            overlaps, turns, moments    U'^T U and V^T V', which the first moments of C, R, T are turned by
+//            finish      what was made in the workspace, to its place
 //
 // From the formulas of the specification, with B = N_E V and A = U^T N_E,
 //
@@ -45,7 +46,6 @@ enum class Products {
   step,         // G' with the bases; |G|^2
   renewal,      // G' with the bases (V only without a sketch); whether G is finite
   iteration,    // G' with G' V (only without a sketch) and U^T G'
-  moments,      // the first moments of E with the bases
   sketch,       // the shifted inputs with V
   sketch_sums,  // the shifted inputs with their coordinates along V and with 1
 };
@@ -56,21 +56,19 @@ __global__ void __launch_bounds__(kStrip<Scalar<M>>, kTileBlocks)
     products_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division, int* refused) {
   using T = Scalar<M>;
   constexpr bool kSketch = kProducts == Products::sketch || kProducts == Products::sketch_sums;
-  constexpr bool kMoments = kProducts == Products::moments;
   __shared__ Tile<T> tile;
   __shared__ double partial[1][kWarp];
-  if ((kMoments || kProducts == Products::iteration) && *refused) return;
+  if (kProducts == Products::iteration && *refused) return;
   const Part<M> at(layers, division);
   const M& in = at.in;
   const EigenSizes& sizes = in.sizes;
-  const T* const source = kMoments ? in.first + sizes.rest() : in.grad_weight;
   Vectors<T> left{in.basis_out, sizes.ku}, right{in.basis_in, sizes.kv};
   T centre = 0;  // the mean at the thread's column
   if constexpr (kSketch) {
-    if (at.inside) centre = in.mean[at.column];
+    if (in.mean && at.inside) centre = in.mean[at.column];
     left = {at.work.right, kProducts == Products::sketch ? 0 : sizes.ku};
     if (kProducts == Products::sketch_sums) right.count = 0;
-  } else if constexpr (!kMoments) {
+  } else {
     if (in.grad_bias && at.inside) centre = in.mean[at.column];
     if constexpr (kIsRenewal<M>) {
       if (in.grad_bias && at.inside) centre += mean_change(in, at.column);
@@ -87,11 +85,10 @@ __global__ void __launch_bounds__(kStrip<Scalar<M>>, kTileBlocks)
   bool finite = true;
   at.each_tile([&](const Frame& frame) {
     tile.fill(frame, [&](int row) {
-      const T x = source[frame.place(row)];
+      const T x = in.grad_weight[frame.place(row)];
       if (kProducts == Products::step) square[0] += double(x) * double(x);
       if (kProducts == Products::renewal) finite = finite && x - x == 0;
       if constexpr (kSketch) return x - centre;
-      else if constexpr (kMoments) return x;
       else return in.grad_bias ? x - in.grad_bias[frame.begin + row] * centre : x;
     });
     tile.column_products(frame, left, column_sums);
@@ -202,17 +199,6 @@ __global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
   store_slopes(sums, partial, slopes);
 }
 
-// tile = E + U Q + Z V^T, E where there is one.   residual [n, p]
-template <typename M>
-__device__ __forceinline__ void fill_whole(Tile<Scalar<M>>& tile, const Part<M>& at, const Frame& frame,
-                                           const Scalar<M>* residual) {
-  using T = Scalar<M>;
-  const bool there = at.sizes.residual() > 0;
-  tile.fill(frame, [&](int row) { return there ? residual[frame.place(row)] : T(0); });
-  tile.add(frame, T(1), {at.in.basis_out, at.sizes.top() > 0 ? at.ku : 0}, at.work.new_top, {at.work.new_right, at.kv},
-           at.in.basis_in);
-}
-
 // S where the gradient is not zero, W, and S a. Parallel over strips and chunks.
 template <typename T>
 __global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
@@ -224,8 +210,10 @@ __global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
   const EigenStep<T>& in = at.in;
   const double rate = at.work.scalars[1] * in.lr;
   const T lr = T(rate), keep = T(1 - rate * in.decay);
+  const bool residual = at.sizes.residual() > 0, top = at.sizes.top() > 0;
   at.each_tile([&](const Frame& frame) {
-    fill_whole(tile, at, frame, at.work.whole);
+    tile.fill(frame, [&](int row) { return residual ? at.work.whole[frame.place(row)] : T(0); });
+    tile.add(frame, T(1), {in.basis_out, top ? at.ku : 0}, at.work.new_top, {at.work.new_right, at.kv}, in.basis_in);
     for (int row = 0; row < frame.rows; row += kBatch) {
       T g[kBatch], w[kBatch];
 #pragma unroll
@@ -243,43 +231,6 @@ __global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
       }
     }
     if (in.bias) tile.template row_products<1>(frame, {in.mean, 1}, at.work.row_sums + at.strip * at.n);
-  });
-}
-
-// The first moments S in the parameters' coordinates, and their products with the new bases. Parallel over strips and
-// chunks.
-template <typename T>
-__global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
-    whole_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
-                 const int* __restrict__ refused) {
-  __shared__ Tile<T> tile;
-  if (*refused) return;
-  const Part<EigenRenewal<T>> at(layers, division);
-  const Work<T>& work = at.work;
-  at.each_tile([&](const Frame& frame) {
-    fill_whole(tile, at, frame, at.in.first + at.sizes.rest());
-    if (at.inside)
-      for (int row = 0; row < frame.rows; ++row) work.whole[frame.place(row)] = tile.own(row);
-    tile.column_products(frame, {work.next_out, at.ku}, work.column_sums + at.chunk * at.ku * at.p);
-    tile.template row_products<kGroup>(frame, {work.next_in, at.kv}, work.row_sums + at.strip * at.kv * at.n);
-  });
-}
-
-// The first moments of E by the new bases. Parallel over strips and chunks.
-template <typename T>
-__global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
-    remainder_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
-                     const int* __restrict__ refused) {
-  __shared__ Tile<T> tile;
-  if (*refused) return;
-  const Part<EigenRenewal<T>> at(layers, division);
-  const Work<T>& work = at.work;
-  T* const first = at.in.first + at.sizes.rest();
-  at.each_tile([&](const Frame& frame) {
-    tile.fill(frame, [&](int row) { return work.whole[frame.place(row)]; });
-    tile.add(frame, T(-1), {work.next_out, at.ku}, work.top, {work.right, at.kv}, work.next_in);
-    if (at.inside)
-      for (int row = 0; row < frame.rows; ++row) first[frame.place(row)] = tile.own(row);
   });
 }
 
@@ -303,17 +254,8 @@ __device__ __forceinline__ void slice_products(const Slice& slice, int64_t size,
 enum class Parts {
   step,     // of the gradient; and the step's scalars, and whether it is refused
   renewal,  // of the gradient; and what else of a renewal must be finite
-  moments,  // of the first moments, by the new bases
   sketch,   // of the inputs
 };
-
-// The last column of X at row i.
-template <Parts kParts, typename M>
-__device__ __forceinline__ Scalar<M> bias_column(const M& in, const Work<Scalar<M>>& work, int64_t i) {
-  if constexpr (kParts == Parts::sketch) return 1;
-  else if constexpr (kParts == Parts::moments) return work.new_right[in.sizes.kv * in.sizes.n + i];
-  else return in.grad_bias[i];
-}
 
 // X, U^T G', and the slices' shares of C = U^T X. Parallel over slices of rows and of columns, and one block more.
 template <Parts kParts, typename M>
@@ -322,7 +264,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                  const double* control, int* refused) {
   using T = Scalar<M>;
   __shared__ double partial[2][kWarp];
-  if (kParts == Parts::moments && *refused) return;
   const Here<M> at(layers, division);
   const M& in = at.in;
   const EigenSizes& sizes = in.sizes;
@@ -339,15 +280,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     });
     if (sizes.bias)
       slice.each(1, [&](int64_t, int64_t i) {
-        const T g = bias_column<kParts>(in, work, i);
+        const T g = kParts == Parts::sketch ? T(1) : in.grad_bias[i];
         work.right[sizes.kv * n + i] = g;
         finite = finite && g - g == 0;
       });
-    if constexpr (kParts == Parts::step || kParts == Parts::moments) {
+    if constexpr (kParts == Parts::step) {
       __syncthreads();
-      const T* basis = in.basis_out;
-      if constexpr (kParts == Parts::moments) basis = work.next_out;
-      slice_products(slice, n, basis, ku, work.right, at.c, at.c, work.corner_sums + slice.index * ku * at.c);
+      slice_products(slice, n, in.basis_out, ku, work.right, at.c, at.c, work.corner_sums + slice.index * ku * at.c);
     }
   } else if (slice.columns) {
     if constexpr (kParts != Parts::sketch)
@@ -391,16 +330,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// N_R - B, N_T - A, and the slices' shares of U^T (N_R - B) and N_T V; of first moments in a renewal. Parallel over
-// slices of rows and of columns.
-template <typename M>
+// N_R - B, N_T - A, and the slices' shares of U^T (N_R - B) and N_T V. Parallel over slices of rows and of columns.
+template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    whole_parts_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division,
+    whole_parts_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
                        const int* __restrict__ refused) {
-  using T = Scalar<M>;
   if (*refused) return;
-  const Here<M> at(layers, division);
-  const M& in = at.in;
+  const Here<EigenStep<T>> at(layers, division);
+  const EigenStep<T>& in = at.in;
   const EigenSizes& sizes = in.sizes;
   const Work<T>& work = at.work;
   const int64_t n = at.n, p = at.p, ku = at.ku, kv = at.kv, c = at.c;
@@ -409,19 +346,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   T* const corner_sums = work.corner_sums + slice.index * ku * c;
   if (slice.rows && sizes.right() > 0) {
     slice.each(c, [&](int64_t v, int64_t i) {
-      T x = kIsRenewal<M> ? in.first[sizes.corner() + i * c + v] : work.new_right[v * n + i];
+      T x = work.new_right[v * n + i];
       if (residual && v < kv) x -= ordered_sum(work.row_sums + v * n + i, at.strips, kv * n);
       work.new_right[v * n + i] = x;
     });
     __syncthreads();
     slice_products(slice, n, in.basis_out, ku, work.new_right, c, c, corner_sums);
   } else if (slice.columns && sizes.top() > 0) {
-    if (kIsRenewal<M>) {
-      slice.each(ku, [&](int64_t q, int64_t j) {
-        work.new_top[q * p + j] = in.first[sizes.corner() + sizes.right() + q * p + j];
-      });
-      __syncthreads();
-    }
     slice_products(slice, p, work.new_top, ku, in.basis_in, kv, c, corner_sums);
     __syncthreads();
     if (residual)
@@ -433,15 +364,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // What has a side of a basis, element by element: C, or M with kWhole. Parallel over the elements.
 //   slopes [blocks, 2]: a step's, without kWhole
-template <bool kWhole, typename M>
+template <bool kWhole, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    corner_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division,
+    corner_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
                   const int* __restrict__ refused, double* slopes) {
-  using T = Scalar<M>;
   __shared__ double partial[2][kWarp];
   if (*refused) return;
-  const Here<M> at(layers, division);
-  const M& in = at.in;
+  const Here<EigenStep<T>> at(layers, division);
+  const EigenStep<T>& in = at.in;
   const EigenSizes& sizes = in.sizes;
   const Work<T>& work = at.work;
   const int64_t k = at.block * kThreads + threadIdx.x, size = sizes.corner();
@@ -450,69 +380,58 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (k < size) {
     const T* const shares = work.corner_sums + k;
     if constexpr (kWhole) {
-      T m = kIsRenewal<M> ? in.first[k] : work.new_corner[k];
+      T m = work.new_corner[k];
       if (sizes.right() > 0) m -= ordered_sum(shares, row_slices, size);
       if (sizes.top() > 0) m -= ordered_sum(shares + row_slices * size, column_slices, size);
       work.corner[k] = m;
     } else {
       const T x = ordered_sum(shares, row_slices, size);
       work.corner[k] = x;
-      if constexpr (kIsStep<M>) work.new_corner[k] = normed(in, rule(in, work), k, x, sums);
-      else in.first[k] = x;
+      work.new_corner[k] = normed(in, rule(in, work), k, x, sums);
     }
   }
-  if constexpr (kIsStep<M> && !kWhole) store_slopes(sums, partial, slopes);
+  if constexpr (!kWhole) store_slopes(sums, partial, slopes);
 }
 
 // R and T from C; or Z from M with kWhole. Parallel over the elements of R and of T, a thread each.
 //   slopes [blocks, 2]: a step's, without kWhole
-template <bool kWhole, typename M>
+template <bool kWhole, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    sides_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division,
+    sides_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
                  const int* __restrict__ refused, double* slopes) {
-  using T = Scalar<M>;
   __shared__ double partial[2][kWarp];
   if (*refused) return;
-  const Here<M> at(layers, division);
-  const M& in = at.in;
+  const Here<EigenStep<T>> at(layers, division);
+  const EigenStep<T>& in = at.in;
   const EigenSizes& sizes = in.sizes;
   const Work<T>& work = at.work;
   const int64_t n = at.n, p = at.p, ku = at.ku, kv = at.kv, c = at.c;
   const int64_t block = at.block, right_blocks = ceil_div<int64_t>(n * c, kThreads);
-  const T *basis_out = in.basis_out, *basis_in = in.basis_in;
-  if constexpr (kIsRenewal<M> && !kWhole) {
-    basis_out = work.next_out;
-    basis_in = work.next_in;
-  }
   double sums[2] = {};
   if (block < right_blocks) {
     // By rows of R, as the moments have it.
     const int64_t k = block * kThreads + threadIdx.x, i = k / c, v = k % c;
     if (k < n * c && (kWhole || sizes.right() > 0)) {
       T change = 0;
-      for (int64_t q = 0; q < ku; ++q) change += basis_out[q * n + i] * work.corner[q * c + v];
+      for (int64_t q = 0; q < ku; ++q) change += in.basis_out[q * n + i] * work.corner[q * c + v];
       if constexpr (kWhole) {
         T& z = work.new_right[v * n + i];
         z = (sizes.right() > 0 ? z : T(0)) + change;
       } else {
         const T x = work.right[v * n + i] - change;
         work.right[v * n + i] = x;
-        const int64_t place = sizes.corner() + k;
-        if constexpr (kIsStep<M>) work.new_right[v * n + i] = normed(in, rule(in, work), place, x, sums);
-        else in.first[place] = x;
+        work.new_right[v * n + i] = normed(in, rule(in, work), sizes.corner() + k, x, sums);
       }
     }
   } else if (!kWhole && sizes.top() > 0) {
     const int64_t k = (block - right_blocks) * kThreads + threadIdx.x, q = k / p, j = k % p;
     if (k < ku * p) {
       T x = work.top[k];
-      for (int64_t v = 0; v < kv; ++v) x -= work.corner[q * c + v] * basis_in[v * p + j];
-      const int64_t place = sizes.corner() + sizes.right() + k;
-      if constexpr (kIsStep<M>) work.new_top[k] = normed(in, rule(in, work), place, x, sums);
-      else in.first[place] = x;
+      for (int64_t v = 0; v < kv; ++v) x -= work.corner[q * c + v] * in.basis_in[v * p + j];
+      work.new_top[k] = normed(in, rule(in, work), sizes.corner() + sizes.right() + k, x, sums);
     }
   }
-  if constexpr (kIsStep<M> && !kWhole) store_slopes(sums, partial, slopes);
+  if constexpr (!kWhole) store_slopes(sums, partial, slopes);
 }
 
 // b and the size of gradients; and by the block beyond all matrices', where the launch has one, the control of the step
@@ -666,8 +585,75 @@ __global__ void __launch_bounds__(kSideThreads, 1)
   }
 }
 
-// The new mean, bases and scales to their places; or a word in `control` that the renewal was refused. Parallel over
-// the elements of every matrix.
+// The slices' shares of U'^T U [ku, ku] and of V^T V' [kv, kv]. Parallel over slices of rows and of columns.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    overlaps_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                    const int* __restrict__ refused) {
+  if (*refused) return;
+  const Here<EigenRenewal<T>> at(layers, division);
+  const Slice slice(at.sizes, at.block);
+  const int64_t ku = at.ku, kv = at.kv, row_slices = slices(at.n);
+  if (slice.rows) {
+    T* const out = at.work.overlaps + slice.index * ku * ku;
+    slice_products(slice, at.n, at.work.next_out, ku, at.in.basis_out, ku, ku, out);
+  } else if (slice.columns) {
+    T* const out = at.work.overlaps + row_slices * ku * ku + (slice.index - row_slices) * kv * kv;
+    slice_products(slice, at.p, at.in.basis_in, kv, at.work.next_in, kv, kv, out);
+  }
+}
+
+// A = U'^T U and B = V^T V'. Parallel over their elements.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    turns_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                 const int* __restrict__ refused) {
+  if (*refused) return;
+  const Here<EigenRenewal<T>> at(layers, division);
+  const int64_t k = at.block * kThreads + threadIdx.x, outs = at.ku * at.ku, ins = at.kv * at.kv;
+  const int64_t row_slices = slices(at.n);
+  if (k < outs) {
+    at.work.turn_out[k] = ordered_sum(at.work.overlaps + k, row_slices, outs);
+  } else if (k < outs + ins) {
+    const T* const shares = at.work.overlaps + row_slices * outs + (k - outs);
+    at.work.turn_in[k - outs] = ordered_sum(shares, slices(at.p), ins);
+  }
+}
+
+// The first moments A C B, R B and A T, where B leaves a bias' column as it is; E's stay. Parallel over their elements.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    moments_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                   const int* __restrict__ refused) {
+  if (*refused) return;
+  const Here<EigenRenewal<T>> at(layers, division);
+  const EigenSizes& sizes = at.sizes;
+  const int64_t ku = at.ku, kv = at.kv, c = at.c, p = at.p;
+  const T *const a = at.work.turn_out, *const b = at.work.turn_in, *const corner = at.in.first;
+  const T *const right = corner + sizes.corner(), *const top = right + sizes.right();
+  const auto row_turned = [&](const T* row, int64_t v) {  // (row B)_v   row [c]
+    if (v == kv) return row[v];
+    T sum = 0;
+    for (int64_t w = 0; w < kv; ++w) sum += row[w] * b[w * kv + v];
+    return sum;
+  };
+  const int64_t k = at.block * kThreads + threadIdx.x;
+  if (k >= sizes.rest()) return;
+  T sum = 0;
+  if (k < sizes.corner()) {
+    for (int64_t q = 0; q < ku; ++q) sum += a[k / c * ku + q] * row_turned(corner + q * c, k % c);
+  } else if (k < sizes.corner() + sizes.right()) {
+    const int64_t i = (k - sizes.corner()) / c, v = (k - sizes.corner()) % c;
+    sum = row_turned(right + i * c, v);
+  } else {
+    const int64_t q = (k - sizes.corner() - sizes.right()) / p, j = (k - sizes.corner() - sizes.right()) % p;
+    for (int64_t r = 0; r < ku; ++r) sum += a[q * ku + r] * top[r * p + j];
+  }
+  at.work.turned[k] = sum;
+}
+
+// The new mean, bases, scales and moments to their places; or a word in `control` that the renewal was refused.
+// Parallel over the elements of every matrix.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     finish_renewal_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers,
@@ -681,7 +667,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const EigenSizes& sizes = in.sizes;
   const Work<T>& work = at.work;
   int64_t k = at.block * kThreads + threadIdx.x;
-  if (k < sizes.p) in.new_mean[k] += mean_change(in, k);
+  if (in.grad_bias && k < sizes.p) in.new_mean[k] += mean_change(in, k);
   const auto copy = [&](const T* from, T* to, int64_t size) {
     if (k >= 0 && k < size) to[k] = from[k];
     k -= size;
@@ -691,6 +677,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   copy(work.next_in, in.new_in, sizes.kv * sizes.p);
   copy(work.length_out, in.scale_out, sizes.ku);
   copy(work.length_in, in.scale_in, sizes.kv);
+  copy(work.turned, in.first, sizes.rest());
 }
 
 // sketch += the sums over all chunks. Parallel over slices of columns.
@@ -708,7 +695,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 template <typename M>
 struct Plan {
   Layers<M> layers;
-  Blocks tiles, residuals, slices, corners, sides, finish;
+  Blocks tiles, residuals, slices, corners, sides, turns, moments, finish;
   int* refused;
   double* slopes;       // [., 2] of all launches
   int64_t first_slope;  // this one's
@@ -732,10 +719,15 @@ int64_t tile_blocks(const M& in, int64_t chunk) {
 }
 
 template <typename M>
+int64_t turn_blocks(const M& in) {
+  return ceil_div<int64_t>(in.sizes.ku * in.sizes.ku + in.sizes.kv * in.sizes.kv, kThreads);
+}
+
+template <typename M>
 int64_t finish_blocks(const M& in) {
   const EigenSizes& sizes = in.sizes;
   if constexpr (kIsStep<M>) return in.bias ? ceil_div<int64_t>(sizes.n, kThreads) : 1;
-  const int64_t elements = sizes.p + sizes.ku * sizes.n + sizes.kv * sizes.p + sizes.ku + sizes.kv;
+  const int64_t elements = sizes.p + sizes.ku * (sizes.n + 1) + sizes.kv * (sizes.p + 1) + sizes.rest();
   return ceil_div<int64_t>(elements, kThreads);
 }
 
@@ -776,6 +768,8 @@ size_t each_plan(const M* in, int count, void* workspace, const Device& device, 
       divide(plan.slices, slices(matrix.sizes.n) + slices(matrix.sizes.p) + 1);
       divide(plan.corners, corner_blocks(matrix));
       divide(plan.sides, side_blocks(matrix));
+      divide(plan.turns, turn_blocks(matrix));
+      divide(plan.moments, ceil_div<int64_t>(matrix.sizes.rest(), kThreads));
       divide(plan.finish, finish_blocks(matrix));
     }
     begin += plan.layers.count;
@@ -791,21 +785,6 @@ size_t each_plan(const M* in, int count, void* workspace, const Device& device, 
 #define LAUNCH_DIVIDED(kernel, division, threads, ...)                 \
   if (const unsigned blocks_ = plan.division.first[plan.layers.count]) \
   LAUNCH(kernel, blocks_, threads, 0, stream, plan.layers, plan.division, __VA_ARGS__)
-
-template <typename M>
-void launch_whole(const Plan<M>& plan, cudaStream_t stream) {
-  LAUNCH_DIVIDED(whole_parts_kernel<M>, slices, kThreads, plan.refused);
-  LAUNCH_DIVIDED((corner_kernel<true, M>), corners, kThreads, plan.refused, nullptr);
-  LAUNCH_DIVIDED((sides_kernel<true, M>), sides, kThreads, plan.refused, nullptr);
-}
-
-template <typename M>
-void launch_parts(const Plan<M>& plan, cudaStream_t stream) {
-  double* const slopes = plan.slopes + 2 * plan.first_slope;
-  LAUNCH_DIVIDED((corner_kernel<false, M>), corners, kThreads, plan.refused, slopes);
-  LAUNCH_DIVIDED((sides_kernel<false, M>), sides, kThreads, plan.refused,
-                 slopes + 2 * int64_t(plan.corners.first[plan.layers.count]));
-}
 
 template <typename T>
 SketchMatrix<T> matrix_of(const EigenSketch<T>& sketch) {
@@ -861,12 +840,9 @@ void eigen_renew(const EigenRenewal<T>* matrices, int count, double* control, vo
     LAUNCH_DIVIDED((products_kernel<Products::iteration, M>), tiles, kStrip<T>, plan.refused);
     LAUNCH_DIVIDED(candidates_kernel<T>, slices, kThreads, plan.refused);
     LAUNCH(orthonormal_kernel<T>, 2 * plan.layers.count, kSideThreads, 0, stream, plan.layers, plan.refused);
-    LAUNCH_DIVIDED((products_kernel<Products::moments, M>), residuals, kStrip<T>, plan.refused);
-    launch_whole(plan, stream);
-    LAUNCH_DIVIDED(whole_kernel<T>, tiles, kStrip<T>, plan.refused);
-    LAUNCH_DIVIDED((parts_kernel<Parts::moments, M>), slices, kThreads, nullptr, plan.refused);
-    launch_parts(plan, stream);
-    LAUNCH_DIVIDED(remainder_kernel<T>, residuals, kStrip<T>, plan.refused);
+    LAUNCH_DIVIDED(overlaps_kernel<T>, slices, kThreads, plan.refused);
+    LAUNCH_DIVIDED(turns_kernel<T>, turns, kThreads, plan.refused);
+    LAUNCH_DIVIDED(moments_kernel<T>, moments, kThreads, plan.refused);
     LAUNCH_DIVIDED(finish_renewal_kernel<T>, finish, kThreads, plan.refused, control);
   });
 }
@@ -882,10 +858,15 @@ void eigen_step(const EigenStep<T>* matrices, int count, double* control, bool r
   });
   each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
     const int l = plan.layers.count;
-    launch_parts(plan, stream);
-    LAUNCH_DIVIDED(residual_kernel<T>, residuals, kStrip<T>, plan.refused,
-                   plan.slopes + 2 * (plan.first_slope + plan.corners.first[l] + plan.sides.first[l]));
-    launch_whole(plan, stream);
+    double* const corner_slopes = plan.slopes + 2 * plan.first_slope;
+    double* const side_slopes = corner_slopes + 2 * int64_t(plan.corners.first[l]);
+    double* const residual_slopes = side_slopes + 2 * int64_t(plan.sides.first[l]);
+    LAUNCH_DIVIDED((corner_kernel<false, T>), corners, kThreads, plan.refused, corner_slopes);
+    LAUNCH_DIVIDED((sides_kernel<false, T>), sides, kThreads, plan.refused, side_slopes);
+    LAUNCH_DIVIDED(residual_kernel<T>, residuals, kStrip<T>, plan.refused, residual_slopes);
+    LAUNCH_DIVIDED(whole_parts_kernel<T>, slices, kThreads, plan.refused);
+    LAUNCH_DIVIDED((corner_kernel<true, T>), corners, kThreads, plan.refused, nullptr);
+    LAUNCH_DIVIDED((sides_kernel<true, T>), sides, kThreads, plan.refused, nullptr);
     LAUNCH_DIVIDED(update_kernel<T>, tiles, kStrip<T>, plan.refused);
     LAUNCH(finish_step_kernel<T>, plan.finish.first[l] + (plan.last ? 1 : 0), kThreads, 0, stream, plan.layers,
            plan.finish, plan.refused, plan.slopes, plan.slope_count, renewed, control);

@@ -81,7 +81,7 @@ struct Work {
   T* new_corner;    // [ku, c] N_C
   T* new_right;     // [c, n] N_R^T, then Z^T
   T* new_top;       // [ku, p] N_T, then Q
-  T* whole;         // [n, p] N_E, or S of a renewal
+  T* whole;         // [n, p] N_E
   double* squares;  // [strips chunks] of G, by blocks
   double* scalars;  // [2] the size of gradients; the step length
   T* next_out;      // [ku, n] the rows that become a basis
@@ -89,6 +89,10 @@ struct Work {
   T* length_out;    // [ku]
   T* length_in;     // [kv]
   double* along;    // [kv] V^T of a sketch's sums
+  T* overlaps;      // [slices of rows, ku, ku] of U'^T U, then [slices of columns, kv, kv] of V^T V'
+  T* turn_out;      // [ku, ku] U'^T U
+  T* turn_in;       // [kv, kv] V^T V'
+  T* turned;        // [rest] the first moments of C, R, T by the new bases
 };
 
 // The memory of a matrix at `base`; returns its bytes.
@@ -106,16 +110,14 @@ __host__ __device__ inline int64_t carve(const M& in, int64_t chunk, uintptr_t b
   take(work.row_sums, strip_count<T>(sizes) * vectors * n);
   take(work.column_sums, chunks * vectors * p);
   take(work.right, c * n);
-  if constexpr (kIsStep<M> || kIsRenewal<M>) {
-    take(work.top, ku * p);
+  if constexpr (kIsStep<M> || kIsRenewal<M>) take(work.top, ku * p);
+  if constexpr (kIsStep<M>) {
     take(work.corner_sums, (slices(n) + slices(p)) * ku * c);
     take(work.corner, ku * c);
     take(work.new_corner, ku * c);
     take(work.new_right, c * n);
     take(work.new_top, ku * p);
-    take(work.whole, kIsRenewal<M> || sizes.residual() > 0 ? n * p : 0);
-  }
-  if constexpr (kIsStep<M>) {
+    take(work.whole, sizes.residual());
     take(work.squares, strip_count<T>(sizes) * chunks);
     take(work.scalars, 2);
   }
@@ -125,6 +127,10 @@ __host__ __device__ inline int64_t carve(const M& in, int64_t chunk, uintptr_t b
     take(work.length_out, ku);
     take(work.length_in, kv);
     take(work.along, kv);
+    take(work.overlaps, slices(n) * ku * ku + slices(p) * kv * kv);
+    take(work.turn_out, ku * ku);
+    take(work.turn_in, kv * kv);
+    take(work.turned, sizes.rest());
   }
   return int64_t(end - base);
 }

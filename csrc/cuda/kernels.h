@@ -159,7 +159,7 @@ struct EigenMatrix {
   EigenSizes sizes;
   const T* grad_weight;  // [n, p]
   const T* grad_bias;    // [n], or null: no bias
-  const T* mean;         // [p]
+  const T* mean;         // [p], or null: no bias
   const T* basis_out;    // [ku, n]
   const T* basis_in;     // [kv, p]
   T* first;              // [parts]
@@ -179,7 +179,7 @@ struct EigenStep : EigenMatrix<T> {
 
 template <typename T>
 struct EigenRenewal : EigenMatrix<T> {
-  T* new_mean;      // [p] the arrays of EigenMatrix, to be written
+  T* new_mean;      // [p], or null; like the two after it an array of EigenMatrix, to be written
   T* new_out;       // [ku, n]
   T* new_in;        // [kv, p]
   T* scale_out;     // [ku]
@@ -194,7 +194,7 @@ struct EigenSketch {
   int64_t m, p, k;
   const T* inputs;  // [m, p]
   const T* basis;   // [k, p]
-  const T* shift;   // [p]
+  const T* shift;   // [p], or null: none
   T* sketch;        // [k + 1, p]
 };
 
@@ -210,7 +210,7 @@ size_t eigen_step_workspace(const EigenStep<T>* matrices, int count, const Devic
 template <typename T>
 void eigen_sketch(const EigenSketch<T>& sketch, void* workspace, const Device& device, cudaStream_t stream);
 
-// Renews means, bases and scales, and takes the first moments to the new bases; count > 0. Where a gradient or a sketch
+// Renews means, bases and scales, and turns the first moments with the bases; count > 0. Where a gradient or a sketch
 // is not finite it changes control [kEigenControl] alone.
 template <typename T>
 void eigen_renew(const EigenRenewal<T>* matrices, int count, double* control, void* workspace, const Device& device,
