@@ -23,8 +23,22 @@ from secondorder.errors import NonFiniteError
 from secondorder.optim import EACG, KBFGS, KBFGSL, KFAC, KFLR, KFRA, EigenAdam, LayerwiseNewton
 
 __all__ = [
-    "EACG", "EigenAdam", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "LayerwiseNewton", "NonFiniteError",
-    "build_info", "criteria", "curvature", "diagnostics", "ops", "reference", "solvers",
+    "EACG",
+    "KBFGS",
+    "KBFGSL",
+    "KFAC",
+    "KFLR",
+    "KFRA",
+    "EigenAdam",
+    "LayerwiseNewton",
+    "NonFiniteError",
+    "build_info",
+    "criteria",
+    "curvature",
+    "diagnostics",
+    "ops",
+    "reference",
+    "solvers",
 ]  # fmt: skip
 __version__ = "0.2.0"
 

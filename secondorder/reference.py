@@ -375,28 +375,28 @@ def eigen_renew_(
     if not all(t.isfinite().all() for t in (*grad_weight, *grad_bias, *sketch)):
         control[6] = 1
         return
-    for l, w in enumerate(share):
-        parts, u, v, _ = _parts(grad_weight[l], grad_bias[l], mean[l], basis_out[l], basis_in[l])
-        u, v, bias, sums = u.clone(), v.clone(), grad_bias[l].numel() > 0, sketch[l]
-        move = torch.zeros_like(grad_weight[l][0])
-        if bias and rows[l]:
-            move = w * sums[-1] / rows[l]
-            mean[l] += move
-        g = grad_weight[l] - torch.outer(grad_bias[l], mean[l]) if bias else grad_weight[l]
-        if rows[l]:  # sum (x - move) (x - move)^T V from the sums over x
+    for i, w in enumerate(share):
+        parts, u, v, _ = _parts(grad_weight[i], grad_bias[i], mean[i], basis_out[i], basis_in[i])
+        u, v, bias, sums = u.clone(), v.clone(), grad_bias[i].numel() > 0, sketch[i]
+        move = torch.zeros_like(grad_weight[i][0])
+        if bias and rows[i]:
+            move = w * sums[-1] / rows[i]
+            mean[i] += move
+        g = grad_weight[i] - torch.outer(grad_bias[i], mean[i]) if bias else grad_weight[i]
+        if rows[i]:  # sum (x - move) (x - move)^T V from the sums over x
             vx, vm = v.T @ sums[-1], v.T @ move
-            inputs = sums[:-1] - torch.outer(vm, sums[-1]) - torch.outer(vx, move) + rows[l] * torch.outer(vm, move)
-            inputs = inputs / rows[l]
+            inputs = sums[:-1] - torch.outer(vm, sums[-1]) - torch.outer(vx, move) + rows[i] * torch.outer(vm, move)
+            inputs = inputs / rows[i]
         else:
             inputs = (v.T @ g.T) @ g
         outputs = (u.T @ g) @ g.T
-        for basis, scale, product in ((basis_in[l], scale_in[l], inputs), (basis_out[l], scale_out[l], outputs)):
+        for basis, scale, product in ((basis_in[i], scale_in[i], inputs), (basis_out[i], scale_out[i], outputs)):
             new, lengths = _orthonormal((1 - w) * scale.unsqueeze(1) * basis + w * product)
             basis.copy_(new)
             scale.copy_(lengths)
         # The moments in the new bases; E stays.
-        rows_turn, columns_turn = basis_out[l] @ u, torch.block_diag(v.T @ basis_in[l].T, *[u.new_ones(1, 1)] * bias)
-        moments = _split(first[l], parts)
+        rows_turn, columns_turn = basis_out[i] @ u, torch.block_diag(v.T @ basis_in[i].T, *[u.new_ones(1, 1)] * bias)
+        moments = _split(first[i], parts)
         corner, *rest = moments
         corner.copy_(rows_turn @ corner @ columns_turn)
         if u.shape[1] < u.shape[0]:
@@ -437,11 +437,11 @@ def eigen_step_(
         return
     length = control[0] / (1 + control[1] / 25).sqrt() * ((control[4] + 2) / 14).clamp(max=1)
     slope = last_slope = 0.0
-    for l, t in enumerate(step):
-        parts, u, v, _ = _parts(grad_weight[l], grad_bias[l], mean[l], basis_out[l], basis_in[l])
-        size[l].clamp_(min=grad_weight[l].double().square().mean().sqrt())
-        floor = eps * float(size[l]) + torch.finfo(weight[l].dtype).tiny
-        x, m, v2 = torch.cat([part.flatten() for part in parts]), first[l], second[l]
+    for i, t in enumerate(step):
+        parts, u, v, _ = _parts(grad_weight[i], grad_bias[i], mean[i], basis_out[i], basis_in[i])
+        size[i].clamp_(min=grad_weight[i].double().square().mean().sqrt())
+        floor = eps * float(size[i]) + torch.finfo(weight[i].dtype).tiny
+        x, m, v2 = torch.cat([part.flatten() for part in parts]), first[i], second[i]
         m.mul_(beta1).add_(x, alpha=1 - beta1)
         v2.mul_(beta2).addcmul_(x, x, value=1 - beta2)
         ahead = beta1 * m / (1 - beta1 ** (t + 2)) + (1 - beta1) * x / (1 - beta1 ** (t + 1))
@@ -453,19 +453,19 @@ def eigen_step_(
         weights = torch.ones(rest, device=x.device, dtype=torch.float64)
         if residual is not None:
             n, p = residual.shape
-            sampled = (last[l].numel() - rest) // p
+            sampled = (last[i].numel() - rest) // p
             chosen = torch.arange(sampled, device=x.device) * n // sampled
             index = torch.cat([index, rest + (chosen.unsqueeze(1) * p + torch.arange(p, device=x.device)).flatten()])
             weights = torch.cat([weights, weights.new_full((sampled * p,), n / sampled)])
         slope += float((weights * x[index].double() * normed[index].double()).sum())
-        last_slope += float((weights * x[index].double() * last[l].double()).sum())
-        last[l].copy_(normed[index])
-        s, y = _whole(_split(normed, parts), u, v, grad_bias[l].numel() > 0)
-        s = s * (grad_weight[l] != 0)
-        weight[l].mul_(1 - float(length) * lr[l] * decay[l]).sub_(float(length) * lr[l] * s)
-        if grad_bias[l].numel():
-            y = (y - s @ mean[l]) * (grad_bias[l] != 0)
-            bias[l].mul_(1 - float(length) * lr_bias[l] * decay_bias[l]).sub_(float(length) * lr_bias[l] * y)
+        last_slope += float((weights * x[index].double() * last[i].double()).sum())
+        last[i].copy_(normed[index])
+        s, y = _whole(_split(normed, parts), u, v, grad_bias[i].numel() > 0)
+        s = s * (grad_weight[i] != 0)
+        weight[i].mul_(1 - float(length) * lr[i] * decay[i]).sub_(float(length) * lr[i] * s)
+        if grad_bias[i].numel():
+            y = (y - s @ mean[i]) * (grad_bias[i] != 0)
+            bias[i].mul_(1 - float(length) * lr_bias[i] * decay_bias[i]).sub_(float(length) * lr_bias[i] * y)
     _control(control, slope, last_slope, renewed)
 
 

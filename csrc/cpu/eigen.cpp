@@ -1,8 +1,8 @@
 // EigenAdam: a step of a whole net in three passes over every matrix (the gradient's projections; the moments; the
 // parameters), the renewal of its bases, and the sketch of a layer's inputs.
 //
-// Skinny products run over groups of rows that stay in the caches, and over blocks of them, each with its own sums, which are added in order: the
-// result does not depend on the number of threads.
+// Skinny products run over groups of rows that stay in the caches, and over blocks of them, each with its own sums,
+// which are added in order: the result does not depend on the number of threads.
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <torch/library.h>
@@ -108,7 +108,8 @@ struct Matrix {
     }
     corner.assign(ku * c, T(0));
     k.low_rank(ku, c, corner.data(), n, out, n, right.data(), corner.data());
-    if (size.right()) k.low_rank(n, c, right.data(), ku, negative(n * ku, u.data()).data(), ku, corner.data(), right.data());
+    if (size.right())
+      k.low_rank(n, c, right.data(), ku, negative(n * ku, u.data()).data(), ku, corner.data(), right.data());
     if (size.top()) {  // U^T G' - C V^T, without the bias' column
       std::vector<T> minus(ku * kv);
       for (int64_t q = 0; q < ku; ++q)
@@ -146,7 +147,8 @@ struct Matrix {
     return f;
   }
 
-  // S = N_E + l r and y [n] from parts of N: w = ku + kv. nv = N_E V [n, kv] and nu = U^T N_E [ku, p], null without N_E.
+  // S = N_E + l r and y [n] from parts of N: w = ku + kv. nv = N_E V [n, kv] and nu = U^T N_E [ku, p], null without
+  // N_E.
   LowRank whole(const T* c_part, const T* r_part, const T* t_part, const T* nv, const T* nu, std::vector<T>& y) const {
     const int64_t n = size.n, p = size.p, ku = size.ku, kv = size.kv, c = size.c();
     const bool bias = size.bias;
@@ -225,7 +227,8 @@ void written(at::TensorList tensors) {
   for (const at::Tensor& each : tensors) each.unsafeGetTensorImpl()->bump_version();
 }
 
-void eigen_sketch_(const at::Tensor& sketch, const at::Tensor& inputs, const at::Tensor& basis, const at::Tensor& shift) {
+void eigen_sketch_(const at::Tensor& sketch, const at::Tensor& inputs, const at::Tensor& basis,
+                   const at::Tensor& shift) {
   check_eigen_sketch(sketch, inputs, basis, shift);
   const at::Tensor h = inputs.contiguous(), v = basis.contiguous(), c = shift.contiguous();
   const int64_t m = h.size(0), p = h.size(1), k = v.size(0);
@@ -256,8 +259,8 @@ void eigen_sketch_(const at::Tensor& sketch, const at::Tensor& inputs, const at:
   written(sketch);
 }
 
-// The rows of x [k, n] made orthonormal in their order; lengths [k] are theirs before, 0 for one that depended on the others
-// and was drawn anew.
+// The rows of x [k, n] made orthonormal in their order; lengths [k] are theirs before, 0 for one that depended on the
+// others and was drawn anew.
 template <typename T>
 void orthonormalize(int64_t k, int64_t n, T* x, T* lengths) {
   const Kernels<T>& loops = kernels<T>();
@@ -292,13 +295,14 @@ void orthonormalize(int64_t k, int64_t n, T* x, T* lengths) {
 template <typename T>
 void renew_side(int64_t k, int64_t n, T share, std::vector<T>& product, T* basis, T* scale) {
   for (int64_t q = 0; q < k; ++q)
-    kernels<T>().combine(n, (1 - share) * scale[q], basis + q * n, share, product.data() + q * n, product.data() + q * n);
+    kernels<T>().combine(n, (1 - share) * scale[q], basis + q * n, share, product.data() + q * n,
+                         product.data() + q * n);
   orthonormalize(k, n, product.data(), scale);
   std::copy(product.begin(), product.end(), basis);
 }
 
-// The first moments in new bases: C <- A C B, R <- R B, T <- A T with A = U'^T U and B = V^T V', but for the bias' column. E stays:
-// what turns into the bases, or out of them, is little from one renewal to the next.
+// The first moments in new bases: C <- A C B, R <- R B, T <- A T with A = U'^T U and B = V^T V', but for the bias'
+// column. E stays: what turns into the bases, or out of them, is little from one renewal to the next.
 template <typename T>
 void turn(const EigenSizes& size, const T* old_out, const T* old_in, const T* out, const T* in, T* first) {
   const Kernels<T>& loops = kernels<T>();
@@ -377,8 +381,8 @@ void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, 
 void eigen_renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList basis_in, at::TensorList scale_out,
                   at::TensorList scale_in, at::TensorList first, const at::Tensor& control, at::TensorList grad_weight,
                   at::TensorList grad_bias, at::TensorList sketch, at::IntArrayRef rows, at::ArrayRef<double> share) {
-  check_eigen_renew(mean, basis_out, basis_in, scale_out, scale_in, first, control, grad_weight, grad_bias, sketch, rows,
-                    share);
+  check_eigen_renew(mean, basis_out, basis_in, scale_out, scale_in, first, control, grad_weight, grad_bias, sketch,
+                    rows, share);
   if (grad_weight.empty()) return;
   const auto g = contiguous(grad_weight), gb = contiguous(grad_bias), sums = contiguous(sketch);
   for (const at::TensorList list : {mean, basis_out, basis_in, scale_out, scale_in, first}) own_storage(list);
@@ -400,9 +404,9 @@ void eigen_renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList 
       }
     }
     parallel_layers(elements(all), 4, [&](int64_t l) {
-      renew(all[l], mean[l].mutable_data_ptr<T>(), basis_out[l].mutable_data_ptr<T>(), basis_in[l].mutable_data_ptr<T>(),
-            scale_out[l].mutable_data_ptr<T>(), scale_in[l].mutable_data_ptr<T>(), first[l].mutable_data_ptr<T>(),
-            optional_data<T>(sums[l]), rows[l], T(share[l]));
+      renew(all[l], mean[l].mutable_data_ptr<T>(), basis_out[l].mutable_data_ptr<T>(),
+            basis_in[l].mutable_data_ptr<T>(), scale_out[l].mutable_data_ptr<T>(), scale_in[l].mutable_data_ptr<T>(),
+            first[l].mutable_data_ptr<T>(), optional_data<T>(sums[l]), rows[l], T(share[l]));
     });
   });
   for (const at::TensorList list : {mean, basis_out, basis_in, scale_out, scale_in, first}) written(list);
@@ -423,8 +427,8 @@ struct Rates {
 
 // The moments of a projected matrix, and its step. Adds to the slopes (along this step, along the one before).
 template <typename T>
-void step(Matrix<T>& matrix, const State<T>& state, const Rates& rates, double beta1, double beta2, double eps, int64_t t,
-          double slopes[2]) {
+void step(Matrix<T>& matrix, const State<T>& state, const Rates& rates, double beta1, double beta2, double eps,
+          int64_t t, double slopes[2]) {
   const Kernels<T>& loops = kernels<T>();
   const EigenSizes& size = matrix.size;
   const int64_t n = size.n, p = size.p, ku = size.ku, kv = size.kv, rest = size.rest(), count = matrix.blocks();
@@ -433,13 +437,12 @@ void step(Matrix<T>& matrix, const State<T>& state, const Rates& rates, double b
 
   std::vector<T> normed(rest);  // N's C, R, T
   int64_t at = 0;
-  for (const auto& [part, elements] : {std::pair{&matrix.corner, size.corner()},
-                                       std::pair{&matrix.right, size.right()},
+  for (const auto& [part, elements] : {std::pair{&matrix.corner, size.corner()}, std::pair{&matrix.right, size.right()},
                                        std::pair{&matrix.top, size.top()}}) {
     if (!elements) continue;
     slopes[1] += double(loops.dot(elements, part->data(), state.last + at));
-    slopes[0] += double(loops.moments(elements, part->data(), rule, state.first + at, state.second + at,
-                                      normed.data() + at));
+    slopes[0] +=
+        double(loops.moments(elements, part->data(), rule, state.first + at, state.second + at, normed.data() + at));
     at += elements;
   }
   std::copy(normed.begin(), normed.end(), state.last);
@@ -461,7 +464,8 @@ void step(Matrix<T>& matrix, const State<T>& state, const Rates& rates, double b
       std::vector<T> x(kGroup * p);
       for (int64_t i = begin; i < end; i += kGroup) {
         const int64_t rows = std::min(kGroup, end - i);
-        loops.low_rank(rows, p, matrix.gradient + i * p, f.width, f.l.data() + i * f.width, f.width, f.r.data(), x.data());
+        loops.low_rank(rows, p, matrix.gradient + i * p, f.width, f.l.data() + i * f.width, f.width, f.r.data(),
+                       x.data());
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t at_row = rest + (i + r) * p, s = sample[i + r];
           const T slope = loops.moments(p, x.data() + r * p, rule, state.first + at_row, state.second + at_row,
@@ -484,8 +488,9 @@ void step(Matrix<T>& matrix, const State<T>& state, const Rates& rates, double b
   }
 
   std::vector<T> y;
-  const auto f = matrix.whole(normed.data(), normed.data() + size.corner(), normed.data() + size.corner() + size.right(),
-                              residual ? nv.data() : nullptr, residual ? nu.data() : nullptr, y);
+  const auto f =
+      matrix.whole(normed.data(), normed.data() + size.corner(), normed.data() + size.corner() + size.right(),
+                   residual ? nv.data() : nullptr, residual ? nu.data() : nullptr, y);
   const T keep = T(1 - rates.length * rates.lr * rates.decay), rate = T(rates.length * rates.lr);
   for_blocks(n, p, [&](int64_t, int64_t begin, int64_t end) {
     std::vector<T> s(kGroup * p);
@@ -511,8 +516,8 @@ void eigen_step_(at::TensorList weight, at::TensorList bias, at::TensorList firs
                  at::ArrayRef<double> lr, at::ArrayRef<double> lr_bias, at::ArrayRef<double> decay,
                  at::ArrayRef<double> decay_bias, at::IntArrayRef step_, double beta1, double beta2, double eps,
                  bool renewed) {
-  check_eigen_step(weight, bias, first, second, last, size, control, grad_weight, grad_bias, mean, basis_out, basis_in, lr,
-                   lr_bias, decay, decay_bias, step_, beta1, beta2, eps);
+  check_eigen_step(weight, bias, first, second, last, size, control, grad_weight, grad_bias, mean, basis_out, basis_in,
+                   lr, lr_bias, decay, decay_bias, step_, beta1, beta2, eps);
   if (grad_weight.empty()) return;
   const auto g = contiguous(grad_weight), gb = contiguous(grad_bias), a = contiguous(mean), u = contiguous(basis_out),
              v = contiguous(basis_in);
@@ -521,9 +526,7 @@ void eigen_step_(at::TensorList weight, at::TensorList bias, at::TensorList firs
     using T = scalar_t;
     std::vector<Matrix<T>> all = matrices<T>(g, gb, a, u, v);
     const std::vector<int64_t> sizes = elements(all);
-    parallel_layers(sizes, 2, [&](int64_t l) {
-      all[l].project();
-    });
+    parallel_layers(sizes, 2, [&](int64_t l) { all[l].project(); });
     double* steps = control.mutable_data_ptr<double>();
     if (steps[kEigenUnrenewed] != 0 ||
         !std::all_of(all.begin(), all.end(), [](const Matrix<T>& each) { return each.finite(); })) {
@@ -534,8 +537,11 @@ void eigen_step_(at::TensorList weight, at::TensorList bias, at::TensorList firs
     const double length = eigen_length(steps);
     std::vector<double> slopes(2 * all.size(), 0.0);
     parallel_layers(sizes, 6, [&](int64_t l) {
-      const State<T> state{weight[l].mutable_data_ptr<T>(), bias[l].mutable_data_ptr<T>(), first[l].mutable_data_ptr<T>(),
-                           second[l].mutable_data_ptr<T>(), last[l].mutable_data_ptr<T>(),
+      const State<T> state{weight[l].mutable_data_ptr<T>(),
+                           bias[l].mutable_data_ptr<T>(),
+                           first[l].mutable_data_ptr<T>(),
+                           second[l].mutable_data_ptr<T>(),
+                           last[l].mutable_data_ptr<T>(),
                            size[l].mutable_data_ptr<double>(),
                            all[l].size.residual() ? (last[l].numel() - all[l].size.rest()) / all[l].size.p : 0};
       step(all[l], state, Rates{length, lr[l], lr_bias[l], decay[l], decay_bias[l]}, beta1, beta2, eps, step_[l],

@@ -54,7 +54,8 @@ struct Kernels {
   // out[r, q] = x_r . b_q   x [rows, n] and b [k, n] contiguous; out [rows, k] with row stride ld
   void (*products)(int64_t rows, int64_t n, const T* x, int64_t k, const T* b, T* out, int64_t ld);
 
-  // out = x + l r   x (or null: zero) and out [rows, n], r [k, n] contiguous; l [rows, k] with row stride ld; out may be x
+  // out = x + l r   x (or null: zero) and out [rows, n], r [k, n] contiguous; l [rows, k] with row stride ld; out may
+  // be x
   void (*low_rank)(int64_t rows, int64_t n, const T* x, int64_t k, const T* l, int64_t ld, const T* r, T* out);
 
   // x . y over n

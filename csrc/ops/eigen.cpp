@@ -17,7 +17,8 @@ void check_control(const char* op, const at::Tensor& control) {
 }
 
 // A tensor of this shape, as `like` in dtype and device, that is written in place.
-void check_written(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape, const at::Tensor& like) {
+void check_written(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape,
+                   const at::Tensor& like) {
   check_shape(op, name, t, shape);
   check_same(op, name, t, "grad_weight", like);
   check_contiguous(op, name, t);
@@ -66,8 +67,8 @@ void check_eigen_sketch(const at::Tensor& sketch, const at::Tensor& inputs, cons
 
 void check_eigen_renew(at::TensorList mean, at::TensorList basis_out, at::TensorList basis_in, at::TensorList scale_out,
                        at::TensorList scale_in, at::TensorList first, const at::Tensor& control,
-                       at::TensorList grad_weight, at::TensorList grad_bias, at::TensorList sketch, at::IntArrayRef rows,
-                       at::ArrayRef<double> share) {
+                       at::TensorList grad_weight, at::TensorList grad_bias, at::TensorList sketch,
+                       at::IntArrayRef rows, at::ArrayRef<double> share) {
   constexpr const char* op = "eigen_renew_";
   check_lengths(op, {{"grad_weight", grad_weight.size()},
                      {"grad_bias", grad_bias.size()},
@@ -95,8 +96,9 @@ void check_eigen_renew(at::TensorList mean, at::TensorList basis_out, at::Tensor
     const bool seen = sketch[l].numel() > 0;
     if (seen) check_shape(op, "sketch", sketch[l], {sizes.kv + 1, sizes.p});
     check_same(op, "sketch", sketch[l], "grad_weight", g);
-    TORCH_CHECK_VALUE(seen ? rows[l] > 0 : rows[l] == 0, op, ": expected rows > 0 with a sketch and 0 without one, got ",
-                      rows[l], " with a sketch of shape ", sketch[l].sizes());
+    TORCH_CHECK_VALUE(seen ? rows[l] > 0 : rows[l] == 0, op,
+                      ": expected rows > 0 with a sketch and 0 without one, got ", rows[l], " with a sketch of shape ",
+                      sketch[l].sizes());
     TORCH_CHECK_VALUE(share[l] > 0 && share[l] <= 1, op, ": expected share in (0, 1], got ", share[l]);
   }
 }

@@ -20,9 +20,12 @@ from torch import Tensor
 from secondorder.ops._library import fake, library
 
 CONTROL = ("length", "oscillations", "slope", "last_slope", "steps", "refused", "unrenewed", "start")
-"""What the entries of a control tensor are: the length L; K, the steps with a negative slope along the step before; S0 and S1, the
-averaged slopes along the present step and along the one before; the steps taken; the steps refused since a gradient was not finite;
-whether the renewal of the present step was refused; the largest S0 of the warm-up."""
+"""What the entries of a control tensor are.
+
+The length L; K, the steps with a negative slope along the step before; S0 and S1, the averaged slopes along the present step
+and along the one before; the steps taken; the steps refused since a gradient was not finite; whether the renewal of the present
+step was refused; the largest S0 of the warm-up.
+"""
 
 
 def eigen_sketch_(sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor) -> None:
@@ -64,8 +67,8 @@ def eigen_renew_(
 
         a <- (1 - w) a + w E[h],    V S <- qr((1 - w) V S + w M V),    M = E[(h - a) (h - a)^T], or G'^T G' without a sketch.
 
-    Of the first moments C <- A C B, R <- R B and T <- A T, with A = U'^T U and B = V^T V' but for the bias' column; E stays, since
-    what turns into the bases, or out of them, is little.
+    Of the first moments C <- A C B, R <- R B and T <- A T, with A = U'^T U and B = V^T V' but for the bias' column; E stays,
+    since what turns into the bases, or out of them, is little.
 
     The columns are orthonormalised in their order, S are their lengths before. One that depends on those before it is drawn
     anew, with S = 0. If a gradient or a sketch is not finite nothing changes but
@@ -136,7 +139,8 @@ def eigen_step_(
 
     m = beta1 m + (1 - beta1) x,   v = beta2 v + (1 - beta2) x^2, and with Nesterov's look-ahead and t = `step` from 0
 
-        N = clip(sqrt(1 - beta2^(t+1)) (beta1 m / (1 - beta1^(t+2)) + (1 - beta1) x / (1 - beta1^(t+1))) / (sqrt(v) + eps size), +-1.2),
+        d = sqrt(1 - beta2^(t+1)) (beta1 m / (1 - beta1^(t+2)) + (1 - beta1) x / (1 - beta1^(t+1)))
+        N = clip(d / (sqrt(v) + eps size), +-1.2),
 
     where size is the largest root mean square of G so far. From N's parts, with Y = (I - U U^T) N_R + U N_C, whose last column
     y belongs to a bias,

@@ -9,4 +9,4 @@ from secondorder.optim.kflr import KFLR
 from secondorder.optim.kfra import KFRA
 from secondorder.optim.layerwise_newton import LayerwiseNewton
 
-__all__ = ["EACG", "EigenAdam", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "LayerwiseNewton"]
+__all__ = ["EACG", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "EigenAdam", "LayerwiseNewton"]

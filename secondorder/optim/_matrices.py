@@ -50,8 +50,8 @@ def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matr
     """The parameters as matrices.
 
     Without a model, every parameter with two or more dimensions is a matrix of its own. With one, its linear layers and
-    convolutions give each weight its bias and its inputs, and what they do not know, as attention's or an LSTM's weights, is a matrix
-    of its own; the tables of embeddings, vectors, and what has a single row or column, are no matrices.
+    convolutions give each weight its bias and its inputs, and what they do not know, as attention's or an LSTM's weights, is a
+    matrix of its own; the tables of embeddings, vectors, and what has a single row or column, are no matrices.
     """
     wanted = {p: f"parameter {i}" for i, p in enumerate(parameters)}
     if model is not None:
@@ -59,17 +59,17 @@ def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matr
     users: dict[Tensor, list[nn.Module]] = {}
     tables: set[Tensor] = set()
     for module in model.modules() if model is not None else ():
-        weight = module._parameters.get("weight")
-        if weight is None or weight not in wanted:
+        own = module._parameters.get("weight")
+        if own is None or own not in wanted:
             continue
         if _multiplies(module):
-            users.setdefault(weight, []).append(module)
+            users.setdefault(own, []).append(module)
         elif isinstance(module, _TABLES):
-            tables.add(weight)
+            tables.add(own)
     biases: dict[Tensor, Tensor] = {}  # weight -> its bias
     taken: set[Tensor] = set()
     for weight, modules in users.items():
-        bias = modules[0]._parameters.get("bias")
+        bias: Tensor | None = modules[0]._parameters.get("bias")
         alike = all(module._parameters.get("bias") is bias for module in modules)
         if bias is not None and bias in wanted and alike and bias not in taken and weight.requires_grad == bias.requires_grad:
             biases[weight] = bias
@@ -97,8 +97,9 @@ def _multiplies(module: nn.Module) -> bool:
 
 
 class InputHook:
-    """A forward hook that shows a module's input to an optimizer, which it does not keep alive. Copies of the module are another
-    net's: there it does nothing.
+    """A forward hook that shows a module's input to an optimizer, which it does not keep alive.
+
+    Copies of the module are another net's: there it does nothing.
 
     Args:
         optimizer: has a method `_see(module, input)`; None in a copy.
@@ -125,40 +126,45 @@ def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
     return _patches(module, inputs)
 
 
-def _patches(module: nn.Module, inputs: Tensor) -> Tensor:
+def _patches(module: Any, inputs: Tensor) -> Tensor:
     """At most PATCHES of the patches [c_in / groups * prod(kernel)] that a convolution's outputs are made of, of all groups."""
-    size = len(module.kernel_size)  # type: ignore[arg-type]
+    size = len(module.kernel_size)
     x = inputs if inputs.dim() == size + 2 else inputs.unsqueeze(0)
     padding = _padding(module)
     extents = [
         (length + sum(pad) - dilation * (kernel - 1) - 1) // stride + 1
         for length, pad, kernel, stride, dilation in zip(
-            x.shape[2:], padding, module.kernel_size, module.stride, module.dilation, strict=True  # type: ignore[arg-type]
+            x.shape[2:],
+            padding,
+            module.kernel_size,
+            module.stride,
+            module.dilation,
+            strict=True,
         )
     ]
     total = len(x) * math.prod(extents)
     chosen = torch.arange(min(total, PATCHES), device=x.device) * total // min(total, PATCHES)
     inside = torch.ones((), dtype=torch.bool, device=x.device)
-    places = []
+    places: list[Tensor] = []
     for axis in reversed(range(size)):  # the last axis varies fastest
         at, chosen = chosen % extents[axis], chosen // extents[axis]
-        kernel = torch.arange(module.kernel_size[axis], device=x.device) * module.dilation[axis]  # type: ignore[index]
-        place = at.unsqueeze(1) * module.stride[axis] - padding[axis][0] + kernel  # type: ignore[index]
+        kernel = torch.arange(module.kernel_size[axis], device=x.device) * module.dilation[axis]
+        place = at.unsqueeze(1) * module.stride[axis] - padding[axis][0] + kernel
         shape = [len(at), *(len(kernel) if i == axis else 1 for i in range(size))]
         inside = inside & ((place >= 0) & (place < x.shape[2 + axis])).reshape(shape)
         places.insert(0, place.clamp(0, x.shape[2 + axis] - 1).reshape(shape))
     instance = chosen.reshape(-1, *[1] * size)
     patches = x.movedim(1, -1)[(instance, *places)] * inside.unsqueeze(-1)  # [m, *kernel, c_in]
     patches = patches.movedim(-1, 1)
-    groups = int(module.groups)  # type: ignore[arg-type]
+    groups = int(module.groups)
     return patches.reshape(len(patches) * groups, -1)
 
 
-def _padding(module: nn.Module) -> list[tuple[int, int]]:
+def _padding(module: Any) -> list[tuple[int, int]]:
     """Zeros before and after each axis."""
     if module.padding == "valid":
-        return [(0, 0)] * len(module.kernel_size)  # type: ignore[arg-type]
+        return [(0, 0)] * len(module.kernel_size)
     if module.padding == "same":  # torch puts the odd one at the end
-        needs = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]  # type: ignore[arg-type]
+        needs = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         return [(need // 2, need - need // 2) for need in needs]
-    return [(p, p) for p in module.padding]  # type: ignore[union-attr]
+    return [(p, p) for p in module.padding]

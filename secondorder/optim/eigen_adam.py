@@ -120,7 +120,9 @@ class EigenAdam(SecondOrderOptimizer):
         self._seeing: bool | None = None  # whether the next step renews bases; None: not known yet
         self._group: dist.ProcessGroup | None = None  # of the ranks that DDP averages gradients over
         self._announced: set[str] = set()  # warnings given
-        self._report: tuple[Tensor, Any] | None = None  # control on its way from the device, and the event that tells of its arrival
+        self._report: tuple[Tensor, Any] | None = (
+            None  # control on its way from the device, and the event that tells of its arrival
+        )
 
     # --- the model -----------------------------------------------------------------------------------------------------------
 
@@ -183,7 +185,7 @@ class EigenAdam(SecondOrderOptimizer):
         state = self.state[self._first]
         if "control" not in state:
             state["control"] = torch.tensor([0.01, *[0.0] * 7], dtype=torch.float64, device=self._first.device)
-            state["steps"] = 0
+            state.update(steps=0, refused=0)
         return state["control"]
 
     def _due(self) -> bool:
@@ -215,8 +217,8 @@ class EigenAdam(SecondOrderOptimizer):
             return torch.linalg.qr(numbers)[0].T.to(device, dtype).contiguous()
 
         state.update(
-            step=0, renewals=0, seen=False, mean=zeros(p if matrix.bias is not None else 0), basis_out=basis(ku, n), basis_in=basis(kv, p),
-            scale_out=zeros(ku), scale_in=zeros(kv), exp_avg=zeros(rest + residual * n * p),
+            step=0, renewals=0, seen=False, basis_out=basis(ku, n), basis_in=basis(kv, p), scale_out=zeros(ku),
+            scale_in=zeros(kv), mean=zeros(p if matrix.bias is not None else 0), exp_avg=zeros(rest + residual * n * p),
             exp_avg_sq=zeros(rest + residual * n * p), last=zeros(rest + sampled * p),
             size=torch.zeros(1, device=device, dtype=torch.float64),
         )  # fmt: skip
@@ -245,7 +247,7 @@ class EigenAdam(SecondOrderOptimizer):
         weights = {matrix.weight: matrix for matrix in self._table()}
         for i, p in zip(saved, own, strict=False):
             state, matrix = state_dict["state"].get(i), weights.get(p)
-            if state is None or state.keys() <= {"control", "steps"}:
+            if state is None or ("control" in state and "step" not in state):
                 continue
             if matrix is None or "basis_out" not in state or "basis_in" not in state:
                 raise ValueError(
@@ -279,7 +281,7 @@ class EigenAdam(SecondOrderOptimizer):
     # --- the step ------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one step from the parameters' gradients.
 
         Args:
@@ -301,6 +303,8 @@ class EigenAdam(SecondOrderOptimizer):
         finally:
             self._sketches.clear()
             self._seeing = None
+        if loss is not None and not self._first.is_cuda:
+            self._watch(loss)
         return loss
 
     def _step(self) -> None:
@@ -331,7 +335,9 @@ class EigenAdam(SecondOrderOptimizer):
                 bias_grads.append(nothing)
             else:  # a bias that was frozen has a gradient of zeros, so that it does not move
                 biases.append(_values(bias, bias.shape, dtype))
-                bias_grads.append(torch.zeros_like(biases[-1]) if bias.grad is None else _gradient(bias.grad, bias.shape, dtype, sign))
+                bias_grads.append(
+                    torch.zeros_like(biases[-1]) if bias.grad is None else _gradient(bias.grad, bias.shape, dtype, sign)
+                )
         if due:
             self._renew([matrix for matrix, _ in present], states, control, weight_grads, bias_grads)
         of_weights = [groups[matrix.weight] for matrix, _ in present]
@@ -368,8 +374,8 @@ class EigenAdam(SecondOrderOptimizer):
         for matrix, _ in present:
             if matrix.weight.device != device:
                 raise RuntimeError(
-                    f"{type(self).__name__}.step(): expected all parameters on one device, got {present[0][0].name!r} on {device} "
-                    f"and {matrix.name!r} on {matrix.weight.device}"
+                    f"{type(self).__name__}.step(): expected all parameters on one device, got {present[0][0].name!r} "
+                    f"on {device} and {matrix.name!r} on {matrix.weight.device}"
                 )
             dtypes.add(compute_dtype(matrix.weight.dtype))
         if len(dtypes) > 1:
@@ -380,7 +386,12 @@ class EigenAdam(SecondOrderOptimizer):
         return dtypes.pop()
 
     def _renew(
-        self, present: list[Matrix], states: list[dict[str, Any]], control: Tensor, weight_grads: list[Tensor], bias_grads: list[Tensor]
+        self,
+        present: list[Matrix],
+        states: list[dict[str, Any]],
+        control: Tensor,
+        weight_grads: list[Tensor],
+        bias_grads: list[Tensor],
     ) -> None:
         """Renews the bases of all matrices from their inputs' sketches and their gradients."""
         sketches = self._sketches if self._group is None else self._averaged(present)
@@ -399,8 +410,8 @@ class EigenAdam(SecondOrderOptimizer):
         if unseen and "unseen" not in self._announced:
             self._announced.add("unseen")
             warn(
-                f"{type(self).__name__} sees no inputs of {', '.join(unseen)}: the layers run in a compiled graph, or are not called "
-                "as modules. Their bases are those of their gradients."
+                f"{type(self).__name__} sees no inputs of {', '.join(unseen)}: the layers run in a compiled graph, or are not "
+                "called as modules. Their bases are those of their gradients."
             )
         if not chosen:
             return
@@ -449,23 +460,28 @@ class EigenAdam(SecondOrderOptimizer):
 
     def _heed(self, entries: list[float]) -> bool:
         """Whether these entries of control are of a step that was made."""
-        if abs(entries[_SLOPE]) > 1000 * entries[_START] > 0 and "growth" not in self._announced:
-            self._announced.add("growth")
-            warn(
-                f"{type(self).__name__}: the gradients have grown a thousandfold since the first steps: training diverges. Lower lr, or "
-                "clip the gradients."
-            )
         state = self.state[self._first]
-        refused = int(entries[_REFUSED]) - state.setdefault("refused", 0)
+        refused = int(entries[_REFUSED]) - state["refused"]
         if not refused:
             return True
         state["refused"] += refused
         if self._nonfinite == "error":
             raise NonFiniteError(
-                f"{type(self).__name__}.step(): expected finite gradients and inputs, got NaN or inf, or numbers whose squares are; "
-                "no parameter and no state has changed"
+                f"{type(self).__name__}.step(): expected finite gradients and inputs, got NaN or inf, or numbers whose squares "
+                "are; no parameter and no state has changed"
             )
         return False
+
+    def _watch(self, loss: Any) -> None:
+        """Warns where a closure's loss has grown to a thousand times the first one."""
+        value = abs(float(loss.detach() if isinstance(loss, Tensor) else loss))
+        first = self.state[self._first].setdefault("first_loss", value)
+        if value > 1000 * first > 0 and "growth" not in self._announced:
+            self._announced.add("growth")
+            warn(
+                f"{type(self).__name__}: the loss has grown from {first:.3g} to {value:.3g}: training diverges. "
+                "Lower lr, or clip the gradients."
+            )
 
     @property
     def skipped_steps(self) -> int:
@@ -481,14 +497,18 @@ class EigenAdam(SecondOrderOptimizer):
             "oscillations": how many steps had a negative one; "skipped_steps".
         """
         entries = self._control().tolist()
-        decayed = entries[_LENGTH] / (1 + entries[_OSCILLATIONS] / 25) ** 0.5
         return {
-            "length": decayed * min(1.0, (entries[_STEPS] + 2) / 14),
+            "length": _length(entries),
             "slope": entries[_SLOPE],
             "slope_ratio": entries[_LAST_SLOPE] / (abs(entries[_SLOPE]) or 1.0),
             "oscillations": entries[_OSCILLATIONS],
             "skipped_steps": entries[_REFUSED],
         }
+
+
+def _length(entries: list[float]) -> float:
+    """The step length that control's entries give, without lr."""
+    return entries[_LENGTH] / (1 + entries[_OSCILLATIONS] / 25) ** 0.5 * min(1.0, (entries[_STEPS] + 2) / 14)
 
 
 def _plain(model: nn.Module) -> nn.Module:

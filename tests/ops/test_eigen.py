@@ -171,6 +171,7 @@ def test_without_bases_it_is_nadam():
     torch.manual_seed(0)
     values, grads = torch.randn(6, 4, dtype=torch.float64), torch.randn(30, 6, 4, dtype=torch.float64)
     p = torch.nn.Parameter(values.clone())
+    optimizer = torch.optim.Adam([p], lr=1.0, betas=(0.9, 0.95), eps=0)
     own = matrix(6, 4, 0, 0, False) | {"weight": values.clone(), "size": torch.zeros(1, dtype=torch.float64)}
     own |= {"first": torch.zeros(24, dtype=torch.float64), "second": torch.zeros(24, dtype=torch.float64)}
     control = controls()
@@ -178,7 +179,6 @@ def test_without_bases_it_is_nadam():
         own["grad_weight"] = g
         before, length = own["weight"].clone(), float(control[0] / (1 + control[1] / 25).sqrt())
         step(ops, [own], control, t, decay=0.0)
-        optimizer = torch.optim.Adam([p], lr=1.0, betas=(0.9, 0.95), eps=0) if t == 0 else optimizer
         p.grad = g
         optimizer.step()
         state = optimizer.state[p]

@@ -103,7 +103,14 @@ def test_the_scale_of_the_loss_changes_nothing(scale):
 
 @pytest.mark.parametrize(
     ("change", "m"),
-    [(lambda x: 255 * x, 32), (lambda x: x + 10, 32), (lambda x: 0 * x, 32), (lambda x: x, 1), (lambda x: x, 4), (lambda x: 1e4 + x, 32)],
+    [
+        (lambda x: 255 * x, 32),
+        (lambda x: x + 10, 32),
+        (lambda x: 0 * x, 32),
+        (lambda x: x, 1),
+        (lambda x: x, 4),
+        (lambda x: 1e4 + x, 32),
+    ],
     ids=["times 255", "plus 10", "zeros", "batch of 1", "batch of 4", "plus 10,000"],
 )
 @pytest.mark.parametrize("act", [nn.ReLU, nn.Sigmoid])
@@ -127,7 +134,9 @@ def test_odd_inputs_do_not_diverge(change, m, act):
 def test_deep_nets_do_not_diverge(depth):
     torch.manual_seed(0)
     act = nn.Tanh if depth == 20 else nn.Sigmoid
-    model = nn.Sequential(nn.Linear(25, 16), act(), *[m for _ in range(depth) for m in (nn.Linear(16, 16), act())], nn.Linear(16, 3))
+    model = nn.Sequential(
+        nn.Linear(25, 16), act(), *[m for _ in range(depth) for m in (nn.Linear(16, 16), act())], nn.Linear(16, 3)
+    )
     losses = train(model, so.EigenAdam(model), range(80), dtype=torch.float32)
     assert max(losses) < losses[0] + 1
 
@@ -195,10 +204,31 @@ def test_what_is_not_finite_raises_or_is_skipped(poison):
         assert torch.equal(values(model), before)
         for i, entries in optimizer.state_dict()["state"].items():
             for key, value in entries.items():
-                if key not in ("control", "refused"):
+                if key not in ("control", "refused"):  # which count it
                     assert torch.equal(torch.as_tensor(value), torch.as_tensor(state[i][key])), key
         assert train(model, optimizer, [1], dtype=torch.float32)
         assert not torch.equal(values(model), before)
+
+
+def test_a_loss_that_grows_a_thousandfold_is_told_of_once():
+    """Where it is known: as the closure's value."""
+    torch.manual_seed(0)
+    model = nn.Linear(30, 1)
+    optimizer = so.EigenAdam(model, lr=1e4)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(torch.randn(16, 30)) ** 4).mean()
+        loss.backward()
+        return loss
+
+    def twenty():
+        for _ in range(20):
+            optimizer.step(closure)
+
+    with pytest.warns(UserWarning, match=r"the loss has grown from 0.153 to .*: training diverges") as caught:
+        twenty()
+    assert len(caught) == 1
 
 
 # --- models ---------------------------------------------------------------------------------------------------------------
@@ -256,15 +286,22 @@ MODELS = {
         lambda seed: (batch(seed, dtype=torch.float32)[0].view(-1, 5, 5), batch(seed)[1]),
     ),
     "convolutions": lambda: images(
-        nn.Sequential(nn.Conv2d(4, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 3, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3))
+        nn.Sequential(
+            nn.Conv2d(4, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 3, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3)
+        )
     ),
     "transposed": lambda: images(
-        nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, 2), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(216, 3))
+        nn.Sequential(
+            nn.Conv2d(4, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, 2), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(216, 3)
+        )
     ),
     "attention": lambda: (Attention(), tokens),
     "recurrent": lambda: (Recurrent(), lambda seed: (batch(seed, dtype=torch.float32)[0].view(-1, 5, 5), batch(seed)[1])),
     "functional": lambda: (Functional(), None),
-    "weight norm": lambda: (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(25, 30)), nn.Tanh(), nn.Linear(30, 3)), None),
+    "weight norm": lambda: (
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(25, 30)), nn.Tanh(), nn.Linear(30, 3)),
+        None,
+    ),
     "linear": lambda: (nn.Linear(25, 3), None),
 }
 
