@@ -49,6 +49,15 @@ struct EigenMoments {
         first(T(std::sqrt(1 - std::pow(b2, double(t + 1))) * b1 / (1 - std::pow(b1, double(t + 2))))),
         fresh(T(std::sqrt(1 - std::pow(b2, double(t + 1))) * (1 - b1) / (1 - std::pow(b1, double(t + 1))))),
         eps(T(eps_)) {}
+  EigenMoments() = default;
+
+  // Takes x into both moments of its coordinate; returns N.
+  SECONDORDER_HD T normed(T x, T& m, T& v) const {
+    m = beta1 * m + (T(1) - beta1) * x;
+    v = beta2 * v + (T(1) - beta2) * x * x;
+    const T ratio = (first * m + fresh * x) / (std::sqrt(v) + eps), clip = T(kClip);
+    return ratio > clip ? clip : ratio < -clip ? -clip : ratio;
+  }
 };
 
 // Entries of the control tensor (float64): what finds the step length.

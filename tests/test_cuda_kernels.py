@@ -58,9 +58,11 @@ def test_no_access_beyond_an_array(libraries: dict[str, Path]) -> None:
 
 
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Races do not depend on the values: one dtype and one activation of each kind are enough."""
+    """Races do not depend on the values: one dtype and one activation or matrix of each kind are enough."""
     monkeypatch.setattr(cases, "DTYPES", (np.float32,))
     monkeypatch.setattr(cases, "ACTIVATIONS", ["tanh", "gelu"])
+    monkeypatch.setattr(cases, "EIGEN_NET", [cases.EIGEN_NET[k] for k in (2, 5, 8)])
+    monkeypatch.setattr(cases, "MANY", 3)
 
 
 @emulated
@@ -134,6 +136,35 @@ BUGS = {
     "bound that lets an overflow through": (
         "values", "eacg_overflow", "eacg.cu", "eacg.cu", "bound * reach <= kLargest<T> / 8", "bound <= kLargest<T>",
     ),
+    "missing barrier between two groups of vectors": (
+        "races", "eigen_step", "eigen.cu", "eigen.cuh", "    __syncthreads();  // what was there has been used\n", "",
+    ),
+    "missing barrier between two uses of a slice": (
+        "races", "eigen_step", "eigen.cu", "eigen.cu", "corner_sums);\n    __syncthreads();\n    if (residual)",
+        "corner_sums);\n    if (residual)",
+    ),
+    "off-by-one guard of a strip": (
+        "address", "eigen_step", "eigen.cu", "eigen.cuh", "inside = column < this->p;", "inside = column <= this->p;",
+    ),
+    "sums of a chunk's last tile alone": (
+        "values", "eigen_step", "eigen.cu", "eigen.cuh", "at.first ? sum[e] : *target + sum[e]", "sum[e]",
+    ),
+    "one sampled row for all": ("values", "eigen_step", "eigen.cu", "eigen.cu", "          ++sample;\n", ""),
+    "elements without a gradient that move": (
+        "values", "eigen_step", "eigen.cu", "eigen.cu", "g[b] == T(0) ? T(0) : tile.own(row + b)", "tile.own(row + b)",
+    ),
+    "a renewal's mean taken out once": (
+        "values", "eigen_renew", "eigen.cu", "eigen.cu", " - along * move + rows", " + rows",
+    ),
+    "first moments turned the other way": (
+        "values", "eigen_renew", "eigen.cu", "eigen.cu", "row[w] * b[w * kv + v]", "row[w] * b[v * kv + w]",
+    ),
+    "one Gram-Schmidt pass": (
+        "values", "eigen_lost_directions", "eigen.cu", "eigen.cu", "if (pass == 1) break;", "break;",
+    ),
+    "a bias whose gradient is not looked at": (
+        "values", "eigen_refused", "eigen.cu", "eigen.cu", " && squares[1] < kLargest<T> / 4", "",
+    ),
     "barrier that not every thread reaches": (
         "values", "bfgs_update", "bfgs.cu", "reduce.cuh", "partial[c][warp] = v[c];\n  }\n  __syncthreads();",
         "partial[c][warp] = v[c];\n  }\n  if (warp > 0) __syncthreads();",
@@ -172,7 +203,16 @@ LAUNCHES = {
     "damped_bfgs_update": ["products_kernel", "damping_kernel", "products_kernel", "factors_kernel", "update_kernel"],
     "hessian_action_update": ["products_kernel"] * 3 + ["factors_kernel", "update_kernel"],
     "damped_lbfgs_update": ["damping_kernel", "push_kernel"],
-}
+    "eigen_sketch": ["products_kernel", "parts_kernel", "products_kernel", "sketch_kernel"],
+    "eigen_renew": [
+        "memset", "products_kernel", "parts_kernel", "products_kernel", "candidates_kernel", "orthonormal_kernel",
+        "overlaps_kernel", "turns_kernel", "moments_kernel", "finish_renewal_kernel",
+    ],
+    "eigen_step": [
+        "memset", "products_kernel", "parts_kernel", "corner_kernel", "sides_kernel", "residual_kernel",
+        "whole_parts_kernel", "corner_kernel", "sides_kernel", "update_kernel", "finish_step_kernel",
+    ],
+}  # fmt: skip
 
 
 @emulated
@@ -182,6 +222,15 @@ def test_launches_of_a_net(libraries: dict[str, Path], launcher: str) -> None:
     if launcher == "eacg":
         layers = cases.eacg_layers(rng, np.float32, cases.NET, None)
         kernels.eacg(layers, 20, 0.0, False, True, harness.Device(multiprocessors=132))
+    elif launcher == "eigen_sketch":
+        sketch, inputs, shift = (rng.standard_normal(shape) for shape in ((4, 9), (7, 9), (9,)))
+        kernels.eigen_sketch(sketch, inputs, cases.orthonormal(rng, 3, 9, np.float64), shift, 132)
+    elif launcher.startswith("eigen"):
+        net, settings = cases.eigen_net(rng, np.float32, cases.EIGEN_NET), (cases.eigen_control(), 132)
+        if launcher == "eigen_renew":
+            kernels.eigen_renew(net, *settings)
+        else:
+            kernels.eigen_step(net, *settings, *cases.EIGEN_RULE, False)
     else:
         memories = [cases.memory(rng, 2, 0, n, np.float32) for n in (3, 17, 9)]
         kernels.bfgs(launcher, [

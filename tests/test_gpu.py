@@ -279,6 +279,120 @@ def test_the_operators_of_kbfgs_equal_the_cpus():
         torch.testing.assert_close(moved(on_cuda, "cpu"), moved(on_cpu, "cpu"), rtol=1e-8, atol=1e-8, equal_nan=True)
 
 
+def eigen_arguments(dtype=torch.float64, seed=0):
+    """(arguments of a renewal, of a step) of one net, whose tensors both share; sides with no, some and all directions."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [
+        (300, 1030, 16, 16, True),
+        (33, 300, 33, 16, True),
+        (10, 33, 10, 33, True),
+        (129, 65, 0, 0, False),
+        (1, 1, 1, 0, True),
+    ]
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def each(f):
+        return [f(*size) for size in sizes]
+
+    def rest(n, p, ku, kv, bias):
+        return (ku + (n if ku < n else 0)) * (kv + bias) + (ku * p if kv < p else 0)
+
+    def residual(n, p, ku, kv, bias):
+        return n * p if ku < n and kv < p else 0
+
+    grads = [each(lambda n, p, ku, kv, bias: normal(n, p)), each(lambda n, p, ku, kv, bias: normal(n if bias else 0))]
+    mean = each(lambda n, p, ku, kv, bias: normal(p if bias else 0))
+    basis_out = each(lambda n, p, ku, kv, bias: torch.linalg.qr(normal(n, ku).double())[0].T.contiguous().to(dtype))
+    basis_in = each(lambda n, p, ku, kv, bias: torch.linalg.qr(normal(p, kv).double())[0].T.contiguous().to(dtype))
+    scale_out = each(lambda n, p, ku, kv, bias: normal(ku).abs() + 1)
+    scale_in = each(lambda n, p, ku, kv, bias: normal(kv).abs() + 1)
+    first = each(lambda *size: normal(rest(*size) + residual(*size)))
+    second = each(lambda *size: normal(rest(*size) + residual(*size)).square() + 0.5)
+    last = each(lambda *size: normal(rest(*size) + (size[1] if residual(*size) else 0)))
+    parameters = [each(lambda n, p, ku, kv, bias: normal(n, p)), each(lambda n, p, ku, kv, bias: normal(n if bias else 0))]
+    control = torch.tensor([0.01, 3, 5, -2, 20, 0, 0, 7], dtype=torch.float64)
+    size = [torch.full((1,), 0.9, dtype=torch.float64) for _ in sizes]
+    sketch = each(lambda n, p, ku, kv, bias: normal(kv + 1, p) if p > 33 else normal(0))
+    numbers = [[(0.3, 1.0, 0.1)[k % 3] for k in range(len(sizes))] for _ in range(4)]
+    renewal = [mean, basis_out, basis_in, scale_out, scale_in, first, control, *grads, sketch,
+               [9 if s.numel() else 0 for s in sketch], numbers[0]]  # fmt: skip
+    step = [*parameters, first, second, last, size, control, *grads, mean, basis_out, basis_in, *numbers, [7] * len(sizes),
+            0.9, 0.95, 1e-7]  # fmt: skip
+    return renewal, step
+
+
+def test_eigen_operators_equal_the_specification():
+    """Steps and renewals in a row, in float64; the specification runs on the GPU, for its own waits are no matter."""
+    (renewal, step), expected = moved(eigen_arguments(), "cuda"), moved(eigen_arguments(), "cuda")
+    # `moved` copies each list anew: what both operators take must be one tensor again.
+    for twin in ((renewal, step), expected):
+        twin[1][2], twin[1][6], twin[1][9:12] = twin[0][5], twin[0][6], twin[0][:3]
+    for renewed in (False, False, True, False, True):
+        if renewed:
+            without_waiting(ops.eigen_renew_, *renewal)
+            reference.eigen_renew_(*expected[0])
+        without_waiting(ops.eigen_step_, *step, renewed)
+        reference.eigen_step_(*expected[1], renewed)
+        torch.testing.assert_close(renewal, expected[0], rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(step, expected[1], rtol=1e-7, atol=1e-8)
+
+
+def test_eigen_step_is_as_accurate_as_plain_pytorch():
+    twins = [eigen_arguments(torch.float32)[1] for _ in range(3)]
+    actual = moved(twins[0], "cuda")
+    without_waiting(ops.eigen_step_, *actual, False)
+    exact = to_double(twins[2])
+    reference.eigen_step_(*twins[1], False)
+    reference.eigen_step_(*exact, False)
+    for k in range(5):  # parameters, moments, last steps
+        for x, plain, y in zip(moved(actual[k], "cpu"), twins[1][k], exact[k], strict=True):
+            assert_as_accurate(x, plain, y, ulps=64)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e300])
+def test_eigen_operators_leave_everything_where_a_gradient_is_not_finite(number):
+    renewal, step = moved(eigen_arguments(), "cuda")
+    renewal[7][3][2, 5] = step[7][3][2, 5] = number
+    before, control = copy.deepcopy([renewal[:6], step[:6]]), step[6].clone()
+    ops.eigen_step_(*step, False)
+    control[5] += 1
+    if number != 1e300:
+        ops.eigen_renew_(*renewal)
+        assert renewal[6][6] == 1
+        torch.testing.assert_close(renewal[:6], before[0], rtol=0, atol=0)
+    torch.testing.assert_close(step[:6], before[1], rtol=0, atol=0)
+    assert torch.equal(step[6], control)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_eigen_sketch(size, dtype):
+    n_in, k, batch = size[1], min(size[1], 16), size[2]
+    inputs, shift, sketch = (
+        torch.randn(*shape, dtype=torch.float64).to(dtype) for shape in ((batch, n_in), (n_in,), (k + 1, n_in))
+    )
+    basis = torch.linalg.qr(torch.randn(n_in, k, dtype=torch.float64))[0].T.contiguous().to(dtype)
+    actual, plain, exact = sketch.cuda(), sketch.clone(), sketch.double()
+    without_waiting(ops.eigen_sketch_, actual, *moved([inputs, basis, shift], "cuda"))
+    reference.eigen_sketch_(plain, inputs, basis, shift)
+    reference.eigen_sketch_(exact, *to_double([inputs, basis, shift]))
+    assert_as_accurate(actual.cpu(), plain, exact, ulps=64)
+
+
+def test_eigen_step_is_the_same_every_time():
+    """Sums in one order, whatever block comes first: to the bit."""
+    results = []
+    for _ in range(3):
+        renewal, step = moved(eigen_arguments(torch.float32), "cuda")
+        ops.eigen_renew_(*renewal)
+        ops.eigen_step_(*step, True)
+        results.append([*renewal[:7], *step[:7]])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
 OPTIMIZERS = {
     "EACG": lambda m, c: so.EACG(m, c),
     "EACG truncated": lambda m, c: so.EACG(m, c, solver="ea-cg-truncated", momentum=0, factor_decay=0),

@@ -16,6 +16,7 @@ PAGE = ROOT / "docs" / "cuda.md"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 BATCH, ITERATIONS, PAIRS = 1000, 20, 100
+DIRECTIONS, FULL = 16, 33  # of a side in EigenAdam at this batch, and the sides that take all
 COMBINED = 4096  # the net's layers are too small for cuBLAS and combine_kernel
 
 
@@ -67,17 +68,21 @@ def demangle(symbols: list[str]) -> dict[str, str]:
     names = {}
     for symbol, line in zip(symbols, lines, strict=True):
         line = re.sub(r"secondorder::cuda::|\(anonymous namespace\)::|^void ", "", line)
-        line = re.sub(r"\(\w+\)(?=\d)", "", line)  # an enumerator's type
+        line = re.sub(r"\(\w+\)(?=\d)", "", line).replace("> >", ">>")  # an enumerator's type
         names[symbol] = re.sub(r"<((?:Simt|TensorCores)<.*?>), \w+>", r"<\1>", line.split("(", 1)[0])
     return names
 
 
-THREADS = {"directions_kernel": 512}  # others: 256
+THREADS = {"directions_kernel": 512, "orthonormal_kernel": 512}  # others: 256
+TILED = {"products_kernel", "residual_kernel", "update_kernel", "whole_kernel", "remainder_kernel"}  # of eigen.cu
 
 
-def occupancy(kernel: Kernel) -> int:
+def occupancy(source: str, kernel: Kernel) -> int:
     """Resident warps of a multiprocessor of compute capability 9.0 (64 warps, 64 Ki registers, 228 KiB shared memory)."""
-    warps = THREADS.get(kernel.name.split("<")[0], 256) // 32
+    name = kernel.name.split("<")[0]
+    warps = THREADS.get(name, 256) // 32
+    if source == "eigen" and name in TILED:
+        warps = 2 if "double" in kernel.name else 4
     registers = -(-kernel.registers // 8) * 8 * 32 * warps
     shared = kernel.shared + 1024  # what the system keeps of each block's
     return min(64 // warps, 65536 // registers, 228 * 1024 // shared) * warps
@@ -105,6 +110,9 @@ def floors() -> list[tuple[str, float, float, float]]:
         sum(4 * (2 * o * i + i * (i + 1) // 2 + i * i) for i, o in hidden),
         sum(o * i * (i + 1) for i, o in hidden),
     )
+    sides = [tuple(n if n <= FULL else DIRECTIONS for n in pair) for pair in pairs]
+    skinny = sum(2 * i * o * (ki + ko) for (i, o), (ki, ko) in zip(pairs, sides, strict=True))  # one pass of products
+    with_residual = [(i * o, 2 * i * o * (ki + ko)) for (i, o), (ki, ko) in zip(pairs, sides, strict=True) if ki < i and ko < o]
     return [
         ("derivatives_kernel, sigmoid", 12 * elements, 5 * elements, FLOAT32),
         *(
@@ -128,6 +136,9 @@ def floors() -> list[tuple[str, float, float, float]]:
             FLOAT64,
         ),
         (f"push_kernel, {PAIRS} pairs", 16 * PAIRS * outputs, 0, FLOAT32),
+        ("products_kernel (EigenAdam)", 4 * weights, skinny, FLOAT32),
+        ("residual_kernel", 24 * sum(size for size, _ in with_residual), 2 * sum(work for _, work in with_residual), FLOAT32),
+        ("update_kernel (EigenAdam)", 16 * weights, skinny, FLOAT32),
     ]
 
 
@@ -136,7 +147,9 @@ def tables() -> str:
     lines = ["| kernel | registers | static shared memory, bytes | resident warps of 64 |", "|---|---|---|---|"]
     for source in SOURCES:
         for kernel in compile_kernels(source, ("90",)):
-            lines.append(f"| {source.stem}: `{kernel.name}` | {kernel.registers} | {kernel.shared} | {occupancy(kernel)} |")
+            lines.append(
+                f"| {source.stem}: `{kernel.name}` | {kernel.registers} | {kernel.shared} | {occupancy(source.stem, kernel)} |"
+            )
     lines += ["", "| kernel | MB | GFLOP | floor on an H200, µs (computed) | bound by |", "|---|---|---|---|---|"]
     for name, size, work, rate in floors():
         memory, arithmetic = size / BANDWIDTH, work / rate

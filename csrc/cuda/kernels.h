@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../eigen.h"
 #include "../formulas.h"
 
 typedef struct CUstream_st* cudaStream_t;  // as the CUDA headers have it; those are not needed here
@@ -151,5 +152,73 @@ void damped_lbfgs_update(const BfgsLayer<T>* layers, int count, void* workspace,
 template <typename T>
 void lbfgs_middle(int64_t p, int64_t k, const double* sy, const double* yy, T* columns, double* work,
                   cudaStream_t stream);
+
+// A matrix of a net in the operators of EigenAdam, which secondorder/ops/eigen.py explains.
+template <typename T>
+struct EigenMatrix {
+  EigenSizes sizes;
+  const T* grad_weight;  // [n, p]
+  const T* grad_bias;    // [n], or null: no bias
+  const T* mean;         // [p], or null: no bias
+  const T* basis_out;    // [ku, n]
+  const T* basis_in;     // [kv, p]
+  T* first;              // [parts]
+};
+
+template <typename T>
+struct EigenStep : EigenMatrix<T> {
+  T* weight;                // [n, p]
+  T* bias;                  // [n], or null
+  T* second;                // [parts]
+  T* last;                  // [rest + sampled p]
+  int64_t sampled;          // rows of E that stand for all; 0 without E
+  double* size;             // [1]
+  EigenMoments<T> moments;  // with eps as given, of which the size makes an absolute one
+  double lr, lr_bias, decay, decay_bias;
+};
+
+template <typename T>
+struct EigenRenewal : EigenMatrix<T> {
+  T* new_mean;      // [p], or null; like the two after it an array of EigenMatrix, to be written
+  T* new_out;       // [ku, n]
+  T* new_in;        // [kv, p]
+  T* scale_out;     // [ku]
+  T* scale_in;      // [kv]
+  const T* sketch;  // [kv + 1, p], or null: no inputs were seen
+  int64_t rows;     // that the sketch has seen
+  double share;
+};
+
+template <typename T>
+struct EigenSketch {
+  int64_t m, p, k;
+  const T* inputs;  // [m, p]
+  const T* basis;   // [k, p]
+  const T* shift;   // [p], or null: none
+  T* sketch;        // [k + 1, p]
+};
+
+// The bytes of workspace, 16-byte aligned, of each of the launchers below.
+template <typename T>
+size_t eigen_sketch_workspace(const EigenSketch<T>& sketch, const Device& device);
+template <typename T>
+size_t eigen_renew_workspace(const EigenRenewal<T>* matrices, int count, const Device& device);
+template <typename T>
+size_t eigen_step_workspace(const EigenStep<T>* matrices, int count, const Device& device);
+
+// sketch += (x V, 1)^T x over the rows x of inputs - shift; m, p > 0
+template <typename T>
+void eigen_sketch(const EigenSketch<T>& sketch, void* workspace, const Device& device, cudaStream_t stream);
+
+// Renews means, bases and scales, and turns the first moments with the bases; count > 0. Where a gradient or a sketch
+// is not finite it changes control [kEigenControl] alone.
+template <typename T>
+void eigen_renew(const EigenRenewal<T>* matrices, int count, double* control, void* workspace, const Device& device,
+                 cudaStream_t stream);
+
+// The step of all matrices, then control's; a refused one changes control alone.
+template <typename T>
+void eigen_step(const EigenStep<T>* matrices, int count, double* control, bool renewed, void* workspace,
+                const Device& device, cudaStream_t stream);
 
 }  // namespace secondorder::cuda

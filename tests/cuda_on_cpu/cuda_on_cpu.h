@@ -379,7 +379,7 @@ inline void run_resident(const std::vector<size_t>& ids) {
     if (m.stacks == MAP_FAILED) throw std::bad_alloc();
   }
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(m.stacks, m.stack_count * kStackBytes);
+  __asan_unpoison_memory_region(m.stacks, threads * ids.size() * kStackBytes);  // those of these blocks
 #endif
   m.blocks = std::vector<Block>(ids.size());
   for (size_t b = 0; b < ids.size(); ++b) start(m.blocks[b], ids[b], b * threads);

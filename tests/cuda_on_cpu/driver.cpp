@@ -83,6 +83,58 @@ void run_bfgs(int mode, const Bfgs<T>& in, double mu1, double mu2, double dampin
   launchers[mode](layers.data(), in.count, workspace.as<void>(), kStream);
 }
 
+// What the operators have of every matrix: all dimensions, and a list of arrays each.
+template <typename T>
+struct Eigen {
+  int count;
+  const int64_t *n, *p, *ku, *kv;
+  const T **grad_weight, **grad_bias, **mean, **basis_out, **basis_in;
+  T** first;
+
+  cuda::EigenMatrix<T> matrix(int l) const {
+    return {{n[l], p[l], ku[l], kv[l], grad_bias[l] != nullptr},
+            grad_weight[l],
+            grad_bias[l],
+            mean[l],
+            basis_out[l],
+            basis_in[l],
+            first[l]};
+  }
+};
+
+template <typename T>
+struct EigenStepping {
+  T **weight, **bias, **second, **last;
+  const int64_t *sampled, *step;
+  double** size;
+  const double *lr, *lr_bias, *decay, *decay_bias;
+  double beta1, beta2, eps;
+};
+
+template <typename T>
+void run_eigen_step(const Eigen<T>& in, const EigenStepping<T>& more, double* control, bool renewed,
+                    const cuda::Device& device) {
+  std::vector<cuda::EigenStep<T>> matrices(in.count);
+  for (int l = 0; l < in.count; ++l)
+    matrices[l] = {in.matrix(l), more.weight[l],  more.bias[l],  more.second[l],
+                   more.last[l], more.sampled[l], more.size[l],  {more.beta1, more.beta2, more.step[l], more.eps},
+                   more.lr[l],   more.lr_bias[l], more.decay[l], more.decay_bias[l]};
+  Scratch workspace(cuda::eigen_step_workspace(matrices.data(), in.count, device));
+  cuda::eigen_step(matrices.data(), in.count, control, renewed, workspace.as<void>(), device, kStream);
+}
+
+template <typename T>
+void run_eigen_renew(const Eigen<T>& in, T** new_mean, T** new_out, T** new_in, T** scale_out, T** scale_in,
+                     const T** sketch, const int64_t* rows, const double* share, double* control,
+                     const cuda::Device& device) {
+  std::vector<cuda::EigenRenewal<T>> matrices(in.count);
+  for (int l = 0; l < in.count; ++l)
+    matrices[l] = {in.matrix(l), new_mean[l], new_out[l], new_in[l], scale_out[l],
+                   scale_in[l],  sketch[l],   rows[l],    share[l]};
+  Scratch workspace(cuda::eigen_renew_workspace(matrices.data(), in.count, device));
+  cuda::eigen_renew(matrices.data(), in.count, control, workspace.as<void>(), device, kStream);
+}
+
 std::string joined(const std::vector<std::string>& lines) {
   std::string text;
   for (const std::string& line : lines) text += line + "\n";
@@ -159,6 +211,39 @@ const char* races() {
     return guarded([&] {                                                                                               \
       Scratch work(2 * p * k * sizeof(double));                                                                        \
       cuda::lbfgs_middle(p, k, sy, yy, columns, work.as<double>(), kStream);                                           \
+    });                                                                                                                \
+  }                                                                                                                    \
+  int eigen_sketch_##suffix(int64_t m, int64_t p, int64_t k, const T* inputs, const T* basis, const T* shift,          \
+                            T* sketch, int multiprocessors) {                                                          \
+    return guarded([&] {                                                                                               \
+      const cuda::Device device{multiprocessors, 0};                                                                   \
+      const cuda::EigenSketch<T> in{m, p, k, inputs, basis, shift, sketch};                                            \
+      Scratch workspace(cuda::eigen_sketch_workspace(in, device));                                                     \
+      cuda::eigen_sketch(in, workspace.as<void>(), device, kStream);                                                   \
+    });                                                                                                                \
+  }                                                                                                                    \
+  int eigen_renew_##suffix(int count, const int64_t* n, const int64_t* p, const int64_t* ku, const int64_t* kv,        \
+                           const T** grad_weight, const T** grad_bias, T** mean, T** basis_out, T** basis_in,          \
+                           T** first, T** scale_out, T** scale_in, const T** sketch, const int64_t* rows,              \
+                           const double* share, double* control, int multiprocessors) {                                \
+    return guarded([&] {                                                                                               \
+      run_eigen_renew<T>({count, n, p, ku, kv, grad_weight, grad_bias, (const T**)mean, (const T**)basis_out,          \
+                          (const T**)basis_in, first},                                                                 \
+                         mean, basis_out, basis_in, scale_out, scale_in, sketch, rows, share, control,                 \
+                         {multiprocessors, 0});                                                                        \
+    });                                                                                                                \
+  }                                                                                                                    \
+  int eigen_step_##suffix(int count, const int64_t* n, const int64_t* p, const int64_t* ku, const int64_t* kv,         \
+                          const T** grad_weight, const T** grad_bias, const T** mean, const T** basis_out,             \
+                          const T** basis_in, T** first, T** weight, T** bias, T** second, T** last,                   \
+                          const int64_t* sampled, double** size, const int64_t* step, const double* lr,                \
+                          const double* lr_bias, const double* decay, const double* decay_bias, double beta1,          \
+                          double beta2, double eps, int renewed, double* control, int multiprocessors) {               \
+    return guarded([&] {                                                                                               \
+      run_eigen_step<T>(                                                                                               \
+          {count, n, p, ku, kv, grad_weight, grad_bias, mean, basis_out, basis_in, first},                             \
+          {weight, bias, second, last, sampled, step, size, lr, lr_bias, decay, decay_bias, beta1, beta2, eps},        \
+          control, renewed != 0, {multiprocessors, 0});                                                                \
     });                                                                                                                \
   }
 ENTRIES(float, float32)

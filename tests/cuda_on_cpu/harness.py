@@ -92,6 +92,40 @@ class BfgsLayer:
 
 
 @dataclass
+class EigenMatrix:
+    """One matrix in the operators of EigenAdam, arrays by the names that they have there; no bias is an array [0]."""
+
+    grad_weight: np.ndarray
+    grad_bias: np.ndarray
+    mean: np.ndarray
+    basis_out: np.ndarray
+    basis_in: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+    last: np.ndarray
+    size: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray
+    scale_out: np.ndarray
+    scale_in: np.ndarray
+    sketch: np.ndarray
+    rows: int = 0
+    share: float = 0.3
+    lr: float = 1.0
+    lr_bias: float = 1.0
+    decay: float = 0.0
+    decay_bias: float = 0.0
+    step: int = 0
+
+    @property
+    def sampled(self) -> int:
+        """The rows of E that `last` holds."""
+        (n, p), ku, kv, bias = self.grad_weight.shape, len(self.basis_out), len(self.basis_in), self.grad_bias.size > 0
+        rest = (ku + (n if ku < n else 0)) * (kv + bias) + (ku * p if kv < p else 0)
+        return (self.last.size - rest) // p
+
+
+@dataclass
 class Device:
     """What the launchers ask of a device."""
 
@@ -102,6 +136,8 @@ class Device:
 def pointer(array: np.ndarray | None) -> ctypes.c_void_p:
     """An array's address; None is null."""
     if array is None:
+        return ctypes.c_void_p(None)
+    if array.size == 0:
         return ctypes.c_void_p(None)
     assert array.flags.c_contiguous
     return ctypes.c_void_p(array.ctypes.data)
@@ -228,3 +264,46 @@ class Kernels:
         self._call(
             "lbfgs_middle", columns.dtype, ctypes.c_int64(p), ctypes.c_int64(k), pointer(sy), pointer(yy), pointer(columns)
         )
+
+    def eigen_sketch(
+        self, sketch: np.ndarray, inputs: np.ndarray, basis: np.ndarray, shift: np.ndarray, multiprocessors: int
+    ) -> None:
+        """Adds to `sketch`."""
+        sizes = (*inputs.shape, len(basis))
+        self._call("eigen_sketch", sketch.dtype, *map(ctypes.c_int64, sizes),
+                   *map(pointer, (inputs, basis, shift, sketch)), multiprocessors)  # fmt: skip
+
+    def _eigen(self, name: str, matrices: Sequence[EigenMatrix], *arguments: object) -> None:
+        """Calls a launcher with what all of EigenAdam's take first."""
+        common = ("grad_weight", "grad_bias", "mean", "basis_out", "basis_in", "first")
+        self._call(
+            name, matrices[0].grad_weight.dtype if matrices else np.dtype(np.float32), len(matrices),
+            longs([x.grad_weight.shape[0] for x in matrices]), longs([x.grad_weight.shape[1] for x in matrices]),
+            longs([len(x.basis_out) for x in matrices]), longs([len(x.basis_in) for x in matrices]),
+            *(pointers([getattr(x, field) for x in matrices]) for field in common), *arguments,
+        )  # fmt: skip
+
+    def eigen_renew(self, matrices: Sequence[EigenMatrix], control: np.ndarray, multiprocessors: int) -> None:
+        """Writes to means, bases, scales, first moments and `control`."""
+        self._eigen(
+            "eigen_renew", matrices, *(pointers([getattr(x, f) for x in matrices]) for f in ("scale_out", "scale_in", "sketch")),
+            longs([x.rows for x in matrices]), doubles([x.share for x in matrices]), pointer(control), multiprocessors,
+        )  # fmt: skip
+
+    def eigen_step(
+        self,
+        matrices: Sequence[EigenMatrix],
+        control: np.ndarray,
+        multiprocessors: int,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        renewed: bool,
+    ) -> None:
+        """Writes to weights, biases, moments, last steps, sizes and `control`."""
+        self._eigen(
+            "eigen_step", matrices, *(pointers([getattr(x, f) for x in matrices]) for f in ("weight", "bias", "second", "last")),
+            longs([x.sampled for x in matrices]), pointers([x.size for x in matrices]), longs([x.step for x in matrices]),
+            *(doubles([getattr(x, f) for x in matrices]) for f in ("lr", "lr_bias", "decay", "decay_bias")),
+            *map(ctypes.c_double, (beta1, beta2, eps)), renewed, pointer(control), multiprocessors,
+        )  # fmt: skip
