@@ -747,7 +747,6 @@ def test_groups_must_agree_where_one_number_serves_all():
     optimizer = so.EigenAdam(
         [{"params": model[0].parameters()}, {"params": model[2].parameters(), "betas": (0.5, 0.5)}], model=model
     )
-    before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match="expected betas to be the same in all param_groups"):
         train(model, optimizer, [0])
 
