@@ -60,7 +60,7 @@ class EigenAdam(SecondOrderOptimizer):
     lr l S, l the step length that is found: it rises where fresh batches still have a slope along the step before, falls where
     they have the opposite one, and decays with the number of times that they have had it. A side with at most 2 k + 1 elements
     has its full basis. What is no matrix, as a bias by itself, a norm's weight or an embedding, follows Adam's rule at the same
-    step length. A parameter whose gradient is exactly zero does not move.
+    step length. A parameter whose gradient is exactly zero does not move but for weight decay.
 
     Linear layers and convolutions show their inputs (of a convolution at most 1,024 patches) by a forward hook, which sums
     them up and keeps none. Weights that are used otherwise (attention's, an LSTM's, those inside a compiled graph) have V from
