@@ -402,6 +402,7 @@ OPTIMIZERS = {
     "KFAC": lambda m, c: so.KFAC(m, c),
     "KBFGS": lambda m, c: so.KBFGS(m, c, lr=0.1),
     "KBFGSL": lambda m, c: so.KBFGSL(m, c, lr=0.1, memory=4),
+    "EigenAdam": lambda m, _: so.EigenAdam(m),
 }
 
 
@@ -438,3 +439,31 @@ def test_every_optimizer_trains_as_on_the_cpu(name):
     expected_losses, expected_parameters = trained(OPTIMIZERS[name], "cpu")
     assert losses == pytest.approx(expected_losses, rel=1e-6)
     torch.testing.assert_close(parameters, expected_parameters, rtol=1e-5, atol=1e-6)
+
+
+def test_eigen_adam_waits_for_nothing_and_tells_later_of_what_is_not_finite():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 33), nn.Tanh(), nn.Linear(33, 5)).cuda()
+    optimizer = so.EigenAdam(model)
+    x, y = torch.randn(64, 20, device="cuda"), torch.randint(5, (64,), device="cuda")
+
+    def step(poison=False):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        if poison:
+            model[0].weight.grad[0, 0] = float("nan")
+        optimizer.step()
+
+    for _ in range(3):  # in which state is made
+        step()
+    for _ in range(12):
+        without_waiting(step)
+    before = [p.detach().clone() for p in model.parameters()]
+    step(poison=True)
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    with pytest.raises(so.NonFiniteError):
+        step()
+    step()
+    assert optimizer.skipped_steps == 1
+    assert optimizer._shared()["steps"] == 16

@@ -541,6 +541,10 @@ class EigenAdam(SecondOrderOptimizer):
         """On CUDA: what became of a step before this one, if the device has told by now."""
         if self._report is not None and self._report[1].query():
             entries, self._report = self._report[0].tolist(), None
+            shared = self._shared()
+            refused = int(entries[_REFUSED]) - shared["refused"]
+            for state in self.state.values() if refused else ():  # counted as made before this was known
+                state.update({key: state[key] - refused for key in ("step", "steps") if state.get(key, 0) >= refused})
             self._heed(entries)
 
     def _heed(self, entries: list[float]) -> bool:
