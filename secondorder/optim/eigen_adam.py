@@ -32,7 +32,6 @@ MANY_ROWS = 256  # of a layer's inputs: from here on its bases have twice as man
 PATIENCE = 5  # renewals in a row at which a layer that has shown its inputs may show none
 SAMPLED = 4096  # elements of what has no basis, whose slopes stand for all
 
-
 _SHARED = ("control", "steps", "refused", "first_loss")  # what one parameter's state has for all
 
 
@@ -136,9 +135,8 @@ class EigenAdam(SecondOrderOptimizer):
         self._sketches: dict[Matrix, _Sketch] = {}
         self._seeing: bool | None = None  # whether the next step renews bases; None: not known yet
         self._announced: set[str] = set()  # warnings given
-        self._report: tuple[Tensor, Any] | None = (
-            None  # control on its way from the device, and the event that tells of its arrival
-        )
+        # Control on its way from the device, and the event that tells of its arrival.
+        self._report: tuple[Tensor, Any] | None = None
 
     # --- the model -----------------------------------------------------------------------------------------------------------
 
@@ -348,7 +346,7 @@ class EigenAdam(SecondOrderOptimizer):
             The closure's value, or None.
 
         Raises:
-            NonFiniteError: a gradient, or a layer's input, is NaN or inf (nonfinite="error"). Nothing has changed.
+            NonFiniteError: a gradient is NaN or inf, or so large that its square is (nonfinite="error"). Nothing has changed.
             RuntimeError: there is no gradient, or a sparse one.
         """
         loss = None
@@ -442,7 +440,9 @@ class EigenAdam(SecondOrderOptimizer):
                         f"{name}: expected all parameters of one dtype, 16-bit ones counting as float32, got "
                         f"{first.weight.dtype} and {p.dtype}"
                     )
-                if any(stride == 0 < length - 1 for stride, length in zip(p.stride(), p.shape, strict=True)):
+                if not p.is_contiguous() and any(
+                    stride == 0 < length - 1 for stride, length in zip(p.stride(), p.shape, strict=True)
+                ):
                     raise RuntimeError(f"{name}: expected parameters with memory of their own, got expanded {matrix.name!r}")
                 if p.grad is not None and p.grad.layout is not torch.strided:
                     raise RuntimeError(
@@ -469,25 +469,19 @@ class EigenAdam(SecondOrderOptimizer):
         for i, (matrix, state) in enumerate(zip(present, states, strict=True)):
             if not matrix.eigen:
                 continue
-            sketch, unseen = sketches.get(matrix), 0
+            sketch, unseen, share = sketches.get(matrix), 0, (1 - DECAY) / (1 - DECAY ** (state["renewals"] + 1))
             if sketch is None:
-                sketch, unseen = _Sketch(weight_grads[i].new_empty(0), means[i]), state["unseen"] + 1
-                if (
-                    matrix.modules
-                    and matrix.weight.grad is not None
-                    and state["renewals"] in (0, state["unseen"])
-                    and unseen == 1
-                ):
-                    lost.append(matrix.name)
-                elif state["renewals"] > state["unseen"] and unseen <= PATIENCE:  # it has seen some, and may again: V stays
+                unseen, has_seen = state["unseen"] + 1, state["renewals"] > state["unseen"]
+                sketch = _Sketch(weight_grads[i].new_empty(0), means[i])
+                if has_seen and unseen <= PATIENCE:  # it may show some again: V stays
                     sketch = _Sketch(weight_grads[i].new_zeros(len(state["basis_in"]) + 1, matrix.shape[1]), means[i], 1)
-                elif unseen == PATIENCE + 1 and state["renewals"] > state["unseen"]:
-                    state["scale_in"].zero_()  # what inputs have said is on another scale than what gradients will say
+                elif unseen == (PATIENCE + 1 if has_seen else 1) and matrix.modules and matrix.weight.grad is not None:
                     lost.append(matrix.name)
+                    share = 1.0  # what inputs have said is on another scale than what gradients will say
             elif not state["renewals"]:
                 means[i] = sketch.shift
             chosen.append(i)
-            given.append(sketch)
+            given.append((sketch, share))
             renewed.append((state, unseen))
         if lost and "unseen" not in self._announced:
             self._announced.add("unseen")
@@ -500,8 +494,8 @@ class EigenAdam(SecondOrderOptimizer):
             ops.eigen_renew_(
                 [means[i] for i in chosen], [s["basis_out"] for s in of], [s["basis_in"] for s in of],
                 [s["scale_out"] for s in of], [s["scale_in"] for s in of], [s["exp_avg"] for s in of], control,
-                [weight_grads[i] for i in chosen], [bias_grads[i] for i in chosen], [_finite(sketch.sums) for sketch in given],
-                [sketch.rows for sketch in given], [(1 - DECAY) / (1 - DECAY ** (s["renewals"] + 1)) for s in of],
+                [weight_grads[i] for i in chosen], [bias_grads[i] for i in chosen], [_finite(sketch.sums) for sketch, _ in given],
+                [sketch.rows for sketch, _ in given], [share for _, share in given],
             )  # fmt: skip
         return renewed
 
@@ -556,8 +550,8 @@ class EigenAdam(SecondOrderOptimizer):
         state["refused"] += refused
         if self._nonfinite == "error":
             raise NonFiniteError(
-                f"{type(self).__name__}.step(): expected finite gradients and inputs, got NaN or inf, or numbers whose squares "
-                "are; no parameter and no state has changed"
+                f"{type(self).__name__}.step(): expected finite gradients, got NaN or inf, or numbers whose squares are; "
+                "no parameter and no state has changed"
             )
         return False
 
@@ -579,7 +573,7 @@ class EigenAdam(SecondOrderOptimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that were not made since a gradient or an input was not finite. Part of the state_dict; waits for the device."""
+        """Steps that were not made since a gradient was not finite. Part of the state_dict; waits for the device."""
         return int(self._shared()["control"][_REFUSED])
 
     def metrics(self) -> dict[str, float]:

@@ -497,6 +497,17 @@ def test_schedulers(name):
     assert torch.isfinite(values(model)).all()
 
 
+def test_a_scheduler_sets_the_step():
+    model = network()
+    optimizer = so.EigenAdam(model)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: 0.0 if t == 2 else 1.0)
+    for t in range(4):
+        before = values(model)
+        train(model, optimizer, [t])
+        assert torch.equal(values(model), before) == (t == 2)
+        scheduler.step()
+
+
 @pytest.mark.parametrize("at", [1, 5, 8, 16])
 def test_a_resumed_run_is_the_same_to_the_bit(at):
     model = network()
@@ -616,10 +627,13 @@ def test_layers_are_skipped_now_and_then():
     for seed in range(12):
         x, y = batch(seed)
         optimizer.zero_grad()
-        z = model if seed % 3 else model[:2] + nn.Sequential(nn.Linear(40, 3).double())
+        skipped = seed % 3 == 0
+        z = model[:2] + nn.Sequential(nn.Linear(40, 3).double()) if skipped else model
+        before = values(model[2:])
         F.cross_entropy(z(x), y).backward()
         optimizer.step()
-    assert torch.isfinite(values(model)).all()
+        assert torch.equal(values(model[2:]), before) == skipped
+    assert [optimizer.state[model[i].weight]["step"] for i in (0, 2, 4)] == [12, 8, 8]
 
 
 def test_maximizing_is_minimizing_the_negative():
