@@ -81,6 +81,15 @@ class _Twins:
     eigen_step_ = staticmethod(so.reference.eigen_step_)
 
 
+def test_the_first_mean_is_the_inputs_own():
+    model = network()
+    optimizer = so.EigenAdam(model)
+    x, y = batch()
+    F.cross_entropy(model(x + 5), y).backward()
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[model[0].weight]["mean"], x.mean(0) + 5)
+
+
 def test_it_trains_ahead_of_adam():
     """In a third of the steps."""
     losses = {}
@@ -380,12 +389,13 @@ def test_a_layer_that_shows_no_inputs_any_more_goes_on_from_its_gradients():
     optimizer = so.EigenAdam(model)
     train(model, optimizer, range(10), dtype=torch.float32)
     optimizer.remove_hooks()
-    before = optimizer.state[model[0].weight]["basis_in"].clone()
+    before, scale = (optimizer.state[model[0].weight][key].clone() for key in ("basis_in", "scale_in"))
     train(model, optimizer, range(10, 20), dtype=torch.float32)
     torch.testing.assert_close(optimizer.state[model[0].weight]["basis_in"], before)
     with pytest.warns(UserWarning, match="sees no inputs of 0.weight, 2.weight, 4.weight"):
         train(model, optimizer, range(20, 60), dtype=torch.float32)
     assert (optimizer.state[model[0].weight]["basis_in"] - before).abs().max() > 0.01
+    assert optimizer.state[model[0].weight]["scale_in"].max() < 0.1 * scale.max()  # the gradients' own
 
 
 def test_transforms_of_the_model_are_left_alone():
@@ -660,7 +670,7 @@ def test_autocast_and_grad_scaler():
     models = [network(torch.float32), network(torch.float32)]
     optimizers = [so.EigenAdam(model) for model in models]
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for seed in range(8):
+    for seed in range(10):  # so that the next step renews bases
         x, y = batch(seed, dtype=torch.float32)
         for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()
