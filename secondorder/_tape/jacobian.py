@@ -1,0 +1,393 @@
+"""The Jacobian of residuals w.r.t. parameters, all rows from one backward pass through the uses that the graph shows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from secondorder._tape.uses import Use, Uses, find_uses
+
+COLUMNS = 64  # the longest last dimension of a residual whose columns are taken one after another where rows share a product
+
+
+class Block(NamedTuple):
+    """Residuals whose rows come from one backward pass.
+
+    Args:
+        term: which tensor of residuals they are of.
+        elements: their positions in it, flattened [n]; None: all.
+        count: n.
+        uses: those that are taken, by their position in the tensor's list.
+        rows: for each, the rows of the product that are of each residual [n, T], the number of rows standing for none; None: row i
+            is of residual i.
+        others: parameters whose columns or rows need backward passes of their own, and the nodes by which they enter.
+    """
+
+    term: int
+    elements: Tensor | None
+    count: int
+    uses: list[int]
+    rows: list[Tensor | None]
+    others: dict[int, str]
+
+
+class Plan(NamedTuple):
+    """How the Jacobian of graphs of one structure is had."""
+
+    signature: tuple[object, ...]
+    blocks: list[Block]
+    passes: list[list[int]]  # blocks that share no node, and so one backward pass
+
+
+class _MixedError(Exception):
+    """A row of a product belongs to several residuals."""
+
+
+def signature(uses: Sequence[Uses]) -> tuple[object, ...]:
+    """Equal for residuals' graphs of one structure."""
+    return tuple(u.signature for u in uses)
+
+
+def make_plan(residuals: Sequence[Tensor], uses: Sequence[Uses], parameters: Sequence[Tensor]) -> Plan:
+    """Finds which rows of each product are of which residual, by two backward passes with different numbers for the residuals.
+
+    Args:
+        residuals: tensors with their graphs.
+        uses: of each.
+        parameters: by their positions.
+    """
+    blocks: list[Block] = []
+    for term, (r, u) in enumerate(zip(residuals, uses, strict=True)):
+        whole, mixed = _block(term, None, r, u, parameters)
+        width = r.shape[-1] if r.ndim > 1 else 1
+        if not mixed or not 1 < width <= COLUMNS:
+            blocks.append(whole)
+            continue
+        positions = torch.arange(r.numel(), device=r.device)
+        columns = [_block(term, positions[j::width], r, u, parameters) for j in range(width)]
+        still = any(m for _, m in columns)
+        blocks.extend([whole] if still else [block for block, _ in columns])
+    passes: list[tuple[set[object], list[int]]] = []
+    for i, block in enumerate(blocks):
+        nodes = {uses[block.term].uses[k].node for k in block.uses}
+        for taken, members in passes:
+            if not taken & nodes and all(blocks[j].term != block.term for j in members):
+                taken |= nodes
+                members.append(i)
+                break
+        else:
+            passes.append((nodes, [i]))
+    return Plan(signature(uses), blocks, [members for _, members in passes])
+
+
+def _block(term: int, elements: Tensor | None, r: Tensor, found: Uses, parameters: Sequence[Tensor]) -> tuple[Block, bool]:
+    """A block, and whether some use's rows belong to several of its residuals."""
+    n = r.numel() if elements is None else len(elements)
+    others = dict(found.others)
+    edges = list(dict.fromkeys(use.node for use in found.uses))
+    numbers = 1 + torch.randperm(n, device=r.device).to(r.dtype) / n
+    arriving = [_arriving([r], [_seed(r, elements, v)], edges) for v in (torch.ones_like(numbers), numbers)]
+    taken: list[int] = []
+    maps: list[Tensor | None] = []
+    mixed = False
+    for k, use in enumerate(found.uses):
+        if use.parameter in others:
+            continue
+        first, second = (a[use.node] for a in arriving)
+        try:
+            if first is None or second is None:
+                continue
+            one, two = use.rows(first), use.rows(second)
+            _check_width(use, one, parameters[use.parameter])
+            maps.append(_match(one, two, numbers))
+            taken.append(k)
+        except _MixedError:
+            mixed = True
+            others[use.parameter] = use.node.name()
+        except RuntimeError:  # of a shape that the use does not expect
+            others[use.parameter] = use.node.name()
+    keep = [i for i, k in enumerate(taken) if found.uses[k].parameter not in others]
+    return Block(term, elements, n, [taken[i] for i in keep], [maps[i] for i in keep], others), mixed
+
+
+def _check_width(use: Use, rows: Tensor, parameter: Tensor) -> None:
+    """Raises RuntimeError where an outer product is not of the parameter's size."""
+    if use.operand is None:
+        numel = rows.shape[1]
+    elif len(use.operand) != len(rows):
+        raise RuntimeError
+    else:
+        pair = (use.operand[:1], rows[:1]) if use.swapped else (rows[:1], use.operand[:1])
+        outer = pair[0].unsqueeze(2) * pair[1].unsqueeze(1)
+        numel = (outer if use.back is None else use.back(outer)).numel()
+    if numel != parameter.numel():
+        raise RuntimeError
+
+
+def _match(one: Tensor, two: Tensor, numbers: Tensor) -> Tensor | None:
+    """Which rows are of which residual: two = numbers * one there.
+
+    Args:
+        one: [rows, a], the gradients where every residual counts 1.
+        two: the same where residual k counts numbers[k].
+        numbers: [n], all different, in [1, 2).
+
+    Returns:
+        [n, T], or None: row k is of residual k.
+
+    Raises:
+        _MixedError: a row is of several.
+    """
+    n, rows = len(numbers), len(one)
+    tolerance = (1e-6 if one.dtype == torch.float64 else 1e-3) * float(two.norm())
+
+    def fits(owner: Tensor) -> bool:
+        return float((two - numbers[owner].unsqueeze(1) * one).norm()) <= tolerance
+
+    positions = torch.arange(rows, device=one.device)
+    if rows == n and fits(positions):
+        return None
+    if rows % n == 0:
+        if fits(positions // (rows // n)):
+            return positions.view(n, -1)
+        if fits(positions % n):
+            return positions.view(-1, n).T
+    size = one.abs()
+    best = size.argmax(1, keepdim=True)
+    used = size.amax(1) > 0
+    ratio = (two.gather(1, best) / one.gather(1, best)).squeeze(1)[used]
+    ordered, order = numbers.sort()
+    right = torch.searchsorted(ordered, ratio.contiguous()).clamp(1, max(n - 1, 1))
+    left = right - 1
+    right = right.clamp(max=n - 1)
+    owner = order[torch.where((ratio - ordered[left]).abs() <= (ordered[right] - ratio).abs(), left, right)]
+    shift = int(positions[used][0] - owner[0]) if len(owner) else 0
+    if rows > n and 0 <= shift <= rows - n and bool((positions[used] - owner == shift).all()):
+        owner, used = positions[:n], (positions >= shift) & (positions < shift + n)  # a slice, with rows whose gradient is zero
+    everyone = torch.zeros_like(positions)
+    everyone[used] = owner
+    if not fits(everyone):
+        raise _MixedError
+    counts = torch.bincount(owner, minlength=n)
+    width = max(int(counts.max()), 1)
+    by_owner = owner.argsort(stable=True)
+    place = torch.arange(len(owner), device=one.device) - (counts.cumsum(0) - counts)[owner[by_owner]]
+    table = torch.full((n, width), rows, device=one.device)
+    table[owner[by_owner], place] = positions[used][by_owner]
+    return table
+
+
+def _seed(r: Tensor, elements: Tensor | None, values: Tensor) -> Tensor:
+    """Weights of a tensor's elements, zero but for those of a block."""
+    if elements is None:
+        return values.to(r.dtype).view(r.shape)
+    seed = r.new_zeros(r.numel())
+    seed[elements] = values.to(r.dtype)
+    return seed.view(r.shape)
+
+
+def _arriving(outputs: list[Tensor], seeds: list[Tensor], nodes: list) -> dict:  # type: ignore[type-arg]
+    """The gradients that arrive at nodes."""
+    if not nodes:
+        return {}
+    edges = [GradientEdge(node, 0) for node in nodes]
+    found = torch.autograd.grad(outputs, edges, seeds, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+    return dict(zip(nodes, found, strict=True))
+
+
+@dataclass
+class Part:
+    """A parameter's columns for some rows: sum over u of outer(left[:, u], right[:, u]), or `dense` [m, numel]."""
+
+    start: int
+    stop: int
+    left: Tensor | None = None  # [m, U, a]
+    right: Tensor | None = None  # [m, U, b]
+    dense: Tensor | None = None
+
+
+class Jacobian:
+    """J [m, P] of weighted residuals, as the factors of its rows until `dense` is asked for.
+
+    Args:
+        rows: m.
+        parameters: whose columns follow one another.
+        parts: of each parameter, by its position.
+    """
+
+    def __init__(self, rows: int, parameters: Sequence[Tensor], parts: dict[int, list[Part]]):
+        self.rows, self.parts = rows, parts
+        self.offsets = [0]
+        for p in parameters:
+            self.offsets.append(self.offsets[-1] + p.numel())
+        self.columns = self.offsets[-1]
+        self._like = parameters[0]
+        self._dense: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """J [m, P]."""
+        if self._dense is None:
+            j = self._like.new_zeros(self.rows, self.columns)
+            for p, parts in self.parts.items():
+                for part in parts:
+                    target = j[part.start : part.stop, self.offsets[p] : self.offsets[p + 1]]
+                    if part.dense is not None:
+                        target += part.dense
+                    else:
+                        assert part.left is not None and part.right is not None
+                        target += torch.bmm(part.left.mT, part.right).flatten(1)
+            self._dense = j
+        return self._dense
+
+    def mv(self, v: Tensor) -> Tensor:
+        """J v [m]."""
+        if self._dense is not None:
+            return self._dense @ v
+        result = v.new_zeros(self.rows)
+        for p, parts in self.parts.items():
+            columns = v[self.offsets[p] : self.offsets[p + 1]]
+            for part in parts:
+                if part.dense is not None:
+                    result[part.start : part.stop] += part.dense @ columns
+                else:
+                    assert part.left is not None and part.right is not None
+                    matrix = columns.view(part.left.shape[2], part.right.shape[2])
+                    result[part.start : part.stop] += (part.left @ matrix * part.right).sum((1, 2))
+        return result
+
+    def rmv(self, u: Tensor) -> Tensor:
+        """J^T u [P]."""
+        if self._dense is not None:
+            return self._dense.T @ u
+        result = u.new_zeros(self.columns)
+        for p, parts in self.parts.items():
+            columns = result[self.offsets[p] : self.offsets[p + 1]]
+            for part in parts:
+                weights = u[part.start : part.stop]
+                if part.dense is not None:
+                    columns += part.dense.T @ weights
+                else:
+                    assert part.left is not None and part.right is not None
+                    weighted = (part.left * weights.view(-1, 1, 1)).flatten(0, 1)
+                    columns += (weighted.T @ part.right.flatten(0, 1)).flatten()
+        return result
+
+
+def jacobian(
+    plan: Plan, residuals: Sequence[Tensor], uses: Sequence[Uses], parameters: Sequence[Tensor], scales: Sequence[Tensor],
+    drawn: Sequence[Tensor | None],
+) -> Jacobian:  # fmt: skip
+    """The rows of some residuals, each times a scale.
+
+    Args:
+        plan: for graphs of this structure.
+        residuals: tensors with their graphs.
+        uses: of each.
+        parameters: by their positions.
+        scales: of each block's residuals [n], or of those drawn.
+        drawn: of each block, the positions among its residuals that are wanted; None: all.
+    """
+    parts: dict[int, list[Part]] = {}
+    counts = [b.count if d is None else len(d) for b, d in zip(plan.blocks, drawn, strict=True)]
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    for members in plan.passes:
+        outputs, seeds, nodes = [], [], dict[object, None]()
+        for i in members:
+            block, d = plan.blocks[i], drawn[i]
+            r = residuals[block.term]
+            elements = d if block.elements is None else block.elements if d is None else block.elements[d]
+            outputs.append(r)
+            seeds.append(_seed(r, elements, scales[i]))
+            nodes.update(dict.fromkeys(uses[block.term].uses[k].node for k in block.uses))
+        arriving = _arriving(outputs, seeds, list(nodes))
+        for i, r, seed in zip(members, outputs, seeds, strict=True):
+            block, d, span = plan.blocks[i], drawn[i], (starts[i], starts[i] + counts[i])
+            for p, part in _parts(block, d, uses[block.term].uses, arriving, span).items():
+                parts.setdefault(p, []).extend(part)
+            if block.others:
+                where = seed.flatten().nonzero().squeeze(1) if False else _elements(block, d, r)
+                for p, dense in _others(r, seed, where, [(p, parameters[p]) for p in block.others]).items():
+                    parts.setdefault(p, []).append(Part(*span, dense=dense))
+    return Jacobian(sum(counts), parameters, parts)
+
+
+def _elements(block: Block, drawn: Tensor | None, r: Tensor) -> Tensor:
+    elements = torch.arange(r.numel(), device=r.device) if block.elements is None else block.elements
+    return elements if drawn is None else elements[drawn]
+
+
+def _parts(
+    block: Block, drawn: Tensor | None, uses: list[Use], arriving: dict, span: tuple[int, int]  # type: ignore[type-arg]
+) -> dict[int, list[Part]]:
+    """What a block's uses add to each parameter's columns."""
+    factors: dict[tuple[int, int], list[tuple[Tensor, Tensor | None]]] = {}
+    backs = {}
+    for k, rows in zip(block.uses, block.rows, strict=True):
+        use = uses[k]
+        gradient = arriving[use.node]
+        if gradient is None:
+            continue
+        wanted = drawn if rows is None else rows if drawn is None else rows[drawn]
+        g = _taken(use.rows(gradient), wanted)
+        a = None if use.operand is None else _taken(use.operand, wanted)
+        pair = (g, a) if a is None or not use.swapped else (a, g)
+        group = (use.parameter, 0 if use.back is None else 1 + k)  # what is taken back, is so by itself
+        factors.setdefault(group, []).append(pair)
+        backs[group] = use.back
+    found: dict[int, list[Part]] = {}
+    for group, pairs in factors.items():
+        left = torch.cat([pair[0] for pair in pairs], 1) if len(pairs) > 1 else pairs[0][0]
+        back = backs[group]
+        if pairs[0][1] is None:
+            part = Part(*span, dense=left.sum(1))
+        else:
+            right = torch.cat([pair[1] for pair in pairs if pair[1] is not None], 1)
+            if back is None:
+                part = Part(*span, left, right)
+            else:
+                part = Part(*span, dense=back(torch.bmm(left.mT, right)).flatten(1))
+        found.setdefault(group[0], []).append(part)
+    return found
+
+
+def _taken(rows: Tensor, wanted: Tensor | None) -> Tensor:
+    """Rows [m, T, a] by their positions [m] or [m, T], where the number of rows stands for a row of zeros."""
+    if wanted is None:
+        return rows.unsqueeze(1)
+    if wanted.ndim == 1:
+        return rows[wanted].unsqueeze(1)
+    inside = wanted < len(rows)
+    taken = rows[wanted.clamp(max=len(rows) - 1)]
+    return taken if bool(inside.all()) else taken * inside.unsqueeze(2)
+
+
+def _others(r: Tensor, seed: Tensor, elements: Tensor, parameters: list[tuple[int, Tensor]]) -> dict[int, Tensor]:
+    """Columns [m, numel] of parameters that enter otherwise: two backward passes a column, or one a row where that is less."""
+    found: dict[int, Tensor] = {}
+    few = [(p, t) for p, t in parameters if 2 * t.numel() <= len(elements)]
+    if few:
+        dual = seed.detach().requires_grad_()
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(r, [t for _, t in few], dual, create_graph=True, allow_unused=True)
+        for (p, t), gradient in zip(few, gradients, strict=True):
+            if gradient is None:
+                found[p] = r.new_zeros(len(elements), t.numel())
+            elif gradient.requires_grad:
+                weights = seed.flatten()[elements]
+                columns = [torch.autograd.grad(g, dual, retain_graph=True)[0].flatten()[elements] for g in gradient.flatten()]
+                found[p] = torch.stack(columns, 1) * weights.unsqueeze(1)
+    rest = [(p, t) for p, t in parameters if p not in found]
+    if rest:
+        flat, weights = r.flatten(), seed.flatten()
+        rows = [torch.autograd.grad(flat[e], [t for _, t in rest], weights[e], retain_graph=True, allow_unused=True) for e in elements]
+        for i, (p, t) in enumerate(rest):
+            found[p] = torch.stack([r.new_zeros(t.numel()) if row[i] is None else row[i].flatten() for row in rows])
+    return found
+
+
+def uses_of(residuals: Sequence[Tensor], index: dict[int, int]) -> list[Uses]:
+    """The uses of each residual's graph."""
+    return [find_uses(r, index) for r in residuals]

@@ -1,0 +1,180 @@
+"""The residuals of a least-squares loss, found in its autograd graph: loss = sum_k c_k r_k^2 + constant."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+# What a loss may be made of above its squares: each is linear in every input, with constants that autograd knows.
+_LINEAR = {
+    "AddBackward", "SubBackward", "RsubBackward", "NegBackward", "MeanBackward", "SumBackward", "NansumBackward", "StackBackward",
+    "CatBackward", "SelectBackward", "SliceBackward", "IndexBackward", "IndexSelectBackward", "GatherBackward", "SqueezeBackward",
+    "UnsqueezeBackward", "ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "ExpandBackward", "ToCopyBackward",
+    "CloneBackward", "AliasBackward", "PermuteBackward", "TransposeBackward", "TBackward", "UnbindBackward", "SplitBackward",
+    "WhereBackward", "MaskedFillBackward", "MaskedSelectBackward", "DivBackward", "CumsumBackward", "AsStridedBackward",
+    "LiftFreshBackward", "_DDPSinkBackward",
+}  # fmt: skip
+# Products: linear in one factor, if the others do not depend on the parameters.
+_PRODUCTS = {"MulBackward", "DivBackward", "DotBackward", "MvBackward", "MmBackward", "BmmBackward"}
+# Additive ones: an input without a node is a constant that the graph does not hold.
+_SUMS = {"AddBackward", "SubBackward", "RsubBackward", "StackBackward", "CatBackward", "WhereBackward", "MaskedFillBackward"}
+
+LEAF = "torch::autograd::AccumulateGrad"
+
+
+class Term(NamedTuple):
+    """A node of the loss that squares something, and what it squares."""
+
+    node: Node
+    residual: Tensor  # with its graph, of any shape
+    mean: bool  # whether the node is the mean of the squares, rather than the squares or their sum
+
+
+class Terms(NamedTuple):
+    """What `find_terms` has found."""
+
+    squares: list[Term]
+    penalties: list[Term]  # whose residual is a parameter itself
+    constant: bool  # whether the loss may have a part that depends on no parameter
+
+
+def kind(node: Node) -> str:
+    """A node's name without torch's number at the end."""
+    return node.name().rstrip("0123456789")
+
+
+class Reach:
+    """Whether autograd nodes depend on one of some parameters."""
+
+    def __init__(self, parameters: Iterable[Tensor]):
+        self._parameters = {id(p) for p in parameters}
+        self._known: dict[Node, bool] = {}
+
+    def __call__(self, node: Node | None) -> bool:
+        """Whether anything upstream of `node`, or at it, is one of the parameters."""
+        if node is None:
+            return False
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            if top in self._known:
+                stack.pop()
+            elif top.name() == LEAF:
+                self._known[top] = id(top.variable) in self._parameters  # type: ignore[attr-defined]
+            else:
+                following = [f for f, _ in top.next_functions if f is not None]
+                unknown = [f for f in following if f not in self._known]
+                if any(self._known.get(f, False) for f in following):
+                    self._known[top] = True
+                elif unknown:
+                    stack.extend(unknown)
+                else:
+                    self._known[top] = False
+        return self._known[node]
+
+
+def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
+    """The squares that a loss is a combination of, in the order of a walk from it.
+
+    Args:
+        loss: a scalar with its graph.
+        reach: of the parameters.
+        owner: who asks, for the error.
+
+    Raises:
+        RuntimeError: the graph has a node between the loss and a parameter that is neither linear nor a square.
+    """
+    squares, penalties, constant = [], [], False
+    seen: set[Node] = set()
+    stack: list[Node] = [loss.grad_fn] if loss.grad_fn is not None else []
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if not reach(node):
+            constant = True
+            continue
+        square = _square(node)
+        if square is not None:
+            is_parameter = square.residual.is_leaf
+            (penalties if is_parameter else squares).append(square)
+            continue
+        name = kind(node)
+        inputs = [f for f, _ in node.next_functions]
+        if name in _PRODUCTS:
+            dependent = [f for f in inputs if f is not None and reach(f)]
+            if len(dependent) > 1 or (name == "DivBackward" and not reach(inputs[0])):
+                raise _refused(owner, node, "a product or quotient of two things that depend on the parameters")
+            stack.extend(dependent)
+        elif name in _LINEAR:
+            constant |= name in _SUMS and (None in inputs or len(inputs) == 1)
+            stack.extend(f for f in inputs if f is not None)
+        else:
+            raise _refused(owner, node, "neither a square nor linear")
+    if not squares:
+        raise RuntimeError(
+            f"{owner}.step(): expected the closure to return a loss whose squares depend on a trained parameter, got one without; "
+            "return the scalar loss itself, neither detached nor a number"
+        )
+    return Terms(squares[::-1], penalties[::-1], constant)
+
+
+def _refused(owner: str, node: Node, what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{owner}.step(): expected the loss to be a sum of means or sums of squares, each times a constant, but {node.name()} "
+        f"is {what}. Square residuals only (r ** 2, r * r, nn.functional.mse_loss), detach weights that are computed from them, "
+        "or return [(residual, weight), ...] from the closure."
+    )
+
+
+def _square(node: Node) -> Term | None:
+    """The node as a square, if it is one."""
+    name = kind(node)
+    saved: Any = node
+    if name == "PowBackward" and _exponent(saved) == 2:
+        return Term(node, _root(saved._saved_self), False)
+    if name in ("MulBackward", "DotBackward"):
+        first, second = node.next_functions
+        if first == second:  # the same output of the same node
+            return Term(node, saved._saved_self, False)
+    if name == "MseLossBackward":
+        difference = saved._saved_self - saved._saved_target
+        return Term(node, difference, saved._saved_reduction == 1)
+    return None
+
+
+def _exponent(node: Any) -> float:
+    exponent = node._saved_exponent
+    return float(exponent) if not isinstance(exponent, Tensor) or exponent.numel() == 1 else 0.0
+
+
+def _root(value: Tensor) -> Tensor:
+    """What (sum r^2)^(1/2) is of, where the squared thing is such a norm; else the thing itself."""
+    node: Any = value.grad_fn
+    if node is not None and kind(node) == "LinalgVectorNormBackward" and value.numel() == 1 and float(node._saved_ord) == 2:
+        return node._saved_self  # type: ignore[no-any-return]
+    return value
+
+
+def coefficients(loss: Tensor, terms: list[Term], owner: str) -> list[Tensor]:
+    """c of each term, of the residual's shape: the gradient that arrives at its node.
+
+    Raises:
+        RuntimeError: a coefficient is negative.
+    """
+    edges = [GradientEdge(term.node, 0) for term in terms]
+    arriving = torch.autograd.grad(loss, edges, retain_graph=True)  # type: ignore[arg-type]
+    found = []
+    for term, c in zip(terms, arriving, strict=True):
+        scale = 1 / term.residual.numel() if term.mean else 1
+        found.append((c.detach() * scale).expand(term.residual.shape))
+    if any(bool((c < 0).any()) for c in found):
+        raise RuntimeError(
+            f"{owner}.step(): expected a sum of squares, got a negative coefficient; a loss that is unbounded below has no "
+            "Gauss-Newton step"
+        )
+    return found
+

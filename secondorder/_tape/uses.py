@@ -1,0 +1,358 @@
+"""Uses of parameters in an autograd graph: matrix products, sums and scalings whose gradient is one outer product a row.
+
+Derivatives that `torch.autograd.grad(..., create_graph=True)` has recorded use a weight again and again; each use is found. For a
+product Z = A W^T the gradient of a residual r_k is the sum over its rows i of outer(G_i, A_i), G the gradient that arrives at Z. So
+all rows of a Jacobian come from one backward pass.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.nn import functional as F
+
+from secondorder._tape.residuals import LEAF, kind
+
+Back = Callable[[Tensor], Tensor]  # from gradients of one thing to gradients of another, [m, ...] to [m, ...]
+
+
+class Use(NamedTuple):
+    """A node that acts on a parameter row by row; row i's gradient is outer(G_i, A_i), outer(A_i, G_i) or G_i."""
+
+    node: Node  # at which the gradient arrives
+    parameter: int  # its position
+    rows: Callable[[Tensor], Tensor]  # from what arrives to G [rows, a]
+    operand: Tensor | None  # A [rows, b]; None: the parameter is a vector, its gradient G_i
+    swapped: bool  # whether it is outer(A_i, G_i)
+    back: Back | None  # from these gradients to the parameter's; None: they differ in shape at most
+
+
+class Uses(NamedTuple):
+    """What a graph says of the parameters."""
+
+    uses: list[Use]
+    others: dict[int, str]  # parameters that enter otherwise, too, and the names of the nodes by which they do
+    signature: tuple[Any, ...]  # equal for graphs of one structure
+
+    @property
+    def by_value(self) -> bool:
+        """Whether the graph holds nodes that send rows where an index says, so that equal structures may differ."""
+        return any(isinstance(name, str) and name.startswith(_BY_VALUE) for name in self.signature)
+
+
+# Nodes that send rows elsewhere, and what decides where.
+_POSITIONS = {
+    "SliceBackward": ("_saved_dim", "_saved_start", "_saved_end", "_saved_step"),
+    "SelectBackward": ("_saved_dim", "_saved_index"),
+    "SplitBackward": ("_saved_dim", "_saved_split_size"),
+    "RollBackward": ("_saved_shifts", "_saved_dims"),
+    "FlipBackward": ("_saved_dims",),
+    "PermuteBackward": ("_saved_dims",),
+    "TransposeBackward": ("_saved_dim0", "_saved_dim1"),
+    "CatBackward": ("_saved_dim",),
+}
+_BY_VALUE = ("Index", "Gather", "Take", "Scatter", "Masked", "Sort", "Topk", "Embedding", "Where")
+
+
+def find_uses(root: Tensor, index: dict[int, int]) -> Uses:
+    """All uses of parameters upstream of a tensor.
+
+    Args:
+        root: a tensor with its graph.
+        index: a parameter's position by its id.
+    """
+    uses: list[Use] = []
+    others: dict[int, str] = {}
+    signature: list[Any] = [tuple(root.shape)]
+    seen: set[Node] = set()
+    stack: list[tuple[Node, str]] = [] if root.grad_fn is None else [(root.grad_fn, "")]
+    if root.is_leaf and id(root) in index:
+        others[index[id(root)]] = "the residual itself"
+    while stack:
+        node, user = stack.pop()
+        if node.name() == LEAF:
+            position = index.get(id(node.variable))  # type: ignore[attr-defined]
+            if position is not None:
+                others.setdefault(position, user)
+            continue
+        if node in seen:
+            continue
+        seen.add(node)
+        name = kind(node)
+        signature.append(name)
+        handled: set[int] = set()
+        if name in _HANDLERS:
+            for position, use in _HANDLERS[name](node, index):
+                handled.add(position)
+                uses.append(use)
+                signature.append((position, use.parameter))
+        elif name in _POSITIONS:
+            signature.append(tuple(_hashable(getattr(node, a, None)) for a in _POSITIONS[name]))
+        stack.extend((f, name) for i, (f, _) in enumerate(node.next_functions) if f is not None and i not in handled)
+    return Uses(uses, others, tuple(signature))
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else value
+
+
+# --- Tensors that are made of parameters alone -----------------------------------------------------------------------------------
+
+
+class _Made(NamedTuple):
+    """What a matrix product's operand is made of."""
+
+    parameter: Tensor
+    flipped: bool  # whether the operand is the parameter's transpose
+    back: Back | None  # else, where it is more than reshaped: from gradients of the operand
+
+
+def _made_of(node: Node | None, index: dict[int, int]) -> list[_Made]:
+    """The parameters that a tensor is made of by views, scalings by constants and `weight_norm`; none if there is more to it."""
+    flips, steps = 0, list[Back]()
+    while node is not None:
+        name, saved = kind(node), node
+        if node.name() == LEAF:
+            parameter: Tensor = node.variable  # type: ignore[attr-defined]
+            if id(parameter) not in index or (flips and not steps and parameter.ndim != 2):
+                return []
+            return [_Made(parameter, flips % 2 == 1, None) if not steps else _Made(parameter, False, _composed(steps))]
+        if name == "WeightNormInterfaceBackward":
+            leaves = [f for f, _ in node.next_functions]
+            if not all(f is not None and f.name() == LEAF and id(f.variable) in index for f in leaves):  # type: ignore[attr-defined]
+                return []
+            steps += [_flip] * (flips % 2) if not steps else []
+            both = _weight_norm(saved)
+            return [
+                _Made(f.variable, False, _composed([*steps, back]))  # type: ignore[union-attr]
+                for f, back in zip(leaves, both, strict=True)
+            ]
+        if _transposes(saved, name) and not steps:
+            flips += 1
+        else:
+            step = _step_back(saved, name)
+            if step is None:
+                return []
+            if not steps and flips % 2:
+                steps.append(_flip)
+            steps.append(step)
+        node = node.next_functions[0 if node.next_functions[0][0] is not None else -1][0]
+    return []
+
+
+def _flip(gradient: Tensor) -> Tensor:
+    return gradient.transpose(-1, -2)
+
+
+def _composed(steps: list[Back]) -> Back:
+    def back(gradient: Tensor) -> Tensor:
+        for step in steps:
+            gradient = step(gradient)
+        return gradient
+
+    return back
+
+
+def _transposes(node: Any, name: str) -> bool:
+    """Whether a node is the transpose of a matrix."""
+    if name == "TransposeBackward":
+        return {_signed(node._saved_dim0), _signed(node._saved_dim1)} in ({0, 1}, {-1, -2})
+    return name == "TBackward" or (name == "PermuteBackward" and tuple(node._saved_dims) in ((1, 0), (-1, -2)))
+
+
+def _signed(dim: int) -> int:
+    """A dimension as it was given: autograd saves it without a sign."""
+    return dim - 2**64 if dim >= 2**63 else dim
+
+
+def _step_back(node: Any, name: str) -> Back | None:
+    """From gradients [m, ...] of what a node makes of one tensor to gradients of that tensor; None: it is not known."""
+    if name in ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "ExpandBackward"):
+        sizes = tuple(node._saved_self_sym_sizes)
+        return lambda g: g.reshape(len(g), *sizes)
+    if name in ("CloneBackward", "AliasBackward", "ToCopyBackward"):
+        return lambda g: g  # the parameter's dtype follows in the end
+    if name == "UnsqueezeBackward":
+        dim = _signed(node._saved_dim)
+        return lambda g: g.squeeze(dim + 1 if dim >= 0 else dim)
+    if name == "PermuteBackward":
+        dims = [_signed(d) % len(node._saved_dims) for d in node._saved_dims]
+        order = [0] + [1 + dims.index(i) for i in range(len(dims))]
+        return lambda g: g.permute(order)
+    if name == "TransposeBackward":
+        first, second = (_signed(d) for d in (node._saved_dim0, node._saved_dim1))
+        return lambda g: g.transpose(first + (first >= 0), second + (second >= 0))
+    if name == "TBackward":
+        return _flip
+    if name == "NegBackward":
+        return torch.neg
+    if name in ("MulBackward", "DivBackward") and (node.next_functions + ((None, 0),))[1][0] is None:
+        other = node._saved_other
+        if isinstance(other, Tensor) and other.numel() > 1:
+            return None
+        return (lambda g: g * other) if name == "MulBackward" else (lambda g: g / other)
+    if name == "SliceBackward":
+        sizes, where = tuple(node._saved_self_sym_sizes), (node._saved_dim, node._saved_start, node._saved_end, node._saved_step)
+        dim = _signed(where[0]) % len(sizes)
+        return lambda g: torch.ops.aten.slice_backward(g, [len(g), *sizes], dim + 1, *where[1:])
+    return None
+
+
+def _weight_norm(node: Any) -> tuple[Back, Back]:
+    """From gradients of g v / |v|, norms over all dimensions but one, to those of v and of g."""
+    v, g, dim = node._saved_v.detach(), node._saved_g.detach(), _signed(node._saved_dim)
+    others = [1 + i for i in range(v.ndim) if i != dim % v.ndim]
+    norms = torch.linalg.vector_norm(v, dim=[i - 1 for i in others], keepdim=True)
+    unit = v / norms
+
+    def along(gradient: Tensor) -> Tensor:
+        return (gradient.view(-1, *v.shape) * unit).sum(others, keepdim=True)
+
+    def of_v(gradient: Tensor) -> Tensor:
+        gradient = gradient.reshape(-1, *v.shape)
+        return (gradient - unit * along(gradient)) * (g.view_as(norms) / norms)
+
+    return of_v, lambda gradient: along(gradient.reshape(-1, *v.shape))
+
+
+# --- Nodes that act row by row: each yields the positions of its inputs that are parameters, with their uses -----------------------
+
+Found = Iterator[tuple[int, Use]]
+
+
+def _flat(gradient: Tensor) -> Tensor:
+    return gradient.reshape(-1, gradient.shape[-1])
+
+
+def _columns(t: Tensor) -> Tensor:
+    """[..., n, columns] as [rows, n]."""
+    return _flat(t.transpose(-1, -2))
+
+
+def _product(node: Any, index: dict[int, int], left: int, operands: tuple[str, str], scale: float = 1.0) -> Found:
+    """A B for matrices or batches of them; `left` is the position of A, `operands` the names of the saved A and B."""
+    for position, other, rows in ((left + 1, operands[0], _flat), (left, operands[1], _columns)):
+        for made in _made_of(node.next_functions[position][0], index):
+            operand = getattr(node, other)
+            if operand is None:
+                continue
+            # dB = A^T G, one outer(A_i, G_i) a row of A; dA = G B^T, one outer(G_i, B_i) a column of B.
+            swapped = (position == left + 1) != made.flipped
+            scaled = rows if scale == 1 else (lambda g, rows=rows: scale * rows(g))
+            yield position, Use(node, index[id(made.parameter)], scaled, rows(operand.detach()), swapped, made.back)
+
+
+def _mm(node: Any, index: dict[int, int]) -> Found:
+    return _product(node, index, 0, ("_saved_self", "_saved_mat2"))
+
+
+def _bmm(node: Any, index: dict[int, int]) -> Found:
+    """Of a batch of one, or with an operand that the whole batch has."""
+    for position, use in _product(node, index, 0, ("_saved_self", "_saved_mat2")):
+        back = use.back
+        if back is not None:
+            use = use._replace(back=lambda g, back=back: back(g.unsqueeze(1)))
+        yield position, use
+
+
+def _addmm(node: Any, index: dict[int, int]) -> Found:
+    yield from _product(node, index, 1, ("_saved_mat1", "_saved_mat2"), float(node._saved_alpha))
+    yield from _vector(node, index, 0, float(node._saved_beta), None)
+
+
+def _vector(node: Any, index: dict[int, int], position: int, scale: float, other: Tensor | None) -> Found:
+    """A vector along the last dimension, or one number, that every row gets, times `scale` and what stands beside it."""
+    for made in _made_of(node.next_functions[position][0], index):
+        parameter = made.parameter
+        if made.back is not None or made.flipped or (parameter.ndim and parameter.shape[-1] != parameter.numel()):
+            continue
+
+        def rows(gradient: Tensor, width: int = parameter.numel()) -> Tensor:
+            scaled = gradient if other is None else gradient * other
+            return scale * scaled.reshape(-1, width)
+
+        yield position, Use(node, index[id(parameter)], rows, None, False, None)
+
+
+def _add(node: Any, index: dict[int, int]) -> Found:
+    yield from _vector(node, index, 0, 1.0, None)
+    if len(node.next_functions) > 1:
+        yield from _vector(node, index, 1, float(node._saved_alpha), None)
+
+
+def _sub(node: Any, index: dict[int, int]) -> Found:
+    yield from _vector(node, index, 0, 1.0, None)
+    if len(node.next_functions) > 1:
+        yield from _vector(node, index, 1, -float(node._saved_alpha), None)
+
+
+def _mul(node: Any, index: dict[int, int]) -> Found:
+    if len(node.next_functions) < 2:
+        return
+    for position, other in ((0, "_saved_other"), (1, "_saved_self")):
+        value = getattr(node, other)
+        if isinstance(value, Tensor):
+            yield from _vector(node, index, position, 1.0, value.detach())
+
+
+def _convolution(node: Any, index: dict[int, int]) -> Found:
+    """Rows are positions of the output: their gradients and the patches that the kernel sees there."""
+    weight = _made_of(node.next_functions[1][0], index)
+    bias = _made_of(node.next_functions[2][0], index) if len(node.next_functions) > 2 else []
+    x: Tensor = node._saved_input.detach()
+    if node._saved_transposed or node._saved_groups != 1 or x.ndim not in (3, 4):
+        return
+
+    def rows(gradient: Tensor) -> Tensor:
+        return _columns(gradient.flatten(2))
+
+    for made in weight:
+        if made.back is None and not made.flipped:
+            kernel = made.parameter.shape[2:]
+            lead = (1,) * (2 - len(kernel))
+            stride, padding, dilation = ((*one, *(int(v) for v in values)) for one, values in (
+                (lead, node._saved_stride), ((0,) * len(lead), node._saved_padding), (lead, node._saved_dilation)))  # fmt: skip
+            image = x if x.ndim == 4 else x.unsqueeze(2)
+            patches = F.unfold(image, (*lead, *kernel), dilation, padding, stride)
+            yield 1, Use(node, index[id(made.parameter)], rows, _columns(patches), False, None)
+    for made in bias:
+        if made.back is None and not made.flipped:
+            yield 2, Use(node, index[id(made.parameter)], rows, None, False, None)
+
+
+def _trilinear(node: Any, index: dict[int, int]) -> Found:
+    """What `nn.Bilinear` is made of: the product of three tensors, each given dimensions to match, summed over some of them."""
+    expansions = [tuple(getattr(node, f"_saved_expand{i}")) for i in (1, 2, 3)]
+    summed = tuple(node._saved_sumdim)
+    for position in range(3):
+        for made in _made_of(node.next_functions[position][0], index):
+            if expansions[position] != (0,) or made.back is not None or made.flipped:  # a weight for every row
+                continue
+            first, second = (
+                _expanded(getattr(node, f"_saved_i{i + 1}").detach(), expansions[i]) for i in range(3) if i != position
+            )
+
+            def rows(gradient: Tensor, other: Tensor = first * second) -> Tensor:
+                return (_expanded(gradient, summed) * other).flatten(1)
+
+            yield position, Use(node, index[id(made.parameter)], rows, None, False, None)
+
+
+def _expanded(t: Tensor, dims: tuple[int, ...]) -> Tensor:
+    for dim in sorted(dims):
+        t = t.unsqueeze(dim)
+    return t
+
+
+_HANDLERS: dict[str, Callable[[Any, dict[int, int]], Found]] = {
+    "MmBackward": _mm,
+    "BmmBackward": _bmm,
+    "AddmmBackward": _addmm,
+    "AddBackward": _add,
+    "SubBackward": _sub,
+    "MulBackward": _mul,
+    "ConvolutionBackward": _convolution,
+    "TrilinearBackward": _trilinear,
+}
