@@ -20,7 +20,7 @@ except ImportError as error:
 
 from secondorder import criteria, curvature, diagnostics, ops, reference, solvers
 from secondorder.errors import NonFiniteError
-from secondorder.optim import EACG, KBFGS, KBFGSL, KFAC, KFLR, KFRA, EigenAdam, LayerwiseNewton
+from secondorder.optim import EACG, KBFGS, KBFGSL, KFAC, KFLR, KFRA, EigenAdam, LayerwiseNewton, LevenbergMarquardt
 
 __all__ = [
     "EACG",
@@ -31,6 +31,7 @@ __all__ = [
     "KFRA",
     "EigenAdam",
     "LayerwiseNewton",
+    "LevenbergMarquardt",
     "NonFiniteError",
     "build_info",
     "criteria",

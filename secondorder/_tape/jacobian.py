@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from secondorder._tape.uses import Use, Uses, find_uses
+from secondorder._tape.uses import Use, Uses
+from secondorder.linalg import gram
 
 COLUMNS = 64  # the longest last dimension of a residual whose columns are taken one after another where rows share a product
 
@@ -32,6 +33,11 @@ class Block(NamedTuple):
     uses: list[int]
     rows: list[Tensor | None]
     others: dict[int, str]
+
+    def chosen(self, drawn: Tensor | None, device: torch.device) -> Tensor:
+        """The positions in the tensor of those of the block's residuals that are drawn."""
+        elements = torch.arange(self.count, device=device) if self.elements is None else self.elements
+        return elements if drawn is None else elements[drawn]
 
 
 class Plan(NamedTuple):
@@ -224,45 +230,59 @@ class Jacobian:
         for p in parameters:
             self.offsets.append(self.offsets[-1] + p.numel())
         self.columns = self.offsets[-1]
-        self._like = parameters[0]
+        self.like = parameters[0]
+        self.itemsize = self.like.element_size()
         self._dense: Tensor | None = None
 
     def dense(self) -> Tensor:
-        """J [m, P]."""
+        """J [m, P], kept from now on."""
         if self._dense is None:
-            j = self._like.new_zeros(self.rows, self.columns)
-            for p, parts in self.parts.items():
-                for part in parts:
-                    target = j[part.start : part.stop, self.offsets[p] : self.offsets[p + 1]]
-                    if part.dense is not None:
-                        target += part.dense
-                    else:
-                        assert part.left is not None and part.right is not None
-                        target += torch.bmm(part.left.mT, part.right).flatten(1)
-            self._dense = j
+            self._dense = self.like.new_zeros(self.rows, self.columns)
+            for p in self.parts:
+                self._fill(self._dense[:, self.offsets[p] : self.offsets[p + 1]], p)
         return self._dense
+
+    def _fill(self, target: Tensor, parameter: int) -> None:
+        """Adds a parameter's columns [m, numel]."""
+        for part in self.parts[parameter]:
+            rows = target[part.start : part.stop]
+            if part.dense is not None:
+                rows += part.dense
+            else:
+                assert part.left is not None and part.right is not None
+                rows += torch.bmm(part.left.mT, part.right).flatten(1)
 
     def mv(self, v: Tensor) -> Tensor:
         """J v [m]."""
-        if self._dense is not None:
-            return self._dense @ v
-        result = v.new_zeros(self.rows)
-        for p, parts in self.parts.items():
-            columns = v[self.offsets[p] : self.offsets[p + 1]]
-            for part in parts:
-                if part.dense is not None:
-                    result[part.start : part.stop] += part.dense @ columns
-                else:
-                    assert part.left is not None and part.right is not None
-                    matrix = columns.view(part.left.shape[2], part.right.shape[2])
-                    result[part.start : part.stop] += (part.left @ matrix * part.right).sum((1, 2))
-        return result
+        return self.mm(v.unsqueeze(1)).squeeze(1)
 
     def rmv(self, u: Tensor) -> Tensor:
         """J^T u [P]."""
+        return self.rmm(u.unsqueeze(1)).squeeze(1)
+
+    def mm(self, v: Tensor) -> Tensor:
+        """J V [m, k] for V [P, k]."""
+        if self._dense is not None:
+            return self._dense @ v
+        result = v.new_zeros(self.rows, v.shape[1])
+        for p, parts in self.parts.items():
+            columns = v[self.offsets[p] : self.offsets[p + 1]]
+            for part in parts:
+                rows = result[part.start : part.stop]
+                if part.dense is not None:
+                    rows += part.dense @ columns
+                else:
+                    assert part.left is not None and part.right is not None
+                    matrices = columns.view(part.left.shape[2], part.right.shape[2], -1)
+                    for j in range(v.shape[1]):
+                        rows[:, j] += (part.left @ matrices[:, :, j] * part.right).sum((1, 2))
+        return result
+
+    def rmm(self, u: Tensor) -> Tensor:
+        """J^T U [P, k] for U [m, k]."""
         if self._dense is not None:
             return self._dense.T @ u
-        result = u.new_zeros(self.columns)
+        result = u.new_zeros(self.columns, u.shape[1])
         for p, parts in self.parts.items():
             columns = result[self.offsets[p] : self.offsets[p + 1]]
             for part in parts:
@@ -271,9 +291,75 @@ class Jacobian:
                     columns += part.dense.T @ weights
                 else:
                     assert part.left is not None and part.right is not None
-                    weighted = (part.left * weights.view(-1, 1, 1)).flatten(0, 1)
-                    columns += (weighted.T @ part.right.flatten(0, 1)).flatten()
+                    right = part.right.flatten(0, 1)
+                    for j in range(u.shape[1]):
+                        left = (part.left * weights[:, j].view(-1, 1, 1)).flatten(0, 1)
+                        columns[:, j] += (left.T @ right).flatten()
         return result
+
+    def squared_norm(self) -> Tensor:
+        """tr(J J^T)."""
+        if self._dense is not None:
+            return self._dense.square().sum()
+        return sum((self._squared_norm(p) for p in self.parts), start=self.like.new_zeros(()))
+
+    def _squared_norm(self, parameter: int) -> Tensor:
+        parts = self.parts[parameter]
+        if len({(part.start, part.stop) for part in parts}) == len(parts):  # no two share a row
+            total = self.like.new_zeros(())
+            for part in parts:
+                if part.dense is not None:
+                    total = total + part.dense.square().sum()
+                else:
+                    assert part.left is not None and part.right is not None
+                    total = total + ((part.left @ part.left.mT) * (part.right @ part.right.mT)).sum()
+            return total
+        return self._columns(parameter).square().sum()
+
+    def _columns(self, parameter: int) -> Tensor:
+        columns = self.like.new_zeros(self.rows, self.offsets[parameter + 1] - self.offsets[parameter])
+        self._fill(columns, parameter)
+        return columns
+
+    def prefers_dense(self) -> bool:
+        """Whether J J^T is cheaper by J than from the factors."""
+        return not any(self._from_factors(p) for p in self.parts)
+
+    def _from_factors(self, parameter: int) -> bool:
+        """Whether a parameter's J J^T costs less from its factors: products of U (a + b) numbers for U^2 pairs against a b."""
+        parts = self.parts[parameter]
+        if any(part.left is None for part in parts) or len({(part.start, part.stop) for part in parts}) < len(parts):
+            return False
+        uses = max(part.left.shape[1] for part in parts if part.left is not None)
+        _, _, a = parts[0].left.shape  # type: ignore[union-attr]
+        _, _, b = parts[0].right.shape  # type: ignore[union-attr]
+        return bool(2 * uses**2 * (a + b) < a * b)
+
+    def gram(self) -> Tensor:
+        """J J^T [m, m], at least its lower triangle."""
+        if self._dense is not None:
+            return gram(self._dense)
+        result = self.like.new_zeros(self.rows, self.rows)
+        for p, parts in self.parts.items():
+            if not self._from_factors(p):
+                result += gram(self._columns(p))
+                continue
+            for first in parts:
+                for second in parts:
+                    if second.start <= first.start:
+                        block = result[first.start : first.stop, second.start : second.stop]
+                        block += _gram_from_factors(first, second)
+        return result
+
+
+def _gram_from_factors(first: Part, second: Part) -> Tensor:
+    """Sums over uses u, v of (L_u L_v^T) * (R_u R_v^T) [m, m']."""
+    assert first.left is not None and first.right is not None and second.left is not None and second.right is not None
+    total = first.left.new_zeros(len(first.left), len(second.left))
+    for u in range(first.left.shape[1]):
+        for v in range(second.left.shape[1]):
+            total.addcmul_(first.left[:, u] @ second.left[:, v].T, first.right[:, u] @ second.right[:, v].T)
+    return total
 
 
 def jacobian(
@@ -308,15 +394,9 @@ def jacobian(
             for p, part in _parts(block, d, uses[block.term].uses, arriving, span).items():
                 parts.setdefault(p, []).extend(part)
             if block.others:
-                where = seed.flatten().nonzero().squeeze(1) if False else _elements(block, d, r)
-                for p, dense in _others(r, seed, where, [(p, parameters[p]) for p in block.others]).items():
+                for p, dense in _others(r, seed, block.chosen(d, r.device), [(p, parameters[p]) for p in block.others]).items():
                     parts.setdefault(p, []).append(Part(*span, dense=dense))
     return Jacobian(sum(counts), parameters, parts)
-
-
-def _elements(block: Block, drawn: Tensor | None, r: Tensor) -> Tensor:
-    elements = torch.arange(r.numel(), device=r.device) if block.elements is None else block.elements
-    return elements if drawn is None else elements[drawn]
 
 
 def _parts(
@@ -328,7 +408,7 @@ def _parts(
     for k, rows in zip(block.uses, block.rows, strict=True):
         use = uses[k]
         gradient = arriving[use.node]
-        if gradient is None:
+        if gradient is None or use.parameter in block.others:
             continue
         wanted = drawn if rows is None else rows if drawn is None else rows[drawn]
         g = _taken(use.rows(gradient), wanted)
@@ -387,7 +467,3 @@ def _others(r: Tensor, seed: Tensor, elements: Tensor, parameters: list[tuple[in
             found[p] = torch.stack([r.new_zeros(t.numel()) if row[i] is None else row[i].flatten() for row in rows])
     return found
 
-
-def uses_of(residuals: Sequence[Tensor], index: dict[int, int]) -> list[Uses]:
-    """The uses of each residual's graph."""
-    return [find_uses(r, index) for r in residuals]

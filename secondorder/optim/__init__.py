@@ -8,5 +8,6 @@ from secondorder.optim.kfac import KFAC
 from secondorder.optim.kflr import KFLR
 from secondorder.optim.kfra import KFRA
 from secondorder.optim.layerwise_newton import LayerwiseNewton
+from secondorder.optim.levenberg_marquardt import LevenbergMarquardt
 
-__all__ = ["EACG", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "EigenAdam", "LayerwiseNewton"]
+__all__ = ["EACG", "KBFGS", "KBFGSL", "KFAC", "KFLR", "KFRA", "EigenAdam", "LayerwiseNewton", "LevenbergMarquardt"]

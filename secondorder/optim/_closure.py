@@ -1,5 +1,6 @@
 """Closures that a step calls more than once: what a call leaves behind at the layers, and calls without parameter gradients."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -169,3 +170,33 @@ def without_parameter_gradients(model: nn.Module, ddp: DistributedDataParallel |
         for p, gradient in zip(parameters, gradients, strict=True):
             p.requires_grad_(True)
             p.grad = gradient
+
+
+_IDLE = threading.local()
+_IDLE_LOCK = threading.Lock()
+_idle_steps = 0  # over all threads
+_backward: Any = torch.autograd.backward
+
+
+def _backward_unless_idle(*args: Any, **kwargs: Any) -> None:
+    if not getattr(_IDLE, "depth", 0):
+        _backward(*args, **kwargs)
+
+
+@contextmanager
+def idle_backward() -> Iterator[None]:
+    """`loss.backward()` in this thread does nothing: it would free the graph, and its gradients are not needed."""
+    global _idle_steps, _backward
+    with _IDLE_LOCK:
+        if _idle_steps == 0:
+            _backward, torch.autograd.backward = torch.autograd.backward, _backward_unless_idle
+        _idle_steps += 1
+    _IDLE.depth = getattr(_IDLE, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _IDLE.depth -= 1
+        with _IDLE_LOCK:
+            _idle_steps -= 1
+            if _idle_steps == 0 and torch.autograd.backward is _backward_unless_idle:
+                torch.autograd.backward = _backward

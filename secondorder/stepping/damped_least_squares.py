@@ -1,0 +1,136 @@
+"""Damped least squares: the minimum of |r + J d|^2 + sum_j t_j (theta_j + d_j)^2 + mu |d|^2 over d, for several mu."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from secondorder._tape.jacobian import Jacobian
+from secondorder.linalg import gram
+
+RANK = 200  # of Nystrom's approximation
+ITERATIONS = 30  # of conjugate gradients with it, at most
+RESIDUAL = 1e-2  # where they end, relative to the right-hand side
+SOLVERS = ("auto", "rows", "parameters", "nystrom")
+
+
+class DampedLeastSquares:
+    """Solves (J^T J + diag(t) + mu I) x = J^T b for one J and as many mu and b as are asked for.
+
+    By "rows": J^T (J J^T + mu I)^-1 b, m numbers; by "parameters", P numbers: the smaller system of both is solved by Cholesky's
+    method. By "nystrom": the system of the rows by conjugate gradients, preconditioned by an approximation of J J^T of rank 200
+    (Frangella et al., 2021) that serves all mu; for 500 rows or more. Without an entry of t all are exact but "nystrom".
+
+    Args:
+        jacobian: J [m, P].
+        penalties: t [P], >= 0, or None: zero.
+        solver: "rows", "parameters", "nystrom" or "auto".
+        memory: bytes that J may take; a larger one is never formed.
+        generator: for the random directions of "nystrom".
+    """
+
+    def __init__(self, jacobian: Jacobian, penalties: Tensor | None, solver: str, memory: int, generator: torch.Generator):
+        m, n = jacobian.rows, jacobian.columns
+        if m * n * jacobian.itemsize <= memory and (solver != "rows" or jacobian.prefers_dense()):
+            jacobian.dense()
+        self._jacobian, self._penalties = jacobian, penalties
+        if solver == "auto":
+            solver = "parameters" if n < m else "nystrom" if m > 2.5 * RANK and penalties is None else "rows"
+        self.solver = solver
+        self._matrix: Tensor | None = None
+        self._nystrom: tuple[Tensor, Tensor] | None = None
+        if solver == "nystrom":
+            self._nystrom = _nystrom(jacobian, generator)
+            if self._nystrom is None:
+                self.solver = "rows"
+        if self.solver == "rows" and penalties is None:
+            self._matrix = jacobian.gram()
+        elif self.solver == "parameters":
+            self._matrix = gram(jacobian.dense().T)
+            if penalties is not None:
+                self._matrix.diagonal().add_(penalties)
+        #: tr(J J^T), the scale of mu.
+        self.trace = float(jacobian.squared_norm())
+
+    def at(self, mu: float) -> "Callable[[Tensor], Tensor] | None":
+        """b [m] -> x [P] at a damping; None: the matrix is not positive definite within rounding."""
+        jacobian = self._jacobian
+        if self.solver == "nystrom":
+            assert self._nystrom is not None
+            vectors, values = self._nystrom
+            return lambda b: jacobian.rmv(_conjugate_gradients(jacobian, vectors, values, mu, b))
+        scale = None
+        if self.solver == "rows" and self._penalties is not None:  # by columns divided by the root of t + mu
+            scale = 1 / (self._penalties + mu)
+            scaled = jacobian.dense() * scale.sqrt()
+            matrix, shift = gram(scaled), 1.0
+        else:
+            assert self._matrix is not None
+            matrix, shift = self._matrix.clone(), mu
+        matrix.diagonal().add_(shift)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if info.item():
+            return None
+        if self.solver == "parameters":
+            return lambda b: torch.cholesky_solve(jacobian.rmv(b).unsqueeze(1), factor).squeeze(1)
+
+        def solve(b: Tensor) -> Tensor:
+            x = jacobian.rmv(torch.cholesky_solve(b.unsqueeze(1), factor).squeeze(1))
+            return x if scale is None else scale * x
+
+        return solve
+
+    def step(self, solve: Callable[[Tensor], Tensor], r: Tensor, theta: Tensor, mu: float) -> Tensor:
+        """The minimum d [P], with the solve of this mu."""
+        if self._penalties is None:
+            return -solve(r)
+        # With base = -t theta / (t + mu) the rest is the minimum of |r + J base + J d'|^2 + d'^T diag(t + mu) d'.
+        base = -self._penalties * theta / (self._penalties + mu)
+        return base - solve(r + self._jacobian.mv(base))
+
+
+def _nystrom(jacobian: Jacobian, generator: torch.Generator) -> tuple[Tensor, Tensor] | None:
+    """U [m, k] and l [k] with U diag(l) U^T near J J^T; None where rounding forbids."""
+    m = jacobian.rows
+    k = min(RANK, m)
+    like = jacobian.like
+    directions = torch.randn(m, k, dtype=like.dtype, generator=generator).to(like.device)
+    directions = torch.linalg.qr(directions)[0]
+    sketch = jacobian.mm(jacobian.rmm(directions))
+    shift = 45 * torch.finfo(like.dtype).eps * sketch.norm()
+    sketch = sketch + shift * directions
+    core = directions.T @ sketch
+    factor, info = torch.linalg.cholesky_ex((core + core.T) / 2)
+    if info.item():
+        return None
+    b = torch.linalg.solve_triangular(factor, sketch.T, upper=False)  # b^T b is near J J^T + shift I
+    values, vectors = torch.linalg.eigh(b @ b.T)
+    values = values.clamp_min(torch.finfo(like.dtype).tiny)
+    basis = (b.T @ vectors) / values.sqrt()
+    if not bool(torch.isfinite(basis).all()):
+        return None
+    return basis, (values - shift).clamp_min(0)
+
+
+def _conjugate_gradients(jacobian: Jacobian, vectors: Tensor, values: Tensor, mu: float, b: Tensor) -> Tensor:
+    """(J J^T + mu I)^-1 b to `RESIDUAL`, preconditioned by U diag(l) U^T."""
+    weights = (values.min() + mu) / (values + mu) - 1
+
+    def precondition(r: Tensor) -> Tensor:
+        return r + vectors @ (weights * (vectors.T @ r))
+
+    x, r = torch.zeros_like(b), b.clone()
+    z = precondition(r)
+    p, rz = z.clone(), r @ z
+    end = RESIDUAL * b.norm()
+    for _ in range(ITERATIONS):
+        q = jacobian.mv(jacobian.rmv(p)) + mu * p
+        step = rz / (p @ q)
+        x += step * p
+        r -= step * q
+        if not bool(r.norm() > end):
+            break
+        z = precondition(r)
+        rz, previous = r @ z, rz
+        p = z + (rz / previous) * p
+    return x

@@ -1,0 +1,291 @@
+"""Exact Gauss-Newton steps on random rows of the Jacobian: their damping, acceleration and acceptance, and the race of starts."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from secondorder._tape.jacobian import Jacobian, Plan, jacobian, make_plan, signature
+from secondorder._tape.uses import find_uses
+from secondorder.errors import NonFiniteError
+from secondorder.stepping.damped_least_squares import DampedLeastSquares
+from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals
+
+TRIES = 12  # dampings that a step tries
+PROBE = 0.1  # of a step: where the second derivative along it is taken
+BEND = 0.75  # an acceleration whose double is not less than this times the step is left out
+RISE = 2.0  # the whole loss may become so many times what it was in a step that lowers that of the rows drawn
+PATIENCE = 4  # steps without a new record of the whole loss, after which more rows are drawn
+GROWTH = 1.5  # so many times as many
+SHARE = 0.5  # of an equal share of the rows that each term has at least
+LEAST_DAMPING = 1e-16
+PLANS = 16  # kept for graphs of as many structures
+
+RACE_STEPS = 12  # of each start
+RACE_ROWS = 150
+RACE_END = 1e-3  # of the first loss: a start that comes below ends the race
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one step leaves to the next."""
+
+    damping: float  # mu, relative to tr(J J^T)
+    rows: float  # to be drawn; inf: all
+    growth: float = 2.0  # what the next failure multiplies the damping by
+    record: float = math.inf  # the least whole loss since the rows have last grown
+    since: int = 0  # steps since then
+    ratio: float = 0.0  # the last step's reduction over the predicted one; 0: no step was accepted
+
+
+class Settings(NamedTuple):
+    """What does not change."""
+
+    rows: float
+    max_rows: float
+    acceleration: bool
+    solver: str
+    memory: int
+
+
+class _Rows(NamedTuple):
+    """The residuals that a step looks at."""
+
+    drawn: list[Tensor | None]  # of each block, the positions; None: all
+    flat: Tensor  # [m], the same among the residuals of all terms, flattened
+    scales: list[Tensor]  # of each block, the root of c n / m
+    scale: Tensor  # [m], all of them
+    whole: bool  # whether it looks at all
+
+
+class GaussNewtonStep:
+    """Steps that lower one batch's loss.
+
+    Args:
+        loss: of the batch.
+        settings: what the optimizer was made with.
+        plans: of graphs that have been seen, by their signatures.
+        generator: draws rows.
+        lr: multiplies a step, a number or one for each parameter's element [P].
+        slow: is told of a parameter that costs a backward pass for each residual, and of the node by which it enters.
+    """
+
+    def __init__(
+        self, loss: LeastSquaresLoss, settings: Settings, plans: dict[object, Plan], generator: torch.Generator,
+        lr: float | Tensor, slow: Callable[[int, str], None],
+    ):  # fmt: skip
+        self._loss, self._settings, self._plans = loss, settings, plans
+        self._generator, self._lr, self._slow = generator, lr, slow
+        self._index = {id(p): i for i, p in enumerate(loss.parameters)}
+
+    def step(self, here: Residuals, progress: Progress) -> tuple[Residuals, Progress]:
+        """One step; returns the loss where it leads, and what it leaves to the next."""
+        loss, settings = self._loss, self._settings
+        plan = self._plan(here)
+        rows = self._draw(plan, here, progress.rows)
+        jacobian = self._jacobian(plan, here, rows)
+        r = self._taken(here.values, rows)
+        problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator)
+        theta, whole = loss.flat(), loss.objective(here.values, here)
+        start = self._drawn_objective(r, theta, here)
+        if not math.isfinite(problem.trace):
+            raise NonFiniteError(f"{loss.owner}.step(): the Jacobian holds NaN or inf; no parameter and no state has changed")
+        if problem.trace == 0 and here.penalties is None:
+            return here, progress
+        mu, growth = progress.damping, progress.growth
+        for _ in range(TRIES):
+            damping = mu * problem.trace
+            solve = problem.at(damping)
+            if solve is None:
+                mu = max(10 * mu, LEAST_DAMPING)
+                continue
+            delta = problem.step(solve, r, theta, damping)
+            predicted = start - self._drawn_objective(r + jacobian.mv(self._lr * delta), theta + self._lr * delta, here)
+            if settings.acceleration:
+                delta = self._bent(here, rows, jacobian, solve, r, theta, delta)
+            loss.move(theta + self._lr * delta)
+            there = here._replace(values=loss.there(here))
+            now = loss.objective(there.values, here)
+            drawn = now if rows.whole else self._drawn_objective(self._taken(there.values, rows), loss.flat(), here)
+            limit = whole if rows.whole else RISE * whole
+            if drawn < start and now < limit and predicted > 0:
+                ratio = (start - drawn) / predicted
+                mu = max(mu * max(1 / 3, 1 - (2 * ratio - 1) ** 3), LEAST_DAMPING)
+                return there, self._recorded(replace(progress, damping=mu, growth=2.0, ratio=ratio), now, rows.whole)
+            mu, growth = mu * growth, 2 * growth
+        loss.move(theta)
+        return here, replace(progress, damping=min(10 * progress.damping, 1.0), growth=2.0, ratio=0.0)
+
+    def race(self, here: Residuals, damping: float) -> tuple[Residuals, Progress]:
+        """Some steps from each of three starts; the lowest loss goes on.
+
+        A start's first steps decide which minimum it reaches: with mu = tr(J J^T), with `damping` times the mean of the diagonal,
+        or after an iteration of L-BFGS.
+        """
+        loss = self._loss
+        theta, first = loss.flat(), loss.objective(here.values, here)
+        rows = min(RACE_ROWS, self._settings.rows)
+        drawn = min(rows, sum(r.numel() for r in here.values))
+        best: tuple[float, Tensor, Residuals, Progress] | None = None
+        for mu, quasi_newton in ((1.0, False), (1e-2, True), (damping / drawn, False)):
+            now, progress = here, Progress(mu, rows)
+            if best is not None:
+                loss.move(theta)
+                now = self._lbfgs(here) if quasi_newton else here._replace(values=loss.there(here))
+            for _ in range(RACE_STEPS):
+                now, progress = self.step(now, progress)
+            value = loss.objective(now.values, here)
+            if best is None or value < best[0] or math.isnan(best[0]):
+                best = value, loss.flat(), now, progress
+            if value < RACE_END * first:
+                break
+        assert best is not None
+        if not math.isfinite(best[0]):
+            raise NonFiniteError(f"{loss.owner}.step(): no start leads to a finite loss; no parameter and no state has changed")
+        value, theta, now, progress = best
+        loss.move(theta)
+        return now, replace(progress, rows=self._settings.rows, growth=2.0, record=value, since=0)
+
+    # --- the Jacobian of some rows ------------------------------------------------------------------------------------------------
+
+    def _plan(self, here: Residuals) -> Plan:
+        """Which rows of the graph's products are of which residuals; new for a new structure, which is then checked."""
+        uses = [find_uses(r, self._index) for r in here.values]
+        key = signature(uses)
+        plan = self._plans.get(key)
+        if plan is None:
+            again = self._loss.there(here)
+            for old, new in zip(here.values, again, strict=True):
+                if not bool((old - new).detach().norm() <= 1e-4 * old.detach().norm()):
+                    raise RuntimeError(
+                        f"{self._loss.owner}.step(): expected the closure to evaluate the same residuals at every call of one step, "
+                        "but they differ at the same parameters. Draw the batch outside of the closure, or by torch's own "
+                        "generators, which start every call of a step alike."
+                    )
+            plan = make_plan(here.values, uses, self._loss.parameters)
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+        self._uses, self._unchecked = uses, key not in self._plans or any(u.by_value for u in uses)
+        self._plans[key] = plan
+        return plan
+
+    def _draw(self, plan: Plan, here: Residuals, rows: float) -> _Rows:
+        """Draws residuals: of each block its share, of a small one at least half of an equal share."""
+        total = sum(block.count for block in plan.blocks)
+        whole = rows >= total
+        offsets = [0]
+        for r in here.values:
+            offsets.append(offsets[-1] + r.numel())
+        drawn: list[Tensor | None] = []
+        flat, scales = [], []
+        for block in plan.blocks:
+            c = here.weights[block.term].reshape(-1)
+            d = None
+            if not whole:
+                equal = int(SHARE * rows / len(plan.blocks))
+                m = min(block.count, max(math.ceil(rows * block.count / total), equal, 2))
+                d = torch.randperm(block.count, generator=self._generator)[:m].sort()[0].to(c.device)
+                c = c * (block.count / m)
+            elements = block.chosen(d, c.device)
+            drawn.append(d)
+            flat.append(elements + offsets[block.term])
+            scales.append(c[elements].sqrt())
+        return _Rows(drawn, torch.cat(flat), scales, torch.cat(scales), whole)
+
+    def _taken(self, values: Sequence[Tensor], rows: _Rows) -> Tensor:
+        """The weighted residuals of these rows [m]."""
+        return torch.cat([v.detach().flatten() for v in values])[rows.flat] * rows.scale
+
+    def _jacobian(self, plan: Plan, here: Residuals, rows: _Rows) -> Jacobian:
+        parameters = self._loss.parameters
+        found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn)
+        if self._unchecked:
+            wrong = self._wrong(plan, here, rows, found)
+            if wrong:
+                for block in plan.blocks:
+                    block.others.update({p: "a product whose rows are not the residuals'" for p in wrong})
+                found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn)
+                if wrong := self._wrong(plan, here, rows, found):
+                    raise RuntimeError(
+                        f"{self._loss.owner}.step(): the Jacobian of the parameter of shape {tuple(parameters[wrong[0]].shape)} is not "
+                        "that of autograd; its graph is not understood"
+                    )
+            for block, scale in zip(plan.blocks, rows.scales, strict=True):
+                for p, node in block.others.items():
+                    if 2 * parameters[p].numel() > len(scale):
+                        self._slow(p, node)
+        return found
+
+    def _wrong(self, plan: Plan, here: Residuals, rows: _Rows, found: Jacobian) -> list[int]:
+        """Parameters whose columns are not those of one backward pass for a random combination of the rows."""
+        parameters = self._loss.parameters
+        generator = torch.Generator().manual_seed(len(rows.flat))
+        u = torch.randn(len(rows.flat), generator=generator, dtype=torch.float64).to(rows.scale)
+        seeds = torch.cat([v.detach().flatten() for v in here.values]).zero_().index_add_(0, rows.flat, u * rows.scale)
+        weights = [w.view_as(v) for w, v in zip(seeds.split([v.numel() for v in here.values]), here.values, strict=True)]
+        right = torch.autograd.grad(here.values, parameters, weights, retain_graph=True, allow_unused=True)
+        ours = found.rmv(u).split([p.numel() for p in parameters])
+        pairs = [(o, torch.zeros_like(o) if t is None else t.flatten()) for o, t in zip(ours, right, strict=True)]
+        size = torch.cat([t for _, t in pairs]).norm()
+        tolerance = 1e-8 if rows.scale.dtype == torch.float64 else 1e-3
+        return [i for i, (o, t) in enumerate(pairs) if not bool((o - t).norm() <= tolerance * size)]
+
+    # --- parts of a step ----------------------------------------------------------------------------------------------------------
+
+    def _bent(
+        self, here: Residuals, rows: _Rows, jacobian: Jacobian, solve: Callable[[Tensor], Tensor], r: Tensor, theta: Tensor,
+        delta: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """The step with half of its geodesic acceleration, where that is small (Transtrum & Sethna, 2012)."""
+        self._loss.move(theta + PROBE * delta)
+        probed = self._taken(self._loss.there(here), rows)
+        bend = (2 / PROBE) * ((probed - r) / PROBE - jacobian.mv(delta))
+        acceleration = -0.5 * solve(bend)
+        small = 2 * acceleration.norm() < BEND * delta.norm()
+        return delta + acceleration if bool(small) else delta
+
+    def _drawn_objective(self, r: Tensor, theta: Tensor, here: Residuals) -> float:
+        total = r.square().sum(dtype=torch.float64)
+        if here.penalties is not None:
+            total = total + (here.penalties * theta.square()).sum(dtype=torch.float64)
+        return float(total)
+
+    def _recorded(self, progress: Progress, now: float, whole: bool) -> Progress:
+        """The rows of the next step: more after some steps without a new record."""
+        if whole:
+            return progress
+        if now < progress.record:
+            return replace(progress, record=now, since=0)
+        if progress.since + 1 < PATIENCE:
+            return replace(progress, since=progress.since + 1)
+        return replace(progress, rows=min(progress.rows * GROWTH, self._settings.max_rows), record=now, since=0)
+
+    def _lbfgs(self, here: Residuals) -> Residuals:
+        """Where one call of L-BFGS leads, from the parameters' present values."""
+        loss, parameters = self._loss, self._loss.parameters
+        kept = [p.grad for p in parameters]
+        optimizer = torch.optim.LBFGS(
+            parameters, max_iter=30, max_eval=40, history_size=30, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            values = loss.there(here)
+            with torch.enable_grad():
+                total = sum((c * r.square()).sum() for c, r in zip(here.weights, values, strict=True))
+                if here.penalties is not None:
+                    each = here.penalties.split([p.numel() for p in parameters])
+                    total = total + sum((t.view_as(p) * p.square()).sum() for t, p in zip(each, parameters, strict=True))
+            gradients = torch.autograd.grad(total, parameters, allow_unused=True)  # type: ignore[arg-type]
+            for p, g in zip(parameters, gradients, strict=True):
+                p.grad = torch.zeros_like(p) if g is None else g
+            return total.detach()  # type: ignore[union-attr]
+
+        try:
+            optimizer.step(closure)
+        finally:
+            for p, gradient in zip(parameters, kept, strict=True):
+                p.grad = gradient
+        return here._replace(values=loss.there(here))

@@ -1,0 +1,143 @@
+"""A closure's loss as sum_k c_k r_k^2 + sum_j t_j theta_j^2 + constant, at as many parameters as are asked for."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from secondorder._random import RandomState
+from secondorder._tape.residuals import Reach, Term, coefficients, find_terms
+
+Closure = Callable[[], Any]
+
+
+class Residuals(NamedTuple):
+    """A loss at some parameters."""
+
+    loss: Tensor  # what the closure returned, or the sum of what it listed; with its graph
+    values: list[Tensor]  # r of each term, with its graph
+    weights: list[Tensor]  # c of each term, of r's shape
+    penalties: Tensor | None  # t [P]; None: zero
+
+
+class LeastSquaresLoss:
+    """The loss of one batch: every call of the closure starts from the same state of the random generators.
+
+    Args:
+        owner: who asks, for errors.
+        closure: returns a scalar loss, or [(residual, weight), ...], whose loss is sum of mean(weight * residual ** 2).
+        parameters: what the loss is a function of.
+    """
+
+    def __init__(self, owner: str, closure: Closure, parameters: Sequence[Tensor]):
+        self.owner, self.parameters = owner, parameters
+        self._closure, self._random = closure, RandomState.now()
+        self._after: RandomState | None = None
+
+    def here(self) -> Residuals:
+        """The loss at the parameters' present values, with coefficients.
+
+        Raises:
+            RuntimeError: it is no sum of squares with coefficients >= 0.
+        """
+        result = self._call()
+        if not isinstance(result, Tensor):
+            return self._listed(result)
+        reach = Reach(self.parameters)
+        with torch.enable_grad():
+            terms = find_terms(result, reach, self.owner)
+        weights = coefficients(result, [*terms.squares, *terms.penalties], self.owner)
+        values = [term.residual for term in terms.squares]
+        penalties = self._penalties(terms.penalties, weights[len(values) :])
+        found = Residuals(result, values, weights[: len(values)], penalties)
+        missing = float(result.detach()) - self.objective(values, found)
+        bound = (1e-9 if result.dtype == torch.float64 else 1e-4) * (abs(float(result.detach())) + self.objective(values, found))
+        if abs(missing) > bound and not terms.constant:
+            raise RuntimeError(
+                f"{self.owner}.step(): expected the loss to be the sum of the squares that its graph shows, which is "
+                f"{self.objective(values, found):.9g}, got {float(result.detach()):.9g}; return [(residual, weight), ...] instead"
+            )
+        return found
+
+    def there(self, start: Residuals) -> list[Tensor]:
+        """The residuals at the parameters' present values, each of the shape that it had at the start."""
+        result = self._call()
+        if isinstance(result, Tensor):
+            with torch.enable_grad():
+                values = [term.residual for term in find_terms(result, Reach(self.parameters), self.owner).squares]
+        else:
+            values = [r for r, _ in result]
+        if [v.shape for v in values] != [v.shape for v in start.values]:
+            raise RuntimeError(
+                f"{self.owner}.step(): expected the closure to evaluate the same residuals at every call of one step, got shapes "
+                f"{[tuple(v.shape) for v in values]} after {[tuple(v.shape) for v in start.values]}. Draw the batch outside of it."
+            )
+        return values
+
+    def objective(self, values: Sequence[Tensor], start: Residuals) -> float:
+        """The loss without its constant, with the coefficients of the start."""
+        total = sum((c * r.detach().square()).sum(dtype=torch.float64) for c, r in zip(start.weights, values, strict=True))
+        if start.penalties is not None:
+            total = total + (start.penalties * self.flat().square()).sum(dtype=torch.float64)
+        return float(total)
+
+    def flat(self) -> Tensor:
+        """The parameters' present values [P]."""
+        return torch.cat([p.detach().flatten() for p in self.parameters])
+
+    @torch.no_grad()
+    def move(self, flat: Tensor) -> None:
+        """Sets the parameters."""
+        position = 0
+        for p in self.parameters:
+            p.copy_(flat[position : position + p.numel()].view_as(p))
+            position += p.numel()
+
+    def leave(self) -> None:
+        """Leaves the random generators as one call leaves them."""
+        if self._after is not None:
+            self._after.restore()
+
+    def _call(self) -> Any:
+        if self._after is not None:
+            self._random.restore()
+        with torch.enable_grad():
+            result = self._closure()
+        if self._after is None:
+            self._after = RandomState.now()
+        if isinstance(result, Tensor):
+            if result.numel() != 1 or not result.dtype.is_floating_point:
+                raise RuntimeError(
+                    f"{self.owner}.step(): expected the closure to return a scalar loss or [(residual, weight), ...], got a tensor "
+                    f"of shape {tuple(result.shape)} and dtype {result.dtype}"
+                )
+            return result
+        pairs = isinstance(result, list | tuple) and all(
+            isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], Tensor) for pair in result
+        )
+        if not pairs or not result:
+            raise RuntimeError(
+                f"{self.owner}.step(): expected the closure to return a scalar loss or [(residual, weight), ...], got "
+                f"{type(result).__name__}"
+            )
+        return result
+
+    def _listed(self, pairs: list[tuple[Tensor, Any]]) -> Residuals:
+        weights = []
+        for r, weight in pairs:
+            c = torch.as_tensor(weight, dtype=r.dtype, device=r.device).detach() / max(r.numel(), 1)
+            weights.append(c.expand(r.shape))
+            if bool((c < 0).any()):
+                raise RuntimeError(f"{self.owner}.step(): expected weights >= 0, got {weight}")
+        with torch.enable_grad():
+            loss = torch.stack([(c * r.square()).sum() for c, (r, _) in zip(weights, pairs, strict=True)]).sum()
+        return Residuals(loss, [r for r, _ in pairs], weights, None)
+
+    def _penalties(self, terms: list[Term], weights: list[Tensor]) -> Tensor | None:
+        if not terms:
+            return None
+        each = {id(p): torch.zeros_like(p) for p in self.parameters}
+        for term, c in zip(terms, weights, strict=True):
+            each[id(term.residual)] += c
+        return torch.cat([t.flatten() for t in each.values()])
