@@ -56,23 +56,22 @@ class Reach:
         """Whether anything upstream of `node`, or at it, is one of the parameters."""
         if node is None:
             return False
-        stack = [node]
-        while stack:
-            top = stack[-1]
-            if top in self._known:
-                stack.pop()
-            elif top.name() == LEAF:
-                self._known[top] = id(top.variable) in self._parameters  # type: ignore[attr-defined]
+        known = self._known
+        path = [(node, iter(node.next_functions))]  # from `node` to where the walk is
+        while path and node not in known:
+            top, following = path[-1]
+            if top.name() == LEAF:
+                known[top] = id(top.variable) in self._parameters  # type: ignore[attr-defined]
+            if known.get(top):
+                known.update((passed, True) for passed, _ in path)
+                break
+            child = next((f for f, _ in following if f is not None and known.get(f, True)), None)
+            if child is None:
+                known[top] = False
+                path.pop()
             else:
-                following = [f for f, _ in top.next_functions if f is not None]
-                unknown = [f for f in following if f not in self._known]
-                if any(self._known.get(f, False) for f in following):
-                    self._known[top] = True
-                elif unknown:
-                    stack.extend(unknown)
-                else:
-                    self._known[top] = False
-        return self._known[node]
+                path.append((child, iter(child.next_functions)))
+        return known[node]
 
 
 def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
