@@ -12,7 +12,6 @@ import importlib.util
 import sys
 from functools import lru_cache
 from itertools import groupby
-from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -123,9 +122,7 @@ def _their_training() -> Any:
     """Their module `training`, without their package's trainers, which want PyTorch Lightning."""
     name = "torch_levenberg_marquardt"
     if name not in sys.modules:
-        package, found = ModuleType(name), importlib.util.find_spec(name)
-        package.__path__ = list(found.submodule_search_locations)
-        sys.modules[name] = package
+        sys.modules[name] = importlib.util.module_from_spec(importlib.util.find_spec(name))  # and not executed
     return importlib.import_module(f"{name}.training")
 
 

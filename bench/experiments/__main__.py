@@ -59,7 +59,7 @@ def main(
     elif name.value in eigen_adam.COMPARISONS:
         text = eigen_adam.compare(name.value, results, data_dir, numbers, share, only, again, problem)
     elif name.value == errors.NAME:
-        text = errors.stored(results, share) if stored else errors.compare(results, numbers, share, only, again, problem)
+        text = errors.stored(results, share, problem) if stored else errors.compare(results, numbers, share, only, again, problem)
     else:
         text = compare(name.value, results, pictures, data_dir, numbers, share, only, again)
     print(text)

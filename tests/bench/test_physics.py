@@ -157,7 +157,7 @@ def test_what_is_stored_is_not_trained_again(tmp_path, monkeypatch):
     before = store.path.read_text()
     monkeypatch.setattr(training, "Training", None)  # nothing is trained
     assert errors.compare(tmp_path, [0, 1], 0.02, chosen=chosen) == text
-    assert errors.stored(tmp_path, 0.02) == text
+    assert errors.stored(tmp_path, 0.02) == errors.stored(tmp_path, 0.02, chosen) == text
     assert errors.compare(tmp_path, [0], 0.02, only=["Adam"], chosen=chosen) == ""
     assert store.path.read_text() == before
     with pytest.raises(ValueError, match="turbulence"):
@@ -196,6 +196,7 @@ def test_torch_levenberg_marquardt_fits_examples(tmp_path):
     (run,) = training.study([problem], [method], [0], Store(tmp_path / "x"), None, 0.2)
     assert not run.diverged
     assert run.loss[-1] < 0.5 * run.loss[0]
+    assert peers.has_torch_levenberg_marquardt()  # still, though a part of it alone was imported
 
 
 def test_a_levenberg_marquardt_step_evaluates_the_loss_itself():

@@ -97,9 +97,9 @@ def compare(
     return "" if only else tables(problems, best_runs(runs))
 
 
-def stored(results: Path, share: float = 1.0) -> str:
-    """The tables of all runs that are stored for these seconds, without training."""
-    seconds = {problem.name: problem.seconds * share for problem in PROBLEMS}
+def stored(results: Path, share: float = 1.0, chosen: list[str] | None = None) -> str:
+    """The tables of what is stored of the chosen problems for these seconds, without training."""
+    seconds = {problem.name: problem.seconds * share for problem in chosen_problems(chosen)}
     order = [method.name for method in METHODS] + [REGRESSION]
     runs = [run for run in Store(results / RESULTS).runs() if run.budget == seconds.get(run.problem)]
     runs.sort(key=lambda run: (run.seed, order.index(run.method)))
