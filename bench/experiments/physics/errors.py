@@ -1,6 +1,6 @@
 """LevenbergMarquardt and EigenAdam untuned against peers at their best settings: errors of solutions, and seconds to errors.
 
-A run's error is the relative L2 error |u - solution| / |solution|, on points that no loss contains. A peer's setting is the one
+A run's error is the relative L2 error |u - solution| / |solution|, on points of its own. A peer's setting is the one
 of the lowest training loss with the first seed, as everywhere in `bench.experiments`.
 """
 
