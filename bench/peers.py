@@ -4,12 +4,15 @@ Muon and COSMOS are made for the matrices of hidden layers; the output layer and
 have it. Weight decay is zero everywhere: what is compared first is the training loss. SOAP comes from PyPI's pytorch_optimizer.
 COSMOS takes part where its authors' module COSMOS_optim (https://github.com/lliu606/COSMOS) can be imported. Muon and COSMOS
 orthogonalise in bfloat16, which a processor without instructions for it does a hundred times as slowly as float32: there they
-get the same iteration in float32.
+get the same iteration in float32. torch-levenberg-marquardt (PyPI) takes part where it is installed.
 """
 
+import importlib
 import importlib.util
+import sys
 from functools import lru_cache
 from itertools import groupby
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -105,3 +108,31 @@ def cosmos(model: nn.Module, lr: float) -> torch.optim.Optimizer:
         for r, same in groupby(sorted(weights, key=rank), key=rank)
     ]
     return Parts(*own, torch.optim.AdamW(others, lr, weight_decay=0))
+
+
+class ClosedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose `step` does everything itself, from the examples that it was made with."""
+
+
+def has_torch_levenberg_marquardt() -> bool:
+    return importlib.util.find_spec("torch_levenberg_marquardt") is not None
+
+
+def _their_training() -> Any:
+    """Their module `training`, without their package's trainers, which want PyTorch Lightning."""
+    name = "torch_levenberg_marquardt"
+    if name not in sys.modules:
+        sys.modules[name] = importlib.util.module_from_spec(importlib.util.find_spec(name))  # and not executed
+    return importlib.import_module(f"{name}.training")
+
+
+class TorchLevenbergMarquardt(ClosedOptimizer):
+    """torch-levenberg-marquardt at its defaults for a mean squared error, all examples in every step."""
+
+    def __init__(self, model: nn.Module, inputs: Tensor, targets: Tensor):
+        super().__init__(model.parameters(), {"lr": 1.0})
+        self.module = _their_training().LevenbergMarquardtModule(model)
+        self.examples = inputs, targets
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.module.training_step(*self.examples)

@@ -28,7 +28,7 @@ def listed():
 def test_the_tree_is_the_folders_own():
     present = {
         str(path.relative_to(ROOT))
-        for folder in ("csrc", "secondorder", "tests", "bench")
+        for folder in ("csrc", "secondorder", "examples", "tests", "bench")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in SOURCES and "__pycache__" not in path.parts
     }

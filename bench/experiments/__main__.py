@@ -13,6 +13,7 @@ import typer
 
 from bench.experiments import curvature_errors, eigen_adam
 from bench.experiments.harness import Store, best_runs, matrices, overview, table
+from bench.experiments.physics import errors
 from bench.experiments.pictures import draw
 from bench.experiments.studies import STUDIES
 from bench.experiments.training import study
@@ -20,7 +21,8 @@ from bench.timing import RESULTS
 
 ROOT = Path(__file__).parents[2]
 QUICK = Path("build/experiments")
-Name = Enum("Name", {name: name for name in ("tables-2-to-5", *STUDIES, *eigen_adam.COMPARISONS)})
+Name = Enum("Name", {name: name for name in ("tables-2-to-5", *STUDIES, *eigen_adam.COMPARISONS, errors.NAME)})
+CHOOSABLE = (*eigen_adam.COMPARISONS, errors.NAME)  # experiments of which problems can be chosen
 
 
 def insert(document: Path, name: str, text: str) -> None:
@@ -40,21 +42,28 @@ def main(
     quick: Annotated[bool, typer.Option(help="one seed, a tenth of the seconds; results in build/experiments")] = False,
     only: Annotated[list[str] | None, typer.Option(help="train these methods alone, without tables and pictures")] = None,
     again: Annotated[bool, typer.Option(help="forget their stored runs first; with --only, or for all methods")] = False,
-    problem: Annotated[list[str] | None, typer.Option(help="of eigen-adam or everyday these alone; docs/ stays as it is")] = None,
+    problem: Annotated[
+        list[str] | None, typer.Option(help=f"of {', '.join(CHOOSABLE)}: these alone; docs/ stays as it is")
+    ] = None,
+    stored: Annotated[bool, typer.Option(help="of physics: tables of what is stored, no training; docs/ stays")] = False,
 ) -> None:
     """Does an experiment."""
-    if problem and name.value not in eigen_adam.COMPARISONS:
-        raise typer.BadParameter(f"expected it with one of {', '.join(eigen_adam.COMPARISONS)}, got {name.value}")
+    if problem and name.value not in CHOOSABLE:
+        raise typer.BadParameter(f"expected it with one of {', '.join(CHOOSABLE)}, got {name.value}")
+    if stored and name.value != errors.NAME:
+        raise typer.BadParameter(f"expected it with {errors.NAME}, got {name.value}")
     results, pictures = (QUICK, QUICK) if quick else (RESULTS, ROOT / "docs")
     share, numbers = (0.1, [0]) if quick else (1.0, list(range(seeds)))
     if name.value == "tables-2-to-5":
         text = curvature_errors.experiment(results / "curvature_errors.json", data_dir, len(numbers), 1 if quick else 5)
     elif name.value in eigen_adam.COMPARISONS:
         text = eigen_adam.compare(name.value, results, data_dir, numbers, share, only, again, problem)
+    elif name.value == errors.NAME:
+        text = errors.stored(results, share, problem) if stored else errors.compare(results, numbers, share, only, again, problem)
     else:
         text = compare(name.value, results, pictures, data_dir, numbers, share, only, again)
     print(text)
-    if not quick and not only and not problem:
+    if not (quick or only or problem or stored):
         insert(ROOT / "docs" / "results.md", name.value, text)
 
 

@@ -36,6 +36,7 @@ class Task:
     steps_per_epoch: float
     criterion: nn.Module | None = None  # for optimizers that ask for it
     inputs: Callable[[], Sequence[Tensor]] = tuple  # the training set's, in batches
+    more: Callable[[], dict[str, float]] = dict  # further scores by their names
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,7 @@ class Problem:
     higher: bool = False  # scores are the better ones; otherwise they are errors
     signed: bool = False  # losses may be below zero
     epochs: float = math.inf  # a run ends after so many, if the seconds last
+    evaluations: int = 16  # of a run
 
     def begin(self, data_dir: Path | None, seed: int) -> Task:
         """Makes what a run trains; torch's generator has been seeded."""
@@ -143,6 +145,7 @@ class Run:
     seconds: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     score: list[float] = field(default_factory=list)
+    more: dict[str, list[float]] = field(default_factory=dict)  # further scores by their names
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -156,12 +159,20 @@ class Run:
 
     def seconds_to(self, loss: float) -> float:
         """When the training loss first was at most this, linearly between evaluations; infinite if never."""
-        if self.loss and self.loss[0] <= loss:
-            return self.seconds[0]
-        for (t0, t1), (l0, l1) in zip(pairwise(self.seconds), pairwise(self.loss), strict=True):
-            if l1 <= loss:
-                return t0 + (t1 - t0) * (l0 - loss) / (l0 - l1)
-        return math.inf
+        return _time_of(loss, self.seconds, self.loss)
+
+    def seconds_to_score(self, score: float) -> float:
+        """Likewise for scores that are errors."""
+        return _time_of(score, self.seconds, self.score)
+
+
+def _time_of(goal: float, seconds: list[float], values: list[float]) -> float:
+    if values and values[0] <= goal:
+        return seconds[0]
+    for (t0, t1), (v0, v1) in zip(pairwise(seconds), pairwise(values), strict=True):
+        if v1 <= goal:
+            return t0 + (t1 - t0) * (v0 - goal) / (v0 - v1)
+    return math.inf
 
 
 def grid(**values: list[float]) -> tuple[Setting, ...]:

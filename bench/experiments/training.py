@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 import secondorder as so
 from bench.experiments.harness import Method, Problem, Run, Setting, Store, Task
+from bench.peers import ClosedOptimizer
 from bench.timing import cpu_name
 
-EVALUATIONS = 16  # of a run
-CLOSURES = torch.optim.LBFGS | so.KBFGS  # steps that evaluate the loss themselves
+CLOSURES = torch.optim.LBFGS | so.KBFGS | so.LevenbergMarquardt | ClosedOptimizer  # steps that evaluate the loss themselves
 SCHEDULES = ("halve", "linear")
 # What a method may fail with that is its own doing: not a fault of the experiment.
 DIVERGED = (FloatingPointError, so.NonFiniteError, torch.linalg.LinAlgError)
@@ -69,6 +69,7 @@ class Training:
     ) -> None:
         _warm_up(problem, method, data_dir)
         torch.manual_seed(seed)
+        self.problem = problem
         self.task = problem.begin(data_dir, seed)
         self.run = Run(problem.name, method.name, setting, seed, budget, self.task.data, environment())
         self.last_step = problem.epochs * self.task.steps_per_epoch
@@ -87,7 +88,7 @@ class Training:
         """Trains up to the next evaluation."""
         torch.set_rng_state(self.random)
         try:
-            until = len(self.run.seconds) * self.run.budget / EVALUATIONS
+            until = len(self.run.seconds) * self.run.budget / self.problem.evaluations
             while True:
                 batch = next(self.task.batches)
                 start = time.process_time()
@@ -125,6 +126,8 @@ class Training:
         self.run.seconds.append(_rounded(self.elapsed))
         self.run.loss.append(_rounded(loss))
         self.run.score.append(_rounded(score))
+        for name, value in self.task.more().items():
+            self.run.more.setdefault(name, []).append(_rounded(value))
 
 
 def take_turns(trainings: list[Training]) -> list[Run]:

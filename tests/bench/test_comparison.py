@@ -122,7 +122,7 @@ def test_turns_go_round(monkeypatch):
     order.clear()  # of the warm-up
     take_turns(under_way)
     turns = [key for key, _ in itertools.groupby(order)]
-    assert len(turns) == 2 * training.EVALUATIONS
+    assert len(turns) == 2 * noisy().evaluations
     assert set(turns[::2]) == {id(under_way[0].task)}
 
 

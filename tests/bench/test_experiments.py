@@ -10,7 +10,7 @@ from torch import nn
 
 import secondorder as so
 from bench.data import Dataset
-from bench.experiments.__main__ import insert
+from bench.experiments.__main__ import ROOT, Name, insert
 from bench.experiments.harness import Method, Run, Store, Supervised, best_runs, grid, matrices, table
 from bench.experiments.problems import JetNet, MixtureLoss, PoissonLoss
 from bench.experiments.studies import STUDIES
@@ -116,6 +116,12 @@ def test_tables_go_between_their_marks(tmp_path):
     assert document.read_text() == "a\n<!-- x -->\nnew\n<!-- end of x -->\nb\n"
     with pytest.raises(ValueError, match="<!-- y -->"):
         insert(document, "y", "new")
+
+
+def test_every_experiment_has_its_place_on_the_page():
+    page = (ROOT / "docs" / "results.md").read_text()
+    for name in Name:
+        assert page.count(f"<!-- {name.value} -->\n") == page.count(f"\n<!-- end of {name.value} -->") == 1
 
 
 def test_the_jet_net_gives_the_derivatives_of_its_value():
