@@ -85,14 +85,10 @@ def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def gram(matrix: Tensor) -> Tensor:
-    """The lower triangle of M M^T [m, m] for M [m, n], by panels: little more than half the work of the whole product.
-
-    Above the diagonal there is as much of the product as the panels bring.
-    """
+def gram(matrix: Tensor, result: Tensor) -> Tensor:
+    """Writes M M^T [m, m] for M [m, n] by panels, at least its lower triangle: little more than half the whole product's work."""
     m = len(matrix)
     panel = max(64, -(-m // 8))
-    result = matrix.new_empty(m, m)
     for start in range(0, m, panel):
         stop = min(start + panel, m)
         torch.mm(matrix[start:stop], matrix[:stop].T, out=result[start:stop, :stop])

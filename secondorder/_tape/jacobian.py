@@ -1,12 +1,12 @@
 """The Jacobian of residuals w.r.t. parameters, all rows from one backward pass through the uses that the graph shows."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from secondorder._tape.uses import Use, Uses
 from secondorder.linalg import gram
@@ -20,23 +20,23 @@ class Block(NamedTuple):
     Args:
         term: which tensor of residuals they are of.
         elements: their positions in it, flattened [n]; None: all.
-        count: n.
+        size: n.
         uses: those that are taken, by their position in the tensor's list.
-        rows: for each, the rows of the product that are of each residual [n, T], the number of rows standing for none; None: row i
-            is of residual i.
+        rows: for each, which rows of the product are of each residual [n, T], the number of rows standing for none; None: row i is
+            of residual i.
         others: parameters whose columns or rows need backward passes of their own, and the nodes by which they enter.
     """
 
     term: int
     elements: Tensor | None
-    count: int
+    size: int
     uses: list[int]
     rows: list[Tensor | None]
     others: dict[int, str]
 
     def chosen(self, drawn: Tensor | None, device: torch.device) -> Tensor:
         """The positions in the tensor of those of the block's residuals that are drawn."""
-        elements = torch.arange(self.count, device=device) if self.elements is None else self.elements
+        elements = torch.arange(self.size, device=device) if self.elements is None else self.elements
         return elements if drawn is None else elements[drawn]
 
 
@@ -76,7 +76,7 @@ def make_plan(residuals: Sequence[Tensor], uses: Sequence[Uses], parameters: Seq
         columns = [_block(term, positions[j::width], r, u, parameters) for j in range(width)]
         still = any(m for _, m in columns)
         blocks.extend([whole] if still else [block for block, _ in columns])
-    passes: list[tuple[set[object], list[int]]] = []
+    passes: list[tuple[set[Node], list[int]]] = []
     for i, block in enumerate(blocks):
         nodes = {uses[block.term].uses[k].node for k in block.uses}
         for taken, members in passes:
@@ -195,24 +195,55 @@ def _seed(r: Tensor, elements: Tensor | None, values: Tensor) -> Tensor:
     return seed.view(r.shape)
 
 
-def _arriving(outputs: list[Tensor], seeds: list[Tensor], nodes: list) -> dict:  # type: ignore[type-arg]
+def _arriving(outputs: list[Tensor], seeds: list[Tensor], nodes: list[Node]) -> dict[Node, Tensor | None]:
     """The gradients that arrive at nodes."""
     if not nodes:
         return {}
     edges = [GradientEdge(node, 0) for node in nodes]
-    found = torch.autograd.grad(outputs, edges, seeds, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+    found = torch.autograd.grad(outputs, edges, seeds, retain_graph=True, allow_unused=True)
     return dict(zip(nodes, found, strict=True))
 
 
-@dataclass
-class Part:
-    """A parameter's columns for some rows: sum over u of outer(left[:, u], right[:, u]), or `dense` [m, numel]."""
+class Piece(NamedTuple):
+    """What a product adds to a parameter's columns: for residual k the outer products of its rows `rows[k]`."""
 
-    start: int
-    stop: int
-    left: Tensor | None = None  # [m, U, a]
-    right: Tensor | None = None  # [m, U, b]
-    dense: Tensor | None = None
+    left: Tensor  # [R, a]
+    right: Tensor | None  # [R, b]; None: the parameter is a vector
+    rows: Tensor | None  # [m, T], R standing for none; None: row k is of residual k
+
+
+class Part:
+    """A parameter's columns for the rows from `start` to `stop`: a sum of pieces, or `dense` [m, numel]."""
+
+    def __init__(self, start: int, stop: int, pieces: list[Piece], dense: Tensor | None = None):
+        self.start, self.stop, self.pieces, self.dense = start, stop, pieces, dense
+        self._factors: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """L [m, U, a] and R [m, U, b] with columns sum over u of outer(L_u, R_u)."""
+        if self._factors is None:
+            left = [_taken(piece.left, piece.rows) for piece in self.pieces]
+            right = [
+                torch.ones_like(each[:, :, :1]) if piece.right is None else _taken(piece.right, piece.rows)
+                for each, piece in zip(left, self.pieces, strict=True)
+            ]
+            self._factors = (left[0], right[0]) if len(left) == 1 else (torch.cat(left, 1), torch.cat(right, 1))
+        return self._factors
+
+
+class Buffer:
+    """Memory that serves one step after another, since fresh memory costs as much as what is written there."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def matrix(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+        """An uninitialized matrix, the same memory for the same name."""
+        memory = self._memory.get(name)
+        if memory is None or len(memory) < rows * columns or (memory.dtype, memory.device) != (like.dtype, like.device):
+            memory = self._memory[name] = like.new_empty(rows * columns)
+        return memory[: rows * columns].view(rows, columns)
 
 
 class Jacobian:
@@ -222,10 +253,11 @@ class Jacobian:
         rows: m.
         parameters: whose columns follow one another.
         parts: of each parameter, by its position.
+        buffer: memory for J and J J^T.
     """
 
-    def __init__(self, rows: int, parameters: Sequence[Tensor], parts: dict[int, list[Part]]):
-        self.rows, self.parts = rows, parts
+    def __init__(self, rows: int, parameters: Sequence[Tensor], parts: dict[int, list[Part]], buffer: Buffer):
+        self.rows, self.parts, self._buffer = rows, parts, buffer
         self.offsets = [0]
         for p in parameters:
             self.offsets.append(self.offsets[-1] + p.numel())
@@ -237,7 +269,7 @@ class Jacobian:
     def dense(self) -> Tensor:
         """J [m, P], kept from now on."""
         if self._dense is None:
-            self._dense = self.like.new_zeros(self.rows, self.columns)
+            self._dense = self._buffer.matrix("jacobian", self.rows, self.columns, self.like).zero_()
             for p in self.parts:
                 self._fill(self._dense[:, self.offsets[p] : self.offsets[p + 1]], p)
         return self._dense
@@ -249,8 +281,8 @@ class Jacobian:
             if part.dense is not None:
                 rows += part.dense
             else:
-                assert part.left is not None and part.right is not None
-                rows += torch.bmm(part.left.mT, part.right).flatten(1)
+                left, right = part.factors
+                rows += torch.bmm(left.mT, right).flatten(1)
 
     def mv(self, v: Tensor) -> Tensor:
         """J v [m]."""
@@ -272,10 +304,10 @@ class Jacobian:
                 if part.dense is not None:
                     rows += part.dense @ columns
                 else:
-                    assert part.left is not None and part.right is not None
-                    matrices = columns.view(part.left.shape[2], part.right.shape[2], -1)
+                    left, right = part.factors
+                    matrices = columns.view(left.shape[2], right.shape[2], -1)
                     for j in range(v.shape[1]):
-                        rows[:, j] += (part.left @ matrices[:, :, j] * part.right).sum((1, 2))
+                        rows[:, j] += (left @ matrices[:, :, j] * right).sum((1, 2))
         return result
 
     def rmm(self, u: Tensor) -> Tensor:
@@ -290,31 +322,20 @@ class Jacobian:
                 if part.dense is not None:
                     columns += part.dense.T @ weights
                 else:
-                    assert part.left is not None and part.right is not None
-                    right = part.right.flatten(0, 1)
+                    left, right = part.factors
                     for j in range(u.shape[1]):
-                        left = (part.left * weights[:, j].view(-1, 1, 1)).flatten(0, 1)
-                        columns[:, j] += (left.T @ right).flatten()
+                        weighted = (left * weights[:, j].view(-1, 1, 1)).flatten(0, 1)
+                        columns[:, j] += (weighted.T @ right.flatten(0, 1)).flatten()
         return result
 
     def squared_norm(self) -> Tensor:
         """tr(J J^T)."""
         if self._dense is not None:
-            return self._dense.square().sum()
-        return sum((self._squared_norm(p) for p in self.parts), start=self.like.new_zeros(()))
-
-    def _squared_norm(self, parameter: int) -> Tensor:
-        parts = self.parts[parameter]
-        if len({(part.start, part.stop) for part in parts}) == len(parts):  # no two share a row
-            total = self.like.new_zeros(())
-            for part in parts:
-                if part.dense is not None:
-                    total = total + part.dense.square().sum()
-                else:
-                    assert part.left is not None and part.right is not None
-                    total = total + ((part.left @ part.left.mT) * (part.right @ part.right.mT)).sum()
-            return total
-        return self._columns(parameter).square().sum()
+            return self._dense.flatten() @ self._dense.flatten()
+        total = self.like.new_zeros(())
+        for p in self.parts:
+            total = total + self._columns(p).square().sum()
+        return total
 
     def _columns(self, parameter: int) -> Tensor:
         columns = self.like.new_zeros(self.rows, self.offsets[parameter + 1] - self.offsets[parameter])
@@ -322,27 +343,29 @@ class Jacobian:
         return columns
 
     def prefers_dense(self) -> bool:
-        """Whether J J^T is cheaper by J than from the factors."""
-        return not any(self._from_factors(p) for p in self.parts)
+        """Whether J is worth its memory: whether J J^T by it does not cost four times what it costs from the factors."""
+        numel = [self.offsets[p + 1] - self.offsets[p] for p in self.parts]
+        least = [min(n, self._factor_cost(p)) for n, p in zip(numel, self.parts, strict=True)]
+        return 4 * sum(least) > sum(numel)
 
-    def _from_factors(self, parameter: int) -> bool:
-        """Whether a parameter's J J^T costs less from its factors: products of U (a + b) numbers for U^2 pairs against a b."""
+    def _factor_cost(self, parameter: int) -> float:
+        """Products for an entry of a parameter's J J^T from its factors: U^2 (a + b), where by its columns they are a b."""
         parts = self.parts[parameter]
-        if any(part.left is None for part in parts) or len({(part.start, part.stop) for part in parts}) < len(parts):
-            return False
-        uses = max(part.left.shape[1] for part in parts if part.left is not None)
-        _, _, a = parts[0].left.shape  # type: ignore[union-attr]
-        _, _, b = parts[0].right.shape  # type: ignore[union-attr]
-        return bool(2 * uses**2 * (a + b) < a * b)
+        if any(part.dense is not None for part in parts) or len({(part.start, part.stop) for part in parts}) < len(parts):
+            return math.inf
+        left, right = parts[0].factors
+        uses = max(part.factors[0].shape[1] for part in parts)
+        return uses**2 * (left.shape[2] + right.shape[2])
 
     def gram(self) -> Tensor:
         """J J^T [m, m], at least its lower triangle."""
+        result = self._buffer.matrix("gram", self.rows, self.rows, self.like)
         if self._dense is not None:
-            return gram(self._dense)
-        result = self.like.new_zeros(self.rows, self.rows)
+            return gram(self._dense, result)
+        result.zero_()
         for p, parts in self.parts.items():
-            if not self._from_factors(p):
-                result += gram(self._columns(p))
+            if self._factor_cost(p) > self.offsets[p + 1] - self.offsets[p]:
+                result += gram(self._columns(p), torch.empty_like(result)).tril_()
                 continue
             for first in parts:
                 for second in parts:
@@ -354,17 +377,17 @@ class Jacobian:
 
 def _gram_from_factors(first: Part, second: Part) -> Tensor:
     """Sums over uses u, v of (L_u L_v^T) * (R_u R_v^T) [m, m']."""
-    assert first.left is not None and first.right is not None and second.left is not None and second.right is not None
-    total = first.left.new_zeros(len(first.left), len(second.left))
-    for u in range(first.left.shape[1]):
-        for v in range(second.left.shape[1]):
-            total.addcmul_(first.left[:, u] @ second.left[:, v].T, first.right[:, u] @ second.right[:, v].T)
+    (left, right), (left2, right2) = first.factors, second.factors
+    total = left.new_zeros(len(left), len(left2))
+    for u in range(left.shape[1]):
+        for v in range(left2.shape[1]):
+            total.addcmul_(left[:, u] @ left2[:, v].T, right[:, u] @ right2[:, v].T)
     return total
 
 
 def jacobian(
     plan: Plan, residuals: Sequence[Tensor], uses: Sequence[Uses], parameters: Sequence[Tensor], scales: Sequence[Tensor],
-    drawn: Sequence[Tensor | None],
+    drawn: Sequence[Tensor | None], buffer: Buffer,
 ) -> Jacobian:  # fmt: skip
     """The rows of some residuals, each times a scale.
 
@@ -375,12 +398,13 @@ def jacobian(
         parameters: by their positions.
         scales: of each block's residuals [n], or of those drawn.
         drawn: of each block, the positions among its residuals that are wanted; None: all.
+        buffer: memory for J.
     """
     parts: dict[int, list[Part]] = {}
-    counts = [b.count if d is None else len(d) for b, d in zip(plan.blocks, drawn, strict=True)]
+    counts = [b.size if d is None else len(d) for b, d in zip(plan.blocks, drawn, strict=True)]
     starts = [sum(counts[:i]) for i in range(len(counts))]
     for members in plan.passes:
-        outputs, seeds, nodes = [], [], dict[object, None]()
+        outputs, seeds, nodes = list[Tensor](), list[Tensor](), dict[Node, None]()
         for i in members:
             block, d = plan.blocks[i], drawn[i]
             r = residuals[block.term]
@@ -395,50 +419,43 @@ def jacobian(
                 parts.setdefault(p, []).extend(part)
             if block.others:
                 for p, dense in _others(r, seed, block.chosen(d, r.device), [(p, parameters[p]) for p in block.others]).items():
-                    parts.setdefault(p, []).append(Part(*span, dense=dense))
-    return Jacobian(sum(counts), parameters, parts)
+                    parts.setdefault(p, []).append(Part(*span, [], dense))
+    return Jacobian(sum(counts), parameters, parts, buffer)
 
 
 def _parts(
-    block: Block, drawn: Tensor | None, uses: list[Use], arriving: dict, span: tuple[int, int]  # type: ignore[type-arg]
+    block: Block,
+    drawn: Tensor | None,
+    uses: list[Use],
+    arriving: dict[Node, Tensor | None],
+    span: tuple[int, int],
 ) -> dict[int, list[Part]]:
     """What a block's uses add to each parameter's columns."""
-    factors: dict[tuple[int, int], list[tuple[Tensor, Tensor | None]]] = {}
-    backs = {}
+    pieces: dict[int, list[Piece]] = {}
+    found: dict[int, list[Part]] = {}
     for k, rows in zip(block.uses, block.rows, strict=True):
         use = uses[k]
         gradient = arriving[use.node]
         if gradient is None or use.parameter in block.others:
             continue
-        wanted = drawn if rows is None else rows if drawn is None else rows[drawn]
-        g = _taken(use.rows(gradient), wanted)
-        a = None if use.operand is None else _taken(use.operand, wanted)
-        pair = (g, a) if a is None or not use.swapped else (a, g)
-        group = (use.parameter, 0 if use.back is None else 1 + k)  # what is taken back, is so by itself
-        factors.setdefault(group, []).append(pair)
-        backs[group] = use.back
-    found: dict[int, list[Part]] = {}
-    for group, pairs in factors.items():
-        left = torch.cat([pair[0] for pair in pairs], 1) if len(pairs) > 1 else pairs[0][0]
-        back = backs[group]
-        if pairs[0][1] is None:
-            part = Part(*span, dense=left.sum(1))
+        wanted = rows if drawn is None else drawn.unsqueeze(1) if rows is None else rows[drawn]
+        g = use.rows(gradient)
+        piece = Piece(use.operand, g, wanted) if use.swapped and use.operand is not None else Piece(g, use.operand, wanted)
+        if use.back is None:
+            pieces.setdefault(use.parameter, []).append(piece)
         else:
-            right = torch.cat([pair[1] for pair in pairs if pair[1] is not None], 1)
-            if back is None:
-                part = Part(*span, left, right)
-            else:
-                part = Part(*span, dense=back(torch.bmm(left.mT, right)).flatten(1))
-        found.setdefault(group[0], []).append(part)
+            left, right = Part(*span, [piece]).factors
+            dense = use.back(torch.bmm(left.mT, right)).flatten(1)
+            found.setdefault(use.parameter, []).append(Part(*span, [], dense))
+    for p, each in pieces.items():
+        found.setdefault(p, []).append(Part(*span, each))
     return found
 
 
 def _taken(rows: Tensor, wanted: Tensor | None) -> Tensor:
-    """Rows [m, T, a] by their positions [m] or [m, T], where the number of rows stands for a row of zeros."""
+    """Rows [m, T, a] by their positions [m, T], where the number of rows stands for a row of zeros."""
     if wanted is None:
         return rows.unsqueeze(1)
-    if wanted.ndim == 1:
-        return rows[wanted].unsqueeze(1)
     inside = wanted < len(rows)
     taken = rows[wanted.clamp(max=len(rows) - 1)]
     return taken if bool(inside.all()) else taken * inside.unsqueeze(2)
@@ -462,8 +479,9 @@ def _others(r: Tensor, seed: Tensor, elements: Tensor, parameters: list[tuple[in
     rest = [(p, t) for p, t in parameters if p not in found]
     if rest:
         flat, weights = r.flatten(), seed.flatten()
-        rows = [torch.autograd.grad(flat[e], [t for _, t in rest], weights[e], retain_graph=True, allow_unused=True) for e in elements]
+        rows = [
+            torch.autograd.grad(flat[e], [t for _, t in rest], weights[e], retain_graph=True, allow_unused=True) for e in elements
+        ]
         for i, (p, t) in enumerate(rest):
             found[p] = torch.stack([r.new_zeros(t.numel()) if row[i] is None else row[i].flatten() for row in rows])
     return found
-

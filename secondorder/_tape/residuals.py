@@ -85,7 +85,7 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
     Raises:
         RuntimeError: the graph has a node between the loss and a parameter that is neither linear nor a square.
     """
-    squares, penalties, constant = [], [], False
+    squares, penalties, constant = list[Term](), list[Term](), False
     seen: set[Node] = set()
     stack: list[Node] = [loss.grad_fn] if loss.grad_fn is not None else []
     while stack:
@@ -115,7 +115,7 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
             raise _refused(owner, node, "neither a square nor linear")
     if not squares:
         raise RuntimeError(
-            f"{owner}.step(): expected the closure to return a loss whose squares depend on a trained parameter, got one without; "
+            f"{owner}.step(): expected the closure to return a loss that depends on a trained parameter, got one that does not; "
             "return the scalar loss itself, neither detached nor a number"
         )
     return Terms(squares[::-1], penalties[::-1], constant)
@@ -154,7 +154,7 @@ def _root(value: Tensor) -> Tensor:
     """What (sum r^2)^(1/2) is of, where the squared thing is such a norm; else the thing itself."""
     node: Any = value.grad_fn
     if node is not None and kind(node) == "LinalgVectorNormBackward" and value.numel() == 1 and float(node._saved_ord) == 2:
-        return node._saved_self  # type: ignore[no-any-return]
+        return node._saved_self
     return value
 
 
@@ -165,7 +165,7 @@ def coefficients(loss: Tensor, terms: list[Term], owner: str) -> list[Tensor]:
         RuntimeError: a coefficient is negative.
     """
     edges = [GradientEdge(term.node, 0) for term in terms]
-    arriving = torch.autograd.grad(loss, edges, retain_graph=True)  # type: ignore[arg-type]
+    arriving = torch.autograd.grad(loss, edges, retain_graph=True)
     found = []
     for term, c in zip(terms, arriving, strict=True):
         scale = 1 / term.residual.numel() if term.mean else 1
@@ -176,4 +176,3 @@ def coefficients(loss: Tensor, terms: list[Term], owner: str) -> list[Tensor]:
             "Gauss-Newton step"
         )
     return found
-

@@ -1,11 +1,11 @@
 """Uses of parameters in an autograd graph: matrix products, sums and scalings whose gradient is one outer product a row.
 
-Derivatives that `torch.autograd.grad(..., create_graph=True)` has recorded use a weight again and again; each use is found. For a
-product Z = A W^T the gradient of a residual r_k is the sum over its rows i of outer(G_i, A_i), G the gradient that arrives at Z. So
-all rows of a Jacobian come from one backward pass.
+Derivatives that `torch.autograd.grad(..., create_graph=True)` has recorded use a weight again and again; each use is found. For
+a product Z = A W^T the gradient of a residual r_k is the sum over its rows i of outer(G_i, A_i), G the gradient that arrives at
+Z. So all rows of a Jacobian come from one backward pass.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +98,7 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
-# --- Tensors that are made of parameters alone -----------------------------------------------------------------------------------
+# --- Tensors that are made of parameters alone ---
 
 
 class _Made(NamedTuple):
@@ -188,7 +188,7 @@ def _step_back(node: Any, name: str) -> Back | None:
         return _flip
     if name == "NegBackward":
         return torch.neg
-    if name in ("MulBackward", "DivBackward") and (node.next_functions + ((None, 0),))[1][0] is None:
+    if name in ("MulBackward", "DivBackward") and (len(node.next_functions) < 2 or node.next_functions[1][0] is None):
         other = node._saved_other
         if isinstance(other, Tensor) and other.numel() > 1:
             return None
@@ -217,7 +217,7 @@ def _weight_norm(node: Any) -> tuple[Back, Back]:
     return of_v, lambda gradient: along(gradient.reshape(-1, *v.shape))
 
 
-# --- Nodes that act row by row: each yields the positions of its inputs that are parameters, with their uses -----------------------
+# --- Nodes that act row by row: each yields the positions of its inputs that are parameters, with their uses ---
 
 Found = Iterator[tuple[int, Use]]
 
@@ -251,10 +251,7 @@ def _mm(node: Any, index: dict[int, int]) -> Found:
 def _bmm(node: Any, index: dict[int, int]) -> Found:
     """Of a batch of one, or with an operand that the whole batch has."""
     for position, use in _product(node, index, 0, ("_saved_self", "_saved_mat2")):
-        back = use.back
-        if back is not None:
-            use = use._replace(back=lambda g, back=back: back(g.unsqueeze(1)))
-        yield position, use
+        yield position, use if use.back is None else use._replace(back=_composed([lambda g: g.unsqueeze(1), use.back]))
 
 
 def _addmm(node: Any, index: dict[int, int]) -> Found:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from secondorder._tape.jacobian import Jacobian
+from secondorder._tape.jacobian import Buffer, Jacobian
 from secondorder.linalg import gram
 
 RANK = 200  # of Nystrom's approximation
@@ -27,30 +27,34 @@ class DampedLeastSquares:
         solver: "rows", "parameters", "nystrom" or "auto".
         memory: bytes that J may take; a larger one is never formed.
         generator: for the random directions of "nystrom".
+        buffer: memory for matrices.
     """
 
-    def __init__(self, jacobian: Jacobian, penalties: Tensor | None, solver: str, memory: int, generator: torch.Generator):
+    def __init__(
+        self, jacobian: Jacobian, penalties: Tensor | None, solver: str, memory: int, generator: torch.Generator, buffer: Buffer
+    ):
         m, n = jacobian.rows, jacobian.columns
-        if m * n * jacobian.itemsize <= memory and (solver != "rows" or jacobian.prefers_dense()):
-            jacobian.dense()
-        self._jacobian, self._penalties = jacobian, penalties
         if solver == "auto":
             solver = "parameters" if n < m else "nystrom" if m > 2.5 * RANK and penalties is None else "rows"
-        self.solver = solver
-        self._matrix: Tensor | None = None
-        self._nystrom: tuple[Tensor, Tensor] | None = None
-        if solver == "nystrom":
-            self._nystrom = _nystrom(jacobian, generator)
-            if self._nystrom is None:
-                self.solver = "rows"
-        if self.solver == "rows" and penalties is None:
-            self._matrix = jacobian.gram()
-        elif self.solver == "parameters":
-            self._matrix = gram(jacobian.dense().T)
-            if penalties is not None:
-                self._matrix.diagonal().add_(penalties)
+        fits = m * n * jacobian.like.element_size() <= memory
+        if solver == "parameters" or penalties is not None or (fits and (solver == "nystrom" or jacobian.prefers_dense())):
+            jacobian.dense()
+        self._jacobian, self._penalties, self._buffer = jacobian, penalties, buffer
+        self._nystrom = _nystrom(jacobian, generator) if solver == "nystrom" else None
+        self.solver = "rows" if solver == "nystrom" and self._nystrom is None else solver
         #: tr(J J^T), the scale of mu.
-        self.trace = float(jacobian.squared_norm())
+        self.trace: float
+        if self.solver == "nystrom" or (self.solver == "rows" and penalties is not None):
+            self.trace = float(jacobian.squared_norm())
+            return
+        if self.solver == "rows":
+            self._matrix = jacobian.gram()
+        else:
+            self._matrix = gram(jacobian.dense().T, buffer.matrix("gram", n, n, jacobian.like))
+        self._diagonal = self._matrix.diagonal().clone()
+        self.trace = float(self._diagonal.sum())
+        if self.solver == "parameters" and penalties is not None:
+            self._diagonal += penalties
 
     def at(self, mu: float) -> "Callable[[Tensor], Tensor] | None":
         """b [m] -> x [P] at a damping; None: the matrix is not positive definite within rounding."""
@@ -62,12 +66,12 @@ class DampedLeastSquares:
         scale = None
         if self.solver == "rows" and self._penalties is not None:  # by columns divided by the root of t + mu
             scale = 1 / (self._penalties + mu)
-            scaled = jacobian.dense() * scale.sqrt()
-            matrix, shift = gram(scaled), 1.0
+            m = jacobian.rows
+            matrix = gram(jacobian.dense() * scale.sqrt(), self._buffer.matrix("gram", m, m, jacobian.like))
+            matrix.diagonal().add_(1)
         else:
-            assert self._matrix is not None
-            matrix, shift = self._matrix.clone(), mu
-        matrix.diagonal().add_(shift)
+            matrix = self._matrix
+            matrix.diagonal().copy_(self._diagonal + mu)
         factor, info = torch.linalg.cholesky_ex(matrix)
         if info.item():
             return None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secondorder._tape.jacobian import Jacobian, Plan, jacobian, make_plan, signature
+from secondorder._tape.jacobian import Buffer, Jacobian, Plan, jacobian, make_plan, signature
 from secondorder._tape.uses import find_uses
 from secondorder.errors import NonFiniteError
 from secondorder.stepping.damped_least_squares import DampedLeastSquares
@@ -71,12 +71,14 @@ class GaussNewtonStep:
         generator: draws rows.
         lr: multiplies a step, a number or one for each parameter's element [P].
         slow: is told of a parameter that costs a backward pass for each residual, and of the node by which it enters.
+        buffer: memory for matrices.
     """
 
     def __init__(
         self, loss: LeastSquaresLoss, settings: Settings, plans: dict[object, Plan], generator: torch.Generator,
-        lr: float | Tensor, slow: Callable[[int, str], None],
+        lr: float | Tensor, slow: Callable[[int, str], None], buffer: Buffer,
     ):  # fmt: skip
+        self._buffer = buffer
         self._loss, self._settings, self._plans = loss, settings, plans
         self._generator, self._lr, self._slow = generator, lr, slow
         self._index = {id(p): i for i, p in enumerate(loss.parameters)}
@@ -88,7 +90,7 @@ class GaussNewtonStep:
         rows = self._draw(plan, here, progress.rows)
         jacobian = self._jacobian(plan, here, rows)
         r = self._taken(here.values, rows)
-        problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator)
+        problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator, self._buffer)
         theta, whole = loss.flat(), loss.objective(here.values, here)
         start = self._drawn_objective(r, theta, here)
         if not math.isfinite(problem.trace):
@@ -149,7 +151,7 @@ class GaussNewtonStep:
         loss.move(theta)
         return now, replace(progress, rows=self._settings.rows, growth=2.0, record=value, since=0)
 
-    # --- the Jacobian of some rows ------------------------------------------------------------------------------------------------
+    # --- the Jacobian of some rows ---
 
     def _plan(self, here: Residuals) -> Plan:
         """Which rows of the graph's products are of which residuals; new for a new structure, which is then checked."""
@@ -161,7 +163,7 @@ class GaussNewtonStep:
             for old, new in zip(here.values, again, strict=True):
                 if not bool((old - new).detach().norm() <= 1e-4 * old.detach().norm()):
                     raise RuntimeError(
-                        f"{self._loss.owner}.step(): expected the closure to evaluate the same residuals at every call of one step, "
+                        f"{self._loss.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, "
                         "but they differ at the same parameters. Draw the batch outside of the closure, or by torch's own "
                         "generators, which start every call of a step alike."
                     )
@@ -174,7 +176,7 @@ class GaussNewtonStep:
 
     def _draw(self, plan: Plan, here: Residuals, rows: float) -> _Rows:
         """Draws residuals: of each block its share, of a small one at least half of an equal share."""
-        total = sum(block.count for block in plan.blocks)
+        total = sum(block.size for block in plan.blocks)
         whole = rows >= total
         offsets = [0]
         for r in here.values:
@@ -186,9 +188,9 @@ class GaussNewtonStep:
             d = None
             if not whole:
                 equal = int(SHARE * rows / len(plan.blocks))
-                m = min(block.count, max(math.ceil(rows * block.count / total), equal, 2))
-                d = torch.randperm(block.count, generator=self._generator)[:m].sort()[0].to(c.device)
-                c = c * (block.count / m)
+                m = min(block.size, max(math.ceil(rows * block.size / total), equal, 2))
+                d = torch.randperm(block.size, generator=self._generator)[:m].sort()[0].to(c.device)
+                c = c * (block.size / m)
             elements = block.chosen(d, c.device)
             drawn.append(d)
             flat.append(elements + offsets[block.term])
@@ -201,17 +203,17 @@ class GaussNewtonStep:
 
     def _jacobian(self, plan: Plan, here: Residuals, rows: _Rows) -> Jacobian:
         parameters = self._loss.parameters
-        found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn)
+        found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn, self._buffer)
         if self._unchecked:
             wrong = self._wrong(plan, here, rows, found)
             if wrong:
                 for block in plan.blocks:
-                    block.others.update({p: "a product whose rows are not the residuals'" for p in wrong})
-                found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn)
+                    block.others.update(dict.fromkeys(wrong, "a product"))
+                found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn, self._buffer)
                 if wrong := self._wrong(plan, here, rows, found):
                     raise RuntimeError(
-                        f"{self._loss.owner}.step(): the Jacobian of the parameter of shape {tuple(parameters[wrong[0]].shape)} is not "
-                        "that of autograd; its graph is not understood"
+                        f"{self._loss.owner}.step(): the Jacobian of the parameter of shape {tuple(parameters[wrong[0]].shape)} is "
+                        "not that of autograd; its graph is not understood"
                     )
             for block, scale in zip(plan.blocks, rows.scales, strict=True):
                 for p, node in block.others.items():
@@ -233,7 +235,7 @@ class GaussNewtonStep:
         tolerance = 1e-8 if rows.scale.dtype == torch.float64 else 1e-3
         return [i for i, (o, t) in enumerate(pairs) if not bool((o - t).norm() <= tolerance * size)]
 
-    # --- parts of a step ----------------------------------------------------------------------------------------------------------
+    # --- parts of a step ---
 
     def _bent(
         self, here: Residuals, rows: _Rows, jacobian: Jacobian, solve: Callable[[Tensor], Tensor], r: Tensor, theta: Tensor,
@@ -268,7 +270,13 @@ class GaussNewtonStep:
         loss, parameters = self._loss, self._loss.parameters
         kept = [p.grad for p in parameters]
         optimizer = torch.optim.LBFGS(
-            parameters, max_iter=30, max_eval=40, history_size=30, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
+            parameters,
+            max_iter=30,
+            max_eval=40,
+            history_size=30,
+            tolerance_grad=0,
+            tolerance_change=0,
+            line_search_fn="strong_wolfe",
         )
 
         def closure() -> Tensor:

@@ -70,8 +70,8 @@ class LeastSquaresLoss:
             values = [r for r, _ in result]
         if [v.shape for v in values] != [v.shape for v in start.values]:
             raise RuntimeError(
-                f"{self.owner}.step(): expected the closure to evaluate the same residuals at every call of one step, got shapes "
-                f"{[tuple(v.shape) for v in values]} after {[tuple(v.shape) for v in start.values]}. Draw the batch outside of it."
+                f"{self.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, got shapes "
+                f"{[tuple(v.shape) for v in values]} after {[tuple(v.shape) for v in start.values]}; draw the batch outside of it"
             )
         return values
 
@@ -109,8 +109,8 @@ class LeastSquaresLoss:
         if isinstance(result, Tensor):
             if result.numel() != 1 or not result.dtype.is_floating_point:
                 raise RuntimeError(
-                    f"{self.owner}.step(): expected the closure to return a scalar loss or [(residual, weight), ...], got a tensor "
-                    f"of shape {tuple(result.shape)} and dtype {result.dtype}"
+                    f"{self.owner}.step(): expected the closure to return a scalar loss or [(residual, weight), ...], got a "
+                    f"tensor of shape {tuple(result.shape)} and dtype {result.dtype}"
                 )
             return result
         pairs = isinstance(result, list | tuple) and all(
