@@ -468,20 +468,25 @@ def _others(r: Tensor, seed: Tensor, elements: Tensor, parameters: list[tuple[in
     if few:
         dual = seed.detach().requires_grad_()
         with torch.enable_grad():
-            gradients = torch.autograd.grad(r, [t for _, t in few], dual, create_graph=True, allow_unused=True)
+            gradients = [
+                None if g is None else g.flatten()
+                for g in torch.autograd.grad(r, [t for _, t in few], dual, create_graph=True, allow_unused=True)
+            ]
         for (p, t), gradient in zip(few, gradients, strict=True):
             if gradient is None:
                 found[p] = r.new_zeros(len(elements), t.numel())
             elif gradient.requires_grad:
                 weights = seed.flatten()[elements]
-                columns = [torch.autograd.grad(g, dual, retain_graph=True)[0].flatten()[elements] for g in gradient.flatten()]
+                ones = torch.eye(len(gradient), dtype=r.dtype, device=r.device)
+                columns = [torch.autograd.grad(gradient, dual, one, retain_graph=True)[0].flatten()[elements] for one in ones]
                 found[p] = torch.stack(columns, 1) * weights.unsqueeze(1)
     rest = [(p, t) for p, t in parameters if p not in found]
     if rest:
-        flat, weights = r.flatten(), seed.flatten()
-        rows = [
-            torch.autograd.grad(flat[e], [t for _, t in rest], weights[e], retain_graph=True, allow_unused=True) for e in elements
-        ]
+        rows = []
+        for e in elements:
+            one = torch.zeros_like(seed).flatten()
+            one[e] = seed.flatten()[e]
+            rows.append(torch.autograd.grad(r, [t for _, t in rest], one.view_as(r), retain_graph=True, allow_unused=True))
         for i, (p, t) in enumerate(rest):
             found[p] = torch.stack([r.new_zeros(t.numel()) if row[i] is None else row[i].flatten() for row in rows])
     return found

@@ -139,6 +139,8 @@ class GaussNewtonStep:
                 now = self._lbfgs(here) if quasi_newton else here._replace(values=loss.there(here))
             for _ in range(RACE_STEPS):
                 now, progress = self.step(now, progress)
+                if progress.ratio == 0:  # it was taken back, and has left the graph behind
+                    now = here._replace(values=loss.there(here))
             value = loss.objective(now.values, here)
             if best is None or value < best[0] or math.isnan(best[0]):
                 best = value, loss.flat(), now, progress
@@ -157,21 +159,24 @@ class GaussNewtonStep:
         """Which rows of the graph's products are of which residuals; new for a new structure, which is then checked."""
         uses = [find_uses(r, self._index) for r in here.values]
         key = signature(uses)
-        plan = self._plans.get(key)
+        by_value = any(u.by_value for u in uses)
+        plan = None if by_value else self._plans.get(key)
+        self._unchecked = plan is None
         if plan is None:
             again = self._loss.there(here)
             for old, new in zip(here.values, again, strict=True):
                 if not bool((old - new).detach().norm() <= 1e-4 * old.detach().norm()):
                     raise RuntimeError(
-                        f"{self._loss.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, "
-                        "but they differ at the same parameters. Draw the batch outside of the closure, or by torch's own "
+                        f"{self._loss.owner}.step(): expected the closure to evaluate the same residuals at every call of a "
+                        "step, but they differ at the same parameters. Draw the batch outside of the closure, or by torch's own "
                         "generators, which start every call of a step alike."
                     )
             plan = make_plan(here.values, uses, self._loss.parameters)
             if len(self._plans) >= PLANS:
                 self._plans.clear()
-        self._uses, self._unchecked = uses, key not in self._plans or any(u.by_value for u in uses)
-        self._plans[key] = plan
+            if not by_value:
+                self._plans[key] = plan
+        self._uses = uses
         return plan
 
     def _draw(self, plan: Plan, here: Residuals, rows: float) -> _Rows:
@@ -212,8 +217,8 @@ class GaussNewtonStep:
                 found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn, self._buffer)
                 if wrong := self._wrong(plan, here, rows, found):
                     raise RuntimeError(
-                        f"{self._loss.owner}.step(): the Jacobian of the parameter of shape {tuple(parameters[wrong[0]].shape)} is "
-                        "not that of autograd; its graph is not understood"
+                        f"{self._loss.owner}.step(): the Jacobian of the parameter of shape {tuple(parameters[wrong[0]].shape)} "
+                        "is not that of autograd; its graph is not understood"
                     )
             for block, scale in zip(plan.blocks, rows.scales, strict=True):
                 for p, node in block.others.items():

@@ -1,0 +1,493 @@
+"""Steps of LevenbergMarquardt against dense formulas, and what users of torch's optimizers expect of it."""
+
+import copy
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import secondorder as so
+from secondorder.stepping import gauss_newton_step
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def regression(m=40, width=6, outputs=1):
+    net = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, outputs))
+    x = torch.randn(m, 2)
+    y = torch.sin(x[:, :1] * torch.arange(1, outputs + 1)) + x[:, 1:]
+    return net, x, y
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+def dense_jacobian(net, x):
+    parameters = list(net.parameters())
+    rows = [torch.autograd.grad(o, parameters, retain_graph=True) for o in net(x).flatten()]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+def poisson(n=60):
+    net = nn.Sequential(nn.Linear(2, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 1))
+    x = torch.rand(n, 2, requires_grad=True)
+    edge = torch.rand(20, 2)
+    edge[:, 0] = edge[:, 0].round()
+
+    def loss():
+        u = net(x)
+        g = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+        laplacian = sum(torch.autograd.grad(g[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(2))
+        return ((laplacian + 1) ** 2).mean() + 10 * (net(edge) ** 2).mean()
+
+    return net, loss
+
+
+# --- steps ---
+
+
+@pytest.mark.parametrize("rows", [None, 1000])
+def test_a_step_is_that_of_the_dense_formula(rows):
+    net, x, y = regression()
+    before, j = flat(net), dense_jacobian(net, x) / 40**0.5
+    r = (net(x) - y).detach().flatten() / 40**0.5
+    optimizer = so.LevenbergMarquardt(net.parameters(), rows=rows, race=False, acceleration=False, damping=0.3)
+    loss = optimizer.step(lambda: mse_loss(net(x), y))
+    mu = 0.3 * (j @ j.T).diagonal().mean()
+    expected = -torch.linalg.solve(j.T @ j + mu * torch.eye(len(before)), j.T @ r)
+    torch.testing.assert_close(flat(net) - before, expected, rtol=1e-9, atol=1e-12)
+    assert float(loss) == pytest.approx(float(r @ r))
+    ratio = float((r @ r - mse_loss(net(x), y).detach()) / (r @ r - (r + j @ expected).square().sum()))
+    metrics = optimizer.metrics()
+    assert metrics["ratio"] == pytest.approx(ratio)
+    rule = max(1 / 3, 1 - (2 * ratio - 1) ** 3)
+    assert metrics["damping"] == pytest.approx(rule * 0.3 / 40)
+
+
+def test_the_acceleration_is_half_the_second_derivative():
+    a, b = torch.randn(12, 5), 0.05 * torch.randn(12, 5, 5)
+    theta = nn.Parameter(0.1 * torch.randn(5))
+    before = theta.detach().clone()
+
+    def residual(t):
+        return a @ t + torch.einsum("kij,i,j->k", b, t, t) - 1
+
+    def closure():
+        return (residual(theta) ** 2).sum()
+
+    j, r = torch.autograd.functional.jacobian(residual, before), residual(before)
+    mu = 0.5 * j.square().sum() / 12
+    matrix = j.T @ j + mu * torch.eye(5)
+    d = -torch.linalg.solve(matrix, j.T @ r)
+    acceleration = -torch.linalg.solve(matrix, j.T @ (2 * torch.einsum("kij,i,j->k", b, d, d)))
+    assert 2 * (acceleration / 2).norm() < 0.75 * d.norm()
+    so.LevenbergMarquardt([theta], rows=None, race=False, damping=0.5).step(closure)
+    torch.testing.assert_close(theta.detach() - before, d + acceleration / 2, rtol=1e-8, atol=1e-12)
+
+
+def test_a_linear_problem_is_solved_at_once():
+    layer, x, y = nn.Linear(4, 1), torch.randn(30, 4), torch.randn(30, 1)
+    optimizer = so.LevenbergMarquardt(layer.parameters(), race=False, damping=1e-14)
+    optimizer.step(lambda: mse_loss(layer(x), y))
+    expected = torch.linalg.lstsq(torch.cat([x, torch.ones(30, 1)], 1), y).solution.flatten()
+    torch.testing.assert_close(flat(layer), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rows": 20}, {"rows": None}, {"solver": "parameters"}, {"memory": 0}, {"acceleration": False}]
+)
+def test_small_nets_are_fitted_to_rounding(options):
+    net, x, y = regression(30, 12)
+    optimizer = so.LevenbergMarquardt(net.parameters(), **options)
+    losses = [float(optimizer.step(lambda: mse_loss(net(x), y))) for _ in range(60)]
+    assert losses[-1] < 1e-8 * losses[0]
+
+
+def test_an_equation_is_solved():
+    net, loss = poisson()
+    optimizer = so.LevenbergMarquardt(net.parameters(), rows=40)
+    first = float(optimizer.step(loss))
+    for _ in range(40):
+        last = float(optimizer.step(loss))
+    assert last < 1e-6 * first
+
+
+def test_no_step_is_worse_than_the_start_where_all_rows_are_drawn():
+    net, loss = poisson()
+    optimizer = so.LevenbergMarquardt(net.parameters(), rows=None)
+    losses = [float(optimizer.step(loss)) for _ in range(15)]
+    assert all(b <= a for a, b in zip(losses, losses[1:]))
+
+
+def test_where_there_is_nothing_to_gain_nothing_moves():
+    net, x, _ = regression()
+    y = net(x).detach()
+    before = flat(net)
+    optimizer = so.LevenbergMarquardt(net.parameters())
+    for _ in range(3):
+        assert float(optimizer.step(lambda: mse_loss(net(x), y))) == 0
+    torch.testing.assert_close(flat(net), before, rtol=0, atol=0)
+
+
+# --- losses ---
+
+
+def trained(net, closure, steps=4, **options):
+    model = copy.deepcopy(net)
+    optimizer = so.LevenbergMarquardt(model.parameters(), rows=25, **options)
+    for _ in range(steps):
+        optimizer.step(closure(model, optimizer))
+    return flat(model)
+
+
+def test_closures_in_any_words_give_the_same_steps():
+    net, x, y = regression()
+
+    def plain(model, _):
+        return lambda: mse_loss(model(x), y) + 3 * (model(x[:5]) ** 2).mean()
+
+    def with_backward(model, optimizer):
+        def closure():
+            optimizer.zero_grad()
+            loss = plain(model, optimizer)()
+            loss.backward()
+            return loss
+
+        return closure
+
+    def listed(model, _):
+        return lambda: [(model(x) - y, 1.0), (model(x[:5]), torch.tensor(3.0))]
+
+    def listed_with_weights(model, _):
+        return lambda: [(model(x) - y, torch.ones(40, 1)), (model(x[:5]), 3)]
+
+    def with_constants(model, _):
+        return lambda: plain(model, _)() + 7
+
+    expected = trained(net, plain)
+    for other in (with_backward, listed, listed_with_weights, with_constants):
+        torch.testing.assert_close(trained(net, other), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_gradients_that_the_user_has_are_left_alone():
+    net, x, y = regression()
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 2.0)
+    so.LevenbergMarquardt(net.parameters()).step(lambda: mse_loss(net(x), y))
+    assert all(bool((p.grad == 2).all()) for p in net.parameters())
+
+
+def test_backward_works_after_a_step_and_in_other_threads():
+    net, x, y = regression()
+    inside, seen = threading.Event(), []
+
+    def elsewhere():
+        inside.wait()
+        w = torch.ones(3, requires_grad=True)
+        (w * 2).sum().backward()
+        seen.append(w.grad)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+
+    def closure():
+        inside.set()
+        thread.join()
+        loss = mse_loss(net(x), y)
+        loss.backward()
+        return loss
+
+    so.LevenbergMarquardt(net.parameters(), race=False).step(closure)
+    assert torch.equal(seen[0], torch.full((3,), 2.0))
+    assert all(p.grad is None for p in net.parameters())
+    mse_loss(net(x), y).backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_squares_of_parameters_are_residuals_like_any():
+    net, x, y = regression()
+    before, j = flat(net), dense_jacobian(net, x) / 40**0.5
+    r = (net(x) - y).detach().flatten() / 40**0.5
+    weights = [p for n, p in net.named_parameters() if "weight" in n]
+    optimizer = so.LevenbergMarquardt(net.parameters(), race=False, acceleration=False, damping=0.1)
+    optimizer.step(lambda: mse_loss(net(x), y) + sum(0.2 * (p**2).sum() for p in weights) + 0.1 * weights[0].square().sum())
+    t = torch.cat([torch.full((p.numel(),), 0.3 if p is weights[0] else 0.2 * (p.ndim > 1)) for p in net.parameters()])
+    mu = 0.1 * (j @ j.T).diagonal().mean()
+    expected = -torch.linalg.solve(j.T @ j + torch.diag(t + mu), j.T @ r + t * before)
+    torch.testing.assert_close(flat(net) - before, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_two_outputs_of_one_node_are_two_residuals():
+    net, x, _ = regression(outputs=2)
+    with pytest.raises(RuntimeError, match="a product or quotient of two things"):
+        so.LevenbergMarquardt(net.parameters()).step(lambda: torch.mul(*net(x).unbind(1)).mean())
+
+
+class Off(torch.autograd.Function):
+    """The identity, as its gradient says, and one more."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x + 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+@pytest.mark.parametrize("loss", [lambda u: Off.apply((u**2).mean()), lambda u: (u**2).mean() + u.mean()])
+def test_what_the_graph_does_not_show_is_refused(loss):
+    net, x, _ = regression()
+    before = flat(net)
+    with pytest.raises(RuntimeError, match="sum of means or sums of squares"):
+        so.LevenbergMarquardt(net.parameters()).step(lambda: loss(net(x)))
+    torch.testing.assert_close(flat(net), before, rtol=0, atol=0)
+
+
+def test_a_value_that_is_not_that_of_its_graph_is_refused():
+    net, x, y = regression()
+
+    def closure():
+        loss = mse_loss(net(x), y)
+        loss.data.mul_(1.01)
+        return loss
+
+    with pytest.raises(RuntimeError, match="the sum of the squares that its graph shows"):
+        so.LevenbergMarquardt(net.parameters()).step(closure)
+
+
+@pytest.mark.parametrize(
+    "result, message",
+    [
+        (lambda u: (u**2).mean().item(), "got float"),
+        (lambda u: (u**2).mean().detach(), "depends on a trained parameter"),
+        (lambda u: u**2, "a tensor of shape"),
+        (lambda u: None, "got NoneType"),
+        (lambda u: [], "got list"),
+        (lambda u: [(u, -1.0)], "weights >= 0"),
+        (lambda u: [u], "got list"),
+    ],
+)
+def test_closures_that_return_something_else_are_refused(result, message):
+    net, x, _ = regression()
+    with pytest.raises(RuntimeError, match=message):
+        so.LevenbergMarquardt(net.parameters()).step(lambda: result(net(x)))
+    with pytest.raises(RuntimeError, match="expected a closure"):
+        so.LevenbergMarquardt(net.parameters()).step()
+
+
+# --- batches ---
+
+
+def test_points_drawn_in_the_closure_are_the_same_in_a_step_and_new_in_the_next():
+    net, _, _ = regression()
+    seen = []
+
+    def closure():
+        x = torch.rand(30, 2)
+        seen.append(x[0, 0].item())
+        return mse_loss(net(x), torch.sin(3 * x[:, :1]))
+
+    torch.manual_seed(3)
+    optimizer = so.LevenbergMarquardt(net.parameters(), race=False)
+    for step in range(6):
+        optimizer.step(closure)
+        assert len(set(seen)) == step + 1
+    torch.manual_seed(3)
+    draws = [torch.rand(30, 2)[0, 0].item() for _ in range(6)]
+    assert sorted(set(seen)) == sorted(draws)
+
+
+def test_other_points_at_every_call_are_refused():
+    net, _, _ = regression()
+    numbers = np.random.default_rng(0)
+    before = flat(net)
+
+    def closure():
+        x = torch.from_numpy(numbers.random((30, 2)))
+        return mse_loss(net(x), x[:, :1])
+
+    with pytest.raises(RuntimeError, match="the same residuals at every call"):
+        so.LevenbergMarquardt(net.parameters()).step(closure)
+    torch.testing.assert_close(flat(net), before, rtol=0, atol=0)
+
+
+def test_sizes_and_orders_that_change_from_step_to_step():
+    net, x, y = regression(60, 12)
+    optimizer = so.LevenbergMarquardt(net.parameters(), rows=30)
+    for step in range(30):
+        chosen = torch.randperm(60, generator=torch.Generator().manual_seed(step))[: 40 + step % 7]
+        optimizer.step(lambda chosen=chosen: mse_loss(net(x)[chosen], y[chosen]))
+    assert mse_loss(net(x), y).item() < 1e-3
+
+
+def test_graphs_that_send_rows_elsewhere_are_checked_at_every_step(monkeypatch):
+    net, x, y = regression(20, 4)
+    checked = []
+    wrong = gauss_newton_step.GaussNewtonStep._wrong
+    monkeypatch.setattr(gauss_newton_step.GaussNewtonStep, "_wrong", lambda self, *a: checked.append(1) or wrong(self, *a))
+    optimizer = so.LevenbergMarquardt(net.parameters(), race=False)
+    for step in range(4):
+        order = torch.randperm(20, generator=torch.Generator().manual_seed(step))
+        optimizer.step(lambda order=order: mse_loss(net(x)[order], y))
+    assert len(checked) >= 4
+
+
+def test_layers_that_mix_instances_are_exact_and_said_to_be_slow():
+    net = nn.Sequential(nn.Linear(2, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1))
+    x, y = torch.randn(20, 2), torch.randn(20, 1)
+    optimizer = so.LevenbergMarquardt(net.named_parameters(), race=False)
+    with pytest.warns(UserWarning, match=r"'0.weight' \(6, 2\) enters by AddmmBackward0"):
+        first = float(optimizer.step(lambda: mse_loss(net(x), y)))
+    for _ in range(20):
+        last = float(optimizer.step(lambda: mse_loss(net(x), y)))
+    assert last < 0.5 * first
+
+
+# --- habits ---
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
+    net, loss = poisson()
+    optimizer = so.LevenbergMarquardt(net.parameters(), rows=30)
+    for _ in range(3):
+        optimizer.step(loss)
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
+    for _ in range(5):
+        optimizer.step(loss)
+    expected = flat(net)
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    again = so.LevenbergMarquardt(net.parameters(), rows=30)
+    net.load_state_dict(saved["net"])
+    again.load_state_dict(saved["optimizer"])
+    for _ in range(5):
+        again.step(loss)
+    torch.testing.assert_close(flat(net), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_of_model_and_optimizer_train_alike(copied):
+    net, x, y = regression()
+    optimizer = so.LevenbergMarquardt(net.parameters(), rows=20)
+    optimizer.step(lambda: mse_loss(net(x), y))
+    other, theirs = copied((net, optimizer))
+    for _ in range(3):
+        optimizer.step(lambda: mse_loss(net(x), y))
+        theirs.step(lambda: mse_loss(other(x), y))
+    torch.testing.assert_close(flat(other), flat(net), rtol=0, atol=0)
+
+
+def test_lr_multiplies_the_step_of_its_group_and_schedulers_change_it():
+    net, x, y = regression()
+    before = flat(net)
+
+    def moved(params, lr):
+        model = copy.deepcopy(net)
+        params = params(model)
+        optimizer = so.LevenbergMarquardt(params, lr=lr, race=False, acceleration=False, damping=10.0)
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.5, total_iters=1)
+        optimizer.step(lambda: mse_loss(model(x), y))
+        scheduler.step()
+        return flat(model) - before
+
+    whole = moved(lambda m: m.parameters(), 1.0)
+    torch.testing.assert_close(moved(lambda m: m.parameters(), 0.5), whole / 2)
+    halves = moved(lambda m: [{"params": m[0].parameters(), "lr": 1.0}, {"params": m[2].parameters()}], 0.5)
+    n = sum(p.numel() for p in net[0].parameters())
+    torch.testing.assert_close(halves[:n], whole[:n])
+    torch.testing.assert_close(halves[n:], whole[n:] / 2)
+
+
+def test_frozen_parameters_stay_and_may_be_unfrozen():
+    net, x, y = regression(40, 12)
+    net[0].requires_grad_(False)
+    optimizer = so.LevenbergMarquardt(net.parameters())
+    first = net[0].weight.detach().clone()
+    for _ in range(3):
+        optimizer.step(lambda: mse_loss(net(x), y))
+    assert torch.equal(net[0].weight, first)
+    frozen = mse_loss(net(x), y).item()
+    net[0].requires_grad_(True)
+    for _ in range(30):
+        optimizer.step(lambda: mse_loss(net(x), y))
+    assert mse_loss(net(x), y).item() < 0.1 * frozen
+    net.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="requires a gradient"):
+        optimizer.step(lambda: mse_loss(net(x), y))
+
+
+@pytest.mark.parametrize("nonfinite", ["error", "skip"])
+def test_what_is_not_finite_changes_nothing(nonfinite):
+    net, x, y = regression()
+    optimizer = so.LevenbergMarquardt(net.parameters(), nonfinite=nonfinite)
+    optimizer.step(lambda: mse_loss(net(x), y))
+    before, state = flat(net), copy.deepcopy(optimizer.state_dict()["state"])
+    bad = y.clone()
+    bad[3] = float("inf")
+    if nonfinite == "error":
+        with pytest.raises(so.NonFiniteError, match="the loss is inf"):
+            optimizer.step(lambda: mse_loss(net(x), bad))
+    else:
+        assert float(optimizer.step(lambda: mse_loss(net(x), bad))) == float("inf")
+        assert optimizer.skipped_steps == 1
+    torch.testing.assert_close(flat(net), before, rtol=0, atol=0)
+    assert str(optimizer.state_dict()["state"]) == str(state)
+    optimizer.step(lambda: mse_loss(net(x), y))
+
+
+def test_an_error_in_a_trial_takes_the_step_back():
+    net, x, y = regression()
+    optimizer = so.LevenbergMarquardt(net.parameters())
+    optimizer.step(lambda: mse_loss(net(x), y))
+    before, calls = flat(net), []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return mse_loss(net(x), y)
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    torch.testing.assert_close(flat(net), before, rtol=0, atol=0)
+    assert torch.autograd.backward.__module__ == "torch.autograd"
+
+
+def test_float32():
+    net, x, y = regression()
+    net, x, y = net.float(), x.float(), y.float()
+    optimizer = so.LevenbergMarquardt(net.parameters(), rows=20)
+    first = float(optimizer.step(lambda: mse_loss(net(x), y)))
+    for _ in range(30):
+        last = float(optimizer.step(lambda: mse_loss(net(x), y)))
+    assert last < 1e-2 * first
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"lr": 0.0}, ValueError), ({"lr": 2.0}, ValueError), ({"lr": "a"}, TypeError), ({"rows": 0}, ValueError),
+        ({"rows": 2.5}, ValueError), ({"max_rows": -1}, ValueError), ({"damping": 0.0}, ValueError), ({"solver": "cg"}, ValueError),
+        ({"memory": -1}, ValueError), ({"nonfinite": "no"}, ValueError), ({"seed": None}, ValueError),
+    ],
+)  # fmt: skip
+def test_arguments_out_of_range_are_refused(options, error):
+    with pytest.raises(error, match=f"LevenbergMarquardt: expected {next(iter(options))}"):
+        so.LevenbergMarquardt(nn.Linear(2, 1).parameters(), **options)
+
+
+def test_parameters_of_several_dtypes_are_refused():
+    with pytest.raises(TypeError, match="of one dtype, float32 or float64"):
+        so.LevenbergMarquardt([*nn.Linear(2, 1).parameters(), *nn.Linear(2, 1).float().parameters()])
+    with pytest.raises(TypeError, match="of one dtype, float32 or float64"):
+        so.LevenbergMarquardt(nn.Linear(2, 1).bfloat16().parameters())

@@ -1,0 +1,469 @@
+"""The Jacobian of residuals found in a scalar loss's graph, against one backward pass for each residual."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, hessian, vmap
+from torch.nn.functional import mse_loss
+
+from secondorder._tape.jacobian import Buffer, jacobian, make_plan
+from secondorder._tape.residuals import Reach, coefficients, find_terms
+from secondorder._tape.uses import find_uses
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def gradient(u, x):
+    return torch.autograd.grad(u, x, torch.ones_like(u), create_graph=True)[0]
+
+
+def mlp(n_in=2, n_out=1, activation=nn.Tanh):
+    return nn.Sequential(nn.Linear(n_in, 8), activation(), nn.Linear(8, 7), activation(), nn.Linear(7, n_out))
+
+
+def points(m=11, n=2):
+    return torch.rand(m, n).requires_grad_()
+
+
+CASES = {}
+
+
+def case(make):
+    """A function that returns parameters and the closure of a loss."""
+    CASES[make.__name__] = make
+    return make
+
+
+@case
+def poisson():
+    net, x, edge = mlp(), points(), torch.rand(5, 2)
+
+    def loss():
+        g = gradient(net(x), x)
+        laplacian = gradient(g[:, :1], x)[:, :1] + gradient(g[:, 1:], x)[:, 1:]
+        return ((laplacian - 1) ** 2).mean() + 100 * mse_loss(net(edge), torch.zeros(5, 1))
+
+    return net.parameters(), loss
+
+
+@case
+def flat_residuals_of_one_dimension():
+    net, x = mlp(), points()
+
+    def loss():
+        g = gradient(net(x), x)
+        return torch.mean((gradient(g[:, 0], x)[:, 0] + gradient(g[:, 1], x)[:, 1]) ** 2)
+
+    return net.parameters(), loss
+
+
+@case
+def inputs_joined_in_the_loss():
+    net, t, s = mlp(), points(11, 1), points(11, 1)
+
+    def loss():
+        u = net(torch.cat([t, s], 1))
+        return ((gradient(u, t) - 0.1 * gradient(gradient(u, s), s)) ** 2).mean()
+
+    return net.parameters(), loss
+
+
+@case
+def sums_with_weights_stacked():
+    net, x = mlp(), points()
+    weights = torch.rand(11, 1)
+
+    def loss():
+        terms = torch.stack(
+            [(weights * (net(x) - 1) ** 2).sum(), torch.square(net(x[:4])).mean(), (net(x[:3]) * 2).pow(2).mean()]
+        )
+        return (terms * torch.tensor([0.5, 3.0, 0.1])).sum() / 7
+
+    return net.parameters(), loss
+
+
+@case
+def squares_in_other_words():
+    net, x = mlp(), points()
+
+    def loss():
+        r = net(x)[:, 0] - 1
+        return torch.linalg.norm(net(x) - 2) ** 2 + torch.dot(r, r) + r @ r + (r * r).sum()
+
+    return net.parameters(), loss
+
+
+@case
+def a_coefficient_of_the_equation():
+    net, x, factor, offset = mlp(), points(), nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.tensor([0.2]))
+
+    def loss():
+        u = net(x)
+        g = gradient(u, x)
+        return ((g[:, :1] + factor * u * g[:, 1:] - offset) ** 2).mean() + mse_loss(net(x[:5]), torch.ones(5, 1))
+
+    return [*net.parameters(), factor, offset], loss
+
+
+@case
+def the_exponential_of_a_coefficient():
+    net, x, factor = mlp(), points(), nn.Parameter(torch.tensor(0.7))
+
+    def loss():
+        g = gradient(net(x), x)
+        return ((g[:, 0] + factor.exp() * g[:, 1] + factor) ** 2).mean()
+
+    return [*net.parameters(), factor], loss
+
+
+@case
+def a_system_of_two_outputs():
+    net, x = mlp(2, 2), points()
+
+    def loss():
+        u, v = net(x).split(1, 1)
+        gu, gv = gradient(u, x), gradient(v, x)
+        return ((gu[:, :1] + gv[:, 1:]) ** 2).mean() + ((u * gu[:, :1] + gv[:, :1]) ** 2).mean()
+
+    return net.parameters(), loss
+
+
+@case
+def a_vector_of_outputs():
+    net, x, y = mlp(2, 3), points(), torch.rand(11, 3)
+    return net.parameters(), lambda: mse_loss(net(x), y)
+
+
+@case
+def one_call_that_is_sliced():
+    net, x, edge = mlp(), points(), torch.rand(5, 2)
+
+    def loss():
+        u = net(torch.cat([x, edge]))
+        return (gradient(u, x)[:, :1] ** 2).mean() + (u[11:] ** 2).mean()
+
+    return net.parameters(), loss
+
+
+@case
+def rows_by_an_index():
+    net, x, order = mlp(), points(), torch.randperm(11)
+    return net.parameters(), lambda: (net(x)[order][:6] ** 2).mean()
+
+
+@case
+def a_dead_layer():
+    net, x = mlp(activation=nn.ReLU), points()
+    with torch.no_grad():
+        net[0].bias.fill_(-9)
+    return net.parameters(), lambda: mse_loss(net(torch.cat([x, x]))[11:], torch.ones(11, 1))
+
+
+@case
+def three_dimensional_inputs():
+    net, x = mlp(), points(12).view(3, 4, 2)
+    return net.parameters(), lambda: mse_loss(net(x), torch.zeros(3, 4, 1))
+
+
+@case
+def a_sum_over_points():
+    net, x = mlp(), points(12).view(3, 4, 2)
+    return net.parameters(), lambda: mse_loss(net(x).sum(1), torch.zeros(3, 1))
+
+
+@case
+def fourier_features():
+    net, x, frequencies = mlp(12), points(), torch.randn(2, 6)
+
+    def loss():
+        z = x @ frequencies
+        g = gradient(net(torch.cat([z.sin(), z.cos()], 1)), x)
+        return (gradient(g[:, 0], x)[:, 0] ** 2).mean()
+
+    return net.parameters(), loss
+
+
+class Sine(nn.Module):
+    def forward(self, x):
+        return torch.sin(30 * x)
+
+
+@case
+def siren():
+    net, x = mlp(activation=Sine), points()
+    return net.parameters(), lambda: (gradient(gradient(net(x), x)[:, 0], x) ** 2)[:, :1].mean()
+
+
+@case
+def adaptive_activations():
+    net, x, a, b = mlp(), points(), nn.Parameter(torch.tensor(1.3)), nn.Parameter(torch.rand(7))
+
+    def loss():
+        u = net[4](torch.tanh(b * net[2](torch.tanh(a * net[0](x)))))
+        return (gradient(gradient(u, x)[:, :1], x)[:, :1] ** 2).mean()
+
+    return [*net.parameters(), a, b], loss
+
+
+@case
+def modified_mlp():
+    u, v, first, second, last = (nn.Linear(i, o) for i, o in ((2, 8), (2, 8), (2, 8), (8, 8), (8, 1)))
+    x = points()
+
+    def loss():
+        left, right, h = torch.tanh(u(x)), torch.tanh(v(x)), torch.tanh(first(x))
+        for layer in (second,):
+            h = torch.tanh(layer(h * left + (1 - h) * right))
+        return (gradient(gradient(last(h), x)[:, :1], x)[:, :1] ** 2).mean()
+
+    return [p for layer in (u, v, first, second, last) for p in layer.parameters()], loss
+
+
+@case
+def weight_norm():
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 8)), nn.Tanh(), nn.Linear(8, 1))
+    x = points()
+    return net.parameters(), lambda: (gradient(net(x), x)[:, :1] ** 2).mean()
+
+
+@case
+def deeponet():
+    branch, trunk, f, y = mlp(3, 6), mlp(2, 6), torch.rand(11, 3), points()
+
+    def loss():
+        u = (branch(f) * trunk(y)).sum(1, keepdim=True)
+        return mse_loss(gradient(u, y)[:, :1], u)
+
+    return [*branch.parameters(), *trunk.parameters()], loss
+
+
+@case
+def a_layer_twice():
+    first, again, last, x = nn.Linear(2, 8), nn.Linear(8, 8), nn.Linear(8, 1), points()
+
+    def loss():
+        h = torch.tanh(first(x))
+        for _ in range(2):
+            h = h + torch.tanh(again(h))
+        return (gradient(last(h), x)[:, :1] ** 2).mean()
+
+    return [p for layer in (first, again, last) for p in layer.parameters()], loss
+
+
+@case
+def einsum():
+    w, v, x = nn.Parameter(torch.rand(2, 8)), nn.Parameter(torch.rand(8, 1)), points()
+
+    def loss():
+        u = torch.einsum("bo,op->bp", torch.tanh(torch.einsum("oi,bi->bo", w.t(), x)), v)
+        return (gradient(u, x)[:, :1] ** 2).mean()
+
+    return [w, v], loss
+
+
+@case
+def products_from_the_left():
+    w, v, x = nn.Parameter(torch.rand(8, 2)), nn.Parameter(torch.rand(1, 8)), torch.rand(2, 11)
+    return [w, v], lambda: ((v @ torch.tanh(w @ x)) ** 2).mean()
+
+
+@case
+def one_flat_vector_of_parameters():
+    flat, x = nn.Parameter(torch.rand(24)), points()
+
+    def loss():
+        u = torch.tanh(x @ flat[:16].view(2, 8)) @ flat[16:].view(8, 1)
+        return (gradient(u, x)[:, :1] ** 2).mean()
+
+    return [flat], loss
+
+
+@case
+def a_scaled_weight_and_a_scaled_input():
+    w, v, x, scale = nn.Parameter(torch.rand(2, 8)), nn.Parameter(torch.rand(8, 1)), points(), nn.Parameter(torch.rand(1, 2))
+    return [w, v, scale], lambda: ((torch.tanh((x * scale) @ (-w * 0.3 / 2)) @ v) ** 2).mean()
+
+
+@case
+def bilinear():
+    first, last, x = nn.Bilinear(2, 2, 5), nn.Linear(5, 1), points()
+
+    def loss():
+        u = last(torch.tanh(first(x, x)))
+        return mse_loss(gradient(u, x)[:, :1], torch.zeros(11, 1))
+
+    return [*first.parameters(), *last.parameters()], loss
+
+
+@case
+def convolutions():
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1, stride=2), nn.Tanh(), nn.Conv2d(3, 2, 2, dilation=2), nn.Flatten(), nn.Linear(2, 1)
+    )
+    x = torch.rand(5, 1, 6, 6)
+    return net.parameters(), lambda: mse_loss(net(x), torch.zeros(5, 1))
+
+
+@case
+def a_convolution_of_one_dimension():
+    net, x = nn.Sequential(nn.Conv1d(2, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(18, 1)), torch.rand(5, 2, 6)
+    return net.parameters(), lambda: mse_loss(net(x), torch.zeros(5, 1))
+
+
+@case
+def a_gru_cell_twice():
+    cell, last, x = nn.GRUCell(2, 4), nn.Linear(4, 1), points()
+    return [*cell.parameters(), *last.parameters()], lambda: mse_loss(last(cell(x, cell(x))), torch.zeros(11, 1))
+
+
+@case
+def weights_that_adapt_by_themselves():
+    net, x, weights = mlp(), points(), torch.rand(11, 1, requires_grad=True)
+    return net.parameters(), lambda: (weights * (net(x) - 1) ** 2).mean()
+
+
+FALLBACKS = {}
+
+
+def fallback(make):
+    """A case with parameters that need backward passes of their own."""
+    FALLBACKS[make.__name__] = make
+    return make
+
+
+@fallback
+def layer_norm():
+    first, norm, last, x = nn.Linear(2, 8), nn.LayerNorm(8), nn.Linear(8, 1), points()
+
+    def loss():
+        return (gradient(last(norm(torch.tanh(first(x)))), x)[:, :1] ** 2).mean()
+
+    return [p for layer in (first, norm, last) for p in layer.parameters()], loss
+
+
+@fallback
+def batch_norm_mixes_instances():
+    net, x = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)), points()
+    return net.parameters(), lambda: mse_loss(net(x), torch.ones(11, 1))
+
+
+@fallback
+def every_function_at_every_point():
+    branch, trunk, f, y = mlp(3, 6), mlp(2, 6), torch.rand(4, 3), points()
+    return [*branch.parameters(), *trunk.parameters()], lambda: mse_loss(branch(f) @ trunk(y).T, torch.zeros(4, 11))
+
+
+@fallback
+def functional_derivatives():
+    net, x = mlp(), torch.rand(6, 2)
+    parameters = dict(net.named_parameters())
+
+    def loss():
+        h = vmap(hessian(lambda z: functional_call(net, parameters, (z.unsqueeze(0),)).squeeze()))(x)
+        return ((h[:, 0, 0] + h[:, 1, 1] - 1) ** 2).mean()
+
+    return net.parameters(), loss
+
+
+@fallback
+def an_ensemble_of_weights():
+    w, x = nn.Parameter(torch.rand(3, 2, 4)), torch.rand(5, 2)
+    return [w], lambda: (torch.bmm(x.expand(3, 5, 2), w) ** 2).mean()
+
+
+@fallback
+def a_residual_that_is_made_of_parameters():
+    w = nn.Parameter(torch.rand(3, 2))
+    return [w], lambda: ((w @ w.T - torch.eye(3)) ** 2).sum()
+
+
+def of_loss(parameters, loss):
+    """Residuals, their coefficients, and the uses of each."""
+    terms = find_terms(loss, Reach(parameters), "test").squares
+    index = {id(p): i for i, p in enumerate(parameters)}
+    values = [t.residual for t in terms]
+    return values, coefficients(loss, terms, "test"), [find_uses(v, index) for v in values]
+
+
+def brute_force(plan, values, scales, drawn, parameters):
+    """One backward pass for each residual."""
+    rows = []
+    for block, scale, d in zip(plan.blocks, scales, drawn, strict=True):
+        flat = values[block.term].flatten()
+        for k, e in enumerate(block.chosen(d, flat.device)):
+            gradients = torch.autograd.grad(flat[e], parameters, retain_graph=True, allow_unused=True)
+            columns = [torch.zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, gradients, strict=True)]
+            rows.append(scale[k] * torch.cat(columns))
+    return torch.stack(rows)
+
+
+def compared(make, drawing):
+    """The plan, and the Jacobian with the one of brute force."""
+    parameters, closure = make()
+    parameters = list(parameters)
+    loss = closure()
+    values, weights, uses = of_loss(parameters, loss)
+    total = sum((c * v.detach() ** 2).sum() for c, v in zip(weights, values, strict=True))
+    torch.testing.assert_close(total, loss.detach(), rtol=1e-12, atol=0)
+    plan = make_plan(values, uses, parameters)
+    drawn = [torch.randperm(b.size)[: 1 + b.size // 2].sort()[0] if drawing else None for b in plan.blocks]
+    scales = [weights[b.term].flatten()[b.chosen(d, loss.device)].sqrt() for b, d in zip(plan.blocks, drawn, strict=True)]
+    ours = jacobian(plan, values, uses, parameters, scales, drawn, Buffer())
+    return plan, ours, brute_force(plan, values, scales, drawn, parameters)
+
+
+def close(actual, expected):
+    assert float((actual - expected).norm()) <= 1e-12 * float(expected.norm())
+
+
+@pytest.mark.parametrize("drawing", [False, True], ids=["all", "drawn"])
+@pytest.mark.parametrize("name", [*CASES, *FALLBACKS])
+def test_rows_are_those_of_one_backward_pass_each(name, drawing):
+    _, ours, expected = compared({**CASES, **FALLBACKS}[name], drawing)
+    u, v = torch.randn(len(expected), 2), torch.randn(expected.shape[1], 2)
+    products = [(ours.mm(v), expected @ v), (ours.rmm(u), expected.T @ u), (ours.gram().tril(), (expected @ expected.T).tril())]
+    for actual, right in products:  # from the factors
+        close(actual, right)
+    close(ours.squared_norm(), expected.square().sum())
+    close(ours.dense(), expected)
+    close(ours.gram().tril(), (expected @ expected.T).tril())
+    close(ours.mv(v[:, 0]), expected @ v[:, 0])
+    close(ours.rmv(u[:, 0]), expected.T @ u[:, 0])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_uses_are_known(name):
+    plan, *_ = compared(CASES[name], False)
+    allowed = {"ExpBackward"} if name == "the_exponential_of_a_coefficient" else set()
+    assert {node for block in plan.blocks for node in block.others.values()} <= allowed
+
+
+def test_a_wide_layer_is_cheaper_by_its_factors():
+    net, x = nn.Sequential(nn.Linear(2, 60), nn.Tanh(), nn.Linear(60, 50), nn.Tanh(), nn.Linear(50, 1)), torch.rand(9, 2)
+    _, ours, expected = compared(lambda: (net.parameters(), lambda: mse_loss(net(x), torch.ones(9, 1))), False)
+    assert not ours.prefers_dense()
+    close(ours.gram().tril(), (expected @ expected.T).tril())
+
+
+@pytest.mark.parametrize(
+    "loss, message",
+    [
+        (lambda u: (u[:, 0] * u[:, 1]).mean(), "MulBackward0"),
+        (lambda u: torch.mul(*u.unbind(1)).mean(), "MulBackward0"),
+        (lambda u: u.abs().mean(), "AbsBackward0"),
+        (lambda u: (u**3).mean(), "PowBackward0"),
+        (lambda u: (u**2).mean().sqrt(), "SqrtBackward0"),
+        (lambda u: (u**2).mean() / (u**2).mean(), "DivBackward0"),
+        (lambda u: (u**2).mean() - 2 * (u[:, 0] ** 2).mean(), "negative coefficient"),
+        (lambda u: -(u**2).mean(), "negative coefficient"),
+    ],
+)
+def test_what_is_no_sum_of_squares_is_refused(loss, message):
+    net = mlp(2, 2)
+    with pytest.raises(RuntimeError, match=message):
+        of_loss(list(net.parameters()), loss(net(torch.rand(5, 2))))
