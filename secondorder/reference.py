@@ -111,6 +111,26 @@ def precondition(left: Tensor | None, gradient: Tensor, right: Tensor | None) ->
     return half.clone() if right is None else half @ right
 
 
+def jacobian_rows_(
+    out: Tensor,
+    left: Sequence[Tensor],
+    right: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    start: Sequence[int],
+    offset: Sequence[int],
+) -> None:
+    """Row start + j, from column offset on: the sum of L[rows[j, t]] R[rows[j, t]]^T over the pieces of one place and over t."""
+    before = None
+    for x, y, index, row, column in zip(left, right, rows, start, offset, strict=True):
+        y = x.new_ones(len(x), 1) if y.dim() == 1 else y
+        index = torch.arange(len(x), device=x.device).unsqueeze(1) if index.dim() == 1 else index
+        x, y = (torch.cat([t, t.new_zeros(1, t.shape[1])])[index] for t in (x, y))
+        block = torch.einsum("mta,mtb->mab", x, y).flatten(1)
+        target = out[row : row + len(block), column : column + block.shape[1]]
+        target.copy_(target + block if (row, column) == before else block)
+        before = row, column
+
+
 def eacg_hvp(bias_hessian: Tensor, mean_input: Tensor, p: Tensor) -> Tensor:
     """Eq. 11b: H P a a^T."""
     return torch.outer(bias_hessian @ (p @ mean_input), mean_input)

@@ -123,6 +123,24 @@ def test_precondition(size, dtype):
         assert_as_accurate(on_gpu(ops.precondition, *arguments), reference.precondition(*arguments), exact, ulps=64)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_jacobian_rows(size, dtype):
+    """Two pieces with rows that are none, beside a vector's rows in natural order; what is around them stays."""
+    a, b, m = (min(n, 129) for n in size)
+    x, y = torch.randn(2, m + 2, a, dtype=torch.float64).to(dtype), torch.randn(2, m + 2, b, dtype=torch.float64).to(dtype)
+    rows = list(torch.randint(m + 3, (2, m, 3)))
+    absent = torch.empty(0, dtype=dtype), torch.empty(0, dtype=torch.int64)
+    pieces = [[*x, x[0, :m]], [*y, absent[0]], [*rows, absent[1]]]
+    places = [1, 1, 0], [1, 1, 1 + a * b]
+    out = torch.randn(m + 1, a * b + a + 2, dtype=torch.float64).to(dtype)
+    here, plain, exact = out.cuda(), out.clone(), out.double()
+    without_waiting(ops.jacobian_rows_, here, *moved(pieces, "cuda"), *places)
+    reference.jacobian_rows_(plain, *pieces, *places)
+    reference.jacobian_rows_(exact, *to_double(pieces[:2]), pieces[2], *places)
+    assert_as_accurate(here.cpu(), plain, exact, ulps=64)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_bias_hessian_obeys_the_matmul_precision(size):
     """TF32 where PyTorch is allowed it: the bound of its 2^-11, which float32 is far inside of."""

@@ -66,6 +66,9 @@ struct Kernels {
 
   // step = 0 where mask is 0; w = keep w - rate step, elementwise over n
   void (*descend)(int64_t n, T keep, T rate, const T* mask, T* step, T* w);
+
+  // out[i, j] = sum_u x[u][i] y[u][j] over count u   out [a, b] contiguous; every x[u] [a], every y[u] [b]
+  void (*outer_sum)(int64_t count, int64_t a, int64_t b, const T* const* x, const T* const* y, T* out);
 };
 
 // The table for this machine's widest supported vectors.

@@ -23,6 +23,7 @@ from secondorder.ops.bias_hessian import bias_hessian, bias_hessian_activation, 
 from secondorder.ops.cross_entropy import cross_entropy_hessian
 from secondorder.ops.eacg import eacg_hvp, eacg_solve, eacg_update_
 from secondorder.ops.eigen import CONTROL, eigen_renew_, eigen_sketch_, eigen_step_
+from secondorder.ops.jacobian import jacobian_rows_
 from secondorder.ops.precondition import precondition
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "eigen_sketch_",
     "eigen_step_",
     "hessian_action_update_",
+    "jacobian_rows_",
     "lbfgs_product",
     "mean_inputs",
     "precondition",
