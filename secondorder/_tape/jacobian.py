@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from secondorder import ops
 from secondorder._tape.uses import Use, Uses
 from secondorder.linalg import gram
 
@@ -22,8 +24,8 @@ class Block(NamedTuple):
         elements: their positions in it, flattened [n]; None: all.
         size: n.
         uses: those that are taken, by their position in the tensor's list.
-        rows: for each, which rows of the product are of each residual [n, T], the number of rows standing for none; None: row i is
-            of residual i.
+        rows: for each, which rows of the product are of each residual [n, T], the number of rows standing for none; None: row i
+            is of residual i.
         others: parameters whose columns or rows need backward passes of their own, and the nodes by which they enter.
     """
 
@@ -220,6 +222,13 @@ class Part:
         self._factors: tuple[Tensor, Tensor] | None = None
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """U, a and b."""
+        uses = sum(1 if piece.rows is None else piece.rows.shape[1] for piece in self.pieces)
+        left, right, _ = self.pieces[0]
+        return uses, left.shape[1], 1 if right is None else right.shape[1]
+
+    @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """L [m, U, a] and R [m, U, b] with columns sum over u of outer(L_u, R_u)."""
         if self._factors is None:
@@ -250,14 +259,15 @@ class Jacobian:
     """J [m, P] of weighted residuals, as the factors of its rows until `dense` is asked for.
 
     Args:
-        rows: m.
+        spans: the first row of each block, and the one after its last.
         parameters: whose columns follow one another.
         parts: of each parameter, by its position.
         buffer: memory for J and J J^T.
     """
 
-    def __init__(self, rows: int, parameters: Sequence[Tensor], parts: dict[int, list[Part]], buffer: Buffer):
-        self.rows, self.parts, self._buffer = rows, parts, buffer
+    def __init__(self, spans: list[tuple[int, int]], parameters: Sequence[Tensor], parts: dict[int, list[Part]], buffer: Buffer):
+        self._spans, self.parts, self._buffer = spans, parts, buffer
+        self.rows = spans[-1][1]
         self.offsets = [0]
         for p in parameters:
             self.offsets.append(self.offsets[-1] + p.numel())
@@ -269,20 +279,37 @@ class Jacobian:
     def dense(self) -> Tensor:
         """J [m, P], kept from now on."""
         if self._dense is None:
-            self._dense = self._buffer.matrix("jacobian", self.rows, self.columns, self.like).zero_()
-            for p in self.parts:
-                self._fill(self._dense[:, self.offsets[p] : self.offsets[p + 1]], p)
+            self._dense = self._buffer.matrix("jacobian", self.rows, self.columns, self.like)
+            self._write(self._dense, range(len(self.offsets) - 1))
         return self._dense
 
-    def _fill(self, target: Tensor, parameter: int) -> None:
-        """Adds a parameter's columns [m, numel]."""
-        for part in self.parts[parameter]:
-            rows = target[part.start : part.stop]
-            if part.dense is not None:
-                rows += part.dense
-            else:
-                left, right = part.factors
-                rows += torch.bmm(left.mT, right).flatten(1)
+    def _write(self, target: Tensor, parameters: Sequence[int]) -> None:
+        """Writes the columns of consecutive parameters."""
+        first = self.offsets[parameters[0]]
+        pieces, start, offset = list[Piece](), list[int](), list[int]()
+        for p in parameters:
+            written = set()
+            for part in self.parts.get(p, []):
+                pieces += part.pieces
+                start += [part.start] * len(part.pieces)
+                offset += [self.offsets[p] - first] * len(part.pieces)
+                written |= {part.start} if part.pieces else set()
+            for begin, end in self._spans:
+                if begin not in written:
+                    target[begin:end, self.offsets[p] - first : self.offsets[p + 1] - first] = 0
+        none = torch.empty(0, dtype=torch.int64, device=target.device)
+        ops.jacobian_rows_(
+            target,
+            [piece.left for piece in pieces],
+            [target.new_empty(0) if piece.right is None else piece.right for piece in pieces],
+            [none if piece.rows is None else piece.rows for piece in pieces],
+            start,
+            offset,
+        )
+        for p in parameters:
+            for part in self.parts.get(p, []):
+                if part.dense is not None:
+                    target[part.start : part.stop, self.offsets[p] - first : self.offsets[p + 1] - first] += part.dense
 
     def mv(self, v: Tensor) -> Tensor:
         """J v [m]."""
@@ -338,8 +365,8 @@ class Jacobian:
         return total
 
     def _columns(self, parameter: int) -> Tensor:
-        columns = self.like.new_zeros(self.rows, self.offsets[parameter + 1] - self.offsets[parameter])
-        self._fill(columns, parameter)
+        columns = self.like.new_empty(self.rows, self.offsets[parameter + 1] - self.offsets[parameter])
+        self._write(columns, [parameter])
         return columns
 
     def prefers_dense(self) -> bool:
@@ -353,9 +380,8 @@ class Jacobian:
         parts = self.parts[parameter]
         if any(part.dense is not None for part in parts) or len({(part.start, part.stop) for part in parts}) < len(parts):
             return math.inf
-        left, right = parts[0].factors
-        uses = max(part.factors[0].shape[1] for part in parts)
-        return uses**2 * (left.shape[2] + right.shape[2])
+        shapes = [part.shape for part in parts]
+        return max(uses for uses, _, _ in shapes) ** 2 * (shapes[0][1] + shapes[0][2])
 
     def gram(self) -> Tensor:
         """J J^T [m, m], at least its lower triangle."""
@@ -402,7 +428,8 @@ def jacobian(
     """
     parts: dict[int, list[Part]] = {}
     counts = [b.size if d is None else len(d) for b, d in zip(plan.blocks, drawn, strict=True)]
-    starts = [sum(counts[:i]) for i in range(len(counts))]
+    ends = list(accumulate(counts))
+    spans = [(end - count, end) for end, count in zip(ends, counts, strict=True)]
     for members in plan.passes:
         outputs, seeds, nodes = list[Tensor](), list[Tensor](), dict[Node, None]()
         for i in members:
@@ -414,13 +441,13 @@ def jacobian(
             nodes.update(dict.fromkeys(uses[block.term].uses[k].node for k in block.uses))
         arriving = _arriving(outputs, seeds, list(nodes))
         for i, r, seed in zip(members, outputs, seeds, strict=True):
-            block, d, span = plan.blocks[i], drawn[i], (starts[i], starts[i] + counts[i])
+            block, d, span = plan.blocks[i], drawn[i], spans[i]
             for p, part in _parts(block, d, uses[block.term].uses, arriving, span).items():
                 parts.setdefault(p, []).extend(part)
             if block.others:
                 for p, dense in _others(r, seed, block.chosen(d, r.device), [(p, parameters[p]) for p in block.others]).items():
                     parts.setdefault(p, []).append(Part(*span, [], dense))
-    return Jacobian(sum(counts), parameters, parts, buffer)
+    return Jacobian(spans, parameters, parts, buffer)
 
 
 def _parts(

@@ -57,11 +57,11 @@ class Reach:
         if node is None:
             return False
         known = self._known
+        if node.name() == LEAF:
+            return id(node.variable) in self._parameters  # type: ignore[attr-defined]
         path = [(node, iter(node.next_functions))]  # from `node` to where the walk is
         while path and node not in known:
             top, following = path[-1]
-            if top.name() == LEAF:
-                known[top] = id(top.variable) in self._parameters  # type: ignore[attr-defined]
             if known.get(top):
                 known.update((passed, True) for passed, _ in path)
                 break
@@ -69,8 +69,11 @@ class Reach:
             if child is None:
                 known[top] = False
                 path.pop()
-            else:
-                path.append((child, iter(child.next_functions)))
+                continue
+            further = child.next_functions
+            if not further and child.name() == LEAF:
+                known[child] = id(child.variable) in self._parameters  # type: ignore[attr-defined]
+            path.append((child, iter(further)))
         return known[node]
 
 

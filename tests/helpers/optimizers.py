@@ -15,7 +15,7 @@ FIXED = {
     "KBFGS": lambda m, c, **k: so.KBFGS(m, c, **{"lr": 0.1, **k}),
     "KBFGSL": lambda m, c, **k: so.KBFGSL(m, c, **{"lr": 0.1, "memory": 3, **k}),
 }
-OTHERS = {"EigenAdam"}  # those that take no criterion; each has tests of its own
+OTHERS = {"EigenAdam", "LevenbergMarquardt"}  # those that take no criterion; each has tests of its own
 ALL = {**FIXED, **{name: getattr(so, name) for name in so.optim.__all__ if name not in FIXED and name not in OTHERS}}
 
 

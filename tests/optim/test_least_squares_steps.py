@@ -267,7 +267,7 @@ def test_a_value_that_is_not_that_of_its_graph_is_refused():
 
 
 @pytest.mark.parametrize(
-    "result, message",
+    ("result", "message"),
     [
         (lambda u: (u**2).mean().item(), "got float"),
         (lambda u: (u**2).mean().detach(), "depends on a trained parameter"),
@@ -474,11 +474,11 @@ def test_float32():
 
 
 @pytest.mark.parametrize(
-    "options, error",
+    ("options", "error"),
     [
         ({"lr": 0.0}, ValueError), ({"lr": 2.0}, ValueError), ({"lr": "a"}, TypeError), ({"rows": 0}, ValueError),
-        ({"rows": 2.5}, ValueError), ({"max_rows": -1}, ValueError), ({"damping": 0.0}, ValueError), ({"solver": "cg"}, ValueError),
-        ({"memory": -1}, ValueError), ({"nonfinite": "no"}, ValueError), ({"seed": None}, ValueError),
+        ({"rows": 2.5}, ValueError), ({"max_rows": -1}, ValueError), ({"damping": 0.0}, ValueError),
+        ({"solver": "cg"}, ValueError), ({"memory": -1}, ValueError), ({"nonfinite": "no"}, ValueError), ({"seed": None}, ValueError),
     ],
 )  # fmt: skip
 def test_arguments_out_of_range_are_refused(options, error):

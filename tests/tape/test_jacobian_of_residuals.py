@@ -451,7 +451,7 @@ def test_a_wide_layer_is_cheaper_by_its_factors():
 
 
 @pytest.mark.parametrize(
-    "loss, message",
+    ("loss", "message"),
     [
         (lambda u: (u[:, 0] * u[:, 1]).mean(), "MulBackward0"),
         (lambda u: torch.mul(*u.unbind(1)).mean(), "MulBackward0"),
@@ -467,3 +467,9 @@ def test_what_is_no_sum_of_squares_is_refused(loss, message):
     net = mlp(2, 2)
     with pytest.raises(RuntimeError, match=message):
         of_loss(list(net.parameters()), loss(net(torch.rand(5, 2))))
+
+
+def test_what_is_linear_in_a_parameter_is_refused():
+    net = mlp()
+    with pytest.raises(RuntimeError, match="AccumulateGrad is neither a square nor linear"):
+        of_loss(list(net.parameters()), (net(torch.rand(5, 2)) ** 2).mean() + net[0].bias.sum())
