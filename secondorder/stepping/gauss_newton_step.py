@@ -24,7 +24,7 @@ SHARE = 0.5  # of an equal share of the rows that each term has at least
 LEAST_DAMPING = 1e-16
 PLANS = 16  # kept for graphs of as many structures
 
-RACE_STEPS = 12  # of each start
+RACE_STEPS = 6  # of each start
 RACE_ROWS = 150
 RACE_END = 1e-3  # of the first loss: a start that comes below ends the race
 
