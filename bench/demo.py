@@ -78,8 +78,9 @@ def eacg_literal(model: nn.Sequential, lr: float) -> Step:
 def eacg_paper(model: nn.Sequential, lr: float) -> Step:
     criterion = nn.CrossEntropyLoss()
     optimizer = so.EACG(
-        model, criterion, lr, alpha=ALPHA, max_cg=CG, eps_cg=EPS, solver="ea-cg-truncated", momentum=0, factor_decay=0
-    )
+        model, criterion, lr, alpha=ALPHA, max_cg=CG, eps_cg=EPS, solver="ea-cg-truncated", momentum=0, factor_decay=0,
+        max_step=None,
+    )  # fmt: skip
     return ordinary_loop(model, optimizer, criterion)
 
 

@@ -179,13 +179,21 @@ def eacg_update_(
     max_iter: int,
     tol: float,
     truncated: bool,
+    max_norm: Sequence[float] | None = None,
 ) -> Tensor:
-    """Eq. 10a and 10b for every layer; then V <- momentum V + P and W <- (1 - lr weight_decay) W + lr V, if all are finite."""
+    """Eq. 10a and 10b for every layer; then V <- momentum V + P and W <- (1 - lr weight_decay) W + lr V, if all are finite.
+
+    [P, d] is shortened to the Frobenius norm `max_norm` where it is longer.
+    """
     solutions, counts = [], []
     for h, a, b, g, damping in zip(bias_hessian, mean_input, grad_weight, grad_bias, alpha, strict=True):
         p, d, iterations = eacg_solve(h, a, b, g if len(g) else None, damping, max_iter, tol, truncated)
         solutions.append((p, d))
         counts.append(int(iterations) if p.isfinite().all() and d.isfinite().all() else -1)
+    for layer, (directions, bound) in enumerate(zip(solutions, max_norm or [], strict=bool(max_norm))):
+        length = torch.cat([x.flatten() for x in directions]).norm()
+        if length > bound:
+            solutions[layer] = tuple(x * (bound / length) for x in directions)
     if all(count >= 0 for count in counts):
         for layer, directions in enumerate(solutions):
             for p, x, v in zip(directions, (weight, bias), (weight_momentum, bias_momentum), strict=True):

@@ -136,6 +136,9 @@ BUGS = {
     "bound that lets an overflow through": (
         "values", "eacg_overflow", "eacg.cu", "eacg.cu", "bound * reach <= kLargest<T> / 8", "bound <= kLargest<T>",
     ),
+    "bound of a direction without what lies across the mean input": (
+        "values", "eacg_bounded", "eacg.cu", "eacg.cu", "sqrt(c * c * across * across + squares[0])", "sqrt(squares[0])",
+    ),
     "missing barrier between two groups of vectors": (
         "races", "eigen_step", "eigen.cu", "eigen.cuh", "    __syncthreads();  // what was there has been used\n", "",
     ),

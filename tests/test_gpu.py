@@ -223,8 +223,11 @@ def net_arguments(device, layers=((300, 40), (40, 130), (130, 3))):
     return [*lists, [0.1] * count, [0.2] * count, [0.9] * count, [0.01] * count, 10, 0.0, False]
 
 
-def test_eacg_update_equals_the_cpu_operator():
+@pytest.mark.parametrize("bound", [float("inf"), 1.0])
+def test_eacg_update_equals_the_cpu_operator(bound):
     on_cpu, on_cuda = net_arguments("cpu"), net_arguments("cuda")
+    for arguments in (on_cpu, on_cuda):
+        arguments.append([bound] * len(arguments[0]))
     expected = ops.eacg_update_(*on_cpu)
     assert torch.equal(without_waiting(ops.eacg_update_, *on_cuda).cpu(), expected)
     for cuda_list, cpu_list in zip(on_cuda[4:8], on_cpu[4:8], strict=True):

@@ -62,7 +62,7 @@ def _chen(curvature: str, solver: str) -> Method:
     def make(model: nn.Module, criterion: nn.Module, lr: float, alpha: float) -> torch.optim.Optimizer:
         return so.EACG(
             model, criterion, lr, curvature=curvature, solver=solver, alpha=alpha, max_cg=20, eps_cg=1e-5, momentum=0,
-            factor_decay=0,
+            factor_decay=0, max_step=None,
         )  # fmt: skip
 
     curvatures = {"pch-abs": "PCH-1", "gauss-newton": "Gauss-Newton", "fisher-empirical": "Fisher"}

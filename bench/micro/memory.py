@@ -18,7 +18,7 @@ OPTIMIZERS = {
     "SGD, momentum": lambda model, criterion: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
     "Adam": lambda model, criterion: torch.optim.Adam(model.parameters(), lr=1e-3),
     "EACG, the paper's settings": lambda model, criterion: so.EACG(
-        model, criterion, 1e-3, solver="ea-cg-truncated", max_cg=20, eps_cg=0, momentum=0, factor_decay=0
+        model, criterion, 1e-3, solver="ea-cg-truncated", max_cg=20, eps_cg=0, momentum=0, factor_decay=0, max_step=None
     ),
     "EACG, momentum=0": lambda model, criterion: so.EACG(model, criterion, 1e-3, momentum=0),
     "EACG": lambda model, criterion: so.EACG(model, criterion, 1e-3),

@@ -38,7 +38,7 @@ EACGS: dict[str, Make] = {
     "EACG": lambda m, c: so.EACG(m, c, 1e-6),
     "EACG, momentum=0": lambda m, c: so.EACG(m, c, 1e-6, momentum=0),
     "EACG, the paper's settings": lambda m, c: so.EACG(
-        m, c, 1e-6, solver="ea-cg-truncated", max_cg=20, eps_cg=0, momentum=0, factor_decay=0
+        m, c, 1e-6, solver="ea-cg-truncated", max_cg=20, eps_cg=0, momentum=0, factor_decay=0, max_step=None
     ),
     "EACG, curvature_every=10": lambda m, c: so.EACG(m, c, 1e-6, curvature_every=EVERY),
     "EACG, curvature_samples=100": lambda m, c: so.EACG(m, c, 1e-6, curvature_samples=100),

@@ -101,6 +101,13 @@ struct Direction {
   std::vector<T> w, bias;
   int64_t iterations;  // of the weight system
   double largest;      // a bound on every |P_ij| and |d_i|; NaN where anything is not finite
+  double norm;         // sqrt(|P|^2 + |d|^2)
+
+  void scale(double factor) {
+    c *= factor;
+    for (T& x : w) x = T(factor * x);
+    for (T& x : bias) x = T(factor * x);
+  }
 };
 
 struct Settings {
@@ -121,18 +128,16 @@ Direction<T> solve(const T* hessian, const T* mean_input, const T* grad_weight, 
   parallel_rows(n_out, n_in, [&](int64_t begin, int64_t end) {
     kernel.project(end - begin, n_in, grad_weight + begin * n_in, mean_input, u.data() + begin, squares.data() + begin);
   });
-  double across = 0;  // |B'|
-  if (settings.truncated) {
-    for (double row : squares) across += row;
-    if (s > 0) across -= dot(u, u) / s;
-    // Rounding can leave a small negative number where B is all along a; NaN must stay.
-    across = across < 0 ? 0 : std::sqrt(across);
-  }
+  double across = std::accumulate(squares.begin(), squares.end(), 0.0);  // |B'|
+  if (s > 0) across -= dot(u, u) / s;
+  // Rounding can leave a small negative number where B is all along a; NaN must stay.
+  across = across < 0 ? 0 : std::sqrt(across);
 
   std::vector<T> weight_rhs(n_out), bias_rhs(grad_bias ? n_out : 0);
   for (int64_t i = 0; i < n_out; ++i) weight_rhs[i] = s > 0 ? T(-u[i] / root) : T(0);  // with a = 0 nothing is along it
   for (size_t i = 0; i < bias_rhs.size(); ++i) bias_rhs[i] = -grad_bias[i];
-  ConjugateGradient<T> weight(std::move(weight_rhs), -across, alpha, (1 - alpha) * s, settings.tol);
+  ConjugateGradient<T> weight(std::move(weight_rhs), settings.truncated ? -across : 0, alpha, (1 - alpha) * s,
+                              settings.tol);
   ConjugateGradient<T> bias(std::move(bias_rhs), 0, alpha, 1 - alpha, settings.tol);
 
   std::vector<T> h1(n_out), h2(bias.direction().size());
@@ -166,6 +171,9 @@ Direction<T> solve(const T* hessian, const T* mean_input, const T* grad_weight, 
   }
   for (size_t i = 0; i < result.bias.size() && !std::isnan(result.largest); ++i)
     enlarge(std::abs(double(result.bias[i])));
+  // c B' and v a^T / sqrt(s) are orthogonal.
+  result.norm = std::sqrt(result.c * result.c * across * across + dot(weight.solution(), weight.solution()) +
+                          dot(result.bias, result.bias));
   return result;
 }
 
@@ -244,10 +252,10 @@ at::Tensor eacg_update_(at::TensorList hessians, at::TensorList mean_inputs, at:
                         at::TensorList grad_biases, at::TensorList weights, at::TensorList biases,
                         at::TensorList weight_momenta, at::TensorList bias_momenta, at::ArrayRef<double> lr,
                         at::ArrayRef<double> alpha, at::ArrayRef<double> momentum, at::ArrayRef<double> weight_decay,
-                        int64_t max_iter, double tol, bool truncated) {
+                        int64_t max_iter, double tol, bool truncated, std::optional<at::ArrayRef<double>> max_norm) {
   const size_t layers = hessians.size();
   check_eacg_update(hessians, mean_inputs, grad_weights, grad_biases, weights, biases, weight_momenta, bias_momenta, lr,
-                    alpha, momentum, weight_decay, max_iter, tol);
+                    alpha, momentum, weight_decay, max_iter, tol, max_norm);
   at::Tensor iterations = at::empty({int64_t(layers)}, at::kLong);
   int64_t* counts = iterations.mutable_data_ptr<int64_t>();
   const bool keep = !weight_momenta.empty();
@@ -259,6 +267,7 @@ at::Tensor eacg_update_(at::TensorList hessians, at::TensorList mean_inputs, at:
         // |V| <= max |P| / (1 - mu): neither momentum mu V + P nor update lr V may overflow, now or later.
         const double reach = direction.largest * std::max(1.0, std::abs(lr[l])) / std::max(1e-3, 1 - momentum[l]);
         counts[l] = reach <= double(std::numeric_limits<T>::max()) / 8 ? direction.iterations : -1;
+        if (max_norm && direction.norm > (*max_norm)[l]) direction.scale((*max_norm)[l] / direction.norm);
         const T rate = T(lr[l]), decay = T(lr[l] * weight_decay[l]), mu = T(momentum[l]);
         weight_updates[l] = [=, w = std::move(direction.w), c = T(direction.c)] {
           const int64_t n_out = weights[l].size(0), n_in = weights[l].size(1);

@@ -1,8 +1,8 @@
 // EA-CG (Chen et al., Eq. 9 to 11b): ((1-alpha) H P a a^T + alpha P) = -B and ((1-alpha) H + alpha I) d = -g, for all
 // layers of a net in three launches:
 //
-//   products    u = B a, s = a^T a, the largest entry of every row of B, and for the truncated form its
-//               squares: one pass over every B
+//   products    u = B a, s = a^T a, the largest entry of every row of B, and for the truncated form and where
+//               directions are bounded its squares: one pass over every B
 //   directions  conjugate gradients of every layer and of both right-hand sides, all iterations
 //   update      W += lr (c B + w a^T), or the direction alone: one pass over every B and W
 //
@@ -32,7 +32,7 @@ constexpr int kSums = 4;                // that one block_sum of directions_kern
 template <typename T>
 struct Work {
   double* scalars;    // [2] s = a^T a; then c
-  double* squares;    // [n_out] |B_i|^2, in the truncated form
+  double* squares;    // [n_out] |B_i|^2, where |B'| is needed
   T* largest;         // [n_out] max_j |B_ij|
   T* u;               // [n_out] B a
   T* w;               // [n_out] P = c B + w a^T
@@ -75,10 +75,10 @@ __device__ __forceinline__ Projection<T> project_row(int64_t n, bool vectors, co
   return {warp_sum(sums.u), warp_max(sums.largest), kSquares ? warp_sum(sums.squares) : 0};
 }
 
-// u, s, the rows' largest entries and (truncated) squares. Parallel over the rows of every B, a warp each.
+// u, s, the rows' largest entries and (if asked for) squares. Parallel over the rows of every B, a warp each.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
-    products_kernel(const Layers<T> __grid_constant__ layers, const Blocks __grid_constant__ division, bool truncated) {
+    products_kernel(const Layers<T> __grid_constant__ layers, const Blocks __grid_constant__ division, bool squares) {
   const int l = division.layer(layers.count, blockIdx.x);
   const EacgLayer<T>& in = layers.layer[l].in;
   const Work<T>& work = layers.layer[l].work;
@@ -87,11 +87,11 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   const T* b = in.grad_weight + row * n;
   const bool vectors = aligned(n, in.grad_weight, in.mean_input), leader = threadIdx.x % kWarp == 0;
   const Projection<T> products =
-      truncated ? project_row<true>(n, vectors, b, in.mean_input) : project_row<false>(n, vectors, b, in.mean_input);
+      squares ? project_row<true>(n, vectors, b, in.mean_input) : project_row<false>(n, vectors, b, in.mean_input);
   if (leader) {
     work.u[row] = products.u;
     work.largest[row] = products.largest;
-    if (truncated) work.squares[row] = products.squares;
+    if (squares) work.squares[row] = products.squares;
   }
   if (row == 0) {
     const double s = project_row<true>(n, vectors, in.mean_input, in.mean_input).squares;
@@ -181,8 +181,14 @@ __device__ __forceinline__ void copy_elements(int64_t n, const T* from, T* to) {
   }
 }
 
-// The solve, from rhs to P's factors c and w and to the bias direction. Parallel over layers, a group of blocks each,
-// that must all be resident.
+// Whether the directions of a layer are bounded.
+template <typename T>
+__host__ __device__ bool bounded(const EacgLayer<T>& layer) {
+  return layer.max_norm < HUGE_VAL;
+}
+
+// The solve, from rhs to P's factors c and w and to the bias direction, shortened where they are too long. Parallel
+// over layers, a group of blocks each, that must all be resident.
 //   not_finite [1] or null; dynamic shared memory: [kVectors, n_out] vectors, then this block's rows of H, as each fits
 template <typename T>
 __global__ void __launch_bounds__(kGroupThreads, 1)
@@ -224,6 +230,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   }
 
   // The right-hand sides: x = 0, r = p = rhs.
+  const bool measured = settings.truncated || bounded(in);
   const double s = n > 0 ? work.scalars[0] : 0, root = sqrt(s);
   double sums[kSums] = {};  // |u|^2, |B|^2, |rhs|^2 of either system
   each_element(n, [&](int64_t i) {
@@ -231,7 +238,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
     // With a = 0 nothing is along it, and u = 0; but a NaN in B then stands in u alone, and must reach the solution.
     const T rhs[kSystems] = {s > 0 ? T(-double(u) / root) : u, in.grad_bias ? -in.grad_bias[i] : T(0)};
     sums[0] += double(u) * double(u);
-    if (settings.truncated) sums[1] += work.squares[i];
+    if (measured) sums[1] += work.squares[i];
 #pragma unroll
     for (int k = 0; k < kSystems; ++k) {
       vector(0, k)[i] = T(0);
@@ -241,13 +248,14 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   });
   block_sum(sums, partial);
   double across = 0;  // |B'|
-  if (settings.truncated) {
+  if (measured) {
     across = s > 0 ? sums[1] - sums[0] / s : sums[1];
     // Rounding can leave a small negative number where B is all along a; NaN must stay.
     across = across < 0 ? 0 : sqrt(across);
   }
   lead([&](int k) {
-    led.start(in.alpha, k == 0 ? (1 - in.alpha) * s : 1 - in.alpha, sums[2 + k], k == 0 ? -across : 0, settings.tol);
+    led.start(in.alpha, k == 0 ? (1 - in.alpha) * s : 1 - in.alpha, sums[2 + k],
+              k == 0 && settings.truncated ? -across : 0, settings.tol);
   });
 
   for (int iteration = 0; iteration < settings.max_iter && (system[0].active || system[1].active); ++iteration) {
@@ -299,20 +307,35 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
 
   if (rank != 0) return;
   // -1/alpha in the closed form; the extra coordinate, undone from its length |B'|, in the truncated one.
-  const double c = settings.truncated ? (across == 0 ? 0 : system[0].extra_x / across) : -1 / in.alpha;
+  double c = settings.truncated ? (across == 0 ? 0 : system[0].extra_x / across) : -1 / in.alpha;
   // |P_ij| <= |c| max_j |B_ij| + |w_i| |a|, and |V| <= max |P| / (1 - mu): neither momentum mu V + P nor update lr V
   // may overflow, now or later. What is not finite is not below the bound either.
   const double reach = std::fmax(1.0, std::abs(in.lr)) / std::fmax(1e-3, 1 - in.momentum);
   bool finite = true;
+  double squares[1] = {};  // |v|^2 + |d|^2
   each_element(n, [&](int64_t i) {
     const T x = system[0].finite ? vector(0, 0)[i] : T(NAN), d = system[1].finite ? vector(0, 1)[i] : T(NAN);
     const T w = s > 0 ? T((double(x) * root - c * double(work.u[i])) / s) : x;
     work.w[i] = w;
     work.d[i] = d;
+    squares[0] += double(x) * double(x) + double(d) * double(d);
     const double bound = std::abs(c) * double(work.largest[i]) + std::abs(double(w)) * std::fmax(1.0, root);
     finite = finite && bound * reach <= kLargest<T> / 8 && std::abs(double(d)) * reach <= kLargest<T> / 8;
   });
   finite = __syncthreads_and(finite);
+  if (bounded(in)) {
+    block_sum(squares, partial);
+    // c B' and v a^T / sqrt(s) are orthogonal.
+    const double norm = sqrt(c * c * across * across + squares[0]);
+    if (norm > in.max_norm) {
+      const double factor = in.max_norm / norm;
+      c *= factor;
+      each_element(n, [&](int64_t i) {
+        work.w[i] = T(factor * work.w[i]);
+        work.d[i] = T(factor * work.d[i]);
+      });
+    }
+  }
   if (threadIdx.x == 0) {
     work.scalars[1] = c;
     *in.iterations = finite || !not_finite ? system[0].iterations : -1;
@@ -456,9 +479,10 @@ template <typename T>
 void eacg_directions(const EacgLayer<T>* layers, int count, const EacgSettings& settings, void* workspace,
                      int* not_finite, const Device& device, cudaStream_t stream) {
   cudaMemsetAsync(workspace, 0, count * sizeof(unsigned), stream);  // the barriers' counts come first in the workspace
+  const bool squares = settings.truncated || std::any_of(layers, layers + count, bounded<T>);
   each_plan(layers, count, workspace, device, [&](const Plan<T>& plan) {
     if (const unsigned blocks = plan.rows.first[plan.layers.count])
-      LAUNCH(products_kernel<T>, blocks, kRowThreads, 0, stream, plan.layers, plan.rows, settings.truncated);
+      LAUNCH(products_kernel<T>, blocks, kRowThreads, 0, stream, plan.layers, plan.rows, squares);
     cudaFuncSetAttribute(directions_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
     LAUNCH_COOPERATIVE(directions_kernel<T>, plan.groups.first[plan.layers.count], kGroupThreads, plan.shared_bytes,
                        stream, plan.layers, plan.groups, settings, plan.shared_bytes, not_finite);

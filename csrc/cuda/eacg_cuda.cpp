@@ -1,6 +1,7 @@
 // eacg_solve and eacg_update_ on CUDA tensors. `iterations` stays on the device.
 #include <algorithm>
 #include <climits>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -16,6 +17,7 @@ struct Net {
   std::vector<at::Tensor> hessian, mean_input, grad_weight, grad_bias;
   at::TensorList weight, bias, weight_momentum, bias_momentum;
   at::ArrayRef<double> alpha, lr, momentum, weight_decay;
+  std::optional<at::ArrayRef<double>> max_norm;
   at::Tensor iterations;  // [layers]
 
   template <typename T>
@@ -38,7 +40,8 @@ struct Net {
             alpha[l],
             setting(lr),
             setting(momentum),
-            setting(weight_decay)};
+            setting(weight_decay),
+            max_norm ? (*max_norm)[l] : std::numeric_limits<double>::infinity()};
   }
 };
 
@@ -96,6 +99,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor> solve_l
          {},
          {},
          {},
+         std::nullopt,
          iterations},
         max_iter, tol, truncated, false, launch);
   return {std::move(weights), std::move(biases), iterations};
@@ -115,13 +119,13 @@ at::Tensor update_(at::TensorList hessians, at::TensorList mean_inputs, at::Tens
                    at::TensorList grad_biases, at::TensorList weights, at::TensorList biases,
                    at::TensorList weight_momenta, at::TensorList bias_momenta, at::ArrayRef<double> lr,
                    at::ArrayRef<double> alpha, at::ArrayRef<double> momentum, at::ArrayRef<double> weight_decay,
-                   int64_t max_iter, double tol, bool truncated) {
+                   int64_t max_iter, double tol, bool truncated, std::optional<at::ArrayRef<double>> max_norm) {
   check_eacg_update(hessians, mean_inputs, grad_weights, grad_biases, weights, biases, weight_momenta, bias_momenta, lr,
-                    alpha, momentum, weight_decay, max_iter, tol);
+                    alpha, momentum, weight_decay, max_iter, tol, max_norm);
   const Launch launch(hessians[0]);
   at::Tensor iterations = at::empty({int64_t(hessians.size())}, hessians[0].options().dtype(at::kLong));
   solve({contiguous(hessians), contiguous(mean_inputs), contiguous(grad_weights), contiguous(grad_biases), weights,
-         biases, weight_momenta, bias_momenta, alpha, lr, momentum, weight_decay, iterations},
+         biases, weight_momenta, bias_momenta, alpha, lr, momentum, weight_decay, max_norm, iterations},
         max_iter, tol, truncated, true, launch);
   // What autograd saved of them is no longer what they hold.
   for (const auto* targets : {&weights, &biases, &weight_momenta, &bias_momenta})

@@ -71,6 +71,7 @@ struct EacgLayer {
   T* bias_momentum;       // [n_out], or null
   int64_t* iterations;    // [1]
   double alpha, lr, momentum, weight_decay;
+  double max_norm;  // of [P, d], which is shortened where it is longer; infinity: never
 };
 
 struct EacgSettings {

@@ -47,7 +47,7 @@ void check_eacg_update(at::TensorList hessians, at::TensorList mean_inputs, at::
                        at::TensorList grad_biases, at::TensorList weights, at::TensorList biases,
                        at::TensorList weight_momenta, at::TensorList bias_momenta, at::ArrayRef<double> lr,
                        at::ArrayRef<double> alpha, at::ArrayRef<double> momentum, at::ArrayRef<double> weight_decay,
-                       int64_t max_iter, double tol) {
+                       int64_t max_iter, double tol, std::optional<at::ArrayRef<double>> max_norm) {
   constexpr const char* op = "eacg_update_";
   check_systems(op, hessians, mean_inputs, grad_weights, grad_biases, alpha, max_iter, tol);
   check_lengths(op, {{"bias_hessian", hessians.size()},
@@ -61,6 +61,9 @@ void check_eacg_update(at::TensorList hessians, at::TensorList mean_inputs, at::
     check_lengths(op, {{"bias_hessian", hessians.size()},
                        {"weight_momentum", weight_momenta.size()},
                        {"bias_momentum", bias_momenta.size()}});
+  if (max_norm) check_lengths(op, {{"bias_hessian", hessians.size()}, {"max_norm", max_norm->size()}});
+  for (size_t l = 0; max_norm && l < hessians.size(); ++l)
+    TORCH_CHECK_VALUE((*max_norm)[l] >= 0, op, ": expected max_norm >= 0, got ", (*max_norm)[l]);
   const auto check_target = [&](const char* name, const at::Tensor& t, const char* like_name, const at::Tensor& like) {
     check_shape(op, name, t, like.sizes());
     check_same(op, name, t, like_name, like);
@@ -87,8 +90,8 @@ TORCH_LIBRARY_FRAGMENT(secondorder, m) {
   m.def(
       "eacg_update_(Tensor[] bias_hessian, Tensor[] mean_input, Tensor[] grad_weight, Tensor[] grad_bias, "
       "Tensor(a!)[] weight, Tensor(b!)[] bias, Tensor(c!)[] weight_momentum, Tensor(d!)[] bias_momentum, "
-      "float[] lr, float[] alpha, float[] momentum, float[] weight_decay, int max_iter, float tol, bool truncated) "
-      "-> Tensor iterations");
+      "float[] lr, float[] alpha, float[] momentum, float[] weight_decay, int max_iter, float tol, bool truncated, "
+      "float[]? max_norm=None) -> Tensor iterations");
 }
 
 }  // namespace secondorder

@@ -2,6 +2,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 namespace secondorder {
 
 // A list with one entry per layer each; a grad_bias of shape [0] is that of a layer without a bias.
@@ -12,6 +14,6 @@ void check_eacg_update(at::TensorList hessians, at::TensorList mean_inputs, at::
                        at::TensorList grad_biases, at::TensorList weights, at::TensorList biases,
                        at::TensorList weight_momenta, at::TensorList bias_momenta, at::ArrayRef<double> lr,
                        at::ArrayRef<double> alpha, at::ArrayRef<double> momentum, at::ArrayRef<double> weight_decay,
-                       int64_t max_iter, double tol);
+                       int64_t max_iter, double tol, std::optional<at::ArrayRef<double>> max_norm);
 
 }  // namespace secondorder

@@ -154,6 +154,7 @@ def eacg_update_(
     max_iter: int,
     tol: float,
     truncated: bool,
+    max_norm: list[float] | None = None,
 ) -> Tensor:
     """`eacg_solve` for all layers of a net and the update of their parameters, without storing a direction.
 
@@ -175,6 +176,8 @@ def eacg_update_(
         max_iter: of conjugate gradients, at least 1.
         tol: they stop at this residual, relative to the first one, at least 0.
         truncated: whether P is the paper's iterate, rather than exact across the mean input.
+        max_norm: one number per layer, >= 0: where [P, d] is longer than this (Frobenius norm), it is shortened to it; otherwise
+            P and d are the solutions, to the bit. None: no bound.
 
     Returns:
         int64 [layers], the iterations of each weight system; -1 for a layer whose solution is not finite, which any NaN or
@@ -183,7 +186,7 @@ def eacg_update_(
     """
     return library.eacg_update_(
         bias_hessian, mean_input, grad_weight, grad_bias, weight, bias, weight_momentum, bias_momentum,
-        lr, alpha, momentum, weight_decay, max_iter, tol, truncated,
+        lr, alpha, momentum, weight_decay, max_iter, tol, truncated, max_norm,
     )  # fmt: skip
 
 

@@ -212,6 +212,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
         Raises:
             NonFiniteError: a direction is not finite.
+            RuntimeError: the solver raised an error; this one names the layer.
         """
         directions, prepared, bad = {}, {}, []
         for layer, factors in covered.items():
@@ -224,6 +225,16 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             except NonFiniteError as error:
                 bad.append((layer, str(error)))
                 continue
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise RuntimeError(self._solver_failed(layer, f"{type(error).__name__}: {error}")) from error
+            for parameter, direction in ((weight, p), (bias, d)):
+                if direction is not None and (parameter is None or direction.shape != parameter.shape):
+                    expected = "None, for there is no bias" if parameter is None else f"shape {list(parameter.shape)}"
+                    raise RuntimeError(
+                        self._solver_failed(layer, f"expected a direction of {expected}, got shape {list(direction.shape)}")
+                    )
             prepared[layer], directions[weight] = ready, p
             if d is not None:
                 directions[bias] = d
@@ -246,6 +257,12 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 state["factor_updates"] = state.get("factor_updates", 0) + 1
             if self._inverse_every > 1 and self._solver.factorises and layer in prepared:
                 state["prepared"] = prepared[layer]
+
+    def _solver_failed(self, layer: nn.Linear, reason: str) -> str:
+        return (
+            f"{type(self).__name__}.step(): the solver {type(self._solver).__qualname__} failed at layer "
+            f"{self._layers[layer]!r}: {reason}. No parameter and no state has changed."
+        )
 
     def _not_finite(self, layers: dict[nn.Linear, str], covered: dict[nn.Linear, Factors]) -> str:
         """Says which layers' steps are not finite, and why."""

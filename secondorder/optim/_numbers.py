@@ -27,6 +27,8 @@ def check_numbers(owner: str, values: dict[str, Any], numbers: Numbers) -> None:
         if name not in values:
             continue
         value = values[name]
+        if value is None and valid(math.inf):  # no bound
+            continue
         try:
             number = float(value)
         except (TypeError, ValueError):

@@ -1,7 +1,8 @@
 """EACG: the positive-curvature Hessian and EA-CG (Chen et al., "EA-CG", 2019)."""
 
+import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
 from secondorder.optim import _momentum
 from secondorder.optim._layerwise import Groups, LayerwiseOptimizer
+from secondorder.optim._numbers import NUMBERS, Numbers
 from secondorder.solvers import EACGSolver, Factors, Solver, SolverOptions
 
 
@@ -31,9 +33,11 @@ class EACG(LayerwiseOptimizer):
 
         (1 - alpha) H P a a^T + alpha P = -B     and     ((1 - alpha) H + alpha I) d = -g,
 
-    and the update is V <- momentum V + P, W <- (1 - lr weight_decay) W + lr V, likewise for b. A step costs little more than one
-    of SGD. The paper's own method is `momentum=0, factor_decay=0, solver="ea-cg-truncated"`. `LayerwiseNewton` finds step size,
-    momentum and damping itself.
+    and the update is V <- momentum V + P, W <- (1 - lr weight_decay) W + lr V, likewise for b. Where the n_out rows of [P, d]
+    are longer than `max_step` in the root mean square, |[P, d]| > max_step sqrt(n_out), both are shortened to that length;
+    elsewhere they are the paper's, to the bit. A step costs little more than one of SGD. The paper's own method is
+    `momentum=0, factor_decay=0, max_step=None, solver="ea-cg-truncated"`. `LayerwiseNewton` finds step size, momentum and
+    damping itself.
 
     Args:
         model: any module; its nn.Linear layers are covered wherever elementwise functions connect them (docs/design.md).
@@ -57,6 +61,8 @@ class EACG(LayerwiseOptimizer):
             forward pass, >= 1; None: from all. a is the whole batch's.
         inverse_every: the solver's factorisations are renewed every so many steps, >= 1, and at each of the first so many.
         max_factor_elements: for a layer with n_in^2 above this, >= 0, "kfi" takes "kfi-rank-one" and "auto" "ea-isotropic".
+        max_step: > 0, the largest root mean square of the lengths of a layer's rows of [P, d], which lr then multiplies and
+            momentum adds up; None: no bound, as in the paper.
         average: whether averages of the parameters are kept, for `averaged_parameters`.
         fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error".
         maximize: whether the loss is maximised: everything, the curvature too, is then as for its negative.
@@ -65,8 +71,8 @@ class EACG(LayerwiseOptimizer):
         nonfinite: what a step does that meets NaN or inf: "error" raises `secondorder.NonFiniteError`, "skip" leaves everything
             as it is and counts in `skipped_steps`.
 
-    lr, alpha, momentum, weight_decay, factor_decay, maximize and decoupled_weight_decay are read from `param_groups` at every
-    step; alpha and factor_decay of a layer from its weight's group, maximize must be the same in all.
+    lr, alpha, momentum, weight_decay, factor_decay, max_step, maximize and decoupled_weight_decay are read from `param_groups`
+    at every step; alpha, factor_decay and max_step of a layer from its weight's group, maximize must be the same in all.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -74,6 +80,7 @@ class EACG(LayerwiseOptimizer):
     """
 
     _remedy = "lower lr or raise alpha"
+    _numbers: ClassVar[Numbers] = {**NUMBERS, "max_step": (lambda v: v > 0, "> 0, or None for no bound")}
 
     def __init__(
         self,
@@ -93,6 +100,7 @@ class EACG(LayerwiseOptimizer):
         curvature_samples: int | None = None,
         inverse_every: int = 1,
         max_factor_elements: int = 2**24,
+        max_step: float | None = 0.25,
         average: bool = False,
         fallback: str = "sgd",
         maximize: bool = False,
@@ -106,6 +114,7 @@ class EACG(LayerwiseOptimizer):
             )
         defaults = {
             "lr": lr, "alpha": alpha, "momentum": momentum, "weight_decay": weight_decay, "factor_decay": factor_decay,
+            "max_step": max_step,
         }  # fmt: skip
         super().__init__(
             model, criterion, defaults, curvature=curvature, solver=solver,
@@ -138,6 +147,7 @@ class EACG(LayerwiseOptimizer):
         gradients = self._gradients()
         alphas = {layer: float(groups[layer.weight]["alpha"]) for layer in covered}
         directions, prepared = self._directions(covered, gradients, {n: (1 - alpha, alpha) for n, alpha in alphas.items()})
+        self._shorten(directions, covered, groups)
         others = self._fallback.updates(self.param_groups, gradients, list(directions), self.state)
         velocities = {p: _momentum.velocity(p, d, groups[p], self.state) for p, d in directions.items()}
         bad = {
@@ -171,6 +181,7 @@ class EACG(LayerwiseOptimizer):
             momenta = (self._momenta(weights, started), self._momenta(biases, started))
 
         others = self._fallback.updates(self.param_groups, gradients, [*weights, *biases], self.state)
+        max_norms = [_max_norm(weight, group) for weight, group in zip(weights, own, strict=True)]
         if covered:
             iterations = ops.eacg_update_(
                 [each["bias_hessian"] for each in covered.values()],
@@ -187,6 +198,7 @@ class EACG(LayerwiseOptimizer):
                 solver.max_cg,
                 solver.eps_cg,
                 solver.truncated,
+                max_norms,
             )
             bad = [layer for layer, count in zip(covered, iterations.tolist(), strict=True) if count < 0]
             if bad:
@@ -196,6 +208,18 @@ class EACG(LayerwiseOptimizer):
         self._commit(covered, factors, {})
         for parameter, buffer in started.items():
             self.state[parameter]["momentum"] = buffer
+
+    def _shorten(self, directions: dict[Tensor, Tensor], layers: Iterable[nn.Linear], groups: Groups) -> None:
+        """Bounds the directions of each layer by its `max_step`, as `ops.eacg_update_` does."""
+        for layer in layers:
+            own = [p for p in parameters_of(layer) if p in directions]
+            bound = _max_norm(layer.weight, groups[layer.weight])
+            if not own or bound == math.inf:
+                continue
+            norms = [torch.linalg.vector_norm(directions[p], dtype=torch.float64) for p in own]
+            factor = (bound / torch.stack(norms).norm()).clamp(max=1.0)
+            for p in own:
+                directions[p] = directions[p] * factor.to(directions[p].dtype)
 
     def _fusible(self, layers: Iterable[nn.Linear], groups: Groups) -> bool:
         """Whether `ops.eacg_update_` knows all that the groups ask for."""
@@ -224,3 +248,9 @@ class EACG(LayerwiseOptimizer):
                     started[p] = buffer
             buffers.append(buffer)
         return buffers
+
+
+def _max_norm(weight: Tensor, group: dict[str, Any]) -> float:
+    """The largest length of [P, d] for a weight [n_out, n_in], by its group's `max_step`, which older checkpoints lack."""
+    bound = group.get("max_step")
+    return math.inf if bound is None else float(bound) * math.sqrt(len(weight))

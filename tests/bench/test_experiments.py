@@ -10,6 +10,7 @@ from torch import nn
 
 import secondorder as so
 from bench.data import Dataset
+from bench.experiments import scales
 from bench.experiments.__main__ import ROOT, Name, insert
 from bench.experiments.harness import Method, Run, Store, Supervised, best_runs, grid, matrices, table
 from bench.experiments.problems import JetNet, MixtureLoss, PoissonLoss
@@ -156,3 +157,17 @@ def test_the_names_of_methods_and_problems_are_keys():
         for each in studies:
             for named in (each.problems, each.methods):
                 assert len({item.name for item in named}) == len(named)
+
+
+def test_the_table_of_scales(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("plotnine")
+    threads = torch.get_num_threads()
+    try:
+        scales.main(steps=5, seed=0, width=8, every=49, out=tmp_path / "scales.md")
+    finally:
+        torch.set_num_threads(threads)
+    text = (tmp_path / "scales.md").read_text()
+    assert text in capsys.readouterr().out + "\n"
+    assert "| `EACG(model, criterion)` | 5 | 0 |" in text
+    assert "| `EACG(model, criterion, max_step=None)` | 5 |" in text

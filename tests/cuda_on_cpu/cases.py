@@ -248,6 +248,12 @@ def eacg_layers(rng: np.random.Generator, dtype: type, sizes: list[tuple[int, in
     return layers
 
 
+def bounded(solution: tuple[torch.Tensor, ...], max_norm: float) -> tuple[torch.Tensor, ...]:
+    """P and d, shortened where they are longer than this together."""
+    factor = min(1.0, max_norm / max(1e-300, float(torch.cat([x.flatten() for x in solution[:2]]).norm())))
+    return *(x * factor for x in solution[:2]), solution[2]
+
+
 def check_eacg(
     kernels: Kernels, layers: list[EacgLayer], max_iter: int, tol: float, truncated: bool, update: bool, device: Device
 ) -> None:
@@ -256,7 +262,7 @@ def check_eacg(
     for index, (layer, old) in enumerate(zip(layers, before, strict=True)):
         arguments = (old.bias_hessian, old.mean_input, old.grad_weight, old.grad_bias)
         settings = (old.alpha, max_iter, tol, truncated)
-        exact, plain = (reference.eacg_solve(*map(f, arguments), *settings) for f in (double, same))
+        exact, plain = (bounded(reference.eacg_solve(*map(f, arguments), *settings), old.max_norm) for f in (double, same))
         if old.weight.dtype == np.float64 and tol > 0:  # to 0 exactly, roundings decide
             assert iterations[index] == exact[2]
         pairs = [(layer.weight, old.weight, old.weight_momentum, layer.weight_momentum, 0)]
@@ -297,6 +303,25 @@ def eacg_update(kernels: Kernels) -> None:
                 for layer in layers:
                     layer.weight_momentum = layer.bias_momentum = None
             check_eacg(kernels, layers, 5, 0.0, truncated, True, Device(multiprocessors=12))
+
+
+@case
+def eacg_bounded(kernels: Kernels) -> None:
+    """Layers without a bound, within theirs and beyond it, with and without a bias; a layer within it is as without."""
+    for dtype in DTYPES:
+        for truncated in (False, True):
+            layers = eacg_layers(np.random.default_rng(8), dtype, [*NET, (4, 3)], 0)
+            layers[-1].mean_input[:] = 0
+            for index, layer in enumerate(layers):
+                layer.max_norm = [np.inf, 1e6, 0.5, 0.01][index % 4]
+            unbounded = copy.deepcopy(layers)
+            for layer in unbounded:
+                layer.max_norm = np.inf
+            check_eacg(kernels, layers, 5, 0.0, truncated, True, Device(multiprocessors=12))
+            kernels.eacg(unbounded, 5, 0.0, truncated, True, Device(multiprocessors=12))
+            for index, (layer, free) in enumerate(zip(layers, unbounded, strict=True)):
+                same_weight = np.array_equal(layer.weight, free.weight)
+                assert same_weight == (index % 4 < 2), index
 
 
 @case

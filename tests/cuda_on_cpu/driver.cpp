@@ -39,7 +39,7 @@ struct Eacg {
   const int64_t *n_out, *n_in;
   const T **bias_hessian, **mean_input, **grad_weight, **grad_bias;
   T **weight, **bias, **weight_momentum, **bias_momentum;
-  const double *alpha, *lr, *momentum, *weight_decay;
+  const double *alpha, *lr, *momentum, *weight_decay, *max_norm;
 };
 
 template <typename T>
@@ -49,7 +49,8 @@ void run_eacg(const Eacg<T>& in, const cuda::EacgSettings& settings, bool update
   for (int l = 0; l < in.count; ++l)
     layers[l] = {in.n_out[l],     in.n_in[l],   in.bias_hessian[l], in.mean_input[l],      in.grad_weight[l],
                  in.grad_bias[l], in.weight[l], in.bias[l],         in.weight_momentum[l], in.bias_momentum[l],
-                 iterations + l,  in.alpha[l],  in.lr[l],           in.momentum[l],        in.weight_decay[l]};
+                 iterations + l,  in.alpha[l],  in.lr[l],           in.momentum[l],        in.weight_decay[l],
+                 in.max_norm[l]};
   Scratch workspace(cuda::eacg_workspace(layers.data(), in.count, device));
   void* work = workspace.as<void>();
   cuda_on_cpu::machine().multiprocessors = device.multiprocessors;
@@ -191,11 +192,12 @@ const char* races() {
   int eacg_##suffix(int count, const int64_t* n_out, const int64_t* n_in, const T** bias_hessian,                      \
                     const T** mean_input, const T** grad_weight, const T** grad_bias, T** weight, T** bias,            \
                     T** weight_momentum, T** bias_momentum, const double* alpha, const double* lr,                     \
-                    const double* momentum, const double* weight_decay, int max_iter, double tol, int truncated,       \
-                    int update, int multiprocessors, int shared_bytes, int64_t* iterations) {                          \
+                    const double* momentum, const double* weight_decay, const double* max_norm, int max_iter,          \
+                    double tol, int truncated, int update, int multiprocessors, int shared_bytes,                      \
+                    int64_t* iterations) {                                                                             \
     return guarded([&] {                                                                                               \
       run_eacg<T>({count, n_out, n_in, bias_hessian, mean_input, grad_weight, grad_bias, weight, bias,                 \
-                   weight_momentum, bias_momentum, alpha, lr, momentum, weight_decay},                                 \
+                   weight_momentum, bias_momentum, alpha, lr, momentum, weight_decay, max_norm},                       \
                   {max_iter, tol, truncated != 0}, update != 0, {multiprocessors, shared_bytes}, iterations);          \
     });                                                                                                                \
   }                                                                                                                    \

@@ -1,6 +1,7 @@
 """Compiles the CUDA kernels for the CPU (cuda_on_cpu.h) and calls their launchers on numpy arrays."""
 
 import ctypes
+import math
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -74,6 +75,7 @@ class EacgLayer:
     lr: float = 0.0
     momentum: float = 0.0
     weight_decay: float = 0.0
+    max_norm: float = math.inf
 
 
 @dataclass
@@ -237,7 +239,7 @@ class Kernels:
             "eacg", layers[0].weight.dtype, len(layers), longs([x.grad_weight.shape[0] for x in layers]),
             longs([x.grad_weight.shape[1] for x in layers]),
             *(pointers([getattr(x, name) for x in layers]) for name in names),
-            *(doubles([getattr(x, name) for x in layers]) for name in ("alpha", "lr", "momentum", "weight_decay")),
+            *(doubles([getattr(x, name) for x in layers]) for name in ("alpha", "lr", "momentum", "weight_decay", "max_norm")),
             max_iter, ctypes.c_double(tol), truncated, update, device.multiprocessors, device.shared_bytes,
             pointer(iterations),
         )  # fmt: skip

@@ -208,6 +208,46 @@ def test_update_equals_its_twin(momentum, poisoned):
         torch.testing.assert_close(theirs, ours, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_max_norm_shortens_what_is_longer_and_leaves_the_rest_to_the_bit(momentum, truncated, dtype):
+    arguments = [*update_arguments(dtype, momentum)[:-1], truncated]
+    h, a, b, g, _, _, _, _, lr, alpha, _, _, *cg = arguments
+    a[3].zero_()  # nothing is along the mean input
+    directions = ops.eacg_solve(h, a, b, g, alpha, *cg)
+    lengths = [torch.cat([p.flatten(), d]).double().norm().item() for p, d in zip(*directions[:2], strict=True)]
+    factors = [0.25 if i % 2 else 1.0 for i in range(len(lr))]
+    bounds = [0.25 * length if i % 2 else 1.001 * length for i, length in enumerate(lengths)]
+    free, bound, twin, shortened = (copy.deepcopy(arguments) for _ in range(4))
+    shortened[2] = [f * x for f, x in zip(factors, b, strict=True)]  # the solution is linear in the gradients
+    shortened[3] = [f * x for f, x in zip(factors, g, strict=True)]
+    counts = ops.eacg_update_(*free)
+    assert torch.equal(ops.eacg_update_(*bound, bounds), counts)
+    ops.eacg_update_(*shortened)
+    reference.eacg_update_(*twin, bounds)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-8
+    for lists in zip(bound[4:8], free[4:8], shortened[4:8], twin[4:8], strict=True):
+        for i, (ours, unbounded, expected, theirs) in enumerate(zip(*lists, strict=True)):
+            if i % 2 == 0:
+                assert torch.equal(ours, unbounded)
+            torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    infinite = copy.deepcopy(arguments)
+    ops.eacg_update_(*infinite, [float("inf")] * len(lr))
+    for ours, unbounded in zip(infinite[4:8], free[4:8], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(ours, unbounded, strict=True))
+
+
+def test_max_norm_is_checked():
+    arguments = update_arguments()
+    for value in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"eacg_update_: expected max_norm >= 0, got {value:g}"):
+            ops.eacg_update_(*arguments, [value] * len(SIZES))
+    with pytest.raises(ValueError, match="lists of one length, got 8 bias_hessian, 2 max_norm"):
+        ops.eacg_update_(*arguments, [1.0] * 2)
+
+
 def test_copy_on_write():
     h, a, b, g = map(list, zip(*[problem(200, 200) for _ in range(3)], strict=True))  # enough for threads
     originals = [torch.zeros_like(t) for t in (*b, *g)]
@@ -271,6 +311,7 @@ def test_opcheck():
         opcheck(library.eacg_solve.default, (h[1], a[1], b[1], None, 0.1, 4, 0.0, truncated))
         opcheck(library.eacg_solve.list, (h, a, b, g, [0.1] * 3, 4, 0.0, truncated))
     opcheck(library.eacg_update_.default, tuple(x[:3] if isinstance(x, list) else x for x in arguments))
+    opcheck(library.eacg_update_.default, (*(x[:3] if isinstance(x, list) else x for x in arguments), [0.1] * 3))
 
 
 def test_non_contiguous():
@@ -325,6 +366,6 @@ def fuzz_cases(q):
         (o.eacg_solve.list, ([h], [a], [b], [g], [0.1], 5, 1e-3, False)),
         (
             o.eacg_update_.default,
-            ([h], [a], [b], [g], [w], [g.clone()], [v], [u], [0.1], [0.1], [0.9], [0.0], 5, 1e-3, False),
+            ([h], [a], [b], [g], [w], [g.clone()], [v], [u], [0.1], [0.1], [0.9], [0.0], 5, 1e-3, False, [0.5]),
         ),
     ]

@@ -81,8 +81,9 @@ def test_the_papers_truncated_step(iterations):
     criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
     before = copy.deepcopy(model)
     optimizer = so.EACG(
-        model, criterion, lr=0.1, alpha=0.02, solver="ea-cg-truncated", max_cg=iterations, eps_cg=0, momentum=0, factor_decay=0
-    )
+        model, criterion, lr=0.1, alpha=0.02, solver="ea-cg-truncated", max_cg=iterations, eps_cg=0, momentum=0, factor_decay=0,
+        max_step=None,
+    )  # fmt: skip
     one_step(model, criterion, optimizer, x, y)
     directions = dense_directions(before, criterion, x, y, -1.0, 0.02, iterations)
     # CG on the small systems ends early: textbook CG then stands at the solution too.
@@ -92,8 +93,9 @@ def test_the_papers_truncated_step(iterations):
 def test_momentum_weight_decay_and_factor_averages():
     criterion, model = nn.CrossEntropyLoss(), network()
     optimizer = so.EACG(
-        model, criterion, lr=0.2, alpha=0.1, max_cg=500, eps_cg=1e-13, momentum=0.8, weight_decay=0.3, factor_decay=0.6
-    )
+        model, criterion, lr=0.2, alpha=0.1, max_cg=500, eps_cg=1e-13, momentum=0.8, weight_decay=0.3, factor_decay=0.6,
+        max_step=None,
+    )  # fmt: skip
     sums, velocity = {}, None
     for step in range(1, 5):
         x, y = batch(seed=step)
@@ -651,6 +653,8 @@ def test_a_failed_step_names_the_layer():
         ({"weight_decay": -1.0}, "expected weight_decay >= 0"),
         ({"factor_decay": 1.0}, r"expected factor_decay in \[0, 1\)"),
         ({"curvature_every": 0}, "expected curvature_every >= 1"),
+        ({"max_step": 0.0}, "expected max_step > 0, or None for no bound, got 0.0"),
+        ({"max_step": float("nan")}, "expected max_step > 0, or None for no bound, got nan"),
         ({"fallback": "adam"}, "expected fallback 'sgd' or 'error', got 'adam'"),
     ],
 )
@@ -854,7 +858,7 @@ def test_a_bias_of_two_layers_moves_once(solver):
     model, criterion, (x, y) = network(), nn.CrossEntropyLoss(), batch()
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     model[2].bias = model[0].bias
-    optimizer = so.EACG(model, criterion, lr=0.1, momentum=0.0, solver=solver)
+    optimizer = so.EACG(model, criterion, lr=0.1, momentum=0.0, solver=solver, max_step=None)
     before = model[0].bias.detach().clone()
     one_step(model, criterion, optimizer, x, y)
     # One of the two layers' directions, rather than their sum.
@@ -876,7 +880,7 @@ def test_a_subclass_of_the_solver_solves_by_itself():
     for solver in (EACGSolver(500, 1e-13), Half(500, 1e-13)):
         model = network()
         before = model[0].weight.detach().clone()
-        one_step(model, criterion, so.EACG(model, criterion, lr=0.1, momentum=0.0, solver=solver), x, y)
+        one_step(model, criterion, so.EACG(model, criterion, lr=0.1, momentum=0.0, solver=solver, max_step=None), x, y)
         moves.append(model[0].weight.detach() - before)
     torch.testing.assert_close(moves[1], 0.5 * moves[0])
 
@@ -892,3 +896,111 @@ def test_a_mistake_in_a_solver_is_no_skipped_step():
         one_step(model, criterion, optimizer, x, y)
     assert not isinstance(raised.value, so.NonFiniteError)
     assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda p, d: {}["missing"], "KeyError: 'missing'"),
+        (lambda p, d: (p.T, d), r"expected a direction of shape \[4, 7\], got shape \[7, 4\]"),
+        (lambda p, d: (p, p[0]), r"expected a direction of shape \[4\], got shape \[7\]"),
+        (lambda p, d: (p,), "ValueError: not enough values to unpack"),
+    ],
+)
+@pytest.mark.parametrize("method", [so.EACG, so.LayerwiseNewton])
+def test_an_error_of_a_solver_names_the_layer_and_leaves_everything(method, wrong, message):
+    class Wrong(EACGSolver):
+        fails = False
+
+        def solve(self, prepared, grad_weight, grad_bias):
+            p, d = super().solve(prepared, grad_weight, grad_bias)
+            return wrong(p, d) if Wrong.fails and p.shape == (4, 7) else (p, d)
+
+    model, criterion, (x, y) = network(), nn.CrossEntropyLoss(), batch()
+    optimizer = method(model, criterion, solver=Wrong(5, 0.0))
+    one_step(model, criterion, optimizer, x, y)
+    before = snapshot(model, optimizer)
+    Wrong.fails = True
+    with pytest.raises(RuntimeError, match=rf"the solver .*Wrong failed at layer '2': {message}.*No parameter and no state has"):
+        one_step(model, criterion, optimizer, x, y)
+    assert_same(snapshot(model, optimizer), before)
+    Wrong.fails = False
+    one_step(model, criterion, optimizer, x, y)
+
+
+def moved(model, before, layer):
+    """[dW, db] of a step."""
+    new, old = model[layer], before[layer]
+    changes = [new.weight - old.weight] + ([] if new.bias is None else [(new.bias - old.bias)[:, None]])
+    return torch.cat(changes, 1).detach()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("solver", ["ea-cg", "ea-cg-truncated", "kfi", "ea-isotropic"])
+def test_max_step_bounds_the_rows_and_leaves_steps_within_it_to_the_bit(solver, bias):
+    criterion, (x, y), lr = nn.CrossEntropyLoss(), batch(), 0.1
+    steps = {}
+    free = network(bias)
+    for max_step in (None, 1e9, "between", 1e-3):
+        model = network(bias)
+        if max_step == "between":  # binds at some layers alone
+            lengths = {i: rows / len(free[i].weight) ** 0.5 for i, rows in steps[None][1].items()}
+            max_step = sorted(lengths.values())[1] * 1.001
+        optimizer = so.EACG(model, criterion, lr=lr, solver=solver, momentum=0.0, max_step=max_step)
+        before = copy.deepcopy(model)
+        one_step(model, criterion, optimizer, x, y)
+        moves = {i: moved(model, before, i) / lr for i in (0, 2, 4)}
+        steps[max_step] = moves, {i: float(m.norm()) for i, m in moves.items()}
+        if max_step is None:
+            free = model
+            continue
+        bound = 0
+        for i, move in moves.items():
+            length = steps[None][1][i]
+            if length <= max_step * len(move) ** 0.5:
+                assert torch.equal(model[i].weight, free[i].weight)
+                assert bias is False or torch.equal(model[i].bias, free[i].bias)
+            else:
+                bound += 1
+                torch.testing.assert_close(
+                    move, steps[None][0][i] * (max_step * len(move) ** 0.5 / length), rtol=1e-6, atol=1e-12
+                )
+        assert bound == {1e9: 0, 1e-3: 3}.get(max_step, 1)
+
+
+def test_max_step_is_the_weights_groups_and_read_at_every_step():
+    model, criterion, (x, y) = network(), nn.CrossEntropyLoss(), batch()
+    optimizer = so.EACG(model, criterion, lr=0.1, momentum=0.0, max_step=None)
+    last = list(model[4].parameters())
+    optimizer.param_groups[0]["params"] = [p for p in model.parameters() if all(p is not q for q in last)]
+    optimizer.add_param_group({"params": last, "max_step": 1e-3})
+    for expected in (1e-3, 1e-4):
+        optimizer.param_groups[1]["max_step"] = expected
+        before = copy.deepcopy(model)
+        one_step(model, criterion, optimizer, x, y)
+        assert moved(model, before, 0).norm() > 0.01
+        torch.testing.assert_close(moved(model, before, 4).norm().item(), 0.1 * expected * 3**0.5)
+    del optimizer.param_groups[1]["max_step"]  # as in a checkpoint of before there was a bound
+    before = copy.deepcopy(model)
+    one_step(model, criterion, optimizer, x, y)
+    assert moved(model, before, 4).norm() > 0.001
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss])
+def test_the_defaults_train_whatever_the_inputs(activation, reduction, loss):
+    """Without a bound more than half of these diverge."""
+    for mean, scale in ((0, 0.01), (0, 1), (0, 100), (5, 0.01), (5, 1), (5, 100)):
+        torch.manual_seed(0)
+        classes = torch.randint(4, (256,))
+        x = (torch.randn(4, 8)[classes] + 0.5 * torch.randn(256, 8) + mean) * scale
+        y = classes if loss is nn.CrossEntropyLoss else F.one_hot(classes).float()
+        model = nn.Sequential(nn.Linear(8, 16), activation(), nn.Linear(16, 16), activation(), nn.Linear(16, 4))
+        criterion, measure = loss(reduction=reduction), loss()
+        optimizer = so.EACG(model, criterion)
+        first = measure(model(x), y).item()
+        for step in range(60):
+            rows = torch.arange(64) + 64 * (step % 4)
+            one_step(model, criterion, optimizer, x[rows], y[rows])
+        assert measure(model(x), y).item() < (0.999 if scale < 1 else 0.9) * first, (mean, scale)
