@@ -471,7 +471,7 @@ def eigen_step_(
 
 def _control(control: Tensor, slope: float, last_slope: float, renewed: bool) -> None:
     """The step length after a step with these slopes."""
-    length, oscillations, average, last_average, t, refused, unrenewed, start = control.tolist()
+    length, oscillations, average, last_average, t, refused, unrenewed = control.tolist()
     if t == 0:
         average = slope
     else:
@@ -479,14 +479,12 @@ def _control(control: Tensor, slope: float, last_slope: float, renewed: bool) ->
         if not renewed:
             last_average += 0.2 * (last_slope - last_average)
             oscillations += last_slope < 0
-    if t < 14:
-        start = max(start, abs(average))
-    elif t > 14 and average != 0:
+    if t > 14 and average != 0:
         r = last_average / abs(average)
         if r > 0.1 and oscillations < 25:
             length *= math.exp(0.05 * min(1.0, r - 0.1))
         elif r < -0.6:
             length *= math.exp(0.05 * max(-1.0, r + 0.6))
         length = min(max(length, 1e-6), 0.1)
-    entries = [length, oscillations, average, last_average, t + 1, refused, unrenewed, start]
+    entries = [length, oscillations, average, last_average, t + 1, refused, unrenewed]
     control.copy_(torch.tensor(entries, dtype=control.dtype))

@@ -10,7 +10,7 @@ X = G V. The parts of the gradient, in which Adam's rule is applied element by e
 where c = kv + 1 with a bias, else kv; R is missing where ku = n, T where kv = p, E in both cases. A tensor of all parts is flat:
 C, R, T, E one after another. With ku = kv = 0 there is E = G alone, and the rule is Adam's.
 
-`control` [8], float64, is what finds the step length: the entries that `CONTROL` names.
+`control` [7], float64, is what finds the step length: the entries that `CONTROL` names.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from secondorder.ops._library import fake, library
 
-CONTROL = ("length", "oscillations", "slope", "last_slope", "steps", "refused", "unrenewed", "start")
+CONTROL = ("length", "oscillations", "slope", "last_slope", "steps", "refused", "unrenewed")
 """What the entries of a control tensor are.
 
 The length L; K, the steps with a negative slope along the step before; S0 and S1, the averaged slopes along the present step
 and along the one before; the steps taken; the steps refused since a gradient was not finite; whether the renewal of the present
-step was refused; the largest S0 of the warm-up.
+step was refused.
 """
 
 
@@ -81,7 +81,7 @@ def eigen_renew_(
         scale_out: [ku] of every matrix.
         scale_in: [kv] of every matrix.
         first: the first moments of all parts, flat, of every matrix.
-        control: [8], float64.
+        control: [7], float64.
         grad_weight: G [n, p] of every matrix.
         grad_bias: g [n] of every matrix, [0] without a bias.
         sketch: what `eigen_sketch_` made with a as the shift, [kv + 1, p], of every matrix; [0] where no inputs were seen.
@@ -160,7 +160,7 @@ def eigen_step_(
         second: the second moments, likewise.
         last: the parts C, R, T of N and some rows of its E, flat, of every matrix; zero at first.
         size: [1], float64, of every matrix; zero at first.
-        control: [8], float64.
+        control: [7], float64.
         grad_weight: G [n, p] of every matrix.
         grad_bias: g [n] of every matrix, [0] without a bias.
         mean: a [p] of every matrix, [0] without a bias.

@@ -24,7 +24,7 @@ _NUMBERS: Numbers = {
     "weight_decay": (lambda v: 0 <= v < float("inf"), ">= 0"),
     "eps": (lambda v: 0 <= v < float("inf"), ">= 0"),
 }
-_LENGTH, _OSCILLATIONS, _SLOPE, _LAST_SLOPE, _STEPS, _REFUSED, _UNRENEWED, _START = range(len(ops.CONTROL))
+_LENGTH, _OSCILLATIONS, _SLOPE, _LAST_SLOPE, _STEPS, _REFUSED, _UNRENEWED = range(len(ops.CONTROL))
 
 FIRST = 5  # steps at each of which bases are renewed
 DECAY = 0.9  # of the averages behind a basis, from one renewal to the next
@@ -199,12 +199,12 @@ class EigenAdam(SecondOrderOptimizer):
         return next(p for group in self.param_groups for p in group["params"])
 
     def _shared(self) -> dict[str, Any]:
-        """The state of `_first`, with what belongs to all: "control" [8] in float64, see `ops.eigen`, and counts."""
+        """The state of `_first`, with what belongs to all: "control" [7] in float64, see `ops.eigen`, and counts."""
         state = self.state[self._first]
         if "control" not in state:
             before = next((each for each in self.state.values() if "control" in each), None)  # of a parameter that was the first
             if before is None:
-                control = torch.tensor([0.01, *[0.0] * 7], dtype=torch.float64, device=self._first.device)
+                control = torch.tensor([0.01, *[0.0] * (len(ops.CONTROL) - 1)], dtype=torch.float64, device=self._first.device)
                 before = {"control": control, "steps": 0, "refused": 0}
             state.update({key: before.pop(key) for key in _SHARED if key in before})
         return state

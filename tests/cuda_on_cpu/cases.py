@@ -636,7 +636,7 @@ STEPPED = ("weight", "bias", "first", "second", "last", "size")
 
 def eigen_control() -> np.ndarray:
     """As it may be after 20 steps."""
-    return np.array([0.01, 3.0, 5.0, -2.0, 20.0, 1.0, 0.0, 7.0])
+    return np.array([0.01, 3.0, 5.0, -2.0, 20.0, 1.0, 0.0])
 
 
 class EigenTwin:
@@ -742,7 +742,7 @@ def eigen_start(kernels: Kernels) -> None:
             for name in ("first", "second", "last", "size"):
                 getattr(matrix, name)[:] = 0
             matrix.step = 0
-        control = np.array([0.01, 0, 0, 0, 0, 0, 0, 0])
+        control = np.array([0.01, 0, 0, 0, 0, 0, 0])
         exact, plain = (EigenTwin(net, control, kind) for kind in (True, False))
         kernels.eigen_step(net, control, 4, *EIGEN_RULE, False)
         for twin in (exact, plain):

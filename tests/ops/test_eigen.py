@@ -66,7 +66,7 @@ def cast(matrices, dtype):
 
 
 def controls():
-    return torch.tensor([0.01, 3, 0.5, 0.1, 20, 0, 0, 1.0], dtype=torch.float64)
+    return torch.tensor([0.01, 3, 0.5, 0.1, 20, 0, 0], dtype=torch.float64)
 
 
 def step(library, matrices, control, t=0, renewed=False, lr=1.0, decay=0.1):
@@ -147,6 +147,20 @@ def test_renewals_equal_the_specification(dtype):
         for key in ("basis_out", "basis_in"):
             product = each[key] @ each[key].T
             torch.testing.assert_close(product, torch.eye(len(product), dtype=dtype), rtol=0, atol=64 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("name", ops.CONTROL)
+def test_no_entry_of_control_is_idle(name):
+    """Each changes what a step makes of the others or of the weights; but for a count, which optimizers read."""
+    before = cast([matrix(20, 30, 8, 8, True)], torch.float64)
+    made = []
+    for value in (controls()[ops.CONTROL.index(name)], 10.0):
+        own, control = cast(before, torch.float64), controls()
+        control[ops.CONTROL.index(name)] = value
+        step(ops, own, control)
+        others = [float(entry) for other, entry in zip(ops.CONTROL, control, strict=True) if other != name]
+        made.append((others, own[0]["weight"].tolist()))
+    assert (made[0] != made[1]) == (name != "refused")
 
 
 @pytest.mark.parametrize("size", [(40, 50, 8, 8, True), (33, 30, 8, 30, False), (9, 40, 9, 8, True)], ids=str)
