@@ -368,11 +368,12 @@ def eigen_renew_(
     grad_weight: Sequence[Tensor],
     grad_bias: Sequence[Tensor],
     sketch: Sequence[Tensor],
+    bias_hessian: Sequence[Tensor],
     rows: Sequence[int],
     share: Sequence[float],
 ) -> None:
     """One power iteration on the averaged second moments of both sides."""
-    if not all(t.isfinite().all() for t in (*grad_weight, *grad_bias, *sketch)):
+    if not all(t.isfinite().all() for t in (*grad_weight, *grad_bias, *sketch, *bias_hessian)):
         control[6] = 1
         return
     for i, w in enumerate(share):
@@ -389,7 +390,7 @@ def eigen_renew_(
             inputs = inputs / rows[i]
         else:
             inputs = (v.T @ g.T) @ g
-        outputs = (u.T @ g) @ g.T
+        outputs = u.T @ bias_hessian[i] if bias_hessian[i].numel() else (u.T @ g) @ g.T
         for basis, scale, product in ((basis_in[i], scale_in[i], inputs), (basis_out[i], scale_out[i], outputs)):
             new, lengths = _orthonormal((1 - w) * scale.unsqueeze(1) * basis + w * product)
             basis.copy_(new)

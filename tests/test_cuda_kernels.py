@@ -156,6 +156,17 @@ BUGS = {
     "a renewal's mean taken out once": (
         "values", "eigen_renew", "eigen.cu", "eigen.cu", " - along * move + rows", " + rows",
     ),
+    "a bias Hessian's last row left out": (
+        "values", "eigen_renew", "eigen.cu", "eigen.cu", "  if (i >= n) return;\n  const T *const row",
+        "  if (i >= n - 1) return;\n  const T *const row",
+    ),
+    "off-by-one guard of a bias Hessian's rows": (
+        "address", "eigen_renew", "eigen.cu", "eigen.cu", "  if (i >= n) return;\n  const T *const row",
+        "  if (i > n) return;\n  const T *const row",
+    ),
+    "a bias Hessian that is not looked at": (
+        "values", "eigen_refused", "eigen.cu", "eigen.cu", "  if (!finite) atomicOr(refused, 1);\n}", "}",
+    ),
     "first moments turned the other way": (
         "values", "eigen_renew", "eigen.cu", "eigen.cu", "row[w] * b[w * kv + v]", "row[w] * b[v * kv + w]",
     ),
@@ -205,8 +216,8 @@ LAUNCHES = {
     "damped_lbfgs_update": ["damping_kernel", "push_kernel"],
     "eigen_sketch": ["products_kernel", "parts_kernel", "products_kernel", "sketch_kernel"],
     "eigen_renew": [
-        "memset", "products_kernel", "parts_kernel", "products_kernel", "candidates_kernel", "orthonormal_kernel",
-        "overlaps_kernel", "turns_kernel", "moments_kernel", "finish_renewal_kernel",
+        "memset", "products_kernel", "parts_kernel", "curvature_kernel", "products_kernel", "candidates_kernel",
+        "orthonormal_kernel", "overlaps_kernel", "turns_kernel", "moments_kernel", "finish_renewal_kernel",
     ],
     "eigen_step": [
         "memset", "products_kernel", "parts_kernel", "corner_kernel", "sides_kernel", "residual_kernel",

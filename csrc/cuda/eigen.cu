@@ -9,6 +9,7 @@
 //            update      S, W, S a: one pass over N_E, G and W
 //            finish      b, the size of gradients, the control of the step length
 //   renewal  products, parts, products, candidates, orthonormal    new bases: two passes over G
+//            curvature    of matrices with a bias Hessian: its product with U, in place of G's
 //            overlaps, turns, moments    U'^T U and V^T V', which the first moments of C, R, T are turned by
 //            finish      what was made in the workspace, to its place
 //
@@ -44,8 +45,8 @@ __device__ __forceinline__ T mean_change(const EigenRenewal<T>& in, int64_t j) {
 // Which matrix the products are of, and with which vectors.
 enum class Products {
   step,         // G' with the bases; |G|^2
-  renewal,      // G' with the bases (V only without a sketch); whether G is finite
-  iteration,    // G' with G' V (only without a sketch) and U^T G'
+  renewal,      // G' with the bases (V only without a sketch, U without a bias Hessian); whether G is finite
+  iteration,    // G' with G' V and U^T G', likewise
   sketch,       // the shifted inputs with V
   sketch_sums,  // the shifted inputs with their coordinates along V and with 1
 };
@@ -77,6 +78,8 @@ __global__ void __launch_bounds__(kStrip<Scalar<M>>, kTileBlocks)
         right = {at.work.top, sizes.ku};
       }
       if (in.sketch) (kProducts == Products::iteration ? left : right).count = 0;
+      if (in.bias_hessian) (kProducts == Products::iteration ? right : left).count = 0;
+      if (kProducts == Products::iteration && left.count + right.count == 0) return;
     }
   }
   T* const row_sums = at.work.row_sums + at.strip * right.count * at.n;
@@ -289,7 +292,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       slice_products(slice, n, in.basis_out, ku, work.right, at.c, at.c, work.corner_sums + slice.index * ku * at.c);
     }
   } else if (slice.columns) {
-    if constexpr (kParts != Parts::sketch)
+    bool above = kParts != Parts::sketch;
+    if constexpr (kParts == Parts::renewal) above = !in.bias_hessian;  // else no U^T G' was made
+    if (above)
       slice.each(ku, [&](int64_t q, int64_t j) {
         work.top[q * p + j] = ordered_sum(work.column_sums + q * p + j, at.chunks, ku * p);
       });
@@ -474,6 +479,35 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   in.bias[i] = keep * in.bias[i] - T(rate) * step;
 }
 
+// H U where there is a bias Hessian H, and whether it is finite: a warp for each of its rows.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    curvature_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                     int* refused) {
+  const Here<EigenRenewal<T>> at(layers, division);
+  const int64_t n = at.n, i = at.block * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (i >= n) return;
+  const T *const row = at.in.bias_hessian + i * n, *const basis = at.in.basis_out;
+  const int lane = threadIdx.x % kWarp;
+  bool finite = true;
+  for (int64_t group = 0; group == 0 || group < at.ku; group += kGroup) {
+    T sums[kGroup] = {};
+    for (int64_t j = lane; j < n; j += kWarp) {
+      const T x = row[j];
+      finite = finite && x - x == 0;
+#pragma unroll
+      for (int e = 0; e < kGroup; ++e)
+        if (group + e < at.ku) sums[e] += x * basis[(group + e) * n + j];
+    }
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) {
+      const T sum = warp_sum(sums[e]);
+      if (lane == 0 && group + e < at.ku) at.work.next_out[(group + e) * n + i] = sum;
+    }
+  }
+  if (!finite) atomicOr(refused, 1);
+}
+
 // (1 - w) S V + w M V of both sides, by vectors. Parallel over slices of rows and of columns.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
@@ -488,8 +522,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const Slice slice(at.sizes, at.block);
   if (slice.rows) {
     slice.each(ku, [&](int64_t q, int64_t i) {
-      const T product = ordered_sum(work.row_sums + q * n + i, at.strips, ku * n);
-      work.next_out[q * n + i] = old * in.scale_out[q] * in.basis_out[q * n + i] + w * product;
+      T& next = work.next_out[q * n + i];  // H U where there is an H
+      const T product = in.bias_hessian ? next : ordered_sum(work.row_sums + q * n + i, at.strips, ku * n);
+      next = old * in.scale_out[q] * in.basis_out[q * n + i] + w * product;
     });
   } else if (slice.columns) {
     slice.each(kv, [&](int64_t v, int64_t j) {
@@ -695,7 +730,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 template <typename M>
 struct Plan {
   Layers<M> layers;
-  Blocks tiles, residuals, slices, corners, sides, turns, moments, finish;
+  Blocks tiles, residuals, slices, corners, sides, curvatures, turns, moments, finish;
   int* refused;
   double* slopes;       // [., 2] of all launches
   int64_t first_slope;  // this one's
@@ -716,6 +751,13 @@ int64_t side_blocks(const M& in) {
 template <typename M>
 int64_t tile_blocks(const M& in, int64_t chunk) {
   return strip_count<Scalar<M>>(in.sizes) * ceil_div(in.sizes.n, chunk);
+}
+
+template <typename M>
+int64_t curvature_blocks(const M& in) {
+  if constexpr (kIsRenewal<M>)
+    if (in.bias_hessian) return ceil_div<int64_t>(in.sizes.n, kThreads / kWarp);
+  return 0;
 }
 
 template <typename M>
@@ -768,6 +810,7 @@ size_t each_plan(const M* in, int count, void* workspace, const Device& device, 
       divide(plan.slices, slices(matrix.sizes.n) + slices(matrix.sizes.p) + 1);
       divide(plan.corners, corner_blocks(matrix));
       divide(plan.sides, side_blocks(matrix));
+      divide(plan.curvatures, curvature_blocks(matrix));
       divide(plan.turns, turn_blocks(matrix));
       divide(plan.moments, ceil_div<int64_t>(matrix.sizes.rest(), kThreads));
       divide(plan.finish, finish_blocks(matrix));
@@ -835,6 +878,7 @@ void eigen_renew(const EigenRenewal<T>* matrices, int count, double* control, vo
   each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
     LAUNCH_DIVIDED((products_kernel<Products::renewal, M>), tiles, kStrip<T>, plan.refused);
     LAUNCH_DIVIDED((parts_kernel<Parts::renewal, M>), slices, kThreads, nullptr, plan.refused);
+    LAUNCH_DIVIDED(curvature_kernel<T>, curvatures, kThreads, plan.refused);
   });
   each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
     LAUNCH_DIVIDED((products_kernel<Products::iteration, M>), tiles, kStrip<T>, plan.refused);

@@ -58,12 +58,14 @@ def eigen_renew_(
     grad_weight: Sequence[Tensor],
     grad_bias: Sequence[Tensor],
     sketch: Sequence[Tensor],
+    bias_hessian: Sequence[Tensor],
     rows: Sequence[int],
     share: Sequence[float],
 ) -> None:
     """Renews mean inputs and bases by one power iteration each, and turns the first moments with them.
 
-    With the share w and S the averaged variance along V (`scale_in`), and likewise for U with M = G' G'^T:
+    With the share w and S the averaged variance along V (`scale_in`), and likewise for U with M = G' G'^T, or M = H where there
+    is a bias Hessian:
 
         a <- (1 - w) a + w E[h],    V S <- qr((1 - w) V S + w M V),    M = E[(h - a) (h - a)^T], or G'^T G' without a sketch.
 
@@ -71,7 +73,7 @@ def eigen_renew_(
     since what turns into the bases, or out of them, is little.
 
     The columns are orthonormalised in their order, S are their lengths before. One that depends on those before it is drawn
-    anew, with S = 0. If a gradient or a sketch is not finite nothing changes but
+    anew, with S = 0. If a gradient, a sketch or a bias Hessian is not finite nothing changes but
     `control`, which then lets `eigen_step_` refuse the step.
 
     Args:
@@ -85,12 +87,13 @@ def eigen_renew_(
         grad_weight: G [n, p] of every matrix.
         grad_bias: g [n] of every matrix, [0] without a bias.
         sketch: what `eigen_sketch_` made with a as the shift, [kv + 1, p], of every matrix; [0] where no inputs were seen.
+        bias_hessian: H [n, n], symmetric, of every matrix; [0] where U is to be of the gradient.
         rows: how many inputs each sketch has seen; 0 for none.
         share: w in (0, 1] of every matrix.
     """
     library.eigen_renew_(
         list(mean), list(basis_out), list(basis_in), list(scale_out), list(scale_in), list(first), control,
-        list(grad_weight), list(grad_bias), list(sketch), list(rows), list(share),
+        list(grad_weight), list(grad_bias), list(sketch), list(bias_hessian), list(rows), list(share),
     )  # fmt: skip
 
 
@@ -106,6 +109,7 @@ def _(
     grad_weight: list[Tensor],
     grad_bias: list[Tensor],
     sketch: list[Tensor],
+    bias_hessian: list[Tensor],
     rows: list[int],
     share: list[float],
 ) -> None:

@@ -38,8 +38,8 @@ def lengths(n, p, ku, kv, bias):
     return ku * c, n * c if ku < n else 0, ku * p if kv < p else 0, n * p if ku < n and kv < p else 0
 
 
-def matrix(n, p, ku, kv, bias, seed=0):
-    """A matrix of a net in float64, with moments as steps leave them."""
+def matrix(n, p, ku, kv, bias, seed=0, curved=False):
+    """A matrix of a net in float64, with moments as steps leave them; `curved`: with a bias Hessian."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -58,7 +58,9 @@ def matrix(n, p, ku, kv, bias, seed=0):
         "scale_out": normal(ku).abs() + 0.1, "scale_in": normal(kv).abs() + 0.1,
     }  # fmt: skip
     moment = reference._parts(normal(n, p), normal(n if bias else 0), made["mean"], made["basis_out"], made["basis_in"])[0]
-    return {**made, "first": torch.cat([part.flatten() for part in moment])}
+    root = normal(n, n) if curved else None
+    hessian = normal(0) if root is None else root @ root.T
+    return {**made, "first": torch.cat([part.flatten() for part in moment]), "bias_hessian": hessian}
 
 
 def cast(matrices, dtype):
@@ -82,8 +84,8 @@ def step(library, matrices, control, t=0, renewed=False, lr=1.0, decay=0.1):
 def renew(library, matrices, control, sketches, rows, share=0.3):
     lists = {key: [each[key] for each in matrices] for key in matrices[0]}
     library.eigen_renew_(
-        *(lists[key] for key in RENEWAL), control, lists["grad_weight"], lists["grad_bias"], sketches, rows,
-        [share] * len(matrices),
+        *(lists[key] for key in RENEWAL), control, lists["grad_weight"], lists["grad_bias"], sketches, lists["bias_hessian"],
+        rows, [share] * len(matrices),
     )  # fmt: skip
 
 
@@ -136,7 +138,7 @@ def test_steps_equal_the_specification(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_renewals_equal_the_specification(dtype):
-    original = [matrix(*size, seed=i) for i, size in enumerate(eigen_sizes())]
+    original = [matrix(*size, seed=i, curved=i % 2 == 1) for i, size in enumerate(eigen_sizes())]
     matrices, plain, exact = cast(original, dtype), cast(original, dtype), cast(original, torch.float64)
     for library, each in ((ops, matrices), (reference, plain), (reference, exact)):
         control = controls()
@@ -152,15 +154,14 @@ def test_renewals_equal_the_specification(dtype):
 @pytest.mark.parametrize("name", ops.CONTROL)
 def test_no_entry_of_control_is_idle(name):
     """Each changes what a step makes of the others or of the weights; but for a count, which optimizers read."""
-    before = cast([matrix(20, 30, 8, 8, True)], torch.float64)
-    made = []
-    for value in (controls()[ops.CONTROL.index(name)], 10.0):
-        own, control = cast(before, torch.float64), controls()
-        control[ops.CONTROL.index(name)] = value
-        step(ops, own, control)
-        others = [float(entry) for other, entry in zip(ops.CONTROL, control, strict=True) if other != name]
-        made.append((others, own[0]["weight"].tolist()))
-    assert (made[0] != made[1]) == (name != "refused")
+    original, index, made = matrix(20, 30, 8, 8, True), ops.CONTROL.index(name), []
+    for value in (None, 10.0, 1e6):
+        (own,), control = cast([original], torch.float64), controls()
+        control[ops.CONTROL.index("last_slope")] = 1e4
+        control[index] = control[index] if value is None else value
+        step(ops, [own], control)
+        made.append(([*control[:index], *control[index + 1 :]], own["weight"].tolist()))
+    assert (made[0] != made[1] or made[0] != made[2]) == (name != "refused")
 
 
 @pytest.mark.parametrize("size", [(40, 50, 8, 8, True), (33, 30, 8, 30, False), (9, 40, 9, 8, True)], ids=str)
@@ -201,10 +202,17 @@ def test_without_bases_it_is_adam_with_a_look_ahead():
         torch.testing.assert_close((before - own["weight"]) / length, expected, rtol=1e-5, atol=1e-6)
 
 
-@given(n=st.integers(1, 40), p=st.integers(1, 40), k=st.integers(0, 9), bias=st.booleans(), threads=st.sampled_from([1, 2, 5]))
-def test_any_size_and_threads(n, p, k, bias, threads):
+@given(
+    n=st.integers(1, 40),
+    p=st.integers(1, 40),
+    k=st.integers(0, 9),
+    bias=st.booleans(),
+    curved=st.booleans(),
+    threads=st.sampled_from([1, 2, 5]),
+)
+def test_any_size_and_threads(n, p, k, bias, curved, threads):
     size = (n, p, n if n <= 2 * k + 1 and k else min(k, n), p if p <= 2 * k + 1 and k else min(k, p), bias and k > 0)
-    original = [matrix(*size)]
+    original = [matrix(*size, curved=curved)]
     own, exact = cast(original, torch.float64), cast(original, torch.float64)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -225,7 +233,9 @@ def test_threads_change_no_bit():
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        own = cast([matrix(300, 400, 8, 8, True), matrix(20, 30, 8, 8, True)], torch.float32)
+        own = cast(
+            [matrix(300, 400, 8, 8, True), matrix(20, 30, 8, 8, True), matrix(300, 90, 8, 8, True, curved=True)], torch.float32
+        )
         step(ops, own, controls())
         renew(ops, own, controls(), *sketched(ops, own))
         results.append([each[key] for each in own for key in dict.fromkeys(STEP + RENEWAL)])
@@ -250,11 +260,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(position, v
     assert torch.equal(control, expected)
 
 
-def test_a_sketch_that_is_not_finite_refuses_the_step():
-    own = cast([matrix(20, 30, 8, 8, True)], torch.float32)
+@pytest.mark.parametrize("what", ["sketch", "bias_hessian"])
+def test_a_sketch_or_bias_hessian_that_is_not_finite_refuses_the_step(what):
+    own = cast([matrix(20, 30, 8, 8, True, curved=True)], torch.float32)
     before, control = cast(own, torch.float32), controls()
     sketches, rows = sketched(ops, own)
-    sketches[0][0, 0] = math.nan
+    (sketches[0] if what == "sketch" else own[0]["bias_hessian"])[-1, 0] = math.nan
     renew(ops, own, control, sketches, rows)
     assert control[ops.CONTROL.index("unrenewed")] == 1
     step(ops, own, control)
@@ -305,14 +316,30 @@ def test_power_iterations_find_the_eigendirections():
     torch.testing.assert_close(overlap, torch.ones_like(overlap), rtol=0, atol=1e-3)
 
 
+def test_power_iterations_find_a_bias_hessians_eigendirections():
+    """Whatever the gradient: on the outputs' side alone, while the inputs' is as without it."""
+    own = [matrix(40, 30, 3, 4, True), matrix(40, 30, 3, 4, True)]
+    q = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0]
+    own[0]["bias_hessian"] = q @ torch.diag(torch.logspace(2, -4, 40, dtype=torch.float64)) @ q.T
+    for j in range(150):
+        renew(ops, own, controls(), *sketched(ops, own), share=1.0 if j == 0 else 0.1)
+    torch.testing.assert_close(own[0]["scale_out"], torch.logspace(2, -4, 40, dtype=torch.float64)[:3], rtol=1e-3, atol=0)
+    overlap = (own[0]["basis_out"] * q.T[:3]).sum(1).abs()
+    torch.testing.assert_close(overlap, torch.ones_like(overlap), rtol=0, atol=1e-3)
+    for key in ("basis_in", "scale_in", "mean"):
+        assert torch.equal(own[0][key], own[1][key])
+    assert (own[1]["basis_out"] * q.T[:3]).sum(1).abs().max() < 0.9
+
+
 def arguments(name):
-    own = cast([matrix(5, 40, 5, 4, True), matrix(7, 9, 3, 2, True)], torch.float32)
+    own = cast([matrix(5, 40, 5, 4, True), matrix(7, 9, 3, 2, True, curved=True)], torch.float32)
     lists = {key: [each[key] for each in own] for key in own[0]}
     grads = (lists["grad_weight"], lists["grad_bias"])
     if name == "sketch":
         return [torch.zeros(5, 40), inputs(40).float(), own[0]["basis_in"], own[0]["mean"]]
     if name == "renew":
-        return [*(lists[key] for key in RENEWAL), controls(), *grads, *sketched(ops, own), [0.5, 1.0]]
+        sketches, rows = sketched(ops, own)
+        return [*(lists[key] for key in RENEWAL), controls(), *grads, sketches, lists["bias_hessian"], rows, [0.5, 1.0]]
     return [
         *(lists[key] for key in STEP), controls(), *grads, lists["mean"], lists["basis_out"], lists["basis_in"], [1.0, 0.5],
         [1.0, 0.5], [0.0, 0.1], [0.0, 0.1], [0, 5], 0.9, 0.95, 1e-7, False,
@@ -330,8 +357,11 @@ def test_opcheck(name):
         ("sketch", lambda a: a.__setitem__(0, a[0][:4]), ValueError, r"expected sketch of shape \[5, 40\], got \[4, 40\]"),
         ("sketch", lambda a: a.__setitem__(3, a[3][:4]), ValueError, r"expected shift of shape \[40\], got \[4\]"),
         ("sketch", lambda a: a.__setitem__(1, a[1].half()), TypeError, "expected inputs of dtype float32 or float64, got Half"),
-        ("renew", lambda a: a[11].__setitem__(0, 0.0), ValueError, r"expected share in \(0, 1\], got 0"),
-        ("renew", lambda a: a[10].__setitem__(0, 0), ValueError, "expected rows > 0 with a sketch"),
+        ("renew", lambda a: a[12].__setitem__(0, 0.0), ValueError, r"expected share in \(0, 1\], got 0"),
+        ("renew", lambda a: a[11].__setitem__(0, 0), ValueError, "expected rows > 0 with a sketch"),
+        ("renew", lambda a: a[10].__setitem__(1, a[10][1][1:]), ValueError, r"expected bias_hessian of shape \[7, 7\]"),
+        ("renew", lambda a: a[10].__setitem__(1, a[10][1].double()), TypeError, "expected bias_hessian of dtype Float"),
+        ("renew", lambda a: a[10].pop(), ValueError, "expected lists of one length, got 2 grad_weight"),
         ("renew", lambda a: a[0].pop(), ValueError, "expected lists of one length, got 2 grad_weight"),
         ("renew", lambda a: a[5].__setitem__(1, a[5][1][1:]), ValueError, "expected first of shape"),
         ("step", lambda a: a.__setitem__(6, controls()[:3]), ValueError, "expected control of shape"),
@@ -364,7 +394,7 @@ def fuzz_cases(q):
         (
             o.eigen_renew_.default,
             ([made["mean"].contiguous().clone()], *(lists[key] for key in RENEWAL[1:]), controls(), lists["grad_weight"],
-             lists["grad_bias"], [sketch], [4], [0.5]),
+             lists["grad_bias"], [sketch], [vector.outer(vector)], [4], [0.5]),
         ),
         (
             o.eigen_step_.default,
