@@ -220,8 +220,6 @@ class EigenAdam(SecondOrderOptimizer):
 
     def remove_hooks(self) -> None:
         """Takes the hooks off the model: it is an ordinary module again, and bases come from gradients alone."""
-        if self._hessians is not None:
-            self._hessians.tape.remove()
         self._hooked = False
         self._hook()
 
