@@ -1,4 +1,4 @@
-"""Trains a deep sigmoid network on digits by SGD, Adam and EA-CG; prints a table and draws loss and accuracy.
+"""Trains a deep sigmoid network on digits by SGD, Adam, EigenAdam and EA-CG; prints a table and draws loss and accuracy.
 
 Learning rates are tuned for every optimizer over a grid of three, by the training loss at the end.
 """
@@ -71,6 +71,10 @@ def adam(model: nn.Sequential, lr: float) -> Step:
     return ordinary_loop(model, torch.optim.Adam(model.parameters(), lr=lr, fused=True), nn.CrossEntropyLoss())
 
 
+def eigen_adam(model: nn.Sequential, lr: None) -> Step:
+    return ordinary_loop(model, so.EigenAdam(model), nn.CrossEntropyLoss())
+
+
 def eacg_literal(model: nn.Sequential, lr: float) -> Step:
     return LiteralEACG(model, lr, ALPHA, CG, EPS).step
 
@@ -118,6 +122,7 @@ def draw(curves: list[Curve], epoch_seconds: dict[str, float], title: str, path:
         "EA-CG, fused": ("C3", "-"),
         "LayerwiseNewton": ("C2", "-"),
         "EACG": ("C5", "-"),
+        "EigenAdam": ("C6", "-"),
     }
     for i, curve in enumerate(curves):
         color, line = styles.get(curve.name, (f"C{i}", "-"))
@@ -160,7 +165,7 @@ def main(
         ("EA-CG, fused", eacg_paper, [0.05, 0.1, 0.2]),
     ]
     curves = []
-    with tqdm(total=(sum(len(g) for _, _, g in grids) + 3) * (epochs + 1), mininterval=2) as bar:
+    with tqdm(total=(sum(len(g) for _, _, g in grids) + 4) * (epochs + 1), mininterval=2) as bar:
         for name, make, grid in grids:
             runs = [train(name, make, lr, data, epochs, batch, bar) for lr in grid]
             best = min(
@@ -172,16 +177,18 @@ def main(
                 curves.append(train("EA-CG, plain PyTorch", eacg_literal, grid[best], data, epochs, batch, bar))
         curves.append(train("EACG", eacg, None, data, epochs, batch, bar))
         curves.append(train("LayerwiseNewton", layerwise_newton, None, data, epochs, batch, bar))
+        curves.append(train("EigenAdam", eigen_adam, None, data, epochs, batch, bar))
 
     makers = {"SGD, momentum 0.9": sgd, "Adam": adam, "EA-CG, fused": eacg_paper, "EA-CG, plain PyTorch": eacg_literal}
     steps = {name: make(network(0), 1e-3) for name, make in makers.items()} | {
         "EACG": eacg(network(0), None),
         "LayerwiseNewton": layerwise_newton(network(0), None),
+        "EigenAdam": eigen_adam(network(0), None),
     }
     # On ever new batches: one that is learnt by heart has steps of its own cost.
     batches = {name: cycle(zip(data.train_x.split(batch), data.train_y.split(batch))) for name in steps}
     turns = {name: lambda step=step, each=batches[name]: step(*next(each)) for name, step in steps.items()}
-    cost = interleaved(turns, "SGD, momentum 0.9", periods={"LayerwiseNewton": 5})
+    cost = interleaved(turns, "SGD, momentum 0.9", periods={"LayerwiseNewton": 5, "EigenAdam": 5})
     print(f"\n{'optimizer':22}{'setting':>10}{'loss':>9}{'accuracy':>10}{'ms/step':>9}{'x SGD':>7}")
     for c in curves:
         print(
@@ -190,6 +197,7 @@ def main(
     print(
         f"EA-CG: PCH-1, alpha {ALPHA}, {CG} CG iterations, momentum 0, as in the paper. "
         "LayerwiseNewton: step, momentum and damping from the quadratic model; EACG, lr=0.02: momentum and factor averages.\n"
+        "EigenAdam: finds its step length, takes no learning rate.\n"
         "Settings: the best of three learning rates by final training loss; the defaults are not tuned.\n"
         "Steps are timed interleaved, medians; seconds in the picture are steps times that."
     )

@@ -69,7 +69,6 @@ enum EigenControl : int64_t {
   kEigenSteps,         // steps taken
   kEigenRefused,       // steps refused since a gradient was not finite: nothing was changed by them
   kEigenUnrenewed,     // 1 where the renewal of this step was refused: then the step will be, too
-  kEigenStart,         // the largest S0 of the warm-up
   kEigenControl
 };
 
@@ -97,7 +96,6 @@ SECONDORDER_HD void eigen_control(double* control, double s0, double s1, bool re
     }
   }
   const double slope = std::fabs(control[kEigenSlope]);
-  if (t < kEigenWarmUp && slope > control[kEigenStart]) control[kEigenStart] = slope;
   if (t <= kEigenWarmUp || slope == 0) return;
   const double r = control[kEigenLastSlope] / slope;
   double change = 0;

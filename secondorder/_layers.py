@@ -8,8 +8,12 @@ def parameters_of(layer: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
     return layer._parameters["weight"], layer._parameters["bias"]  # type: ignore[return-value]
 
 
-def linear_layers(model: nn.Module) -> dict[nn.Linear, str]:
+def linear_layers(model: nn.Module, shared: bool = False) -> dict[nn.Linear, str]:
     """The model's nn.Linear modules that compute W h + b from parameters of their own, with their names.
+
+    Args:
+        model: any module.
+        shared: whether a weight may be shared: its layers are then left out.
 
     Raises:
         ValueError: a weight is shared, with another linear layer or with another module.
@@ -25,6 +29,8 @@ def linear_layers(model: nn.Module) -> dict[nn.Linear, str]:
         if weight is None or isinstance(weight, nn.UninitializedParameter):
             continue
         if weight.requires_grad and len(owners[weight]) > 1:
+            if shared:
+                continue
             raise ValueError(
                 f"expected each linear layer to have a weight of its own, but {' and '.join(map(repr, owners[weight]))} are one "
                 "parameter; curvature of shared weights is not defined here"

@@ -396,11 +396,12 @@ def eigen_renew_(
     grad_weight: Sequence[Tensor],
     grad_bias: Sequence[Tensor],
     sketch: Sequence[Tensor],
+    bias_hessian: Sequence[Tensor],
     rows: Sequence[int],
     share: Sequence[float],
 ) -> None:
     """One power iteration on the averaged second moments of both sides."""
-    if not all(t.isfinite().all() for t in (*grad_weight, *grad_bias, *sketch)):
+    if not all(t.isfinite().all() for t in (*grad_weight, *grad_bias, *sketch, *bias_hessian)):
         control[6] = 1
         return
     for i, w in enumerate(share):
@@ -417,7 +418,7 @@ def eigen_renew_(
             inputs = inputs / rows[i]
         else:
             inputs = (v.T @ g.T) @ g
-        outputs = (u.T @ g) @ g.T
+        outputs = u.T @ bias_hessian[i] if bias_hessian[i].numel() else (u.T @ g) @ g.T
         for basis, scale, product in ((basis_in[i], scale_in[i], inputs), (basis_out[i], scale_out[i], outputs)):
             new, lengths = _orthonormal((1 - w) * scale.unsqueeze(1) * basis + w * product)
             basis.copy_(new)
@@ -499,7 +500,7 @@ def eigen_step_(
 
 def _control(control: Tensor, slope: float, last_slope: float, renewed: bool) -> None:
     """The step length after a step with these slopes."""
-    length, oscillations, average, last_average, t, refused, unrenewed, start = control.tolist()
+    length, oscillations, average, last_average, t, refused, unrenewed = control.tolist()
     if t == 0:
         average = slope
     else:
@@ -507,14 +508,12 @@ def _control(control: Tensor, slope: float, last_slope: float, renewed: bool) ->
         if not renewed:
             last_average += 0.2 * (last_slope - last_average)
             oscillations += last_slope < 0
-    if t < 14:
-        start = max(start, abs(average))
-    elif t > 14 and average != 0:
+    if t > 14 and average != 0:
         r = last_average / abs(average)
         if r > 0.1 and oscillations < 25:
             length *= math.exp(0.05 * min(1.0, r - 0.1))
         elif r < -0.6:
             length *= math.exp(0.05 * max(-1.0, r + 0.6))
         length = min(max(length, 1e-6), 0.1)
-    entries = [length, oscillations, average, last_average, t + 1, refused, unrenewed, start]
+    entries = [length, oscillations, average, last_average, t + 1, refused, unrenewed]
     control.copy_(torch.tensor(entries, dtype=control.dtype))

@@ -140,33 +140,44 @@ BUGS = {
         "values", "eacg_bounded", "eacg.cu", "eacg.cu", "sqrt(c * c * across * across + squares[0])", "sqrt(squares[0])",
     ),
     "missing barrier between two groups of vectors": (
-        "races", "eigen_step", "eigen.cu", "eigen.cuh", "    __syncthreads();  // what was there has been used\n", "",
+        "races", "eigen_step", "eigen_step.cu", "eigen.cuh", "    __syncthreads();  // what was there has been used\n", "",
     ),
     "missing barrier between two uses of a slice": (
-        "races", "eigen_step", "eigen.cu", "eigen.cu", "corner_sums);\n    __syncthreads();\n    if (residual)",
+        "races", "eigen_step", "eigen_step.cu", "eigen_step.cu", "corner_sums);\n    __syncthreads();\n    if (residual)",
         "corner_sums);\n    if (residual)",
     ),
     "off-by-one guard of a strip": (
-        "address", "eigen_step", "eigen.cu", "eigen.cuh", "inside = column < this->p;", "inside = column <= this->p;",
+        "address", "eigen_step", "eigen_step.cu", "eigen.cuh", "inside = column < this->p;", "inside = column <= this->p;",
     ),
     "sums of a chunk's last tile alone": (
-        "values", "eigen_step", "eigen.cu", "eigen.cuh", "at.first ? sum[e] : *target + sum[e]", "sum[e]",
+        "values", "eigen_step", "eigen_step.cu", "eigen.cuh", "at.first ? sum[e] : *target + sum[e]", "sum[e]",
     ),
-    "one sampled row for all": ("values", "eigen_step", "eigen.cu", "eigen.cu", "          ++sample;\n", ""),
+    "one sampled row for all": ("values", "eigen_step", "eigen_step.cu", "eigen_step.cu", "          ++sample;\n", ""),
     "elements without a gradient that move": (
-        "values", "eigen_step", "eigen.cu", "eigen.cu", "g[b] == T(0) ? T(0) : tile.own(row + b)", "tile.own(row + b)",
+        "values", "eigen_step", "eigen_step.cu", "eigen_step.cu", "g[b] == T(0) ? T(0) : tile.own(row + b)", "tile.own(row + b)",
     ),
     "a renewal's mean taken out once": (
-        "values", "eigen_renew", "eigen.cu", "eigen.cu", " - along * move + rows", " + rows",
+        "values", "eigen_renew", "eigen_renew.cu", "eigen_renew.cu", " - along * move + rows", " + rows",
+    ),
+    "a bias Hessian's last row left out": (
+        "values", "eigen_renew", "eigen_renew.cu", "eigen_renew.cu", "  if (i >= n) return;\n  const T *const row",
+        "  if (i >= n - 1) return;\n  const T *const row",
+    ),
+    "off-by-one guard of a bias Hessian's rows": (
+        "address", "eigen_renew", "eigen_renew.cu", "eigen_renew.cu", "  if (i >= n) return;\n  const T *const row",
+        "  if (i > n) return;\n  const T *const row",
+    ),
+    "a bias Hessian that is not looked at": (
+        "values", "eigen_refused", "eigen_renew.cu", "eigen_renew.cu", "  if (!finite) atomicOr(refused, 1);\n}", "}",
     ),
     "first moments turned the other way": (
-        "values", "eigen_renew", "eigen.cu", "eigen.cu", "row[w] * b[w * kv + v]", "row[w] * b[v * kv + w]",
+        "values", "eigen_renew", "eigen_renew.cu", "eigen_renew.cu", "row[w] * b[w * kv + v]", "row[w] * b[v * kv + w]",
     ),
     "one Gram-Schmidt pass": (
-        "values", "eigen_lost_directions", "eigen.cu", "eigen.cu", "if (pass == 1) break;", "break;",
+        "values", "eigen_lost_directions", "eigen_renew.cu", "eigen_renew.cu", "if (pass == 1) break;", "break;",
     ),
     "a bias whose gradient is not looked at": (
-        "values", "eigen_refused", "eigen.cu", "eigen.cu", " && squares[1] < kLargest<T> / 4", "",
+        "values", "eigen_refused", "eigen_step.cu", "eigen_passes.cuh", " && squares[1] < kLargest<T> / 4", "",
     ),
     "barrier that not every thread reaches": (
         "values", "bfgs_update", "bfgs.cu", "reduce.cuh", "partial[c][warp] = v[c];\n  }\n  __syncthreads();",
@@ -208,8 +219,8 @@ LAUNCHES = {
     "damped_lbfgs_update": ["damping_kernel", "push_kernel"],
     "eigen_sketch": ["products_kernel", "parts_kernel", "products_kernel", "sketch_kernel"],
     "eigen_renew": [
-        "memset", "products_kernel", "parts_kernel", "products_kernel", "candidates_kernel", "orthonormal_kernel",
-        "overlaps_kernel", "turns_kernel", "moments_kernel", "finish_renewal_kernel",
+        "memset", "products_kernel", "parts_kernel", "curvature_kernel", "products_kernel", "candidates_kernel",
+        "orthonormal_kernel", "overlaps_kernel", "turns_kernel", "moments_kernel", "finish_renewal_kernel",
     ],
     "eigen_step": [
         "memset", "products_kernel", "parts_kernel", "corner_kernel", "sides_kernel", "residual_kernel",

@@ -333,11 +333,13 @@ def eigen_arguments(dtype=torch.float64, seed=0):
     second = each(lambda *size: normal(rest(*size) + residual(*size)).square() + 0.5)
     last = each(lambda *size: normal(rest(*size) + (size[1] if residual(*size) else 0)))
     parameters = [each(lambda n, p, ku, kv, bias: normal(n, p)), each(lambda n, p, ku, kv, bias: normal(n if bias else 0))]
-    control = torch.tensor([0.01, 3, 5, -2, 20, 0, 0, 7], dtype=torch.float64)
+    control = torch.tensor([0.01, 3, 5, -2, 20, 0, 0], dtype=torch.float64)
     size = [torch.full((1,), 0.9, dtype=torch.float64) for _ in sizes]
     sketch = each(lambda n, p, ku, kv, bias: normal(kv + 1, p) if p > 33 else normal(0))
+    hessian = each(lambda n, p, ku, kv, bias: normal(n, n) if p in (1030, 33) else normal(0))
+    hessian = [h @ h.T if h.numel() else h for h in hessian]
     numbers = [[(0.3, 1.0, 0.1)[k % 3] for k in range(len(sizes))] for _ in range(4)]
-    renewal = [mean, basis_out, basis_in, scale_out, scale_in, first, control, *grads, sketch,
+    renewal = [mean, basis_out, basis_in, scale_out, scale_in, first, control, *grads, sketch, hessian,
                [9 if s.numel() else 0 for s in sketch], numbers[0]]  # fmt: skip
     step = [*parameters, first, second, last, size, control, *grads, mean, basis_out, basis_in, *numbers, [7] * len(sizes),
             0.9, 0.95, 1e-7]  # fmt: skip

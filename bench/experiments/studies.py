@@ -84,6 +84,15 @@ def _cell(curvature: str, solver: str) -> Method:
     )
 
 
+def _eigen(curvature: str) -> Method:
+    """EigenAdam with the bases of a bias Hessian, or of the gradient."""
+
+    def make(model: nn.Module, criterion: nn.Module) -> torch.optim.Optimizer:
+        return so.EigenAdam(model, curvature=curvature, criterion=None if curvature == "gradient" else criterion)
+
+    return Method(f"EigenAdam, {curvature}", make)
+
+
 def _cheaper(optimizer: type[torch.optim.Optimizer], **options: int) -> Method:
     """An optimizer with curvature from some instances, or now and then."""
     name = ", ".join(f"{key[10:]}={value}" for key, value in options.items())
@@ -139,6 +148,10 @@ STUDIES = {
     "cheaper-curvature": [
         Study("Curvature for less: LayerwiseNewton", "cheaper", [DIGITS_500, AUTOENCODERS[0]], [NEWTON, *CHEAPER]),
         Study("Curvature for less: EACG", "cheaper", [DIGITS_500], [EACG, *CHEAPER_EACG]),
+    ],
+    "eigen-curvatures": [
+        Study("EigenAdam's output bases", "eigen_curvatures", [DIGITS, AUTOENCODERS[0], ROBUST[0]],
+              [_eigen(c) for c in ("gradient", "pch-abs", "gauss-newton", "fisher-mc", "fisher-empirical")], picture=False),
     ],
     "grid": [Study("Every curvature with every solver", "grid", [DIGITS_EPOCH],
                    [_cell(c, s) for c in CURVATURES for s in SOLVERS], picture=False)],

@@ -74,14 +74,14 @@ def demangle(symbols: list[str]) -> dict[str, str]:
 
 
 THREADS = {"directions_kernel": 512, "orthonormal_kernel": 512}  # others: 256
-TILED = {"products_kernel", "residual_kernel", "update_kernel", "whole_kernel", "remainder_kernel"}  # of eigen.cu
+TILED = {"products_kernel", "residual_kernel", "update_kernel", "whole_kernel", "remainder_kernel"}  # of eigen_*.cu
 
 
 def occupancy(source: str, kernel: Kernel) -> int:
     """Resident warps of a multiprocessor of compute capability 9.0 (64 warps, 64 Ki registers, 228 KiB shared memory)."""
     name = kernel.name.split("<")[0]
     warps = THREADS.get(name, 256) // 32
-    if source == "eigen" and name in TILED:
+    if source.startswith("eigen") and name in TILED:
         warps = 2 if "double" in kernel.name else 4
     registers = -(-kernel.registers // 8) * 8 * 32 * warps
     shared = kernel.shared + 1024  # what the system keeps of each block's

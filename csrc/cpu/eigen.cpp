@@ -331,7 +331,7 @@ void turn(const EigenSizes& size, const T* old_out, const T* old_in, const T* ou
 
 template <typename T>
 void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, T* scale_in, T* first, const T* sketch,
-           int64_t rows, T share) {
+           int64_t rows, const T* hessian, T share) {
   const Kernels<T>& loops = kernels<T>();
   const int64_t n = matrix.size.n, p = matrix.size.p, ku = matrix.size.ku, kv = matrix.size.kv;
   const bool bias = matrix.size.bias;
@@ -352,8 +352,8 @@ void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, 
       for (int64_t j = 0; j < p; ++j)
         inputs[q * p + j] = (sketch[q * p + j] - vd[q] * sum[j] - vx[q] * move[j] + count * vd[q] * move[j]) / count;
   }
-  // G'^T G' V, where no inputs were seen, and G' G'^T U, with the new mean.
-  matrix.project();
+  // G'^T G' V, where no inputs were seen, and G' G'^T U, where there is no H, with the new mean.
+  if (!rows || !hessian) matrix.project();
   if (!rows) {
     const std::vector<T> turned = transposed(n, kv, matrix.projected.data());
     loops.low_rank(kv, p, inputs.data(), n, turned.data(), n, matrix.gradient, inputs.data());
@@ -363,7 +363,9 @@ void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, 
       loops.low_rank(kv, p, inputs.data(), 1, matrix.negative(kv, along.data()).data(), 1, mean, inputs.data());
     }
   }
-  {
+  if (hessian) {
+    loops.low_rank(ku, n, nullptr, n, basis_out, n, hessian, outputs.data());
+  } else {
     std::vector<T> along(ku, T(0)), product(n * ku);  // G' (U^T G')^T
     loops.products(n, p, matrix.gradient, ku, matrix.above.data(), product.data(), ku);
     if (bias) {
@@ -380,11 +382,13 @@ void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, 
 
 void eigen_renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList basis_in, at::TensorList scale_out,
                   at::TensorList scale_in, at::TensorList first, const at::Tensor& control, at::TensorList grad_weight,
-                  at::TensorList grad_bias, at::TensorList sketch, at::IntArrayRef rows, at::ArrayRef<double> share) {
+                  at::TensorList grad_bias, at::TensorList sketch, at::TensorList bias_hessian, at::IntArrayRef rows,
+                  at::ArrayRef<double> share) {
   check_eigen_renew(mean, basis_out, basis_in, scale_out, scale_in, first, control, grad_weight, grad_bias, sketch,
-                    rows, share);
+                    bias_hessian, rows, share);
   if (grad_weight.empty()) return;
-  const auto g = contiguous(grad_weight), gb = contiguous(grad_bias), sums = contiguous(sketch);
+  const auto g = contiguous(grad_weight), gb = contiguous(grad_bias), sums = contiguous(sketch),
+             h = contiguous(bias_hessian);
   for (const at::TensorList list : {mean, basis_out, basis_in, scale_out, scale_in, first}) own_storage(list);
   AT_DISPATCH_FLOATING_TYPES(g[0].scalar_type(), "eigen_renew_", [&] {
     using T = scalar_t;
@@ -398,7 +402,7 @@ void eigen_renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList 
       };
       all[l].squares = squares(g[l]);
       all[l].bias_squares = squares(gb[l]);
-      if (!all[l].finite() || !std::isfinite(squares(sums[l]))) {
+      if (!all[l].finite() || !std::isfinite(squares(sums[l])) || !std::isfinite(squares(h[l]))) {
         steps[kEigenUnrenewed] = 1;
         return;
       }
@@ -406,7 +410,7 @@ void eigen_renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList 
     parallel_layers(elements(all), 4, [&](int64_t l) {
       renew(all[l], mean[l].mutable_data_ptr<T>(), basis_out[l].mutable_data_ptr<T>(),
             basis_in[l].mutable_data_ptr<T>(), scale_out[l].mutable_data_ptr<T>(), scale_in[l].mutable_data_ptr<T>(),
-            first[l].mutable_data_ptr<T>(), optional_data<T>(sums[l]), rows[l], T(share[l]));
+            first[l].mutable_data_ptr<T>(), optional_data<T>(sums[l]), rows[l], optional_data<T>(h[l]), T(share[l]));
     });
   });
   for (const at::TensorList list : {mean, basis_out, basis_in, scale_out, scale_in, first}) written(list);

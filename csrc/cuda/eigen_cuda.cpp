@@ -67,19 +67,20 @@ void sketch_(const at::Tensor& sketch, const at::Tensor& inputs, const at::Tenso
 
 void renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList basis_in, at::TensorList scale_out,
             at::TensorList scale_in, at::TensorList first, const at::Tensor& control, at::TensorList grad_weight,
-            at::TensorList grad_bias, at::TensorList sketch, at::IntArrayRef rows, at::ArrayRef<double> share) {
+            at::TensorList grad_bias, at::TensorList sketch, at::TensorList bias_hessian, at::IntArrayRef rows,
+            at::ArrayRef<double> share) {
   check_eigen_renew(mean, basis_out, basis_in, scale_out, scale_in, first, control, grad_weight, grad_bias, sketch,
-                    rows, share);
+                    bias_hessian, rows, share);
   if (grad_weight.empty()) return;
   const Launch launch(control);
   const Net net(grad_weight, grad_bias, mean, basis_out, basis_in, first);
-  const std::vector<at::Tensor> sums = contiguous(sketch);
+  const std::vector<at::Tensor> sums = contiguous(sketch), hessians = contiguous(bias_hessian);
   AT_DISPATCH_FLOATING_TYPES(net.dtype(), "eigen_renew_", [&] {
     std::vector<EigenRenewal<scalar_t>> matrices;
     for (size_t l = 0; l < net.count(); ++l)
       matrices.push_back({net.matrix<scalar_t>(l), target<scalar_t>(mean[l]), target<scalar_t>(basis_out[l]),
                           target<scalar_t>(basis_in[l]), target<scalar_t>(scale_out[l]), target<scalar_t>(scale_in[l]),
-                          data<scalar_t>(sums[l]), rows[l], share[l]});
+                          data<scalar_t>(sums[l]), rows[l], data<scalar_t>(hessians[l]), share[l]});
     const int count = int(matrices.size());
     const Device device = launch.device();
     const at::Tensor memory = workspace(eigen_renew_workspace(matrices.data(), count, device), control);

@@ -180,13 +180,14 @@ struct EigenStep : EigenMatrix<T> {
 
 template <typename T>
 struct EigenRenewal : EigenMatrix<T> {
-  T* new_mean;      // [p], or null; like the two after it an array of EigenMatrix, to be written
-  T* new_out;       // [ku, n]
-  T* new_in;        // [kv, p]
-  T* scale_out;     // [ku]
-  T* scale_in;      // [kv]
-  const T* sketch;  // [kv + 1, p], or null: no inputs were seen
-  int64_t rows;     // that the sketch has seen
+  T* new_mean;            // [p], or null; like the two after it an array of EigenMatrix, to be written
+  T* new_out;             // [ku, n]
+  T* new_in;              // [kv, p]
+  T* scale_out;           // [ku]
+  T* scale_in;            // [kv]
+  const T* sketch;        // [kv + 1, p], or null: no inputs were seen
+  int64_t rows;           // that the sketch has seen
+  const T* bias_hessian;  // [n, n], or null: U is of the gradient
   double share;
 };
 
@@ -211,8 +212,8 @@ size_t eigen_step_workspace(const EigenStep<T>* matrices, int count, const Devic
 template <typename T>
 void eigen_sketch(const EigenSketch<T>& sketch, void* workspace, const Device& device, cudaStream_t stream);
 
-// Renews means, bases and scales, and turns the first moments with the bases; count > 0. Where a gradient or a sketch
-// is not finite it changes control [kEigenControl] alone.
+// Renews means, bases and scales, and turns the first moments with the bases; count > 0. Where a gradient, a sketch
+// or a bias Hessian is not finite it changes control [kEigenControl] alone.
 template <typename T>
 void eigen_renew(const EigenRenewal<T>* matrices, int count, double* control, void* workspace, const Device& device,
                  cudaStream_t stream);

@@ -68,7 +68,7 @@ void check_eigen_sketch(const at::Tensor& sketch, const at::Tensor& inputs, cons
 void check_eigen_renew(at::TensorList mean, at::TensorList basis_out, at::TensorList basis_in, at::TensorList scale_out,
                        at::TensorList scale_in, at::TensorList first, const at::Tensor& control,
                        at::TensorList grad_weight, at::TensorList grad_bias, at::TensorList sketch,
-                       at::IntArrayRef rows, at::ArrayRef<double> share) {
+                       at::TensorList bias_hessian, at::IntArrayRef rows, at::ArrayRef<double> share) {
   constexpr const char* op = "eigen_renew_";
   check_lengths(op, {{"grad_weight", grad_weight.size()},
                      {"grad_bias", grad_bias.size()},
@@ -79,6 +79,7 @@ void check_eigen_renew(at::TensorList mean, at::TensorList basis_out, at::Tensor
                      {"scale_in", scale_in.size()},
                      {"first", first.size()},
                      {"sketch", sketch.size()},
+                     {"bias_hessian", bias_hessian.size()},
                      {"rows", rows.size()},
                      {"share", share.size()}});
   check_control(op, control);
@@ -96,6 +97,8 @@ void check_eigen_renew(at::TensorList mean, at::TensorList basis_out, at::Tensor
     const bool seen = sketch[l].numel() > 0;
     if (seen) check_shape(op, "sketch", sketch[l], {sizes.kv + 1, sizes.p});
     check_same(op, "sketch", sketch[l], "grad_weight", g);
+    if (bias_hessian[l].numel() > 0) check_shape(op, "bias_hessian", bias_hessian[l], {sizes.n, sizes.n});
+    check_same(op, "bias_hessian", bias_hessian[l], "grad_weight", g);
     TORCH_CHECK_VALUE(seen ? rows[l] > 0 : rows[l] == 0, op,
                       ": expected rows > 0 with a sketch and 0 without one, got ", rows[l], " with a sketch of shape ",
                       sketch[l].sizes());
@@ -162,7 +165,7 @@ TORCH_LIBRARY_FRAGMENT(secondorder, m) {
   m.def(
       "eigen_renew_(Tensor(a!)[] mean, Tensor(b!)[] basis_out, Tensor(c!)[] basis_in, Tensor(d!)[] scale_out, "
       "Tensor(e!)[] scale_in, Tensor(f!)[] first, Tensor(g!) control, Tensor[] grad_weight, Tensor[] grad_bias, "
-      "Tensor[] sketch, int[] rows, float[] share) -> ()");
+      "Tensor[] sketch, Tensor[] bias_hessian, int[] rows, float[] share) -> ()");
   m.def(
       "eigen_step_(Tensor(a!)[] weight, Tensor(b!)[] bias, Tensor(c!)[] first, Tensor(d!)[] second, Tensor(e!)[] last, "
       "Tensor(f!)[] size, Tensor(g!) control, Tensor[] grad_weight, Tensor[] grad_bias, Tensor[] mean, "

@@ -12,7 +12,7 @@ void check_eigen_sketch(const at::Tensor& sketch, const at::Tensor& inputs, cons
 void check_eigen_renew(at::TensorList mean, at::TensorList basis_out, at::TensorList basis_in, at::TensorList scale_out,
                        at::TensorList scale_in, at::TensorList first, const at::Tensor& control,
                        at::TensorList grad_weight, at::TensorList grad_bias, at::TensorList sketch,
-                       at::IntArrayRef rows, at::ArrayRef<double> share);
+                       at::TensorList bias_hessian, at::IntArrayRef rows, at::ArrayRef<double> share);
 
 void check_eigen_step(at::TensorList weight, at::TensorList bias, at::TensorList first, at::TensorList second,
                       at::TensorList last, at::TensorList size, const at::Tensor& control, at::TensorList grad_weight,

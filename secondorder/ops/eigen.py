@@ -10,7 +10,7 @@ X = G V. The parts of the gradient, in which Adam's rule is applied element by e
 where c = kv + 1 with a bias, else kv; R is missing where ku = n, T where kv = p, E in both cases. A tensor of all parts is flat:
 C, R, T, E one after another. With ku = kv = 0 there is E = G alone, and the rule is Adam's.
 
-`control` [8], float64, is what finds the step length: the entries that `CONTROL` names.
+`control` [7], float64, is what finds the step length: the entries that `CONTROL` names.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from secondorder.ops._library import fake, library
 
-CONTROL = ("length", "oscillations", "slope", "last_slope", "steps", "refused", "unrenewed", "start")
+CONTROL = ("length", "oscillations", "slope", "last_slope", "steps", "refused", "unrenewed")
 """What the entries of a control tensor are.
 
 The length L; K, the steps with a negative slope along the step before; S0 and S1, the averaged slopes along the present step
 and along the one before; the steps taken; the steps refused since a gradient was not finite; whether the renewal of the present
-step was refused; the largest S0 of the warm-up.
+step was refused.
 """
 
 
@@ -58,12 +58,14 @@ def eigen_renew_(
     grad_weight: Sequence[Tensor],
     grad_bias: Sequence[Tensor],
     sketch: Sequence[Tensor],
+    bias_hessian: Sequence[Tensor],
     rows: Sequence[int],
     share: Sequence[float],
 ) -> None:
     """Renews mean inputs and bases by one power iteration each, and turns the first moments with them.
 
-    With the share w and S the averaged variance along V (`scale_in`), and likewise for U with M = G' G'^T:
+    With the share w and S the averaged variance along V (`scale_in`), and likewise for U with M = G' G'^T, or M = H where there
+    is a bias Hessian:
 
         a <- (1 - w) a + w E[h],    V S <- qr((1 - w) V S + w M V),    M = E[(h - a) (h - a)^T], or G'^T G' without a sketch.
 
@@ -71,7 +73,7 @@ def eigen_renew_(
     since what turns into the bases, or out of them, is little.
 
     The columns are orthonormalised in their order, S are their lengths before. One that depends on those before it is drawn
-    anew, with S = 0. If a gradient or a sketch is not finite nothing changes but
+    anew, with S = 0. If a gradient, a sketch or a bias Hessian is not finite nothing changes but
     `control`, which then lets `eigen_step_` refuse the step.
 
     Args:
@@ -81,16 +83,17 @@ def eigen_renew_(
         scale_out: [ku] of every matrix.
         scale_in: [kv] of every matrix.
         first: the first moments of all parts, flat, of every matrix.
-        control: [8], float64.
+        control: [7], float64.
         grad_weight: G [n, p] of every matrix.
         grad_bias: g [n] of every matrix, [0] without a bias.
         sketch: what `eigen_sketch_` made with a as the shift, [kv + 1, p], of every matrix; [0] where no inputs were seen.
+        bias_hessian: H [n, n], symmetric, of every matrix; [0] where U is to be of the gradient.
         rows: how many inputs each sketch has seen; 0 for none.
         share: w in (0, 1] of every matrix.
     """
     library.eigen_renew_(
         list(mean), list(basis_out), list(basis_in), list(scale_out), list(scale_in), list(first), control,
-        list(grad_weight), list(grad_bias), list(sketch), list(rows), list(share),
+        list(grad_weight), list(grad_bias), list(sketch), list(bias_hessian), list(rows), list(share),
     )  # fmt: skip
 
 
@@ -106,6 +109,7 @@ def _(
     grad_weight: list[Tensor],
     grad_bias: list[Tensor],
     sketch: list[Tensor],
+    bias_hessian: list[Tensor],
     rows: list[int],
     share: list[float],
 ) -> None:
@@ -160,7 +164,7 @@ def eigen_step_(
         second: the second moments, likewise.
         last: the parts C, R, T of N and some rows of its E, flat, of every matrix; zero at first.
         size: [1], float64, of every matrix; zero at first.
-        control: [8], float64.
+        control: [7], float64.
         grad_weight: G [n, p] of every matrix.
         grad_bias: g [n] of every matrix, [0] without a bias.
         mean: a [p] of every matrix, [0] without a bias.

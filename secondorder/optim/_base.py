@@ -245,26 +245,30 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
             raise RuntimeError(f"{type(self).__name__}.step(): expected gradients, found none; call loss.backward() first")
 
-    def _check_instances(self, inputs: Iterable[Tensor]) -> None:
-        """Raises where the layers' inputs [..., n_in] are of no instance at all."""
-        if all(0 in h.shape[:-1] for h in inputs):
-            raise ValueError(
-                f"{type(self).__name__}.step(): expected at least one instance, got an empty batch; an expectation over it is "
-                "undefined: skip it"
-            )
-
     def _records(self) -> list[LayerRecord]:
         """The layers that the losses since the last step reach, or an error that says what is missing."""
-        name = type(self).__name__
-        records = self._tape.records()
-        if not records:
-            raise RuntimeError(
-                f"{name}.step(): there are gradients, but no call of the criterion that leads to them was recorded. Compute "
-                f"the loss by the criterion given to the optimizer ({self.criterion!r}; optimizer.criterion(output, target) "
-                "where it is a function), with the model in training mode; optimizer.zero_grad() forgets the calls before it."
-            )
-        self._check_instances(call.input for record in records for call in record.calls)
-        return records
+        return recorded_layers(type(self).__name__, self._tape)
+
+
+def recorded_layers(owner: str, tape: Tape) -> list[LayerRecord]:
+    """The layers that the losses since an optimizer's last step reach, or an error that says what is missing."""
+    records = tape.records()
+    if not records:
+        raise RuntimeError(
+            f"{owner}.step(): there are gradients, but no call of the criterion that leads to them was recorded. Compute "
+            f"the loss by the criterion given to the optimizer ({tape.criterion!r}; optimizer.criterion(output, target) "
+            "where it is a function), with the model in training mode; optimizer.zero_grad() forgets the calls before it."
+        )
+    check_instances(owner, (call.input for record in records for call in record.calls))
+    return records
+
+
+def check_instances(owner: str, inputs: Iterable[Tensor]) -> None:
+    """Raises where the layers' inputs [..., n_in] are of no instance at all."""
+    if all(0 in h.shape[:-1] for h in inputs):
+        raise ValueError(
+            f"{owner}.step(): expected at least one instance, got an empty batch; an expectation over it is undefined: skip it"
+        )
 
 
 def _supported_layers(owner: str, model: nn.Module) -> dict[nn.Linear, str]:

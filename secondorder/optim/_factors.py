@@ -18,12 +18,12 @@ class FactorSource:
 
     Args:
         curvature: gives the bias Hessians.
-        solver: says which statistics of the inputs.
+        solver: says which statistics of the inputs; None: there are none.
         samples: second moments are over at most so many instances of every forward pass; None: all.
         names: of the layers, for messages.
     """
 
-    def __init__(self, curvature: Curvature, solver: Solver, samples: int | None, names: dict[nn.Linear, str]):
+    def __init__(self, curvature: Curvature, solver: Solver | None, samples: int | None, names: dict[nn.Linear, str]):
         self.curvature, self.solver, self.samples, self.names = curvature, solver, samples, names
 
     def renewed(
@@ -55,12 +55,16 @@ class FactorSource:
         return factors
 
     def _statistics(self, records: list[LayerRecord]) -> dict[nn.Linear, Factors]:
+        if self.solver is None:
+            return {record.layer: {} for record in records}
         if any(len(record.calls) > 1 or record.calls[0].input.dtype != record.dtype for record in records):
             # Inputs are joined or cast by copies, of which there should be one layer's at a time.
             return {record.layer: self._statistics_of([record])[0] for record in records}
         return dict(zip([record.layer for record in records], self._statistics_of(records), strict=True))
 
     def _statistics_of(self, records: list[LayerRecord]) -> list[Factors]:
+        if self.solver is None:
+            return [{} for _ in records]
         inputs = [cast(record.input(), record.dtype) for record in records]
         if self.samples is None:
             return self.solver.statistics(inputs, inputs)

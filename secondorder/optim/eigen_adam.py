@@ -11,10 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from secondorder import ops
+from secondorder._layers import linear_layers
 from secondorder._tape.hooks import remove_handles
 from secondorder._tensors import compute_dtype
 from secondorder._warnings import warn
+from secondorder.criteria import FunctionCriterion
+from secondorder.curvature import CURVATURES, Curvature, curvature_by_name
 from secondorder.errors import NonFiniteError
+from secondorder.optim._bias_hessians import BiasHessians
 from secondorder.optim._matrices import InputHook, Matrix, input_rows, is_plain, matrices
 from secondorder.optim._numbers import Numbers, check_arguments, check_numbers
 from secondorder.optim._optimizer import SecondOrderOptimizer
@@ -24,7 +28,7 @@ _NUMBERS: Numbers = {
     "weight_decay": (lambda v: 0 <= v < float("inf"), ">= 0"),
     "eps": (lambda v: 0 <= v < float("inf"), ">= 0"),
 }
-_LENGTH, _OSCILLATIONS, _SLOPE, _LAST_SLOPE, _STEPS, _REFUSED, _UNRENEWED, _START = range(len(ops.CONTROL))
+_LENGTH, _OSCILLATIONS, _SLOPE, _LAST_SLOPE, _STEPS, _REFUSED, _UNRENEWED = range(len(ops.CONTROL))
 
 FIRST = 5  # steps at each of which bases are renewed
 DECAY = 0.9  # of the averages behind a basis, from one renewal to the next
@@ -76,6 +80,12 @@ class EigenAdam(SecondOrderOptimizer):
             which makes a step independent of the loss' scale.
         weight_decay: shrinks the parameters by lr l weight_decay at each step, apart from the gradient, as AdamW does.
         renew_every: bases are renewed at every so-many-th step.
+        curvature: what U is the basis of. "gradient": E[G' G'^T], with no criterion. "pch-abs", "pch-clip", "pch-clip-all",
+            "gauss-newton", "kflr", "fisher-mc", "fisher-exact", "fisher-empirical", or a `secondorder.curvature.Curvature`: the
+            bias Hessian H of a linear layer, on any scale, from the forward passes before steps that renew bases. What has none
+            keeps its gradient's: other layers, and linear ones whose weight is shared.
+        criterion: with a bias Hessian: a module, or a function (output, target) -> scalar loss to be called as
+            `optimizer.criterion`. The loop must compute its loss by it.
         maximize: whether the loss is to be maximised.
         nonfinite: what a step does that meets NaN or inf: "error" raises `NonFiniteError`, "skip" counts it in `skipped_steps`.
             Nothing else changes. On CUDA, where no step waits for the device, the error comes with one of the next steps.
@@ -101,6 +111,8 @@ class EigenAdam(SecondOrderOptimizer):
         eps: float = 1e-7,
         weight_decay: float = 0.0,
         renew_every: int = 5,
+        curvature: str | Curvature = "gradient",
+        criterion: nn.Module | Callable[..., Tensor] | None = None,
         maximize: bool = False,
         nonfinite: str = "error",
     ):
@@ -120,6 +132,7 @@ class EigenAdam(SecondOrderOptimizer):
         self._group: dist.ProcessGroup | None = None  # of the ranks that DDP averages gradients over
         if model is not None:
             self._model, self._group = _unwrapped(model)
+        self._curvature, self.criterion = self._chosen(curvature, criterion)
         self._hooked = True
         self._reset()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
@@ -127,8 +140,42 @@ class EigenAdam(SecondOrderOptimizer):
         super().__init__(params, defaults)
         self._hook()
 
+    def _chosen(
+        self, curvature: str | Curvature, criterion: nn.Module | Callable[..., Tensor] | None
+    ) -> tuple[Curvature | None, nn.Module | None]:
+        """The curvature, None for "gradient", and the criterion as a module, once they are known to go with each other."""
+        name = type(self).__name__
+        if isinstance(curvature, str) and curvature == "gradient":
+            if criterion is not None:
+                raise ValueError(
+                    f"{name}: expected no criterion with curvature='gradient', which has no use for it, got {criterion!r}; "
+                    "curvature='pch-abs' has"
+                )
+            return None, None
+        try:
+            found = curvature_by_name(curvature)
+        except ValueError:
+            known = ", ".join(map(repr, CURVATURES))
+            raise ValueError(
+                f"{name}: expected curvature to be one of 'gradient', {known}, or a Curvature, got {curvature!r}"
+            ) from None
+        if criterion is None:
+            raise ValueError(
+                f"{name}: expected a criterion with curvature={curvature!r}, got None; curvature='gradient' needs none"
+            )
+        if not callable(criterion):
+            raise TypeError(
+                f"{name}: expected criterion to be an nn.Module or a function (output, target) -> loss, "
+                f"got {type(criterion).__name__}"
+            )
+        if self._model is None:
+            raise ValueError(f"{name}: expected a model with curvature={curvature!r}, got parameters alone; give model=, too")
+        criterion = getattr(criterion, "_orig_mod", criterion)
+        return found, criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)
+
     def _reset(self) -> None:
         """What is no part of the state."""
+        self._hessians: BiasHessians | None = None
         self._handles: list[Any] = []
         weakref.finalize(self, remove_handles, self._handles)
         self._matrices: list[Matrix] | None = None
@@ -151,6 +198,25 @@ class EigenAdam(SecondOrderOptimizer):
                 self._handles.append(self._model.register_forward_pre_hook(hook.lay))
             for matrix in self._table():
                 self._handles += [module.register_forward_hook(hook) for module in matrix.modules]
+        self._lay_tape()
+
+    def _lay_tape(self) -> None:
+        """Where bases are those of a bias Hessian: a tape on the model's linear layers, unless it is there."""
+        if self._curvature is None or self._model is None or not self._hooked or not self._table():
+            self._hessians = None
+        elif self._hessians is None or self._hessians.tape.names != linear_layers(self._model, shared=True):
+            assert self.criterion is not None
+            self._hessians = BiasHessians(type(self).__name__, self._curvature, self.criterion, self._model)
+        self._schedule()
+
+    def _schedule(self) -> None:
+        """Has the next forward pass recorded if the next step renews bases."""
+        if self._hessians is not None:
+            self._hessians.tape.recording = self._due()
+
+    def _renewing(self) -> bool:
+        """Whether the step that comes next renews bases: with a tape, as it has been told before the forward pass."""
+        return self._due() if self._hessians is None else self._hessians.tape.recording
 
     def remove_hooks(self) -> None:
         """Takes the hooks off the model: it is an ordinary module again, and bases come from gradients alone."""
@@ -175,7 +241,7 @@ class EigenAdam(SecondOrderOptimizer):
         if not (isinstance(output, Tensor) and output.requires_grad):
             return
         if self._seeing is None:
-            self._seeing = self._due()
+            self._seeing = self._renewing()
         matrix = self._owner.get(module._parameters.get("weight")) if self._seeing else None
         if matrix is None or not matrix.weight.requires_grad or not is_plain(inputs):
             return
@@ -199,12 +265,12 @@ class EigenAdam(SecondOrderOptimizer):
         return next(p for group in self.param_groups for p in group["params"])
 
     def _shared(self) -> dict[str, Any]:
-        """The state of `_first`, with what belongs to all: "control" [8] in float64, see `ops.eigen`, and counts."""
+        """The state of `_first`, with what belongs to all: "control" [7] in float64, see `ops.eigen`, and counts."""
         state = self.state[self._first]
         if "control" not in state:
             before = next((each for each in self.state.values() if "control" in each), None)  # of a parameter that was the first
             if before is None:
-                control = torch.tensor([0.01, *[0.0] * 7], dtype=torch.float64, device=self._first.device)
+                control = torch.tensor([0.01, *[0.0] * (len(ops.CONTROL) - 1)], dtype=torch.float64, device=self._first.device)
                 before = {"control": control, "steps": 0, "refused": 0}
             state.update({key: before.pop(key) for key in _SHARED if key in before})
         return state
@@ -253,7 +319,7 @@ class EigenAdam(SecondOrderOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state and what it was made with; not the hooks."""
-        own = ("_model", "_rank", "_renew_every", "_nonfinite", "_hooked")
+        own = ("_model", "_curvature", "criterion", "_rank", "_renew_every", "_nonfinite", "_hooked")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -293,6 +359,7 @@ class EigenAdam(SecondOrderOptimizer):
                 )
         super().load_state_dict(state_dict)
         self._seeing = None
+        self._schedule()
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
         super()._restore(state_dict)
@@ -333,6 +400,12 @@ class EigenAdam(SecondOrderOptimizer):
                         del group["param_names"][i]
                     break
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients, and with them what was recorded for them."""
+        super().zero_grad(set_to_none)
+        if self._hessians is not None:
+            self._hessians.tape.clear()
+
     # --- the step ------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -347,7 +420,9 @@ class EigenAdam(SecondOrderOptimizer):
 
         Raises:
             NonFiniteError: a gradient is NaN or inf, or so large that its square is (nonfinite="error"). Nothing has changed.
-            RuntimeError: there is no gradient, or a sparse one.
+            RuntimeError: there is no gradient, or a sparse one; or, with the bias Hessian's bases, no call of the criterion was
+                recorded that leads to the gradients.
+            ValueError: with the bias Hessian's bases, a layer is called more than once in a forward pass.
         """
         loss = None
         if closure is not None:
@@ -358,20 +433,23 @@ class EigenAdam(SecondOrderOptimizer):
         finally:
             self._sketches.clear()
             self._seeing = None
+            if self._hessians is not None:
+                self._hessians.tape.clear(release=True)
+                self._schedule()
         if closure is not None:
             self._watch(loss)
         return loss
 
     def _step(self) -> None:
         groups = self._groups()
-        sign = -1 if self._maximize() else 1
+        sign, recorded = -1 if self._maximize() else 1, self._hessians
         if self._matrices is None:
             self._hook()
         present = [m for m in self._table() if m.weight.grad is not None or (m.bias is not None and m.bias.grad is not None)]
         if not present:
             raise RuntimeError(f"{type(self).__name__}.step(): expected gradients, found none; call loss.backward() first")
         dtype = self._dtype(present)
-        shared, due = self._shared(), self._due()
+        shared, due = self._shared(), self._renewing()
         control = shared["control"]
         self._read_report()
         nothing = torch.empty(0, device=control.device, dtype=dtype)
@@ -386,7 +464,8 @@ class EigenAdam(SecondOrderOptimizer):
             # What has no gradient is given one of zeros, so that it does not move; nor does it decay.
             decays.append([0.0 if p is None or p.grad is None else float(groups[p]["weight_decay"]) for p in (weight, bias)])
         means = [state["mean"] for state in states]
-        renewed = self._renew(present, states, means, control, weight_grads, bias_grads) if due else []
+        hessians = {} if recorded is None or not due else recorded.of_step(groups, sign, self._group)
+        renewed = self._renew(present, states, means, control, weight_grads, bias_grads, hessians) if due else []
         rates = [(float(groups[m.weight]["lr"]), float(groups[m.weight if m.bias is None else m.bias]["lr"])) for m in present]
         beta1, beta2 = self.param_groups[0]["betas"]
         ops.eigen_step_(
@@ -404,9 +483,11 @@ class EigenAdam(SecondOrderOptimizer):
                 _write_back(matrix.bias, bias)
             state["step"] += 1
             state["mean"] = mean
-        for state, unseen in renewed:
+        for state, unseen, curved in renewed:
             state["renewals"] += 1
             state["unseen"] = unseen
+            if curved or "curved" in state:
+                state["curved"] = curved
         shared["steps"] += 1
 
     def _groups(self) -> dict[Tensor, dict[str, Any]]:
@@ -458,13 +539,15 @@ class EigenAdam(SecondOrderOptimizer):
         control: Tensor,
         weight_grads: list[Tensor],
         bias_grads: list[Tensor],
-    ) -> list[tuple[dict[str, Any], int]]:
-        """Renews the bases of all matrices from their inputs' sketches and their gradients.
+        hessians: dict[Tensor, Tensor],
+    ) -> list[tuple[dict[str, Any], int, bool]]:
+        """Renews the bases of all matrices from their inputs' sketches and their gradients or bias Hessians.
 
-        Returns the states that it is for, and how many times in a row each has seen no inputs. A first mean that a sketch has
-        found takes its place in `means`, and is put into the state when the step is made.
+        Returns the states that it is for, how many times in a row each has seen no inputs, and whether U is of a bias Hessian.
+        A first mean that a sketch has found takes its place in `means`, and is put into the state when the step is made.
         """
         sketches = self._sketches if self._group is None else self._averaged(present)
+        nothing = control.new_empty(0, dtype=weight_grads[0].dtype)
         chosen, given, renewed, lost = [], [], [], []
         for i, (matrix, state) in enumerate(zip(present, states, strict=True)):
             if not matrix.eigen:
@@ -480,9 +563,12 @@ class EigenAdam(SecondOrderOptimizer):
                     share = 1.0  # what inputs have said is on another scale than what gradients will say
             elif not state["renewals"]:
                 means[i] = sketch.shift
+            curved = matrix.weight in hessians
+            if curved != state.get("curved", False):
+                share = 1.0  # likewise: a gradient's second moments are on another scale than a bias Hessian
             chosen.append(i)
-            given.append((sketch, share))
-            renewed.append((state, unseen))
+            given.append((sketch, hessians.get(matrix.weight, nothing), share))
+            renewed.append((state, unseen, curved))
         if lost and "unseen" not in self._announced:
             self._announced.add("unseen")
             warn(
@@ -494,8 +580,9 @@ class EigenAdam(SecondOrderOptimizer):
             ops.eigen_renew_(
                 [means[i] for i in chosen], [s["basis_out"] for s in of], [s["basis_in"] for s in of],
                 [s["scale_out"] for s in of], [s["scale_in"] for s in of], [s["exp_avg"] for s in of], control,
-                [weight_grads[i] for i in chosen], [bias_grads[i] for i in chosen], [_finite(sketch.sums) for sketch, _ in given],
-                [sketch.rows for sketch, _ in given], [share for _, share in given],
+                [weight_grads[i] for i in chosen], [bias_grads[i] for i in chosen],
+                [_finite(sketch.sums) for sketch, _, _ in given], [_finite(hessian) for _, hessian, _ in given],
+                [sketch.rows for sketch, _, _ in given], [share for _, _, share in given],
             )  # fmt: skip
         return renewed
 
@@ -627,7 +714,7 @@ def _cast(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
 
 
 def _finite(sums: Tensor) -> Tensor:
-    """A sketch, or zeros, which leave V and the mean alone, where its inputs were not finite, though the gradients may be."""
+    """A sketch or bias Hessian; or zeros, which leave the basis alone, where it is not finite, though the gradients may be."""
     return torch.where(sums.isfinite().all(), sums, 0.0) if sums.numel() else sums
 
 

@@ -11,7 +11,7 @@ from secondorder import ops
 from secondorder._distributed import RankTerm
 from secondorder._random import RandomState
 from secondorder.errors import NonFiniteError
-from secondorder.optim._base import CurvatureOptimizer
+from secondorder.optim._base import CurvatureOptimizer, check_instances
 from secondorder.optim._closure import ClosurePass, layer_input, layer_second_moment, without_parameter_gradients
 from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments
 
@@ -186,7 +186,7 @@ class KBFGS(CurvatureOptimizer):
         layers = [n for n in self._layers if n in first.gradient and n.weight in gradients]
         parameters = {layer: _parameters(layer, gradients) for layer in layers}
         if layers:
-            self._check_instances([first.input(layers[0])])
+            check_instances(type(self).__name__, [first.input(layers[0])])
         others = self._fallback.updates(
             self.param_groups, gradients, [p for each in parameters.values() for p in each], self.state
         )

@@ -631,7 +631,7 @@ def eigen_net(rng: np.random.Generator, dtype: type, sizes: list[tuple[int, int,
         arrays["grad_weight"][rng.random((n, p)) < 0.1] = 0
         if bias and n > 2:
             arrays["grad_bias"][1] = 0
-        sketched = index % 2 == 0
+        sketched, curved = index % 2 == 0, index % 3 == 2
         net.append(
             EigenMatrix(
                 **arrays,
@@ -642,6 +642,7 @@ def eigen_net(rng: np.random.Generator, dtype: type, sizes: list[tuple[int, int,
                 scale_out=exact_size((1 + rng.random(ku)).astype(dtype)),
                 scale_in=exact_size((1 + rng.random(kv)).astype(dtype)),
                 sketch=normal(rng, kv + 1, p, dtype=dtype) if sketched else np.zeros(0, dtype),
+                bias_hessian=spd(rng, n, dtype) if curved else np.zeros(0, dtype),
                 rows=3 + index if sketched else 0,
                 share=(0.1, 0.5, 1.0)[index % 3],
                 lr=0.5 + 0.3 * (index % 4),
@@ -661,7 +662,7 @@ STEPPED = ("weight", "bias", "first", "second", "last", "size")
 
 def eigen_control() -> np.ndarray:
     """As it may be after 20 steps."""
-    return np.array([0.01, 3.0, 5.0, -2.0, 20.0, 1.0, 0.0, 7.0])
+    return np.array([0.01, 3.0, 5.0, -2.0, 20.0, 1.0, 0.0])
 
 
 class EigenTwin:
@@ -677,7 +678,7 @@ class EigenTwin:
         return [torch.from_numpy(array.astype(np.float64) if self.exact else array) for array in arrays]
 
     def renew(self, net: list[EigenMatrix]) -> None:
-        grads = [self.converted(net, name) for name in ("grad_weight", "grad_bias", "sketch")]
+        grads = [self.converted(net, name) for name in ("grad_weight", "grad_bias", "sketch", "bias_hessian")]
         written = [self.tensors[name] for name in RENEWED]
         numbers = [[getattr(matrix, name) for matrix in net] for name in ("rows", "share")]
         reference.eigen_renew_(*written, self.control, *grads, *numbers)
@@ -767,7 +768,7 @@ def eigen_start(kernels: Kernels) -> None:
             for name in ("first", "second", "last", "size"):
                 getattr(matrix, name)[:] = 0
             matrix.step = 0
-        control = np.array([0.01, 0, 0, 0, 0, 0, 0, 0])
+        control = np.array([0.01, 0, 0, 0, 0, 0, 0])
         exact, plain = (EigenTwin(net, control, kind) for kind in (True, False))
         kernels.eigen_step(net, control, 4, *EIGEN_RULE, False)
         for twin in (exact, plain):
@@ -802,7 +803,7 @@ def eigen_lost_directions(kernels: Kernels) -> None:
         net = eigen_net(np.random.default_rng(25), dtype, [(40, 50, 10, 9, True, 3), (7, 3, 7, 3, False, 0)])
         for matrix in net:
             matrix.grad_weight[:] = matrix.grad_bias[:] = 0
-            matrix.sketch, matrix.rows = np.zeros(0, dtype), 0
+            matrix.sketch, matrix.rows, matrix.bias_hessian = np.zeros(0, dtype), 0, np.zeros(0, dtype)
             matrix.basis_out[2] = matrix.basis_out[0]
             matrix.basis_out[3] = matrix.basis_out[1] + 1e-3 * matrix.basis_out[3]  # nearly lost: one pass is not enough
             matrix.scale_out[4] = matrix.scale_in[1] = 0
@@ -855,14 +856,16 @@ def eigen_refused(kernels: Kernels) -> None:
     for dtype in DTYPES:
         large = np.sqrt(np.finfo(dtype).max)
         for which in range(3):
-            for name in ("grad_weight", "grad_bias", "sketch"):
+            for name in ("grad_weight", "grad_bias", "sketch", "bias_hessian"):
                 for bad in (np.nan, -np.inf, large):
                     net = eigen_net(np.random.default_rng(27), dtype, sizes)
                     if name == "sketch":
                         net[which].sketch = np.ones((sizes[which][3] + 1, sizes[which][1]), dtype)
                         net[which].rows = 2
+                    if name == "bias_hessian":
+                        net[which].bias_hessian = np.ones((sizes[which][0],) * 2, dtype)
                     getattr(net[which], name).flat[-1] = bad
-                    if name != "sketch":
+                    if name not in ("sketch", "bias_hessian"):
                         check_refused(kernels, net, "step")
                     if bad != large:
                         check_refused(kernels, net, "renew")

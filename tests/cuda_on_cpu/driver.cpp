@@ -126,12 +126,12 @@ void run_eigen_step(const Eigen<T>& in, const EigenStepping<T>& more, double* co
 
 template <typename T>
 void run_eigen_renew(const Eigen<T>& in, T** new_mean, T** new_out, T** new_in, T** scale_out, T** scale_in,
-                     const T** sketch, const int64_t* rows, const double* share, double* control,
-                     const cuda::Device& device) {
+                     const T** sketch, const T** bias_hessian, const int64_t* rows, const double* share,
+                     double* control, const cuda::Device& device) {
   std::vector<cuda::EigenRenewal<T>> matrices(in.count);
   for (int l = 0; l < in.count; ++l)
-    matrices[l] = {in.matrix(l), new_mean[l], new_out[l], new_in[l], scale_out[l],
-                   scale_in[l],  sketch[l],   rows[l],    share[l]};
+    matrices[l] = {in.matrix(l), new_mean[l], new_out[l], new_in[l],       scale_out[l],
+                   scale_in[l],  sketch[l],   rows[l],    bias_hessian[l], share[l]};
   Scratch workspace(cuda::eigen_renew_workspace(matrices.data(), in.count, device));
   cuda::eigen_renew(matrices.data(), in.count, control, workspace.as<void>(), device, kStream);
 }
@@ -226,12 +226,12 @@ const char* races() {
   }                                                                                                                    \
   int eigen_renew_##suffix(int count, const int64_t* n, const int64_t* p, const int64_t* ku, const int64_t* kv,        \
                            const T** grad_weight, const T** grad_bias, T** mean, T** basis_out, T** basis_in,          \
-                           T** first, T** scale_out, T** scale_in, const T** sketch, const int64_t* rows,              \
-                           const double* share, double* control, int multiprocessors) {                                \
+                           T** first, T** scale_out, T** scale_in, const T** sketch, const T** bias_hessian,           \
+                           const int64_t* rows, const double* share, double* control, int multiprocessors) {           \
     return guarded([&] {                                                                                               \
       run_eigen_renew<T>({count, n, p, ku, kv, grad_weight, grad_bias, (const T**)mean, (const T**)basis_out,          \
                           (const T**)basis_in, first},                                                                 \
-                         mean, basis_out, basis_in, scale_out, scale_in, sketch, rows, share, control,                 \
+                         mean, basis_out, basis_in, scale_out, scale_in, sketch, bias_hessian, rows, share, control,   \
                          {multiprocessors, 0});                                                                        \
     });                                                                                                                \
   }                                                                                                                    \

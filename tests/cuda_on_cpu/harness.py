@@ -111,6 +111,7 @@ class EigenMatrix:
     scale_out: np.ndarray
     scale_in: np.ndarray
     sketch: np.ndarray
+    bias_hessian: np.ndarray
     rows: int = 0
     share: float = 0.3
     lr: float = 1.0
@@ -287,8 +288,9 @@ class Kernels:
 
     def eigen_renew(self, matrices: Sequence[EigenMatrix], control: np.ndarray, multiprocessors: int) -> None:
         """Writes to means, bases, scales, first moments and `control`."""
+        lists = ("scale_out", "scale_in", "sketch", "bias_hessian")
         self._eigen(
-            "eigen_renew", matrices, *(pointers([getattr(x, f) for x in matrices]) for f in ("scale_out", "scale_in", "sketch")),
+            "eigen_renew", matrices, *(pointers([getattr(x, name) for x in matrices]) for name in lists),
             longs([x.rows for x in matrices]), doubles([x.share for x in matrices]), pointer(control), multiprocessors,
         )  # fmt: skip
 

@@ -1,0 +1,292 @@
+// What the steps and renewals of EigenAdam begin with: the products of a matrix with its bases, and the parts that are
+// made of them; and how the matrices of a net are divided into launches and blocks.
+//
+// A pass cuts a matrix into strips of columns and chunks of rows, a block each, which leaves sums over its part; they
+// are added up in order by whoever reads them. A gradient that is not finite sets a flag in the first launches, before
+// anything is written, and the others return at once.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+
+#include "eigen.cuh"
+#include "kernels.h"
+#include "reduce.cuh"
+
+namespace secondorder::cuda {
+
+// What a renewal adds to the mean at j.
+template <typename T>
+__device__ __forceinline__ T mean_change(const EigenRenewal<T>& in, int64_t j) {
+  if (!in.grad_bias || !in.sketch) return T(0);
+  return T(in.share) * in.sketch[in.sizes.kv * in.sizes.p + j] / T(in.rows);
+}
+
+// Which matrix the products are of, and with which vectors.
+enum class Products {
+  step,         // G' with the bases; |G|^2
+  renewal,      // G' with the bases (V only without a sketch, U without a bias Hessian); whether G is finite
+  iteration,    // G' with G' V and U^T G', likewise
+  sketch,       // the shifted inputs with V
+  sketch_sums,  // the shifted inputs with their coordinates along V and with 1
+};
+
+// Parallel over strips and chunks.
+template <Products kProducts, typename M>
+__global__ void __launch_bounds__(kStrip<Scalar<M>>, kTileBlocks)
+    products_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division, int* refused) {
+  using T = Scalar<M>;
+  constexpr bool kSketch = kProducts == Products::sketch || kProducts == Products::sketch_sums;
+  __shared__ Tile<T> tile;
+  __shared__ double partial[1][kWarp];
+  if (kProducts == Products::iteration && *refused) return;
+  const Part<M> at(layers, division);
+  const M& in = at.in;
+  const EigenSizes& sizes = in.sizes;
+  Vectors<T> left{in.basis_out, sizes.ku}, right{in.basis_in, sizes.kv};
+  T centre = 0;  // the mean at the thread's column
+  if constexpr (kSketch) {
+    if (in.mean && at.inside) centre = in.mean[at.column];
+    left = {at.work.right, kProducts == Products::sketch ? 0 : sizes.ku};
+    if (kProducts == Products::sketch_sums) right.count = 0;
+  } else {
+    if (in.grad_bias && at.inside) centre = in.mean[at.column];
+    if constexpr (kIsRenewal<M>) {
+      if (in.grad_bias && at.inside) centre += mean_change(in, at.column);
+      if (kProducts == Products::iteration) {
+        left = {at.work.right, sizes.kv};
+        right = {at.work.top, sizes.ku};
+      }
+      if (in.sketch) (kProducts == Products::iteration ? left : right).count = 0;
+      if (in.bias_hessian) (kProducts == Products::iteration ? right : left).count = 0;
+      if (kProducts == Products::iteration && left.count + right.count == 0) return;
+    }
+  }
+  T* const row_sums = at.work.row_sums + at.strip * right.count * at.n;
+  T* const column_sums = at.work.column_sums + at.chunk * left.count * at.p;
+  double square[1] = {};
+  bool finite = true;
+  at.each_tile([&](const Frame& frame) {
+    tile.fill(frame, [&](int row) {
+      const T x = in.grad_weight[frame.place(row)];
+      if (kProducts == Products::step) square[0] += double(x) * double(x);
+      if (kProducts == Products::renewal) finite = finite && x - x == 0;
+      if constexpr (kSketch) return x - centre;
+      else return in.grad_bias ? x - in.grad_bias[frame.begin + row] * centre : x;
+    });
+    tile.column_products(frame, left, column_sums);
+    tile.template row_products<kGroup>(frame, right, row_sums);
+  });
+  if constexpr (kProducts == Products::step) {
+    block_sum(square, partial);
+    if (threadIdx.x == 0) at.work.squares[at.block] = square[0];
+  }
+  if constexpr (kProducts == Products::renewal) {
+    finite = __syncthreads_and(finite);
+    if (threadIdx.x == 0 && !finite) atomicOr(refused, 1);
+  }
+}
+
+// out[q, r] = sum over the slice of left[q, .] right[r, .] for r < count, else 0, a warp for each.
+//   left [ku, size], right [count, size], out [ku, c]
+template <typename T>
+__device__ __forceinline__ void slice_products(const Slice& slice, int64_t size, const T* left, int64_t ku,
+                                               const T* right, int64_t count, int64_t c, T* out) {
+  for (int64_t pair = threadIdx.x / kWarp; pair < ku * c; pair += kThreads / kWarp) {
+    const int64_t q = pair / c, r = pair % c;
+    T sum = 0;
+    if (r < count)
+      for (int64_t i = slice.begin + threadIdx.x % kWarp; i < slice.end; i += kWarp)
+        sum += left[q * size + i] * right[r * size + i];
+    sum = warp_sum(sum);
+    if (threadIdx.x % kWarp == 0) out[pair] = sum;
+  }
+}
+
+// What parts_kernel makes of products.
+enum class Parts {
+  step,     // of the gradient; and the step's scalars, and whether it is refused
+  renewal,  // of the gradient; and what else of a renewal must be finite
+  sketch,   // of the inputs
+};
+
+// X, U^T G', and the slices' shares of C = U^T X. Parallel over slices of rows and of columns, and one block more.
+template <Parts kParts, typename M>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    parts_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                 const double* control, int* refused) {
+  using T = Scalar<M>;
+  __shared__ double partial[2][kWarp];
+  const Here<M> at(layers, division);
+  const M& in = at.in;
+  const EigenSizes& sizes = in.sizes;
+  const Work<T>& work = at.work;
+  const int64_t n = at.n, p = at.p, ku = at.ku;
+  const Slice slice(sizes, at.block);
+  int64_t kv = at.kv;
+  if constexpr (kParts == Parts::renewal)
+    if (in.sketch) kv = 0;  // no G' V was made
+  bool finite = true;
+  if (slice.rows) {
+    slice.each(kv, [&](int64_t v, int64_t i) {
+      work.right[v * n + i] = ordered_sum(work.row_sums + v * n + i, at.strips, kv * n);
+    });
+    if (sizes.bias)
+      slice.each(1, [&](int64_t, int64_t i) {
+        const T g = kParts == Parts::sketch ? T(1) : in.grad_bias[i];
+        work.right[sizes.kv * n + i] = g;
+        finite = finite && g - g == 0;
+      });
+    if constexpr (kParts == Parts::step) {
+      __syncthreads();
+      slice_products(slice, n, in.basis_out, ku, work.right, at.c, at.c, work.corner_sums + slice.index * ku * at.c);
+    }
+  } else if (slice.columns) {
+    bool above = kParts != Parts::sketch;
+    if constexpr (kParts == Parts::renewal) above = !in.bias_hessian;  // else no U^T G' was made
+    if (above)
+      slice.each(ku, [&](int64_t q, int64_t j) {
+        work.top[q * p + j] = ordered_sum(work.column_sums + q * p + j, at.chunks, ku * p);
+      });
+    if constexpr (kParts == Parts::renewal)
+      if (in.sketch)
+        slice.each(sizes.kv + 1, [&](int64_t v, int64_t j) {
+          const T x = in.sketch[v * p + j];
+          finite = finite && x - x == 0;
+        });
+  } else if constexpr (kParts == Parts::step) {
+    double squares[2] = {};  // of G and of g
+    for (int64_t k = threadIdx.x; k < at.strips * at.chunks; k += kThreads) squares[0] += work.squares[k];
+    if (in.grad_bias)
+      for (int64_t i = threadIdx.x; i < n; i += kThreads)
+        squares[1] += double(in.grad_bias[i]) * double(in.grad_bias[i]);
+    block_sum(squares, partial);
+    if (threadIdx.x == 0) {
+      const double size = std::sqrt(squares[0] / (double(n) * double(p)));
+      work.scalars[0] = size > *in.size ? size : *in.size;
+      work.scalars[1] = eigen_length(control);
+      // A NaN is not below the limit either.
+      if (!(squares[0] < kLargest<T> / 4 && squares[1] < kLargest<T> / 4) || control[kEigenUnrenewed] != 0)
+        atomicOr(refused, 1);
+    }
+  } else if constexpr (kParts == Parts::renewal) {
+    if (in.sketch)
+      for (int64_t v = threadIdx.x / kWarp; v < sizes.kv; v += kThreads / kWarp) {
+        double sum = 0;
+        for (int64_t j = threadIdx.x % kWarp; j < p; j += kWarp)
+          sum += double(in.basis_in[v * p + j]) * double(in.sketch[sizes.kv * p + j]);
+        sum = warp_sum(sum);
+        if (threadIdx.x % kWarp == 0) work.along[v] = sum;
+      }
+  }
+  if constexpr (kParts == Parts::renewal) {
+    finite = __syncthreads_and(finite);
+    if (threadIdx.x == 0 && !finite) atomicOr(refused, 1);
+  }
+}
+
+// One launch's matrices, and how each kernel's blocks are divided among them.
+template <typename M>
+struct Plan {
+  Layers<M> layers;
+  Blocks tiles, residuals, slices, corners, sides, curvatures, turns, moments, finish;
+  int* refused;
+  double* slopes;       // [., 2] of all launches
+  int64_t first_slope;  // this one's
+  int64_t slope_count;
+  bool last;
+};
+
+template <typename M>
+int64_t corner_blocks(const M& in) {
+  return ceil_div<int64_t>(in.sizes.corner(), kThreads);
+}
+
+template <typename M>
+int64_t side_blocks(const M& in) {
+  return ceil_div<int64_t>(in.sizes.n * in.sizes.c(), kThreads) + ceil_div<int64_t>(in.sizes.ku * in.sizes.p, kThreads);
+}
+
+template <typename M>
+int64_t tile_blocks(const M& in, int64_t chunk) {
+  return strip_count<Scalar<M>>(in.sizes) * ceil_div(in.sizes.n, chunk);
+}
+
+template <typename M>
+int64_t curvature_blocks(const M& in) {
+  if constexpr (kIsRenewal<M>)
+    if (in.bias_hessian) return ceil_div<int64_t>(in.sizes.n, kThreads / kWarp);
+  return 0;
+}
+
+template <typename M>
+int64_t turn_blocks(const M& in) {
+  return ceil_div<int64_t>(in.sizes.ku * in.sizes.ku + in.sizes.kv * in.sizes.kv, kThreads);
+}
+
+template <typename M>
+int64_t finish_blocks(const M& in) {
+  const EigenSizes& sizes = in.sizes;
+  if constexpr (kIsStep<M>) return in.bias ? ceil_div<int64_t>(sizes.n, kThreads) : 1;
+  const int64_t elements = sizes.p + sizes.ku * (sizes.n + 1) + sizes.kv * (sizes.p + 1) + sizes.rest();
+  return ceil_div<int64_t>(elements, kThreads);
+}
+
+// Calls f(plan) for every kLayersPerLaunch matrices, or once where there are none; returns the bytes of workspace,
+// which may be null, to measure.
+template <typename M, typename F>
+size_t each_plan(const M* in, int count, void* workspace, const Device& device, F&& f) {
+  static_assert(sizeof(Layers<M>) + sizeof(Blocks) + 64 <= 32764, "more than a kernel's parameters may take");
+  // Chunks of one tile until the device is full, then of several: fewer sums.
+  int64_t tiles = 0;
+  for (int l = 0; l < count; ++l) tiles += tile_blocks(in[l], kTileRows);
+  const int64_t many = tiles / (int64_t(kTilesPerUnit) * device.multiprocessors);
+  const int64_t chunk = kTileRows * std::clamp<int64_t>(many, 1, kMostTiles);
+  Plan<M> plan;
+  plan.slope_count = 0;
+  if constexpr (kIsStep<M>)
+    for (int l = 0; l < count; ++l)
+      plan.slope_count +=
+          corner_blocks(in[l]) + side_blocks(in[l]) + (in[l].sizes.residual() > 0 ? tile_blocks(in[l], chunk) : 0);
+  const uintptr_t base = reinterpret_cast<uintptr_t>(workspace);
+  plan.refused = reinterpret_cast<int*>(base);
+  plan.slopes = reinterpret_cast<double*>(base + 16);
+  uintptr_t end = base + 16 + uintptr_t(plan.slope_count) * 2 * sizeof(double);
+  plan.first_slope = 0;
+  int begin = 0;
+  do {
+    plan.layers.count = std::min(kLayersPerLaunch, count - begin);
+    for (int l = 0; l < plan.layers.count; ++l) {
+      const M& matrix = in[begin + l];
+      Work<Scalar<M>> work;
+      plan.layers.layer[l] = {matrix, end, chunk};
+      end += carve(matrix, chunk, end, work);
+      const auto divide = [l](Blocks& blocks, int64_t count) {
+        blocks.first[l + 1] = blocks.first[l] + unsigned(count);
+      };
+      divide(plan.tiles, tile_blocks(matrix, chunk));
+      divide(plan.residuals, matrix.sizes.residual() > 0 ? tile_blocks(matrix, chunk) : 0);
+      divide(plan.slices, slices(matrix.sizes.n) + slices(matrix.sizes.p) + 1);
+      divide(plan.corners, corner_blocks(matrix));
+      divide(plan.sides, side_blocks(matrix));
+      divide(plan.curvatures, curvature_blocks(matrix));
+      divide(plan.turns, turn_blocks(matrix));
+      divide(plan.moments, ceil_div<int64_t>(matrix.sizes.rest(), kThreads));
+      divide(plan.finish, finish_blocks(matrix));
+    }
+    begin += plan.layers.count;
+    plan.last = begin >= count;
+    f(plan);
+    const int l = plan.layers.count;
+    plan.first_slope += plan.corners.first[l] + plan.sides.first[l] + plan.residuals.first[l];
+  } while (begin < count);
+  return size_t(end - base);
+}
+
+// A launch of all blocks of a division, if there are any.
+#define LAUNCH_DIVIDED(kernel, division, threads, ...)                 \
+  if (const unsigned blocks_ = plan.division.first[plan.layers.count]) \
+  LAUNCH(kernel, blocks_, threads, 0, stream, plan.layers, plan.division, __VA_ARGS__)
+
+}  // namespace secondorder::cuda

@@ -1,0 +1,338 @@
+// EigenAdam's step, all matrices of a net in each launch. secondorder/ops/eigen.py has the mathematics, csrc/eigen.h
+// the parts C, R, T, E of a gradient. Between kernels that go over whole matrices stand small ones over what has a side
+// of a basis:
+//
+//   products    G' V, U^T G', |G|^2: one pass over G
+//   parts, corner, sides    the parts but E; Adam's rule in them
+//   residual    E, Adam's rule in it, N_E V, U^T N_E: one pass over G and the moments
+//   whole, corner, sides    Q and Z of S = N_E + U Q + Z V^T
+//   update      S, W, S a: one pass over N_E, G and W
+//   finish      b, the size of gradients, the control of the step length
+//
+// From the formulas of the specification, with B = N_E V and A = U^T N_E,
+//
+//   Q = N_T - A,   M = N_C - U^T (N_R - B) - N_T V,   Z = N_R - B + U M,
+//
+// where a bias' column of B and of N_T V is zero: the last column of Z is y.
+#include <cmath>
+#include <cstddef>
+
+#include "eigen_passes.cuh"
+
+namespace secondorder::cuda {
+namespace {
+
+// Adam's rule with the floor that the size of the gradients sets.
+template <typename T>
+__device__ __forceinline__ EigenMoments<T> rule(const EigenStep<T>& in, const Work<T>& work) {
+  EigenMoments<T> moments = in.moments;
+  moments.eps = T(double(moments.eps) * work.scalars[0] + kTiny<T>);
+  return moments;
+}
+
+// N at one of the parts C, R, T, where `place` is in the flat tensors; adds to the slopes along this N and along the
+// last.
+template <typename T>
+__device__ __forceinline__ T normed(const EigenStep<T>& in, const EigenMoments<T>& moments, int64_t place, T x,
+                                    double (&slopes)[2]) {
+  T m = in.first[place], v = in.second[place];
+  const T result = moments.normed(x, m, v);
+  in.first[place] = m;
+  in.second[place] = v;
+  slopes[0] += double(x) * double(result);
+  slopes[1] += double(x) * double(in.last[place]);
+  in.last[place] = result;
+  return result;
+}
+
+// Stores a block's share of the slopes, in the place that is its own. Every thread must call it.
+__device__ __forceinline__ void store_slopes(double (&slopes)[2], double (*partial)[kWarp], double* out) {
+  block_sum(slopes, partial);
+  if (threadIdx.x != 0) return;
+  out[2 * int64_t(blockIdx.x)] = slopes[0];
+  out[2 * int64_t(blockIdx.x) + 1] = slopes[1];
+}
+
+// E, Adam's rule in it, and the products of its N with the bases. Parallel over strips and chunks.
+//   slopes [blocks, 2]
+template <typename T>
+__global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
+    residual_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                    const int* __restrict__ refused, double* slopes) {
+  __shared__ Tile<T> tile;
+  __shared__ double partial[2][kWarp];
+  if (*refused) return;
+  const Part<EigenStep<T>> at(layers, division);
+  const EigenStep<T>& in = at.in;
+  const EigenMoments<T> moments = rule(in, at.work);
+  const int64_t n = at.n, rest = at.sizes.rest();
+  const Vectors<T> u{in.basis_out, at.ku}, v{in.basis_in, at.kv};
+  const T centre = in.grad_bias && at.inside ? in.mean[at.column] : T(0);
+  // The next row that is a sample, and which.
+  int64_t sample = ceil_div(at.begin * in.sampled, n);
+  const auto sampled_row = [&] { return sample < in.sampled ? eigen_sampled_row(sample, in.sampled, n) : n; };
+  int64_t next = sampled_row();
+  const double weight = double(n) / double(in.sampled);
+  double sums[2] = {};
+  at.each_tile([&](const Frame& frame) {
+    tile.fill(frame, [&](int row) {
+      const T x = in.grad_weight[frame.place(row)];
+      return in.grad_bias ? x - in.grad_bias[frame.begin + row] * centre : x;
+    });
+    tile.add(frame, T(-1), u, at.work.top, {at.work.right, at.kv}, in.basis_in);
+    for (int row = 0; row < frame.rows; row += kBatch) {
+      T first[kBatch], second[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const bool there = at.inside && row + b < frame.rows;
+        first[b] = there ? in.first[rest + frame.place(row + b)] : T(0);
+        second[b] = there ? in.second[rest + frame.place(row + b)] : T(0);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (row + b >= frame.rows) continue;
+        const bool chosen = frame.begin + row + b == next;
+        if (at.inside) {
+          const int64_t place = frame.place(row + b);
+          const T x = tile.own(row + b), result = moments.normed(x, first[b], second[b]);
+          in.first[rest + place] = first[b];
+          in.second[rest + place] = second[b];
+          at.work.whole[place] = tile.own(row + b) = result;
+          if (chosen) {
+            T* const last = in.last + rest + sample * at.p + at.column;
+            sums[0] += weight * double(x) * double(result);
+            sums[1] += weight * double(x) * double(*last);
+            *last = result;
+          }
+        }
+        if (chosen) {
+          ++sample;
+          next = sampled_row();
+        }
+      }
+    }
+    tile.column_products(frame, u, at.work.column_sums + at.chunk * at.ku * at.p);
+    tile.template row_products<kGroup>(frame, v, at.work.row_sums + at.strip * at.kv * n);
+  });
+  store_slopes(sums, partial, slopes);
+}
+
+// S where the gradient is not zero, W, and S a. Parallel over strips and chunks.
+template <typename T>
+__global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
+    update_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                  const int* __restrict__ refused) {
+  __shared__ Tile<T> tile;
+  if (*refused) return;
+  const Part<EigenStep<T>> at(layers, division);
+  const EigenStep<T>& in = at.in;
+  const double rate = at.work.scalars[1] * in.lr;
+  const T lr = T(rate), keep = T(1 - rate * in.decay);
+  const bool residual = at.sizes.residual() > 0, top = at.sizes.top() > 0;
+  at.each_tile([&](const Frame& frame) {
+    tile.fill(frame, [&](int row) { return residual ? at.work.whole[frame.place(row)] : T(0); });
+    tile.add(frame, T(1), {in.basis_out, top ? at.ku : 0}, at.work.new_top, {at.work.new_right, at.kv}, in.basis_in);
+    for (int row = 0; row < frame.rows; row += kBatch) {
+      T g[kBatch], w[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const bool there = at.inside && row + b < frame.rows;
+        g[b] = there ? in.grad_weight[frame.place(row + b)] : T(0);
+        w[b] = there ? in.weight[frame.place(row + b)] : T(0);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (!at.inside || row + b >= frame.rows) continue;
+        const T s = g[b] == T(0) ? T(0) : tile.own(row + b);
+        tile.own(row + b) = s;
+        in.weight[frame.place(row + b)] = keep * w[b] - lr * s;
+      }
+    }
+    if (in.bias) tile.template row_products<1>(frame, {in.mean, 1}, at.work.row_sums + at.strip * at.n);
+  });
+}
+
+// N_R - B, N_T - A, and the slices' shares of U^T (N_R - B) and N_T V. Parallel over slices of rows and of columns.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    whole_parts_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                       const int* __restrict__ refused) {
+  if (*refused) return;
+  const Here<EigenStep<T>> at(layers, division);
+  const EigenStep<T>& in = at.in;
+  const EigenSizes& sizes = in.sizes;
+  const Work<T>& work = at.work;
+  const int64_t n = at.n, p = at.p, ku = at.ku, kv = at.kv, c = at.c;
+  const bool residual = sizes.residual() > 0;
+  const Slice slice(sizes, at.block);
+  T* const corner_sums = work.corner_sums + slice.index * ku * c;
+  if (slice.rows && sizes.right() > 0) {
+    slice.each(c, [&](int64_t v, int64_t i) {
+      T x = work.new_right[v * n + i];
+      if (residual && v < kv) x -= ordered_sum(work.row_sums + v * n + i, at.strips, kv * n);
+      work.new_right[v * n + i] = x;
+    });
+    __syncthreads();
+    slice_products(slice, n, in.basis_out, ku, work.new_right, c, c, corner_sums);
+  } else if (slice.columns && sizes.top() > 0) {
+    slice_products(slice, p, work.new_top, ku, in.basis_in, kv, c, corner_sums);
+    __syncthreads();
+    if (residual)
+      slice.each(ku, [&](int64_t q, int64_t j) {
+        work.new_top[q * p + j] -= ordered_sum(work.column_sums + q * p + j, at.chunks, ku * p);
+      });
+  }
+}
+
+// What has a side of a basis, element by element: C, or M with kWhole. Parallel over the elements.
+//   slopes [blocks, 2]: a step's, without kWhole
+template <bool kWhole, typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    corner_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                  const int* __restrict__ refused, double* slopes) {
+  __shared__ double partial[2][kWarp];
+  if (*refused) return;
+  const Here<EigenStep<T>> at(layers, division);
+  const EigenStep<T>& in = at.in;
+  const EigenSizes& sizes = in.sizes;
+  const Work<T>& work = at.work;
+  const int64_t k = at.block * kThreads + threadIdx.x, size = sizes.corner();
+  const int64_t row_slices = slices(sizes.n), column_slices = slices(sizes.p);
+  double sums[2] = {};
+  if (k < size) {
+    const T* const shares = work.corner_sums + k;
+    if constexpr (kWhole) {
+      T m = work.new_corner[k];
+      if (sizes.right() > 0) m -= ordered_sum(shares, row_slices, size);
+      if (sizes.top() > 0) m -= ordered_sum(shares + row_slices * size, column_slices, size);
+      work.corner[k] = m;
+    } else {
+      const T x = ordered_sum(shares, row_slices, size);
+      work.corner[k] = x;
+      work.new_corner[k] = normed(in, rule(in, work), k, x, sums);
+    }
+  }
+  if constexpr (!kWhole) store_slopes(sums, partial, slopes);
+}
+
+// R and T from C; or Z from M with kWhole. Parallel over the elements of R and of T, a thread each.
+//   slopes [blocks, 2]: a step's, without kWhole
+template <bool kWhole, typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    sides_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                 const int* __restrict__ refused, double* slopes) {
+  __shared__ double partial[2][kWarp];
+  if (*refused) return;
+  const Here<EigenStep<T>> at(layers, division);
+  const EigenStep<T>& in = at.in;
+  const EigenSizes& sizes = in.sizes;
+  const Work<T>& work = at.work;
+  const int64_t n = at.n, p = at.p, ku = at.ku, kv = at.kv, c = at.c;
+  const int64_t block = at.block, right_blocks = ceil_div<int64_t>(n * c, kThreads);
+  double sums[2] = {};
+  if (block < right_blocks) {
+    // By rows of R, as the moments have it.
+    const int64_t k = block * kThreads + threadIdx.x, i = k / c, v = k % c;
+    if (k < n * c && (kWhole || sizes.right() > 0)) {
+      T change = 0;
+      for (int64_t q = 0; q < ku; ++q) change += in.basis_out[q * n + i] * work.corner[q * c + v];
+      if constexpr (kWhole) {
+        T& z = work.new_right[v * n + i];
+        z = (sizes.right() > 0 ? z : T(0)) + change;
+      } else {
+        const T x = work.right[v * n + i] - change;
+        work.right[v * n + i] = x;
+        work.new_right[v * n + i] = normed(in, rule(in, work), sizes.corner() + k, x, sums);
+      }
+    }
+  } else if (!kWhole && sizes.top() > 0) {
+    const int64_t k = (block - right_blocks) * kThreads + threadIdx.x, q = k / p, j = k % p;
+    if (k < ku * p) {
+      T x = work.top[k];
+      for (int64_t v = 0; v < kv; ++v) x -= work.corner[q * c + v] * in.basis_in[v * p + j];
+      work.new_top[k] = normed(in, rule(in, work), sizes.corner() + sizes.right() + k, x, sums);
+    }
+  }
+  if constexpr (!kWhole) store_slopes(sums, partial, slopes);
+}
+
+// b and the size of gradients; and by the block beyond all matrices', where the launch has one, the control of the step
+// length from `count` slopes. Parallel over the rows of every matrix, a thread each.
+//   slopes [count, 2]
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    finish_step_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                       const int* __restrict__ refused, const double* __restrict__ slopes, int64_t count, bool renewed,
+                       double* control) {
+  __shared__ double partial[2][kWarp];
+  if (blockIdx.x == division.first[layers.count]) {
+    const bool refuse = *refused || control[kEigenUnrenewed] != 0;
+    double sums[2] = {};
+    for (int64_t k = threadIdx.x; k < count; k += kThreads) {
+      sums[0] += slopes[2 * k];
+      sums[1] += slopes[2 * k + 1];
+    }
+    block_sum(sums, partial);
+    if (threadIdx.x != 0) return;
+    if (refuse) {
+      control[kEigenRefused] += 1;
+      control[kEigenUnrenewed] = 0;
+    } else {
+      eigen_control(control, sums[0], sums[1], renewed);
+    }
+    return;
+  }
+  if (*refused) return;
+  const Here<EigenStep<T>> at(layers, division);
+  const EigenStep<T>& in = at.in;
+  const Work<T>& work = at.work;
+  const int64_t i = at.block * kThreads + threadIdx.x, n = at.n;
+  if (i == 0) *in.size = work.scalars[0];
+  if (!in.bias || i >= n) return;
+  const double rate = work.scalars[1] * in.lr_bias;
+  const T keep = T(1 - rate * in.decay_bias);
+  T step = 0;
+  if (in.grad_bias[i] != T(0)) step = work.new_right[at.kv * n + i] - ordered_sum(work.row_sums + i, at.strips, n);
+  in.bias[i] = keep * in.bias[i] - T(rate) * step;
+}
+
+}  // namespace
+
+template <typename T>
+size_t eigen_step_workspace(const EigenStep<T>* matrices, int count, const Device& device) {
+  return each_plan(matrices, count, nullptr, device, [](const Plan<EigenStep<T>>&) {});
+}
+
+template <typename T>
+void eigen_step(const EigenStep<T>* matrices, int count, double* control, bool renewed, void* workspace,
+                const Device& device, cudaStream_t stream) {
+  using M = EigenStep<T>;
+  cudaMemsetAsync(workspace, 0, sizeof(int), stream);  // the flag comes first in the workspace
+  each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
+    LAUNCH_DIVIDED((products_kernel<Products::step, M>), tiles, kStrip<T>, plan.refused);
+    LAUNCH_DIVIDED((parts_kernel<Parts::step, M>), slices, kThreads, control, plan.refused);
+  });
+  each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
+    const int l = plan.layers.count;
+    double* const corner_slopes = plan.slopes + 2 * plan.first_slope;
+    double* const side_slopes = corner_slopes + 2 * int64_t(plan.corners.first[l]);
+    double* const residual_slopes = side_slopes + 2 * int64_t(plan.sides.first[l]);
+    LAUNCH_DIVIDED((corner_kernel<false, T>), corners, kThreads, plan.refused, corner_slopes);
+    LAUNCH_DIVIDED((sides_kernel<false, T>), sides, kThreads, plan.refused, side_slopes);
+    LAUNCH_DIVIDED(residual_kernel<T>, residuals, kStrip<T>, plan.refused, residual_slopes);
+    LAUNCH_DIVIDED(whole_parts_kernel<T>, slices, kThreads, plan.refused);
+    LAUNCH_DIVIDED((corner_kernel<true, T>), corners, kThreads, plan.refused, nullptr);
+    LAUNCH_DIVIDED((sides_kernel<true, T>), sides, kThreads, plan.refused, nullptr);
+    LAUNCH_DIVIDED(update_kernel<T>, tiles, kStrip<T>, plan.refused);
+    LAUNCH(finish_step_kernel<T>, plan.finish.first[l] + (plan.last ? 1 : 0), kThreads, 0, stream, plan.layers,
+           plan.finish, plan.refused, plan.slopes, plan.slope_count, renewed, control);
+  });
+}
+
+#define INSTANTIATE(T)                                                           \
+  template size_t eigen_step_workspace(const EigenStep<T>*, int, const Device&); \
+  template void eigen_step(const EigenStep<T>*, int, double*, bool, void*, const Device&, cudaStream_t);
+INSTANTIATE(float)
+INSTANTIATE(double)
+
+}  // namespace secondorder::cuda

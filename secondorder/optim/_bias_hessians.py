@@ -1,0 +1,71 @@
+"""The bias Hessians of a model's layers, for an optimizer that asks for them at some of its steps."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from secondorder._distributed import RankReducer
+from secondorder._layers import linear_layers
+from secondorder._tape import LayerRecord, Tape
+from secondorder.curvature import Curvature
+from secondorder.optim._base import recorded_layers
+from secondorder.optim._factors import FactorSource
+
+
+class BiasHessians:
+    """Lays a tape on a model, and makes the bias Hessians of the linear layers that it has recorded.
+
+    A layer whose weight is shared is none of the tape's.
+
+    Args:
+        owner: the optimizer's name, for messages.
+        curvature: gives the bias Hessians.
+        criterion: a module whose calls return the loss.
+        model: any module with a trainable nn.Linear.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+
+    def __init__(self, owner: str, curvature: Curvature, criterion: nn.Module, model: nn.Module):
+        layers = linear_layers(model, shared=True)
+        if not any(layer.weight.requires_grad for layer in layers):
+            raise ValueError(
+                f"{owner}: expected a model with at least one trainable nn.Linear, got {type(model).__name__} with none; "
+                "curvature='gradient' needs none"
+            )
+        self._owner, self._curvature = owner, curvature
+        self._source = FactorSource(curvature, None, None, layers)
+        self.tape = Tape(
+            layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns,
+            model=model,
+        )  # fmt: skip
+
+    def of_step(self, trained: Mapping[Tensor, Any], sign: int, group: dist.ProcessGroup | None) -> dict[Tensor, Tensor]:
+        """H [n_out, n_out] of every recorded layer with a gradient, by its weight, in the dtype that this is computed in.
+
+        Args:
+            trained: the parameters that count.
+            sign: -1 where the loss is maximised.
+            group: the ranks whose instances enter; None: this process is alone.
+
+        Raises:
+            RuntimeError: no call of the criterion was recorded.
+            ValueError: a layer was called twice in a forward pass, or the batch is empty.
+        """
+        with nullcontext() if sign > 0 else self.tape.rescaled(sign):
+            if group is None:
+                ranks, records = None, self._records()
+            else:
+                ranks = RankReducer(group, next(iter(trained)).device)
+                records = ranks.all(self._records)
+            factors = self._source.renewed(records, trained, {}, ranks)
+        # A layer that the criterion sees by another way than the columns' has none.
+        missing = {record.layer for record in records if self._curvature.columns is not None and record.block is None}
+        return {layer.weight: each["bias_hessian"] for layer, each in factors.items() if layer not in missing}
+
+    def _records(self) -> list[LayerRecord]:
+        return recorded_layers(self._owner, self.tape)

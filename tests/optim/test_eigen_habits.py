@@ -1,0 +1,378 @@
+"""EigenAdam and the habits of torch's own optimizers; ranks."""
+
+import copy
+import gc
+import math
+import os
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from helpers.eigen import batch, network, reloaded, train, values
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import lr_scheduler
+
+import secondorder as so
+
+
+def test_values_of_groups_are_read_at_each_step():
+    models = [network(), network()]
+    optimizers = [so.EigenAdam(models[0]), so.EigenAdam(models[1], 0.5, weight_decay=0.2)]
+    for group in optimizers[0].param_groups:
+        group.update(lr=0.5, weight_decay=0.2)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, range(4))
+    assert torch.equal(values(models[0]), values(models[1]))
+
+
+@pytest.mark.parametrize("name", ["StepLR", "CosineAnnealingLR", "OneCycleLR", "ReduceLROnPlateau", "LambdaLR"])
+def test_schedulers(name):
+    options = {
+        "StepLR": {"step_size": 2}, "CosineAnnealingLR": {"T_max": 5}, "ReduceLROnPlateau": {},
+        "OneCycleLR": {"max_lr": 1.0, "total_steps": 9, "cycle_momentum": False}, "LambdaLR": {"lr_lambda": lambda t: 0.5**t},
+    }  # fmt: skip
+    model = network()
+    optimizer = so.EigenAdam(model)
+    scheduler = getattr(lr_scheduler, name)(optimizer, **options[name])
+    for seed in range(5):
+        (loss,) = train(model, optimizer, [seed])
+        scheduler.step(*[loss] if name == "ReduceLROnPlateau" else [])
+    assert torch.isfinite(values(model)).all()
+
+
+def test_a_scheduler_sets_the_step():
+    model = network()
+    optimizer = so.EigenAdam(model)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: 0.0 if t == 2 else 1.0)
+    for t in range(4):
+        before = values(model)
+        train(model, optimizer, [t])
+        assert torch.equal(values(model), before) == (t == 2)
+        scheduler.step()
+
+
+@pytest.mark.parametrize("at", [1, 5, 8, 16])
+def test_a_resumed_run_is_the_same_to_the_bit(at):
+    model = network()
+    optimizer = so.EigenAdam(model)
+    train(model, optimizer, range(at))
+    other = network()
+    other.load_state_dict(reloaded(model.state_dict()))
+    resumed = so.EigenAdam(other)
+    resumed.load_state_dict(reloaded(optimizer.state_dict()))
+    train(model, optimizer, range(at, 24))
+    train(other, resumed, range(at, 24))
+    assert torch.equal(values(model), values(other))
+
+
+def test_bfloat16_parameters_have_float32_state():
+    model = network(torch.bfloat16)
+    optimizer = so.EigenAdam(model)
+    losses = train(model, optimizer, range(60), dtype=torch.bfloat16)
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    other = copy.deepcopy(model)
+    resumed = so.EigenAdam(other)
+    resumed.load_state_dict(reloaded(optimizer.state_dict()))
+    for state in resumed.state.values():
+        assert {v.dtype for v in state.values() if isinstance(v, torch.Tensor)} <= {torch.float32, torch.float64}
+    train(model, optimizer, range(7), dtype=torch.bfloat16)
+    train(other, resumed, range(7), dtype=torch.bfloat16)
+    assert torch.equal(values(model), values(other))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+def test_copies_of_model_and_optimizer_train_alike(how):
+    model = network()
+    optimizer = so.EigenAdam(model)
+    train(model, optimizer, range(6))
+    other, copied = how((model, optimizer))
+    train(model, optimizer, range(6, 14))
+    train(other, copied, range(6, 14))
+    assert torch.equal(values(model), values(other))
+
+
+@pytest.mark.parametrize("moment", ["loaded", "converted"])
+def test_state_follows_the_dtype(moment):
+    model = network(torch.float32)
+    optimizer = so.EigenAdam(model)
+    train(model, optimizer, range(6), dtype=torch.float32)
+    if moment == "converted":
+        model.double()
+    else:
+        saved, model = reloaded(optimizer.state_dict()), network(torch.float64)
+        optimizer = so.EigenAdam(model)
+        optimizer.load_state_dict(saved)
+    assert all(math.isfinite(loss) for loss in train(model, optimizer, range(6)))
+    assert optimizer.state[model[0].weight]["exp_avg"].dtype == torch.float64
+
+
+def test_a_checkpoint_before_the_first_step():
+    model = network()
+    optimizer = so.EigenAdam(model)
+    model(batch()[0])
+    so.EigenAdam(network()).load_state_dict(reloaded(optimizer.state_dict()))
+    assert optimizer.metrics()["skipped_steps"] == 0
+
+
+def test_a_foreign_state_is_refused():
+    model = network()
+    adam = torch.optim.Adam(model.parameters())
+    train(model, adam, [0])
+    optimizer = so.EigenAdam(model)
+    with pytest.raises(ValueError, match="expected the state of an EigenAdam, got one of"):
+        optimizer.load_state_dict(adam.state_dict())
+    other = network(width=41)
+    train(other, larger := so.EigenAdam(other), [0])
+    with pytest.raises(ValueError, match=r"of shape \[40, 25\] for '0.weight', got one of \[41, 25\]"):
+        optimizer.load_state_dict(larger.state_dict())
+    train(model, optimizer, [0])
+    with pytest.raises(ValueError, match="give both the model, or neither"):
+        so.EigenAdam(model.parameters()).load_state_dict(optimizer.state_dict())
+
+
+def test_hooks_go_with_the_optimizer():
+    model = network()
+    optimizer = so.EigenAdam(model)
+    assert all(layer._forward_hooks for layer in model if isinstance(layer, nn.Linear))
+    optimizer.remove_hooks()
+    assert not any(module._forward_hooks for module in model.modules())
+    alive = weakref.ref(so.EigenAdam(model))
+    gc.collect()
+    assert alive() is None
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_frozen_and_unfrozen_layers():
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = so.EigenAdam(model)
+    before = model[0].weight.clone()
+    train(model, optimizer, range(4))
+    assert torch.equal(model[0].weight, before)
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.5})
+    found = optimizer.metrics()
+    train(model, optimizer, range(4))
+    assert not torch.equal(model[0].weight, before)
+    assert len(optimizer.param_groups) == 2
+    assert found["slope"] != 0  # which was found before the first parameter changed its group
+    assert optimizer._shared()["steps"] == 8
+    model[2].weight.requires_grad_(False)  # but not its bias
+    kept = model[2].weight.clone(), model[2].bias.clone()
+    train(model, optimizer, range(3))
+    assert torch.equal(model[2].weight, kept[0])
+    assert not torch.equal(model[2].bias, kept[1])
+
+
+def test_layers_are_skipped_now_and_then():
+    model = network()
+    optimizer = so.EigenAdam(model)
+    for seed in range(12):
+        x, y = batch(seed)
+        optimizer.zero_grad()
+        skipped = seed % 3 == 0
+        z = model[:2] + nn.Sequential(nn.Linear(40, 3).double()) if skipped else model
+        before = values(model[2:])
+        F.cross_entropy(z(x), y).backward()
+        optimizer.step()
+        assert torch.equal(values(model[2:]), before) == skipped
+    assert [optimizer.state[model[i].weight]["step"] for i in (0, 2, 4)] == [12, 8, 8]
+
+
+def test_maximizing_is_minimizing_the_negative():
+    models = [network(), network()]
+    train(models[0], so.EigenAdam(models[0]), range(12))
+    train(models[1], so.EigenAdam(models[1], maximize=True), range(12), loss=lambda z, y: -F.cross_entropy(z, y))
+    assert torch.equal(values(models[0]), values(models[1]))
+
+
+def test_accumulated_micro_batches_are_one_batch():
+    models = [network(), network()]
+    optimizers = [so.EigenAdam(model) for model in models]
+    for seed in range(8):
+        x, y = batch(seed)
+        for model, optimizer, parts in zip(models, optimizers, (1, 4), strict=True):
+            optimizer.zero_grad()
+            for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                (F.cross_entropy(model(a), b) / parts).backward()
+            optimizer.step()
+    torch.testing.assert_close(values(models[0]), values(models[1]), rtol=1e-6, atol=1e-8)
+
+
+def test_autocast_and_grad_scaler():
+    models = [network(torch.float32), network(torch.float32)]
+    optimizers = [so.EigenAdam(model) for model in models]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for seed in range(10):  # so that the next step renews bases
+        x, y = batch(seed, dtype=torch.float32)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            if model is models[1]:
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                loss.backward()
+                optimizer.step()
+    assert torch.equal(values(models[0]), values(models[1]))
+    optimizers[1].zero_grad()
+    scaler.scale(F.cross_entropy(models[1](x), y)).backward()
+    models[1][0].weight.grad[0, 0] = math.inf
+    scaler.step(optimizers[1])
+    scaler.update()
+    assert torch.equal(values(models[0]), values(models[1]))
+    for poisoned in (True, False):  # the step that the scaler skips leaves nothing behind
+        optimizers[1].zero_grad()
+        data = x.clone()
+        data[0, 0] = math.inf if poisoned else 0.0
+        scaler.scale(F.cross_entropy(models[1](data), y)).backward()
+        scaler.step(optimizers[1])
+        scaler.update()
+    assert torch.isfinite(values(models[1])).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = train(models[0], optimizers[0], range(20), dtype=torch.float32)
+    assert all(map(math.isfinite, losses))
+
+
+def test_clipping_and_closures_and_step_hooks():
+    model, seen = network(), []
+    optimizer = so.EigenAdam(model)
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    x, y = batch()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        return loss
+
+    losses = [float(optimizer.step(closure).detach()) for _ in range(30)]
+    assert losses[-1] < losses[0]
+    assert seen == ["before", "after"] * 30
+
+
+def test_compiled_model_trains():
+    model = network(torch.float32)
+    compiled = torch.compile(model, backend="eager")
+    optimizer = so.EigenAdam(compiled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        losses = train(compiled, optimizer, range(60), dtype=torch.float32)
+    assert losses[-1] < losses[0]
+
+
+def test_metrics_are_floats():
+    model = network()
+    optimizer = so.EigenAdam(model)
+    train(model, optimizer, range(20))
+    metrics = optimizer.metrics()
+    assert all(isinstance(value, float) for value in metrics.values())
+    assert 1e-6 <= metrics["length"] <= 0.1
+    assert metrics["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, "expected lr >= 0, got -1.0"),
+        ({"lr": "fast"}, TypeError, "expected lr to be a number"),
+        ({"betas": (1.0, 0.95)}, ValueError, "expected betas to be two numbers"),
+        ({"rank": 0}, ValueError, "expected rank to be an int >= 1"),
+        ({"renew_every": 0}, ValueError, "expected renew_every to be an int >= 1"),
+        ({"nonfinite": "ignore"}, ValueError, "expected nonfinite 'error' or 'skip', got 'ignore'"),
+        ({"weight_decay": -0.1}, ValueError, "expected weight_decay >= 0"),
+        ({"model": nn.Linear(2, 2)}, ValueError, "expected model to be given once"),
+        ({"fused": True}, TypeError, "unexpected keyword"),
+    ],
+)
+def test_bad_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        so.EigenAdam(network(), **options)
+
+
+def test_groups_must_agree_where_one_number_serves_all():
+    model = network()
+    with pytest.raises(ValueError, match="expected betas to be two numbers"):
+        so.EigenAdam([{"params": model.parameters(), "betas": (5.0, 5.0)}])
+    with pytest.raises(ValueError, match="expected lr >= 0, got -5"):
+        so.EigenAdam([{"params": model.parameters(), "lr": -5}])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        so.EigenAdam([{"params": model.parameters()}, {"params": [model[0].weight]}])
+    optimizer = so.EigenAdam(
+        [{"params": model[0].parameters()}, {"params": model[2].parameters(), "betas": (0.5, 0.5)}], model=model
+    )
+    with pytest.raises(ValueError, match="expected betas to be the same in all param_groups"):
+        train(model, optimizer, [0])
+
+
+@pytest.mark.parametrize("value", [lambda loss: (loss, {}), lambda loss: None, lambda loss: torch.stack([loss, loss])])
+def test_closures_may_give_anything(value):
+    model = network()
+    optimizer = so.EigenAdam(model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(batch()[0]), batch()[1])
+        loss.backward()
+        return value(loss)
+
+    optimizer.step(closure)
+
+
+def test_bad_parameters_and_gradients():
+    with pytest.raises(TypeError, match="expected parameters of a floating dtype, got torch.complex64"):
+        so.EigenAdam([nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))])
+    model = network()
+    with pytest.raises(RuntimeError, match="expected gradients, found none"):
+        so.EigenAdam(model).step()
+    mixed = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3).double()])
+    (mixed[0](torch.ones(3)).sum() + mixed[1](torch.ones(3).double()).sum()).backward()
+    with pytest.raises(RuntimeError, match="expected all parameters of one dtype"):
+        so.EigenAdam(mixed).step()
+    wide = nn.Parameter(torch.ones(1, 3).expand(4, 3))
+    wide.grad = torch.ones(4, 3)
+    with pytest.raises(RuntimeError, match="expected parameters with memory of their own"):
+        so.EigenAdam([wide]).step()
+    table = nn.Embedding(5, 3, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="got a sparse one for 'weight'; use sparse=False"):
+        so.EigenAdam(table).step()
+
+
+def _rank(rank, ranks, path, results, rows):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
+    model = DistributedDataParallel(network())
+    optimizer = so.EigenAdam(model)
+    for seed in range(12):
+        x, y = batch(seed, sum(rows))
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x.split(rows)[rank]), y.split(rows)[rank])
+        (loss * rows[rank] * ranks / sum(rows)).backward()
+        optimizer.step()
+    results[rank] = values(model).tolist()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rows", [(12, 12), (5, 12, 9), (250, 260)], ids=str)
+def test_ranks_equal_one_process(rows, tmp_path):
+    """Where one rank alone sees 256 rows, too, from which on a basis is larger."""
+    ranks = len(rows)
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_rank, (ranks, os.fspath(tmp_path / "store"), results, rows), nprocs=ranks)
+        found = [torch.tensor(results[rank], dtype=torch.float64) for rank in range(ranks)]
+    model = network()
+    optimizer = so.EigenAdam(model)
+    train(model, optimizer, range(12), m=sum(rows))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    torch.testing.assert_close(found[0], values(model), rtol=1e-6, atol=1e-8)
