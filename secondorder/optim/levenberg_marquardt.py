@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from secondorder.optim._closure import idle_backward
 from secondorder.optim._numbers import Numbers, check_arguments, check_numbers
 from secondorder.optim._optimizer import SecondOrderOptimizer
 from secondorder.stepping.damped_least_squares import SOLVERS
-from secondorder.stepping.gauss_newton_step import GaussNewtonStep, Progress, Settings
+from secondorder.stepping.gauss_newton_step import HELD_PATIENCE, GaussNewtonStep, Progress, Settings
 from secondorder.stepping.least_squares_loss import LeastSquaresLoss
 
 _NUMBERS: Numbers = {"lr": (lambda v: 0 < v < 2, "in (0, 2)")}
@@ -42,10 +41,14 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     with a Nystrom preconditioner of rank 200. A step is taken where the rows drawn fall and the whole loss does not double;
     mu follows the reduction over the predicted one (Nielsen's rule), in at most 12 tries.
 
-    The first call of `step` does more: it takes 12 steps from each of up to three starts, strongly damped, after an iteration of
+    Where there are fewer than 4 residuals for each parameter, a tenth of them are never drawn. If 12 steps bring no new record of
+    their loss, which is a tenth above that of the others or more, the points are being interpolated or their noise is fitted:
+    the parameters go back to the record, with a hundred times the damping, and a warning says so once.
+
+    The first call of `step` does more: it takes 6 steps from each of up to three starts, strongly damped, after an iteration of
     L-BFGS, and weakly damped, and goes on from the one with the least loss, since first steps decide which minimum is reached.
 
-    It does not fit noise better than others do, and shocks (Burgers' equation at small viscosity) need many residuals. In float32
+    It does not predict noise better than others do, and shocks (Burgers' equation at small viscosity) need many residuals. In float32
     errors end near 1e-4: use float64.
 
     Args:
@@ -58,6 +61,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         acceleration: whether steps are bent by the geodesic acceleration, for one more call of the closure a step.
         damping: the start of mu, relative to the mean of the diagonal of J J^T, > 0.
         race: whether the first call tries three starts. Without it the first step has the damping above.
+        holdout: whether a tenth of the residuals, of terms with 100 or more, is held out. None: as said above.
         solver: "rows" (m numbers), "parameters" (P numbers), "nystrom" (conjugate gradients) or "auto".
         memory: bytes that J may take; where it would take more, products with it are formed from its factors.
         seed: of the generator that draws the rows.
@@ -67,7 +71,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     Raises:
         TypeError, ValueError: an argument is out of its range, or the parameters are of several dtypes or devices.
 
-    State, with the first parameter: the damping, the rows, and the generator. Memory: that of J [rows, P] and J J^T.
+    State, with the first parameter: the damping, the rows, the generator and the record's parameters [P]. Memory: that of J [rows, P] and J J^T.
 
     Source: Levenberg (1944) and Marquardt (1963); Nielsen (1999) for the damping; Transtrum & Sethna (2012) for the acceleration;
     Frangella, Tropp & Udell (2021) for the preconditioner.
@@ -83,6 +87,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         acceleration: bool = True,
         damping: float = 1e-3,
         race: bool = True,
+        holdout: bool | None = None,
         solver: str = "auto",
         memory: int = 2**30,
         seed: int = 0,
@@ -96,13 +101,14 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             for key, value in counts
         ]
         checks += [
+            ("holdout", holdout, holdout in (None, True, False), "to be True, False or None"),
             ("solver", solver, solver in SOLVERS, f"one of {', '.join(map(repr, SOLVERS))}"),
             ("memory", memory, isinstance(memory, int) and memory >= 0, "to be an int >= 0"),
             ("seed", seed, isinstance(seed, int), "to be an int"),
             ("nonfinite", nonfinite, nonfinite in ("error", "skip"), "'error' or 'skip'"),
         ]
         check_arguments(name, checks)
-        self._settings = Settings(rows or math.inf, max_rows or math.inf, acceleration, solver, memory)
+        self._settings = Settings(rows or math.inf, max_rows or math.inf, acceleration, holdout, solver, memory)
         self._damping, self._race, self._seed, self._nonfinite = damping, race, seed, nonfinite
         self._reset()
         super().__init__(params, {"lr": lr, "skipped_steps": 0})
@@ -153,7 +159,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
                     loss, self._settings, self._plans, generator, self._lr(parameters), self._slow, self._buffer
                 )
                 if state:
-                    progress = run.step(here, Progress(**{f.name: state[f.name] for f in fields(Progress)}))[1]
+                    progress = run.step(here, Progress(**{key: state[key] for key in Progress._fields}))[1]
                 elif self._race:
                     progress = run.race(here, self._damping)[1]
                 else:
@@ -169,8 +175,15 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             return value
         finally:
             loss.leave()
+        if run.interpolates and "interpolation" not in self._told:
+            self._told.add("interpolation")
+            warn(
+                f"{name}: the residuals held out have not fallen for {HELD_PATIENCE} steps while the others have; their points are "
+                "being interpolated, or noise is fitted. It has gone back, with more damping. More points, or new ones in every step, "
+                "let it go on."
+            )
         steps = state.get("step", 0) + 1
-        self.state[self._first()] = {**asdict(progress), "generator": generator.get_state(), "step": steps}
+        self.state[self._first()] = {**progress._asdict(), "generator": generator.get_state(), "step": steps}
         return value
 
     @property
@@ -184,10 +197,11 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         Returns:
             "damping": mu relative to tr(J J^T); "rows": how many residuals the next step draws, inf for all; "ratio": the last
             step's reduction over the predicted one, near 1 where the linear model holds, 0 where no step was accepted;
-            "skipped_steps". Before the first step only the last.
+            "excess": the mean loss of the residuals held out over that of all, far above 1 where points are interpolated, 0 where
+            none are held out; "skipped_steps". Before the first step only the last.
         """
         state = self.state.get(self._first(), {})
-        found = {key: float(state[key]) for key in ("damping", "rows", "ratio") if key in state}
+        found = {key: float(state[key]) for key in ("damping", "rows", "ratio", "excess") if key in state}
         return {**found, "skipped_steps": float(self.skipped_steps)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -227,7 +241,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     def _reset(self) -> None:
         """What is no part of the state."""
         self._plans: dict[object, Plan] = {}
-        self._told: set[int] = set()
+        self._told: set[int | str] = set()
         self._buffer = Buffer()
 
     def _first(self) -> Tensor:

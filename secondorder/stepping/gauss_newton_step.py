@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,13 @@ PATIENCE = 4  # steps without a new record of the whole loss, after which more r
 GROWTH = 1.5  # so many times as many
 SHARE = 0.5  # of an equal share of the rows that each term has at least
 LEAST_DAMPING = 1e-16
+HELD = 10  # one of so many residuals is held out
+HELD_BLOCK = 100  # of blocks with at least so many
+HELD_RATIO = 4  # where there are fewer than so many residuals for a parameter
+HELD_PATIENCE = 12  # steps without a new record of the residuals held out
+HELD_EXCESS = 1.1  # and how much larger than the others they then are
+HELD_DAMPING = 100.0  # what mu is multiplied by on the way back; it does not fall below
+HELD_DECAY = 0.9  # but this bound falls in every step
 PLANS = 16  # kept for graphs of as many structures
 
 RACE_STEPS = 6  # of each start
@@ -29,8 +35,7 @@ RACE_ROWS = 150
 RACE_END = 1e-3  # of the first loss: a start that comes below ends the race
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """What one step leaves to the next."""
 
     damping: float  # mu, relative to tr(J J^T)
@@ -39,6 +44,12 @@ class Progress:
     record: float = math.inf  # the least whole loss since the rows have last grown
     since: int = 0  # steps since then
     ratio: float = 0.0  # the last step's reduction over the predicted one; 0: no step was accepted
+    whole: float = math.nan  # the whole loss after it
+    held: float = math.inf  # the least loss of the residuals held out
+    excess: float = 0.0  # their mean loss over that of all; 0: none are held out
+    held_since: int = 0  # steps since then
+    least: float = LEAST_DAMPING  # what mu does not fall below
+    best: Tensor | None = None  # the parameters that had it [P]
 
 
 class Settings(NamedTuple):
@@ -47,6 +58,7 @@ class Settings(NamedTuple):
     rows: float
     max_rows: float
     acceleration: bool
+    holdout: bool | None
     solver: str
     memory: int
 
@@ -59,6 +71,8 @@ class _Rows(NamedTuple):
     scales: list[Tensor]  # of each block, the root of c n / m
     scale: Tensor  # [m], all of them
     whole: bool  # whether it looks at all
+    held: Tensor  # those held out, as `flat`
+    held_scale: Tensor
 
 
 class GaussNewtonStep:
@@ -79,6 +93,7 @@ class GaussNewtonStep:
         lr: float | Tensor, slow: Callable[[int, str], None], buffer: Buffer,
     ):  # fmt: skip
         self._buffer = buffer
+        self.interpolates = False  # whether a step has gone back, since only the residuals drawn still fell
         self._loss, self._settings, self._plans = loss, settings, plans
         self._generator, self._lr, self._slow = generator, lr, slow
         self._index = {id(p): i for i, p in enumerate(loss.parameters)}
@@ -92,6 +107,8 @@ class GaussNewtonStep:
         r = self._taken(here.values, rows)
         problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator, self._buffer)
         theta, whole = loss.flat(), loss.objective(here.values, here)
+        if not abs(whole - progress.whole) <= 1e-6 * whole:  # another batch
+            progress = progress._replace(held=math.inf, held_since=0, best=None)
         start = self._drawn_objective(r, theta, here)
         if not math.isfinite(problem.trace):
             raise NonFiniteError(f"{loss.owner}.step(): the Jacobian holds NaN or inf; no parameter and no state has changed")
@@ -115,11 +132,15 @@ class GaussNewtonStep:
             limit = whole if rows.whole else RISE * whole
             if drawn < start and now < limit and predicted > 0:
                 ratio = (start - drawn) / predicted
-                mu = max(mu * max(1 / 3, 1 - (2 * ratio - 1) ** 3), LEAST_DAMPING)
-                return there, self._recorded(replace(progress, damping=mu, growth=2.0, ratio=ratio), now, rows.whole)
+                least = max(HELD_DECAY * progress.least, LEAST_DAMPING)
+                mu = max(mu * max(1 / 3, 1 - (2 * ratio - 1) ** 3), least)
+                progress = self._recorded(
+                    progress._replace(damping=mu, least=least, growth=2.0, ratio=ratio, whole=now), now, rows.whole
+                )
+                return self._held_out(there, progress, rows)
             mu, growth = mu * growth, 2 * growth
         loss.move(theta)
-        return here, replace(progress, damping=min(10 * progress.damping, 1.0), growth=2.0, ratio=0.0)
+        return here, progress._replace(damping=min(10 * progress.damping, 1.0), growth=2.0, ratio=0.0)
 
     def race(self, here: Residuals, damping: float) -> tuple[Residuals, Progress]:
         """Some steps from each of three starts; the lowest loss goes on.
@@ -151,7 +172,7 @@ class GaussNewtonStep:
             raise NonFiniteError(f"{loss.owner}.step(): no start leads to a finite loss; no parameter and no state has changed")
         value, theta, now, progress = best
         loss.move(theta)
-        return now, replace(progress, rows=self._settings.rows, growth=2.0, record=value, since=0)
+        return now, progress._replace(rows=self._settings.rows, growth=2.0, record=value, since=0)
 
     # --- the Jacobian of some rows ---
 
@@ -183,24 +204,39 @@ class GaussNewtonStep:
         """Draws residuals: of each block its share, of a small one at least half of an equal share."""
         total = sum(block.size for block in plan.blocks)
         whole = rows >= total
+        parameters = sum(p.numel() for p in self._loss.parameters)
+        holds = total < HELD_RATIO * parameters if self._settings.holdout is None else self._settings.holdout
+        fixed = torch.Generator().manual_seed(HELD)
         offsets = [0]
         for r in here.values:
             offsets.append(offsets[-1] + r.numel())
         drawn: list[Tensor | None] = []
-        flat, scales = [], []
+        flat, scales, outside, outside_scales = [], [], [], []
         for block in plan.blocks:
             c = here.weights[block.term].reshape(-1)
-            d = None
+            all_elements = block.chosen(None, c.device) + offsets[block.term]
+            d, kept = None, block.size
+            if holds and block.size >= HELD_BLOCK:
+                order = torch.randperm(block.size, generator=fixed)
+                out, inside = order[: block.size // HELD].to(c.device), order[block.size // HELD :]
+                outside.append(all_elements[out])
+                outside_scales.append(c[block.chosen(out, c.device)].sqrt())
+                kept, d = len(inside), inside
             if not whole:
                 equal = int(SHARE * rows / len(plan.blocks))
-                m = min(block.size, max(math.ceil(rows * block.size / total), equal, 2))
-                d = torch.randperm(block.size, generator=self._generator)[:m].sort()[0].to(c.device)
-                c = c * (block.size / m)
+                m = min(kept, max(math.ceil(rows * block.size / total), equal, 2))
+                chosen = torch.randperm(kept, generator=self._generator)[:m]
+                d = chosen if d is None else d[chosen]
+            if d is not None:
+                d = d.sort()[0].to(c.device)
+                c = c * (block.size / len(d))
             elements = block.chosen(d, c.device)
             drawn.append(d)
             flat.append(elements + offsets[block.term])
             scales.append(c[elements].sqrt())
-        return _Rows(drawn, torch.cat(flat), scales, torch.cat(scales), whole)
+        held = torch.cat(outside) if outside else torch.empty(0, dtype=torch.int64)
+        held_scale = torch.cat(outside_scales) if outside else here.values[0].new_empty(0)
+        return _Rows(drawn, torch.cat(flat), scales, torch.cat(scales), whole and not len(held), held, held_scale)
 
     def _taken(self, values: Sequence[Tensor], rows: _Rows) -> Tensor:
         """The weighted residuals of these rows [m]."""
@@ -260,15 +296,35 @@ class GaussNewtonStep:
             total = total + (here.penalties * theta.square()).sum(dtype=torch.float64)
         return float(total)
 
+    def _held_out(self, there: Residuals, progress: Progress, rows: _Rows) -> tuple[Residuals, Progress]:
+        """Goes back to the least loss of the residuals held out where only the others still fall: they are interpolated."""
+        if not len(rows.held):
+            return there, progress
+        values = torch.cat([v.detach().flatten() for v in there.values])
+        held = float((values[rows.held] * rows.held_scale).square().sum(dtype=torch.float64))
+        progress = progress._replace(excess=HELD * held / max(progress.whole, torch.finfo(torch.float64).tiny))
+        if held < progress.held:
+            return there, progress._replace(held=held, held_since=0, best=self._loss.flat())
+        if progress.held_since + 1 < HELD_PATIENCE:
+            return there, progress._replace(held_since=progress.held_since + 1)
+        if progress.excess < HELD_EXCESS or progress.best is None:
+            return there, progress._replace(held_since=0)
+        self.interpolates = True
+        self._loss.move(progress.best)
+        there = there._replace(values=self._loss.there(there))
+        whole = self._loss.objective(there.values, there)
+        mu = min(HELD_DAMPING * progress.damping, 1.0)
+        return there, progress._replace(damping=mu, least=mu, held_since=0, whole=whole, record=whole)
+
     def _recorded(self, progress: Progress, now: float, whole: bool) -> Progress:
         """The rows of the next step: more after some steps without a new record."""
         if whole:
             return progress
         if now < progress.record:
-            return replace(progress, record=now, since=0)
+            return progress._replace(record=now, since=0)
         if progress.since + 1 < PATIENCE:
-            return replace(progress, since=progress.since + 1)
-        return replace(progress, rows=min(progress.rows * GROWTH, self._settings.max_rows), record=now, since=0)
+            return progress._replace(since=progress.since + 1)
+        return progress._replace(rows=min(progress.rows * GROWTH, self._settings.max_rows), record=now, since=0)
 
     def _lbfgs(self, here: Residuals) -> Residuals:
         """Where one call of L-BFGS leads, from the parameters' present values."""

@@ -354,6 +354,65 @@ def test_layers_that_mix_instances_are_exact_and_said_to_be_slow():
     assert last < 0.5 * first
 
 
+def noisy(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    net = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1))
+    x, test = torch.rand(300, 2, generator=generator), torch.rand(500, 2, generator=generator)
+
+    def f(points):
+        return torch.sin(3 * points[:, :1]) * points[:, 1:]
+
+    y = f(x) + 0.1 * torch.randn(300, 1, generator=generator)
+    return net, lambda: mse_loss(net(x), y), lambda: float((net(test) - f(test)).detach().norm() / f(test).norm())
+
+
+def test_noise_is_not_fitted_for_ever():
+    net, loss, error = noisy()
+    start = copy.deepcopy(net.state_dict())
+
+    def trained(holdout):
+        net.load_state_dict(start)
+        optimizer = so.LevenbergMarquardt(net.parameters(), holdout=holdout)
+        for _ in range(60):
+            optimizer.step(loss)
+        return error(), optimizer.metrics()["excess"]
+
+    fitted, none = trained(False)
+    assert none == 0
+    with pytest.warns(UserWarning, match="being interpolated, or noise is fitted"):
+        held_out, excess = trained(None)
+    assert held_out < 0.5 * fitted
+    assert excess > 0
+
+
+def test_nothing_is_held_out_where_residuals_are_many():
+    net, x, y = regression(400, 6)
+    optimizer = so.LevenbergMarquardt(net.parameters())
+    optimizer.step(lambda: mse_loss(net(x), y))
+    assert optimizer.metrics()["excess"] == 0
+
+
+def test_what_is_held_out_is_never_drawn():
+    net, loss, _ = noisy()
+    optimizer = so.LevenbergMarquardt(net.parameters(), rows=100, race=False)
+    seen, held = set(), set()
+    draw = gauss_newton_step.GaussNewtonStep._draw
+
+    def watched(self, *arguments):
+        rows = draw(self, *arguments)
+        seen.update(rows.flat.tolist())
+        held.update(rows.held.tolist())
+        return rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gauss_newton_step.GaussNewtonStep, "_draw", watched)
+        for _ in range(30):
+            optimizer.step(loss)
+    assert len(held) == 30
+    assert seen | held == set(range(300))
+    assert not seen & held
+
+
 # --- habits ---
 
 
@@ -478,7 +537,8 @@ def test_float32():
     [
         ({"lr": 0.0}, ValueError), ({"lr": 2.0}, ValueError), ({"lr": "a"}, TypeError), ({"rows": 0}, ValueError),
         ({"rows": 2.5}, ValueError), ({"max_rows": -1}, ValueError), ({"damping": 0.0}, ValueError),
-        ({"solver": "cg"}, ValueError), ({"memory": -1}, ValueError), ({"nonfinite": "no"}, ValueError), ({"seed": None}, ValueError),
+        ({"solver": "cg"}, ValueError), ({"memory": -1}, ValueError), ({"nonfinite": "no"}, ValueError),
+        ({"seed": None}, ValueError), ({"holdout": 0.1}, ValueError),
     ],
 )  # fmt: skip
 def test_arguments_out_of_range_are_refused(options, error):
