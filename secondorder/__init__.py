@@ -1,6 +1,7 @@
 """Fast second-order optimizers for PyTorch.
 
-`EACG` is a drop-in torch optimizer with a learning rate; `LayerwiseNewton`, `KFAC`, `KFRA` and `KFLR` find their own step;
+`EigenAdam` takes Adam's place in any training script; `LevenbergMarquardt` takes a closure, for losses that are sums of squares.
+`EACG` is its paper's method with a learning rate; `LayerwiseNewton`, `KFAC`, `KFRA` and `KFLR` find their own step;
 `KBFGS` and `KBFGSL` take a closure. `curvature` and `solvers` hold what they are made of, `ops` the operators, `reference` the
 operators' plain-PyTorch twins, `criteria` the papers' criteria.
 """
