@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -492,21 +493,8 @@ def _others(r: Tensor, seed: Tensor, elements: Tensor, parameters: list[tuple[in
     """Columns [m, numel] of parameters that enter otherwise: two backward passes a column, or one a row where that is less."""
     found: dict[int, Tensor] = {}
     few = [(p, t) for p, t in parameters if 2 * t.numel() <= len(elements)]
-    if few:
-        dual = seed.detach().requires_grad_()
-        with torch.enable_grad():
-            gradients = [
-                None if g is None else g.flatten()
-                for g in torch.autograd.grad(r, [t for _, t in few], dual, create_graph=True, allow_unused=True)
-            ]
-        for (p, t), gradient in zip(few, gradients, strict=True):
-            if gradient is None:
-                found[p] = r.new_zeros(len(elements), t.numel())
-            elif gradient.requires_grad:
-                weights = seed.flatten()[elements]
-                ones = torch.eye(len(gradient), dtype=r.dtype, device=r.device)
-                columns = [torch.autograd.grad(gradient, dual, one, retain_graph=True)[0].flatten()[elements] for one in ones]
-                found[p] = torch.stack(columns, 1) * weights.unsqueeze(1)
+    with suppress(RuntimeError):  # a compiled graph has no second derivatives
+        found.update(_columns(r, seed, elements, few))
     rest = [(p, t) for p, t in parameters if p not in found]
     if rest:
         rows = []
@@ -516,4 +504,25 @@ def _others(r: Tensor, seed: Tensor, elements: Tensor, parameters: list[tuple[in
             rows.append(torch.autograd.grad(r, [t for _, t in rest], one.view_as(r), retain_graph=True, allow_unused=True))
         for i, (p, t) in enumerate(rest):
             found[p] = torch.stack([r.new_zeros(t.numel()) if row[i] is None else row[i].flatten() for row in rows])
+    return found
+
+
+def _columns(r: Tensor, seed: Tensor, elements: Tensor, parameters: list[tuple[int, Tensor]]) -> dict[int, Tensor]:
+    """Columns [m, numel] of parameters, by backward passes through a backward pass."""
+    found: dict[int, Tensor] = {}
+    if not parameters:
+        return found
+    dual, weights = seed.detach().requires_grad_(), seed.flatten()[elements].unsqueeze(1)
+    with torch.enable_grad():
+        gradients = [
+            None if g is None else g.flatten()
+            for g in torch.autograd.grad(r, [t for _, t in parameters], dual, create_graph=True, allow_unused=True)
+        ]
+    for (p, t), gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            found[p] = r.new_zeros(len(elements), t.numel())
+        elif gradient.requires_grad:
+            ones = torch.eye(len(gradient), dtype=r.dtype, device=r.device)
+            columns = [torch.autograd.grad(gradient, dual, one, retain_graph=True)[0].flatten()[elements] for one in ones]
+            found[p] = torch.stack(columns, 1) * weights
     return found

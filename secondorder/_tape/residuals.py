@@ -30,6 +30,7 @@ class Term(NamedTuple):
     node: Node
     residual: Tensor  # with its graph, of any shape
     mean: bool  # whether the node is the mean of the squares, rather than the squares or their sum
+    summed: tuple[int, ...] = ()  # the dimensions that it has summed over and no longer has
 
 
 class Terms(NamedTuple):
@@ -137,7 +138,7 @@ def _square(node: Node) -> Term | None:
     name = kind(node)
     saved: Any = node
     if name == "PowBackward" and _exponent(saved) == 2:
-        return Term(node, _root(saved._saved_self), False)
+        return Term(node, *_root(saved._saved_self))
     if name in ("MulBackward", "DotBackward"):
         first, second = node.next_functions
         if first == second:  # the same output of the same node
@@ -153,12 +154,17 @@ def _exponent(node: Any) -> float:
     return float(exponent) if not isinstance(exponent, Tensor) or exponent.numel() == 1 else 0.0
 
 
-def _root(value: Tensor) -> Tensor:
-    """What (sum r^2)^(1/2) is of, where the squared thing is such a norm; else the thing itself."""
+def _root(value: Tensor) -> tuple[Tensor, bool, tuple[int, ...]]:
+    """What is squared, where that is an absolute value or a norm: its square is smooth; the last two fields of the term."""
     node: Any = value.grad_fn
-    if node is not None and kind(node) == "LinalgVectorNormBackward" and value.numel() == 1 and float(node._saved_ord) == 2:
-        return node._saved_self
-    return value
+    if node is not None and kind(node) == "AbsBackward" and not value.is_complex():
+        return node._saved_self, False, ()
+    if node is not None and kind(node) == "LinalgVectorNormBackward" and float(node._saved_ord) == 2:
+        inner: Tensor = node._saved_self
+        dims = node._saved_dim if node._saved_dim is not None else range(inner.ndim)
+        summed = sorted((d if d < 2**63 else d - 2**64) % max(inner.ndim, 1) for d in dims)
+        return inner, False, () if node._saved_keepdim else tuple(summed)
+    return value, False, ()
 
 
 def coefficients(loss: Tensor, terms: list[Term], owner: str) -> list[Tensor]:
@@ -171,8 +177,10 @@ def coefficients(loss: Tensor, terms: list[Term], owner: str) -> list[Tensor]:
     arriving = torch.autograd.grad(loss, edges, retain_graph=True)
     found = []
     for term, c in zip(terms, arriving, strict=True):
-        scale = 1 / term.residual.numel() if term.mean else 1
-        found.append((c.detach() * scale).expand(term.residual.shape))
+        c = c.detach() / term.residual.numel() if term.mean else c.detach()
+        for dim in term.summed:
+            c = c.unsqueeze(dim)
+        found.append(c.expand(term.residual.shape))
     if any(bool((c < 0).any()) for c in found):
         raise RuntimeError(
             f"{owner}.step(): expected a sum of squares, got a negative coefficient; a loss that is unbounded below has no "

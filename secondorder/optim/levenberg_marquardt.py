@@ -33,23 +33,25 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     J [m, P], the Jacobian of the weighted residuals, comes from one backward pass: wherever a parameter acts row by row, the
     arriving gradients and the other operand are its rows' factors. A step is
 
-        theta <- theta + lr (d + a / 2),   (J^T J + diag(t) + mu I) d = -(J^T r + t theta),   (...) a = -J^T r'',
+        theta <- theta + lr d + lr^2 a / 2,   (J^T J + diag(t) + mu I) d = -(J^T r + t theta),   (...) a = -J^T r'',
 
-    r'' the second derivative of r along d (geodesic acceleration, left out where a is large beside d). `rows` residuals drawn
-    at random for each step stand for all; after 4 steps without a new record of the whole loss they become 1.5 times as many. The
-    system is solved in m or P dimensions, whichever are fewer, by Cholesky's method, and beyond 500 rows by conjugate gradients
-    with a Nystrom preconditioner of rank 200. A step is taken where the rows drawn fall and the whole loss does not double;
-    mu follows the reduction over the predicted one (Nielsen's rule), in at most 12 tries.
+    r'' the second derivative of r along d (geodesic acceleration, left out where a is large beside d). `rows` residuals drawn at
+    random for each step stand for all, or four for each parameter where the parameters are no more than `rows`. After 4 steps
+    without a new record of the whole loss they become 1.5 times as many. The system is solved in m or P dimensions, whichever are
+    fewer, by Cholesky's method, and beyond 500 rows by conjugate gradients with a Nystrom preconditioner of rank 200. A step is
+    taken where the rows drawn fall and the whole loss stays below twice its record; mu follows the reduction over the predicted
+    one (Nielsen's rule), in at most 12 tries.
 
     Where there are fewer than 4 residuals for each parameter, a tenth of them are never drawn. If 12 steps bring no new record of
     their loss, which is a tenth above that of the others or more, the points are being interpolated or their noise is fitted:
     the parameters go back to the record, with a hundred times the damping, and a warning says so once.
 
-    The first call of `step` does more: it takes 6 steps from each of up to three starts, strongly damped, after an iteration of
-    L-BFGS, and weakly damped, and goes on from the one with the least loss, since first steps decide which minimum is reached.
+    The first call of `step` does more: it takes 6 steps from each of up to three starts, strongly damped, after 30 iterations of
+    L-BFGS, and weakly damped, and goes on from the one with the least loss, since first steps decide which minimum is reached;
+    where none is below the loss that it began with, as after other training, it goes on from there.
 
-    It does not predict noise better than others do, and shocks (Burgers' equation at small viscosity) need many residuals. In float32
-    errors end near 1e-4: use float64.
+    It does not predict noise better than others do, and shocks (Burgers' equation at small viscosity) need many residuals. In
+    float32 errors end near 1e-4: use float64.
 
     Args:
         params: parameters or param_groups; coefficients of an equation that are to be found are parameters like any. One floating
@@ -71,7 +73,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     Raises:
         TypeError, ValueError: an argument is out of its range, or the parameters are of several dtypes or devices.
 
-    State, with the first parameter: the damping, the rows, the generator and the record's parameters [P]. Memory: that of J [rows, P] and J J^T.
+    State, with the first parameter: the damping, the rows, the generator, and the record's parameters [P]. Memory:
+    that of J [rows, P] and J J^T.
 
     Source: Levenberg (1944) and Marquardt (1963); Nielsen (1999) for the damping; Transtrum & Sethna (2012) for the acceleration;
     Frangella, Tropp & Udell (2021) for the preconditioner.
@@ -108,14 +111,16 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             ("nonfinite", nonfinite, nonfinite in ("error", "skip"), "'error' or 'skip'"),
         ]
         check_arguments(name, checks)
-        self._settings = Settings(rows or math.inf, max_rows or math.inf, acceleration, holdout, solver, memory)
+        self._settings = Settings(
+            min(rows or math.inf, max_rows or math.inf), max_rows or math.inf, acceleration, holdout, solver, memory
+        )
         self._damping, self._race, self._seed, self._nonfinite = damping, race, seed, nonfinite
         self._reset()
         super().__init__(params, {"lr": lr, "skipped_steps": 0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
-        """One step; calls the closure three times or more, the first one up to some 150 times.
+        """One step; calls the closure three times or more, the first one some 60 to 100 times.
 
         Within a step every call starts from the same state of torch's random generators, so that points drawn in the closure are
         the same ones; the next step has new ones.
@@ -178,9 +183,9 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         if run.interpolates and "interpolation" not in self._told:
             self._told.add("interpolation")
             warn(
-                f"{name}: the residuals held out have not fallen for {HELD_PATIENCE} steps while the others have; their points are "
-                "being interpolated, or noise is fitted. It has gone back, with more damping. More points, or new ones in every step, "
-                "let it go on."
+                f"{name}: the residuals held out have not fallen for {HELD_PATIENCE} steps while the others have: the points are "
+                "being interpolated, or noise is fitted. It has gone back, with more damping. More points, or new ones in every "
+                "step, let it go on."
             )
         steps = state.get("step", 0) + 1
         self.state[self._first()] = {**progress._asdict(), "generator": generator.get_state(), "step": steps}

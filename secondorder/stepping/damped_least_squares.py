@@ -19,13 +19,13 @@ class DampedLeastSquares:
 
     By "rows": J^T (J J^T + mu I)^-1 b, m numbers; by "parameters", P numbers: the smaller system of both is solved by Cholesky's
     method. By "nystrom": the system of the rows by conjugate gradients, preconditioned by an approximation of J J^T of rank 200
-    (Frangella et al., 2021) that serves all mu; for 500 rows or more. Without an entry of t all are exact but "nystrom".
+    (Frangella et al., 2021) that serves all mu; "auto" takes it beyond 500 rows. With penalties it gives way to "rows".
 
     Args:
         jacobian: J [m, P].
         penalties: t [P], >= 0, or None: zero.
         solver: "rows", "parameters", "nystrom" or "auto".
-        memory: bytes that J may take; a larger one is never formed.
+        memory: bytes that J may take; a larger one is formed for "parameters" and with penalties alone.
         generator: for the random directions of "nystrom".
         buffer: memory for matrices.
     """
@@ -36,6 +36,8 @@ class DampedLeastSquares:
         m, n = jacobian.rows, jacobian.columns
         if solver == "auto":
             solver = "parameters" if n < m else "nystrom" if m > 2.5 * RANK and penalties is None else "rows"
+        if solver == "nystrom" and penalties is not None:
+            solver = "rows"
         fits = m * n * jacobian.like.element_size() <= memory
         if solver == "parameters" or penalties is not None or (fits and (solver == "nystrom" or jacobian.prefers_dense())):
             jacobian.dense()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secondorder._tape.graph import COMPILED
 from secondorder._tape.jacobian import Buffer, Jacobian, Plan, jacobian, make_plan, signature
 from secondorder._tape.uses import find_uses
 from secondorder.errors import NonFiniteError
@@ -19,6 +20,7 @@ BEND = 0.75  # an acceleration whose double is not less than this times the step
 RISE = 2.0  # the whole loss may become so many times what it was in a step that lowers that of the rows drawn
 PATIENCE = 4  # steps without a new record of the whole loss, after which more rows are drawn
 GROWTH = 1.5  # so many times as many
+OVER = 4  # rows for each parameter where the parameters are no more than the rows asked for: then they fix a step
 SHARE = 0.5  # of an equal share of the rows that each term has at least
 LEAST_DAMPING = 1e-16
 HELD = 10  # one of so many residuals is held out
@@ -107,7 +109,8 @@ class GaussNewtonStep:
         r = self._taken(here.values, rows)
         problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator, self._buffer)
         theta, whole = loss.flat(), loss.objective(here.values, here)
-        if not abs(whole - progress.whole) <= 1e-6 * whole:  # another batch
+        same = abs(whole - progress.whole) <= 1e-6 * whole
+        if not same:  # another batch
             progress = progress._replace(held=math.inf, held_since=0, best=None)
         start = self._drawn_objective(r, theta, here)
         if not math.isfinite(problem.trace):
@@ -123,13 +126,14 @@ class GaussNewtonStep:
                 continue
             delta = problem.step(solve, r, theta, damping)
             predicted = start - self._drawn_objective(r + jacobian.mv(self._lr * delta), theta + self._lr * delta, here)
+            moved = theta + self._lr * delta
             if settings.acceleration:
-                delta = self._bent(here, rows, jacobian, solve, r, theta, delta)
-            loss.move(theta + self._lr * delta)
+                moved = moved + self._lr**2 * self._acceleration(here, rows, jacobian, solve, r, theta, delta)
+            loss.move(moved)
             there = here._replace(values=loss.there(here))
             now = loss.objective(there.values, here)
             drawn = now if rows.whole else self._drawn_objective(self._taken(there.values, rows), loss.flat(), here)
-            limit = whole if rows.whole else RISE * whole
+            limit = whole if rows.whole else RISE * (min(whole, progress.record) if same else whole)
             if drawn < start and now < limit and predicted > 0:
                 ratio = (start - drawn) / predicted
                 least = max(HELD_DECAY * progress.least, LEAST_DAMPING)
@@ -168,8 +172,9 @@ class GaussNewtonStep:
             if value < RACE_END * first:
                 break
         assert best is not None
-        if not math.isfinite(best[0]):
-            raise NonFiniteError(f"{loss.owner}.step(): no start leads to a finite loss; no parameter and no state has changed")
+        if not best[0] < first:  # the parameters were trained before
+            loss.move(theta)
+            return here, Progress(damping / drawn, self._settings.rows)
         value, theta, now, progress = best
         loss.move(theta)
         return now, progress._replace(rows=self._settings.rows, growth=2.0, record=value, since=0)
@@ -203,8 +208,10 @@ class GaussNewtonStep:
     def _draw(self, plan: Plan, here: Residuals, rows: float) -> _Rows:
         """Draws residuals: of each block its share, of a small one at least half of an equal share."""
         total = sum(block.size for block in plan.blocks)
-        whole = rows >= total
         parameters = sum(p.numel() for p in self._loss.parameters)
+        if parameters <= rows:
+            rows = min(max(rows, OVER * parameters), self._settings.max_rows)
+        whole = rows >= total
         holds = total < HELD_RATIO * parameters if self._settings.holdout is None else self._settings.holdout
         fixed = torch.Generator().manual_seed(HELD)
         offsets = [0]
@@ -258,7 +265,7 @@ class GaussNewtonStep:
                     )
             for block, scale in zip(plan.blocks, rows.scales, strict=True):
                 for p, node in block.others.items():
-                    if 2 * parameters[p].numel() > len(scale):
+                    if 2 * parameters[p].numel() > len(scale) or node == COMPILED:
                         self._slow(p, node)
         return found
 
@@ -278,17 +285,17 @@ class GaussNewtonStep:
 
     # --- parts of a step ---
 
-    def _bent(
+    def _acceleration(
         self, here: Residuals, rows: _Rows, jacobian: Jacobian, solve: Callable[[Tensor], Tensor], r: Tensor, theta: Tensor,
         delta: Tensor,
     ) -> Tensor:  # fmt: skip
-        """The step with half of its geodesic acceleration, where that is small (Transtrum & Sethna, 2012)."""
+        """Half of the geodesic acceleration along a step where it is small, else zero (Transtrum & Sethna, 2012)."""
         self._loss.move(theta + PROBE * delta)
         probed = self._taken(self._loss.there(here), rows)
         bend = (2 / PROBE) * ((probed - r) / PROBE - jacobian.mv(delta))
         acceleration = -0.5 * solve(bend)
         small = 2 * acceleration.norm() < BEND * delta.norm()
-        return delta + acceleration if bool(small) else delta
+        return acceleration if bool(small) else torch.zeros_like(delta)
 
     def _drawn_objective(self, r: Tensor, theta: Tensor, here: Residuals) -> float:
         total = r.square().sum(dtype=torch.float64)

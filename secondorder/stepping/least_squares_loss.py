@@ -42,8 +42,6 @@ class LeastSquaresLoss:
             RuntimeError: it is no sum of squares with coefficients >= 0.
         """
         result = self._call()
-        if not isinstance(result, Tensor):
-            return self._listed(result)
         reach = Reach(self.parameters)
         with torch.enable_grad():
             terms = find_terms(result, reach, self.owner)
@@ -63,11 +61,8 @@ class LeastSquaresLoss:
     def there(self, start: Residuals) -> list[Tensor]:
         """The residuals at the parameters' present values, each of the shape that it had at the start."""
         result = self._call()
-        if isinstance(result, Tensor):
-            with torch.enable_grad():
-                values = [term.residual for term in find_terms(result, Reach(self.parameters), self.owner).squares]
-        else:
-            values = [r for r, _ in result]
+        with torch.enable_grad():
+            values = [term.residual for term in find_terms(result, Reach(self.parameters), self.owner).squares]
         if [v.shape for v in values] != [v.shape for v in start.values]:
             raise RuntimeError(
                 f"{self.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, got shapes "
@@ -99,7 +94,8 @@ class LeastSquaresLoss:
         if self._after is not None:
             self._after.restore()
 
-    def _call(self) -> Any:
+    def _call(self) -> Tensor:
+        """The closure's scalar loss."""
         if self._after is not None:
             self._random.restore()
         with torch.enable_grad():
@@ -113,26 +109,13 @@ class LeastSquaresLoss:
                     f"tensor of shape {tuple(result.shape)} and dtype {result.dtype}"
                 )
             return result
-        pairs = isinstance(result, list | tuple) and all(
-            isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], Tensor) for pair in result
-        )
-        if not pairs or not result:
+        if not (isinstance(result, list | tuple) and result and all(_is_pair(pair) for pair in result)):
             raise RuntimeError(
                 f"{self.owner}.step(): expected the closure to return a scalar loss or [(residual, weight), ...], got "
                 f"{type(result).__name__}"
             )
-        return result
-
-    def _listed(self, pairs: list[tuple[Tensor, Any]]) -> Residuals:
-        weights = []
-        for r, weight in pairs:
-            c = torch.as_tensor(weight, dtype=r.dtype, device=r.device).detach() / max(r.numel(), 1)
-            weights.append(c.expand(r.shape))
-            if bool((c < 0).any()):
-                raise RuntimeError(f"{self.owner}.step(): expected weights >= 0, got {weight}")
         with torch.enable_grad():
-            loss = torch.stack([(c * r.square()).sum() for c, (r, _) in zip(weights, pairs, strict=True)]).sum()
-        return Residuals(loss, [r for r, _ in pairs], weights, None)
+            return torch.stack([(weight * r.square()).mean() for r, weight in result]).sum()
 
     def _penalties(self, terms: list[Term], weights: list[Tensor]) -> Tensor | None:
         if not terms:
@@ -141,3 +124,7 @@ class LeastSquaresLoss:
         for term, c in zip(terms, weights, strict=True):
             each[id(term.residual)] += c
         return torch.cat([t.flatten() for t in each.values()])
+
+
+def _is_pair(pair: object) -> bool:
+    return isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], Tensor)

@@ -129,6 +129,55 @@ def test_no_step_is_worse_than_the_start_where_all_rows_are_drawn():
     assert all(b <= a for a, b in zip(losses, losses[1:]))
 
 
+def test_a_first_call_does_not_undo_earlier_training():
+    layer, x, y = nn.Linear(4, 1), torch.randn(300, 4), torch.randn(300, 1)
+    solution = torch.linalg.lstsq(torch.cat([x, torch.ones(300, 1)], 1), y).solution.flatten()
+    with torch.no_grad():
+        layer.weight.copy_(solution[:4].view(1, 4))
+        layer.bias.copy_(solution[4:])
+    before = mse_loss(layer(x), y).item()
+    optimizer = so.LevenbergMarquardt(layer.parameters(), rows=20)
+    optimizer.step(lambda: mse_loss(layer(x), y))
+    assert mse_loss(layer(x), y).item() <= before * (1 + 1e-9)
+
+
+def test_noise_with_fewer_parameters_than_rows_is_averaged():
+    layer, x = nn.Linear(60, 1), torch.randn(2000, 60)
+    y = x @ torch.randn(60, 1) + torch.randn(2000, 1)
+    optimizer = so.LevenbergMarquardt(layer.parameters(), rows=70)
+    for _ in range(10):
+        optimizer.step(lambda: mse_loss(layer(x), y))
+    ones = torch.cat([x, torch.ones(2000, 1)], 1)
+    best = mse_loss(ones @ torch.linalg.lstsq(ones, y).solution, y).item()
+    assert mse_loss(layer(x), y).item() < 1.5 * best
+
+
+def test_max_rows_bound_the_rows(monkeypatch):
+    net, x, y = regression(200, 12)
+    drawn = []
+    draw = gauss_newton_step.GaussNewtonStep._draw
+
+    def watched(self, *arguments):
+        rows = draw(self, *arguments)
+        drawn.append(len(rows.flat))
+        return rows
+
+    monkeypatch.setattr(gauss_newton_step.GaussNewtonStep, "_draw", watched)
+    optimizer = so.LevenbergMarquardt(net.parameters(), max_rows=50)
+    for _ in range(20):
+        optimizer.step(lambda: mse_loss(net(x), y))
+    assert max(drawn) == 50
+
+
+def test_rows_grow_where_the_loss_does_not_fall():
+    net, x, _ = regression(300, 20)
+    y = torch.randn(300, 1)
+    optimizer = so.LevenbergMarquardt(net.parameters(), rows=20, holdout=False)
+    for _ in range(25):
+        optimizer.step(lambda: mse_loss(net(x), y))
+    assert optimizer.metrics()["rows"] >= 45
+
+
 def test_where_there_is_nothing_to_gain_nothing_moves():
     net, x, _ = regression()
     y = net(x).detach()
@@ -227,6 +276,35 @@ def test_squares_of_parameters_are_residuals_like_any():
     torch.testing.assert_close(flat(net) - before, expected, rtol=1e-8, atol=1e-10)
 
 
+def test_penalties_of_every_solver_and_form_are_the_same():
+    net, x, y = regression(80, 8)
+
+    def trained_by(solver, penalty):
+        model = copy.deepcopy(net)
+        optimizer = so.LevenbergMarquardt(model.parameters(), rows=None, race=False, solver=solver)
+        for _ in range(3):
+            optimizer.step(lambda: penalty(model))
+        return flat(model)
+
+    def scalar(model):
+        return mse_loss(model(x), y) + 0.5 * (model[0].weight ** 2).mean()
+
+    def listed(model):
+        return [(model(x) - y, 1.0), (model[0].weight, 0.5)]
+
+    expected = trained_by("rows", scalar)
+    for solver in ("parameters", "nystrom", "auto"):
+        torch.testing.assert_close(trained_by(solver, scalar), expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(trained_by("rows", listed), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_what_depends_on_no_parameter_is_a_constant():
+    net, x, y = regression()
+    plain = trained(net, lambda model, _: lambda: mse_loss(model(x), y), race=False)
+    constant = trained(net, lambda model, _: lambda: [(model(x) - y, 1.0), (torch.ones(3), 2.0)], race=False)
+    torch.testing.assert_close(constant, plain, rtol=1e-9, atol=1e-12)
+
+
 def test_two_outputs_of_one_node_are_two_residuals():
     net, x, _ = regression(outputs=2)
     with pytest.raises(RuntimeError, match="a product or quotient of two things"):
@@ -274,7 +352,7 @@ def test_a_value_that_is_not_that_of_its_graph_is_refused():
         (lambda u: u**2, "a tensor of shape"),
         (lambda u: None, "got NoneType"),
         (lambda u: [], "got list"),
-        (lambda u: [(u, -1.0)], "weights >= 0"),
+        (lambda u: [(u, -1.0)], "negative coefficient"),
         (lambda u: [u], "got list"),
     ],
 )
@@ -413,6 +491,18 @@ def test_what_is_held_out_is_never_drawn():
     assert not seen & held
 
 
+def test_a_compiled_model():
+    net, x, y = regression(20, 4)
+    compiled = torch.compile(net, backend="aot_eager")
+    expected = trained(net, lambda model, _: lambda: mse_loss(model(x), y), race=False)
+    optimizer = so.LevenbergMarquardt(net.parameters(), rows=25, race=False)
+    with pytest.warns(UserWarning, match="CompiledFunctionBackward"):
+        optimizer.step(lambda: mse_loss(compiled(x), y))
+    for _ in range(3):
+        optimizer.step(lambda: mse_loss(compiled(x), y))
+    torch.testing.assert_close(flat(net), expected, rtol=1e-6, atol=1e-9)
+
+
 # --- habits ---
 
 
@@ -444,6 +534,20 @@ def test_copies_of_model_and_optimizer_train_alike(copied):
         optimizer.step(lambda: mse_loss(net(x), y))
         theirs.step(lambda: mse_loss(other(x), y))
     torch.testing.assert_close(flat(other), flat(net), rtol=0, atol=0)
+
+
+def test_lr_multiplies_the_step_and_its_square_the_acceleration():
+    net, x, y = regression()
+    before, moves = flat(net), {}
+    for lr in (0.5, 1.0, 1.5):
+        model = copy.deepcopy(net)
+        so.LevenbergMarquardt(model.parameters(), lr=lr, race=False, damping=10.0).step(lambda model=model: mse_loss(model(x), y))
+        moves[lr] = flat(model) - before
+    # With lr d + lr^2 b, d and b from two of them give the third.
+    b = 2 * moves[1.0] - 4 * moves[0.5]
+    d = moves[1.0] - b
+    torch.testing.assert_close(moves[1.5], 1.5 * d + 2.25 * b, rtol=1e-6, atol=1e-9)
+    assert b.norm() > 1e-3 * d.norm()
 
 
 def test_lr_multiplies_the_step_of_its_group_and_schedulers_change_it():

@@ -99,6 +99,19 @@ def squares_in_other_words():
 
 
 @case
+def squares_of_absolute_values_and_norms():
+    net, x = mlp(2, 3), points()
+
+    def loss():
+        u = net(x)
+        norms = torch.linalg.norm(u, dim=1) ** 2 * torch.arange(1.0, 12.0)
+        kept = torch.linalg.vector_norm(net(2 * x), dim=-1, keepdim=True).square()
+        return norms.mean() + kept.sum() + (net(x + 1).abs() ** 2).mean()
+
+    return net.parameters(), loss
+
+
+@case
 def a_coefficient_of_the_equation():
     net, x, factor, offset = mlp(), points(), nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.tensor([0.2]))
 
