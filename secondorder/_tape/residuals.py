@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from secondorder._tape.square_roots import ROOTS
+
 # What a loss may be made of above its squares: each is linear in every input, with constants that autograd knows.
 _LINEAR = {
     "AddBackward", "SubBackward", "RsubBackward", "NegBackward", "MeanBackward", "SumBackward", "NansumBackward", "StackBackward",
@@ -102,6 +104,7 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
             continue
         square = _square(node)
         if square is not None:
+            constant |= kind(node) == "BinaryCrossEntropyWithLogitsBackward"  # the entropy of its targets
             is_parameter = square.residual.is_leaf
             (penalties if is_parameter else squares).append(square)
             continue
@@ -128,8 +131,9 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
 def _refused(owner: str, node: Node, what: str) -> RuntimeError:
     return RuntimeError(
         f"{owner}.step(): expected the loss to be a sum of means or sums of squares, each times a constant, but {node.name()} "
-        f"is {what}. Square residuals only (r ** 2, r * r, nn.functional.mse_loss), detach weights that are computed from them, "
-        "or return [(residual, weight), ...] from the closure."
+        f"is {what}. Take squares of residuals (r ** 2, nn.functional.mse_loss), Huber's loss, smooth L1, the soft margin or "
+        "binary cross-entropy with logits; detach weights that are computed from residuals; or return [(residual, weight), ...] "
+        "from the closure."
     )
 
 
@@ -143,9 +147,9 @@ def _square(node: Node) -> Term | None:
         first, second = node.next_functions
         if first == second:  # the same output of the same node
             return Term(node, saved._saved_self, False)
-    if name == "MseLossBackward":
-        difference = saved._saved_self - saved._saved_target
-        return Term(node, difference, saved._saved_reduction == 1)
+    if name in ROOTS:
+        root = ROOTS[name](node)
+        return None if root is None else Term(node, root, saved._saved_reduction == 1)
     return None
 
 

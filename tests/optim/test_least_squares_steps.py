@@ -298,6 +298,20 @@ def test_penalties_of_every_solver_and_form_are_the_same():
     torch.testing.assert_close(trained_by("rows", listed), expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "criterion", [nn.HuberLoss(delta=0.2), nn.SmoothL1Loss(beta=0.2, reduction="sum"), nn.BCEWithLogitsLoss()]
+)
+def test_other_criteria_reach_a_minimum(criterion):
+    generator = torch.Generator().manual_seed(1)
+    layer, x = nn.Linear(3, 1), torch.randn(200, 3, generator=generator)
+    y = (x @ torch.tensor([[1.0], [-2.0], [0.5]]) + torch.randn(200, 1, generator=generator)).sigmoid().round()
+    optimizer = so.LevenbergMarquardt(layer.parameters(), rows=None)
+    for _ in range(25):
+        optimizer.step(lambda: criterion(layer(x), y))
+    gradients = torch.autograd.grad(criterion(layer(x), y), list(layer.parameters()))
+    assert max(float(g.abs().max()) for g in gradients) < 1e-6 * (200 if criterion.reduction == "sum" else 1)
+
+
 def test_what_depends_on_no_parameter_is_a_constant():
     net, x, y = regression()
     plain = trained(net, lambda model, _: lambda: mse_loss(model(x), y), race=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, hessian, vmap
-from torch.nn.functional import mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, huber_loss, mse_loss, smooth_l1_loss, soft_margin_loss
 
 from secondorder._tape.jacobian import Buffer, jacobian, make_plan
 from secondorder._tape.residuals import Reach, coefficients, find_terms
@@ -486,3 +486,84 @@ def test_what_is_linear_in_a_parameter_is_refused():
     net = mlp()
     with pytest.raises(RuntimeError, match="AccumulateGrad is neither a square nor linear"):
         of_loss(list(net.parameters()), (net(torch.rand(5, 2)) ** 2).mean() + net[0].bias.sum())
+
+
+# --- criteria as squares ---
+
+
+def elementwise(criterion, u, t):
+    """The loss, and the squares found in its graph with their coefficients and values."""
+    loss = criterion(u, t)
+    terms = find_terms(loss, Reach([u]), "test").squares
+    return loss, coefficients(loss, terms, "test"), terms
+
+
+CRITERIA = {
+    "huber": lambda u, t: huber_loss(u, t, delta=0.5),
+    "huber, sum": lambda u, t: huber_loss(u, t, delta=2.0, reduction="sum"),
+    "smooth L1": lambda u, t: smooth_l1_loss(u, t, beta=0.3),
+    "soft margin": lambda u, t: soft_margin_loss(u, torch.sign(t - 0.5)),
+    "bce": lambda u, t: binary_cross_entropy_with_logits(u, t),
+    "bce, weighted": lambda u, t: binary_cross_entropy_with_logits(u, t, weight=1 + t, reduction="sum"),
+}
+
+
+def arguments(dtype=torch.float64):
+    """Outputs near, at and far from the minimum of every criterion, with hard and soft targets."""
+    t = torch.cat([torch.rand(30), torch.tensor([0.0, 1.0, 0.5, 1.0, 0.0, 0.3, 0.3])]).to(dtype)
+    u = torch.logit(t, eps=1e-3)
+    u[:10] += torch.logspace(-9, 0, 10, dtype=dtype)
+    u[10:20] -= torch.logspace(-9, 0, 10, dtype=dtype)
+    u[20:25], u[25:30] = t[20:25], -25 * torch.rand(5, dtype=dtype)
+    u[33:35] = torch.tensor([-30.0, 30.0], dtype=dtype)
+    return u.detach().clone().requires_grad_(), t
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_criterion_is_the_square_of_its_root(name):
+    u, t = arguments()
+    loss, weights, terms = elementwise(CRITERIA[name], u, t)
+    squares = sum((c * term.residual.square()).sum() for c, term in zip(weights, terms, strict=True))
+    entropy = 0.0
+    if name.startswith("bce"):
+        weight = 1 + t if "weighted" in name else torch.full_like(t, 1 / len(t))
+        entropy = float((weight * torch.distributions.Bernoulli(t).entropy()).sum())
+    torch.testing.assert_close(squares + entropy, loss, rtol=1e-10, atol=0)
+    (ours,), (right,) = (torch.autograd.grad(value, u, retain_graph=True) for value in (squares, loss))
+    torch.testing.assert_close(ours, right, rtol=1e-6, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_roots_curvature_is_that_of_the_criterion_at_its_minimum(name):
+    if name == "soft margin":
+        pytest.skip("it has no minimum")
+    _, t = arguments()
+    t = t[:30]
+    u = (t if name.startswith(("huber", "smooth")) else torch.logit(t)).clone().requires_grad_()
+    loss, weights, terms = elementwise(CRITERIA[name], u, t)
+    (slope,) = torch.autograd.grad(loss, u, create_graph=True)
+    (right,) = torch.autograd.grad(slope.sum(), u)
+    (root,) = torch.autograd.grad(terms[0].residual.sum(), u)
+    torch.testing.assert_close(2 * weights[0] * root.square(), right, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_roots_in_float32_are_finite(name):
+    u, t = arguments(torch.float32)
+    loss, weights, terms = elementwise(CRITERIA[name], u, t)
+    (root,) = torch.autograd.grad(terms[0].residual.sum(), u, retain_graph=True)
+    assert torch.isfinite(root).all()
+    (right,) = torch.autograd.grad(loss, u, retain_graph=True)
+    torch.testing.assert_close(2 * weights[0] * terms[0].residual * root, right, rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda u, t: smooth_l1_loss(u, t, beta=0.0),
+        lambda u, t: binary_cross_entropy_with_logits(u, t, pos_weight=torch.tensor(2.0)),
+    ],
+)
+def test_criteria_without_a_root_are_refused(loss):
+    with pytest.raises(RuntimeError, match="neither a square nor linear"):
+        elementwise(loss, *arguments())
