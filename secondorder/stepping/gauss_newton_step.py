@@ -48,10 +48,10 @@ class Progress(NamedTuple):
     ratio: float = 0.0  # the last step's reduction over the predicted one; 0: no step was accepted
     whole: float = math.nan  # the whole loss after it
     held: float = math.inf  # the least loss of the residuals held out
-    excess: float = 0.0  # their mean loss over that of all; 0: none are held out
-    held_since: int = 0  # steps since then
-    least: float = LEAST_DAMPING  # what mu does not fall below
+    excess: float = 0.0  # their mean loss now, over that of the others of their blocks; 0: none are held out
+    held_since: int = 0  # steps since `held`
     best: Tensor | None = None  # the parameters that had it [P]
+    least: float = LEAST_DAMPING  # what mu does not fall below
 
 
 class Settings(NamedTuple):
@@ -73,8 +73,7 @@ class _Rows(NamedTuple):
     scales: list[Tensor]  # of each block, the root of c n / m
     scale: Tensor  # [m], all of them
     whole: bool  # whether it looks at all
-    held: Tensor  # those held out, as `flat`
-    held_scale: Tensor
+    held: list[tuple[Tensor, Tensor, Tensor]]  # of each block: those held out and the others, as `flat`, and all their roots of c
 
 
 class GaussNewtonStep:
@@ -218,16 +217,16 @@ class GaussNewtonStep:
         for r in here.values:
             offsets.append(offsets[-1] + r.numel())
         drawn: list[Tensor | None] = []
-        flat, scales, outside, outside_scales = [], [], [], []
+        flat, scales, held = [], [], []
         for block in plan.blocks:
             c = here.weights[block.term].reshape(-1)
             all_elements = block.chosen(None, c.device) + offsets[block.term]
             d, kept = None, block.size
             if holds and block.size >= HELD_BLOCK:
                 order = torch.randperm(block.size, generator=fixed)
-                out, inside = order[: block.size // HELD].to(c.device), order[block.size // HELD :]
-                outside.append(all_elements[out])
-                outside_scales.append(c[block.chosen(out, c.device)].sqrt())
+                out, inside = order[: block.size // HELD], order[block.size // HELD :]
+                ordered = all_elements[order.to(c.device)]
+                held.append((*ordered.split([len(out), len(inside)]), c[ordered - offsets[block.term]].sqrt()))
                 kept, d = len(inside), inside
             if not whole:
                 equal = int(SHARE * rows / len(plan.blocks))
@@ -241,9 +240,7 @@ class GaussNewtonStep:
             drawn.append(d)
             flat.append(elements + offsets[block.term])
             scales.append(c[elements].sqrt())
-        held = torch.cat(outside) if outside else torch.empty(0, dtype=torch.int64)
-        held_scale = torch.cat(outside_scales) if outside else here.values[0].new_empty(0)
-        return _Rows(drawn, torch.cat(flat), scales, torch.cat(scales), whole and not len(held), held, held_scale)
+        return _Rows(drawn, torch.cat(flat), scales, torch.cat(scales), whole and not held, held)
 
     def _taken(self, values: Sequence[Tensor], rows: _Rows) -> Tensor:
         """The weighted residuals of these rows [m]."""
@@ -305,11 +302,16 @@ class GaussNewtonStep:
 
     def _held_out(self, there: Residuals, progress: Progress, rows: _Rows) -> tuple[Residuals, Progress]:
         """Goes back to the least loss of the residuals held out where only the others still fall: they are interpolated."""
-        if not len(rows.held):
+        if not rows.held:
             return there, progress
         values = torch.cat([v.detach().flatten() for v in there.values])
-        held = float((values[rows.held] * rows.held_scale).square().sum(dtype=torch.float64))
-        progress = progress._replace(excess=HELD * held / max(progress.whole, torch.finfo(torch.float64).tiny))
+        sums = [torch.zeros((), dtype=torch.float64, device=values.device)] * 2
+        for out, inside, scale in rows.held:
+            squares = (values[torch.cat([out, inside])] * scale).square().double()
+            parts = squares.split([len(out), len(inside)])
+            sums = [total + part.mean() * len(squares) for total, part in zip(sums, parts, strict=True)]
+        held, others = torch.stack(sums).tolist()
+        progress = progress._replace(excess=held / max(others, torch.finfo(torch.float64).tiny))
         if held < progress.held:
             return there, progress._replace(held=held, held_since=0, best=self._loss.flat())
         if progress.held_since + 1 < HELD_PATIENCE:

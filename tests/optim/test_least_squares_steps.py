@@ -493,7 +493,9 @@ def test_what_is_held_out_is_never_drawn():
     def watched(self, *arguments):
         rows = draw(self, *arguments)
         seen.update(rows.flat.tolist())
-        held.update(rows.held.tolist())
+        for out, inside, _ in rows.held:
+            held.update(out.tolist())
+            assert len(out) + len(inside) == 300
         return rows
 
     with pytest.MonkeyPatch.context() as patch:
