@@ -49,6 +49,7 @@ bench: .venv/ready
 	$(BIN)/python -m bench.micro.eacg
 	$(BIN)/python -m bench.micro.bfgs
 	$(BIN)/python -m bench.micro.jacobian
+	$(BIN)/python -m bench.micro.least_squares
 	$(BIN)/python -m bench.micro.operators $(LARGE)
 	$(BIN)/python -m bench.micro.step $(LARGE)
 	$(BIN)/python -m bench.micro.budget $(LARGE)

@@ -1,6 +1,6 @@
 """Poisson's equation by a net: u_xx + u_yy = f on the unit square, u = 0 on its edge.
 
-    python examples/poisson.py [--steps 300]
+    python examples/poisson.py [--steps 150]
 
 The loss is what one writes for Adam or L-BFGS. Only the optimizer is another one.
 """

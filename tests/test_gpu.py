@@ -490,3 +490,26 @@ def test_eigen_adam_waits_for_nothing_and_tells_later_of_what_is_not_finite():
     step()
     assert optimizer.skipped_steps == 1
     assert optimizer._shared()["steps"] == 16
+
+
+@pytest.mark.parametrize("solver", ["rows", "parameters", "nystrom"])
+def test_levenberg_marquardt_steps_as_on_the_cpu(solver):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 9), nn.Tanh(), nn.Linear(9, 1)).double()
+    points, edge = torch.rand(150, 2).double(), torch.rand(20, 2).double()
+
+    def trained(device):
+        model = copy.deepcopy(net).to(device)
+        x, other = points.to(device).requires_grad_(), edge.to(device)
+
+        def loss():
+            u_x = torch.autograd.grad(model(x).sum(), x, create_graph=True)[0]
+            return ((u_x[:, :1] - u_x[:, 1:] - 1) ** 2).mean() + (model(other) ** 2).mean()
+
+        optimizer = so.LevenbergMarquardt(model.parameters(), rows=40, race=False, solver=solver, damping=0.1, holdout=True)
+        for _ in range(4):
+            optimizer.step(loss)
+        return torch.cat([p.detach().flatten() for p in model.parameters()]).cpu()
+
+    tolerance = 1e-2 if solver == "nystrom" else 1e-6  # conjugate gradients end at a hundredth
+    torch.testing.assert_close(trained("cuda"), trained("cpu"), rtol=tolerance, atol=tolerance)

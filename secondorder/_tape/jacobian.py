@@ -97,7 +97,7 @@ def _block(term: int, elements: Tensor | None, r: Tensor, found: Uses, parameter
     n = r.numel() if elements is None else len(elements)
     others = dict(found.others)
     edges = list(dict.fromkeys(use.node for use in found.uses))
-    numbers = 1 + torch.randperm(n, device=r.device).to(r.dtype) / n
+    numbers = 1 + torch.randperm(n, generator=torch.Generator().manual_seed(n)).to(r) / n
     arriving = [_arriving([r], [_seed(r, elements, v)], edges) for v in (torch.ones_like(numbers), numbers)]
     taken: list[int] = []
     maps: list[Tensor | None] = []

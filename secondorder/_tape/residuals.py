@@ -141,7 +141,7 @@ def _square(node: Node) -> Term | None:
     """The node as a square, if it is one."""
     name = kind(node)
     saved: Any = node
-    if name == "PowBackward" and _exponent(saved) == 2:
+    if name == "PowBackward" and _exponent(saved) == 2 and all(f is None for f, _ in node.next_functions[1:]):
         return Term(node, *_root(saved._saved_self))
     if name in ("MulBackward", "DotBackward"):
         first, second = node.next_functions
@@ -154,14 +154,17 @@ def _square(node: Node) -> Term | None:
 
 
 def _exponent(node: Any) -> float:
+    """The exponent of a power of a tensor; 0 where there are several, or the base is a number."""
     exponent = node._saved_exponent
-    return float(exponent) if not isinstance(exponent, Tensor) or exponent.numel() == 1 else 0.0
+    if not isinstance(node._saved_self, Tensor) or (isinstance(exponent, Tensor) and exponent.numel() != 1):
+        return 0.0
+    return float(exponent)
 
 
 def _root(value: Tensor) -> tuple[Tensor, bool, tuple[int, ...]]:
     """What is squared, where that is an absolute value or a norm: its square is smooth; the last two fields of the term."""
     node: Any = value.grad_fn
-    if node is not None and kind(node) == "AbsBackward" and not value.is_complex():
+    if node is not None and kind(node) == "AbsBackward" and not node._saved_self.is_complex():
         return node._saved_self, False, ()
     if node is not None and kind(node) == "LinalgVectorNormBackward" and float(node._saved_ord) == 2:
         inner: Tensor = node._saved_self

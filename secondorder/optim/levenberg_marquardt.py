@@ -211,6 +211,20 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         found = {key: float(state[key]) for key in ("damping", "rows", "ratio", "excess") if key in state}
         return {**found, "skipped_steps": float(self.skipped_steps)}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every torch optimizer's.
+
+        Raises:
+            ValueError: it is that of another optimizer.
+        """
+        expected = {*Progress._fields, "generator", "step"}
+        for state in state_dict["state"].values():
+            if set(state) != expected:
+                raise ValueError(
+                    f"{type(self).__name__}.load_state_dict(): expected a state with {sorted(expected)}, got one with {sorted(state)}"
+                )
+        super().load_state_dict(state_dict)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As every torch optimizer's; the parameters are of the dtype and on the device of the others.
 

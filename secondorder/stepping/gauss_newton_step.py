@@ -109,7 +109,7 @@ class GaussNewtonStep:
         problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator, self._buffer)
         theta, whole = loss.flat(), loss.objective(here.values, here)
         same = abs(whole - progress.whole) <= 1e-6 * whole
-        if not same:  # another batch
+        if not same or (progress.best is not None and len(progress.best) != len(theta)):  # another batch, or other parameters
             progress = progress._replace(held=math.inf, held_since=0, best=None)
         start = self._drawn_objective(r, theta, here)
         if not math.isfinite(problem.trace):

@@ -540,6 +540,15 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
     torch.testing.assert_close(flat(net), expected, rtol=0, atol=0)
 
 
+def test_a_foreign_state_is_refused():
+    net, x, y = regression()
+    adam = torch.optim.Adam(net.parameters())
+    mse_loss(net(x), y).backward()
+    adam.step()
+    with pytest.raises(ValueError, match="expected a state with"):
+        so.LevenbergMarquardt(net.parameters()).load_state_dict(adam.state_dict())
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_copies_of_model_and_optimizer_train_alike(copied):
     net, x, y = regression()
@@ -603,6 +612,18 @@ def test_frozen_parameters_stay_and_may_be_unfrozen():
     net.requires_grad_(False)
     with pytest.raises(RuntimeError, match="requires a gradient"):
         optimizer.step(lambda: mse_loss(net(x), y))
+
+
+def test_what_is_held_out_begins_anew_with_other_parameters():
+    net, loss, _ = noisy()
+    net[0].requires_grad_(False)
+    optimizer = so.LevenbergMarquardt(net.parameters(), holdout=True, race=False)
+    for _ in range(3):
+        optimizer.step(loss)
+    frozen = len(optimizer.state[net[0].weight]["best"])
+    net[0].requires_grad_(True)
+    optimizer.step(loss)
+    assert len(optimizer.state[net[0].weight]["best"]) == frozen + 60
 
 
 @pytest.mark.parametrize("nonfinite", ["error", "skip"])

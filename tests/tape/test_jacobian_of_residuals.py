@@ -470,6 +470,8 @@ def test_a_wide_layer_is_cheaper_by_its_factors():
         (lambda u: torch.mul(*u.unbind(1)).mean(), "MulBackward0"),
         (lambda u: u.abs().mean(), "AbsBackward0"),
         (lambda u: (u**3).mean(), "PowBackward0"),
+        (lambda u: (u ** (u.sum() * 0 + 2)).mean(), "PowBackward1"),
+        (lambda u: (2 ** (u.sum() * 0 + 2)).mean(), "PowBackward"),
         (lambda u: (u**2).mean().sqrt(), "SqrtBackward0"),
         (lambda u: (u**2).mean() / (u**2).mean(), "DivBackward0"),
         (lambda u: (u**2).mean() - 2 * (u[:, 0] ** 2).mean(), "negative coefficient"),
