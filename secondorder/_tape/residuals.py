@@ -158,7 +158,7 @@ def _exponent(node: Any) -> float:
     exponent = node._saved_exponent
     if not isinstance(node._saved_self, Tensor) or (isinstance(exponent, Tensor) and exponent.numel() != 1):
         return 0.0
-    return float(exponent)
+    return float(exponent.detach() if isinstance(exponent, Tensor) else exponent)
 
 
 def _root(value: Tensor) -> tuple[Tensor, bool, tuple[int, ...]]:

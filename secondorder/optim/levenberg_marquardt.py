@@ -48,9 +48,9 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     their loss, which is a tenth above that of the others or more, the points are being interpolated or their noise is fitted:
     the parameters go back to the record, with a hundred times the damping, and a warning says so once.
 
-    The first call of `step` does more: it takes 6 steps from each of up to three starts, strongly damped, after 30 iterations of
-    L-BFGS, and weakly damped, and goes on from the one with the least loss, since first steps decide which minimum is reached;
-    where none is below the loss that it began with, as after other training, it goes on from there.
+    The first call of `step` does more, since first steps decide which minimum is reached: it takes 6 steps after 10 iterations of
+    L-BFGS, and, if the last three of them have not halved the loss, 6 steps from where it was; it goes on from the least loss,
+    that of the beginning included.
 
     It does not predict noise better than others do, and shocks (Burgers' equation at small viscosity) need many residuals. In
     float32 errors end near 1e-4: use float64.
@@ -64,7 +64,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         max_rows: to which the rows grow. None: all.
         acceleration: whether steps are bent by the geodesic acceleration, for one more call of the closure a step.
         damping: the start of mu, relative to the mean of the diagonal of J J^T, > 0.
-        race: whether the first call tries three starts. Without it the first step has the damping above.
+        race: whether the first call tries two starts. Without it the first step has the damping above.
         holdout: whether a tenth of the residuals, of terms with 100 or more, is held out. None: as said above.
         solver: "rows" (m numbers), "parameters" (P numbers), "nystrom" (conjugate gradients) or "auto".
         memory: bytes that J may take; where it would take more, products with it are formed from its factors.
@@ -122,7 +122,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
-        """One step; calls the closure three times or more, the first one some 60 to 100 times.
+        """One step; calls the closure three times or more, the first one some 40 to 70 times.
 
         Within a step every call starts from the same state of torch's random generators, so that points drawn in the closure are
         the same ones; the next step has new ones.
@@ -221,7 +221,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         for state in state_dict["state"].values():
             if set(state) != expected:
                 raise ValueError(
-                    f"{type(self).__name__}.load_state_dict(): expected a state with {sorted(expected)}, got one with {sorted(state)}"
+                    f"{type(self).__name__}.load_state_dict(): expected a state with {sorted(expected)}, got one with "
+                    f"{sorted(state)}"
                 )
         super().load_state_dict(state_dict)
 

@@ -34,7 +34,10 @@ PLANS = 16  # kept for graphs of as many structures
 
 RACE_STEPS = 6  # of each start
 RACE_ROWS = 150
-RACE_END = 1e-3  # of the first loss: a start that comes below ends the race
+RACE_ITERATIONS = 10  # of L-BFGS before the first
+RACE_DAMPING = 1e-2  # and mu after them, relative to tr(J J^T)
+RACE_END = 1e-3  # of the first loss: a start that comes below ends the race,
+RACE_FALL = 0.5  # and so does one whose second half of steps brings so much less
 
 
 class Progress(NamedTuple):
@@ -146,29 +149,30 @@ class GaussNewtonStep:
         return here, progress._replace(damping=min(10 * progress.damping, 1.0), growth=2.0, ratio=0.0)
 
     def race(self, here: Residuals, damping: float) -> tuple[Residuals, Progress]:
-        """Some steps from each of three starts; the lowest loss goes on.
+        """Some steps from each of two starts; the lowest loss goes on.
 
-        A start's first steps decide which minimum it reaches: with mu = tr(J J^T), with `damping` times the mean of the diagonal,
-        or after an iteration of L-BFGS.
+        The first steps decide which minimum is reached: those after some iterations of L-BFGS, or those with `damping` times the
+        mean of the diagonal.
         """
         loss = self._loss
         theta, first = loss.flat(), loss.objective(here.values, here)
         rows = min(RACE_ROWS, self._settings.rows)
         drawn = min(rows, sum(r.numel() for r in here.values))
         best: tuple[float, Tensor, Residuals, Progress] | None = None
-        for mu, quasi_newton in ((1.0, False), (1e-2, True), (damping / drawn, False)):
-            now, progress = here, Progress(mu, rows)
-            if best is not None:
-                loss.move(theta)
-                now = self._lbfgs(here) if quasi_newton else here._replace(values=loss.there(here))
+        for mu, quasi_newton in ((RACE_DAMPING, True), (damping / drawn, False)):
+            progress = Progress(mu, rows)
+            loss.move(theta)
+            now = self._lbfgs(here) if quasi_newton else here._replace(values=loss.there(here))
+            values = []
             for _ in range(RACE_STEPS):
                 now, progress = self.step(now, progress)
                 if progress.ratio == 0:  # it was taken back, and has left the graph behind
                     now = here._replace(values=loss.there(here))
-            value = loss.objective(now.values, here)
+                values.append(loss.objective(now.values, here))
+            value = values[-1]
             if best is None or value < best[0] or math.isnan(best[0]):
                 best = value, loss.flat(), now, progress
-            if value < RACE_END * first:
+            if value < RACE_END * first or value < RACE_FALL * values[RACE_STEPS // 2 - 1]:
                 break
         assert best is not None
         if not best[0] < first:  # the parameters were trained before
@@ -341,9 +345,9 @@ class GaussNewtonStep:
         kept = [p.grad for p in parameters]
         optimizer = torch.optim.LBFGS(
             parameters,
-            max_iter=30,
-            max_eval=40,
-            history_size=30,
+            max_iter=RACE_ITERATIONS,
+            max_eval=RACE_ITERATIONS * 4 // 3,
+            history_size=RACE_ITERATIONS,
             tolerance_grad=0,
             tolerance_change=0,
             line_search_fn="strong_wolfe",
