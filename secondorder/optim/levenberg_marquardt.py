@@ -13,6 +13,7 @@ from secondorder.errors import NonFiniteError
 from secondorder.optim._closure import idle_backward
 from secondorder.optim._numbers import Numbers, check_arguments, check_numbers
 from secondorder.optim._optimizer import SecondOrderOptimizer
+from secondorder.optim.eigen_adam import EigenAdam
 from secondorder.stepping.damped_least_squares import SOLVERS
 from secondorder.stepping.gauss_newton_step import HELD_PATIENCE, GaussNewtonStep, Progress, Settings
 from secondorder.stepping.least_squares_loss import LeastSquaresLoss
@@ -48,9 +49,9 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     their loss, which is a tenth above that of the others or more, the points are being interpolated or their noise is fitted:
     the parameters go back to the record, with a hundred times the damping, and a warning says so once.
 
-    The first call of `step` does more, since first steps decide which minimum is reached: it takes 6 steps after 10 iterations of
-    L-BFGS, and, if the last three of them have not halved the loss, 6 steps from where it was; it goes on from the least loss,
-    that of the beginning included.
+    The first call of `step` does more, since first steps decide which minimum is reached: it takes 6 steps after 40 of
+    `EigenAdam`, and, if the last three of them have not halved the loss, 6 steps from where it was; it goes on from the least
+    loss, that of the beginning included.
 
     It does not predict noise better than others do, and shocks (Burgers' equation at small viscosity) need many residuals. In
     float32 errors end near 1e-4: use float64.
@@ -122,7 +123,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
-        """One step; calls the closure three times or more, the first one some 40 to 70 times.
+        """One step; calls the closure three times or more, the first one some 60 to 90 times.
 
         Within a step every call starts from the same state of torch's random generators, so that points drawn in the closure are
         the same ones; the next step has new ones.
@@ -163,7 +164,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
                 if not math.isfinite(value):
                     raise NonFiniteError(f"{name}.step(): the loss is {float(value)}; no parameter and no state has changed")
                 run = GaussNewtonStep(
-                    loss, self._settings, self._plans, generator, self._lr(parameters), self._slow, self._buffer
+                    loss, self._settings, self._plans, generator, self._lr(parameters), self._slow, self._buffer, EigenAdam
                 )
                 if state:
                     progress = run.step(here, Progress(**{key: state[key] for key in Progress._fields}))[1]
@@ -176,6 +177,12 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         except BaseException as error:
             for p, old in zip(parameters, before, strict=True):
                 p.copy_(old)
+            if "donated_buffer" in str(error):  # torch.compile's graphs are run backward once, unless it is told otherwise
+                raise RuntimeError(
+                    f"{name}.step(): expected a graph that can be run backward more than once, got a compiled one that cannot. "
+                    "Call the model itself rather than the compiled one, or set torch._functorch.config.donated_buffer = False "
+                    "before it is compiled."
+                ) from error
             if not isinstance(error, NonFiniteError) or self._nonfinite == "error" or value is None:
                 raise
             self.param_groups[0]["skipped_steps"] += 1

@@ -34,7 +34,7 @@ PLANS = 16  # kept for graphs of as many structures
 
 RACE_STEPS = 6  # of each start
 RACE_ROWS = 150
-RACE_ITERATIONS = 10  # of L-BFGS before the first
+RACE_WARM_UP = 40  # steps of a first-order optimizer before those of the first
 RACE_DAMPING = 1e-2  # and mu after them, relative to tr(J J^T)
 RACE_END = 1e-3  # of the first loss: a start that comes below ends the race,
 RACE_FALL = 0.5  # and so does one whose second half of steps brings so much less
@@ -90,13 +90,15 @@ class GaussNewtonStep:
         lr: multiplies a step, a number or one for each parameter's element [P].
         slow: is told of a parameter that costs a backward pass for each residual, and of the node by which it enters.
         buffer: memory for matrices.
+        first_order: makes an optimizer of parameters that steps by their gradients.
     """
 
     def __init__(
         self, loss: LeastSquaresLoss, settings: Settings, plans: dict[object, Plan], generator: torch.Generator,
         lr: float | Tensor, slow: Callable[[int, str], None], buffer: Buffer,
+        first_order: Callable[[Sequence[Tensor]], torch.optim.Optimizer],
     ):  # fmt: skip
-        self._buffer = buffer
+        self._buffer, self._first_order = buffer, first_order
         self.interpolates = False  # whether a step has gone back, since only the residuals drawn still fell
         self._loss, self._settings, self._plans = loss, settings, plans
         self._generator, self._lr, self._slow = generator, lr, slow
@@ -151,18 +153,18 @@ class GaussNewtonStep:
     def race(self, here: Residuals, damping: float) -> tuple[Residuals, Progress]:
         """Some steps from each of two starts; the lowest loss goes on.
 
-        The first steps decide which minimum is reached: those after some iterations of L-BFGS, or those with `damping` times the
-        mean of the diagonal.
+        The first steps decide which minimum is reached: those after some of a first-order optimizer, or those with `damping`
+        times the mean of the diagonal.
         """
         loss = self._loss
         theta, first = loss.flat(), loss.objective(here.values, here)
         rows = min(RACE_ROWS, self._settings.rows)
         drawn = min(rows, sum(r.numel() for r in here.values))
         best: tuple[float, Tensor, Residuals, Progress] | None = None
-        for mu, quasi_newton in ((RACE_DAMPING, True), (damping / drawn, False)):
+        for mu, warm in ((RACE_DAMPING, True), (damping / drawn, False)):
             progress = Progress(mu, rows)
             loss.move(theta)
-            now = self._lbfgs(here) if quasi_newton else here._replace(values=loss.there(here))
+            now = self._warmed_up(here) if warm else here._replace(values=loss.there(here))
             values = []
             for _ in range(RACE_STEPS):
                 now, progress = self.step(now, progress)
@@ -339,34 +341,23 @@ class GaussNewtonStep:
             return progress._replace(since=progress.since + 1)
         return progress._replace(rows=min(progress.rows * GROWTH, self._settings.max_rows), record=now, since=0)
 
-    def _lbfgs(self, here: Residuals) -> Residuals:
-        """Where one call of L-BFGS leads, from the parameters' present values."""
+    def _warmed_up(self, here: Residuals) -> Residuals:
+        """Where some steps of a first-order optimizer lead, from the parameters' present values."""
         loss, parameters = self._loss, self._loss.parameters
         kept = [p.grad for p in parameters]
-        optimizer = torch.optim.LBFGS(
-            parameters,
-            max_iter=RACE_ITERATIONS,
-            max_eval=RACE_ITERATIONS * 4 // 3,
-            history_size=RACE_ITERATIONS,
-            tolerance_grad=0,
-            tolerance_change=0,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure() -> Tensor:
-            values = loss.there(here)
-            with torch.enable_grad():
-                total = sum((c * r.square()).sum() for c, r in zip(here.weights, values, strict=True))
-                if here.penalties is not None:
-                    each = here.penalties.split([p.numel() for p in parameters])
-                    total = total + sum((t.view_as(p) * p.square()).sum() for t, p in zip(each, parameters, strict=True))
-            gradients = torch.autograd.grad(total, parameters, allow_unused=True)  # type: ignore[arg-type]
-            for p, g in zip(parameters, gradients, strict=True):
-                p.grad = torch.zeros_like(p) if g is None else g
-            return total.detach()  # type: ignore[union-attr]
-
+        optimizer = self._first_order(parameters)
         try:
-            optimizer.step(closure)
+            for _ in range(RACE_WARM_UP):
+                values = loss.there(here)
+                with torch.enable_grad():
+                    total = sum((c * r.square()).sum() for c, r in zip(here.weights, values, strict=True))
+                    if here.penalties is not None:
+                        each = here.penalties.split([p.numel() for p in parameters])
+                        total = total + sum((t.view_as(p) * p.square()).sum() for t, p in zip(each, parameters, strict=True))
+                gradients = torch.autograd.grad(total, parameters, allow_unused=True)  # type: ignore[arg-type]
+                for p, g in zip(parameters, gradients, strict=True):
+                    p.grad = g
+                optimizer.step()
         finally:
             for p, gradient in zip(parameters, kept, strict=True):
                 p.grad = gradient

@@ -39,7 +39,7 @@ def test_every_curvature_with_every_solver(solver, curvature, lr):
 
 def test_an_exact_step_with_momentum_decay_and_averages():
     model, criterion = network(), nn.CrossEntropyLoss()
-    kwargs = {"alpha": 0.1, "momentum": 0.7, "weight_decay": 0.2, "factor_decay": 0.5}
+    kwargs = {"alpha": 0.1, "momentum": 0.7, "weight_decay": 0.2, "factor_decay": 0.5, "max_step": None}
     optimizer = so.EACG(model, criterion, lr=0.3, solver="exact", curvature="kflr", **kwargs)
     average, velocity = {}, {}
     for step in (1, 2, 3):
