@@ -34,7 +34,8 @@ PLANS = 16  # kept for graphs of as many structures
 
 RACE_STEPS = 6  # of each start
 RACE_ROWS = 150
-RACE_WARM_UP = 40  # steps of a first-order optimizer before those of the first
+RACE_WARM_UP = 40  # steps of a first-order optimizer before those of the first, and on until the loss has halved,
+RACE_LONGEST = 120  # but no more than these
 RACE_DAMPING = 1e-2  # and mu after them, relative to tr(J J^T)
 RACE_END = 1e-3  # of the first loss: a start that comes below ends the race,
 RACE_FALL = 0.5  # and so does one whose second half of steps brings so much less
@@ -347,8 +348,11 @@ class GaussNewtonStep:
         kept = [p.grad for p in parameters]
         optimizer = self._first_order(parameters)
         try:
-            for _ in range(RACE_WARM_UP):
+            first = loss.objective(here.values, here)
+            for step in range(RACE_LONGEST):
                 values = loss.there(here)
+                if step >= RACE_WARM_UP and loss.objective(values, here) < first / 2:
+                    break
                 with torch.enable_grad():
                     total = sum((c * r.square()).sum() for c, r in zip(here.weights, values, strict=True))
                     if here.penalties is not None:

@@ -693,3 +693,16 @@ def test_parameters_of_several_dtypes_are_refused():
         so.LevenbergMarquardt([*nn.Linear(2, 1).parameters(), *nn.Linear(2, 1).float().parameters()])
     with pytest.raises(TypeError, match="of one dtype, float32 or float64"):
         so.LevenbergMarquardt(nn.Linear(2, 1).bfloat16().parameters())
+
+
+def test_the_warm_up_goes_on_until_the_loss_has_halved(monkeypatch):
+    steps = []
+    own = so.EigenAdam.step
+    monkeypatch.setattr(so.EigenAdam, "step", lambda self, closure=None: steps.append(1) or own(self, closure))
+    fast, x, y = regression()
+    so.LevenbergMarquardt(fast.parameters()).step(lambda: mse_loss(fast(x), y))
+    assert len(steps) == gauss_newton_step.RACE_WARM_UP
+    steps.clear()
+    slow = nn.Linear(1, 1)
+    so.LevenbergMarquardt(slow.parameters()).step(lambda: ((slow(torch.ones(5, 1)) - 1e6) ** 2).mean())
+    assert len(steps) == gauss_newton_step.RACE_LONGEST
