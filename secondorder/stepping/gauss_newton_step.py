@@ -213,7 +213,7 @@ class GaussNewtonStep:
 
     def _draw(self, plan: Plan, here: Residuals, rows: float) -> _Rows:
         """Draws residuals: of each block its share, of a small one at least half of an equal share."""
-        total = sum(block.size for block in plan.blocks)
+        total = self._total = sum(block.size for block in plan.blocks)
         parameters = sum(p.numel() for p in self._loss.parameters)
         if parameters <= rows:
             rows = min(max(rows, OVER * parameters), self._settings.max_rows)
@@ -340,7 +340,8 @@ class GaussNewtonStep:
             return progress._replace(record=now, since=0)
         if progress.since + 1 < PATIENCE:
             return progress._replace(since=progress.since + 1)
-        return progress._replace(rows=min(progress.rows * GROWTH, self._settings.max_rows), record=now, since=0)
+        rows = min(progress.rows * GROWTH, self._settings.max_rows, self._total)
+        return progress._replace(rows=rows, record=now, since=0)
 
     def _warmed_up(self, here: Residuals) -> Residuals:
         """Where some steps of a first-order optimizer lead, from the parameters' present values."""

@@ -173,9 +173,9 @@ def test_rows_grow_where_the_loss_does_not_fall():
     net, x, _ = regression(300, 20)
     y = torch.randn(300, 1)
     optimizer = so.LevenbergMarquardt(net.parameters(), rows=20, holdout=False)
-    for _ in range(25):
+    for _ in range(60):
         optimizer.step(lambda: mse_loss(net(x), y))
-    assert optimizer.metrics()["rows"] >= 45
+    assert 45 <= optimizer.metrics()["rows"] <= 300
 
 
 def test_where_there_is_nothing_to_gain_nothing_moves():
