@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -176,6 +177,14 @@ def test_rows_grow_where_the_loss_does_not_fall():
     for _ in range(60):
         optimizer.step(lambda: mse_loss(net(x), y))
     assert 45 <= optimizer.metrics()["rows"] <= 300
+
+
+def test_no_more_rows_are_drawn_than_there_are():
+    layer, x, y = nn.Linear(2, 1), torch.randn(30, 2), torch.randn(30, 1)
+    optimizer = so.LevenbergMarquardt(layer.parameters(), rows=10)
+    for _ in range(60):
+        optimizer.step(lambda: mse_loss(layer(x), y))
+    assert optimizer.metrics()["rows"] == 30
 
 
 def test_where_there_is_nothing_to_gain_nothing_moves():
@@ -475,6 +484,19 @@ def test_noise_is_not_fitted_for_ever():
         held_out, excess = trained(None)
     assert held_out < 0.5 * fitted
     assert excess > 0
+
+
+def test_it_goes_back_to_where_the_residuals_held_out_were_least():
+    net, loss, _ = noisy()
+    optimizer = so.LevenbergMarquardt(net.parameters())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(100):
+            optimizer.step(loss)
+            if caught:
+                break
+    assert "noise is fitted" in str(caught[0].message)
+    assert torch.equal(flat(net), optimizer.state[net[0].weight]["best"])
 
 
 def test_nothing_is_held_out_where_residuals_are_many():
