@@ -1,0 +1,62 @@
+"""The documentation holds: its programs run and print what they promise, and its links lead somewhere."""
+
+import re
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
+ONE_PROGRAM = "<!-- one program -->"  # on a page whose blocks go on where the block before has ended
+NOT_RUN = re.compile(r"<!-- not run: .+ -->$")  # right before a block, with the reason
+
+
+def programs():
+    """Every Python program of the pages: where it begins, and its source at the lines that it has on the page."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        blocks = [
+            m for m in re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S) if not NOT_RUN.search(text[: m.start()].rstrip())
+        ]
+        for together in [blocks] if ONE_PROGRAM in text else [[block] for block in blocks]:
+            source = ""
+            for block in together:
+                line = text[: block.start(1)].count("\n")
+                source += "\n" * (line - source.count("\n")) + block[1]
+            found.append(pytest.param(page, source, id=f"{page.name}:{text[: together[0].start()].count(chr(10)) + 1}"))
+    return found
+
+
+def promises(source):
+    """For each print with a comment "below x", "above x" or "near x", in order: the word and x; None for a print without."""
+    for line in source.splitlines():
+        if re.match(r"\s*print\(", line):
+            match = re.search(r"# (below|above|near) (\S+)$", line)
+            yield (match[1], float(match[2])) if match else None
+
+
+@pytest.mark.parametrize(("page", "source"), programs())
+def test_a_program_runs_and_prints_what_it_promises(page, source, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", **address}.items():  # as torchrun sets them
+        monkeypatch.setenv(name, value)
+    dtype = torch.get_default_dtype()
+    try:
+        exec(compile(source, str(page), "exec"), {"__name__": "__main__"})
+    finally:
+        torch.set_default_dtype(dtype)
+    printed = capsys.readouterr().out.splitlines()
+    expected = list(promises(source))
+    assert len(printed) == len(expected)
+    for line, promise in zip(printed, expected):
+        if promise is not None:
+            word, bound = promise
+            value = float(line)
+            holds = {"below": value < bound, "above": value > bound, "near": abs(value - bound) < 0.1 * abs(bound)}
+            assert holds[word], f"{value} is not {word} {bound}"
