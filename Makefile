@@ -6,7 +6,7 @@ DATA ?=
 OUT ?= build/demo
 comma := ,
 
-.PHONY: demo test sanitize soak bench bench-compare lint gpu-report clean
+.PHONY: demo test docs sanitize soak bench bench-compare lint gpu-report clean
 
 # The environment and the extension, which compiles against the torch that is there: so torch comes first.
 .venv/ready: pyproject.toml setup.py Makefile $(shell find csrc -type f)
@@ -22,6 +22,11 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# The documentation site in build/site, of the Markdown pages and the docstrings; fails at a warning, as for a link that leads nowhere.
+docs: .venv/ready
+	$(BIN)/pip install -q "secondorder[docs]" torch==$(TORCH)
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/site
 
 # The operators' tests with the extension built for AddressSanitizer and UBSan, then for ThreadSanitizer, whose memory map
 # needs addresses that are not randomised; about 20 minutes. CPU sources alone.

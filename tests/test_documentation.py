@@ -8,7 +8,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 ONE_PROGRAM = "<!-- one program -->"  # on a page whose blocks go on where the block before has ended
 NOT_RUN = re.compile(r"<!-- not run: .+ -->$")  # right before a block, with the reason
 
@@ -60,3 +61,42 @@ def test_a_program_runs_and_prints_what_it_promises(page, source, capsys, monkey
             value = float(line)
             holds = {"below": value < bound, "above": value > bound, "near": abs(value - bound) < 0.1 * abs(bound)}
             assert holds[word], f"{value} is not {word} {bound}"
+
+
+def without_code(page):
+    """A page's text but for fenced code, and code in a line."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    return text, re.sub(r"`[^`\n]*`", "", text)
+
+
+def anchors(page):
+    """What a link to a part of the page may name: its headings as GitHub spells them."""
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", without_code(page)[0], re.M):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
+        anchor = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
+        repeated = sum(re.fullmatch(rf"{re.escape(anchor)}(-\d+)?", each) is not None for each in found)
+        found.add(f"{anchor}-{repeated}" if repeated else anchor)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)[1]):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        leads_to = (page.parent / path).resolve() if path else page
+        assert leads_to.is_file(), f"{target} is no file"
+        assert not anchor or anchor in anchors(leads_to), f"{target}: {leads_to.name} has no such heading"
+
+
+def test_the_site_has_every_page():
+    listed = set(re.findall(r"^(?:docs/|examples/|bench/|[A-Z]+$)\S*", (ROOT / "docs" / "conf.py").read_text(), re.M))
+    pages = [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "examples").glob("*.md"),
+        *(ROOT / "bench").rglob("*.md"),
+    ]
+    assert listed == {str(path.relative_to(ROOT).with_suffix("")) for path in pages} - {"README"}
