@@ -37,7 +37,11 @@ _ROWS = 64
 
 @dataclass(frozen=True)
 class CurvatureErrors:
-    """A table: `errors[curvature][layer]`, and over all layers `totals[curvature]`; None where one is not defined."""
+    """A table of how far curvatures are from the true Hessian, which `print` shows.
+
+    Args:
+        errors: `errors[curvature][layer]`, a Frobenius norm; None for a curvature that is not defined for the criterion.
+    """
 
     errors: dict[str, dict[str, float] | None]
 
@@ -59,7 +63,12 @@ class CurvatureErrors:
 
 
 class Cosines(NamedTuple):
-    """Of a step to another, for every linear layer's parameters and for those of all together; NaN where one of them is 0."""
+    """The cosines of a step to another; NaN where one of them is 0.
+
+    Args:
+        layers: for every linear layer's parameters, by its name.
+        total: for the parameters of all linear layers together.
+    """
 
     layers: dict[str, float]
     total: float
@@ -261,7 +270,18 @@ def _bias_blocks(
 
 
 def bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, curvature: Curvature) -> dict[str, Tensor]:
-    """The curvature's block of every linear layer on this batch, {layer name: H [n_out, n_out]}, as an optimizer has it."""
+    """The curvature's block of every linear layer on this batch, as an optimizer has it.
+
+    Args:
+        model: a module, called as model(x).
+        criterion: a module or a function, called as criterion(output, y).
+        x: a batch of inputs.
+        y: their targets.
+        curvature: the curvature itself.
+
+    Returns:
+        {layer name: H [n_out, n_out]}, on the scale of the loss.
+    """
     model, loss = _copies(model, criterion)
     layers = linear_layers(model)
     tape = Tape(layers, loss, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns)
@@ -272,7 +292,14 @@ def bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, 
 def true_bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """The Hessian [n_out, n_out] of criterion(model(x), y) with respect to the bias of every linear layer that has one.
 
-    Computed in the model's dtype; symmetric, in float64.
+    Args:
+        model: a module, called as model(x).
+        criterion: a module or a function, called as criterion(output, y).
+        x: a batch of inputs.
+        y: their targets.
+
+    Returns:
+        {layer name: H [n_out, n_out]}, computed in the model's dtype; symmetric, in float64.
     """
     model, loss = _copies(model, criterion)
     fixed = _values(model)

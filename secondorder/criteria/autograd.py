@@ -12,10 +12,14 @@ from secondorder.criteria.roots import DenseRoot, GaussianRoot, OutputRoot
 
 
 def autograd_hessian(loss: Tensor, source: Node) -> OutputHessian:
-    """H of any scalar `loss` with respect to autograd node `source`'s tensor z [..., K], by double backward.
+    """H = sum_i d^2 L / dz_i dz_i^T [K, K] of any scalar loss L, by double backward.
 
     Needs K backward passes through the criterion, or two where it acts on every element of z on its own. Instances must not
     be coupled by the criterion; a coupling enters as if it stood within the instances.
+
+    Args:
+        loss: L, a scalar with its graph.
+        source: the node of the graph whose tensor is z [..., K].
     """
     diagonal, rows = _rows_of(loss, source)
     k = diagonal.shape[-1]
@@ -25,7 +29,11 @@ def autograd_hessian(loss: Tensor, source: Node) -> OutputHessian:
 
 
 def autograd_root(loss: Tensor, source: Node) -> OutputRoot:
-    """The root of every instance's H_i, as `autograd_hessian` computes it.
+    """A square root of every instance's H_i = d^2 L / dz_i dz_i^T [K, K], by double backward.
+
+    Args:
+        loss: L, a scalar with its graph.
+        source: the node of the graph whose tensor is z [..., K].
 
     Raises:
         ValueError: an H_i is not positive semi-definite.

@@ -28,7 +28,12 @@ from secondorder.linalg import pos_eig
 
 @dataclass(eq=False, slots=True)
 class OutputHessian:
-    """H [K, K], or its diagonal [K]; `convex` where it is known to be positive semi-definite."""
+    """The Hessian of a criterion with respect to the network's output, on the scale of the loss.
+
+    Args:
+        values: H [K, K], or its diagonal [K].
+        convex: whether H is known to be positive semi-definite.
+    """
 
     values: Tensor
     convex: bool
@@ -61,7 +66,16 @@ class OutputHessian:
 
 
 def analytic_hessian(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: Any) -> OutputHessian | None:
-    """H for the criteria that have an analytic form here, at `output` [..., K]; None for every other."""
+    """H = sum_i d^2 L / dz_i dz_i^T for the criteria that have an analytic form here; None for every other.
+
+    They are nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss, their functions, and the two criteria of this package.
+
+    Args:
+        criterion: a module.
+        output: z, what it is called on, [..., K].
+        *args: what else it is called with, the target first.
+        **kwargs: the same by name.
+    """
     return evaluated(_FORMULAS, criterion, output, args, kwargs) if output.dim() >= 2 else None
 
 

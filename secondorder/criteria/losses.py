@@ -60,7 +60,11 @@ class TukeyBiweightLoss(nn.Module):
 
 
 class FunctionCriterion(nn.Module):
-    """Makes a plain function (output, target, ...) -> loss a module, so that its calls can be seen."""
+    """Makes a plain function (output, target, ...) -> loss a module, so that its calls can be seen.
+
+    Args:
+        function: called with the module's arguments; returns the scalar loss.
+    """
 
     def __init__(self, function: Callable[..., Tensor]):
         super().__init__()

@@ -112,6 +112,12 @@ def likelihood_root(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: 
 
     They are nn.CrossEntropyLoss (categorical), nn.MSELoss (Gaussian) and nn.BCEWithLogitsLoss (Bernoulli) and their functions.
     For them it is a root of the Hessian itself: the Fisher matrix is the Gauss-Newton matrix.
+
+    Args:
+        criterion: a module.
+        output: what it is called on, [..., K].
+        *args: what else it is called with, the target first.
+        **kwargs: the same by name.
     """
     return evaluated(_ROOTS, criterion, output, args, kwargs)
 

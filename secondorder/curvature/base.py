@@ -60,6 +60,10 @@ CURVATURES: dict[str, Curvature] = {}
 def register(name: str, curvature: Curvature) -> None:
     """Makes a curvature known to optimizers by a name.
 
+    Args:
+        name: what an optimizer's `curvature` may then be.
+        curvature: the object that serves all optimizers.
+
     Raises:
         ValueError: the name is taken.
     """
@@ -70,6 +74,9 @@ def register(name: str, curvature: Curvature) -> None:
 
 def curvature_by_name(name: str | Curvature) -> Curvature:
     """The curvature of this name, or the one given.
+
+    Args:
+        name: one of `CURVATURES`, or a `Curvature`.
 
     Raises:
         ValueError: there is none of this name.

@@ -25,6 +25,12 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
     m is how many the mean is of: a layer whose rows (tokens, say) are pooled later has more, and each is summed on its own.
 
     On the scale of what backward() was called on: a factor on the loss is a factor on the block.
+
+    Args:
+        record: what the tape keeps of a layer z = W h + b, its gradients delta = dL/dz [..., n_out] among it.
+
+    Returns:
+        The block [n_out, n_out], at least in float32.
     """
     total: Tensor | None = None
     for gradient, loss in record.grad_outputs():

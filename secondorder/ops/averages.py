@@ -8,7 +8,14 @@ from secondorder.ops._library import fake, library
 
 
 def mean_inputs(input: Sequence[Tensor]) -> list[Tensor]:
-    """The mean inputs a = E[h] [n_in] of all layers of a net, from their inputs h [m, n_in]; NaN where m = 0."""
+    """The mean inputs of all layers of a net, a = E[h] = 1/m sum_i h_i.
+
+    Args:
+        input: h [m, n_in], one for each layer.
+
+    Returns:
+        a [n_in] for each layer, of its input's dtype; NaN where m = 0.
+    """
     return library.mean_inputs(list(input))
 
 

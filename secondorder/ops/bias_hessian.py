@@ -47,7 +47,20 @@ def bias_hessian_activation(
 ) -> Tensor:
     """`bias_hessian` with d1 and d2 computed inside from `saved` [m, n_in], as `activation_derivatives` would.
 
-    Saves writing and reading d1 and d2. Without `grad_input` the diagonal is left out.
+    Saves writing and reading d1 and d2.
+
+    Args:
+        bias_hessian: H [n_out, n_out] of this layer, symmetric.
+        weight: W [n_out, n_in] of this layer.
+        saved: [m, n_in], m >= 1, what autograd itself keeps of the activation below: its output for "identity", "sigmoid",
+            "tanh", "relu", "leaky_relu" and "elu", its preactivation for "softplus", "silu", "gelu" and "gelu_tanh".
+        activation: one of the names above.
+        parameter: the slope of "leaky_relu", the alpha of "elu", the beta of "softplus" (each > 0); else unused.
+        grad_input: [m, n_in], gradient of the mean loss w.r.t. this layer's input; None leaves the diagonal out (Gauss-Newton).
+        gamma: <= 0. -1 takes absolute values (PCH-1), 0 clips (PCH-2).
+
+    Returns:
+        G [n_in, n_in], the bias Hessian of the layer below.
     """
     return library.bias_hessian.activation(bias_hessian, weight, saved, activation, parameter, grad_input, gamma)
 

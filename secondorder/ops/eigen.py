@@ -161,7 +161,7 @@ def eigen_step_(
         weight: W [n, p] of every matrix, contiguous; written in place like the six arguments after it.
         bias: b [n] of every matrix, [0] without one.
         first: the first moments of all parts, flat, of every matrix.
-        second: the second moments, likewise.
+        second: the second moments of the same parts, flat, of every matrix.
         last: the parts C, R, T of N and some rows of its E, flat, of every matrix; zero at first.
         size: [1], float64, of every matrix; zero at first.
         control: [7], float64.

@@ -77,6 +77,9 @@ class EACG(LayerwiseOptimizer):
     Raises:
         TypeError, ValueError: an argument is not as described.
         RuntimeError: from `step`, where gradients or records are missing or numbers are not finite; nothing has changed then.
+
+    Source: Chen, Chou & Chang, "EA-CG: An Approximate Second-Order Method for Training Fully-Connected Neural Networks" (AAAI
+    2019); averages, momentum and `max_step` are additions.
     """
 
     _remedy = "lower lr or raise alpha"

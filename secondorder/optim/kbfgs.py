@@ -49,7 +49,7 @@ class KBFGS(CurvatureOptimizer):
 
     Args:
         model: any module; its nn.Linear layers are covered, whatever lies between them.
-        criterion: as for the other optimizers, but unused: the closure computes the loss, any loss.
+        criterion: a module, or a function (output, target) -> scalar loss; unused, since the closure computes the loss, any loss.
         lr: step size, >= 0.
         damping: lambda in (0, 1].
         mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
@@ -74,6 +74,8 @@ class KBFGS(CurvatureOptimizer):
         TypeError, ValueError: an argument is not as described.
         RuntimeError: from `step`, where there is no closure, gradients are missing or not finite, or the closure's
             second call sees other data; the weights and the optimizer's state have not changed then.
+
+    Source: Goldfarb, Ren & Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural Networks" (NeurIPS 2020).
     """
 
     _numbers: ClassVar[Numbers] = {

@@ -16,12 +16,25 @@ class KBFGSL(KBFGS):
 
         [W | b] <- [W | b] - lr H_g M H_a,   H_g by the compact form of the pairs' BFGS updates of I.
 
-    While no pair has been dropped its steps are those of `KBFGS`, and `step` takes a closure as it does there. Less arithmetic
-    where memory < n_out / 2, roughly.
+    H_a is the BFGS estimate of (E[h h^T] + lambda_A I)^-1 and M the averaged gradient, as in `KBFGS`; while no pair has been
+    dropped the steps are the same. Less arithmetic where memory < n_out / 2, roughly.
+
+        optimizer = secondorder.KBFGSL(model, criterion)
+        for x, y in loader:
+            def closure():
+                optimizer.zero_grad()
+                loss = criterion(model(x), y)
+                loss.backward()
+                return loss
+            optimizer.step(closure)
+
+    `step` calls the closure a second time, at the new weights, on the same mini-batch and from the same random state. Where the
+    loss after the step exceeds the loss before by more than `max_increase` times its size, or is not finite, the step is halved
+    and tried again, and given up after 10 halvings.
 
     Args:
         model: any module; its nn.Linear layers are covered, whatever lies between them.
-        criterion: as for the other optimizers, but unused: the closure computes the loss, any loss.
+        criterion: a module, or a function (output, target) -> scalar loss; unused, since the closure computes the loss, any loss.
         lr: step size, >= 0.
         damping: lambda in (0, 1].
         memory: pairs (s, y) kept of each layer, >= 1.
@@ -47,6 +60,8 @@ class KBFGSL(KBFGS):
         TypeError, ValueError: an argument is not as described.
         RuntimeError: from `step`, where there is no closure, gradients are missing or not finite, or the closure's
             second call sees other data; the weights and the optimizer's state have not changed then.
+
+    Source: Goldfarb, Ren & Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural Networks" (NeurIPS 2020).
     """
 
     def __init__(

@@ -13,21 +13,27 @@ from secondorder.stepping import DampingSchedule
 
 
 class KFAC(NewtonOptimizer):
-    """The directions of Eq. 12 of Chen et al. with the sampled Fisher matrix; step size and momentum from the quadratic model.
+    """Trains a model by the sampled Fisher matrix and Kronecker-factored inverses; finds its step size, momentum and damping.
+
+    For each layer z = W h + b with gradients B and g of the loss, the direction P is
 
         P = -(H + sqrt(k)/pi I)^{-1} (B + eta W) (E[h h^T] + pi sqrt(k) I)^{-1},   k = gamma + eta,   H = E[delta delta^T],
 
-    with labels drawn from the model. Levenberg-Marquardt brings the damping down as in the paper; gamma is adapted every 20
-    steps. Biases have a system of their own, (H + k I) d = -(g + eta b), rather than an input of ones.
+    delta = dL/dz [n_out] for labels drawn from the model, pi^2 = (tr E[h h^T] / n_in) / (tr H / n_out). Biases have a system of
+    their own, (H + k I) d = -(g + eta b), rather than an input of ones. The step is delta theta = lr (c P + c' (previous step));
+    c and c' minimise the quadratic model of the loss with the full Gauss-Newton matrix, damped by tau + eta. Levenberg-Marquardt
+    brings tau down as in the paper; gamma is adapted every 20 steps. A step after which the loss has not fallen is taken back.
 
     Args:
         model: any module; its nn.Linear layers are covered.
         criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`, on the very
             tensor that the model returned; a likelihood for this curvature.
         lr: multiplies the step that the quadratic model gives, in [0, 2), so that every scheduler does what it says.
-        curvature: a name of `secondorder.curvature.CURVATURES`, or a `secondorder.curvature.Curvature`.
-        solver: a name of `secondorder.solvers.SOLVERS`, or a `secondorder.solvers.Solver`.
-        tau: the start of both dampings, relative to the first loss, > 0.
+        curvature: "pch-abs", "pch-clip", "pch-clip-all", "gauss-newton", "kflr", "fisher-mc", "fisher-empirical", "fisher-exact",
+            or a `secondorder.curvature.Curvature`.
+        solver: "kfi", "kfi-rank-one", "ea-cg", "ea-cg-truncated", "kron-cg", "exact", "ea-isotropic", "auto", or a
+            `secondorder.solvers.Solver`.
+        tau: the start of both dampings, tau and gamma, relative to the first loss, > 0.
         weight_decay: eta, >= 0.
         factor_decay: of the factors' averages, in [0, 1).
         curvature_samples: the curvature (but for the criterion's part) and E[h h^T] are estimated from at most so many instances
@@ -48,6 +54,8 @@ class KFAC(NewtonOptimizer):
     Raises:
         TypeError, ValueError: an argument is not as described.
         RuntimeError: from `step`, where gradients or records are missing or numbers are not finite; nothing has changed then.
+
+    Source: Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature" (ICML 2015).
     """
 
     def __init__(

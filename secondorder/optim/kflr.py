@@ -10,23 +10,29 @@ from secondorder.solvers import Solver
 
 
 class KFLR(KFRA):
-    """The directions of Eq. 36 with the curvature of Eq. 23 to 25: K backward passes through the net for K outputs.
+    """Trains a model by exact expected Gauss-Newton blocks and Kronecker-factored inverses; finds its step size and dampings.
 
-        P = -(H + sqrt(k)/pi I)^{-1} (B + eta W) (E[h h^T] + pi sqrt(k) I)^{-1},   k = gamma + eta,   delta = lr c P   (Eq. 40),
+    For each layer z = W h + b with gradients B and g of the loss, the direction P (Eq. 36) and the step delta (Eq. 40) are
 
-    with H = E[J^T H_out J], J the Jacobian of the network's output with respect to the layer's. `step` checks every delta and
-    takes it back where the loss does not fall.
+        P = -(H + sqrt(k)/pi I)^{-1} (B + eta W) (E[h h^T] + pi sqrt(k) I)^{-1},   k = gamma + eta,   delta = lr c P,
+
+    pi^2 = (tr E[h h^T] / n_in) / (tr H / n_out). H [n_out, n_out] = E[J^T H_out J], J the Jacobian of the network's output with
+    respect to z and H_out the criterion's Hessian (Eq. 23 to 25), takes K backward passes through the net for K outputs. Biases
+    have a system of their own, (H + k I) d = -(g + eta b). c minimises the quadratic model of the loss with the full Gauss-Newton
+    matrix, damped by tau + eta. `step` checks every delta and takes it back where the loss does not fall.
 
     Args:
         model: any module; its nn.Linear layers are covered.
         criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`, on the very
             tensor that the model returned; convex in the network's output for every instance.
         lr: multiplies the step that the quadratic model gives, in [0, 2), so that every scheduler does what it says.
-        curvature: a name of `secondorder.curvature.CURVATURES`, or a `secondorder.curvature.Curvature`.
-        solver: a name of `secondorder.solvers.SOLVERS`, or a `secondorder.solvers.Solver`.
+        curvature: "pch-abs", "pch-clip", "pch-clip-all", "gauss-newton", "kflr", "fisher-mc", "fisher-empirical", "fisher-exact",
+            or a `secondorder.curvature.Curvature`.
+        solver: "kfi", "kfi-rank-one", "ea-cg", "ea-cg-truncated", "kron-cg", "exact", "ea-isotropic", "auto", or a
+            `secondorder.solvers.Solver`.
         tau: the start of the full Gauss-Newton matrix' damping, relative to the first loss, > 0; Levenberg-Marquardt adapts it
             every 5 steps.
-        gamma: the start of the blocks' damping, likewise; chosen greedily every 20 steps.
+        gamma: the start of the blocks' damping, relative to the first loss, > 0; chosen greedily every 20 steps.
         weight_decay: eta, >= 0.
         factor_decay: of the factors' averages, in [0, 1); the paper's two variants are 0 and 0.9.
         curvature_samples: the curvature (but for the criterion's part) and E[h h^T] are estimated from at most so many instances
@@ -47,6 +53,9 @@ class KFLR(KFRA):
     Raises:
         TypeError, ValueError: an argument is not as described.
         RuntimeError: from `step`, where gradients or records are missing or numbers are not finite; nothing has changed then.
+
+    Source: Botev, Ritter & Barber, "Practical Gauss-Newton Optimisation for Deep Learning" (ICML 2017), whose equations the
+    numbers from 23 on are.
     """
 
     def __init__(

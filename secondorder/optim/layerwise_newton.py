@@ -70,6 +70,9 @@ class LayerwiseNewton(NewtonOptimizer):
     Raises:
         TypeError, ValueError: an argument is not as described.
         RuntimeError: from `step`, where gradients or records are missing or numbers are not finite; nothing has changed then.
+
+    Source: the curvature and the solvers of Chen et al., "EA-CG" (AAAI 2019), whose equations Eq. 8a and 8b are; the steps of
+    Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature" (ICML 2015).
     """
 
     def __init__(

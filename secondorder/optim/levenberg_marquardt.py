@@ -66,7 +66,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         acceleration: whether steps are bent by the geodesic acceleration, for one more call of the closure a step.
         damping: the start of mu, relative to the mean of the diagonal of J J^T, > 0.
         race: whether the first call tries two starts. Without it the first step has the damping above.
-        holdout: whether a tenth of the residuals, of terms with 100 or more, is held out. None: as said above.
+        holdout: whether a tenth of the residuals, of terms with 100 or more, is held out. None: where
+            there are fewer than 4 residuals for each parameter.
         solver: "rows" (m numbers), "parameters" (P numbers), "nystrom" (conjugate gradients) or "auto".
         memory: bytes that J may take; where it would take more, products with it are formed from its factors.
         seed: of the generator that draws the rows.

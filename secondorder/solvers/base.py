@@ -46,11 +46,17 @@ class Solver(ABC):
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """The arguments of an optimizer that a solver given by name may take."""
+    """The arguments of an optimizer that a solver given by name may take.
 
-    max_cg: int = 50  # conjugate gradient solvers do at most so many iterations, >= 1
-    eps_cg: float = 1e-4  # and stop at this residual, relative to the first one, >= 0
-    max_factor_elements: int = 2**24  # an input factor [n_in, n_in] of more elements is replaced by its rank-one form, >= 0
+    Args:
+        max_cg: the CG solvers do at most this many iterations, >= 1.
+        eps_cg: the CG solvers stop at this residual, relative to the first one, >= 0.
+        max_factor_elements: an input factor [n_in, n_in] of more elements is replaced by its rank-one form, >= 0.
+    """
+
+    max_cg: int = 50
+    eps_cg: float = 1e-4
+    max_factor_elements: int = 2**24
 
 
 def check_cg(max_cg: int, eps_cg: float) -> None:
@@ -68,6 +74,10 @@ SOLVERS: dict[str, Callable[[SolverOptions], Solver]] = {}
 def register(name: str, make: Callable[[SolverOptions], Solver]) -> None:
     """Makes a solver known to optimizers by a name.
 
+    Args:
+        name: what an optimizer's `solver` may then be.
+        make: called with the optimizer's `SolverOptions`, returns the solver.
+
     Raises:
         ValueError: the name is taken.
     """
@@ -78,6 +88,10 @@ def register(name: str, make: Callable[[SolverOptions], Solver]) -> None:
 
 def solver_by_name(solver: str | Solver, options: SolverOptions) -> Solver:
     """The solver of this name with these options, or the one given, which has its own.
+
+    Args:
+        solver: one of `SOLVERS`, or a `Solver`.
+        options: for a solver by name.
 
     Raises:
         ValueError: there is none of this name.
@@ -90,7 +104,11 @@ def solver_by_name(solver: str | Solver, options: SolverOptions) -> Solver:
 
 
 def second_moment(input: Tensor) -> Tensor:
-    """E[h h^T] [n, n] of inputs [m, n], float32 or float64."""
+    """The second moment E[h h^T] = 1/m sum_i h_i h_i^T [n, n] of a layer's inputs, symmetric to the bit.
+
+    Args:
+        input: h [m, n], float32 or float64, m >= 1.
+    """
     # One step of the bias Hessian's recursion from H = W = 1: it computes half of the symmetric product, a GEMM all of it.
     one = input.new_ones(1, 1)
     return ops.bias_hessian(one, one.expand(1, input.shape[1]), input, None, None, 0.0)
