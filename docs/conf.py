@@ -39,6 +39,7 @@ TOCTREE = """
 :hidden:
 :caption: How to
 docs/recipes
+docs/methods
 docs/pinn
 examples/README
 ```

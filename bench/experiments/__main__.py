@@ -58,6 +58,8 @@ def main(
         text = curvature_errors.experiment(results / "curvature_errors.json", data_dir, len(numbers), 1 if quick else 5)
     elif name.value in eigen_adam.COMPARISONS:
         text = eigen_adam.compare(name.value, results, data_dir, numbers, share, only, again, problem)
+        if not (only or problem):
+            eigen_adam.picture(results, pictures / "eigen-adam.png")
     elif name.value == errors.NAME:
         text = errors.stored(results, share, problem) if stored else errors.compare(results, numbers, share, only, again, problem)
     else:

@@ -13,6 +13,7 @@ from bench.experiments import comparison
 from bench.experiments.everyday import SCRIPTS
 from bench.experiments.everyday.script import Script
 from bench.experiments.harness import Method, Problem, Store, best_runs, grid
+from bench.experiments.pictures import panels
 from bench.experiments.problems import AUTOENCODERS, CLASSIFIERS, DIGITS, FASHION, MIXTURE, PINN, ROBUST
 from bench.experiments.training import study
 
@@ -53,6 +54,15 @@ PAPERS: list[Problem] = [
     *_for(ROBUST, 2),
     *_for([PINN], 4),
 ]
+# Of both comparisons, what the README shows: where it is ahead, and where it is not.
+SHOWN = {
+    "Fashion-MNIST": "classifier, Fashion-MNIST",
+    "CIFAR-10, cross-entropy": "MLP, CIFAR-10 at 16 x 16",
+    "MNIST, batch 100": "autoencoder, MNIST",
+    "VAE": "variational autoencoder, MNIST",
+    "transformer encoder": "transformer encoder, tokens",
+    "labels, cross-entropy": "digits, 40 % of the labels random",
+}
 COMPARISONS: dict[str, list[Problem]] = {"eigen-adam": PAPERS, "everyday": SCRIPTS}
 
 
@@ -91,6 +101,12 @@ def compare(
         store.forget(lambda run: (run.problem, run.method) in forgotten)
     runs = study(problems, methods, seeds, store, data_dir, share)
     return "" if only else tables(problems, best_runs(runs))
+
+
+def picture(results: Path, path: Path) -> None:
+    """Draws the stored runs of what the README shows."""
+    best = best_runs(Store(results / "eigen_adam.jsonl").runs())
+    panels({title: best[problem] for problem, title in SHOWN.items() if problem in best}, path)
 
 
 def tables(problems: list[Problem], best: dict[str, comparison.Best]) -> str:

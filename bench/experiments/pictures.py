@@ -56,6 +56,32 @@ def draw(problems: list[Supervised], best: dict[str, dict[str, list[Run]]], titl
     save(figure, path)
 
 
+def panels(best: dict[str, dict[str, list[Run]]], path: Path, columns: int = 3) -> None:
+    """A panel per problem: training loss against seconds, the first method in black; medians over seeds."""
+    rows = -(-len(best) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(12, 0.4 + 2.8 * rows), squeeze=False, layout="constrained")
+    names = list(dict.fromkeys(name for methods in best.values() for name in methods))
+    handles: dict[str, Any] = {}
+    for (problem, methods), axis in zip(best.items(), axes.flat):
+        for name, runs in methods.items():
+            i = names.index(name) - 1
+            style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
+            if i < 0:
+                style = {"color": "#000000", "linewidth": 2.4}
+            n = min(len(run.seconds) for run in runs)
+            median = [np.median([getattr(run, key)[:n] for run in runs], axis=0) for key in ("seconds", "loss")]
+            handles[name] = axis.plot(*median, **style)[0]
+        limits([axis], [run.loss for runs in methods.values() for run in runs], True)
+        axis.set_title(problem, fontsize="medium")
+        axis.grid(alpha=0.3)
+    for row in axes:
+        row[0].set_ylabel("training loss")
+    for axis in axes[-1]:
+        axis.set_xlabel("CPU seconds on one thread")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    save(figure, path)
+
+
 def limits(axes: Sequence[Axes], curves: list[list[float]], log: bool) -> None:
     """From a little below the lowest value to a little above where the curves begin, whatever a diverging one does."""
     low, high = min(min(curve) for curve in curves), max(curve[0] for curve in curves)

@@ -11,9 +11,10 @@ from bench import peers
 from bench.data import Dataset
 from bench.experiments import comparison, eigen_adam, training
 from bench.experiments.comparison import best_peer, geometric_mean, loss_ratio, paired, score_difference, time_ratio
-from bench.experiments.harness import Method, Problem, Run, Store, Supervised
+from bench.experiments.harness import Method, Problem, Run, Store, Supervised, best_runs
 from bench.experiments.training import Training, study, take_turns
 from bench.micro.memory import tensor_bytes
+from bench.timing import RESULTS
 
 
 def run(loss, method="own", seed=0, score=1.0, **kwargs):
@@ -209,3 +210,11 @@ def test_peers_take_the_whole_model_and_a_schedule(make):
 def test_the_tensors_of_a_state_are_counted():
     state = {0: {"step": 3, "a": torch.zeros(4)}, 1: {"b": [torch.zeros(2, dtype=torch.float64), (torch.zeros(1),)]}}
     assert tensor_bytes(state) == 16 + 16 + 4
+
+
+def test_the_picture_shows_stored_runs_of_every_problem_that_it_names(tmp_path):
+    best = best_runs(Store(RESULTS / "eigen_adam.jsonl").runs())
+    assert eigen_adam.SHOWN.keys() <= best.keys()
+    assert all(next(iter(best[problem])) == "EigenAdam" for problem in eigen_adam.SHOWN)  # the one in black
+    eigen_adam.picture(RESULTS, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
