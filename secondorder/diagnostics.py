@@ -47,7 +47,7 @@ class CurvatureErrors:
 
     @property
     def totals(self) -> dict[str, float | None]:
-        """The root of the sum of the layers' squares: the Frobenius distance of the block-diagonal matrices."""
+        """The Frobenius distances of the block-diagonal matrices, each the root of the sum of its layers' squares."""
         return {
             name: None if errors is None else sum(e**2 for e in errors.values()) ** 0.5 for name, errors in self.errors.items()
         }
@@ -119,7 +119,7 @@ def spectrum(
         curvatures: names, or curvatures themselves.
 
     Returns:
-        {"hessian" or the curvature: {layer name: eigenvalues [n_out], ascending, float64}}; None for a curvature that is not
+        `{"hessian" or the curvature: {layer name: eigenvalues [n_out]}}`, ascending, in float64; None for a curvature that is not
         defined for this criterion.
     """
     true, blocks = _bias_blocks(model, criterion, x, y, curvatures)
@@ -148,7 +148,7 @@ def newton_step(
         max_size: how many parameters a layer may have; N_t takes their square in numbers and, factored, their cube in time.
 
     Returns:
-        {parameter name: change} for the weights and biases of all linear layers.
+        `{parameter name: change}` for the weights and biases of all linear layers.
 
     Raises:
         ValueError: a layer has more than `max_size` parameters, or damping <= 0.
@@ -280,7 +280,7 @@ def bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, 
         curvature: the curvature itself.
 
     Returns:
-        {layer name: H [n_out, n_out]}, on the scale of the loss.
+        `{layer name: H [n_out, n_out]}`, on the scale of the loss.
     """
     model, loss = _copies(model, criterion)
     layers = linear_layers(model)
@@ -299,7 +299,7 @@ def true_bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Ten
         y: their targets.
 
     Returns:
-        {layer name: H [n_out, n_out]}, computed in the model's dtype; symmetric, in float64.
+        `{layer name: H [n_out, n_out]}`, computed in the model's dtype; symmetric, in float64.
     """
     model, loss = _copies(model, criterion)
     fixed = _values(model)

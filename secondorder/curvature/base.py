@@ -13,8 +13,9 @@ class Curvature:
     Attributes:
         diagonal: whether the tape must keep the gradients that the recursion's diagonal needs.
         grad_outputs: whether the tape must keep every layer's delta.
-        columns: what the tape must take back to every layer, or None: `(criterion, loss, source, args, kwargs) -> (where columns
-            start, a root whose columns they are)`.
+        columns: what the tape must take back to every layer, or None. A function of the criterion, the loss, the node of the one
+            layer that the criterion sees (else None), and the criterion's arguments; it returns the edge of the graph
+            where columns start, and a root whose columns they are.
         restarts: whether a layer behind an obstacle starts anew from its empirical Fisher block.
     """
 

@@ -93,6 +93,10 @@ class _Samples:
 class KFLRCurvature(FromColumns):
     """Exact expected Gauss-Newton blocks (Botev et al., Eq. 23 to 25), of K columns per instance for K outputs.
 
+        H = E[J^T H_out J],
+
+    J the Jacobian of the network's output with respect to the layer's, H_out the criterion's Hessian.
+
     Raises:
         ValueError: in the forward pass, where an instance's Hessian of the criterion is not positive semi-definite, or several
             linear layers enter the criterion and it is not one that `likelihood_root` knows.

@@ -11,7 +11,10 @@ from secondorder.curvature.base import Curvature, register
 
 @dataclass(frozen=True)
 class FisherEmpirical(Curvature):
-    """The empirical Fisher blocks E[delta delta^T] of the true labels' gradients; `empirical_fisher` gives the scale."""
+    """The empirical Fisher blocks E[delta delta^T] of the true labels' gradients.
+
+    For a mean loss of m instances, whose delta_i hold 1/m, that is m sum_i delta_i delta_i^T; for a sum it is the sum.
+    """
 
     grad_outputs = True
 

@@ -133,6 +133,12 @@ class Recursion(Curvature):
 class PCH(Recursion):
     """The positive-curvature Hessian (Chen et al., Eq. 8).
 
+        H^k     = PosEig(E[d^2 xi / dz^2])                                              of the last layer, Eq. 8a
+        H^{t-1} = (W^T H^t W) * E[d1 d1^T] + diag(PosEig(sum_i d2_i * (delta_i W)))     of the layers below, Eq. 8b
+
+    z is the network's output, d1 and d2 the derivatives of the activation, delta_i W the gradient of the loss with respect to the
+    layer's input, and * elementwise.
+
     A negative eigenvalue l of the criterion's Hessian (Eq. 8a) becomes gamma_output l, a negative entry l of the recursion's
     diagonal (Eq. 8b) gamma l: -1 takes absolute values, 0 clips. PCH-1 is PCH(-1); the paper's PCH-2 is PCH(0, -1), since its
     Tables 4 and 5 are those of absolute values in Eq. 8a.
@@ -161,6 +167,10 @@ class PCH(Recursion):
 @dataclass(frozen=True)
 class GaussNewton(Recursion):
     """KFRA's approximate expected Gauss-Newton blocks (Botev et al., Eq. 26): PCH's recursion without the diagonal.
+
+        H^k = E[d^2 xi / dz^2]  of the last layer,     H^{t-1} = (W^T H^t W) * E[d1 d1^T]  of the layers below,
+
+    z the network's output, d1 the derivative of the activation, and * elementwise.
 
     Raises:
         ValueError: from `bias_hessians`, where the criterion's Hessian is not positive semi-definite.
