@@ -38,6 +38,7 @@ TOCTREE = """
 ```{toctree}
 :hidden:
 :caption: How to
+docs/tutorial
 docs/recipes
 docs/methods
 docs/pinn
