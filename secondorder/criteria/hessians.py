@@ -41,6 +41,9 @@ class OutputHessian:
     def positive(self, gamma: float) -> Tensor:
         """Pos-Eig_gamma(H) (Chen et al., Eq. 8a), dense [K, K], a new tensor.
 
+        Args:
+            gamma: what a negative eigenvalue is multiplied by, <= 0.
+
         Raises:
             NonFiniteError: H has entries that are not finite.
         """

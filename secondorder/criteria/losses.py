@@ -23,7 +23,12 @@ class BoundedClassificationLoss(nn.Module):
         self.delta, self.epsilon, self.reduction = delta, epsilon, _checked_reduction(reduction)
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """The scalar loss of logits [m, K] and class indices [m], or probabilities [m, K] (y^T p then stands for p_y)."""
+        """The scalar loss.
+
+        Args:
+            output: logits [m, K].
+            target: class indices [m], or probabilities [m, K]: y^T p then stands for p_y.
+        """
         p = output.softmax(-1)
         picked = (p * target).sum(-1) if target.is_floating_point() else p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
         losses = torch.sigmoid(-self.delta * (picked - self.epsilon))
@@ -45,7 +50,11 @@ class TukeyBiweightLoss(nn.Module):
         self.c, self.reduction = c, _checked_reduction(reduction)
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """The scalar loss of an output and a target of the same shape.
+        """The scalar loss.
+
+        Args:
+            output: of any shape.
+            target: of the same shape.
 
         Raises:
             ValueError: the shapes differ.

@@ -34,6 +34,9 @@ class Curvature:
         Args:
             records: in the recursion's order, as `Tape.records` gives them.
             averaged: every layer's `local` terms by name, averaged over ranks; None: this process is alone.
+
+        Returns:
+            `{layer: H [n_out, n_out]}`, on the scale of the loss: a mean over the instances for a mean, a sum for a sum.
         """
         hessians: dict[nn.Linear, Tensor] = {}
         for record in records:
@@ -43,7 +46,14 @@ class Curvature:
         return hessians
 
     def local(self, record: LayerRecord) -> list[RankTerm]:
-        """What of this process's instances H depends on, to be averaged over ranks."""
+        """What of this process's instances H depends on, to be averaged over ranks.
+
+        Args:
+            record: what the tape keeps of a layer.
+
+        Returns:
+            Tensors by name, each with how it is to be averaged; here H itself, which is linear in the instances.
+        """
         return [RankTerm("block", self._block(record, {}))]
 
     def _averaged(self, record: LayerRecord, above: dict[nn.Linear, Tensor], terms: dict[str, Tensor]) -> Tensor:

@@ -25,15 +25,30 @@ class Solver(ABC):
 
     @abstractmethod
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
-        """The expectations over the instances that the solver needs of every layer's input [m, n_in].
+        """The expectations over the instances that the solver needs of every layer's input.
 
-        "mean_input" a = E[h] [n_in], "input_second_moment" E[h h^T] [n_in, n_in], or "mean_square_input" E[|h|^2] (0-dim).
-        The second moment, which costs m n_in^2, is taken over the `samples` alone, some of an input's rows or all of them.
+        An optimizer averages them over steps and keeps them in its state, whatever their names are.
+
+        Args:
+            inputs: h [m, n_in] of every layer, float32 or float64.
+            samples: some of each input's rows, or all of them, for expectations that cost m n_in^2.
+
+        Returns:
+            For every layer a dictionary by name. The package's solvers have "mean_input" a = E[h] [n_in], "input_second_moment"
+            E[h h^T] [n_in, n_in] and "mean_square_input" E[|h|^2] (0-dim).
         """
 
     @abstractmethod
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
-        """What `solve` needs, as tensors (an optimizer keeps them in its state).
+        """What `solve` needs of a layer's factors: its inverses or eigendecompositions, say.
+
+        Args:
+            factors: "bias_hessian" H [n_out, n_out], and the solver's `statistics` by name.
+            scale: c of the system c H P A + l P = -B.
+            damping: l of it, > 0.
+
+        Returns:
+            Tensors by name, which an optimizer keeps in its state.
 
         Raises:
             NonFiniteError: a factor holds NaN or inf; the message names it.
@@ -41,7 +56,16 @@ class Solver(ABC):
 
     @abstractmethod
     def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """P [n_out, n_in] and d [n_out] (None without `grad_bias`). Numbers that are not finite come out as such."""
+        """The directions of a layer.
+
+        Args:
+            prepared: what `prepare` returned.
+            grad_weight: B [n_out, n_in], the gradient of the loss w.r.t. W.
+            grad_bias: g [n_out], that w.r.t. b; None for a layer without a bias.
+
+        Returns:
+            P [n_out, n_in], and d [n_out] or None. Numbers that are not finite come out as such.
+        """
 
 
 @dataclass(frozen=True)
