@@ -52,7 +52,8 @@ class Curvature:
             record: what the tape keeps of a layer.
 
         Returns:
-            Tensors by name, each with how it is to be averaged; here H itself, which is linear in the instances.
+            Terms (name, value, instances): a value that is the mean of so many instances is averaged with their numbers as
+            weights; with None every rank counts alike. Here H itself.
         """
         return [RankTerm("block", self._block(record, {}))]
 
