@@ -29,6 +29,8 @@ struct EigenSizes {
   SECONDORDER_HD int64_t residual() const { return ku < n && kv < p ? n * p : 0; }
   SECONDORDER_HD int64_t rest() const { return corner() + right() + top(); }
   SECONDORDER_HD int64_t parts() const { return rest() + residual(); }
+  // Whether every element stands for itself: there is no basis.
+  SECONDORDER_HD bool apart() const { return ku == 0 && kv == 0; }
 };
 
 // The row of E that is the s-th of `rows` sampled ones.
@@ -39,20 +41,28 @@ SECONDORDER_HD int64_t eigen_sampled_row(int64_t s, int64_t rows, int64_t n) { r
 //   m = beta1 m + (1 - beta1) x,   v = beta2 v + (1 - beta2) x^2
 //   N = clip(sqrt(1 - beta2^(t+1)) (beta1 m / (1 - beta1^(t+2)) + (1 - beta1) x / (1 - beta1^(t+1))) / (sqrt(v) + eps),
 //   +-1.2)
+//
+// Where elements stand for themselves (`lazy`), one whose gradient is zero keeps its moments: a row of an embedding
+// waits until it is looked up again.
 template <typename T>
 struct EigenMoments {
   T beta1, beta2, first, fresh, eps;
+  bool lazy;
   static constexpr double kClip = 1.2;
 
-  EigenMoments(double b1, double b2, int64_t t, double eps_)
+  EigenMoments(double b1, double b2, int64_t t, double eps_, bool lazy_)
       : beta1(T(b1)), beta2(T(b2)),
         first(T(std::sqrt(1 - std::pow(b2, double(t + 1))) * b1 / (1 - std::pow(b1, double(t + 2))))),
         fresh(T(std::sqrt(1 - std::pow(b2, double(t + 1))) * (1 - b1) / (1 - std::pow(b1, double(t + 1))))),
-        eps(T(eps_)) {}
+        eps(T(eps_)), lazy(lazy_) {}
   EigenMoments() = default;
+
+  // Whether the coordinate waits: its moments, its value and its last step stay.
+  SECONDORDER_HD bool waits(T x) const { return lazy && x == T(0); }
 
   // Takes x into both moments of its coordinate; returns N.
   SECONDORDER_HD T normed(T x, T& m, T& v) const {
+    if (waits(x)) return T(0);
     m = beta1 * m + (T(1) - beta1) * x;
     v = beta2 * v + (T(1) - beta2) * x * x;
     const T ratio = (first * m + fresh * x) / (std::sqrt(v) + eps), clip = T(kClip);

@@ -471,10 +471,11 @@ def eigen_step_(
         size[i].clamp_(min=grad_weight[i].double().square().mean().sqrt())
         floor = eps * float(size[i]) + torch.finfo(weight[i].dtype).tiny
         x, m, v2 = torch.cat([part.flatten() for part in parts]), first[i], second[i]
-        m.mul_(beta1).add_(x, alpha=1 - beta1)
-        v2.mul_(beta2).addcmul_(x, x, value=1 - beta2)
+        waits = (x == 0) & (u.numel() + v.numel() == 0)  # an element that stands for itself, and has no gradient
+        m.copy_(torch.where(waits, m, beta1 * m + (1 - beta1) * x))
+        v2.copy_(torch.where(waits, v2, beta2 * v2 + (1 - beta2) * x * x))
         ahead = beta1 * m / (1 - beta1 ** (t + 2)) + (1 - beta1) * x / (1 - beta1 ** (t + 1))
-        normed = (math.sqrt(1 - beta2 ** (t + 1)) * ahead / (v2.sqrt() + floor)).clamp(-1.2, 1.2)
+        normed = (math.sqrt(1 - beta2 ** (t + 1)) * ahead / (v2.sqrt() + floor)).clamp(-1.2, 1.2).masked_fill(waits, 0.0)
         # The slopes: of E from some rows.
         residual = parts[-1] if len(parts) == 4 or (len(u.T) < len(u) and len(v.T) < len(v)) else None
         rest = x.numel() - (0 if residual is None else residual.numel())
@@ -488,7 +489,7 @@ def eigen_step_(
             weights = torch.cat([weights, weights.new_full((sampled * p,), n / sampled)])
         slope += float((weights * x[index].double() * normed[index].double()).sum())
         last_slope += float((weights * x[index].double() * last[i].double()).sum())
-        last[i].copy_(normed[index])
+        last[i].copy_(torch.where(waits[index], last[i], normed[index]))
         s, y = _whole(_split(normed, parts), u, v, grad_bias[i].numel() > 0)
         s = s * (grad_weight[i] != 0)
         weight[i].mul_(1 - float(length) * lr[i] * decay[i]).sub_(float(length) * lr[i] * s)

@@ -437,8 +437,12 @@ void step(Matrix<T>& matrix, const State<T>& state, const Rates& rates, double b
   const EigenSizes& size = matrix.size;
   const int64_t n = size.n, p = size.p, ku = size.ku, kv = size.kv, rest = size.rest(), count = matrix.blocks();
   *state.size = std::max(*state.size, std::sqrt(matrix.squares / double(n * p)));
-  const EigenMoments<T> rule(beta1, beta2, t, eps * *state.size + double(std::numeric_limits<T>::min()));
+  const EigenMoments<T> rule(beta1, beta2, t, eps * *state.size + double(std::numeric_limits<T>::min()), size.apart());
 
+  // Takes N's elements as the last steps of their coordinates.
+  const auto remember = [&](int64_t elements, const T* x, const T* made, T* last) {
+    for (int64_t i = 0; i < elements; ++i) last[i] = rule.waits(x[i]) ? last[i] : made[i];
+  };
   std::vector<T> normed(rest);  // N's C, R, T
   int64_t at = 0;
   for (const auto& [part, elements] : {std::pair{&matrix.corner, size.corner()}, std::pair{&matrix.right, size.right()},
@@ -447,9 +451,9 @@ void step(Matrix<T>& matrix, const State<T>& state, const Rates& rates, double b
     slopes[1] += double(loops.dot(elements, part->data(), state.last + at));
     slopes[0] +=
         double(loops.moments(elements, part->data(), rule, state.first + at, state.second + at, normed.data() + at));
+    remember(elements, part->data(), normed.data() + at, state.last + at);
     at += elements;
   }
-  std::copy(normed.begin(), normed.end(), state.last);
 
   at::Tensor memory;  // N's E
   T* residual = nullptr;
@@ -478,7 +482,7 @@ void step(Matrix<T>& matrix, const State<T>& state, const Rates& rates, double b
           T* last = state.last + rest + s * p;
           along[b] += share * double(slope);
           along_last[b] += share * double(loops.dot(p, x.data() + r * p, last));
-          std::copy_n(residual + (i + r) * p, p, last);
+          remember(p, x.data() + r * p, residual + (i + r) * p, last);
         }
         loops.products(rows, p, residual + i * p, kv, matrix.in, nv.data() + i * kv, kv);
         T* sum = nu.data() + b * ku * p;

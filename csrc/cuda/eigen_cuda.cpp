@@ -107,8 +107,9 @@ void step_(at::TensorList weight, at::TensorList bias, at::TensorList first, at:
       const EigenMatrix<scalar_t> matrix = net.matrix<scalar_t>(l);
       matrices.push_back({matrix, target<scalar_t>(weight[l]), target<scalar_t>(bias[l]), target<scalar_t>(second[l]),
                           target<scalar_t>(last[l]), (last[l].numel() - matrix.sizes.rest()) / matrix.sizes.p,
-                          size[l].mutable_data_ptr<double>(), EigenMoments<scalar_t>(beta1, beta2, step[l], eps), lr[l],
-                          lr_bias[l], decay[l], decay_bias[l]});
+                          size[l].mutable_data_ptr<double>(),
+                          EigenMoments<scalar_t>(beta1, beta2, step[l], eps, matrix.sizes.apart()), lr[l], lr_bias[l],
+                          decay[l], decay_bias[l]});
     }
     const int count = int(matrices.size());
     const Device device = launch.device();

@@ -41,7 +41,7 @@ __device__ __forceinline__ T normed(const EigenStep<T>& in, const EigenMoments<T
   in.second[place] = v;
   slopes[0] += double(x) * double(result);
   slopes[1] += double(x) * double(in.last[place]);
-  in.last[place] = result;
+  if (!moments.waits(x)) in.last[place] = result;
   return result;
 }
 
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
             T* const last = in.last + rest + sample * at.p + at.column;
             sums[0] += weight * double(x) * double(result);
             sums[1] += weight * double(x) * double(*last);
-            *last = result;
+            if (!moments.waits(x)) *last = result;
           }
         }
         if (chosen) {

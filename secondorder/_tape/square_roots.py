@@ -69,6 +69,21 @@ def _soft_margin(node: Any) -> Tensor | None:
     return (1 - 2 * (t > 0).to(z.dtype)) * F.softplus(-t * z).clamp(min=torch.finfo(z.dtype).tiny).sqrt()
 
 
+def _cross_entropy(node: Any) -> Tensor | None:
+    """The negative log-probability of each instance's class, times its weight: one residual for an instance."""
+    log_probability, target = node._saved_self, node._saved_target
+    counts = target != node._saved_ignore_index
+    chosen = target.where(counts, 0)
+    axis = min(1, log_probability.dim() - 1)
+    phi = -log_probability.gather(axis, chosen.unsqueeze(axis)).squeeze(axis)
+    if node._saved_weight is not None:
+        phi = phi * node._saved_weight[chosen]
+    if node._saved_reduction == 1:  # a mean by weights, where a term's is one by numbers
+        phi = phi * (phi.numel() / node._saved_total_weight)
+    # A class that is certain has no gradient; nor has a row that does not count.
+    return phi.where(counts, 0).clamp(min=torch.finfo(phi.dtype).tiny).sqrt()
+
+
 # rho by the node's name; None: not of these arguments
 ROOTS: dict[str, Callable[[Any], Tensor | None]] = {
     "MseLossBackward": _mse,
@@ -76,4 +91,6 @@ ROOTS: dict[str, Callable[[Any], Tensor | None]] = {
     "SmoothL1LossBackward": _smooth_l1,
     "BinaryCrossEntropyWithLogitsBackward": _binary_cross_entropy,
     "SoftMarginLossBackward": _soft_margin,
+    "NllLossBackward": _cross_entropy,
+    "NllLoss2DBackward": _cross_entropy,
 }

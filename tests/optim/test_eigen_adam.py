@@ -121,6 +121,27 @@ def test_what_has_no_gradient_stays_where_it_is():
     assert not torch.equal(model[0].weight, before[0].weight)
 
 
+def test_rows_of_an_embedding_wait_until_they_are_looked_up():
+    """Each row's moments are of its own gradients alone."""
+    table = nn.Embedding(6, 3).double()
+    optimizer = so.EigenAdam(table)
+    expected, first, second = table.weight.detach().clone(), torch.zeros(6, 3).double(), torch.zeros(6, 3).double()
+    generator = torch.Generator().manual_seed(0)
+    for t in range(40):
+        rows = torch.randint(6, (2,), generator=generator)
+        optimizer.zero_grad()
+        loss = (table(rows) - rows[:, None]).square().sum()
+        loss.backward()
+        g, seen = table.weight.grad, torch.unique(rows)
+        first[seen] = 0.9 * first[seen] + 0.1 * g[seen]
+        second[seen] = 0.95 * second[seen] + 0.05 * g[seen] ** 2
+        ahead = 0.9 * first / (1 - 0.9 ** (t + 2)) + 0.1 * g / (1 - 0.9 ** (t + 1))
+        step = (ahead * (1 - 0.95 ** (t + 1)) ** 0.5 / second.sqrt()).clamp(-1.2, 1.2)
+        expected[seen] -= optimizer.metrics()["length"] * step[seen]
+        optimizer.step()
+        torch.testing.assert_close(table.weight.detach(), expected, rtol=1e-5, atol=1e-7)
+
+
 def test_weight_decay_shrinks_apart_from_the_gradient():
     """By lr times the step length times its value, also what has no gradient."""
     model = nn.Linear(30, 20).double()

@@ -321,6 +321,25 @@ def test_other_criteria_reach_a_minimum(criterion):
     assert max(float(g.abs().max()) for g in gradients) < 1e-6 * (200 if criterion.reduction == "sum" else 1)
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_cross_entropy_reaches_a_minimum(reduction, shape):
+    generator = torch.Generator().manual_seed(1)
+    layer, x = nn.Linear(3, 4), torch.randn(90, *shape, 3, generator=generator)
+    y = (2 * x[..., 0] + torch.randn(90, *shape, generator=generator)).round().clamp(-1, 2).long() + 1
+    y[::7] = -100  # rows that do not count
+
+    def loss():
+        logits = layer(x).movedim(-1, 1)
+        return nn.functional.cross_entropy(logits, y, weight=torch.tensor([1.0, 2.0, 0.5, 1.0]), reduction=reduction)
+
+    optimizer = so.LevenbergMarquardt(layer.parameters(), rows=None, holdout=False)
+    for _ in range(40):
+        optimizer.step(loss)
+    gradients = torch.autograd.grad(loss(), list(layer.parameters()))
+    assert max(float(g.abs().max()) for g in gradients) < 1e-5 * (len(y.flatten()) if reduction == "sum" else 1)
+
+
 def test_what_depends_on_no_parameter_is_a_constant():
     net, x, y = regression()
     plain = trained(net, lambda model, _: lambda: mse_loss(model(x), y), race=False)
