@@ -152,8 +152,9 @@ def eigen_step_(
         S = (I - U U^T) N_E (I - V V^T) + U N_T (I - V V^T) + Y V^T,       W -= l lr S,    b -= l lr_bias (y - S a),
 
     l the step length that `control` holds; before that W and b are shrunk by 1 - l lr decay. An element whose gradient is exactly
-    zero does not move but for the decay: S is zero there; without bases, ku = kv = 0, it keeps m, v and `last`, too. Then `control` learns the slopes of this step: of <x, N>, and of
-    <x, N of the step before>, from `last`, for which of E some evenly spread rows stand for all.
+    zero does not move but for the decay: S is zero there; without bases, ku = kv = 0, it keeps m, v and `last`, too. Then
+    `control` learns the slopes of this step: of <x, N>, and of <x, N of the step before>, from `last`, for which of E some evenly
+    spread rows stand for all.
 
     If any gradient is not finite, or too large for its square to be, nothing changes but `control`, which counts it.
 

@@ -30,9 +30,9 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         f(theta) = sum_k c_k r_k(theta)^2 + sum_j t_j theta_j^2 + constant,   c_k, t_j >= 0,
 
     any combination of means and sums of squares. Huber's loss, smooth L1, the soft margin, binary cross-entropy with logits and
-    cross-entropy are taken as the squares of their roots, whose curvature is phi'^2 / (2 phi). The residuals r and their coefficients c are
-    found in the loss's autograd graph, those of derivatives by `torch.autograd.grad(..., create_graph=True)` included; squares of
-    the parameters themselves become t.
+    cross-entropy are taken as the squares of their roots, whose curvature is phi'^2 / (2 phi). The residuals r and their
+    coefficients c are found in the loss's autograd graph, those of derivatives by `torch.autograd.grad(..., create_graph=True)`
+    included; squares of the parameters themselves become t.
     J [m, P], the Jacobian of the weighted residuals, comes from one backward pass: wherever a parameter acts row by row, the
     arriving gradients and the other operand are its rows' factors. A step is
 

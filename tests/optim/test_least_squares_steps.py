@@ -337,7 +337,7 @@ def test_cross_entropy_reaches_a_minimum(reduction, shape):
     for _ in range(40):
         optimizer.step(loss)
     gradients = torch.autograd.grad(loss(), list(layer.parameters()))
-    assert max(float(g.abs().max()) for g in gradients) < 1e-5 * (len(y.flatten()) if reduction == "sum" else 1)
+    assert max(float(g.abs().max()) for g in gradients) < 1e-4 * (len(y.flatten()) if reduction == "sum" else 1)
 
 
 def test_what_depends_on_no_parameter_is_a_constant():
