@@ -1,5 +1,6 @@
 """Builds secondorder._C from the sources in csrc/.
 
+SECONDORDER_EXTENSION=0|1 (default 1: compile; 0: install without it, plain PyTorch stands in).
 SECONDORDER_CUDA=0|1|auto (default auto: with CUDA where both torch and the machine have it; building needs no GPU).
 CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean to torch.
 """
@@ -10,25 +11,45 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from setuptools import setup
 
-try:
-    import torch
-except ImportError:
-    # Build isolation hides the environment's packages. The extension must be compiled against the very torch it will run
-    # with, so that one is taken, never a second one installed for the build.
-    sys.path.append(sysconfig.get_path("purelib"))
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+WITHOUT = (
+    "To install without the compiled extension, set SECONDORDER_EXTENSION=0 and repeat the command: plain PyTorch then stands in "
+    "for it, with the same steps, several times as slow."
+)
+
+
+def chosen(variable: str, *choices: str) -> str:
+    """Reads one of the choices, the first by default."""
+    choice = os.environ.get(variable, choices[0])
+    if choice not in choices:
+        sys.exit(f"secondorder: expected {variable} to be one of {', '.join(choices)}, got {choice!r}")
+    return choice
+
+
+def installed_torch() -> ModuleType:
+    """Imports the torch that the extension will run with.
+
+    Build isolation hides the environment's packages. The extension must be compiled against the very torch it will run with, so
+    that one is taken, never a second one installed for the build.
+    """
     try:
         import torch
     except ImportError:
-        sys.exit(
-            "secondorder: building needs the torch it will run with, and none is installed in "
-            f"{sys.prefix}. Install it first (for example: pip install torch), then repeat the command; "
-            "in a tool that builds elsewhere (uv, build), use --no-build-isolation."
-        )
-
-CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+        sys.path.append(sysconfig.get_path("purelib"))
+        try:
+            import torch
+        except ImportError:
+            sys.exit(
+                "secondorder: building needs the torch it will run with, and none is installed in "
+                f"{sys.prefix}. Install it first (for example: pip install torch), then repeat the command; "
+                "in a tool that builds elsewhere (uv, build), use --no-build-isolation."
+            )
+    return torch
 
 
 def toolkit() -> str | None:
@@ -41,22 +62,14 @@ def toolkit() -> str | None:
     return str(Path(top[1].strip()).resolve()) if top else None
 
 
-# torch looks for the toolkit when this module of it is imported.
-if "CUDA_HOME" not in os.environ and "CUDA_PATH" not in os.environ and (found := toolkit()):
-    os.environ["CUDA_HOME"] = found
-from torch.utils import cpp_extension  # noqa: E402
-
-
-def cuda_wanted() -> bool:
+def cuda_wanted(torch: ModuleType, home: str | None) -> bool:
     """Reads SECONDORDER_CUDA; `auto` asks whether torch was built with CUDA and a toolkit is there."""
-    choice = os.environ.get("SECONDORDER_CUDA", "auto")
-    if choice not in ("0", "1", "auto"):
-        sys.exit(f"secondorder: expected SECONDORDER_CUDA to be 0, 1 or auto, got {choice!r}")
-    available = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    choice = chosen("SECONDORDER_CUDA", "auto", "0", "1")
+    available = torch.version.cuda is not None and home is not None
     if choice == "1" and not available:
         sys.exit(
             "secondorder: SECONDORDER_CUDA=1 needs a CUDA build of torch (torch.version.cuda is "
-            f"{torch.version.cuda}) and a CUDA toolkit (CUDA_HOME is {cpp_extension.CUDA_HOME})"
+            f"{torch.version.cuda}) and a CUDA toolkit (CUDA_HOME is {home})"
         )
     return choice != "0" and available
 
@@ -68,17 +81,40 @@ def sources(cuda: bool) -> list[str]:
     return sorted(str(path) for path in found if cuda or "cuda" not in path.parts)
 
 
-cuda = cuda_wanted()
-if cuda:
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-# Nobody reads errno or the exception flags of floating-point numbers; without them roots and choices are vectors, too.
-flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fvisibility=hidden", "-Wall"]
-if cuda:
-    flags.append(f'-DSECONDORDER_CUDA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"')
-extension = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
-    "secondorder._C",
-    sources(cuda),
-    extra_compile_args={"cxx": flags, "nvcc": ["-std=c++20", "-O3", "--Werror", "all-warnings"]},
-)
+def extension() -> dict[str, Any]:
+    """Makes what `setup` is told of the extension."""
+    if sys.platform == "win32":
+        sys.exit(f"secondorder: its extension cannot be compiled on Windows. {WITHOUT}")
+    torch = installed_torch()
+    # torch looks for the toolkit when this module of it is imported.
+    if "CUDA_HOME" not in os.environ and "CUDA_PATH" not in os.environ and (found := toolkit()):
+        os.environ["CUDA_HOME"] = found
+    from torch.utils import cpp_extension
 
-setup(ext_modules=[extension], cmdclass={"build_ext": cpp_extension.BuildExtension})
+    class Build(cpp_extension.BuildExtension):
+        """Says what else there is where the compiler fails."""
+
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                sys.exit(f"secondorder: compiling its extension failed: {error}\n{WITHOUT}")
+
+    cuda = cuda_wanted(torch, cpp_extension.CUDA_HOME)
+    if cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    # Nobody reads errno or the exception flags of floating-point numbers; without them roots and choices are vectors, too.
+    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+    if sys.platform != "darwin":  # Apple's clang has no OpenMP: there the kernels run on one thread
+        flags.append("-fopenmp")
+    if cuda:
+        flags.append(f'-DSECONDORDER_CUDA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"')
+    compiled = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
+        "secondorder._C",
+        sources(cuda),
+        extra_compile_args={"cxx": flags, "nvcc": ["-std=c++20", "-O3", "--Werror", "all-warnings"]},
+    )
+    return {"ext_modules": [compiled], "cmdclass": {"build_ext": Build}}
+
+
+setup(**(extension() if chosen("SECONDORDER_EXTENSION", "1", "0") == "1" else {}))

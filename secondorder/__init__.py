@@ -10,16 +10,8 @@ from typing import Any
 
 import torch
 
-try:
-    from secondorder import _C
-except ImportError as error:
-    raise ImportError(
-        "secondorder: its compiled extension is missing or does not fit this torch "
-        f"({torch.__version__}): {error}. Compile it against the installed torch: `pip install .` in the "
-        "source folder (`pip install -e . --no-build-isolation` to work on it)."
-    ) from error
-
 from secondorder import criteria, curvature, diagnostics, ops, reference, solvers
+from secondorder._extension import compiled as _compiled
 from secondorder.errors import NonFiniteError
 from secondorder.optim import EACG, KBFGS, KBFGSL, KFAC, KFLR, KFRA, EigenAdam, LayerwiseNewton, LevenbergMarquardt
 
@@ -49,7 +41,9 @@ def build_info() -> dict[str, Any]:
     """How the extension was built, and what it runs with here.
 
     Returns:
+        "extension": whether there is one; without it plain PyTorch stands in, and the next six are missing.
         "compiler", "cxx_standard", "torch" (the version built against), "cuda_architectures" (None: without CUDA), "openmp",
-        "vectors" (the widest this machine has: "avx512", "avx2" or "baseline") and "threads".
+        "vectors" (the widest this machine has: "avx512", "avx2" or "baseline"), and "threads", those of torch.
     """
-    return {**_C.build_info(), "threads": torch.get_num_threads()}
+    built = {} if _compiled is None else _compiled.build_info()
+    return {"extension": _compiled is not None, **built, "threads": torch.get_num_threads()}

@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def device_for(dtype: torch.dtype, like: Tensor) -> torch.device:
+    """Where numbers of a dtype are kept beside a tensor: MPS has no float64, so the CPU has them for it."""
+    return torch.device("cpu") if dtype == torch.float64 and like.device.type == "mps" else like.device
+
+
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """`t.to(dtype)`, but free where it is `t` itself: with small layers, calls of torch are what a step costs."""
     return t if t.dtype == dtype else t.to(dtype)

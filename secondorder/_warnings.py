@@ -9,12 +9,14 @@ import torch
 
 # Frames in these folders are not the user's.
 _FOLDERS = tuple(str(Path(file).parent) for file in (__file__, torch.__file__) if file)
+_IMPORT = "<frozen importlib._bootstrap"
 
 
 def warn(message: str) -> None:
     """Warns of what the user's call has led to."""
     level, frame = 1, sys._getframe(1)
     current: FrameType | None = frame
-    while current is not None and current.f_code.co_filename.startswith(_FOLDERS):
-        level, current = level + 1, current.f_back
+    while current is not None and current.f_code.co_filename.startswith((*_FOLDERS, _IMPORT)):
+        # Python's own count leaves out the frames of an import.
+        level, current = level + (not current.f_code.co_filename.startswith(_IMPORT)), current.f_back
     warnings.warn(f"secondorder: {message}", stacklevel=level + 1)

@@ -1,14 +1,32 @@
-"""The operators in plain PyTorch: what `secondorder.ops` must equal, and what the benchmarks compare it with.
+"""The operators in plain PyTorch: what `secondorder.ops` must equal, and what stands in for it where there is no kernel.
 
 Each function reads like its equation, has the signature of its twin in `secondorder.ops` (documented there), and works on
-any device and dtype. Nothing here is fast on purpose.
+any device and dtype. It does not check its arguments, and nothing here is fast on purpose.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def _also_lists(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets a function of one layer take lists over the layers of a net, as its twin does."""
+
+    @functools.wraps(function)
+    def either(*args: Any) -> Any:
+        if isinstance(args[0], Tensor):
+            return function(*args)
+        columns = [arg if isinstance(arg, list | tuple) else [arg] * len(args[0]) for arg in args]
+        results = [function(*layer) for layer in zip(*columns, strict=True)]
+        if not results or isinstance(results[0], Tensor):
+            return results
+        return tuple(torch.stack(r) if r[0].dim() == 0 else list(r) for r in zip(*results, strict=True))
+
+    return either
 
 
 def pos_eig(eigenvalues: Tensor, gamma: float) -> Tensor:
@@ -90,7 +108,7 @@ def bias_hessian_chain(
 
 def cross_entropy_hessian(output: Tensor, target: Tensor, ignore_index: int = -100, mean: bool = True) -> Tensor:
     """The sum of diag(p) - p p^T over the instances that count, or the mean."""
-    p = output[target != ignore_index].softmax(1)
+    p = output[target.long() != ignore_index].softmax(1)  # uint8 has no -100
     return (torch.diag(p.sum(0)) - p.T @ p) / (len(p) if mean and len(output) else 1)
 
 
@@ -136,6 +154,7 @@ def eacg_hvp(bias_hessian: Tensor, mean_input: Tensor, p: Tensor) -> Tensor:
     return torch.outer(bias_hessian @ (p @ mean_input), mean_input)
 
 
+@_also_lists
 def eacg_solve(
     bias_hessian: Tensor,
     mean_input: Tensor,
@@ -157,10 +176,11 @@ def eacg_solve(
         q, iterations = conjugate_gradient(lambda p: (1 - alpha) * s * (h @ p) + alpha * p, u, max_iter, tol)
         z = torch.where(s > 0, (u - alpha * q) / s, 0)
         direction = -(grad_weight - torch.outer(z, a)) / alpha
-    if grad_bias is None:
-        return direction, grad_weight.new_empty(0), torch.tensor(iterations)
+    count = torch.tensor(iterations, device=h.device)
+    if grad_bias is None or not len(grad_bias):
+        return direction, grad_weight.new_empty(0), count
     bias, _ = conjugate_gradient(lambda p: (1 - alpha) * (h @ p) + alpha * p, -grad_bias, max_iter, tol)
-    return direction, bias, torch.tensor(iterations)
+    return direction, bias, count
 
 
 def eacg_update_(
@@ -181,15 +201,18 @@ def eacg_update_(
     truncated: bool,
     max_norm: Sequence[float] | None = None,
 ) -> Tensor:
-    """Eq. 10a and 10b for every layer; then V <- momentum V + P and W <- (1 - lr weight_decay) W + lr V, if all are finite.
+    """Eq. 10a and 10b for every layer; then V <- momentum V + P and W <- (1 - lr weight_decay) W + lr V.
 
-    [P, d] is shortened to the Frobenius norm `max_norm` where it is longer.
+    Nothing is written where a solution is not finite, or lr V could not be, now or later: |V| <= max |P| / (1 - momentum). [P, d]
+    is shortened to the Frobenius norm `max_norm` where it is longer.
     """
     solutions, counts = [], []
-    for h, a, b, g, damping in zip(bias_hessian, mean_input, grad_weight, grad_bias, alpha, strict=True):
-        p, d, iterations = eacg_solve(h, a, b, g if len(g) else None, damping, max_iter, tol, truncated)
+    for h, a, b, g, damping, rate, mu in zip(bias_hessian, mean_input, grad_weight, grad_bias, alpha, lr, momentum, strict=True):
+        p, d, iterations = eacg_solve(h, a, b, g, damping, max_iter, tol, truncated)
         solutions.append((p, d))
-        counts.append(int(iterations) if p.isfinite().all() and d.isfinite().all() else -1)
+        reach = max(float(x.abs().max()) if x.isfinite().all() else math.inf for x in (p, d) if x.numel()) if p.numel() else 0.0
+        reach *= max(1.0, abs(rate)) / max(1e-3, 1 - mu)
+        counts.append(int(iterations) if reach <= torch.finfo(p.dtype).max / 8 else -1)
     for layer, (directions, bound) in enumerate(zip(solutions, max_norm or [], strict=bool(max_norm))):
         length = torch.cat([x.flatten() for x in directions]).norm()
         if length > bound:
@@ -200,7 +223,7 @@ def eacg_update_(
                 if v:
                     p = v[layer].mul_(momentum[layer]).add_(p)
                 x[layer].mul_(1 - lr[layer] * weight_decay[layer]).add_(p, alpha=lr[layer])
-    return torch.tensor(counts, dtype=torch.int64)
+    return torch.tensor(counts, dtype=torch.int64, device=bias_hessian[0].device)
 
 
 def conjugate_gradient(matrix: Callable[[Tensor], Tensor], rhs: Tensor, max_iter: int, tol: float) -> tuple[Tensor, int]:
@@ -225,6 +248,7 @@ def conjugate_gradient(matrix: Callable[[Tensor], Tensor], rhs: Tensor, max_iter
     return x, max_iter
 
 
+@_also_lists
 def double_damping(s: Tensor, y: Tensor, inverse_hessian: Tensor, mu1: float, mu2: float) -> tuple[Tensor, Tensor]:
     """Goldfarb et al., Algorithm 3: Powell's damping on H, then with B = I."""
     hy = inverse_hessian @ y
@@ -236,51 +260,64 @@ def double_damping(s: Tensor, y: Tensor, inverse_hessian: Tensor, mu1: float, mu
     return s, theta2 * y + (1 - theta2) * s
 
 
-def bfgs_update_(inverse_hessian: Tensor, s: Tensor, y: Tensor) -> Tensor:
+def bfgs_update_(
+    inverse_hessian: Tensor | Sequence[Tensor], s: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor]
+) -> Tensor:
     """Goldfarb et al., Eq. 6, multiplied out: H - rho (s q^T + q s^T) + rho (1 + rho y.q) s s^T with q = H y."""
-    q, rho = inverse_hessian @ y, 1 / (s @ y)
+    if isinstance(inverse_hessian, Tensor):
+        _bfgs(inverse_hessian, s, y)
+        return inverse_hessian
+    pairs = list(zip(s, y, strict=True))
+    return _statuses(inverse_hessian, [(_bfgs(h, *pair), pair, pair) for h, pair in zip(inverse_hessian, pairs, strict=True)])
+
+
+def _bfgs(h: Tensor, s: Any, y: Any) -> bool:
+    """Updates H unless the curvature is not positive or a number would not be finite; whether it did."""
+    q, rho = h @ y, 1 / (s @ y)
     update = rho * (1 + rho * (y @ q)) * torch.outer(s, s) - rho * (torch.outer(s, q) + torch.outer(q, s))
-    if s @ y > 0 and torch.isfinite(update).all():
-        inverse_hessian += update
-    return inverse_hessian
+    updated = bool(s @ y > 0 and torch.isfinite(h + update).all())
+    if updated:
+        h += update
+    return updated
+
+
+def _statuses(layers: Sequence[Tensor], updates: Sequence[tuple[bool, Any, Any]]) -> Tensor:
+    """The bits ops.UPDATED, DAMPED_S and DAMPED_Y of updates: whether each was made, its pair, and the damped pair."""
+    bits = []
+    for updated, pair, damped in updates:
+        s_damped, y_damped = (not torch.equal(a, b) for a, b in zip(pair, damped, strict=True))
+        bits.append(updated + 2 * s_damped + 4 * y_damped)
+    return torch.tensor(bits, device=layers[0].device)
 
 
 def damped_bfgs_update_(
     inverse_hessian: Sequence[Tensor], s: Sequence[Tensor], y: Sequence[Tensor], mu1: float, mu2: float
 ) -> Tensor:
     """Goldfarb et al., Algorithm 3 and Eq. 6, layer by layer."""
-    statuses = []
-    for h, s_layer, y_layer in zip(inverse_hessian, s, y, strict=True):
-        damped = double_damping(s_layer, y_layer, h, mu1, mu2)
-        statuses.append(_status((s_layer, y_layer), damped))
-        bfgs_update_(h, *damped)
-    return torch.tensor(statuses)
+    updates = []
+    for h, *pair in zip(inverse_hessian, s, y, strict=True):
+        damped = double_damping(*pair, h, mu1, mu2)
+        updates.append((_bfgs(h, *damped), pair, damped))
+    return _statuses(s, updates)
 
 
 def hessian_action_update_(
     inverse: Sequence[Tensor], matrix: Sequence[Tensor], vector: Sequence[Tensor], damping: float
 ) -> Tensor:
     """Goldfarb et al., Section 4: BFGS with s = H a and y = (A + lambda_A I) s, layer by layer."""
-    statuses = []
+    updates = []
     for h, a, mean in zip(inverse, matrix, vector, strict=True):
         s = h @ mean
         pair = s, a @ s + damping * s
-        statuses.append(_status(pair, pair))
-        bfgs_update_(h, *pair)
-    return torch.tensor(statuses)
+        updates.append((_bfgs(h, *pair), pair, pair))
+    return _statuses(inverse, updates)
 
 
-def _status(pair: Sequence[Tensor], damped: Sequence[Tensor]) -> int:
-    """The bits ops.UPDATED, DAMPED_S and DAMPED_Y (but for updates that would overflow)."""
-    s_damped, y_damped = (not torch.equal(a, b) for a, b in zip(pair, damped, strict=True))
-    curvature = damped[0] @ damped[1]
-    return bool(curvature > 0 and torch.isfinite(curvature)) + 2 * s_damped + 4 * y_damped
-
-
+@_also_lists
 def lbfgs_product(s_pairs: Tensor, y_pairs: Tensor, v: Tensor) -> Tensor:
     """The two-loop recursion from H = I (Nocedal & Wright, Algorithm 7.4), on the columns of v; empty places are skipped."""
     pairs = [(s, y, 1 / (s @ y)) for s, y in zip(s_pairs, y_pairs, strict=True) if s @ y != 0]
-    shares = []
+    shares, v = [], v.clone()
     for s, y, rho in reversed(pairs):
         shares.append(rho * (s @ v))
         v = v - torch.outer(y, shares[-1])
@@ -298,15 +335,16 @@ def damped_lbfgs_update_(
     mu2: float,
 ) -> Tensor:
     """Goldfarb et al., Algorithm 3 with the H that the pairs stand for, layer by layer; then the oldest pair makes room."""
-    statuses = []
-    for s_memory, y_memory, s_layer, y_layer in zip(s_pairs, y_pairs, s, y, strict=True):
-        h = lbfgs_product(s_memory, y_memory, torch.eye(len(s_layer), dtype=s_layer.dtype))
+    updates = []
+    for *memories, s_layer, y_layer in zip(s_pairs, y_pairs, s, y, strict=True):
+        h = lbfgs_product(*memories, torch.eye(len(s_layer), dtype=s_layer.dtype, device=s_layer.device))
         damped = double_damping(s_layer, y_layer, h, mu1, mu2)
-        statuses.append(_status((s_layer, y_layer), damped))
-        if statuses[-1] % 2:
-            for memory, new in zip((s_memory, y_memory), damped, strict=True):
-                memory.copy_(torch.cat([memory[1:], new[None]]))
-    return torch.tensor(statuses)
+        curvature = damped[0] @ damped[1]
+        updated = bool(curvature > 0 and all(torch.isfinite(x @ x / curvature) for x in damped))
+        for memory, new in zip(memories, damped if updated else ()):
+            memory.copy_(torch.cat([memory[1:], new[None]]))
+        updates.append((updated, (s_layer, y_layer), damped))
+    return _statuses(s, updates)
 
 
 def eigen_sketch_(sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor) -> None:
@@ -368,7 +406,7 @@ def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
         if row.norm() > tolerance * start and row.norm() > tolerance * largest:
             lengths[q] = row.norm()
         else:
-            row = _refill(len(row), q).to(row)
+            row = _refill(len(row), q).to(row.dtype).to(row.device)
             row = row - (row @ basis.T) @ basis
         row = row / row.norm()
         row = row - (row @ basis.T) @ basis
@@ -383,6 +421,15 @@ def _refill(n: int, q: int) -> Tensor:
     u = ((u ^ (u >> 15)) * 2246822519) & mask
     u = u ^ (u >> 13)
     return u.double() / 2**31 - 1
+
+
+def _float64(t: Tensor, control: Tensor) -> Tensor:
+    """In float64, where `control` is: some devices have none."""
+    return t.to(control.device).double()
+
+
+def _squares_are_finite(tensors: Sequence[Tensor], control: Tensor) -> bool:
+    return all(_float64(t, control).square().sum() < torch.finfo(t.dtype).max / 4 for t in tensors)
 
 
 def eigen_renew_(
@@ -401,7 +448,7 @@ def eigen_renew_(
     share: Sequence[float],
 ) -> None:
     """One power iteration on the averaged second moments of both sides."""
-    if not all(t.isfinite().all() for t in (*grad_weight, *grad_bias, *sketch, *bias_hessian)):
+    if not _squares_are_finite([*grad_weight, *grad_bias, *sketch, *bias_hessian], control):
         control[6] = 1
         return
     for i, w in enumerate(share):
@@ -459,8 +506,7 @@ def eigen_step_(
     renewed: bool,
 ) -> None:
     """Adam's rule in every part of every gradient, and the step length from the slopes."""
-    grads = [*grad_weight, *grad_bias]
-    if control[6] or not all(g.double().square().sum() < torch.finfo(g.dtype).max / 4 for g in grads):
+    if control[6] or not _squares_are_finite([*grad_weight, *grad_bias], control):
         control[5] += 1
         control[6] = 0
         return
@@ -468,7 +514,7 @@ def eigen_step_(
     slope = last_slope = 0.0
     for i, t in enumerate(step):
         parts, u, v, _ = _parts(grad_weight[i], grad_bias[i], mean[i], basis_out[i], basis_in[i])
-        size[i].clamp_(min=grad_weight[i].double().square().mean().sqrt())
+        size[i].clamp_(min=_float64(grad_weight[i], control).square().mean().sqrt())
         floor = eps * float(size[i]) + torch.finfo(weight[i].dtype).tiny
         x, m, v2 = torch.cat([part.flatten() for part in parts]), first[i], second[i]
         waits = (x == 0) & (u.numel() + v.numel() == 0)  # an element that stands for itself, and has no gradient
@@ -480,15 +526,16 @@ def eigen_step_(
         residual = parts[-1] if len(parts) == 4 or (len(u.T) < len(u) and len(v.T) < len(v)) else None
         rest = x.numel() - (0 if residual is None else residual.numel())
         index = torch.arange(rest, device=x.device)
-        weights = torch.ones(rest, device=x.device, dtype=torch.float64)
+        weights = control.new_ones(rest)
         if residual is not None:
             n, p = residual.shape
             sampled = (last[i].numel() - rest) // p
             chosen = torch.arange(sampled, device=x.device) * n // sampled
             index = torch.cat([index, rest + (chosen.unsqueeze(1) * p + torch.arange(p, device=x.device)).flatten()])
             weights = torch.cat([weights, weights.new_full((sampled * p,), n / sampled)])
-        slope += float((weights * x[index].double() * normed[index].double()).sum())
-        last_slope += float((weights * x[index].double() * last[i].double()).sum())
+        weighted = weights * _float64(x[index], control)
+        slope += float(weighted @ _float64(normed[index], control))
+        last_slope += float(weighted @ _float64(last[i], control))
         last[i].copy_(torch.where(waits[index], last[i], normed[index]))
         s, y = _whole(_split(normed, parts), u, v, grad_bias[i].numel() > 0)
         s = s * (grad_weight[i] != 0)

@@ -145,6 +145,7 @@ at::Tensor bias_hessian_activation(const at::Tensor& hessian_, const at::Tensor&
 TORCH_LIBRARY_IMPL(secondorder, CPU, m) {
   m.impl("bias_hessian", bias_hessian);
   m.impl("bias_hessian.activation", bias_hessian_activation);
+  m.impl("bias_hessian.chain", bias_hessian_chain);
 }
 
 }  // namespace secondorder::cpu

@@ -116,6 +116,7 @@ at::Tensor from_activation(const at::Tensor& hessian, const at::Tensor& weight, 
 TORCH_LIBRARY_IMPL(secondorder, CUDA, m) {
   m.impl("bias_hessian", from_derivatives);
   m.impl("bias_hessian.activation", from_activation);
+  m.impl("bias_hessian.chain", bias_hessian_chain);
 }
 
 }  // namespace secondorder::cuda

@@ -1,8 +1,6 @@
 // activation_derivatives: sigma' and sigma'' of the activations whose derivatives have formulas.
 #include "activation.h"
 
-#include <torch/library.h>
-
 #include <string_view>
 
 #include "../checks.h"
@@ -42,10 +40,6 @@ Activation check_activation_derivatives(const at::Tensor& saved, c10::string_vie
   constexpr const char* op = "activation_derivatives";
   check_floating(op, "saved", saved);
   return activation_by_name(op, name, parameter);
-}
-
-TORCH_LIBRARY_FRAGMENT(secondorder, m) {
-  m.def("activation_derivatives(Tensor saved, str activation, float parameter) -> (Tensor d1, Tensor d2)");
 }
 
 }  // namespace secondorder

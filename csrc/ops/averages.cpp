@@ -47,11 +47,6 @@ void average_(at::TensorList news, at::TensorList olds, double share) {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(secondorder, m) {
-  m.def("mean_inputs(Tensor[] input) -> Tensor[]");
-  m.def("average_(Tensor(a!)[] new, Tensor[] old, float share) -> ()");
-}
-
 TORCH_LIBRARY_IMPL(secondorder, CompositeExplicitAutograd, m) {
   m.impl("mean_inputs", mean_inputs);
   m.impl("average_", average_);

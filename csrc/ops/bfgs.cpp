@@ -1,8 +1,6 @@
 // K-BFGS: double damping, the BFGS update of inverse Hessians, its Hessian-action form, and limited-memory BFGS.
 #include "bfgs.h"
 
-#include <torch/library.h>
-
 #include "../checks.h"
 
 namespace secondorder {
@@ -103,26 +101,6 @@ void check_damped_lbfgs_update(at::TensorList s_pairs, at::TensorList y_pairs, a
     check_contiguous(op, "y_pairs", y_pairs[l]);
     check_pair(op, s[l], y[l], "s_pairs", s_pairs[l], s_pairs[l].size(1));
   }
-}
-
-TORCH_LIBRARY_FRAGMENT(secondorder, m) {
-  m.def("double_damping(Tensor s, Tensor y, Tensor inverse_hessian, float mu1, float mu2) -> (Tensor s, Tensor y)");
-  m.def(
-      "double_damping.list(Tensor[] s, Tensor[] y, Tensor[] inverse_hessian, float mu1, float mu2) "
-      "-> (Tensor[] s, Tensor[] y)");
-  m.def("bfgs_update_(Tensor(a!) inverse_hessian, Tensor s, Tensor y) -> Tensor status");
-  m.def("bfgs_update_.list(Tensor(a!)[] inverse_hessian, Tensor[] s, Tensor[] y) -> Tensor status");
-  m.def(
-      "damped_bfgs_update_(Tensor(a!)[] inverse_hessian, Tensor[] s, Tensor[] y, float mu1, float mu2) "
-      "-> Tensor status");
-  m.def(
-      "hessian_action_update_(Tensor(a!)[] inverse, Tensor[] matrix, Tensor[] vector, float damping) "
-      "-> Tensor status");
-  m.def("lbfgs_product(Tensor s_pairs, Tensor y_pairs, Tensor v) -> Tensor");
-  m.def("lbfgs_product.list(Tensor[] s_pairs, Tensor[] y_pairs, Tensor[] v) -> Tensor[]");
-  m.def(
-      "damped_lbfgs_update_(Tensor(a!)[] s_pairs, Tensor(b!)[] y_pairs, Tensor[] s, Tensor[] y, float mu1, float mu2) "
-      "-> Tensor status");
 }
 
 }  // namespace secondorder

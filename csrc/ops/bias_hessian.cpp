@@ -1,12 +1,9 @@
-// bias_hessian: one step of the recursion; with the derivatives computed inside (activation); down several layers
-// (chain).
+// bias_hessian: the checks of one step of the recursion, also with the derivatives computed inside (activation); down
+// several layers (chain).
 #include "bias_hessian.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
-
-#include <vector>
 
 #include "../checks.h"
 #include "activation.h"
@@ -36,9 +33,8 @@ void check_recursion(const at::Tensor& hessian, const at::Tensor& weight, const 
   TORCH_CHECK_VALUE(gamma <= 0, op, ": expected gamma <= 0 (-1: PCH-1, 0: PCH-2), got ", gamma);
 }
 
-// H of the layers below `hessian`'s, going down: weights W_0 [n_0, n_1], W_1 [n_1, n_2], ..., what the activations
-// below each saved [m, n_(l+1)], and the gradients there, or none where the diagonal is left out. One call from Python
-// in place of one per layer, whose dispatch and argument parsing are what nets of small layers cost.
+}  // namespace
+
 std::vector<at::Tensor> bias_hessian_chain(at::Tensor hessian, at::TensorList weights, at::TensorList saved,
                                            const c10::List<std::string>& activations, at::ArrayRef<double> parameters,
                                            const c10::List<std::optional<at::Tensor>>& grad_inputs, double gamma) {
@@ -60,8 +56,6 @@ std::vector<at::Tensor> bias_hessian_chain(at::Tensor hessian, at::TensorList we
   return hessians;
 }
 
-}  // namespace
-
 void check_bias_hessian(const at::Tensor& hessian, const at::Tensor& weight, const at::Tensor& d1,
                         const std::optional<at::Tensor>& d2, const std::optional<at::Tensor>& grad_input,
                         double gamma) {
@@ -80,19 +74,5 @@ Activation check_bias_hessian_activation(const at::Tensor& hessian, const at::Te
   check_recursion(hessian, weight, "saved", saved, grad_input, gamma);
   return activation_by_name(op, name, parameter);
 }
-
-TORCH_LIBRARY_FRAGMENT(secondorder, m) {
-  m.def(
-      "bias_hessian(Tensor bias_hessian, Tensor weight, Tensor d1, Tensor? d2, Tensor? grad_input, float gamma) "
-      "-> Tensor");
-  m.def(
-      "bias_hessian.activation(Tensor bias_hessian, Tensor weight, Tensor saved, str activation, float parameter, "
-      "Tensor? grad_input, float gamma) -> Tensor");
-  m.def(
-      "bias_hessian.chain(Tensor bias_hessian, Tensor[] weight, Tensor[] saved, str[] activation, float[] parameter, "
-      "Tensor?[] grad_input, float gamma) -> Tensor[]");
-}
-
-TORCH_LIBRARY_IMPL(secondorder, CompositeExplicitAutograd, m) { m.impl("bias_hessian.chain", bias_hessian_chain); }
 
 }  // namespace secondorder

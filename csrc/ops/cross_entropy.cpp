@@ -38,10 +38,6 @@ at::Tensor cross_entropy_hessian(const at::Tensor& output, const at::Tensor& tar
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(secondorder, m) {
-  m.def("cross_entropy_hessian(Tensor output, Tensor target, int ignore_index, bool mean) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(secondorder, CompositeExplicitAutograd, m) {
   m.impl("cross_entropy_hessian", cross_entropy_hessian);
 }

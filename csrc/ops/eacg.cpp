@@ -1,8 +1,6 @@
 // eacg_solve and eacg_update_: EA-CG's two systems of a layer or of a whole net, and the step along their solutions.
 #include "eacg.h"
 
-#include <torch/library.h>
-
 #include "../checks.h"
 
 namespace secondorder {
@@ -76,22 +74,6 @@ void check_eacg_update(at::TensorList hessians, at::TensorList mean_inputs, at::
     check_target("weight_momentum", weight_momenta[l], "weight", weights[l]);
     check_target("bias_momentum", bias_momenta[l], "bias", biases[l]);
   }
-}
-
-TORCH_LIBRARY_FRAGMENT(secondorder, m) {
-  m.def(
-      "eacg_solve(Tensor bias_hessian, Tensor mean_input, Tensor grad_weight, Tensor? grad_bias, float alpha, "
-      "int max_iter, float tol, bool truncated) "
-      "-> (Tensor direction_weight, Tensor direction_bias, Tensor iterations)");
-  m.def(
-      "eacg_solve.list(Tensor[] bias_hessian, Tensor[] mean_input, Tensor[] grad_weight, Tensor[] grad_bias, "
-      "float[] alpha, int max_iter, float tol, bool truncated) "
-      "-> (Tensor[] direction_weight, Tensor[] direction_bias, Tensor iterations)");
-  m.def(
-      "eacg_update_(Tensor[] bias_hessian, Tensor[] mean_input, Tensor[] grad_weight, Tensor[] grad_bias, "
-      "Tensor(a!)[] weight, Tensor(b!)[] bias, Tensor(c!)[] weight_momentum, Tensor(d!)[] bias_momentum, "
-      "float[] lr, float[] alpha, float[] momentum, float[] weight_decay, int max_iter, float tol, bool truncated, "
-      "float[]? max_norm=None) -> Tensor iterations");
 }
 
 }  // namespace secondorder

@@ -1,8 +1,6 @@
 // EigenAdam: Adam's rule in the eigenbases of both sides of every matrix of a net.
 #include "eigen.h"
 
-#include <torch/library.h>
-
 #include "../checks.h"
 #include "../eigen.h"
 
@@ -158,19 +156,6 @@ void check_eigen_step(at::TensorList weight, at::TensorList bias, at::TensorList
     TORCH_CHECK_VALUE(decay[l] >= 0 && decay_bias[l] >= 0, op, ": expected decay >= 0, got ", decay[l], " and ",
                       decay_bias[l]);
   }
-}
-
-TORCH_LIBRARY_FRAGMENT(secondorder, m) {
-  m.def("eigen_sketch_(Tensor(a!) sketch, Tensor inputs, Tensor basis, Tensor shift) -> ()");
-  m.def(
-      "eigen_renew_(Tensor(a!)[] mean, Tensor(b!)[] basis_out, Tensor(c!)[] basis_in, Tensor(d!)[] scale_out, "
-      "Tensor(e!)[] scale_in, Tensor(f!)[] first, Tensor(g!) control, Tensor[] grad_weight, Tensor[] grad_bias, "
-      "Tensor[] sketch, Tensor[] bias_hessian, int[] rows, float[] share) -> ()");
-  m.def(
-      "eigen_step_(Tensor(a!)[] weight, Tensor(b!)[] bias, Tensor(c!)[] first, Tensor(d!)[] second, Tensor(e!)[] last, "
-      "Tensor(f!)[] size, Tensor(g!) control, Tensor[] grad_weight, Tensor[] grad_bias, Tensor[] mean, "
-      "Tensor[] basis_out, Tensor[] basis_in, float[] lr, float[] lr_bias, float[] decay, float[] decay_bias, "
-      "int[] step, float beta1, float beta2, float eps, bool renewed) -> ()");
 }
 
 }  // namespace secondorder

@@ -100,11 +100,6 @@ void jacobian_rows_(const at::Tensor& out, at::TensorList left, at::TensorList r
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(secondorder, m) {
-  m.def(
-      "jacobian_rows_(Tensor(a!) out, Tensor[] left, Tensor[] right, Tensor[] rows, int[] start, int[] offset) -> ()");
-}
-
 TORCH_LIBRARY_IMPL(secondorder, CompositeExplicitAutograd, m) { m.impl("jacobian_rows_", jacobian_rows_); }
 
 }  // namespace secondorder

@@ -33,10 +33,6 @@ at::Tensor precondition(const std::optional<at::Tensor>& left, const at::Tensor&
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(secondorder, m) {
-  m.def("precondition(Tensor? left, Tensor gradient, Tensor? right) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(secondorder, CompositeExplicitAutograd, m) { m.impl("precondition", precondition); }
 
 }  // namespace secondorder

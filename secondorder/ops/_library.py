@@ -1,4 +1,4 @@
-"""Access to the compiled operators, and the registration of their fake implementations."""
+"""How an operator is registered: its schema, its fake implementation, and plain PyTorch where it has no kernel."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,25 +7,62 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from secondorder import _C  # noqa: F401  (importing it registers torch.ops.secondorder)
+from secondorder import reference
+from secondorder._extension import compiled  # importing it registers the kernels
+from secondorder._warnings import warn
 
 library = torch.ops.secondorder
+_fragment = torch.library.Library("secondorder", "FRAGMENT")
+_told: set[str] = set()  # the types of device that a warning has named
 
 
-def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a fake implementation: shapes and dtypes alone, for torch.compile, torch.export and tensors on "meta".
+def operator(schema: str, plain: Callable[..., Any] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers an operator, whose fake implementation is decorated: shapes and dtypes alone.
 
-    It raises where its tensors are on several devices, as the real operator does.
+    The fake implementation serves torch.compile, torch.export and tensors on "meta". It raises where its tensors are on several
+    devices, as the kernels do.
+
+    Args:
+        schema: `name(arguments) -> results`, in the language of torch.library.
+        plain: computes the operator on devices without a kernel, and everywhere without the extension; None: its twin in
+            `reference`.
     """
+    name = schema.partition("(")[0]
+    _fragment.define(schema)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         def checked(*args: Any) -> Any:
-            devices = {leaf.device for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+            devices = {tensor.device for tensor in _tensors(args)}
             if len(devices) > 1:
                 raise ValueError(f"{name}: expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
             return function(*args)
 
         torch.library.register_fake(f"secondorder::{name}", checked)
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"secondorder::{name}", "CompositeExplicitAutograd"):
+            twin = plain or getattr(reference, name.removesuffix(".list").replace(".", "_"))
+            _fragment.impl(name, _stand_in(twin), "CompositeExplicitAutograd")
         return function
 
     return register
+
+
+def _tensors(args: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+
+
+def _stand_in(twin: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes an implementation of a twin; where the extension is there, it says once for each type of device that it is used."""
+
+    def computed(*args: Any) -> Any:
+        untold = {tensor.device.type for tensor in _tensors(args)} - _told
+        if compiled is not None and untold:
+            _told.update(untold)
+            warn(
+                f"there are no kernels for tensors on {', '.join(sorted(untold))} here; plain PyTorch stands in for them: the "
+                "same steps, several times as slow (docs/install.md). Kernels for CUDA are compiled where both torch and the "
+                "machine have it."
+            )
+        with torch.no_grad():
+            return twin(*args)
+
+    return computed

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from secondorder.ops._library import fake, library
+from secondorder.ops._library import library, operator
 
 
 def activation_derivatives(saved: Tensor, activation: str, parameter: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -20,6 +20,6 @@ def activation_derivatives(saved: Tensor, activation: str, parameter: float = 1.
     return library.activation_derivatives(saved, activation, parameter)
 
 
-@fake("activation_derivatives")
+@operator("activation_derivatives(Tensor saved, str activation, float parameter) -> (Tensor d1, Tensor d2)")
 def _(saved: Tensor, activation: str, parameter: float) -> tuple[Tensor, Tensor]:
     return saved.new_empty(saved.shape), saved.new_empty(saved.shape)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from secondorder.ops._library import fake, library
+from secondorder.ops._library import library, operator
 
 
 def mean_inputs(input: Sequence[Tensor]) -> list[Tensor]:
@@ -19,7 +19,7 @@ def mean_inputs(input: Sequence[Tensor]) -> list[Tensor]:
     return library.mean_inputs(list(input))
 
 
-@fake("mean_inputs")
+@operator("mean_inputs(Tensor[] input) -> Tensor[]")
 def _(input: list[Tensor]) -> list[Tensor]:
     return [h.new_empty(h.shape[1]) for h in input]
 
@@ -35,6 +35,6 @@ def average_(new: Sequence[Tensor], old: Sequence[Tensor], share: float) -> None
     library.average_(list(new), list(old), share)
 
 
-@fake("average_")
+@operator("average_(Tensor(a!)[] new, Tensor[] old, float share) -> ()")
 def _(new: list[Tensor], old: list[Tensor], share: float) -> None:
     return None

@@ -11,7 +11,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from secondorder.ops._library import fake, library
+from secondorder import reference
+from secondorder.ops._library import library, operator
 
 UPDATED, DAMPED_S, DAMPED_Y = 1, 2, 4
 """The bits of an update's status: H was updated; s was damped (theta1 < 1); y was damped (theta2 != 1)."""
@@ -52,12 +53,14 @@ def double_damping(
     return library.double_damping.list(list(s), list(y), list(inverse_hessian), mu1, mu2)
 
 
-@fake("double_damping")
+@operator("double_damping(Tensor s, Tensor y, Tensor inverse_hessian, float mu1, float mu2) -> (Tensor s, Tensor y)")
 def _(s: Tensor, y: Tensor, inverse_hessian: Tensor, mu1: float, mu2: float) -> tuple[Tensor, Tensor]:
     return s.new_empty(s.shape), y.new_empty(y.shape)
 
 
-@fake("double_damping.list")
+@operator(
+    "double_damping.list(Tensor[] s, Tensor[] y, Tensor[] inverse_hessian, float mu1, float mu2) -> (Tensor[] s, Tensor[] y)"
+)
 def _(
     s: list[Tensor], y: list[Tensor], inverse_hessian: list[Tensor], mu1: float, mu2: float
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -91,12 +94,15 @@ def bfgs_update_(
     return library.bfgs_update_.list(list(inverse_hessian), list(s), list(y))
 
 
-@fake("bfgs_update_")
+@operator(
+    "bfgs_update_(Tensor(a!) inverse_hessian, Tensor s, Tensor y) -> Tensor status",
+    plain=lambda *layer: reference.bfgs_update_(*([t] for t in layer))[0],
+)
 def _(inverse_hessian: Tensor, s: Tensor, y: Tensor) -> Tensor:
     return inverse_hessian.new_empty((), dtype=torch.int64)
 
 
-@fake("bfgs_update_.list")
+@operator("bfgs_update_.list(Tensor(a!)[] inverse_hessian, Tensor[] s, Tensor[] y) -> Tensor status")
 def _(inverse_hessian: list[Tensor], s: list[Tensor], y: list[Tensor]) -> Tensor:
     return _statuses(inverse_hessian)
 
@@ -119,7 +125,7 @@ def damped_bfgs_update_(
     return library.damped_bfgs_update_(list(inverse_hessian), list(s), list(y), mu1, mu2)
 
 
-@fake("damped_bfgs_update_")
+@operator("damped_bfgs_update_(Tensor(a!)[] inverse_hessian, Tensor[] s, Tensor[] y, float mu1, float mu2) -> Tensor status")
 def _(inverse_hessian: list[Tensor], s: list[Tensor], y: list[Tensor], mu1: float, mu2: float) -> Tensor:
     return _statuses(inverse_hessian)
 
@@ -144,7 +150,7 @@ def hessian_action_update_(
     return library.hessian_action_update_(list(inverse), list(matrix), list(vector), damping)
 
 
-@fake("hessian_action_update_")
+@operator("hessian_action_update_(Tensor(a!)[] inverse, Tensor[] matrix, Tensor[] vector, float damping) -> Tensor status")
 def _(inverse: list[Tensor], matrix: list[Tensor], vector: list[Tensor], damping: float) -> Tensor:
     return _statuses(inverse)
 
@@ -176,12 +182,12 @@ def lbfgs_product(
     return library.lbfgs_product.list(list(s_pairs), list(y_pairs), list(v))
 
 
-@fake("lbfgs_product")
+@operator("lbfgs_product(Tensor s_pairs, Tensor y_pairs, Tensor v) -> Tensor")
 def _(s_pairs: Tensor, y_pairs: Tensor, v: Tensor) -> Tensor:
     return v.new_empty(v.shape)
 
 
-@fake("lbfgs_product.list")
+@operator("lbfgs_product.list(Tensor[] s_pairs, Tensor[] y_pairs, Tensor[] v) -> Tensor[]")
 def _(s_pairs: list[Tensor], y_pairs: list[Tensor], v: list[Tensor]) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in v]
 
@@ -210,7 +216,10 @@ def damped_lbfgs_update_(
     return library.damped_lbfgs_update_(list(s_pairs), list(y_pairs), list(s), list(y), mu1, mu2)
 
 
-@fake("damped_lbfgs_update_")
+@operator(
+    "damped_lbfgs_update_(Tensor(a!)[] s_pairs, Tensor(b!)[] y_pairs, Tensor[] s, Tensor[] y, float mu1, float mu2) -> Tensor "
+    "status"
+)
 def _(s_pairs: list[Tensor], y_pairs: list[Tensor], s: list[Tensor], y: list[Tensor], mu1: float, mu2: float) -> Tensor:
     return _statuses(s_pairs)
 

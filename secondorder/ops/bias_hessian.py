@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from secondorder.ops._library import fake, library
+from secondorder.ops._library import library, operator
 
 
 def bias_hessian(
@@ -31,7 +31,7 @@ def bias_hessian(
     return library.bias_hessian(bias_hessian, weight, d1, d2, grad_input, gamma)
 
 
-@fake("bias_hessian")
+@operator("bias_hessian(Tensor bias_hessian, Tensor weight, Tensor d1, Tensor? d2, Tensor? grad_input, float gamma) -> Tensor")
 def _(bias_hessian: Tensor, weight: Tensor, d1: Tensor, d2: Tensor | None, grad_input: Tensor | None, gamma: float) -> Tensor:
     return bias_hessian.new_empty(weight.shape[1], weight.shape[1])
 
@@ -65,7 +65,10 @@ def bias_hessian_activation(
     return library.bias_hessian.activation(bias_hessian, weight, saved, activation, parameter, grad_input, gamma)
 
 
-@fake("bias_hessian.activation")
+@operator(
+    "bias_hessian.activation(Tensor bias_hessian, Tensor weight, Tensor saved, str activation, float parameter, Tensor? "
+    "grad_input, float gamma) -> Tensor"
+)
 def _(
     bias_hessian: Tensor,
     weight: Tensor,
@@ -106,7 +109,10 @@ def bias_hessian_chain(
     )
 
 
-@fake("bias_hessian.chain")
+@operator(
+    "bias_hessian.chain(Tensor bias_hessian, Tensor[] weight, Tensor[] saved, str[] activation, float[] parameter, Tensor?[] "
+    "grad_input, float gamma) -> Tensor[]"
+)
 def _(
     bias_hessian: Tensor,
     weight: list[Tensor],

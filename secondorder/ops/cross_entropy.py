@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from secondorder.ops._library import fake, library
+from secondorder.ops._library import library, operator
 
 
 def cross_entropy_hessian(output: Tensor, target: Tensor, ignore_index: int = -100, mean: bool = True) -> Tensor:
@@ -22,6 +22,6 @@ def cross_entropy_hessian(output: Tensor, target: Tensor, ignore_index: int = -1
     return library.cross_entropy_hessian(output, target, ignore_index, mean)
 
 
-@fake("cross_entropy_hessian")
+@operator("cross_entropy_hessian(Tensor output, Tensor target, int ignore_index, bool mean) -> Tensor")
 def _(output: Tensor, target: Tensor, ignore_index: int, mean: bool) -> Tensor:
     return output.new_empty(output.shape[1], output.shape[1])

@@ -6,7 +6,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from secondorder.ops._library import fake, library
+from secondorder.ops._library import library, operator
 
 
 def eacg_hvp(bias_hessian: Tensor, mean_input: Tensor, p: Tensor) -> Tensor:
@@ -105,7 +105,10 @@ def eacg_solve(
     )
 
 
-@fake("eacg_solve")
+@operator(
+    "eacg_solve(Tensor bias_hessian, Tensor mean_input, Tensor grad_weight, Tensor? grad_bias, float alpha, int max_iter, float"
+    " tol, bool truncated) -> (Tensor direction_weight, Tensor direction_bias, Tensor iterations)"
+)
 def _(
     bias_hessian: Tensor,
     mean_input: Tensor,
@@ -120,7 +123,10 @@ def _(
     return grad_weight.new_empty(grad_weight.shape), bias, grad_weight.new_empty((), dtype=torch.int64)
 
 
-@fake("eacg_solve.list")
+@operator(
+    "eacg_solve.list(Tensor[] bias_hessian, Tensor[] mean_input, Tensor[] grad_weight, Tensor[] grad_bias, float[] alpha, int "
+    "max_iter, float tol, bool truncated) -> (Tensor[] direction_weight, Tensor[] direction_bias, Tensor iterations)"
+)
 def _(
     bias_hessian: list[Tensor],
     mean_input: list[Tensor],
@@ -190,6 +196,10 @@ def eacg_update_(
     )  # fmt: skip
 
 
-@fake("eacg_update_")
+@operator(
+    "eacg_update_(Tensor[] bias_hessian, Tensor[] mean_input, Tensor[] grad_weight, Tensor[] grad_bias, Tensor(a!)[] weight, "
+    "Tensor(b!)[] bias, Tensor(c!)[] weight_momentum, Tensor(d!)[] bias_momentum, float[] lr, float[] alpha, float[] momentum, "
+    "float[] weight_decay, int max_iter, float tol, bool truncated, float[]? max_norm=None) -> Tensor iterations"
+)
 def _(bias_hessian: list[Tensor], mean_input: list[Tensor], grad_weight: list[Tensor], *rest: object) -> Tensor:
     return grad_weight[0].new_empty(len(grad_weight), dtype=torch.int64)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from secondorder.ops._library import fake, library
+from secondorder.ops._library import library, operator
 
 CONTROL = ("length", "oscillations", "slope", "last_slope", "steps", "refused", "unrenewed")
 """What the entries of a control tensor are.
@@ -42,7 +42,7 @@ def eigen_sketch_(sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor) 
     library.eigen_sketch_(sketch, inputs, basis, shift)
 
 
-@fake("eigen_sketch_")
+@operator("eigen_sketch_(Tensor(a!) sketch, Tensor inputs, Tensor basis, Tensor shift) -> ()")
 def _(sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor) -> None:
     return None
 
@@ -97,7 +97,11 @@ def eigen_renew_(
     )  # fmt: skip
 
 
-@fake("eigen_renew_")
+@operator(
+    "eigen_renew_(Tensor(a!)[] mean, Tensor(b!)[] basis_out, Tensor(c!)[] basis_in, Tensor(d!)[] scale_out, Tensor(e!)[] "
+    "scale_in, Tensor(f!)[] first, Tensor(g!) control, Tensor[] grad_weight, Tensor[] grad_bias, Tensor[] sketch, Tensor[] "
+    "bias_hessian, int[] rows, float[] share) -> ()"
+)
 def _(
     mean: list[Tensor],
     basis_out: list[Tensor],
@@ -188,7 +192,12 @@ def eigen_step_(
     )  # fmt: skip
 
 
-@fake("eigen_step_")
+@operator(
+    "eigen_step_(Tensor(a!)[] weight, Tensor(b!)[] bias, Tensor(c!)[] first, Tensor(d!)[] second, Tensor(e!)[] last, "
+    "Tensor(f!)[] size, Tensor(g!) control, Tensor[] grad_weight, Tensor[] grad_bias, Tensor[] mean, Tensor[] basis_out, "
+    "Tensor[] basis_in, float[] lr, float[] lr_bias, float[] decay, float[] decay_bias, int[] step, float beta1, float beta2, "
+    "float eps, bool renewed) -> ()"
+)
 def _(
     weight: list[Tensor],
     bias: list[Tensor],

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from secondorder.ops._library import fake, library
+from secondorder.ops._library import library, operator
 
 
 def jacobian_rows_(
@@ -37,7 +37,7 @@ def jacobian_rows_(
     library.jacobian_rows_(out, list(left), list(right), list(rows), list(start), list(offset))
 
 
-@fake("jacobian_rows_")
+@operator("jacobian_rows_(Tensor(a!) out, Tensor[] left, Tensor[] right, Tensor[] rows, int[] start, int[] offset) -> ()")
 def _(
     out: Tensor,
     left: list[Tensor],

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from secondorder.ops._library import fake, library
+from secondorder.ops._library import library, operator
 
 
 def precondition(left: Tensor | None, gradient: Tensor, right: Tensor | None) -> Tensor:
@@ -19,6 +19,6 @@ def precondition(left: Tensor | None, gradient: Tensor, right: Tensor | None) ->
     return library.precondition(left, gradient, right)
 
 
-@fake("precondition")
+@operator("precondition(Tensor? left, Tensor gradient, Tensor? right) -> Tensor")
 def _(left: Tensor | None, gradient: Tensor, right: Tensor | None) -> Tensor:
     return gradient.new_empty(gradient.shape)

@@ -146,6 +146,13 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             groups: the param_groups by parameter.
         """
 
+    def _shapes(self, p: Tensor) -> dict[str, tuple[int, ...] | None]:
+        n, k = p.shape if p.dim() == 2 else (0, 0)
+        return {
+            "momentum": tuple(p.shape), "average": tuple(p.shape), "step": None, "factor_updates": None, "factors": None,
+            "prepared": None, "bias_hessian": (n, n), "mean_input": (k,), "input_second_moment": (k, k),
+        }  # fmt: skip
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every torch optimizer's; also takes checkpoints of before version 0.2, where each factor had a key of its own.
 

@@ -36,6 +36,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
 
     _remedy = "begin with more damping"
 
+    _group_keys = ("tau", "factor_decay")
     _numbers: ClassVar[Numbers] = {
         **NUMBERS,
         "lr": (lambda v: 0 <= v < 2, "in [0, 2), since it multiplies the step of the quadratic model"),
@@ -68,7 +69,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
         Raises:
             ValueError: the state is of an optimizer with a fixed learning rate.
         """
-        if any("tau" not in group for group in state_dict["param_groups"]):
+        if any("alpha" in group and "tau" not in group for group in state_dict["param_groups"]):
             raise ValueError(
                 f"{type(self).__name__}.load_state_dict(): expected the state of an optimizer that finds its own step size, got "
                 "one of an optimizer with a learning rate; load it into secondorder.EACG"

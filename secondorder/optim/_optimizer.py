@@ -1,25 +1,71 @@
 """What every optimizer of the package does as torch's own do, whatever it computes."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from secondorder._tensors import device_for
+
 
 class SecondOrderOptimizer(torch.optim.Optimizer):
-    """A torch optimizer whose state keeps its dtypes and whose groups maximise or minimise alike."""
+    """A torch optimizer whose state keeps its dtypes and is checked, and whose groups maximise or minimise alike."""
+
+    _group_keys: ClassVar[tuple[str, ...]] = ()  # what tells a saved group of this optimizer, of any version, from others'
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every torch optimizer's, but the state keeps its dtype: under bfloat16 parameters the factors are float32."""
+        """As every torch optimizer's, but the state keeps its dtype: under bfloat16 parameters the factors are float32.
+
+        Raises:
+            ValueError: the state is of another optimizer or of other parameters; nothing has changed.
+        """
         seen: list[dict[str, Any]] = []  # after the pre-hooks
-        last = self.register_load_state_dict_pre_hook(lambda _, given: seen.append(given))
+
+        def examine(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+            self._check_state_dict(given)
+            seen.append(given)
+
+        last = self.register_load_state_dict_pre_hook(examine)
         first = self.register_load_state_dict_post_hook(lambda _: self._restore(seen[0]), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             last.remove()
             first.remove()
+
+    def _shapes(self, p: Tensor) -> dict[str, tuple[int, ...] | None] | None:
+        """What the state of a parameter may hold: by its name the shape of a tensor, or None for what has none of its own.
+
+        Within dictionaries other names may stand, too. None: the optimizer checks by itself.
+        """
+        return None
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        name = f"{type(self).__name__}.load_state_dict()"
+        for group in state_dict["param_groups"]:
+            if missing := [key for key in self._group_keys if key not in group]:
+                raise ValueError(
+                    f"{name}: expected the state of this kind of optimizer, got one whose param_groups have no "
+                    f"{', '.join(missing)}"
+                )
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        for position, (i, p) in enumerate(zip(saved, own, strict=False)):  # torch refuses other numbers of parameters itself
+            shapes = self._shapes(p)
+            if shapes is None:
+                continue
+            state = state_dict["state"].get(i, {})
+            if unknown := sorted(map(str, state.keys() - shapes.keys())):
+                raise ValueError(f"{name}: expected the state of this kind of optimizer, got one with {', '.join(unknown)}")
+            for key, value in _tensors(state):
+                expected = shapes.get(key)
+                if expected is not None and tuple(value.shape) != expected:
+                    raise ValueError(
+                        f"{name}: expected {key} of shape {list(expected)} for parameter {position} of shape {list(p.shape)}, "
+                        f"got {list(value.shape)}; it is the state of another model"
+                    )
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
         """The state once more, of its own dtype and sharing no memory with `state_dict`."""
@@ -28,7 +74,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         for i, p in zip(saved, own, strict=True):
             if i in state_dict["state"]:
                 self.state[p] = tree_map(
-                    lambda leaf, p=p: leaf.to(p.device, copy=True) if isinstance(leaf, Tensor) else leaf, state_dict["state"][i]
+                    lambda leaf, p=p: leaf.to(device_for(leaf.dtype, p), copy=True) if isinstance(leaf, Tensor) else leaf,
+                    state_dict["state"][i],
                 )
 
     def _maximize(self) -> bool:
@@ -37,3 +84,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if len(maximize) > 1:
             raise ValueError(f"{type(self).__name__}.step(): expected maximize to be the same in all param_groups")
         return maximize.pop()
+
+
+def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a parameter's state by their names, also those within dictionaries."""
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            yield key, value
+        elif isinstance(value, dict):
+            yield from _tensors(value)

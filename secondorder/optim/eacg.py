@@ -83,6 +83,7 @@ class EACG(LayerwiseOptimizer):
     """
 
     _remedy = "lower lr or raise alpha"
+    _group_keys = ("alpha", "factor_decay")
     _numbers: ClassVar[Numbers] = {**NUMBERS, "max_step": (lambda v: v > 0, "> 0, or None for no bound")}
 
     def __init__(

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from secondorder import ops
 from secondorder._layers import linear_layers
 from secondorder._tape.hooks import remove_handles
-from secondorder._tensors import compute_dtype
+from secondorder._tensors import compute_dtype, device_for
 from secondorder._warnings import warn
 from secondorder.criteria import FunctionCriterion
 from secondorder.curvature import CURVATURES, Curvature, curvature_by_name
@@ -270,7 +270,8 @@ class EigenAdam(SecondOrderOptimizer):
         if "control" not in state:
             before = next((each for each in self.state.values() if "control" in each), None)  # of a parameter that was the first
             if before is None:
-                control = torch.tensor([0.01, *[0.0] * (len(ops.CONTROL) - 1)], dtype=torch.float64, device=self._first.device)
+                device = device_for(torch.float64, self._first)
+                control = torch.tensor([0.01, *[0.0] * (len(ops.CONTROL) - 1)], dtype=torch.float64, device=device)
                 before = {"control": control, "steps": 0, "refused": 0}
             state.update({key: before.pop(key) for key in _SHARED if key in before})
         return state
@@ -313,7 +314,7 @@ class EigenAdam(SecondOrderOptimizer):
             step=0, renewals=0, unseen=0, basis_out=basis(ku, n), basis_in=basis(kv, p), scale_out=zeros(ku),
             scale_in=zeros(kv), mean=zeros(p if matrix.bias is not None else 0), exp_avg=zeros(rest + residual * n * p),
             exp_avg_sq=zeros(rest + residual * n * p), last=zeros(rest + sampled * p),
-            size=torch.zeros(1, device=device, dtype=torch.float64),
+            size=torch.zeros(1, device=device_for(torch.float64, matrix.weight), dtype=torch.float64),
         )  # fmt: skip
         return state
 
@@ -452,7 +453,7 @@ class EigenAdam(SecondOrderOptimizer):
         shared, due = self._shared(), self._renewing()
         control = shared["control"]
         self._read_report()
-        nothing = torch.empty(0, device=control.device, dtype=dtype)
+        nothing = torch.empty(0, device=present[0].weight.device, dtype=dtype)
         states, weights, biases, weight_grads, bias_grads, decays = [], [], [], [], [], []
         for matrix in present:
             weight, bias = matrix.weight, matrix.bias
@@ -547,7 +548,7 @@ class EigenAdam(SecondOrderOptimizer):
         A first mean that a sketch has found takes its place in `means`, and is put into the state when the step is made.
         """
         sketches = self._sketches if self._group is None else self._averaged(present)
-        nothing = control.new_empty(0, dtype=weight_grads[0].dtype)
+        nothing = weight_grads[0].new_empty(0)
         chosen, given, renewed, lost = [], [], [], []
         for i, (matrix, state) in enumerate(zip(present, states, strict=True)):
             if not matrix.eigen:
@@ -706,11 +707,12 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
 
 def _cast(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
     """A matrix' state on its parameter's device, in the dtype that this is computed in."""
-    dtype = compute_dtype(p.dtype)
-    return {
-        key: value.to(p.device, torch.float64 if key in ("control", "size") else dtype) if isinstance(value, Tensor) else value
-        for key, value in state.items()
-    }
+
+    def own(key: str, value: Tensor) -> Tensor:
+        dtype = torch.float64 if key in ("control", "size") else compute_dtype(p.dtype)
+        return value.to(device_for(dtype, p), dtype)
+
+    return {key: own(key, value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def _finite(sums: Tensor) -> Tensor:

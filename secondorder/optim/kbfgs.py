@@ -78,6 +78,7 @@ class KBFGS(CurvatureOptimizer):
     Source: Goldfarb, Ren & Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural Networks" (NeurIPS 2020).
     """
 
+    _group_keys = ("damping", "mu1")
     _numbers: ClassVar[Numbers] = {
         **NUMBERS,
         "damping": (lambda v: 0 < v <= 1, "in (0, 1]"),
@@ -114,6 +115,21 @@ class KBFGS(CurvatureOptimizer):
         self._tape.recording = False
         self._curvature_name = "quasi-Newton"
         self._max_increase, self._bias_correction = max_increase, bias_correction
+
+    def _shapes(self, p: Tensor) -> dict[str, tuple[int, ...] | None]:
+        layer = next((layer for layer in self._layers if layer.weight is p), None)
+        if layer is None:
+            return {"momentum": tuple(p.shape)}
+        n, k = p.shape
+        k += layer.bias is not None and layer.bias.requires_grad
+        return {
+            **dict.fromkeys(("step", *_COUNTS)), "momentum": tuple(p.shape), "gradient": (n, k), "input_second_moment": (k, k),
+            "inverse_input": (k, k), "s": (n,), "y": (n,), **self._output_shapes(n),
+        }  # fmt: skip
+
+    def _output_shapes(self, n: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of what `_start_output` makes."""
+        return {"inverse_output": (n, n)}
 
     @torch.no_grad()
     def initialize(self, inputs: Iterable[Any]) -> None:

@@ -93,6 +93,9 @@ class KBFGSL(KBFGS):
     def _start_output(self, zero: Tensor) -> dict[str, Tensor]:
         return {key: zero.new_zeros(self._memory, len(zero)) for key in ("s_pairs", "y_pairs")}
 
+    def _output_shapes(self, n: int) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(("s_pairs", "y_pairs"), (self._memory, n))
+
     def _preconditioned(self, states: list[dict[str, Any]], gradients: list[Tensor]) -> list[Tensor]:
         s_pairs, y_pairs = ([state[key] for state in states] for key in ("s_pairs", "y_pairs"))
         halves = ops.lbfgs_product(s_pairs, y_pairs, gradients)

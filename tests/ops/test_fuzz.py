@@ -10,6 +10,7 @@ from hypothesis import given
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from secondorder import ops, reference
+from secondorder.ops import _library
 
 HERE = Path(__file__)
 SIZES = st.sampled_from([0, 1, 1, 2, 3, 17, 33])
@@ -210,3 +211,61 @@ def test_more_than_2_to_the_31_elements_by_strides():
     assert torch.equal(result, torch.ones(3, 3))
     wide = torch.zeros(1, 1).expand(2**16, 2**15 + 1)
     assert torch.equal(ops.eacg_hvp(torch.eye(2), torch.ones(5), wide[:: 2**15, :: 2**13]), torch.zeros(2, 5))
+
+
+# --- a device without kernels -------------------------------------------------------------------------------------------------
+
+
+ELSEWHERE = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)  # no kernel of the package is registered for it
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Calls an operator as the dispatcher would on such a device; the tensors are on the CPU."""
+    monkeypatch.setattr(_library, "_told", {"cpu"})
+    return lambda op, arguments: op.redispatch(ELSEWHERE, *arguments)
+
+
+def poisoned(arguments, number):
+    """One number in every tensor that holds floating-point ones."""
+
+    def poison(t):
+        t = t.clone()
+        if t.is_floating_point() and t.numel() and number is not None:
+            t.view(-1)[-1] = number
+        return t
+
+    return mapped(arguments, poison)
+
+
+@pytest.mark.parametrize("number", [None, float("nan"), 1e30])
+@pytest.mark.parametrize("index", range(OPERATORS))
+def test_plain_pytorch_returns_and_writes_what_the_kernels_do(index, number, elsewhere):
+    op, arguments = cases(square_problem())[index]
+    before = poisoned(arguments, number)
+    ours, theirs = (mapped(before, torch.clone) for _ in range(2))
+    expected, actual = op(*ours), elsewhere(op, theirs)
+    for a, b, start in zip(leaves(theirs), leaves(ours), leaves(before), strict=True):
+        if isinstance(
+            a, torch.Tensor
+        ):  # what a step that fails leaves alone; sums in float64 fail later than those of plain PyTorch
+            assert same(a, start) or not same(b, start)
+    if number is None:
+        for a, b in zip([*leaves(actual), *leaves(theirs)], [*leaves(expected), *leaves(ours)], strict=True):
+            assert a is b is None or not isinstance(a, torch.Tensor) or a.dtype == b.dtype
+            if isinstance(a, torch.Tensor):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def same(a, b):
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def test_a_device_without_kernels_is_warned_of_once(monkeypatch):
+    if _library.compiled is None:
+        pytest.skip("there are no kernels for any device")
+    monkeypatch.setattr(_library, "_told", set())
+    arguments = torch.eye(2), torch.ones(3), torch.ones(2, 3), None, 0.1, 5, 0.0, False
+    with pytest.warns(UserWarning, match="no kernels for tensors on cpu here; plain PyTorch stands in"):
+        torch.ops.secondorder.eacg_solve.default.redispatch(ELSEWHERE, *arguments)
+    torch.ops.secondorder.eacg_solve.default.redispatch(ELSEWHERE, *arguments)
