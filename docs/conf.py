@@ -40,6 +40,7 @@ TOCTREE = """
 :caption: How to
 docs/tutorial
 docs/recipes
+docs/install
 docs/methods
 docs/pinn
 examples/README
