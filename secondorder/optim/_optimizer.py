@@ -1,5 +1,6 @@
 """What every optimizer of the package does as torch's own do, whatever it computes."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -9,6 +10,10 @@ from torch.utils._pytree import tree_map
 
 class SecondOrderOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose state keeps its dtypes and whose groups maximise or minimise alike."""
+
+    @abstractmethod
+    def metrics(self) -> dict[str, float]:
+        """Numbers worth logging, by names: plain floats, also before the first step. Waits for the device; a step does not."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every torch optimizer's, but the state keeps its dtype: under bfloat16 parameters the factors are float32."""

@@ -223,6 +223,21 @@ class KBFGS(CurvatureOptimizer):
             if "step" in self.state.get(layer.weight, {})
         }
 
+    def metrics(self) -> dict[str, float]:
+        """Numbers worth logging: what `diagnostics` counts layer by layer, as means over all layers and the steps so far.
+
+        Returns:
+            "halvings": how often the loss after a step called for a halving, per step; "rejected": the share of steps given up
+            after 10 halvings; of H_g's updates the shares made ("updated"), with s damped ("damped_s"), with y damped
+            ("damped_y"), and left out ("skipped": the curvature was not positive, or something not finite); of H_a's those left
+            out ("input_skipped"); "coverage": the share of all trained numbers that belong to these layers, rather than to the
+            fallback, by the steps so far; "skipped_steps". All are 0 before the first step.
+        """
+        layers = self.diagnostics().values()
+        steps = max(sum(counts["step"] for counts in layers), 1)
+        shares = {name: sum(counts[name] for counts in layers) / steps for name in _COUNTS if name != "step"}
+        return {**shares, **super().metrics()}
+
     def _start(self, layer: nn.Linear, second_moment: Tensor, damping: float) -> dict[str, Any]:
         """The state of a layer before its first step, with A as given."""
         zeros = second_moment.new_zeros

@@ -207,16 +207,16 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         return int(self.param_groups[0]["skipped_steps"])
 
     def metrics(self) -> dict[str, float]:
-        """What is worth watching.
+        """Numbers worth logging.
 
         Returns:
             "damping": mu relative to tr(J J^T); "rows": how many residuals the next step draws, inf for all; "ratio": the last
             step's reduction over the predicted one, near 1 where the linear model holds, 0 where no step was accepted;
             "excess": the mean loss of the residuals held out over that of all, far above 1 where points are interpolated, 0 where
-            none are held out; "skipped_steps". Before the first step only the last.
+            none are held out; "skipped_steps". All are 0 before the first step.
         """
         state = self.state.get(self._first(), {})
-        found = {key: float(state[key]) for key in ("damping", "rows", "ratio", "excess") if key in state}
+        found = {key: float(state.get(key, 0.0)) for key in ("damping", "rows", "ratio", "excess")}
         return {**found, "skipped_steps": float(self.skipped_steps)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
