@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secondorder.errors import NonFiniteError
 from secondorder.optim._layerwise import Groups, LayerwiseOptimizer
-from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments
+from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments, warn_of_short_steps
 from secondorder.solvers import Factors
 from secondorder.stepping import Damping, DampingSchedule, LevenbergMarquardtLoop, LocalLoss, LossTrend
 
@@ -60,6 +60,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
             "tau": None, "gamma": None, "loss_trend": None, "rho": None, "coefficients": (0.0, 0.0),
         }  # fmt: skip
         super().__init__(model, criterion, defaults, keep_inputs=True, decoupled_weight_decay=None, **shared)
+        warn_of_short_steps(type(self).__name__, lr)
         self._loop, self._subsample = LevenbergMarquardtLoop(schedule), subsample
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

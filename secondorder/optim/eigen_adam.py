@@ -20,7 +20,7 @@ from secondorder.curvature import CURVATURES, Curvature, curvature_by_name
 from secondorder.errors import NonFiniteError
 from secondorder.optim._bias_hessians import BiasHessians
 from secondorder.optim._matrices import InputHook, Matrix, input_rows, is_plain, matrices
-from secondorder.optim._numbers import Numbers, check_arguments, check_numbers
+from secondorder.optim._numbers import Numbers, check_arguments, check_numbers, warn_of_short_steps
 from secondorder.optim._optimizer import SecondOrderOptimizer
 
 _NUMBERS: Numbers = {
@@ -138,6 +138,7 @@ class EigenAdam(SecondOrderOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         _check_group(type(self).__name__, defaults)
         super().__init__(params, defaults)
+        warn_of_short_steps(type(self).__name__, lr)
         self._hook()
 
     def _chosen(

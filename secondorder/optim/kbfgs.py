@@ -72,8 +72,8 @@ class KBFGS(CurvatureOptimizer):
 
     Raises:
         TypeError, ValueError: an argument is not as described.
-        RuntimeError: from `step`, where there is no closure, gradients are missing or not finite, or the closure's
-            second call sees other data; the weights and the optimizer's state have not changed then.
+        RuntimeError: from `step`, where there is no closure, it adds to gradients from before it, gradients are missing or not
+            finite, or the closure's second call sees other data; the weights and the optimizer's state have not changed then.
 
     Source: Goldfarb, Ren & Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural Networks" (NeurIPS 2020).
     """
@@ -114,6 +114,7 @@ class KBFGS(CurvatureOptimizer):
         self._tape.recording = False
         self._curvature_name = "quasi-Newton"
         self._max_increase, self._bias_correction = max_increase, bias_correction
+        self._zeroed = [False]  # whether zero_grad was called in a closure; a list, since Lightning calls it on a shallow copy
 
     @torch.no_grad()
     def initialize(self, inputs: Iterable[Any]) -> None:
@@ -154,7 +155,8 @@ class KBFGS(CurvatureOptimizer):
         """One step; calls the closure at least twice.
 
         Args:
-            closure: zero_grad, forward and backward on one mini-batch, the same at every call; returns the loss.
+            closure: `zero_grad` of this optimizer or gradients set to None, forward and backward on one mini-batch, the same at
+                every call; returns the loss.
 
         Returns:
             The loss before the step.
@@ -172,8 +174,17 @@ class KBFGS(CurvatureOptimizer):
             )
         random = RandomState.now()
         sign = -1.0 if self._maximize() else 1.0
+        before = [p.grad for group in self.param_groups for p in group["params"]]
+        self._zeroed[0] = False
         with ClosurePass(list(self._layers), sign) as first:
             loss = first.run(closure, name)
+        after = [p.grad for group in self.param_groups for p in group["params"]]
+        if not self._zeroed[0] and any(g is not None and g is old for g, old in zip(after, before, strict=True)):
+            raise RuntimeError(
+                f"{name}.step(): expected a closure that calls optimizer.zero_grad() first, got one that adds to gradients from "
+                "before it, whose batches no second call would see. Accumulate within the closure, or take a larger batch "
+                "(accumulate_grad_batches=1 in Lightning)"
+            )
         self._check_gradients()
         with self._whole_or_nothing():
             value = sign * float(loss)
@@ -181,6 +192,11 @@ class KBFGS(CurvatureOptimizer):
                 value = first.average(self._ranks, self._layers, value, inputs=True)
             self._update(closure, value, first, random)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As every torch optimizer's."""
+        super().zero_grad(set_to_none)
+        self._zeroed[0] = True
 
     def _update(self, closure: Callable[[], Tensor], loss: float, first: ClosurePass, random: RandomState) -> None:
         """The step from the first call's loss and records."""
