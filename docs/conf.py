@@ -42,6 +42,7 @@ docs/tutorial
 docs/recipes
 docs/methods
 docs/pinn
+docs/frameworks
 examples/README
 ```
 ```{toctree}
