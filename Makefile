@@ -13,7 +13,7 @@ comma := ,
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/pip install -q torch==$(TORCH) numpy ninja pybind11 "setuptools>=77"
-	$(BIN)/pip install -q --no-build-isolation -e .[bench,dev] torch==$(TORCH)
+	$(BIN)/pip install -q --no-build-isolation -e .[bench,dev,frameworks] torch==$(TORCH)
 	touch $@
 
 # Trains SGD, Adam, EigenAdam and EA-CG on digits: prints a table and writes $(OUT)/demo.png. DATA=folder of IDX files uses those.

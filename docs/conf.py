@@ -43,6 +43,7 @@ docs/recipes
 docs/install
 docs/methods
 docs/pinn
+docs/frameworks
 examples/README
 ```
 ```{toctree}

@@ -1,7 +1,9 @@
 """Hooks on modules: they keep no tape alive, are inert in copies, and have torch.compile leave a forward to the interpreter."""
 
+import inspect
 import weakref
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
@@ -68,6 +70,11 @@ class _Eager:
         if compiling() and self.module.training and torch.is_grad_enabled():
             return self._eagerly(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the forward itself, by which frameworks choose a batch's columns: `inspect.signature` asks for it."""
+        return inspect.signature(MethodType(type(self.module).forward, self.module))
 
     @torch.compiler.disable
     def _eagerly(self, *args: Any, **kwargs: Any) -> Any:

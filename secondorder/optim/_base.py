@@ -168,6 +168,22 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         """Steps skipped for NaN or inf: by nonfinite="skip", or because GradScaler found inf. Part of the state_dict."""
         return int(self.param_groups[0]["skipped_steps"])
 
+    def metrics(self) -> dict[str, float]:
+        """Numbers worth logging.
+
+        Returns:
+            "coverage": the share of all trained numbers that a curvature covers, rather than the fallback, by the steps so far;
+            "skipped_steps".
+        """
+        trained = {p for group in self.param_groups for p in group["params"] if p.requires_grad}
+        stepped = [layer for layer in self._layers if self.state.get(layer.weight, {}).get("step")]
+        covered = trained & {p for layer in stepped for p in layer.parameters(recurse=False)}
+        numbers = sum(p.numel() for p in trained)
+        return {
+            "coverage": sum(p.numel() for p in covered) / max(numbers, 1),
+            "skipped_steps": float(self.skipped_steps),
+        }
+
     def __repr__(self) -> str:
         """The groups, and which curvature each layer and which parameters the fallback."""
         lines = [super().__repr__()]

@@ -178,9 +178,11 @@ _idle_steps = 0  # over all threads
 _backward: Any = torch.autograd.backward
 
 
-def _backward_unless_idle(*args: Any, **kwargs: Any) -> None:
+def _backward_unless_idle(tensors: Any, *args: Any, **kwargs: Any) -> None:
     if not getattr(_IDLE, "depth", 0):
-        _backward(*args, **kwargs)
+        _backward(tensors, *args, **kwargs)
+    else:
+        _IDLE.roots += [tensors] if isinstance(tensors, Tensor) else tensors
 
 
 @contextmanager
@@ -191,7 +193,7 @@ def idle_backward() -> Iterator[None]:
         if _idle_steps == 0:
             _backward, torch.autograd.backward = torch.autograd.backward, _backward_unless_idle
         _idle_steps += 1
-    _IDLE.depth = getattr(_IDLE, "depth", 0) + 1
+    _IDLE.depth, _IDLE.roots = getattr(_IDLE, "depth", 0) + 1, []
     try:
         yield
     finally:
@@ -200,3 +202,38 @@ def idle_backward() -> Iterator[None]:
             _idle_steps -= 1
             if _idle_steps == 0 and torch.autograd.backward is _backward_unless_idle:
                 torch.autograd.backward = _backward
+
+
+def with_graph(owner: str, closure: Callable[[], Any], parameters: list[Tensor]) -> Callable[[], Any]:
+    """The closure, for `idle_backward`; where it returns its loss detached, as Lightning's does: what it has called backward on.
+
+    Raises, when it is called then:
+        RuntimeError: the two values differ, or, at the first call, there are gradients of other batches for that loss' to be
+            added to.
+    """
+    calls = 0
+
+    def called() -> Any:
+        nonlocal calls
+        calls += 1
+        _IDLE.roots = []
+        value = closure()
+        roots = [root for root in _IDLE.roots if root.numel() == 1 and root.requires_grad]
+        _IDLE.roots = []
+        if not (isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad and roots):
+            return value
+        loss = torch.stack([root.reshape(()) for root in roots]).sum()
+        if not torch.allclose(loss.detach(), value.to(loss), equal_nan=True):
+            raise RuntimeError(
+                f"{owner}.step(): expected the closure to return the loss that it calls backward on, {float(loss.detach()):.6g}, "
+                f"got {float(value):.6g}: neither a part of it nor scaled; a GradScaler is not supported"
+            )
+        if calls == 1 and any(p.grad is not None and bool(p.grad.any()) for p in parameters):
+            raise RuntimeError(
+                f"{owner}.step(): expected no gradients beside those of the closure's loss, since the residuals of other batches "
+                "are not known. Accumulate within the closure, or take a larger batch (accumulate_grad_batches=1 in Lightning); "
+                "gradients that were left over go with optimizer.zero_grad()"
+            )
+        return loss
+
+    return called

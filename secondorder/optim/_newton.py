@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secondorder.errors import NonFiniteError
 from secondorder.optim._layerwise import Groups, LayerwiseOptimizer
-from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments
+from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments, warn_of_short_steps
 from secondorder.solvers import Factors
 from secondorder.stepping import Damping, DampingSchedule, LevenbergMarquardtLoop, LocalLoss, LossTrend
 
@@ -58,9 +58,10 @@ class NewtonOptimizer(LayerwiseOptimizer):
         # The dampings are kept in the groups, and so in the state_dict; None: the first step sets them.
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "factor_decay": factor_decay,
-            "tau": None, "gamma": None, "loss_trend": None, "rho": None,
+            "tau": None, "gamma": None, "loss_trend": None, "rho": None, "coefficients": (0.0, 0.0),
         }  # fmt: skip
         super().__init__(model, criterion, defaults, keep_inputs=True, decoupled_weight_decay=None, **shared)
+        warn_of_short_steps(type(self).__name__, lr)
         self._loop, self._subsample = LevenbergMarquardtLoop(schedule), subsample
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -75,6 +76,29 @@ class NewtonOptimizer(LayerwiseOptimizer):
                 "one of an optimizer with a learning rate; load it into secondorder.EACG"
             )
         super().load_state_dict({**state_dict, "param_groups": [_renamed(group) for group in state_dict["param_groups"]]})
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers worth logging.
+
+        Returns:
+            "step_size" and "momentum": c and c', what the last step has multiplied its direction and the step before by, lr
+            included, 0 where it was taken back; "ratio": the last step's reduction of the loss over the one that the quadratic
+            model predicted, near 1 where the model holds, 0 where the step was taken back; "damping": tau of the next step;
+            "gamma": the solver's own damping, which is tau where it has none; "floor": what tau does not fall below, 0 but for
+            LayerwiseNewton; "coverage": the share of all trained numbers that a curvature covers, rather than the fallback, by
+            the steps so far; "skipped_steps". All are 0 before the first step.
+        """
+        group = self.param_groups[0]
+        damping = _damping(group) or Damping(0.0, 0.0, LossTrend(0.0, 0.0, 0.0, 0.0))
+        return {
+            "step_size": damping.coefficients[0],
+            "momentum": damping.coefficients[1],
+            "ratio": damping.rho or 0.0,
+            "damping": damping.tau,
+            "gamma": damping.tau if damping.gamma is None else damping.gamma,
+            "floor": damping.trend.floor,
+            **super().metrics(),
+        }
 
     def _schedule(self) -> None:
         """Every forward pass is recorded: the loss is evaluated anew at every step."""
@@ -117,7 +141,10 @@ class NewtonOptimizer(LayerwiseOptimizer):
             loss, directions, list(gradients.values()), eta, previous, _damping(group), steps, lr
         )
         for each in self.param_groups:
-            each.update(tau=damping.tau, gamma=damping.gamma, loss_trend=astuple(damping.trend), rho=damping.rho)
+            each.update(
+                tau=damping.tau, gamma=damping.gamma, loss_trend=astuple(damping.trend), rho=damping.rho,
+                coefficients=damping.coefficients,
+            )  # fmt: skip
         for p, change in zip(gradients, delta, strict=True):
             p.add_(change)
             if momentum and lr > 0:  # a step of zero, of a scheduler that begins anew, says nothing of the direction
@@ -129,7 +156,8 @@ def _damping(group: dict[str, Any]) -> Damping | None:
     """What the last step has left in a group; None before the first."""
     if group["tau"] is None:
         return None
-    return Damping(group["tau"], group["gamma"], LossTrend(*group["loss_trend"]), group["rho"])
+    trend, found = LossTrend(*group["loss_trend"]), group.get("coefficients", (0.0, 0.0))  # which older checkpoints lack
+    return Damping(group["tau"], group["gamma"], trend, group["rho"], found)
 
 
 def _renamed(group: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from secondorder._warnings import warn
+
 # name -> whether a value is valid, and what is expected
 Numbers = dict[str, tuple[Callable[[float], bool], str]]
 
@@ -42,3 +44,12 @@ def check_arguments(owner: str, checks: list[tuple[str, Any, bool, str]]) -> Non
     for name, value, valid, expected in checks:
         if not valid:
             raise ValueError(f"{owner}: expected {name} {expected}, got {value!r}")
+
+
+def warn_of_short_steps(owner: str, lr: float) -> None:
+    """Warns of an lr that is another optimizer's, where it multiplies a step that is found."""
+    if 0 < lr <= 0.01:
+        warn(
+            f"{owner}: lr={lr:g} multiplies the step that {owner} finds by itself, which makes it {1 / lr:,.0f} times shorter. "
+            "Leave lr out, or give lr=1.0 where a framework passes one of its own."
+        )

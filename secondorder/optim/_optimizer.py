@@ -1,5 +1,6 @@
 """What every optimizer of the package does as torch's own do, whatever it computes."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -14,6 +15,10 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose state keeps its dtypes and is checked, and whose groups maximise or minimise alike."""
 
     _group_keys: ClassVar[tuple[str, ...]] = ()  # what tells a saved group of this optimizer, of any version, from others'
+
+    @abstractmethod
+    def metrics(self) -> dict[str, float]:
+        """Numbers worth logging, by names: plain floats, also before the first step. Waits for the device; a step does not."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every torch optimizer's, but the state keeps its dtype: under bfloat16 parameters the factors are float32.

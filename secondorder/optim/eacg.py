@@ -140,6 +140,27 @@ class EACG(LayerwiseOptimizer):
             )
         super().load_state_dict(state_dict)
 
+    def metrics(self) -> dict[str, float]:
+        """Numbers worth logging. Waits for the device; a step does not compute them.
+
+        Returns:
+            "damping": alpha of the first group; "trace": of the bias Hessians H of all layers, summed up, on the scale of the
+            loss: where alpha is far above (1 - alpha) times it, steps are gradients over alpha; "velocity": the Euclidean length
+            of all V together, which lr multiplies, 0 where momentum is; "coverage": the share of all trained numbers that a
+            curvature covers, rather than the fallback, by the steps so far; "skipped_steps".
+        """
+        zero = torch.zeros((), dtype=torch.float64)
+        hessians = [state["factors"]["bias_hessian"] for state in self.state.values() if "factors" in state]
+        velocities = [state["momentum"] for state in self.state.values() if "momentum" in state]
+        traces = [hessian.diagonal().sum(dtype=torch.float64) for hessian in hessians]
+        norms = [torch.linalg.vector_norm(velocity, dtype=torch.float64) for velocity in velocities]
+        return {
+            "damping": float(self.param_groups[0]["alpha"]),
+            "trace": float(torch.stack(traces or [zero]).sum()),
+            "velocity": float(torch.stack(norms or [zero]).norm()),
+            **super().metrics(),
+        }
+
     def _advance(self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups) -> None:
         if type(self._solver) is EACGSolver and self._fusible(covered, groups):  # a subclass may solve otherwise
             self._fused_update(covered, factors, groups, self._solver)

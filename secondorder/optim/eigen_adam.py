@@ -20,7 +20,7 @@ from secondorder.curvature import CURVATURES, Curvature, curvature_by_name
 from secondorder.errors import NonFiniteError
 from secondorder.optim._bias_hessians import BiasHessians
 from secondorder.optim._matrices import InputHook, Matrix, input_rows, is_plain, matrices
-from secondorder.optim._numbers import Numbers, check_arguments, check_numbers
+from secondorder.optim._numbers import Numbers, check_arguments, check_numbers, warn_of_short_steps
 from secondorder.optim._optimizer import SecondOrderOptimizer
 
 _NUMBERS: Numbers = {
@@ -138,6 +138,7 @@ class EigenAdam(SecondOrderOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         _check_group(type(self).__name__, defaults)
         super().__init__(params, defaults)
+        warn_of_short_steps(type(self).__name__, lr)
         self._hook()
 
     def _chosen(
@@ -665,19 +666,31 @@ class EigenAdam(SecondOrderOptimizer):
         return int(self._shared()["control"][_REFUSED])
 
     def metrics(self) -> dict[str, float]:
-        """What is worth watching, waiting for the device.
+        """Numbers worth logging. Waits for the device; a step does not compute them.
 
         Returns:
             "length": the step length, without lr; "slope": the average slope along the present step, per step length;
             "slope_ratio": that along the step before over it, -1 to 1 or so: above 0.1 steps grow, below -0.6 they shrink;
-            "oscillations": how many steps had a negative one; "skipped_steps".
+            "oscillations": how many steps had a negative one; "rank": how many directions the bases of matrices have, the mean
+            over their sides; "coverage": the share of all numbers with a gradient so far that belong to matrices with bases,
+            rather than follow Adam's rule; "seen": the share of these matrices whose inputs the last renewal has seen;
+            "captured": the share of a gradient's mean square that lies in the basis of either side, the mean over these matrices;
+            "skipped_steps". All but "length" are 0 before the first step.
         """
         entries = self._shared()["control"].tolist()
+        met = [(matrix, self.state[matrix.weight]) for matrix in self._table() if "exp_avg" in self.state.get(matrix.weight, {})]
+        of = [(matrix, state) for matrix, state in met if matrix.eigen]
+        ranks = [len(state[side]) for _, state in of for side in ("basis_out", "basis_in")]
+        captured = [_captured(matrix, state) for matrix, state in of]
         return {
             "length": _length(entries),
             "slope": entries[_SLOPE],
             "slope_ratio": entries[_LAST_SLOPE] / (abs(entries[_SLOPE]) or 1.0),
             "oscillations": entries[_OSCILLATIONS],
+            "rank": sum(ranks) / max(len(ranks), 1),
+            "coverage": sum(_numbers(matrix) for matrix, _ in of) / max(sum(_numbers(matrix) for matrix, _ in met), 1),
+            "seen": sum(state["renewals"] > 0 and not state["unseen"] for _, state in of) / max(len(of), 1),
+            "captured": float(torch.stack(captured).mean()) if captured else 0.0,
             "skipped_steps": entries[_REFUSED],
         }
 
@@ -685,6 +698,20 @@ class EigenAdam(SecondOrderOptimizer):
 def _length(entries: list[float]) -> float:
     """The step length that control's entries give, without lr."""
     return entries[_LENGTH] / (1 + entries[_OSCILLATIONS] / 25) ** 0.5 * min(1.0, (entries[_STEPS] + 2) / 14)
+
+
+def _numbers(matrix: Matrix) -> int:
+    """How many numbers a matrix has with its bias."""
+    return matrix.weight.numel() + (0 if matrix.bias is None else matrix.bias.numel())
+
+
+def _captured(matrix: Matrix, state: dict[str, Any]) -> Tensor:
+    """The share of a gradient's mean square that is not in E, the part outside of both bases, which comes last."""
+    (n, p), squares = matrix.shape, state["exp_avg_sq"].double()
+    if len(state["basis_out"]) == n or len(state["basis_in"]) == p:
+        squares = torch.cat([squares, squares.new_zeros(n * p)])
+    whole = squares.sum()
+    return torch.where(whole > 0, squares[: -n * p].sum() / whole, 0.0)
 
 
 def _check_group(owner: str, group: dict[str, Any]) -> None:

@@ -72,8 +72,8 @@ class KBFGS(CurvatureOptimizer):
 
     Raises:
         TypeError, ValueError: an argument is not as described.
-        RuntimeError: from `step`, where there is no closure, gradients are missing or not finite, or the closure's
-            second call sees other data; the weights and the optimizer's state have not changed then.
+        RuntimeError: from `step`, where there is no closure, it adds to gradients from before it, gradients are missing or not
+            finite, or the closure's second call sees other data; the weights and the optimizer's state have not changed then.
 
     Source: Goldfarb, Ren & Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural Networks" (NeurIPS 2020).
     """
@@ -115,6 +115,7 @@ class KBFGS(CurvatureOptimizer):
         self._tape.recording = False
         self._curvature_name = "quasi-Newton"
         self._max_increase, self._bias_correction = max_increase, bias_correction
+        self._zeroed = [False]  # whether zero_grad was called in a closure; a list, since Lightning calls it on a shallow copy
 
     def _shapes(self, p: Tensor) -> dict[str, tuple[int, ...] | None]:
         layer = next((layer for layer in self._layers if layer.weight is p), None)
@@ -170,7 +171,8 @@ class KBFGS(CurvatureOptimizer):
         """One step; calls the closure at least twice.
 
         Args:
-            closure: zero_grad, forward and backward on one mini-batch, the same at every call; returns the loss.
+            closure: `zero_grad` of this optimizer or gradients set to None, forward and backward on one mini-batch, the same at
+                every call; returns the loss.
 
         Returns:
             The loss before the step.
@@ -188,8 +190,17 @@ class KBFGS(CurvatureOptimizer):
             )
         random = RandomState.now()
         sign = -1.0 if self._maximize() else 1.0
+        before = [p.grad for group in self.param_groups for p in group["params"]]
+        self._zeroed[0] = False
         with ClosurePass(list(self._layers), sign) as first:
             loss = first.run(closure, name)
+        after = [p.grad for group in self.param_groups for p in group["params"]]
+        if not self._zeroed[0] and any(g is not None and g is old for g, old in zip(after, before, strict=True)):
+            raise RuntimeError(
+                f"{name}.step(): expected a closure that calls optimizer.zero_grad() first, got one that adds to gradients from "
+                "before it, whose batches no second call would see. Accumulate within the closure, or take a larger batch "
+                "(accumulate_grad_batches=1 in Lightning)"
+            )
         self._check_gradients()
         with self._whole_or_nothing():
             value = sign * float(loss)
@@ -197,6 +208,11 @@ class KBFGS(CurvatureOptimizer):
                 value = first.average(self._ranks, self._layers, value, inputs=True)
             self._update(closure, value, first, random)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As every torch optimizer's."""
+        super().zero_grad(set_to_none)
+        self._zeroed[0] = True
 
     def _update(self, closure: Callable[[], Tensor], loss: float, first: ClosurePass, random: RandomState) -> None:
         """The step from the first call's loss and records."""
@@ -238,6 +254,21 @@ class KBFGS(CurvatureOptimizer):
             for layer, name in self._layers.items()
             if "step" in self.state.get(layer.weight, {})
         }
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers worth logging: what `diagnostics` counts layer by layer, as means over all layers and the steps so far.
+
+        Returns:
+            "halvings": how often the loss after a step called for a halving, per step; "rejected": the share of steps given up
+            after 10 halvings; of H_g's updates the shares made ("updated"), with s damped ("damped_s"), with y damped
+            ("damped_y"), and left out ("skipped": the curvature was not positive, or something not finite); of H_a's those left
+            out ("input_skipped"); "coverage": the share of all trained numbers that belong to these layers, rather than to the
+            fallback, by the steps so far; "skipped_steps". All are 0 before the first step.
+        """
+        layers = self.diagnostics().values()
+        steps = max(sum(counts["step"] for counts in layers), 1)
+        shares = {name: sum(counts[name] for counts in layers) / steps for name in _COUNTS if name != "step"}
+        return {**shares, **super().metrics()}
 
     def _start(self, layer: nn.Linear, second_moment: Tensor, damping: float) -> dict[str, Any]:
         """The state of a layer before its first step, with A as given."""

@@ -58,8 +58,8 @@ class KBFGSL(KBFGS):
 
     Raises:
         TypeError, ValueError: an argument is not as described.
-        RuntimeError: from `step`, where there is no closure, gradients are missing or not finite, or the closure's
-            second call sees other data; the weights and the optimizer's state have not changed then.
+        RuntimeError: from `step`, where there is no closure, it adds to gradients from before it, gradients are missing or not
+            finite, or the closure's second call sees other data; the weights and the optimizer's state have not changed then.
 
     Source: Goldfarb, Ren & Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural Networks" (NeurIPS 2020).
     """

@@ -10,8 +10,8 @@ from torch import Tensor
 from secondorder._tape.jacobian import Buffer, Plan
 from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
-from secondorder.optim._closure import idle_backward
-from secondorder.optim._numbers import Numbers, check_arguments, check_numbers
+from secondorder.optim._closure import idle_backward, with_graph
+from secondorder.optim._numbers import Numbers, check_arguments, check_numbers, warn_of_short_steps
 from secondorder.optim._optimizer import SecondOrderOptimizer
 from secondorder.optim.eigen_adam import EigenAdam
 from secondorder.stepping.damped_least_squares import SOLVERS
@@ -121,6 +121,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         self._damping, self._race, self._seed, self._nonfinite = damping, race, seed, nonfinite
         self._reset()
         super().__init__(params, {"lr": lr, "skipped_steps": 0})
+        warn_of_short_steps(name, lr)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
@@ -132,7 +133,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         Args:
             closure: returns the loss with its graph: a scalar, or [(residual, weight), ...], whose loss is the sum of
                 mean(weight * residual ** 2), residual a tensor of any shape and weight a number or a tensor of its shape. It may
-                call `zero_grad()` and `loss.backward()`: the latter does nothing within a step.
+                call `zero_grad()` and `loss.backward()`: the latter does nothing within a step. Where it calls both it may return
+                the loss detached, as Lightning's closures do.
 
         Returns:
             The loss before the step, detached.
@@ -156,7 +158,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         if state:
             generator.set_state(state["generator"])
         before = [p.detach().clone() for p in parameters]
-        loss = LeastSquaresLoss(name, closure, parameters)
+        loss = LeastSquaresLoss(name, with_graph(name, closure, parameters), parameters)
         value: Tensor | None = None
         try:
             with idle_backward():
@@ -207,16 +209,16 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         return int(self.param_groups[0]["skipped_steps"])
 
     def metrics(self) -> dict[str, float]:
-        """What is worth watching.
+        """Numbers worth logging.
 
         Returns:
             "damping": mu relative to tr(J J^T); "rows": how many residuals the next step draws, inf for all; "ratio": the last
             step's reduction over the predicted one, near 1 where the linear model holds, 0 where no step was accepted;
             "excess": the mean loss of the residuals held out over that of all, far above 1 where points are interpolated, 0 where
-            none are held out; "skipped_steps". Before the first step only the last.
+            none are held out; "skipped_steps". All are 0 before the first step.
         """
         state = self.state.get(self._first(), {})
-        found = {key: float(state[key]) for key in ("damping", "rows", "ratio", "excess") if key in state}
+        found = {key: float(state.get(key, 0.0)) for key in ("damping", "rows", "ratio", "excess")}
         return {**found, "skipped_steps": float(self.skipped_steps)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

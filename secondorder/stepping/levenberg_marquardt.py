@@ -104,6 +104,7 @@ class Damping:
     gamma: float | None  # None: tau throughout
     trend: LossTrend
     rho: float | None = None  # the reduction ratio of the last step; None: it was taken back, or had nothing to follow
+    coefficients: tuple[float, float] = (0.0, 0.0)  # of the direction and the step before it in the last step
 
 
 class LevenbergMarquardtLoop:
@@ -150,7 +151,7 @@ class LevenbergMarquardtLoop:
             return best_step(loss, gradients, vectors, tau, eta, lr), prepared
 
         delta: list[Tensor] | None = None
-        accepted, rho = None, None
+        accepted, rho, coefficients = None, None, (0.0, 0.0)
         for attempt in range(rule.tries + 1):
             choose = gamma is not None and attempt == 0 and steps % rule.gamma_every == rule.gamma_every - 1
             step, prepared = proposal(tau, gamma, choose or attempt > 0)
@@ -169,6 +170,7 @@ class LevenbergMarquardtLoop:
             rho = (step.undamped + excess) / step.predicted
             if math.isfinite(rho) and rho > 0 and all_finite(moved):
                 delta, accepted = step.delta, prepared
+                coefficients = (float(step.coefficients[0]), 0.0 if previous is None else float(step.coefficients[1]))
                 break
             previous, rho = None, None
             tau *= 4
@@ -178,7 +180,7 @@ class LevenbergMarquardtLoop:
             tau = max(rule.adapted(tau, rho), damping.trend.floor)
         if delta is None:
             delta = [torch.zeros_like(p) for p in loss.here]
-        return delta, accepted, Damping(tau, gamma, damping.trend, rho)
+        return delta, accepted, Damping(tau, gamma, damping.trend, rho, coefficients)
 
     def _entered(self, loss: TrialLoss, damping: Damping | None) -> tuple[Damping, bool]:
         """The dampings with which a step begins, and whether the losses of new batches rise."""

@@ -1,6 +1,7 @@
 """What people do with any torch optimizer, done with every optimizer of the package."""
 
 import copy
+import inspect
 import io
 import os
 import pickle
@@ -382,6 +383,28 @@ def test_a_learning_rate_that_cannot_multiply_a_step_is_refused(name, lr):
         with pytest.raises((ValueError, TypeError), match=r"expected lr (in \[0, 2\), since it multiplies|to be a number)"):
             refuse()
     assert torch.equal(parameters(model), before)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in FIXED])
+def test_the_learning_rate_of_another_optimizer_is_warned_of(name):
+    with pytest.warns(UserWarning, match=f"{name}: lr=0.001 multiplies the step that .* by itself, .* 1,000 times shorter"):
+        ALL[name](network(), nn.CrossEntropyLoss(), lr=1e-3)
+    ALL[name](network(), nn.CrossEntropyLoss(), lr=0.0)
+    ALL[name](network(), nn.CrossEntropyLoss(), lr=0.02)
+
+
+@every
+def test_the_signature_of_forward_stays(name):
+    class Net(nn.Sequential):
+        def forward(self, pixels, *, mask=None):
+            return super().forward(pixels)
+
+    model = Net(nn.Linear(5, 3))
+    optimizer = ALL[name](model, nn.CrossEntropyLoss())
+    assert list(inspect.signature(model.forward).parameters) == ["pixels", "mask"]
+    assert inspect.signature(copy.deepcopy(model).forward) == inspect.signature(model.forward)
+    optimizer.remove_hooks()
+    assert inspect.signature(model.forward) == inspect.signature(Net(nn.Linear(5, 3)).forward)
 
 
 def test_eacg_without_a_learning_rate_names_the_optimizer_that_finds_it():

@@ -474,3 +474,30 @@ def test_zero_input_layer_is_skipped_and_counted():
     assert counts["0"]["input_skipped"] == 1
     assert counts["0"]["damped_s"] == 1  # s = 0 there: no step can move the preactivations
     assert counts["2"]["input_skipped"] == counts["2"]["skipped"] == 0
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_closure_that_adds_to_gradients_from_before_it_is_refused(set_to_none):
+    model, criterion = autoencoder(), nn.MSELoss()
+    x = torch.randn(8, 7).double()
+    optimizer = so.KBFGS(model, criterion)
+
+    def accumulates():
+        loss = criterion(model(x), x)
+        loss.backward()
+        return loss
+
+    def zeroes():
+        optimizer.zero_grad(set_to_none)
+        return accumulates()
+
+    accumulates()
+    before, gradient = copy.deepcopy((model.state_dict(), optimizer.state_dict())), model[0].weight.grad.clone()
+    with pytest.raises(RuntimeError, match=r"expected a closure that calls optimizer.zero_grad\(\) first"):
+        optimizer.step(accumulates)
+    assert all(torch.equal(value, before[0][key]) for key, value in model.state_dict().items())
+    assert optimizer.state_dict()["state"] == before[1]["state"] == {}
+    optimizer.step(zeroes)
+    torch.testing.assert_close(model[0].weight.grad, gradient)
+    model.zero_grad()
+    optimizer.step(accumulates)

@@ -223,6 +223,15 @@ def test_closures_in_any_words_give_the_same_steps():
 
         return closure
 
+    def detached(model, optimizer):
+        def closure():
+            loss = plain(model, optimizer)()
+            (loss / 4).backward()
+            (3 * loss / 4).backward()
+            return loss.detach()
+
+        return closure
+
     def listed(model, _):
         return lambda: [(model(x) - y, 1.0), (model(x[:5]), torch.tensor(3.0))]
 
@@ -233,8 +242,44 @@ def test_closures_in_any_words_give_the_same_steps():
         return lambda: plain(model, _)() + 7
 
     expected = trained(net, plain)
-    for other in (with_backward, listed, listed_with_weights, with_constants):
+    for other in (with_backward, detached, listed, listed_with_weights, with_constants):
         torch.testing.assert_close(trained(net, other), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_detached_loss_is_that_of_the_backward_passes_and_of_nothing_else():
+    net, x, y = regression()
+    before, optimizer = flat(net), so.LevenbergMarquardt(net.parameters())
+
+    def closure(scale=1.0):
+        loss = mse_loss(net(x), y)
+        (scale * loss).backward()
+        return loss.detach()
+
+    with pytest.raises(RuntimeError, match="expected the closure to return the loss that it calls backward on"):
+        optimizer.step(lambda: closure(2.0))
+    mse_loss(net(x), y).backward()
+    with pytest.raises(RuntimeError, match="expected no gradients beside those of the closure's loss"):
+        optimizer.step(closure)
+    assert torch.equal(flat(net), before)
+    assert not optimizer.state
+    optimizer.zero_grad()
+    optimizer.step(closure)
+    assert not torch.equal(flat(net), before)
+
+
+@pytest.mark.parametrize("loss", [mse_loss, lambda z, y: (z - y).square().mean()], ids=["float32 at last", "bfloat16"])
+def test_autocast_is_refused(loss):
+    net, x, y = regression()
+    net, x, y = net.float(), x.float(), y.float()
+    before = flat(net)
+
+    def closure():
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(net(x), y)
+
+    with pytest.raises(RuntimeError, match=r"parameters' dtype, torch.float32, got torch.bfloat16 .* Leave torch.autocast out"):
+        so.LevenbergMarquardt(net.parameters()).step(closure)
+    assert torch.equal(flat(net), before)
 
 
 def test_the_gradients_that_the_user_has_are_left_alone():

@@ -100,10 +100,11 @@ def test_the_learning_rate_multiplies_the_step(lr):
 def test_momentum_reaches_the_minimum_over_two_directions():
     loss, previous = problem(), [torch.randn(6, generator=torch.Generator().manual_seed(1)).double()]
     loop = LevenbergMarquardtLoop(DampingSchedule(tau=1e-9, momentum=True))
-    (delta,), _, _ = loop.step(loss, lambda t, f: ([-loss.gradient()], None), [loss.gradient()], [0.0], previous, None, 0)
+    (delta,), _, damping = loop.step(loss, lambda t, f: ([-loss.gradient()], None), [loss.gradient()], [0.0], previous, None, 0)
     plane = torch.stack([-loss.gradient(), previous[0]])
     best = torch.linalg.solve(plane @ loss.matrix @ plane.T, -plane @ loss.gradient())
     torch.testing.assert_close(delta, best @ plane, rtol=1e-6, atol=1e-8)
+    assert damping.coefficients == pytest.approx(best.tolist(), rel=1e-6)
     without = LevenbergMarquardtLoop(DampingSchedule(tau=1e-9))
     (other,), _, _ = without.step(loss, lambda t, f: ([-loss.gradient()], None), [loss.gradient()], [0.0], previous, None, 0)
     assert loss.value([loss.here[0] + delta]) < loss.value([loss.here[0] + other])
