@@ -1,12 +1,16 @@
 """What a forward and backward pass leaves behind: per linear layer its input, what follows it, and the gradients there."""
 
 from secondorder._tape.columns import Columns
-from secondorder._tape.elementwise import AutogradMap, ElementwiseMap, KnownActivation, derivatives
+from secondorder._tape.elementwise import AutogradMap, ElementwiseMap, KnownActivation, activation_function, derivatives
+from secondorder._tape.forward_state import ForwardState
 from secondorder._tape.layers import LayerRecord
-from secondorder._tape.records import LayerCall, Link, LossCall, ModelCall
+from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossCall, ModelCall
+from secondorder._tape.roots import term_outside
 from secondorder._tape.tape import Tape
+from secondorder._tape.ways import preactivation
 
 __all__ = [
-    "AutogradMap", "Columns", "ElementwiseMap", "KnownActivation", "LayerCall", "LayerRecord", "Link", "LossCall", "ModelCall",
-    "Tape", "derivatives",
+    "AutogradMap", "Columns", "CriterionArguments", "ElementwiseMap", "ForwardState", "KnownActivation", "LayerCall",
+    "LayerRecord", "Link", "LossCall", "ModelCall", "Tape", "activation_function",
+    "derivatives", "preactivation", "term_outside",
 ]  # fmt: skip

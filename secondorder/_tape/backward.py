@@ -6,7 +6,7 @@ finds them all None or 0.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.utils.hooks import RemovableHandle
 
 from secondorder._layers import parameters_of
+from secondorder._tape.graph import metadata
 from secondorder._tape.records import LayerCall, Link, LossCall
+from secondorder._tape.roots import backward_roots, term_outside
 from secondorder._tensors import to_compute_dtype
 
 
@@ -27,6 +30,7 @@ class _Run:
     id: int
     gradients: list[tuple[Tensor | None, int]]  # of the weights when it reached the first loss, with their versions
     discarded: bool  # whether they were all None or zero, though there were earlier records
+    outside: str | None  # what it is of besides recorded losses
     losses: list[LossCall] = field(default_factory=list)
     events: list[tuple[Any, str, Tensor]] = field(default_factory=list)  # (record, attribute, gradient to add to it)
 
@@ -39,13 +43,20 @@ class BackwardLog:
 
     Args:
         layers: whose weights' gradients say whether a run counts.
+        watched: where every backward pass has to be from recorded losses alone, their key in the nodes' metadata, and the
+            parameters; None: what else has gradients does not matter.
     """
 
-    def __init__(self, layers: dict[nn.Linear, str]):
+    def __init__(self, layers: dict[nn.Linear, str], watched: tuple[str, Sequence[Tensor]] | None = None):
         self.losses: list[LossCall] = []
+        self.outside: str | None = None  # what the gradients are of besides the recorded losses
         self._layers = layers
+        self._watched = watched
         self._run: _Run | None = None
         self._reference = weakref.ref(self)
+        self.handles: list[RemovableHandle] = []
+        if watched is not None:
+            self.handles = [p.register_post_accumulate_grad_hook(self._accumulation()) for p in watched[1] if p.requires_grad]
 
     def watch_loss(self, call: LossCall, node: Node, output_nr: int) -> None:
         """Has backward passes that reach this loss, an output of `node`, collected from there to their end."""
@@ -54,9 +65,11 @@ class BackwardLog:
         def backward(gradients: tuple[Tensor | None, ...]) -> None:
             log, gradient = reference(), gradients[output_nr]
             if log is not None and gradient is not None:
-                log._enter_run(call, _graphless(gradient))
+                log._enter_run(call, _graphless(gradient), node)
 
         node.register_prehook(backward)
+        if self._watched is not None:
+            metadata(node)[self._watched[0]] = call
 
     def collect(self, record: LayerCall | Link, name: str, node: Node, output_nr: int) -> None:
         """Adds the gradient w.r.t. an output of `node` to an attribute of the record, in backward passes from a recorded loss."""
@@ -78,7 +91,7 @@ class BackwardLog:
             loss.clear(release)
             for call in calls:
                 call.clear(release)
-        self.losses = []
+        self.losses, self.outside = [], None
 
     @contextmanager
     def rescaled(self, factor: float) -> Iterator[None]:
@@ -96,13 +109,13 @@ class BackwardLog:
                 setattr(record, name, value)
             raise
 
-    def _enter_run(self, loss: LossCall, gradient: Tensor) -> None:
+    def _enter_run(self, loss: LossCall, gradient: Tensor, node: Node) -> None:
         """A backward pass has reached a loss: from here to its end, the gradients that it leaves are collected."""
         run = self._run
         if run is None or run.id != torch._C._current_graph_task_id():
             gradients = list(self._gradients())
-            discarded = bool(self.losses) and all(g is None or not g.any() for g, _ in gradients)
-            run = self._run = _Run(torch._C._current_graph_task_id(), gradients, discarded)
+            discarded = bool(self.losses or self.outside) and all(g is None or not g.any() for g, _ in gradients)
+            run = self._run = _Run(torch._C._current_graph_task_id(), gradients, discarded, self._outside(node))
             torch.autograd.Variable._execution_engine.queue_callback(self._finish_run)
         run.losses.append(loss)
         run.events.append((loss, "scale", gradient))
@@ -118,6 +131,29 @@ class BackwardLog:
             before = getattr(record, name)
             setattr(record, name, gradient if before is None else before + gradient)
         self.losses += [loss for loss in dict.fromkeys(run.losses) if not loss.released and loss not in self.losses]
+        self.outside = self.outside or run.outside
+
+    def _accumulation(self) -> Callable[[Tensor], None]:
+        """A hook for parameters that notices runs which have come from no recorded loss."""
+        reference = self._reference
+
+        def accumulated(parameter: Tensor) -> None:
+            log = reference()
+            if log is not None and (log._run is None or log._run.id != torch._C._current_graph_task_id()):
+                log.outside = log.outside or "a backward pass from something else than the criterion"
+
+        return accumulated
+
+    def _outside(self, loss: Node) -> str | None:
+        """What the run that has reached a loss is of besides recorded ones; None: nothing, or it does not matter."""
+        if self._watched is None:
+            return None
+        key, parameters = self._watched
+        roots = backward_roots(loss)
+        if roots is None:
+            return "what cannot be seen"
+        found = term_outside(roots, lambda node: key in metadata(node), parameters)
+        return None if found is None else f"a term by {found}"
 
     def _gradients(self) -> Iterator[tuple[Tensor | None, int]]:
         """Every trainable weight's gradient, and its version."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
@@ -69,6 +70,27 @@ _NODES: dict[str, Callable[[Any], tuple[str, float, bool] | None]] = {
     "SiluBackward": lambda node: ("silu", 1.0, False),
     "GeluBackward": lambda node: ("gelu_tanh" if node._saved_approximate == "tanh" else "gelu", 1.0, False),
 }
+
+
+# By name and parameter.
+_ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "identity": lambda z, _: z,
+    "relu": lambda z, _: F.relu(z),
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "softplus": F.softplus,
+    "sigmoid": lambda z, _: torch.sigmoid(z),
+    "tanh": lambda z, _: torch.tanh(z),
+    "silu": lambda z, _: F.silu(z),
+    "gelu": lambda z, _: F.gelu(z),
+    "gelu_tanh": lambda z, _: F.gelu(z, approximate="tanh"),
+}
+
+
+def activation_function(known: KnownActivation) -> Callable[[Tensor], Tensor]:
+    """The function itself."""
+    function = _ACTIVATIONS[known.activation]
+    return lambda z: function(z, known.parameter)
 
 
 def analytic(node: Any, output: Tensor, source: Node, preactivation: Callable[[], Tensor]) -> KnownActivation | None:

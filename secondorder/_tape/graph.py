@@ -9,7 +9,7 @@ from torch.autograd.graph import Node
 COMPILED = "CompiledFunctionBackward"
 
 # Nodes that keep the numbers and change the shape. The last is DistributedDataParallel's, around the output.
-_RESHAPING = {
+RESHAPING = {
     "ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward", "_DDPSinkBackward",
 }  # fmt: skip
 
@@ -45,7 +45,7 @@ def source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node
 def is_view_of(output: Tensor, source: Node) -> bool:
     """Whether `output` is the tensor of `source`, at most reshaped."""
     node = output.grad_fn
-    while node is not None and node is not source and node.name().rstrip("0123456789") in _RESHAPING:
+    while node is not None and node is not source and node.name().rstrip("0123456789") in RESHAPING:
         node = node.next_functions[0][0]
     return node is source
 

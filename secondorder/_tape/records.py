@@ -1,12 +1,16 @@
 """What is recorded of one call: of a linear layer, of the model, of the criterion."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from secondorder._tape.elementwise import ElementwiseMap
+from secondorder._tape.forward_state import ForwardState
+from secondorder._tape.ways import Way
 from secondorder.criteria import OutputHessian
 
 _RELEASED = torch.empty(0)
@@ -18,6 +22,7 @@ class LayerCall:
 
     layer: nn.Linear
     input: Tensor  # [..., n_in]
+    given: bool = False  # whether the input depends on nothing that is trained
     inputs_from: list["Link"] = field(default_factory=list)  # empty: the network's own input, or one no linear layer made
     output: Tensor | None = None  # [..., n_out], kept only until what follows is known
     version: int = 0
@@ -65,10 +70,40 @@ class Link:
 
 @dataclass(eq=False, slots=True)
 class ModelCall:
-    """The arguments of one call of the model, detached."""
+    """The arguments of one call of the model, detached, and what else it began from."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    state: ForwardState
+
+
+@dataclass(eq=False, slots=True)
+class CriterionArguments:
+    """What the criterion was called with, and where that came from.
+
+    The trained arguments are the tensors among them that depend on parameters, in the order of `tree_leaves`.
+    """
+
+    args: tuple[Any, ...]  # detached
+    kwargs: dict[str, Any]
+    trained: list[int]  # positions among the leaves of (args, kwargs)
+    from_layer: Way | None  # from the output of the one source to the one trained argument
+    model: ModelCall | None  # whose outputs all trained arguments come from
+    from_model: list[tuple[int, Way]]  # for each the position among the leaves of that output, and the way
+
+    def tensors(self) -> list[Tensor]:
+        """The trained arguments."""
+        leaves = tree_leaves((self.args, self.kwargs))
+        return [leaves[position] for position in self.trained]
+
+    def replaced(self, tensors: list[Tensor], rows: Callable[[Tensor], Tensor] | None = None) -> tuple[Any, Any]:
+        """Args and kwargs with other trained arguments, the others changed by `rows`."""
+        leaves, structure = tree_flatten((self.args, self.kwargs))
+        if rows is not None:
+            leaves = [rows(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        for position, tensor in zip(self.trained, tensors, strict=True):
+            leaves[position] = tensor
+        return tree_unflatten(leaves, structure)
 
 
 @dataclass(eq=False, slots=True)
@@ -80,10 +115,7 @@ class LossCall:
     loss: Tensor  # the scalar it returned, detached
     mean: bool  # whether it is a mean over instances, rather than their sum
     instances: int | None = None  # rows of its sources, where they agree: a layer before a pooling has more rows than the loss
-    inputs: ModelCall | None = None  # of the model, where the criterion's first argument is its very output
-    output: Tensor | None = None  # that output, where it is also the one source's, at most reshaped
-    args: tuple[Any, ...] = ()  # of the criterion after the output, kept together with `inputs`
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    arguments: CriterionArguments | None = None  # of the criterion, where evaluating it anew is provided for
     blocks: dict[LayerCall, Tensor] = field(default_factory=dict)  # sum of delta delta^T [n_out, n_out] over its columns
     scale: Tensor | None = None  # d(what backward() was called on) / d(loss), summed over backward passes
     released: bool = False
@@ -98,6 +130,4 @@ class LossCall:
         """Forgets the backward passes; with `release` the forward pass, too."""
         self.scale, self.released = None, release
         if release:
-            if self.inputs is not None:
-                self.inputs.args, self.inputs.kwargs = (), {}
-            self.inputs, self.output, self.args, self.kwargs = None, None, (), {}
+            self.arguments = None

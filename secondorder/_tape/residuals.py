@@ -48,6 +48,19 @@ def kind(node: Node) -> str:
     return node.name().rstrip("0123456789")
 
 
+def linear_node(node: Node) -> bool:
+    """Whether a node that depends on one tensor alone is known to be linear in it, or to add a constant."""
+    name = kind(node)
+    if name == "DivBackward":
+        return node.next_functions[0][0] is not None
+    return name in _LINEAR or name in _PRODUCTS
+
+
+def adds_constant(node: Node) -> bool:
+    """Whether a linear node may add something that its graph does not hold."""
+    return kind(node) in _SUMS
+
+
 class Reach:
     """Whether autograd nodes depend on one of some parameters."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from secondorder._layers import parameters_of
@@ -23,10 +23,12 @@ from secondorder._tape import elementwise
 from secondorder._tape.backward import BackwardLog
 from secondorder._tape.columns import Columns, column_blocks
 from secondorder._tape.elementwise import ElementwiseMap
+from secondorder._tape.forward_state import ForwardState
 from secondorder._tape.graph import COMPILED, compiled_error, is_view_of, metadata, source_nodes
 from secondorder._tape.hooks import EagerForward, ModuleHook, remove_handles
 from secondorder._tape.layers import LayerRecord, connect, recursion_order
-from secondorder._tape.records import LayerCall, Link, LossCall, ModelCall
+from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossCall, ModelCall
+from secondorder._tape.ways import find_way
 from secondorder._tensors import compute_dtype
 from secondorder.criteria import analytic_hessian, autograd_hessian
 
@@ -42,7 +44,8 @@ class Tape:
         columns: gives columns s_ic at the network's output, which are taken back to every layer, delta_ic = J_i^T s_ic, while the
             graph lives; the sum of delta_ic delta_ic^T becomes the layer's `block`. Nothing for the recursion is kept then.
         model: what the layers are part of: torch.compile leaves its forward, and the criterion's, alone in training mode.
-        keep_inputs: whether the model's arguments are to be kept, and the criterion's, for evaluating them anew.
+        keep_inputs: whether the model's arguments are to be kept, and the criterion's, for evaluating them anew; it is then also
+            seen whether backward passes are from recorded losses alone (`outside`).
         samples: of every forward pass at most so many instances, evenly spaced, enter the curvature's expectations; None: all.
 
     `recording` may be switched off and on at any time.
@@ -61,7 +64,11 @@ class Tape:
         self.recording = True
         self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
         self._muted = False
-        self._log = BackwardLog(layers)
+        self._keeps_inputs = keep_inputs
+        watched = (self._key + ".loss", list(model.parameters())) if model is not None and keep_inputs else None
+        self._log = BackwardLog(layers, watched)
+        self._begin: ForwardState | None = None  # of the forward pass under way
+        self._written: set[Tensor] | None = None  # the buffers that forward passes write to
         self._consumer: dict[nn.Linear, nn.Module] = {}  # what took each layer's output first: a layer, or the criterion
         self._several_consumers: set[nn.Linear] = set()
         self._not_elementwise: set[tuple[nn.Linear, nn.Linear, tuple[str, ...]]] = set()
@@ -72,6 +79,9 @@ class Tape:
         self.handles: list[RemovableHandle | EagerForward] = [
             module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks
         ]
+        if model is not None and keep_inputs:
+            before = ModuleHook(self, "_before_model")
+            self.handles += [model.register_forward_pre_hook(before, with_kwargs=True, prepend=True), *self._log.handles]
         if model is not None:
             self.handles += [EagerForward(model), EagerForward(criterion)]
         weakref.finalize(self, remove_handles, self.handles)
@@ -95,6 +105,11 @@ class Tape:
     def losses(self) -> list[LossCall]:
         """The criterion's calls that a backward pass has gone through since the last `clear`."""
         return self._log.losses
+
+    @property
+    def outside(self) -> str | None:
+        """What backward passes since the last `clear` were of besides recorded losses; None: nothing. Seen with `keep_inputs`."""
+        return self._log.outside
 
     @property
     def active(self) -> bool:
@@ -151,7 +166,7 @@ class Tape:
         if node.name() == COMPILED:
             raise compiled_error(f"layer {self.names[layer]!r} runs")
         input = args[0] if args else kwargs["input"]
-        call = LayerCall(layer, input.detach(), output=output.detach(), version=output._version)
+        call = LayerCall(layer, input.detach(), input.grad_fn is None, output=output.detach(), version=output._version)
         made_by = input.grad_fn
         if made_by is not None:
             call.inputs_from = links = self._links(call, input, made_by)
@@ -161,9 +176,36 @@ class Tape:
         if self.grad_outputs:
             self._keep_gradient(node)
 
+    def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._begin = ForwardState(model, self._written)
+
     def _on_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if isinstance(output, Tensor) and output.grad_fn is not None:
-            metadata(output.grad_fn)[self._key + ".model"] = ModelCall(*_detached((args, kwargs)))
+        begin, self._begin = self._begin, None
+        if begin is None:
+            return
+        self._written = (self._written or set()) | begin.written()
+        call = ModelCall(_detached(args), _detached(kwargs), begin)
+        for position, leaf in enumerate(tree_leaves(output)):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                made = metadata(leaf.grad_fn).setdefault(self._key + ".model", {})
+                made[leaf.output_nr] = (call, position), leaf.detach()
+
+    def _criterion_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any], sources: list[Node]) -> CriterionArguments:
+        """What evaluating the criterion anew takes."""
+        leaves = tree_leaves((args, kwargs))
+        trained = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+        arguments = CriterionArguments(_detached(args), _detached(kwargs), trained, None, None, [])
+        if len(sources) == 1 and len(trained) == 1:
+            (node,) = sources
+            source: LayerCall = metadata(node)[self._key]
+            found = find_way(leaves[trained[0]], lambda n, _: (None, source.preactivation()) if n is node else None)
+            arguments.from_layer = None if found is None else found[1]
+        ways = [find_way(leaves[k], lambda n, number: metadata(n).get(self._key + ".model", {}).get(number)) for k in trained]
+        calls = {way[0][0] for way in ways if way is not None}
+        if len(calls) == 1 and all(way is not None for way in ways):
+            (arguments.model,) = calls
+            arguments.from_model = [(way[0][1], way[1]) for way in ways if way is not None]
+        return arguments
 
     def _links(self, call: LayerCall, input: Tensor, made_by: Node) -> list[Link]:
         """Where the input of a layer's call comes from."""
@@ -232,12 +274,9 @@ class Tape:
         instances = {source.input.shape[:-1].numel() for source in call.sources}
         if len(instances) == 1:
             (call.instances,) = instances
-        if args and isinstance(args[0], Tensor) and args[0].grad_fn is not None:
-            call.inputs = metadata(args[0].grad_fn).get(self._key + ".model")
-            if call.inputs is not None:
-                call.args, call.kwargs = _detached((args[1:], kwargs))
-                if len(nodes) == 1 and is_view_of(args[0], nodes[0]):
-                    call.output = args[0].detach()
+        if self._keeps_inputs:
+            with self.muted():
+                call.arguments = self._criterion_arguments(args, kwargs, nodes)
         if self.columns is not None:
             with self.muted():
                 edge, root = self.columns(criterion, loss, nodes[0] if len(nodes) == 1 else None, args, kwargs)

@@ -82,6 +82,20 @@ def analytic_hessian(criterion: nn.Module, output: Tensor, *args: Any, **kwargs:
     return evaluated(_FORMULAS, criterion, output, args, kwargs) if output.dim() >= 2 else None
 
 
+def nonconvex_hessian(criterion: nn.Module, output: Any, *args: Any, **kwargs: Any) -> OutputHessian | None:
+    """H for the criteria that are known not to be convex in the output; None for every other.
+
+    Args:
+        criterion: a module or a `FunctionCriterion`.
+        output: the network's output [..., K].
+        args: of the criterion after the output.
+        kwargs: of the criterion.
+    """
+    if not isinstance(criterion, BoundedClassificationLoss | TukeyBiweightLoss):
+        return None
+    return analytic_hessian(criterion, output, *args, **kwargs)
+
+
 def symmetrized(hessian: Tensor) -> Tensor:
     """(H + H^T) / 2 [..., K, K], free of rounding's asymmetry.
 

@@ -14,6 +14,7 @@ from secondorder.criteria.losses import FunctionCriterion
 
 _FUNCTIONS: dict[Callable[..., Tensor], type[nn.Module]] = {
     F.cross_entropy: nn.CrossEntropyLoss,
+    F.nll_loss: nn.NLLLoss,
     F.mse_loss: nn.MSELoss,
     F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
 }
@@ -39,3 +40,38 @@ def evaluated(
 def normalizer(criterion: Any, count: int) -> float:
     """What the sum over `count` terms is divided by; NaN for a mean over none, as the loss itself is."""
     return 1.0 if criterion.reduction == "sum" else float(count) or math.nan
+
+
+def row_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
+    """The weight [m] of every row in the loss of a classifier with ignored classes or class weights; None: all count alike.
+
+    Args:
+        criterion: a module or a `FunctionCriterion`; cross-entropy and the negative log-likelihood have such weights.
+        args: of the criterion, the output [m, K, ...] and the target [m, ...].
+        kwargs: of the criterion.
+    """
+    if isinstance(criterion, FunctionCriterion):
+        if criterion.function not in (F.cross_entropy, F.nll_loss):
+            return None
+        target, weight, ignored = args[1] if len(args) > 1 else None, kwargs.get("weight"), kwargs.get("ignore_index", -100)
+    elif isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss):
+        target, weight, ignored = args[1] if len(args) > 1 else None, criterion.weight, criterion.ignore_index
+    else:
+        return None
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.dim() == 0:
+        return None
+    target = target.long()
+    kept = target != ignored
+    if weight is None and bool(kept.all()):
+        return None
+    mass = kept.double() if weight is None else weight.double()[torch.where(kept, target, 0)] * kept
+    return mass.reshape(len(target), -1).sum(1)
+
+
+def takes_log_probabilities(criterion: nn.Module) -> bool:
+    """Whether it is the negative log-likelihood, whose curvature is in the log_softmax before it.
+
+    Args:
+        criterion: a module or a `FunctionCriterion`.
+    """
+    return isinstance(criterion, nn.NLLLoss) or (isinstance(criterion, FunctionCriterion) and criterion.function is F.nll_loss)

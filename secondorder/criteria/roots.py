@@ -110,7 +110,8 @@ class DenseRoot:
 def likelihood_root(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: Any) -> LikelihoodRoot | None:
     """The root for the criteria known to be a negative log-likelihood, at `output` [..., K]; None for every other.
 
-    They are nn.CrossEntropyLoss (categorical), nn.MSELoss (Gaussian) and nn.BCEWithLogitsLoss (Bernoulli) and their functions.
+    They are nn.CrossEntropyLoss (categorical), nn.NLLLoss (the same, of the logits that log_softmax was taken of), nn.MSELoss
+    (Gaussian) and nn.BCEWithLogitsLoss (Bernoulli) and their functions.
     For them it is a root of the Hessian itself: the Fisher matrix is the Gauss-Newton matrix.
 
     Args:
@@ -144,6 +145,11 @@ def cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: T
     return SoftmaxRoot(output.softmax(1), mass if criterion.reduction == "sum" else mass / count)
 
 
+def _nll_root(criterion: nn.NLLLoss, output: Tensor, target: Tensor) -> SoftmaxRoot | None:
+    same = nn.CrossEntropyLoss(criterion.weight, ignore_index=criterion.ignore_index, reduction=criterion.reduction)
+    return cross_entropy_root(same, output, target)  # softmax of log-probabilities gives the probabilities
+
+
 def _mse_root(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> GaussianRoot | None:
     if target.shape != output.shape:  # broadcast: autograd counts the terms
         return None
@@ -163,6 +169,7 @@ def bce_with_logits_root(criterion: nn.BCEWithLogitsLoss, output: Tensor, target
 
 _ROOTS: dict[type, Callable[..., LikelihoodRoot | None]] = {
     nn.CrossEntropyLoss: cross_entropy_root,
+    nn.NLLLoss: _nll_root,
     nn.MSELoss: _mse_root,
     nn.BCEWithLogitsLoss: bce_with_logits_root,
 }

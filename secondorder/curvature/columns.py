@@ -11,8 +11,23 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder._tape import LayerRecord
-from secondorder.criteria import LikelihoodRoot, OutputRoot, autograd_root, likelihood_root
+from secondorder.criteria import LikelihoodRoot, OutputRoot, autograd_root, likelihood_root, takes_log_probabilities
 from secondorder.curvature.base import Curvature, register
+
+
+def logits_edge(criterion: nn.Module, output: Tensor) -> GradientEdge | None:
+    """Where the tensor that a likelihood's root is taken at stands in the graph; None: it is not there.
+
+    For the negative log-likelihood of log-probabilities that is what log_softmax was taken of, which is them but for a constant.
+    """
+    node = output.grad_fn
+    assert node is not None
+    if not takes_log_probabilities(criterion):
+        return GradientEdge(node, output.output_nr)
+    if not node.name().startswith("LogSoftmaxBackward"):
+        return None
+    before, number = node.next_functions[0]
+    return None if before is None else GradientEdge(before, number)
 
 
 class FromColumns(Curvature):
@@ -45,18 +60,17 @@ class FisherExact(FromColumns):
     ) -> tuple[GradientEdge, OutputRoot]:
         """Where the columns start, and a root of which they are the columns."""
         output = args[0] if args else None
-        root = None
+        root, edge = None, None
         if isinstance(output, Tensor) and output.grad_fn is not None:
             root = likelihood_root(criterion, output.detach(), *args[1:], **kwargs)
-        if root is None:
+            edge = logits_edge(criterion, output)
+        if root is None or edge is None:
             raise ValueError(
                 "expected a criterion that is a likelihood the Fisher matrix's labels can be drawn from, called with the "
-                f"network's output first: cross-entropy, MSE or BCE with logits; got {criterion}: use curvature='pch-abs' or "
-                "'fisher-empirical'"
+                f"network's output first: cross-entropy, NLL of log_softmax, MSE or BCE with logits; got {criterion}: use "
+                "curvature='pch-abs' or 'fisher-empirical'"
             )
-        assert isinstance(output, Tensor)
-        assert output.grad_fn is not None
-        return GradientEdge(output.grad_fn, output.output_nr), self._labels(root)
+        return edge, self._labels(root)
 
     def _labels(self, root: LikelihoodRoot) -> OutputRoot:
         return root
@@ -107,10 +121,10 @@ class KFLRCurvature(FromColumns):
     ) -> tuple[GradientEdge, OutputRoot]:
         """Where the columns start, and a root of which they are the columns."""
         output = args[0] if args else None
-        if isinstance(output, Tensor) and output.grad_fn is not None and (source is None or output.grad_fn is source):
-            root = likelihood_root(criterion, output.detach(), *args[1:], **kwargs)
-            if root is not None:
-                return GradientEdge(output.grad_fn, output.output_nr), root
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            root, edge = likelihood_root(criterion, output.detach(), *args[1:], **kwargs), logits_edge(criterion, output)
+            if root is not None and edge is not None and (source is None or edge.node is source):
+                return edge, root
         if source is None:
             raise ValueError(f"expected one linear layer's output to enter {criterion}, got several; use curvature='pch-abs'")
         return GradientEdge(source, 0), autograd_root(loss, source)

@@ -178,24 +178,31 @@ _idle_steps = 0  # over all threads
 _backward: Any = torch.autograd.backward
 
 
-def _backward_unless_idle(tensors: Any, *args: Any, **kwargs: Any) -> None:
+def _backward_unless_idle(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
     if not getattr(_IDLE, "depth", 0):
-        _backward(tensors, *args, **kwargs)
-    else:
-        _IDLE.roots += [tensors] if isinstance(tensors, Tensor) else tensors
+        _backward(tensors, grad_tensors, *args, **kwargs)
+        return
+    roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    gradients = [grad_tensors] if isinstance(grad_tensors, Tensor) else list(grad_tensors or [None] * len(roots))
+    _IDLE.roots += roots
+    _IDLE.called.extend(zip(roots, gradients, strict=True))
 
 
 @contextmanager
-def idle_backward() -> Iterator[None]:
-    """`loss.backward()` in this thread does nothing: it would free the graph, and its gradients are not needed."""
+def idle_backward() -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+    """`loss.backward()` in this thread does nothing: it would free the graph, and its gradients are not needed.
+
+    Yields the list that it adds its tensors to, with the gradients that it was given.
+    """
     global _idle_steps, _backward
     with _IDLE_LOCK:
         if _idle_steps == 0:
             _backward, torch.autograd.backward = torch.autograd.backward, _backward_unless_idle
         _idle_steps += 1
-    _IDLE.depth, _IDLE.roots = getattr(_IDLE, "depth", 0) + 1, []
+    called: list[tuple[Tensor, Tensor | None]] = []
+    _IDLE.depth, _IDLE.roots, _IDLE.called = getattr(_IDLE, "depth", 0) + 1, [], called
     try:
-        yield
+        yield called
     finally:
         _IDLE.depth -= 1
         with _IDLE_LOCK:

@@ -108,7 +108,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                loss = self._called(closure)
         self._check_gradients()
         with self._whole_or_nothing() as taken:
             if taken:
@@ -123,6 +123,10 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         self._tape.clear(release=True)
         self._schedule()
         return loss
+
+    def _called(self, closure: Callable[[], Tensor]) -> Tensor:
+        """The closure's loss."""
+        return closure()
 
     def _records(self) -> list[LayerRecord]:
         """The layers that the losses since the last step reach; warns of those where the recursion starts anew."""

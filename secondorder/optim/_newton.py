@@ -1,18 +1,27 @@
 """What the optimizers share that find their own step: the Levenberg-Marquardt loop on the recorded batch."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from secondorder._tape import ForwardState
+from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
+from secondorder.optim._closure import idle_backward
 from secondorder.optim._layerwise import Groups, LayerwiseOptimizer
 from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments, warn_of_short_steps
 from secondorder.solvers import Factors
-from secondorder.stepping import Damping, DampingSchedule, LevenbergMarquardtLoop, LocalLoss, LossTrend
+from secondorder.stepping import CannotReplay, ClosureLoss, Damping, DampingSchedule, LevenbergMarquardtLoop, LocalLoss, LossTrend
+from secondorder.stepping.closure_loss import Closure
+from secondorder.stepping.local_loss import instances
+
+# The mean square of a net's inputs below which the damping of its first layers is less; that of images and of tables is above.
+_SMALL_INPUTS = 0.01
 
 
 class NewtonOptimizer(LayerwiseOptimizer):
@@ -28,7 +37,8 @@ class NewtonOptimizer(LayerwiseOptimizer):
         criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`.
         lr: multiplies the step that the model gives, in [0, 2).
         schedule: how the dampings begin and change.
-        subsample: the fraction of the batch that the model is evaluated on, in (0, 1]; at least 100 instances.
+        subsample: the fraction of the batch that the model is evaluated on, in (0, 1]; at least 100 instances with 500 outputs,
+            and the whole batch where its rows are no instances by themselves.
         weight_decay: eta, >= 0.
         factor_decay: in [0, 1); the factors are bias-corrected exponential averages with this decay.
         **shared: the arguments of `LayerwiseOptimizer` that both kinds of steps have.
@@ -63,6 +73,9 @@ class NewtonOptimizer(LayerwiseOptimizer):
         super().__init__(model, criterion, defaults, keep_inputs=True, decoupled_weight_decay=None, **shared)
         warn_of_short_steps(type(self).__name__, lr)
         self._loop, self._subsample = LevenbergMarquardtLoop(schedule), subsample
+        self._closure: Closure | None = None  # of the step under way
+        self._evaluating = False  # whether a closure is being called for a trial
+        self._told = False  # whether it has been said that the model gives something else when it is evaluated again
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every torch optimizer's; also takes what an optimizer with lr=None has saved before version 0.2.
@@ -100,6 +113,87 @@ class NewtonOptimizer(LayerwiseOptimizer):
             **super().metrics(),
         }
 
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step from the gradients of the backward passes since the last one.
+
+        Args:
+            closure: evaluates the model anew, calls backward() and returns the loss; optional. Where the loss cannot be evaluated
+                from what was recorded, because terms stand outside of the criterion, say, it is called more than once.
+        """
+        try:
+            return super().step(closure)
+        finally:
+            self._closure = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients, and with them what the tape recorded for them."""
+        if not self._evaluating:  # a closure that is called for a trial begins so; the gradients of the step are kept
+            super().zero_grad(set_to_none)
+
+    def _called(self, closure: Callable[[], Tensor]) -> Tensor:
+        self._closure = Closure(closure, ForwardState(self._model), self._quiet)
+        return closure()
+
+    @contextmanager
+    def _quiet(self) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+        """Within it backward() and zero_grad() leave the gradients alone; yields what backward() is called on."""
+        self._evaluating = True
+        try:
+            with idle_backward() as roots, nullcontext() if self._ddp is None else self._ddp.no_sync():
+                yield roots
+        finally:
+            self._evaluating = False
+
+    def _loss(self, parameters: dict[Tensor, str], steps: int) -> LocalLoss | ClosureLoss:
+        """The loss that backward() was called on, from what was recorded or by the closure.
+
+        Raises:
+            RuntimeError: neither gives it.
+        """
+        obstacle = self._tape.outside and f"the gradients are also of {self._tape.outside}"
+        recorded: LocalLoss | None = None
+        if obstacle is None:
+            try:
+                recorded = LocalLoss(
+                    self._model, self.criterion, self._tape.losses, parameters, self._subsample, steps, self._tape, self._ranks
+                )
+            except CannotReplay as error:
+                obstacle = str(error)
+        if recorded is not None and (recorded.faithful or self._closure is None):
+            if not recorded.faithful and not self._told:
+                self._told = True
+                warn(
+                    "the model gives something else when it is evaluated again, though random numbers, buffers and attributes "
+                    "are those of its forward pass; steps are judged by a loss that is not the recorded one. Pass a closure "
+                    f"to {type(self).__name__}.step, or take EACG, which has a learning rate instead"
+                )
+            return recorded
+        if self._closure is None:
+            raise RuntimeError(
+                f"{type(self).__name__}.step(): expected a loss that can be evaluated at other parameters from what was "
+                f"recorded, as that of backward() on criterion(model(x), y), but {obstacle}. Pass a closure, "
+                "optimizer.step(closure), that computes the loss, calls backward() and returns it; or take EACG, which has a "
+                "learning rate instead. No parameter and no state has changed."
+            )
+        count = sum(instances(loss, self.criterion) for loss in self._tape.losses)
+        return ClosureLoss(
+            type(self).__name__, self._closure, self._model, self.criterion, list(parameters), count, self._tape,
+            -1.0 if self._maximize() else 1.0, self._ranks,
+        )  # fmt: skip
+
+    def _metric(self, covered: dict[nn.Linear, Factors]) -> dict[Tensor, float]:
+        """D of the layers whose inputs are given and small: their mean square over 0.01, where that is below 1.
+
+        The curvature of a weight is on the scale of its inputs' squares, and so has to be what is added to it.
+        """
+        given = {call.layer for loss in self._tape.losses for call in loss.calls() if call.given}
+        metric: dict[Tensor, float] = {}
+        for layer, factors in covered.items():
+            square = _mean_square(factors, layer.in_features) if layer in given else 1.0
+            if 0 < square < _SMALL_INPUTS:
+                metric |= {p: square / _SMALL_INPUTS for p in (layer.weight, layer.bias) if p is not None}
+        return metric
+
     def _schedule(self) -> None:
         """Every forward pass is recorded: the loss is evaluated anew at every step."""
         self._tape.recording = True
@@ -116,17 +210,17 @@ class NewtonOptimizer(LayerwiseOptimizer):
         others = [p for p, _ in self._fallback.parameters(self.param_groups, gradients, own)]
         for p in others:
             self._fallback.check(p, gradients[p], 1.0)
-        loss = LocalLoss(
-            self._model, self.criterion, self._tape.losses, {p: self._parameter_names[p] for p in gradients}, self._subsample,
-            steps, self._tape, self._ranks,
-        )  # fmt: skip
+        loss = self._loss({p: self._parameter_names[p] for p in gradients}, steps)
         if not math.isfinite(loss.start):
             raise NonFiniteError(self._not_finite({}, covered))
 
+        metric = self._metric(covered)
+
         def directions(damping: float, fresh: bool) -> tuple[list[Tensor], dict[nn.Linear, Factors]]:
-            # The solvers know one damping for all layers: eta is the first group's.
-            system = (1.0, damping + float(group["weight_decay"]))
-            found, prepared = self._directions(covered, gradients, dict.fromkeys(covered, system), fresh)
+            # eta is the first group's.
+            eta = float(group["weight_decay"])
+            systems = {layer: (1.0, damping * metric.get(layer.weight, 1.0) + eta) for layer in covered}
+            found, prepared = self._directions(covered, gradients, systems, fresh)
             if others:
                 gain = _norm(found.values()) / max(_norm(gradients[p] for p in found), torch.finfo(torch.float32).tiny)
                 found |= {p: -gradients[p] * gain for p in others}
@@ -138,18 +232,36 @@ class NewtonOptimizer(LayerwiseOptimizer):
             previous = [self.state[p]["momentum"] for p in gradients]
         eta = [float(groups[p]["weight_decay"]) for p in gradients]
         delta, prepared, damping = self._loop.step(
-            loss, directions, list(gradients.values()), eta, previous, _damping(group), steps, lr
+            loss,
+            directions,
+            list(gradients.values()),
+            eta,
+            previous,
+            _damping(group),
+            steps,
+            lr,
+            [metric.get(p, 1.0) for p in gradients],
         )
-        for each in self.param_groups:
-            each.update(
-                tau=damping.tau, gamma=damping.gamma, loss_trend=astuple(damping.trend), rho=damping.rho,
-                coefficients=damping.coefficients,
-            )  # fmt: skip
+        if damping is not None:
+            for each in self.param_groups:
+                each.update(
+                    tau=damping.tau, gamma=damping.gamma, loss_trend=astuple(damping.trend), rho=damping.rho,
+                    coefficients=damping.coefficients,
+                )  # fmt: skip
         for p, change in zip(gradients, delta, strict=True):
             p.add_(change)
             if momentum and lr > 0:  # a step of zero, of a scheduler that begins anew, says nothing of the direction
                 self.state[p]["momentum"] = change
         self._commit(covered, factors, prepared or {})
+
+
+def _mean_square(factors: Factors, width: int) -> float:
+    """The mean square of a layer's inputs, from whichever statistic of them there is; 1 where there is none."""
+    if "input_second_moment" in factors:
+        return float(factors["input_second_moment"].diagonal().mean())
+    if "mean_square_input" in factors:
+        return float(factors["mean_square_input"]) / width
+    return float(factors["mean_input"].square().mean()) if "mean_input" in factors else 1.0
 
 
 def _damping(group: dict[str, Any]) -> Damping | None:

@@ -26,8 +26,8 @@ class KFAC(NewtonOptimizer):
 
     Args:
         model: any module; its nn.Linear layers are covered.
-        criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`, on the very
-            tensor that the model returned; a likelihood for this curvature.
+        criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`, and
+            a likelihood for this curvature.
         lr: multiplies the step that the quadratic model gives, in [0, 2), so that every scheduler does what it says.
         curvature: "pch-abs", "pch-clip", "pch-clip-all", "gauss-newton", "kflr", "fisher-mc", "fisher-empirical", "fisher-exact",
             or a `secondorder.curvature.Curvature`.
@@ -40,7 +40,8 @@ class KFAC(NewtonOptimizer):
             of every forward pass, >= 1; None: from all.
         inverse_every: the inverses are renewed every so many steps, >= 1, and at each of the first so many; the paper's 20.
         max_factor_elements: for a layer with n_in^2 above this, >= 0, "kfi" takes "kfi-rank-one" and "auto" "ea-isotropic".
-        subsample: the fraction of the batch that the quadratic model is evaluated on, in (0, 1]; at least 100 instances.
+        subsample: the fraction of the batch that the quadratic model is evaluated on, in (0, 1]; at least 100 instances with 500
+            outputs, and the whole batch where its rows are no instances by themselves.
         average: whether averages of the parameters are kept, for `averaged_parameters`.
         fallback: what updates parameters that no curvature covers: "sgd" (warns once; here they are part of the quadratic model)
             or "error".

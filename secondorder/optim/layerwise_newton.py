@@ -32,8 +32,8 @@ class LayerwiseNewton(NewtonOptimizer):
         q(delta) = delta^T (g + eta theta) + 1/2 delta^T (G + (tau + eta) I) delta,
 
     G the full Gauss-Newton matrix and eta the weight decay (Martens & Grosse, 2015, section 7). The damping tau follows how well
-    q predicts the loss, and a step after which the loss has not fallen is taken back. The criterion must be called on the very
-    tensor that the model returned.
+    q predicts the loss, and a step after which the loss has not fallen is taken back. What
+    backward() is called on is evaluated anew from what was recorded or, with terms outside of the criterion, say, by a closure.
 
     Args:
         model: any module; its nn.Linear layers are covered wherever elementwise functions connect them (docs/design.md).
@@ -56,7 +56,8 @@ class LayerwiseNewton(NewtonOptimizer):
         max_factor_elements: for a layer with n_in^2 above this, >= 0, "kfi" takes "kfi-rank-one" and "auto" "ea-isotropic".
         damping: where tau starts, relative to the first loss, > 0; it stays above a tenth of that, and above more where steps do
             not generalise (`secondorder.stepping.LossTrend`). None: 250 / m^2 for m instances, from 1e-4 to 1.
-        subsample: the fraction of the batch that the quadratic model is evaluated on, in (0, 1]; at least 100 instances.
+        subsample: the fraction of the batch that the quadratic model is evaluated on, in (0, 1]; at least 100 instances with 500
+            outputs, and the whole batch where its rows are no instances by themselves.
         average: whether averages of the parameters are kept, for `averaged_parameters`.
         fallback: what updates parameters that no curvature covers: "sgd" (warns once; here they are part of the quadratic model)
             or "error".

@@ -1,10 +1,11 @@
 """Steps that find their own length: a quadratic model of the loss, its products, trial losses and the dampings that follow."""
 
+from secondorder.stepping.closure_loss import ClosureLoss
 from secondorder.stepping.levenberg_marquardt import Damping, DampingSchedule, LevenbergMarquardtLoop, LossTrend, TrialLoss
-from secondorder.stepping.local_loss import LocalLoss
+from secondorder.stepping.local_loss import CannotReplay, LocalLoss
 from secondorder.stepping.quadratic_model import QuadraticTerms, Step, best_step
 
 __all__ = [
-    "Damping", "DampingSchedule", "LevenbergMarquardtLoop", "LocalLoss", "LossTrend", "QuadraticTerms", "Step", "TrialLoss",
-    "best_step",
+    "CannotReplay", "ClosureLoss", "Damping", "DampingSchedule", "LevenbergMarquardtLoop", "LocalLoss", "LossTrend",
+    "QuadraticTerms", "Step", "TrialLoss", "best_step",
 ]  # fmt: skip

@@ -1,115 +1,151 @@
-"""Products with the Gauss-Newton matrix: the criterion's Hessian at the output, and J v through a recorded net.
+"""Products with the Gauss-Newton matrix of a loss L(z(theta)) with its graph: x^T G y = (J x)^T H (J y), J = dz/dtheta.
 
-    x^T G y = sum_i (J_i x)^T H_i (J_i y)
-
-takes one forward-mode product J x for every vector. A net that is a chain of linear layers with known activations takes it from
-the record alone.
+J x comes from the graph by double backward: J^T u is linear in u, and differentiated with respect to it. So whatever autograd can
+differentiate twice will do. The outputs z are where the last functions with parameters end: what follows them up to the loss, a
+softmax, say, is part of the criterion.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.autograd.graph import GradientEdge
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from secondorder._tape import KnownActivation, LossCall, derivatives
-from secondorder._tensors import flatten_batch, to_compute_dtype
-from secondorder.criteria import analytic_hessian, autograd_hessian
+from secondorder._tape import preactivation
+from secondorder._tensors import to_compute_dtype
+from secondorder.criteria import OutputHessian, autograd_hessian
 
-
-class CriterionAtOutput:
-    """The criterion at an output z: its loss, the gradient there, and products with its positive semi-definite Hessian."""
-
-    def __init__(self, criterion: nn.Module, z: Tensor, targets: tuple[Any, ...], options: dict[str, Any]):
-        with torch.enable_grad():
-            self.leaf = z.detach().requires_grad_()
-            output = self.leaf.view_as(self.leaf)
-            loss = criterion(output, *targets, **options)
-            (self._gradient,) = torch.autograd.grad(loss, self.leaf, create_graph=True)
-            hessian = analytic_hessian(criterion, z, *targets, **options)
-            self.matrix: Tensor | None = None
-            if hessian is None or not hessian.convex:
-                assert output.grad_fn is not None
-                mean = autograd_hessian(loss, output.grad_fn) if hessian is None else hessian
-                self.matrix = mean.positive(-1.0) * (z.shape[-1] / z.numel())
-        self.loss, self.gradient = loss.detach(), self._gradient.detach()
-
-    def product(self, tangent: Tensor) -> Tensor:
-        """H_i t_i of every instance, of z's shape."""
-        if self.matrix is not None:
-            return tangent @ self.matrix
-        return torch.autograd.grad(self._gradient, self.leaf, tangent, retain_graph=True)[0]
+# The mean Hessian takes as many backward passes through the criterion as there are outputs; with more, the span's own is taken.
+_MOST_OUTPUTS = 512
 
 
-@dataclass
-class LinearChain:
-    """A net that is linear layers with known activations between them and nothing else, as it was recorded.
+class OutputCurvature:
+    """The positive semi-definite Hessian of a loss w.r.t. some tensors z of its graph, on tangents; and the gradient there.
 
-    The forward-mode product then needs neither the model nor its activations again, and takes all vectors at once:
+    It is the Hessian itself, or its negative, where its form has one sign on every row of z for the tangents at hand, as for a
+    criterion that is convex. Else, for one tensor z, every row has Pos-Eig_{-1} of the mean over rows; for several, Pos-Eig_{-1}
+    acts on the form itself.
 
-        t_1 = h_0 V_1^T + v_1,   t_l = (d1_{l-1} * t_{l-1}) W_l^T + h_{l-1} V_l^T + v_l.
+    Args:
+        loss: a scalar with its graph.
+        outputs: z.
+        known: the mean's values for a criterion that is known not to be convex.
     """
 
-    layers: list[nn.Linear]
-    places: list[tuple[int | None, int | None]]  # of each layer's weight and bias among the parameters
-    inputs: list[Tensor]  # h [m, ..., n_in]
-    maps: list[KnownActivation]  # to the next layer, one fewer
-    output: Tensor  # [m, ...]
+    def __init__(self, loss: Tensor, outputs: Sequence[GradientEdge], known: OutputHessian | None = None):
+        self._loss, self._outputs, self._known = loss, list(outputs), known
+        with torch.enable_grad():
+            self._gradients = torch.autograd.grad(
+                loss, self._outputs, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+        self.gradients = [g.detach() for g in self._gradients]
 
-    def rows(self, keep: slice) -> "LinearChain":
-        """The same for these instances alone."""
-        maps = [KnownActivation(t.activation, t.parameter, to_compute_dtype(_kept(t.saved, keep))) for t in self.maps]
-        inputs = [to_compute_dtype(_kept(h, keep)) for h in self.inputs]
-        return LinearChain(self.layers, self.places, inputs, maps, to_compute_dtype(_kept(self.output, keep)))
+    def form(self, tangents: list[list[Tensor]]) -> Tensor:
+        """t_k^T H t_l [k, k] in float64 on the CPU, for tangents that have one tensor of each output's shape."""
+        if self._known is not None:
+            return self._by_mean(tangents, self._known)
+        curved = [self._product(t) for t in tangents]
+        form, by_rows = _forms(tangents, curved)
+        values = torch.linalg.eigvalsh(form) if len(form) > 1 and form.isfinite().all() else form.flatten()
+        tolerance = torch.finfo(self.gradients[0].dtype).eps ** 0.5
+        lowest, highest, total = by_rows.tolist()
+        for sign, row in (
+            (1.0, lowest),
+            (-1.0, -highest),
+        ):  # a convex criterion, or the negative of one, which is to be maximised
+            if row >= -tolerance * total and (sign * values).min() >= -tolerance * values.abs().max():
+                return sign * form
+        if len(self._outputs) == 1 and self.gradients[0].shape[-1:].numel() <= _MOST_OUTPUTS:
+            return self._by_mean(tangents, autograd_hessian(self._loss, self._outputs[0].node))
+        values, vectors = torch.linalg.eigh(form)
+        return (vectors * values.abs()) @ vectors.T
 
-    def tangents(self, vectors: list[list[Tensor]]) -> Tensor:
-        """J x of every vector, [k, *output.shape]."""
-        t: Tensor | None = None
-        for depth, (layer, (weight, bias), h) in enumerate(zip(self.layers, self.places, self.inputs, strict=True)):
-            flat = flatten_batch([h])
-            if t is None:
-                new = flat.new_zeros(len(vectors), len(flat), layer.out_features)
-            else:
-                d1, _ = derivatives(self.maps[depth - 1])
-                below = (t * d1.reshape(t.shape[1:])).flatten(0, 1)
-                new = (below @ to_compute_dtype(layer.weight.detach()).T).view(len(vectors), len(flat), layer.out_features)
-            for k, vector in enumerate(vectors):
-                if weight is not None:
-                    new[k].addmm_(flat, vector[weight].T)
-                if bias is not None:
-                    new[k].add_(vector[bias])
-            t = new
-        assert t is not None
-        return t.view(len(vectors), *self.output.shape)
+    def _by_mean(self, tangents: list[list[Tensor]], mean: OutputHessian) -> Tensor:
+        (gradient,) = self.gradients
+        matrix = to_compute_dtype(mean.positive(-1.0)) * (gradient.shape[-1] / gradient.numel())
+        flat = torch.stack([t.reshape(-1, gradient.shape[-1]) for (t,) in tangents]).to(matrix.dtype)
+        return (flat.flatten(1) @ (flat @ matrix).flatten(1).T).double().cpu()
 
-
-def linear_chain(loss: LossCall, parameters: list[Tensor], batch: int) -> LinearChain | None:
-    """The recorded net, if it is a chain that depends on these parameters alone and has one row for each instance."""
-    assert loss.inputs is not None
-    if loss.output is None or loss.output.dim() == 0 or len(loss.output) != batch:
-        return None
-    place = {p: i for i, p in enumerate(parameters)}
-    calls, maps = [loss.sources[0]], []
-    while calls[-1].inputs_from:
-        links = calls[-1].inputs_from
-        if len(links) > 1 or not isinstance(links[0].map, KnownActivation):
-            return None
-        maps.append(links[0].map)
-        calls.append(links[0].source)
-    layers = [call.layer for call in reversed(calls)]
-    own = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-    given = [leaf for leaf in tree_leaves((loss.inputs.args, loss.inputs.kwargs)) if isinstance(leaf, Tensor)]
-    first = calls[-1].input
-    # Whatever stands before the first layer, a random or a trainable one, say, would have to be evaluated anew.
-    if not any(first.data_ptr() == leaf.data_ptr() and first.numel() == leaf.numel() for leaf in given):
-        return None
-    inputs = [call.input for call in reversed(calls)]
-    if not place.keys() <= set(own) or any(len(h) != batch for h in inputs):
-        return None
-    places = [(place.get(layer.weight), None if layer.bias is None else place.get(layer.bias)) for layer in layers]
-    return LinearChain(layers, places, inputs, maps[::-1], loss.output)
+    def _product(self, tangent: list[Tensor]) -> list[Tensor]:
+        """H t."""
+        pairs = [(g, t.to(g.dtype)) for g, t in zip(self._gradients, tangent, strict=True) if g.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(t) for t in tangent]
+        found = torch.autograd.grad(
+            [g for g, _ in pairs], self._outputs, [t for _, t in pairs], retain_graph=True, allow_unused=True
+        )
+        return [torch.zeros_like(t) if h is None else h.detach() for t, h in zip(tangent, found, strict=True)]
 
 
-def _kept(instances: Tensor, keep: slice) -> Tensor:
-    return instances if keep.step == 1 else instances[keep]
+class GraphQuadratic:
+    """x^T g and x^T G y of a loss with its graph.
+
+    Args:
+        loss: a scalar with its graph.
+        arguments: the tensors through which it depends on parameters.
+        parameters: the graph's leaves.
+        known: as in `OutputCurvature`, where there is one argument.
+    """
+
+    def __init__(
+        self, loss: Tensor, arguments: Sequence[Tensor], parameters: Sequence[Tensor], known: OutputHessian | None = None
+    ):
+        edges = [GradientEdge(node, a.output_nr) for a in arguments if (node := a.grad_fn) is not None]
+        outputs = edges if known is not None else list(dict.fromkeys(preactivation(edge) for edge in edges))
+        self._curvature = OutputCurvature(loss, outputs, known)
+        made = [edge.node._input_metadata[edge.output_nr] for edge in outputs]
+        with torch.enable_grad():
+            self._u = [torch.zeros(m.shape, dtype=m.dtype, device=m.device, requires_grad=True) for m in made]
+            self._transposed = torch.autograd.grad(outputs, parameters, self._u, create_graph=True, allow_unused=True)
+
+    def products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+        """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
+        tangents = [self._tangent(vector) for vector in vectors]
+        first = torch.stack([_inner(t, self._curvature.gradients) for t in tangents])
+        return first, self._curvature.form(tangents)
+
+    def _tangent(self, vector: list[Tensor]) -> list[Tensor]:
+        """J x."""
+        pairs = [(w, v) for w, v in zip(self._transposed, vector, strict=True) if w is not None and w.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(u) for u in self._u]
+        return list(
+            torch.autograd.grad(
+                [w for w, _ in pairs], self._u, [v.to(w.dtype) for w, v in pairs], retain_graph=True, materialize_grads=True,
+                allow_unused=True,
+            )
+        )  # fmt: skip
+
+
+@contextmanager
+def differentiable_twice(model: nn.Module) -> Iterator[None]:
+    """Has functions run by those of torch's implementations that can be differentiated twice: attention and recurrent nets."""
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+            torch._C._set_mkldnn_enabled(False)
+        yield
+
+
+def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(x.double() * y.double()).sum().cpu() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def _forms(tangents: list[list[Tensor]], curved: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """t_k^T c_l [k, k], symmetric, and of t_ki^T c_ki over the rows i the least, the largest and the sum of absolute values.
+
+    Both in float64 on the CPU; where the outputs have as many rows, a row is that of all of them together.
+    """
+    pairs = [
+        (torch.stack(t), torch.stack(c)) for t, c in zip(zip(*tangents, strict=True), zip(*curved, strict=True), strict=True)
+    ]
+    form = torch.stack([t.flatten(1) @ c.flatten(1).T for t, c in pairs]).sum(0)
+    rows = [(t * c).reshape(len(t), t.shape[1] if t.dim() > 1 else 1, -1).sum(2) for t, c in pairs]
+    together = torch.stack(rows).sum(0) if len({r.shape for r in rows}) == 1 else torch.cat(rows, 1)
+    low, high = (together.min(), together.max()) if together.numel() else (together.sum(), together.sum())
+    packed = torch.cat([((form + form.T) / 2).flatten(), torch.stack([low, high, together.abs().sum()])]).double().cpu()
+    return packed[:-3].view(len(tangents), -1), packed[-3:]

@@ -12,10 +12,18 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from secondorder._tensors import all_finite
+from secondorder._tensors import all_finite, compute_dtype
 from secondorder.stepping.quadratic_model import QuadraticTerms, Step, best_step
 
 Prepared = TypeVar("Prepared")
+
+# A first loss of more than so many times the curvature along its gradient says nothing of the curvature's scale, by which a
+# damping has to be measured: targets far from zero add a constant to it. On nets and losses of the usual scales it is below 100.
+_LARGEST_LOSS = 1000.0
+# What tries that fail raise tau to is at most so many times the curvature along the direction.
+_LARGEST_DAMPING = 1e4
+# A change of a loss by less than so many units of its rounding says nothing.
+_ROUNDING = 8
 
 # (damping, whether what was prepared at an earlier one may not be used) -> a direction for every parameter, what was prepared
 Directions = Callable[[float, bool], tuple[list[Tensor], Prepared]]
@@ -44,7 +52,8 @@ class DampingSchedule:
 
     Args:
         tau: the start of C's damping, relative to the first loss, so that a factor on the loss does not matter; > 0. None: the
-            more, the fewer instances m a step has, 250 / m^2, but from 1e-4 to 1.
+            more, the fewer instances m a step has, 250 / m^2, but from 1e-4 to 1. Where the first loss is zero, or more than 1000
+            times the curvature along its gradient, g^T G g / |g|^2, it is relative to that.
         gamma: the start of the solver's own damping, likewise; None: it is tau throughout.
         floor: tau stays at least this fraction of its start: a step is judged by the very batch it was fitted to, and that alone
             would have tau fall for ever. Where the loss rises from batch to batch nevertheless (`LossTrend`), the floor rises.
@@ -119,12 +128,13 @@ class LevenbergMarquardtLoop:
 
     def step(
         self, loss: TrialLoss, directions: Directions[Prepared], gradients: list[Tensor], eta: list[float],
-        previous: list[Tensor] | None, damping: Damping | None, steps: int, lr: float = 1.0,
-    ) -> tuple[list[Tensor], Prepared | None, Damping]:  # fmt: skip
+        previous: list[Tensor] | None, damping: Damping | None, steps: int, lr: float = 1.0, metric: list[float] | None = None,
+    ) -> tuple[list[Tensor], Prepared | None, Damping | None]:  # fmt: skip
         """One step: delta = lr (c P + c' previous), c and c' minimising the quadratic model of the regularised loss.
 
         Where the loss has not fallen at theta + delta, the step is taken back and tried with a larger damping, without the
-        previous one. If that does not help either, delta is zero.
+        previous one. If that does not help either, delta is zero. A change that is predicted to be below the loss' rounding, and
+        is, is taken and says nothing of the damping.
 
         Args:
             loss: of the step's batch.
@@ -135,12 +145,16 @@ class LevenbergMarquardtLoop:
             damping: what the step before has left; None: this is the first.
             steps: how many came before.
             lr: in [0, 2).
+            metric: D of the model, a number for each parameter; None: ones.
 
         Returns:
-            delta; what was prepared for it, None where no try was accepted; the dampings for the next step.
+            delta; what was prepared for it, None where no try was accepted; the dampings for the next step, None where there is
+            nothing to begin them with: no step before, no loss and no gradient.
         """
         rule = self.schedule
-        damping, rising = self._entered(loss, damping)
+        if damping is None and loss.start == 0 and not any(bool(g.any()) for g in gradients):
+            return [torch.zeros_like(p) for p in loss.here], None, None
+        damping, rising = self._entered(loss, damping, gradients)
         tau, gamma = damping.tau, damping.gamma
         if rising or not rule.momentum:
             previous = None
@@ -148,8 +162,9 @@ class LevenbergMarquardtLoop:
         def proposal(tau: float, gamma: float | None, fresh: bool) -> tuple[Step, Prepared]:
             direction, prepared = directions(tau if gamma is None else gamma, fresh)
             vectors = [direction] if previous is None else [direction, previous]
-            return best_step(loss, gradients, vectors, tau, eta, lr), prepared
+            return best_step(loss, gradients, vectors, tau, eta, lr, metric), prepared
 
+        noise = _ROUNDING * torch.finfo(compute_dtype(loss.here[0].dtype)).eps * abs(loss.start)
         delta: list[Tensor] | None = None
         accepted, rho, coefficients = None, None, (0.0, 0.0)
         for attempt in range(rule.tries + 1):
@@ -166,13 +181,18 @@ class LevenbergMarquardtLoop:
                 break
             moved = [(p + d).to(p.dtype) for p, d in zip(loss.here, step.delta, strict=True)]
             # How far the loss is off its model, on the subsample, is an estimate of the same for the whole batch.
-            excess = loss.value(moved) - loss.start - step.modelled
-            rho = (step.undamped + excess) / step.predicted
-            if math.isfinite(rho) and rho > 0 and all_finite(moved):
-                delta, accepted = step.delta, prepared
-                coefficients = (float(step.coefficients[0]), 0.0 if previous is None else float(step.coefficients[1]))
+            change = loss.value(moved) - loss.start if all_finite(moved) else math.inf
+            found = float(step.coefficients[0]), 0.0 if previous is None else float(step.coefficients[1])
+            if max(abs(change), -step.predicted) <= noise:
+                delta, accepted, coefficients = step.delta, prepared, found
+                break
+            rho = (step.undamped + change - step.modelled) / step.predicted
+            if math.isfinite(rho) and rho > 0:
+                delta, accepted, coefficients = step.delta, prepared, found
                 break
             previous, rho = None, None
+            if step.curvature > 0 and 4 * tau > _LARGEST_DAMPING * step.curvature:
+                continue
             tau *= 4
             gamma = None if gamma is None else 4 * gamma
 
@@ -182,11 +202,11 @@ class LevenbergMarquardtLoop:
             delta = [torch.zeros_like(p) for p in loss.here]
         return delta, accepted, Damping(tau, gamma, damping.trend, rho, coefficients)
 
-    def _entered(self, loss: TrialLoss, damping: Damping | None) -> tuple[Damping, bool]:
+    def _entered(self, loss: TrialLoss, damping: Damping | None, gradients: list[Tensor]) -> tuple[Damping, bool]:
         """The dampings with which a step begins, and whether the losses of new batches rise."""
         rule = self.schedule
         if damping is None:
-            scale = max(abs(loss.start), torch.finfo(torch.float32).tiny)
+            scale = _scale(loss, gradients)
             tau = rule.start(loss.instances) * scale
             trend = LossTrend(rule.floor * tau, rule.floor * tau, loss.start, loss.start)
             return Damping(tau, None if rule.gamma is None else rule.gamma * scale, trend), False
@@ -194,3 +214,12 @@ class LevenbergMarquardtLoop:
             return damping, False
         trend, rising = damping.trend.seen(loss.start, damping.tau)
         return Damping(max(damping.tau, trend.floor), damping.gamma, trend), rising
+
+
+def _scale(loss: TrialLoss, gradients: list[Tensor]) -> float:
+    """What dampings are relative to: the first loss, or the curvature along its gradient where that loss says nothing of it."""
+    square = math.fsum(float(g.double().square().sum()) for g in gradients)
+    curvature = float(loss.products([gradients])[1][0, 0]) / square if square > 0 else 0.0
+    if curvature > 0 and not torch.finfo(torch.float32).tiny < abs(loss.start) <= _LARGEST_LOSS * curvature:
+        return curvature
+    return max(abs(loss.start), torch.finfo(torch.float32).tiny)

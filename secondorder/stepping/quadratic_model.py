@@ -1,9 +1,9 @@
 """The step that minimises a quadratic model of the loss over the span of some vectors.
 
-With G the full Gauss-Newton matrix of the mini-batch, g its gradient, eta the weight decay and tau a damping, the model of the
-regularised loss f(theta) + eta/2 |theta|^2 near theta is
+With G the full Gauss-Newton matrix of the mini-batch, g its gradient, eta the weight decay, tau a damping and D a diagonal
+matrix, in the papers the identity, the model of the regularised loss f(theta) + eta/2 |theta|^2 near theta is
 
-    q(delta) = delta^T (g + eta theta) + 1/2 delta^T C delta,     C = G + (tau + eta) I
+    q(delta) = delta^T (g + eta theta) + 1/2 delta^T C delta,     C = G + tau D + eta I
 
 (Botev et al., Appendix B; Martens & Grosse, 2015, section 6).
 """
@@ -31,11 +31,13 @@ class Step:
     predicted: float  # q there, <= 0
     undamped: float  # the same without tau
     modelled: float  # the loss' change by the Gauss-Newton model of the subsample alone, without eta
+    curvature: float  # x^T G x / x^T D x of the first vector
 
 
 def best_step(
-    loss: QuadraticTerms, gradients: list[Tensor], vectors: list[list[Tensor]], tau: float, eta: list[float], lr: float = 1.0
-) -> Step:
+    loss: QuadraticTerms, gradients: list[Tensor], vectors: list[list[Tensor]], tau: float, eta: list[float], lr: float = 1.0,
+    metric: list[float] | None = None,
+) -> Step:  # fmt: skip
     """Minimises q over the span of `vectors`: step size, and momentum with two (Botev et al., Eq. 39 to 41).
 
     Args:
@@ -45,9 +47,10 @@ def best_step(
         tau: >= 0.
         eta: a weight decay for each parameter.
         lr: the step is this multiple of the minimiser, in [0, 2); what it predicts is then q there.
+        metric: D, a number for each parameter; None: ones.
     """
     first, gram = loss.products(vectors)
-    slope, inner, decay = _dots(vectors, gradients, eta)
+    slope, inner, decay = _dots(vectors, gradients, eta, metric)
     c = gram + tau * inner + decay
     # Two nearly parallel vectors make C singular; scaled to a unit diagonal, what is below rounding is left out.
     unit = c.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
@@ -63,11 +66,14 @@ def best_step(
         float(coefficients @ slope + half @ c @ coefficients),
         float(coefficients @ slope + half @ (gram + decay) @ coefficients),
         float(coefficients @ first + half @ gram @ coefficients),
+        float(gram[0, 0] / inner[0, 0].clamp(min=torch.finfo(torch.float64).tiny)),
     )
 
 
-def _dots(vectors: list[list[Tensor]], gradients: list[Tensor], eta: list[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """x_k^T g [k], x_k^T x_l and x_k^T diag(eta) x_l [k, k], in float64 on the CPU, after one wait for the device."""
+def _dots(
+    vectors: list[list[Tensor]], gradients: list[Tensor], eta: list[float], metric: list[float] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_k^T g [k], x_k^T D x_l and x_k^T diag(eta) x_l [k, k], in float64 on the CPU, after one wait for the device."""
     flat = [[t.reshape(-1) for t in vector] for vector in [*vectors, gradients]]
     rows, columns = torch.triu_indices(len(vectors), len(flat), offset=0)
     pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
@@ -79,5 +85,6 @@ def _dots(vectors: list[list[Tensor]], gradients: list[Tensor], eta: list[float]
         upper[:, :-1] += upper[:, :-1].triu(1).T
         return upper
 
-    inner, decay = matrix(products.sum(1)), matrix(products @ torch.tensor(eta, dtype=torch.float64))
-    return inner[:, -1], inner[:, :-1], decay[:, :-1]
+    plain, decay = matrix(products.sum(1)), matrix(products @ torch.tensor(eta, dtype=torch.float64))
+    inner = plain if metric is None else matrix(products @ torch.tensor(metric, dtype=torch.float64))
+    return plain[:, -1], inner[:, :-1], decay[:, :-1]

@@ -10,8 +10,9 @@ from torch import nn
 from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 
+import secondorder as so
 from secondorder._layers import linear_layers
-from secondorder._tape import columns
+from secondorder._tape import Tape, columns
 from secondorder.criteria import BoundedClassificationLoss, FunctionCriterion
 from secondorder.curvature import CURVATURES, FisherMC
 
@@ -235,3 +236,30 @@ def test_an_output_that_is_broadcast_has_all_its_terms(reduction):
     torch.testing.assert_close(actual["2"], torch.tensor([[float(scale)]]).double())
     for name, block in actual.items():
         torch.testing.assert_close(block, expected[name])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", ["kflr", "fisher-exact"])
+def test_nll_of_log_softmax_is_cross_entropy(name, weighted):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y, weight = torch.randn(9, 4).double(), torch.arange(9) % 3, torch.tensor([1.0, 2.0, 5.0]).double() if weighted else None
+    y[2] = -100
+    found = []
+    for criterion, model in [
+        (nn.CrossEntropyLoss(weight), body), (nn.NLLLoss(weight), nn.Sequential(*body, nn.LogSoftmax(1))),
+    ]:  # fmt: skip
+        tape = Tape(linear_layers(model), criterion, diagonal=False, columns=CURVATURES[name].columns)
+        criterion(model(x), y).backward()
+        found.append({r.layer: r.block for r in tape.records()})
+        tape.remove()
+    for layer, block in found[0].items():
+        torch.testing.assert_close(found[1][layer], block)
+
+
+def test_nll_of_anything_else_is_no_likelihood():
+    model, criterion = nn.Sequential(nn.Linear(4, 3), nn.Tanh()), nn.NLLLoss()
+    optimizer = so.KFAC(model, criterion)
+    with pytest.raises(ValueError, match="NLL of log_softmax"):
+        criterion(model(torch.randn(5, 4)), torch.arange(5) % 3)
+    optimizer.remove_hooks()

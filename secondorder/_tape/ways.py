@@ -1,0 +1,151 @@
+"""The way of a tensor into the criterion: what the loop does between the model's output and the loss, found in the graph.
+
+`criterion(model(x).squeeze(-1), y)`, `criterion(out["logits"].view(-1, k), y)`, `criterion(q.gather(1, a), y)` and the like
+take a few nodes. Each is linear, and then applied by differentiating its backward pass, or one of the functions named here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from secondorder._tape.graph import RESHAPING
+from secondorder._tape.residuals import LEAF, adds_constant, kind, linear_node
+
+# Node -> the function that it is of its one input.
+_FUNCTIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
+    "SigmoidBackward": lambda node: torch.sigmoid,
+    "TanhBackward": lambda node: torch.tanh,
+    "ReluBackward": lambda node: torch.relu,
+    "ExpBackward": lambda node: torch.exp,
+    "LogBackward": lambda node: torch.log,
+    "LogSigmoidBackward": lambda node: F.logsigmoid,
+    "SoftplusBackward": lambda node: lambda t: F.softplus(t, node._saved_beta, node._saved_threshold),
+    "SoftmaxBackward": lambda node: lambda t: t.softmax(_signed(node._saved_dim)),
+    "LogSoftmaxBackward": lambda node: lambda t: t.log_softmax(_signed(node._saved_dim)),
+}
+
+Start = TypeVar("Start")
+
+
+@dataclass(frozen=True)
+class LinearPiece:
+    """A linear function A between two tensors of a graph, or an affine one, at any input: A t + c."""
+
+    transposed: Tensor  # A^T u with its graph, of the input's shape
+    u: Tensor
+    input: Tensor  # at the time, and what came of it
+    output: Tensor
+
+    def __call__(self, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            change = t - self.input
+            moved = torch.autograd.grad(
+                self.transposed, self.u, change, retain_graph=True, create_graph=change.requires_grad, materialize_grads=True
+            )
+        return self.output + moved[0]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a tensor becomes an argument of the criterion.
+
+    Args:
+        shape: of the argument.
+        input_shape: of the tensor.
+        pieces: applied one after another; none: the tensor itself, at most reshaped.
+    """
+
+    shape: torch.Size
+    input_shape: torch.Size
+    pieces: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether it may be applied to some rows alone."""
+        return not self.pieces
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """The argument, for a tensor of all rows or, where it is `by_rows`, of fewer."""
+        for piece in self.pieces:
+            t = piece(t)
+        return t.reshape(self.shape if self.pieces or not self.shape else (-1, *self.shape[1:]))
+
+
+def find_way(argument: Tensor, begins: Callable[[Node, int], tuple[Start, Tensor] | None]) -> tuple[Start, Way] | None:
+    """Where an argument comes from, and how; None: by something else than linear nodes and known functions of one tensor.
+
+    Args:
+        argument: with its graph.
+        begins: says whether an output of a node is where ways begin, by its name and its values.
+    """
+    node, number = argument.grad_fn, argument.output_nr
+    path: list[tuple[Node, int]] = []
+    while node is not None:
+        start = begins(node, number)
+        if start is not None:
+            pieces = _pieces(path, (node, number), start[1].detach(), argument.detach())
+            return None if pieces is None else (start[0], Way(argument.shape, start[1].shape, pieces))
+        following = [edge for edge in node.next_functions if edge[0] is not None]
+        if len(following) != 1 or not (linear_node(node) or kind(node) in _FUNCTIONS or kind(node) in RESHAPING):
+            return None
+        path.append((node, number))
+        node, number = following[0]
+    return None
+
+
+def preactivation(output: GradientEdge) -> GradientEdge:
+    """Where the last function with parameters before an output ends: what follows it is of one tensor, linear or known."""
+    node, number = output.node, output.output_nr
+    while linear_node(node) or kind(node) in _FUNCTIONS or kind(node) in RESHAPING:
+        following = [edge for edge in node.next_functions if edge[0] is not None]
+        if len(following) != 1 or following[0][0].name() == LEAF:  # type: ignore[union-attr]
+            break
+        node, number = following[0]  # type: ignore[assignment]
+    return GradientEdge(node, number)
+
+
+def _pieces(
+    path: list[tuple[Node, int]], start: tuple[Node, int], values: Tensor, argument: Tensor
+) -> list[Callable[[Tensor], Tensor]] | None:
+    """The functions along a path that goes from the argument up to `start`, in the order in which they act."""
+    if all(kind(node) in RESHAPING for node, _ in path):
+        return []
+    # The path's runs of linear nodes, and its functions, from the start on.
+    runs: list[list[tuple[Node, int]]] = []
+    for edge in reversed(path):
+        if kind(edge[0]) in _FUNCTIONS or not runs or kind(runs[-1][0][0]) in _FUNCTIONS:
+            runs.append([edge])
+        else:
+            runs[-1].append(edge)
+    pieces: list[Callable[[Tensor], Tensor]] = []
+    begin, input = start, values
+    for position, run in enumerate(runs):
+        end = run[-1]
+        if kind(end[0]) in _FUNCTIONS:
+            function = _FUNCTIONS[kind(end[0])](end[0])
+            pieces.append(function)
+            input = function(input)
+        else:
+            last = position + 1 == len(runs)
+            if not last and any(adds_constant(node) for node, _ in run):
+                return None  # the constant is not known, for the graph keeps no tensor of what it makes
+            made = end[0]._input_metadata[end[1]]
+            with torch.enable_grad():
+                u = torch.zeros(made.shape, dtype=made.dtype, device=made.device, requires_grad=True)
+                (transposed,) = torch.autograd.grad(GradientEdge(*end), GradientEdge(*begin), u, create_graph=True)
+            zero = torch.zeros_like(input)
+            piece = LinearPiece(transposed, u, input, argument) if last else LinearPiece(transposed, u, zero, zero.new_zeros(()))
+            pieces.append(piece)
+            input = piece(input)
+        begin = end
+    return pieces
+
+
+def _signed(dim: int) -> int:
+    """Dimensions below zero are saved as unsigned numbers."""
+    return dim - 2**64 if dim >= 2**63 else dim

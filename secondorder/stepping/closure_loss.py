@@ -1,0 +1,221 @@
+"""What a closure calls backward() on, as a function of the parameters: any loss, also terms outside of the criterion."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from secondorder._distributed import RankReducer
+from secondorder._tape import ForwardState, Tape, term_outside
+from secondorder._tensors import to_compute_dtype
+from secondorder.criteria import nonconvex_hessian
+from secondorder.stepping.gauss_newton_product import GraphQuadratic, differentiable_twice
+from secondorder.stepping.recorded_loss import tolerance_of
+
+# (tensor, gradient) that backward() was called with
+Roots = list[tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Closure:
+    """A closure that has been called once, and what that call began from."""
+
+    call: Callable[[], Any]
+    state: ForwardState
+    quiet: Callable[[], AbstractContextManager[Roots]]  # within it backward() does nothing but note its arguments
+
+
+@dataclass
+class _Graph:
+    """The loss with its graph, and the criterion's calls in it."""
+
+    loss: Tensor
+    calls: list[tuple[Tensor, list[Tensor], Any]]  # the criterion's loss, its trained arguments, its known Hessian
+    outside: bool  # whether anything else depends on parameters
+
+
+class ClosureLoss:
+    """The loss that a closure calls backward() on, at any parameters, from the same random numbers, buffers and attributes.
+
+    Its quadratic terms are the Gauss-Newton matrix of the criterion's calls and, for terms outside of them, the positive part of
+    their own Hessian's form. The whole batch is evaluated.
+
+    Args:
+        owner: who asks, for errors.
+        closure: already called at the parameters' own values.
+        model: whose parameters they are.
+        criterion: whose calls are seen.
+        parameters: what the loss is a function of.
+        instances: of the batch.
+        tape: muted during the evaluations.
+        sign: -1 where the loss is maximised.
+        ranks: whose losses' mean it is; None: this process's alone.
+    """
+
+    def __init__(
+        self, owner: str, closure: Closure, model: nn.Module, criterion: nn.Module, parameters: list[Tensor], instances: float,
+        tape: Tape, sign: float = 1.0, ranks: RankReducer | None = None,
+    ):  # fmt: skip
+        self.owner, self.closure, self.model, self.criterion = owner, closure, model, criterion
+        self.parameters, self._instances, self.tape, self.sign, self.ranks = parameters, instances, tape, sign, ranks
+        self.here = [p.detach().clone() for p in parameters]
+        self._graph: _Graph | None = None
+        self._terms: list[tuple[float, GraphQuadratic]] = []
+        self._gradients: list[Tensor] = []
+        self._curved: list[tuple[Tensor, Tensor]] = []  # of the terms outside: gradients with their graph, and the parameters
+
+    @property
+    def instances(self) -> int:
+        """How many instances the batches have, of all ranks."""
+        return round(self._mean(lambda: self._instances) * (1 if self.ranks is None else self.ranks.size))
+
+    @property
+    def start(self) -> float:
+        """The loss at the parameters' own values."""
+        return self._mean(lambda: self.sign * float(self._at_start().loss.detach()))
+
+    def value(self, parameters: list[Tensor]) -> float:
+        """The loss at these values."""
+        return self._mean(lambda: self.sign * float(self._evaluated(parameters).detach()))
+
+    def products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+        """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
+        if self.ranks is None:
+            return self._products(vectors)
+        packed = self.ranks.mean(lambda: torch.cat([t.flatten() for t in self._products(vectors)]))
+        return packed[: len(vectors)], packed[len(vectors) :].view(len(vectors), -1)
+
+    def _products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+        graph, vectors = self._at_start(), [[to_compute_dtype(t) for t in vector] for vector in vectors]
+        try:
+            with self.tape.muted():
+                self._differentiate(graph)
+                second = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+                for scale, term in self._terms:
+                    second += abs(scale) * term.products(vectors)[1]
+                second += self._outside(vectors)
+        except (NotImplementedError, RuntimeError) as error:
+            raise RuntimeError(
+                f"{self.owner}.step(): expected a loss that autograd can differentiate twice, got {type(error).__name__}: {error}"
+            ) from error
+        first = torch.stack(
+            [torch.stack([(g * t.to(g.dtype)).sum().double().cpu() for g, t in zip(self._gradients, v, strict=True)]).sum()
+             for v in vectors]
+        )  # fmt: skip
+        return self.sign * first, second
+
+    def _differentiate(self, graph: _Graph) -> None:
+        """Sets what products are taken of, once."""
+        if self._gradients:
+            return
+        losses = [loss for loss, _, _ in graph.calls]
+        scales = torch.autograd.grad(graph.loss, losses, retain_graph=True, allow_unused=True) if losses else ()
+        factors = [0.0 if scale is None else float(scale) for scale in scales]
+        for (loss, arguments, known), factor in zip(graph.calls, factors, strict=True):
+            if factor:
+                self._terms.append((factor, GraphQuadratic(loss, arguments, self.parameters, known)))
+        found = torch.autograd.grad(graph.loss, self.parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+        self._gradients = [to_compute_dtype(g) for g in found]
+        if graph.outside:
+            with torch.enable_grad():
+                rest = graph.loss - sum(factor * loss for loss, factor in zip(losses, factors, strict=True))
+                gradients = torch.autograd.grad(rest, self.parameters, create_graph=True, allow_unused=True)
+            pairs = zip(gradients, self.parameters, strict=True)
+            self._curved = [(g, p) for g, p in pairs if g is not None and g.requires_grad]
+
+    def _outside(self, vectors: list[list[Tensor]]) -> Tensor:
+        """The positive part of the form of the Hessian of the terms outside of the criterion."""
+        form = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+        if not self._curved:
+            return form
+        for k, vector in enumerate(vectors):
+            by_parameter = dict(zip(self.parameters, vector, strict=True))
+            products = torch.autograd.grad(
+                [g for g, _ in self._curved], self.parameters, [by_parameter[p].to(g.dtype) for g, p in self._curved],
+                retain_graph=True, allow_unused=True, materialize_grads=True,
+            )  # fmt: skip
+            for j, other in enumerate(vectors):
+                form[j, k] = sum(float((t.double() * h.double()).sum()) for t, h in zip(other, products, strict=True))
+        values, basis = torch.linalg.eigh(self.sign * (form + form.T) / 2)
+        return (basis * values.clamp(min=0)) @ basis.T
+
+    def _at_start(self) -> _Graph:
+        if self._graph is not None:
+            return self._graph
+        calls: list[tuple[Tensor, list[Tensor], Any]] = []
+
+        def called(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
+            if isinstance(loss, Tensor) and loss.grad_fn is not None:
+                trained = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+                known = None
+                if len(trained) == 1 and args and args[0] is trained[0]:
+                    known = nonconvex_hessian(criterion, trained[0].detach(), *args[1:], **kwargs)
+                calls.append((loss, trained, known))
+
+        handle = self.criterion.register_forward_hook(called, with_kwargs=True)
+        try:
+            loss = self._evaluated(None)
+        finally:
+            handle.remove()
+        assert loss.grad_fn is not None
+        recorded = {node for made, _, _ in calls if (node := made.grad_fn) is not None}
+        outside = term_outside([loss.grad_fn], lambda node: node in recorded, self.parameters) is not None
+        now = math.fsum(float(made.detach()) for made, _, _ in calls)
+        seen = math.fsum(float(each.loss) for each in self.tape.losses)
+        if abs(now - seen) > tolerance_of([loss, *self.parameters]) * (abs(now) + abs(seen)) and math.isfinite(seen):
+            raise RuntimeError(
+                f"{self.owner}.step(): expected the closure to evaluate the same loss at every call of a step, got {now:.9g} "
+                f"after {seen:.9g} for the criterion at the same parameters. Draw the batch outside of the closure, and random "
+                "numbers by torch's, NumPy's or Python's generators. No parameter and no state has changed."
+            )
+        self._graph = _Graph(loss, calls, outside)
+        return self._graph
+
+    def _evaluated(self, values: list[Tensor] | None) -> Tensor:
+        """What the closure calls backward() on, with its graph."""
+        everything = list(dict.fromkeys([*self.model.parameters(), *self.parameters]))
+        gradients = [p.grad for p in everything]
+        try:
+            for p in everything:
+                p.grad = None
+            with (
+                self._moved(values), self.tape.muted(), differentiable_twice(self.model), torch.enable_grad(),
+                self.closure.quiet() as roots, self.closure.state.restored(buffers=True),
+            ):  # fmt: skip
+                self.closure.call()
+        finally:
+            for p, gradient in zip(everything, gradients, strict=True):
+                p.grad = gradient
+        terms = [t if gradient is None else (t * gradient).sum() for t, gradient in roots if t.requires_grad]
+        if not terms:
+            raise RuntimeError(
+                f"{self.owner}.step(): expected the closure to call backward() on a loss of the parameters at every call, as it "
+                "did at the first"
+            )
+        with torch.enable_grad():
+            return terms[0].reshape(()) if len(terms) == 1 else torch.stack([t.reshape(()) for t in terms]).sum()
+
+    @contextmanager
+    def _moved(self, values: list[Tensor] | None) -> Iterator[None]:
+        """Within it the parameters have other values, unseen by the version counters that graphs go by."""
+        if values is None:
+            yield
+            return
+        try:
+            for p, value in zip(self.parameters, values, strict=True):
+                p.data.copy_(value)
+            yield
+        finally:
+            for p, value in zip(self.parameters, self.here, strict=True):
+                p.data.copy_(value)
+
+    def _mean(self, compute: Callable[[], float]) -> float:
+        """The mean over ranks."""
+        if self.ranks is None:
+            return compute()
+        return float(self.ranks.mean(lambda: torch.tensor(compute(), dtype=torch.float64)))
