@@ -1,5 +1,7 @@
 """Helpers on tensors: batches as rows, subsamples of them, and the dtype that numbers are computed in."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,13 @@ def irregular(like: Tensor) -> Tensor:
     fraction = (index * 0.6180339887498949).frac()  # the golden ratio's multiples fill [0, 1) without ever repeating
     signs = 1 - 2 * ((index * 0.7548776662466927).frac() < 0.5).double()
     return ((0.5 + fraction) * signs).to(like.dtype).reshape(like.shape)
+
+
+def host_numbers(numbers: Sequence[Tensor | float]) -> list[float]:
+    """The values of tensors of one element, and of what is a number already; waits for the device once."""
+    tensors = [number.detach().reshape(()).double() for number in numbers if isinstance(number, Tensor)]
+    values = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(values) if isinstance(number, Tensor) else number for number in numbers]
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
