@@ -57,6 +57,12 @@ def host_numbers(numbers: Sequence[Tensor | float]) -> list[float]:
     return [next(values) if isinstance(number, Tensor) else number for number in numbers]
 
 
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether no tensor holds NaN or inf, nor so large numbers that their sum does; waits for the device once."""
-    return bool(torch.stack([t.sum() for t in tensors]).isfinite().all()) if tensors else True
+def all_finite(tensors: list[Tensor], zeros: Sequence[Tensor] = ()) -> bool:
+    """Whether no tensor holds NaN or inf, nor so large numbers that their sum does, and `zeros` nothing but 0.
+
+    Waits for the device once.
+    """
+    if not tensors:
+        return not any(map(bool, zeros))
+    finite = torch.stack([t.sum() for t in tensors]).isfinite().all()
+    return bool(finite & ~torch.stack([t.any() for t in zeros]).any() if zeros else finite)

@@ -199,7 +199,9 @@ class KBFGS(CurvatureOptimizer):
             self._update(closure, value, first, random)
         return loss
 
-    def _update(self, closure: Callable[[], Tensor], loss_before: float | Tensor, first: ClosurePass, random: RandomState) -> None:
+    def _update(
+        self, closure: Callable[[], Tensor], loss_before: float | Tensor, first: ClosurePass, random: RandomState
+    ) -> None:
         """The step from the first call's loss and records."""
         groups, gradients = self._groups(), self._gradients()
         layers = [n for n in self._layers if n in first.gradient and n.weight in gradients]
@@ -384,7 +386,9 @@ class KBFGS(CurvatureOptimizer):
                     trial.check_same_data(bool(same), name)
                     if math.isfinite(value) and value <= limit and all(map(math.isfinite, rest[: len(sizes)])):
                         accepted = trial
-                        pairs = {layer: pair for (layer, pair), good in zip(moves.items(), rest[len(sizes) :], strict=True) if good}
+                        pairs = {
+                            layer: pair for (layer, pair), good in zip(moves.items(), rest[len(sizes) :], strict=True) if good
+                        }
                         break
         finally:
             after.restore()

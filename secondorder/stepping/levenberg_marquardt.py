@@ -12,7 +12,6 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from secondorder._tensors import all_finite
 from secondorder.stepping.quadratic_model import QuadraticTerms, Step, best_step
 
 Prepared = TypeVar("Prepared")
@@ -35,7 +34,7 @@ class TrialLoss(QuadraticTerms, Protocol):
         """How many instances it is of."""
 
     def value(self, parameters: list[Tensor]) -> float:
-        """The loss at other values."""
+        """The loss at other values; NaN where one of them is not finite."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class LevenbergMarquardtLoop:
             # How far the loss is off its model, on the subsample, is an estimate of the same for the whole batch.
             excess = loss.value(moved) - loss.start - step.modelled
             rho = (step.undamped + excess) / step.predicted
-            if math.isfinite(rho) and rho > 0 and all_finite(moved):
+            if math.isfinite(rho) and rho > 0:
                 delta, accepted = step.delta, prepared
                 break
             previous, rho = None, None

@@ -1,6 +1,7 @@
 """The recorded loss as a function of the parameters, on a subsample of the batch: trial losses, and its quadratic terms."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_map
 from secondorder._distributed import RankReducer
 from secondorder._random import SeededReplay
 from secondorder._tape import LossCall, Tape
-from secondorder._tensors import to_compute_dtype
+from secondorder._tensors import host_numbers, to_compute_dtype
 from secondorder.stepping.gauss_newton_product import CriterionAtOutput, LinearChain, linear_chain
 
 # Fewer say too little about a batch's loss for a step to be judged by them.
@@ -29,7 +30,8 @@ class Subsample:
     kwargs: dict[str, Any]
     targets: tuple[Any, ...]  # of the criterion, after the output
     options: dict[str, Any]
-    scale: float  # the loss enters with this factor
+    scale: Tensor | float  # the loss enters with this factor
+    factor: float  # and with this one
     chain: LinearChain | None
 
 
@@ -72,31 +74,34 @@ class LocalLoss:
             self._instances += batch
             stride = max(1, min(round(1 / fraction), batch // _LEAST_INSTANCES))
             keep = slice(offset % stride, None, stride)
-            scale = 1.0 if loss.scale is None else float(loss.scale)
-            if getattr(criterion, "reduction", "mean") == "sum":
-                scale *= batch / len(range(batch)[keep])
+            scale: Tensor | float = 1.0 if loss.scale is None else loss.scale
+            factor = batch / len(range(batch)[keep]) if getattr(criterion, "reduction", "mean") == "sum" else 1.0
             arguments = (loss.inputs.args, loss.inputs.kwargs, loss.args, loss.kwargs)
             args, kwargs, targets, options = _kept_rows(arguments, batch, keep)
             chain = linear_chain(loss, list(parameters), batch)
-            self.pieces.append(Subsample(args, kwargs, targets, options, scale, chain and chain.rows(keep)))
+            self.pieces.append(Subsample(args, kwargs, targets, options, scale, factor, chain and chain.rows(keep)))
 
     def value(self, parameters: list[Tensor]) -> float:
-        """The loss at these values."""
+        """The loss at these values; NaN where one of them is not finite."""
         return self._mean(lambda: self._value(parameters))
 
     def _value(self, parameters: list[Tensor]) -> float:
-        total = 0.0
         with torch.no_grad(), self._replayed():
-            for piece in self.pieces:
-                output = self._output(parameters, piece)
-                total += piece.scale * float(self.criterion(output, *piece.targets, **piece.options))
-        return total
+            losses = [self.criterion(self._output(parameters, piece), *piece.targets, **piece.options) for piece in self.pieces]
+        *values, finite = host_numbers([*losses, torch.stack([p.sum() for p in parameters]).isfinite().all()])
+        return sum(scale * value for scale, value in zip(self._scales[0], values, strict=True)) if finite else math.nan
 
     @functools.cached_property
     def start(self) -> float:
         """The loss at the parameters' own values."""
-        pairs = zip(self.pieces, self._at_outputs, strict=True)
-        return self._mean(lambda: sum(piece.scale * float(at.loss) for piece, at in pairs))
+        return self._mean(lambda: sum(scale * value for scale, value in zip(*self._scales, strict=True)))
+
+    @functools.cached_property
+    def _scales(self) -> tuple[list[float], list[float]]:
+        """With which factor the loss of each piece enters, and that loss at the parameters' own values."""
+        numbers = host_numbers([*(piece.scale for piece in self.pieces), *(at.loss for at in self._at_outputs)])
+        scales, losses = numbers[: len(self.pieces)], numbers[len(self.pieces) :]
+        return [scale * piece.factor for scale, piece in zip(scales, self.pieces, strict=True)], losses
 
     @property
     def instances(self) -> int:
@@ -110,7 +115,7 @@ class LocalLoss:
         return float(self.ranks.mean(lambda: torch.tensor(compute(), dtype=torch.float64)))
 
     def products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU.
+        """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64.
 
         H_i is the criterion's Hessian for each instance where it is known to be convex, else Pos-Eig_{-1} of its mean.
         """
@@ -120,13 +125,14 @@ class LocalLoss:
         return packed[: len(vectors)], packed[len(vectors) :].view(len(vectors), -1)
 
     def _products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        first = torch.zeros(len(vectors), dtype=torch.float64)
-        second = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-        for piece, at in zip(self.pieces, self._at_outputs, strict=True):
+        like = self.here[0]
+        first = torch.zeros(len(vectors), dtype=torch.float64, device=like.device)
+        second = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=like.device)
+        for piece, at, scale in zip(self.pieces, self._at_outputs, self._scales[0], strict=True):
             tangents = self._tangents(piece, vectors).flatten(1)
             curved = torch.stack([at.product(t.view_as(at.gradient)) for t in tangents]).flatten(1)
-            first += piece.scale * (tangents @ at.gradient.reshape(-1)).double().cpu()
-            second += abs(piece.scale) * (tangents @ curved.T).double().cpu()  # a loss that is maximised has a negative one
+            first += scale * (tangents @ at.gradient.reshape(-1)).to(first)
+            second += abs(scale) * (tangents @ curved.T).to(second)  # a loss that is maximised has a negative one
         return first, (second + second.T) / 2
 
     @functools.cached_property

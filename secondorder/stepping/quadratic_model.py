@@ -19,7 +19,7 @@ class QuadraticTerms(Protocol):
     """What the model needs of a loss."""
 
     def products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
+        """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64."""
 
 
 @dataclass
@@ -46,8 +46,14 @@ def best_step(
         eta: a weight decay for each parameter.
         lr: the step is this multiple of the minimiser, in [0, 2); what it predicts is then q there.
     """
+    count = len(vectors)
     first, gram = loss.products(vectors)
-    slope, inner, decay = _dots(vectors, gradients, eta)
+    dots = _dots(vectors, gradients)
+    packed = torch.cat(
+        [first.to(dots.device), gram.to(dots.device).flatten(), dots.flatten()]
+    ).cpu()  # the only wait for the device
+    first, gram, dots = packed[:count], packed[count : count * (count + 1)].view(count, count), packed[count * (count + 1) :]
+    slope, inner, decay = _by_vectors(count, dots.view(-1, len(eta)), eta)
     c = gram + tau * inner + decay
     # Two nearly parallel vectors make C singular; scaled to a unit diagonal, what is below rounding is left out.
     unit = c.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
@@ -66,16 +72,24 @@ def best_step(
     )
 
 
-def _dots(vectors: list[list[Tensor]], gradients: list[Tensor], eta: list[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """x_k^T g [k], x_k^T x_l and x_k^T diag(eta) x_l [k, k], in float64 on the CPU, after one wait for the device."""
+def _pairs(count: int) -> Tensor:
+    """Which of `count` vectors and the gradient after them are multiplied: rows and columns [2, pairs]."""
+    return torch.triu_indices(count, count + 1)
+
+
+def _dots(vectors: list[list[Tensor]], gradients: list[Tensor]) -> Tensor:
+    """The products of all pairs, parameter by parameter, [pairs, parameters] in float64."""
     flat = [[t.reshape(-1) for t in vector] for vector in [*vectors, gradients]]
-    rows, columns = torch.triu_indices(len(vectors), len(flat), offset=0)
-    pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
-    products = torch.stack([torch.dot(a, b) for i, j in pairs for a, b in zip(flat[i], flat[j], strict=True)])
-    products = products.double().cpu().view(len(pairs), len(eta))
+    pairs = zip(*_pairs(len(vectors)).tolist(), strict=True)
+    products = [torch.dot(a, b) for i, j in pairs for a, b in zip(flat[i], flat[j], strict=True)]
+    return torch.stack(products).double().view(-1, len(gradients))
+
+
+def _by_vectors(count: int, products: Tensor, eta: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """x_k^T g [k], x_k^T x_l and x_k^T diag(eta) x_l [k, k] from the products of `_dots`."""
 
     def matrix(sums: Tensor) -> Tensor:
-        upper = sums.new_zeros(len(vectors), len(flat)).index_put((rows, columns), sums)
+        upper = sums.new_zeros(count, count + 1).index_put(tuple(_pairs(count)), sums)
         upper[:, :-1] += upper[:, :-1].triu(1).T
         return upper
 

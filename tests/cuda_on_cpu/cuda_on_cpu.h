@@ -93,8 +93,9 @@ template <typename F>
 NO_RACE_CHECK void launch(const char* name, const void* kernel, cudaStream_t stream, bool cooperative, dim3 grid,
                           dim3 block, size_t dynamic_bytes, F&& call) {
   using Call = std::remove_reference_t<F>;
-  launch(name, kernel, stream, cooperative, grid, block, dynamic_bytes, [](void* f) { (*static_cast<Call*>(f))(); },
-         &call);
+  launch(
+      name, kernel, stream, cooperative, grid, block, dynamic_bytes, [](void* f) { (*static_cast<Call*>(f))(); },
+      &call);
 }
 
 template <typename T>

@@ -28,7 +28,9 @@ int guarded(F&& f) {
 }
 
 struct Scratch {
-  explicit Scratch(size_t bytes) : memory(new unsigned char[bytes]) { std::memset(memory.get(), cuda_on_cpu::machine.last_blocks ? 0 : 0xFF, bytes); }
+  explicit Scratch(size_t bytes) : memory(new unsigned char[bytes]) {
+    std::memset(memory.get(), cuda_on_cpu::machine.last_blocks ? 0 : 0xFF, bytes);
+  }
   template <typename T>
   T* as() {
     return reinterpret_cast<T*>(memory.get());

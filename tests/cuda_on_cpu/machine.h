@@ -40,12 +40,12 @@ struct Machine {
   uint64_t seed = 0;
   std::mt19937_64 random;
   std::vector<std::string> launches;
-  std::map<const void*, size_t> shared_limits;   // by kernel, from cudaFuncSetAttribute
-  std::map<const void*, size_t> static_shared;   // bytes by kernel
-  cudaStream_t stream = nullptr;                 // that every launch must name
-  size_t multiprocessors = ~size_t(0);           // so many blocks of a cooperative launch are resident
-  size_t shared_bytes = 227 << 10;               // the most that a block may have
-  size_t last_blocks = 0;                        // so many of every launch run, its last; 0: all
+  std::map<const void*, size_t> shared_limits;  // by kernel, from cudaFuncSetAttribute
+  std::map<const void*, size_t> static_shared;  // bytes by kernel
+  cudaStream_t stream = nullptr;                // that every launch must name
+  size_t multiprocessors = ~size_t(0);          // so many blocks of a cooperative launch are resident
+  size_t shared_bytes = 227 << 10;              // the most that a block may have
+  size_t last_blocks = 0;                       // so many of every launch run, its last; 0: all
 
   dim3 grid_size;
   size_t dynamic_bytes = 0;

@@ -60,8 +60,8 @@ std::string source_line(void* code) {
   Dl_info info;
   if (!dladdr(code, &info)) return "?";
   char command[1024];
-  std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%zx | grep -v cuda_on_cpu.h | head -1",
-                info.dli_fname, size_t(static_cast<char*>(code) - static_cast<char*>(info.dli_fbase)) - 1);
+  std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%zx | grep -v cuda_on_cpu.h | head -1", info.dli_fname,
+                size_t(static_cast<char*>(code) - static_cast<char*>(info.dli_fbase)) - 1);
   std::string line;
   if (FILE* pipe = popen(command, "r")) {
     char buffer[512];
@@ -160,10 +160,10 @@ __attribute__((visibility("default"))) const char* races() {
   return cuda_on_cpu::lines.c_str();
 }
 
-#define HOOKS(n)                                                                                                      \
-  void __tsan_read##n(void* p) { check_access(p, n, Access::read, true, __builtin_return_address(0)); }               \
-  void __tsan_write##n(void* p) { check_access(p, n, Access::write, true, __builtin_return_address(0)); }             \
-  void __tsan_unaligned_read##n(void* p) { check_access(p, n, Access::read, false, __builtin_return_address(0)); }    \
+#define HOOKS(n)                                                                                                   \
+  void __tsan_read##n(void* p) { check_access(p, n, Access::read, true, __builtin_return_address(0)); }            \
+  void __tsan_write##n(void* p) { check_access(p, n, Access::write, true, __builtin_return_address(0)); }          \
+  void __tsan_unaligned_read##n(void* p) { check_access(p, n, Access::read, false, __builtin_return_address(0)); } \
   void __tsan_unaligned_write##n(void* p) { check_access(p, n, Access::write, false, __builtin_return_address(0)); }
 HOOKS(1)
 HOOKS(2)

@@ -42,7 +42,7 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        on_device = kwargs.get("device") is not None or any(map(is_on_device, tree_leaves((args, kwargs))))
+        on_device = any(map(is_on_device, tree_leaves((args, kwargs))))
         if on_device and func in READS:
             self.count()
         result = func(*args, **kwargs)
@@ -71,7 +71,10 @@ class _Calls(TorchFunctionMode):
                 copy = args[0].detach().clone()
                 del copy._on_device
                 return copy
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if (kwargs or {}).get("device") is not None and isinstance(result, Tensor):
+            result._on_device = True
+        return result
 
 
 def is_on_device(value: object) -> bool:
