@@ -11,6 +11,7 @@
 namespace {
 
 namespace cuda = secondorder::cuda;
+using secondorder::EigenMoments;
 
 std::string last_message;
 const cudaStream_t kStream = reinterpret_cast<cudaStream_t>(0x5EED);
@@ -122,10 +123,12 @@ template <typename T>
 void run_eigen_step(const Eigen<T>& in, const EigenStepping<T>& more, double* control, bool renewed,
                     const cuda::Device& device) {
   std::vector<cuda::EigenStep<T>> matrices(in.count);
-  for (int l = 0; l < in.count; ++l)
-    matrices[l] = {in.matrix(l), more.weight[l],  more.bias[l],  more.second[l],
-                   more.last[l], more.sampled[l], more.size[l],  {more.beta1, more.beta2, more.step[l], more.eps},
-                   more.lr[l],   more.lr_bias[l], more.decay[l], more.decay_bias[l]};
+  for (int l = 0; l < in.count; ++l) {
+    const cuda::EigenMatrix<T> matrix = in.matrix(l);
+    const EigenMoments<T> moments(more.beta1, more.beta2, more.step[l], more.eps, matrix.sizes.apart());
+    matrices[l] = {matrix,       more.weight[l], more.bias[l], more.second[l],  more.last[l],  more.sampled[l],
+                   more.size[l], moments,        more.lr[l],   more.lr_bias[l], more.decay[l], more.decay_bias[l]};
+  }
   Scratch workspace(cuda::eigen_step_workspace(matrices.data(), in.count, device));
   cuda::eigen_step(matrices.data(), in.count, control, renewed, workspace.as<void>(), device, kStream);
 }
