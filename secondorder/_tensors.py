@@ -1,5 +1,7 @@
 """Helpers on tensors: batches as rows, subsamples of them, and the dtype that numbers are computed in."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,19 @@ def irregular(like: Tensor) -> Tensor:
     return ((0.5 + fraction) * signs).to(like.dtype).reshape(like.shape)
 
 
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether no tensor holds NaN or inf, nor so large numbers that their sum does; waits for the device once."""
-    return bool(torch.stack([t.sum() for t in tensors]).isfinite().all()) if tensors else True
+def host_numbers(numbers: Sequence[Tensor | float]) -> list[float]:
+    """The values of tensors of one element, and of what is a number already; waits for the device once."""
+    tensors = [number.detach().reshape(()).double() for number in numbers if isinstance(number, Tensor)]
+    values = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(values) if isinstance(number, Tensor) else number for number in numbers]
+
+
+def all_finite(tensors: list[Tensor], zeros: Sequence[Tensor] = ()) -> bool:
+    """Whether no tensor holds NaN or inf, nor so large numbers that their sum does, and `zeros` nothing but 0.
+
+    Waits for the device once.
+    """
+    if not tensors:
+        return not any(map(bool, zeros))
+    finite = torch.stack([t.sum() for t in tensors]).isfinite().all()
+    return bool(finite & ~torch.stack([t.any() for t in zeros]).any() if zeros else finite)

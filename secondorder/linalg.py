@@ -1,7 +1,9 @@
 """Symmetric matrices: inverses and eigendecompositions that rounding cannot break, Pos-Eig, conjugate gradients."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -47,6 +49,23 @@ def conjugate_gradient(matrix: Callable[[Tensor], Tensor], rhs: Tensor, max_iter
     return x, max_iter
 
 
+_UNCHECKED: ContextVar[list[Tensor] | None] = ContextVar("_UNCHECKED", default=None)
+
+
+@contextmanager
+def unchecked() -> Iterator[list[Tensor]]:
+    """Within it `inverse` takes every matrix for positive definite, so that it need not wait for the device.
+
+    It adds a tensor of 0 to the list for each; where another number turns up there, what was computed is to be done anew.
+    """
+    infos: list[Tensor] = []
+    token = _UNCHECKED.set(infos)
+    try:
+        yield infos
+    finally:
+        _UNCHECKED.reset(token)
+
+
 def inverse(matrix: Tensor, name: str) -> Tensor:
     """The inverse of a positive semi-definite matrix [..., n, n] that rounding may have left indefinite.
 
@@ -56,7 +75,10 @@ def inverse(matrix: Tensor, name: str) -> Tensor:
         NonFiniteError: it holds NaN or inf; the message names it.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if not info.any():
+    unchecked = _UNCHECKED.get()
+    if unchecked is not None:
+        unchecked.append(info)
+    if unchecked is not None or not info.any():
         return torch.cholesky_inverse(factor)
     values, vectors = _eigh(matrix.double(), name)
     floor = values.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) * torch.finfo(matrix.dtype).eps

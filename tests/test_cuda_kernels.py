@@ -1,8 +1,9 @@
 """The CUDA kernels without a GPU: compiled by nvcc for every architecture, and their source run on the CPU."""
 
-import contextlib
+import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ sys.path[:0] = [str(ROOT / "tests" / "cuda_on_cpu"), str(ROOT)]
 
 import cases  # noqa: E402
 import harness  # noqa: E402
+from bugs import BUGS  # noqa: E402
 
 from bench.tools import cuda_resources  # noqa: E402
 
@@ -29,183 +31,121 @@ emulated = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("kernels")
-    return {mode: harness.build(mode, folder / mode) for mode in harness.MODES}
+    return harness.build(tmp_path_factory.mktemp("kernels"), list(BUGS.values()))
 
 
-def run_with_address_sanitizer(library: Path, names: list[str]) -> subprocess.CompletedProcess[str]:
-    """Python itself is not instrumented, so that the sanitizer must be loaded before it."""
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    environment = {**os.environ, "LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+def outcomes_of(mode: str, library: Path, jobs: list[dict]) -> list[dict]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if mode == "address":  # Python itself is not instrumented, so that the sanitizer must be loaded before it
+        runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+        environment |= {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
     script = ROOT / "tests" / "cuda_on_cpu" / "cases.py"
-    return subprocess.run([sys.executable, script, library, "shuffled", *names], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, script, library], input=json.dumps(jobs), env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="session")
+def outcomes(libraries: dict[str, Path]) -> dict[tuple[str, str, str, int], dict]:
+    """What became of every case under every check, and of every bug, by (mode, case, order, bug); -1: no bug.
+
+    The shuffled order has all that a case has; what the other two may show does not depend on the dtype.
+    """
+    jobs = {mode: [] for mode in harness.MODES}
+    for name in cases.CASES:
+        jobs["values"] += [{"case": name, "order": order, "planted": -1, "few": order != "shuffled"} for order in harness.ORDERS]
+        jobs["address"].append({"case": name, "order": "shuffled", "planted": -1, "few": False})
+        if name not in cases.WITHOUT_RACE_CHECK:
+            jobs["races"].append({"case": name, "order": "shuffled", "planted": -1, "few": True})
+    for number, bug in enumerate(BUGS.values()):
+        jobs[bug.mode].append({"case": bug.case, "order": "shuffled", "planted": number, "few": bug.mode != "values"})
+    found = {}
+    for mode, library in libraries.items():
+        for outcome in outcomes_of(mode, library, jobs[mode]):
+            found[mode, outcome["case"], outcome["order"], outcome["planted"]] = outcome
+    return found
 
 
 @emulated
 @pytest.mark.parametrize("order", harness.ORDERS)
 @pytest.mark.parametrize("name", cases.CASES)
-def test_values(libraries: dict[str, Path], name: str, order: str) -> None:
-    kernels = harness.Kernels(libraries["values"])
-    kernels.configure(order, seed=1)
-    cases.CASES[name](kernels)
-
-
-@emulated
-def test_no_access_beyond_an_array(libraries: dict[str, Path]) -> None:
-    result = run_with_address_sanitizer(libraries["address"], list(cases.CASES))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[1::2] == list(cases.CASES)
-
-
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Races do not depend on the values: one dtype and one activation or matrix of each kind are enough."""
-    monkeypatch.setattr(cases, "DTYPES", (np.float32,))
-    monkeypatch.setattr(cases, "ACTIVATIONS", ["tanh", "gelu"])
-    monkeypatch.setattr(cases, "EIGEN_NET", [cases.EIGEN_NET[k] for k in (2, 5, 8)])
-    monkeypatch.setattr(cases, "MANY", 3)
+def test_values(outcomes: dict, name: str, order: str) -> None:
+    assert outcomes["values", name, order, -1]["error"] is None
 
 
 @emulated
 @pytest.mark.parametrize("name", cases.CASES)
-def test_no_races(libraries: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    few(monkeypatch)
-    kernels = harness.Kernels(libraries["races"])
-    kernels.configure("shuffled", seed=2)
-    cases.CASES[name](kernels)
-    assert kernels.races() == []
-
-
-# What is broken: (what must see it, the case, the kernel file compiled, the file changed, old, new).
-BUGS = {
-    "missing barrier after a chunk is stored": (
-        "races", "bias_hessian_large_tile", "bias_hessian.cu", "bias_hessian.cu",
-        "    store_chunk(k, stage);\n    __syncthreads();", "    store_chunk(k, stage);",
-    ),
-    "missing barrier between two uses of a sum's memory": (
-        "races", "bfgs_update", "bfgs.cu", "reduce.cuh", "partial[c][lane] : 0.0);\n  __syncthreads();",
-        "partial[c][lane] : 0.0);",
-    ),
-    "missing fence in the barrier of a group": (
-        "races", "eacg_every_plan", "eacg.cu", "eacg.cu", "    __threadfence();\n    atomicAdd", "    atomicAdd",
-    ),
-    "one buffer where two alternate": (
-        "values", "eacg_every_plan", "eacg.cu", "eacg.cu", "(iteration & 1) * kSystems * n", "0",
-    ),
-    "off-by-one guard of a row": (
-        "address", "bfgs_update", "bfgs.cu", "bfgs.cu", "if (row >= n) return;", "if (row > n) return;",
-    ),
-    "off-by-one guard of a tile": (
-        "address", "bias_hessian_large_tile", "bias_hessian.cu", "bias_hessian.cu",
-        "row >= n || col > row) return", "row > n || col > row) return",
-    ),
-    "vector loads without a look at the alignment": (
-        "values", "activation_derivatives", "activation.cu", "activation.cu", "if (aligned(n, saved, d1, d2))",
-        "if (true)",
-    ),
-    "wrong mask of a shuffle": (
-        "values", "bfgs_update", "bfgs.cu", "reduce.cuh", "v += __shfl_xor_sync(0xffffffffu", "v += __shfl_xor_sync(0x0000ffffu",
-    ),
-    "missing mirror image": (
-        "values", "bias_hessian_large_tile", "bias_hessian.cu", "bias_hessian.cu", "    out[col * n + row] = g[i];\n", "",
-    ),
-    "missing barrier between two rows of a substitution": (
-        "races", "lbfgs_product", "bfgs.cu", "bfgs.cu", "diagonal(i);\n    }\n    __syncthreads();", "diagonal(i);\n    }",
-    ),
-    "last part of a batch as long as the others": (
-        "address", "bias_hessian_parts", "bias_hessian.cu", "bias_hessian.cu",
-        "return (part + 1) * rows < m ? (part + 1) * rows : m;", "return (part + 1) * rows;",
-    ),
-    "one part of the sums read for all": (
-        "values", "bias_hessian_parts", "bias_hessian.cu", "bias_hessian.cu", "sum += work.sums[part * work.side",
-        "sum += work.sums[0 * work.side",
-    ),
-    "missing barrier before the sums of the rows' threads": (
-        "races", "bias_hessian_parts", "bias_hessian.cu", "bias_hessian.cu", "= sum[e];\n  __syncthreads();", "= sum[e];",
-    ),
-    "off-by-one row of a memory": (
-        "address", "damped_lbfgs", "bfgs.cu", "bfgs.cu", "row + 1 < in.pairs", "row < in.pairs",
-    ),
-    "wrong element of a fragment": (
-        "values", "bias_hessian_tf32", "bias_hessian.cu", "bias_hessian.cu",
-        "x[d + member + e / 2 * 4][row + i * 16 + e % 2 * 8]", "x[d + member + e % 2 * 4][row + i * 16 + e / 2 * 8]",
-    ),
-    "split without one of its products": (
-        "values", "bias_hessian_split_tf32", "bias_hessian.cu", "bias_hessian.cu",
-        "            mma_m16n8k8(sum, a.large, b[j].small);\n", "",
-    ),
-    "bound that lets an overflow through": (
-        "values", "eacg_overflow", "eacg.cu", "eacg.cu", "bound * reach <= kLargest<T> / 8", "bound <= kLargest<T>",
-    ),
-    "bound of a direction without what lies across the mean input": (
-        "values", "eacg_bounded", "eacg.cu", "eacg.cu", "sqrt(c * c * across * across + squares[0])", "sqrt(squares[0])",
-    ),
-    "missing barrier between two groups of vectors": (
-        "races", "eigen_step", "eigen_step.cu", "eigen.cuh", "    __syncthreads();  // what was there has been used\n", "",
-    ),
-    "missing barrier between two uses of a slice": (
-        "races", "eigen_step", "eigen_step.cu", "eigen_step.cu", "corner_sums);\n    __syncthreads();\n    if (residual)",
-        "corner_sums);\n    if (residual)",
-    ),
-    "off-by-one guard of a strip": (
-        "address", "eigen_step", "eigen_step.cu", "eigen.cuh", "inside = column < this->p;", "inside = column <= this->p;",
-    ),
-    "sums of a chunk's last tile alone": (
-        "values", "eigen_step", "eigen_step.cu", "eigen.cuh", "at.first ? sum[e] : *target + sum[e]", "sum[e]",
-    ),
-    "one sampled row for all": ("values", "eigen_step", "eigen_step.cu", "eigen_step.cu", "          ++sample;\n", ""),
-    "elements without a gradient that move": (
-        "values", "eigen_step", "eigen_step.cu", "eigen_step.cu", "g[b] == T(0) ? T(0) : tile.own(row + b)", "tile.own(row + b)",
-    ),
-    "a renewal's mean taken out once": (
-        "values", "eigen_renew", "eigen_renew.cu", "eigen_renew.cu", " - along * move + rows", " + rows",
-    ),
-    "a bias Hessian's last row left out": (
-        "values", "eigen_renew", "eigen_renew.cu", "eigen_renew.cu", "  if (i >= n) return;\n  const T *const row",
-        "  if (i >= n - 1) return;\n  const T *const row",
-    ),
-    "off-by-one guard of a bias Hessian's rows": (
-        "address", "eigen_renew", "eigen_renew.cu", "eigen_renew.cu", "  if (i >= n) return;\n  const T *const row",
-        "  if (i > n) return;\n  const T *const row",
-    ),
-    "a bias Hessian that is not looked at": (
-        "values", "eigen_refused", "eigen_renew.cu", "eigen_renew.cu", "  if (!finite) atomicOr(refused, 1);\n}", "}",
-    ),
-    "first moments turned the other way": (
-        "values", "eigen_renew", "eigen_renew.cu", "eigen_renew.cu", "row[w] * b[w * kv + v]", "row[w] * b[v * kv + w]",
-    ),
-    "one Gram-Schmidt pass": (
-        "values", "eigen_lost_directions", "eigen_renew.cu", "eigen_renew.cu", "if (pass == 1) break;", "break;",
-    ),
-    "a bias whose gradient is not looked at": (
-        "values", "eigen_refused", "eigen_step.cu", "eigen_passes.cuh", " && squares[1] < kLargest<T> / 4", "",
-    ),
-    "barrier that not every thread reaches": (
-        "values", "bfgs_update", "bfgs.cu", "reduce.cuh", "partial[c][warp] = v[c];\n  }\n  __syncthreads();",
-        "partial[c][warp] = v[c];\n  }\n  if (warp > 0) __syncthreads();",
-    ),
-}  # fmt: skip
+def test_no_access_beyond_an_array(outcomes: dict, name: str) -> None:
+    assert outcomes["address", name, "shuffled", -1]["error"] is None
 
 
 @emulated
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(libraries: dict[str, Path], bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few(monkeypatch)
-    mode, name, *change = BUGS[bug]
-    library = harness.build_with_bug(mode, libraries[mode], tmp_path / "bug", *change)
-    if mode == "address":
-        result = run_with_address_sanitizer(library, [name])
-        assert result.returncode != 0
-        assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
-        return
-    kernels = harness.Kernels(library)
-    kernels.configure("shuffled", seed=3)
-    if mode == "races":
-        with np.errstate(all="ignore"), contextlib.suppress(AssertionError):  # a race may show in the values too
-            cases.CASES[name](kernels)
-        assert kernels.races() != []
+@pytest.mark.parametrize("name", [name for name in cases.CASES if name not in cases.WITHOUT_RACE_CHECK])
+def test_no_races(outcomes: dict, name: str) -> None:
+    outcome = outcomes["races", name, "shuffled", -1]
+    assert (outcome["error"], outcome["races"]) == (None, [])
+
+
+@emulated
+@pytest.mark.parametrize("number", range(len(BUGS)), ids=BUGS)
+def test_planted_bug_is_caught(outcomes: dict, number: int) -> None:
+    bug = list(BUGS.values())[number]
+    outcome = outcomes[bug.mode, bug.case, "shuffled", number]
+    if bug.mode == "address":
+        assert "AddressSanitizer: heap-buffer-overflow" in outcome["error"]
+    elif bug.mode == "races":  # a race may show in the values too
+        assert outcome["races"] or "not aligned" in (outcome["error"] or "")
     else:
-        with pytest.raises((AssertionError, RuntimeError)):
-            cases.CASES[name](kernels)
+        assert outcome["error"].startswith(("AssertionError", "RuntimeError"))
+
+
+@emulated
+def test_emulated_tensor_core(libraries: dict[str, Path]) -> None:
+    """Against the product of matrices that are laid out by the PTX manual's tables."""
+    rng = np.random.default_rng(0)
+    a, b, d = (rng.integers(-8, 8, shape).astype(np.float32) for shape in ((16, 8), (8, 8), (16, 8)))
+    expected = d + a @ b  # exact
+    harness.Kernels(libraries["values"]).mma(a, b, d)
+    np.testing.assert_array_equal(d, expected)
+
+
+def mma_operands(folder: Path, header: str) -> list[int]:
+    """Of which element of (d, a, b) each operand of the PTX instruction is, that nvcc makes of mma_m16n8k8 in this header."""
+    (folder / "tensor_cores.cuh").write_text(header)
+    (folder / "mma.cu").write_text("""
+#include "tensor_cores.cuh"
+__global__ void mma(float* p) {
+  float d[4], a[4], b[2];
+  for (int i = 0; i < 4; ++i) { d[i] = p[i]; a[i] = p[4 + i]; }
+  for (int i = 0; i < 2; ++i) b[i] = p[8 + i];
+  secondorder::cuda::mma_m16n8k8(d, a, b);
+  for (int i = 0; i < 4; ++i) p[i] = d[i];
+}""")
+    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-ptx", f"-I{folder}", f"-I{harness.KERNELS}", "mma.cu", "-o", "mma.ptx"]
+    subprocess.run(command, cwd=folder, check=True)
+    text = (folder / "mma.ptx").read_text()
+    sources = {}
+    for register, offset in re.findall(r"ld\.global\.[fb]32\s+(%\w+), \[%\w+(?:\+(\d+))?\]", text):
+        sources[register] = int(offset or 0) // 4
+    for register, source in re.findall(r"mov\.b32\s+(%\w+), (%\w+);", text):
+        sources[register] = sources[source]
+    instruction = re.search(r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32([^;]*);", text)
+    stores = re.findall(r"st\.global\.[fb]32\s+\[%\w+(?:\+(\d+))?\], (%\w+);", text)
+    results = {register: int(offset or 0) // 4 for offset, register in stores}
+    operands = re.findall(r"%\w+", instruction[1])
+    return [results[register] for register in operands[:4]] + [sources[register] for register in operands[4:]]
+
+
+@needs_nvcc
+def test_operands_of_the_tensor_core_instruction(tmp_path: Path) -> None:
+    """d, a, b and c of mma.sync are the arrays' elements in order, which the emulation takes for granted."""
+    header = (harness.KERNELS / "tensor_cores.cuh").read_text()
+    assert mma_operands(tmp_path, header) == [*range(4), *range(4, 8), 8, 9, *range(4)]
+    swapped = header.replace("{%4, %5, %6, %7}", "{%4, %6, %5, %7}")
+    assert swapped != header
+    assert mma_operands(tmp_path, swapped) == [*range(4), 4, 6, 5, 7, 8, 9, *range(4)]
 
 
 # Of a net, however many layers it has. The emulated run-time library has nothing that waits for the device: what is

@@ -33,10 +33,19 @@ class OutputHessian:
     Args:
         values: H [K, K], or its diagonal [K].
         convex: whether H is known to be positive semi-definite.
+        scale: [], by which H is to be multiplied; None: 1. A negative one, as for a loss that is maximised, turns convex into
+            concave. Its sign need not be known on the host.
     """
 
     values: Tensor
     convex: bool
+    scale: Tensor | None = None
+
+    def scaled(self) -> "OutputHessian":
+        """The same without `scale`; waits for the device."""
+        if self.scale is None:
+            return self
+        return OutputHessian(self.values * self.scale, self.convex and bool(self.scale >= 0))
 
     def positive(self, gamma: float) -> Tensor:
         """Pos-Eig_gamma(H) (Chen et al., Eq. 8a), dense [K, K], a new tensor.
@@ -47,6 +56,11 @@ class OutputHessian:
         Raises:
             NonFiniteError: H has entries that are not finite.
         """
+        if self.scale is not None:
+            if not self.convex:
+                return OutputHessian(self.values * self.scale, False).positive(gamma)
+            # Of a concave one every eigenvalue is negative.
+            return OutputHessian(self.values * pos_eig(self.scale, gamma), True).positive(gamma)
         if self.values.dim() == 1:
             return torch.diag(self.values if self.convex else pos_eig(self.values, gamma))
         if self.convex:
@@ -62,6 +76,8 @@ class OutputHessian:
             NonFiniteError: it has entries that are not finite.
             ValueError: it is not positive semi-definite.
         """
+        if self.scale is not None:
+            return self.scaled().semidefinite()
         if not self.convex:
             dense = torch.diag(self.values) if self.values.dim() == 1 else self.values
             check_semidefinite(torch.linalg.eigvalsh(symmetrized(dense).double()), self.values.dtype)

@@ -51,8 +51,9 @@ class SoftmaxRoot:
 
     def sample(self) -> Tensor:
         """Categorical labels."""
-        # NaN is left to the step's own check: it stays in p, and so in the column.
-        label = torch.multinomial(self.p.nan_to_num(nan=1.0), 1).squeeze(1)
+        # NaN is left to the step's own check: it stays in p, and so in the column. The label is the one that torch.multinomial
+        # draws, whose checks wait for the device.
+        label = (self.p.nan_to_num(nan=1.0) / torch.empty_like(self.p).exponential_()).argmax(1)
         return (self.p - F.one_hot(label, self.count).to(self.p.dtype)) * self.mass.sqrt().unsqueeze(1)
 
 

@@ -5,6 +5,7 @@ the recursion is not defined (another function than an elementwise one follows t
 places) the layer starts anew from its empirical Fisher block, and the recursion goes on below it.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from secondorder import ops
 from secondorder._distributed import RankTerm
 from secondorder._tape import AutogradMap, KnownActivation, LayerRecord, derivatives
-from secondorder._tensors import cast
+from secondorder._tensors import cast, host_numbers
 from secondorder.criteria import OutputHessian
 from secondorder.curvature.base import Curvature, register
 from secondorder.curvature.empirical import empirical_fisher
@@ -89,7 +90,7 @@ class Recursion(Curvature):
     def local(self, record: LayerRecord) -> list[RankTerm]:
         """What of this process's instances H depends on, to be averaged over ranks."""
         if record.losses:
-            top = self._output_hessian(record)
+            top = self._output_hessian(record).scaled()
             values = torch.diag(top.values) if top.values.dim() == 1 else top.values
             return [RankTerm("output Hessian", values), RankTerm("convex", values.new_full((), float(top.convex)))]
         if record.next is None:
@@ -116,17 +117,15 @@ class Recursion(Curvature):
 
     def _output_hessian(self, record: LayerRecord) -> OutputHessian:
         # The loss of each micro-batch enters backward() with a factor of its own, and so does its Hessian.
-        total, convex = None, True
+        found = []
         for loss in record.losses:
             assert loss.hessian is not None and loss.scale is not None
-            values, scale = loss.hessian.values, float(loss.scale)
-            if scale != 1:
-                values = values * scale
-            total = values if total is None else _dense_sum(total, values)
-            # A negative factor, as for a loss that is maximised, turns a convex criterion into a concave one.
-            convex = convex and loss.hessian.convex and scale >= 0
-        assert total is not None
-        return OutputHessian(total, convex)
+            found.append(OutputHessian(loss.hessian.values, loss.hessian.convex, loss.scale.reshape(())))
+        if len(found) == 1:
+            return found[0]
+        scales = host_numbers([loss.scale for loss in record.losses if loss.scale is not None])
+        total = functools.reduce(_dense_sum, [each.values * scale for each, scale in zip(found, scales, strict=True)])
+        return OutputHessian(total, all(each.convex for each in found) and min(scales) >= 0)
 
 
 @dataclass(frozen=True)

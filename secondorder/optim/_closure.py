@@ -102,14 +102,21 @@ class ClosurePass:
                 store[layer] = next(values)
         return float(mean_loss)
 
-    def check_same_data(self, first: "ClosurePass", name: str) -> None:
-        """Raises RuntimeError unless the first layer's input, on which no covered weight acts, is that of `first`."""
+    def same_data(self, first: "ClosurePass") -> Tensor | bool:
+        """Whether the first layer's input, on which no covered weight acts, is that of `first`."""
         layer = next(layer for layer in first._order if layer in first._inputs)
         if layer in self._inputs:
             new, old = self.mean_input(layer), first.input(layer).mean(0)
             # Equal but for the rounding of whatever comes before that layer.
-            if len(self.input(layer)) == len(first.input(layer)) and (new - old).norm() <= 1e-3 * old.norm():
-                return
+            if len(self.input(layer)) == len(first.input(layer)):
+                return (new - old).norm() <= 1e-3 * old.norm()
+        return False
+
+    @staticmethod
+    def check_same_data(same: bool, name: str) -> None:
+        """Raises RuntimeError where the data is not the same."""
+        if same:
+            return
         raise RuntimeError(
             f"{name}.step(): expected the closure to evaluate the same mini-batch at every call, but the first layer's "
             "input has changed. Draw the batch outside of the closure. No parameter and no state has changed."

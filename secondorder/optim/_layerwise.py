@@ -14,6 +14,7 @@ from secondorder._tensors import all_finite
 from secondorder._warnings import warn
 from secondorder.curvature import Curvature, curvature_by_name
 from secondorder.errors import NonFiniteError
+from secondorder.linalg import unchecked
 from secondorder.optim._averaging import swapped_with_averages, update_averages
 from secondorder.optim._base import CurvatureOptimizer
 from secondorder.optim._factors import FactorSource
@@ -225,6 +226,33 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             NonFiniteError: a direction is not finite.
             RuntimeError: the solver raised an error; this one names the layer.
         """
+        arguments = (covered, grads, systems, fresh)
+        with unchecked() as doubts:
+            try:
+                solved = self._solutions(*arguments)
+            except RuntimeError:
+                if not doubts:
+                    raise
+                solved = None
+        if solved is None or solved[2] or not all_finite(list(solved[0].values()), doubts):
+            # Whichever matrix was not positive definite, or not finite: with a look at each.
+            directions, prepared, bad = self._solutions(*arguments) if doubts or solved is None else solved
+            if not all_finite(list(directions.values())):
+                own = {layer: [directions[p] for p in layer.parameters(recurse=False) if p in directions] for layer in prepared}
+                bad += [(layer, "the solution overflows") for layer, tensors in own.items() if not all_finite(tensors)]
+            if bad:
+                raise NonFiniteError(self._not_finite(dict(bad), covered))
+            return directions, prepared
+        return solved[:2]
+
+    def _solutions(
+        self,
+        covered: dict[nn.Linear, Factors],
+        grads: dict[Tensor, Tensor],
+        systems: dict[nn.Linear, tuple[float, float]],
+        fresh: bool,
+    ) -> tuple[dict[Tensor, Tensor], dict[nn.Linear, Factors], list[tuple[nn.Linear, str]]]:
+        """The same, and the layers that the solver says are not finite, with its reasons."""
         directions, prepared, bad = {}, {}, []
         for layer, factors in covered.items():
             weight, bias, state = layer.weight, layer.bias, self.state.get(layer.weight, {})
@@ -249,12 +277,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             prepared[layer], directions[weight] = ready, p
             if d is not None:
                 directions[bias] = d
-        if not all_finite(list(directions.values())):
-            own = {layer: [directions[p] for p in layer.parameters(recurse=False) if p in directions] for layer in prepared}
-            bad += [(layer, "the solution overflows") for layer, tensors in own.items() if not all_finite(tensors)]
-        if bad:
-            raise NonFiniteError(self._not_finite(dict(bad), covered))
-        return directions, prepared
+        return directions, prepared, bad
 
     def _commit(
         self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], prepared: dict[nn.Linear, Factors]

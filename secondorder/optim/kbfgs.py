@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from secondorder import ops
 from secondorder._distributed import RankTerm
 from secondorder._random import RandomState
+from secondorder._tensors import host_numbers
 from secondorder.errors import NonFiniteError
 from secondorder.optim._base import CurvatureOptimizer, check_instances
 from secondorder.optim._closure import ClosurePass, layer_input, layer_second_moment, without_parameter_gradients
@@ -203,9 +204,9 @@ class KBFGS(CurvatureOptimizer):
             )
         self._check_gradients()
         with self._whole_or_nothing():
-            value = sign * float(loss)
+            value: float | Tensor = sign * loss
             if self._ranks is not None:
-                value = first.average(self._ranks, self._layers, value, inputs=True)
+                value = first.average(self._ranks, self._layers, float(value), inputs=True)
             self._update(closure, value, first, random)
         return loss
 
@@ -214,7 +215,9 @@ class KBFGS(CurvatureOptimizer):
         super().zero_grad(set_to_none)
         self._zeroed[0] = True
 
-    def _update(self, closure: Callable[[], Tensor], loss: float, first: ClosurePass, random: RandomState) -> None:
+    def _update(
+        self, closure: Callable[[], Tensor], loss_before: float | Tensor, first: ClosurePass, random: RandomState
+    ) -> None:
         """The step from the first call's loss and records."""
         groups, gradients = self._groups(), self._gradients()
         layers = [n for n in self._layers if n in first.gradient and n.weight in gradients]
@@ -224,10 +227,10 @@ class KBFGS(CurvatureOptimizer):
         others = self._fallback.updates(
             self.param_groups, gradients, [p for each in parameters.values() for p in each], self.state
         )
-        self._check_finite(loss, parameters, gradients)
+        loss = self._check_finite(loss_before, parameters, gradients)
 
         directions, updates = self._directions(parameters, gradients, first, groups)
-        trial, halvings = self._try(closure, loss, list(parameters.values()), directions, first, random)
+        trial, pairs, halvings = self._try(closure, loss, parameters, directions, first, random)
         self._fallback.apply(others, self.state)
         for layer in layers:
             state = self.state[layer.weight]
@@ -235,12 +238,27 @@ class KBFGS(CurvatureOptimizer):
             state["step"] += 1
             state["halvings"] += halvings
             state["rejected"] += trial is None
+        inputs: list[dict[str, Any]] = []
+        outputs: list[dict[str, Any]] = []
+        statuses: tuple[list[Tensor], list[Tensor]] = ([], [])
         for group in self.param_groups:
             own = [layer for layer in layers if groups[layer.weight] is group]
             if own:
-                self._update_inputs(own, first, group)
-                if trial is not None:
-                    self._update_outputs(own, first, trial, group)
+                inputs += [self.state[layer.weight] for layer in own]
+                statuses[0].append(self._update_inputs(own, first, group))
+            if own and trial is not None:
+                outputs += (taken := self._averaged_pairs(own, pairs, group))
+                if taken:
+                    statuses[1].append(self._damped_update(taken, group))
+        if inputs:
+            bits = torch.cat([*statuses[0], *statuses[1]]).tolist()
+            for state, each in zip(inputs, bits, strict=False):
+                state["input_skipped"] += not each & ops.UPDATED
+            for state, each in zip(outputs, bits[len(inputs) :], strict=True):
+                state["updated"] += bool(each & ops.UPDATED)
+                state["skipped"] += not each & ops.UPDATED
+                state["damped_s"] += bool(each & ops.DAMPED_S)
+                state["damped_y"] += bool(each & ops.DAMPED_Y)
 
     def diagnostics(self) -> dict[str, dict[str, int]]:
         """Counts since the start, by layer.
@@ -300,16 +318,22 @@ class KBFGS(CurvatureOptimizer):
         s, y, h = ([state[key] for state in states] for key in ("s", "y", "inverse_output"))
         return ops.damped_bfgs_update_(h, s, y, group["mu1"], math.sqrt(group["damping"]))
 
-    def _check_finite(self, loss: float, parameters: dict[nn.Linear, list[Tensor]], gradients: dict[Tensor, Tensor]) -> None:
-        norms = {layer: torch._foreach_norm([gradients[p] for p in each]) for layer, each in parameters.items()}
-        bad = [layer for layer in parameters if not torch.isfinite(torch.stack(norms[layer])).all()]
-        if bad or not math.isfinite(loss):
+    def _check_finite(
+        self, loss: float | Tensor, parameters: dict[nn.Linear, list[Tensor]], gradients: dict[Tensor, Tensor]
+    ) -> float:
+        """The loss as a number, if it and all gradients are finite."""
+        owners = [layer for layer, each in parameters.items() for _ in each]
+        norms = torch._foreach_norm([gradients[p] for each in parameters.values() for p in each]) if owners else ()
+        value, *sizes = host_numbers([loss, *norms])
+        bad = dict.fromkeys(layer for layer, size in zip(owners, sizes, strict=True) if not math.isfinite(size))
+        if bad or not math.isfinite(value):
             names = ", ".join(repr(self._layers[layer]) for layer in bad)
             raise NonFiniteError(
                 f"{type(self).__name__}.step(): {f'the gradient of layer {names}' if bad else 'the loss'} holds NaN or "
                 "inf; no parameter and no state has changed. Skip this batch, or lower lr or raise damping if the "
                 "training has diverged."
             )
+        return value
 
     def _directions(
         self,
@@ -344,48 +368,69 @@ class KBFGS(CurvatureOptimizer):
         self,
         closure: Callable[[], Tensor],
         loss: float,
-        parameters: list[list[Tensor]],
+        parameters: dict[nn.Linear, list[Tensor]],
         directions: list[Tensor],
         first: ClosurePass,
         random: RandomState,
-    ) -> tuple[ClosurePass | None, int]:
-        """Takes the step, halved until the loss is acceptable; returns the pass after it (None: no step), halvings."""
-        name, groups = type(self).__name__, self._groups()
-        before = [[p.clone() for p in each] for each in parameters]
+    ) -> tuple[ClosurePass | None, dict[nn.Linear, tuple[Tensor, Tensor]], int]:
+        """Takes the step, halved until the loss is acceptable.
+
+        Returns the pass after it (None: no step), the layers' (s, y) of both passes where they are finite, and the halvings.
+        """
+        name, groups, ranks = type(self).__name__, self._groups(), self._ranks
+        before = {layer: [p.clone() for p in each] for layer, each in parameters.items()}
         limit = math.inf if self._max_increase == math.inf else loss + self._max_increase * abs(loss)
         after = RandomState.now()
-        accepted = None
+        accepted, pairs = None, {}
         try:
             with without_parameter_gradients(self._model, self._ddp):
                 for halvings in range(_HALVINGS + 1):
-                    for each, old, direction in zip(parameters, before, directions, strict=True):
-                        _move(each, old, direction, [groups[p] for p in each], 0.5**halvings)
+                    for (layer, each), direction in zip(parameters.items(), directions, strict=True):
+                        _move(each, before[layer], direction, [groups[p] for p in each], 0.5**halvings)
                     random.restore()
                     trial = ClosurePass(list(self._layers), first.sign, anchored=True)
 
-                    def run(trial: ClosurePass = trial) -> float:
+                    def run(trial: ClosurePass = trial) -> tuple[Tensor, Tensor | bool]:
                         with trial:
-                            value = first.sign * float(trial.run(closure, name))
-                        trial.check_same_data(first, name)
+                            value = first.sign * trial.run(closure, name)
+                        return value, trial.same_data(first)
+
+                    def checked(trial: ClosurePass = trial) -> float:
+                        value, same = host_numbers(run(trial))
+                        trial.check_same_data(bool(same), name)
                         return value
 
-                    ranks = self._ranks
-                    value = run() if ranks is None else trial.average(ranks, self._layers, ranks.all(run))
+                    value: Tensor | float
+                    same: Tensor | bool | float
+                    value, same = run() if ranks is None else (trial.average(ranks, self._layers, ranks.all(checked)), True)
+                    if same is False:
+                        trial.check_same_data(False, name)
+                    moves = {
+                        layer: (trial.mean_preactivation(layer) - first.mean_preactivation(layer),
+                                trial.gradient[layer] - first.gradient[layer])
+                        for layer in parameters
+                    }  # fmt: skip
                     # A saturated unit hides an infinite weight from the loss.
-                    sizes = torch._foreach_norm([p for each in parameters for p in each if p.numel()], math.inf)
-                    if math.isfinite(value) and value <= limit and all(map(math.isfinite, sizes)):
+                    sizes = torch._foreach_norm([p for each in parameters.values() for p in each if p.numel()], math.inf)
+                    usable = [torch.isfinite(s + y).all() for s, y in moves.values()]
+                    value, same, *rest = host_numbers([value, same, *sizes, *usable])
+                    trial.check_same_data(bool(same), name)
+                    if math.isfinite(value) and value <= limit and all(map(math.isfinite, rest[: len(sizes)])):
                         accepted = trial
+                        pairs = {
+                            layer: pair for (layer, pair), good in zip(moves.items(), rest[len(sizes) :], strict=True) if good
+                        }
                         break
         finally:
             after.restore()
             if accepted is None:
-                for each, old in zip(parameters, before, strict=True):
-                    for p, value_before in zip(each, old, strict=True):
+                for layer, each in parameters.items():
+                    for p, value_before in zip(each, before[layer], strict=True):
                         p.copy_(value_before)
-        return accepted, halvings
+        return accepted, pairs, halvings
 
-    def _update_inputs(self, layers: list[nn.Linear], first: ClosurePass, group: dict[str, Any]) -> None:
-        """A and H_a of the layers of a group."""
+    def _update_inputs(self, layers: list[nn.Linear], first: ClosurePass, group: dict[str, Any]) -> Tensor:
+        """Updates A and H_a of the layers of a group; returns the updates' statuses."""
         states = [self.state[layer.weight] for layer in layers]
         means = []
         for layer, state in zip(layers, states, strict=True):
@@ -393,33 +438,27 @@ class KBFGS(CurvatureOptimizer):
             if state["step"] > 1:  # the first step's A is the start's
                 first.second_moment(layer, a, group["decay"])
             means.append(mean if len(mean) == len(a) else torch.cat([mean, mean.new_ones(1)]))
-        status = ops.hessian_action_update_(
+        return ops.hessian_action_update_(
             [state["inverse_input"] for state in states],
             [state["input_second_moment"] for state in states],
             means,
             math.sqrt(group["damping"]),
         )
-        for state, bits in zip(states, status.tolist(), strict=True):
-            state["input_skipped"] += not bits & ops.UPDATED
 
-    def _update_outputs(self, layers: list[nn.Linear], first: ClosurePass, trial: ClosurePass, group: dict[str, Any]) -> None:
-        """s, y and H_g of the layers of a group."""
+    def _averaged_pairs(
+        self, layers: list[nn.Linear], pairs: dict[nn.Linear, tuple[Tensor, Tensor]], group: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Updates s and y of the layers of a group that have a new pair; returns the states of these."""
         states = []
         for layer in layers:
             state = self.state[layer.weight]
-            s = trial.mean_preactivation(layer) - first.mean_preactivation(layer)
-            y = trial.gradient[layer] - first.gradient[layer]
-            if torch.isfinite(s + y).all():
-                state["s"].lerp_(s, 1 - group["decay"])
-                state["y"].lerp_(y, 1 - group["decay"])
+            if layer in pairs:
+                for key, new in zip(("s", "y"), pairs[layer], strict=True):
+                    state[key].lerp_(new, 1 - group["decay"])
                 states.append(state)
             else:
                 state["skipped"] += 1
-        for state, bits in zip(states, self._damped_update(states, group).tolist(), strict=True):
-            state["updated"] += bool(bits & ops.UPDATED)
-            state["skipped"] += not bits & ops.UPDATED
-            state["damped_s"] += bool(bits & ops.DAMPED_S)
-            state["damped_y"] += bool(bits & ops.DAMPED_Y)
+        return states
 
 
 def _parameters(layer: nn.Linear, gradients: dict[Tensor, Tensor]) -> list[Tensor]:

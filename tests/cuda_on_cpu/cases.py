@@ -1,9 +1,17 @@
-"""Every kernel on awkward sizes against float64 oracles. As a script, `cases.py LIBRARY ORDER CASE...` runs some cases
-in a process of their own (AddressSanitizer must be loaded before Python)."""
+"""Every kernel on awkward sizes against float64 oracles. As a script, `cases.py LIBRARY` runs the jobs that it reads as JSON,
+each in a process of its own (AddressSanitizer must be loaded before Python)."""
 
 import copy
+import gc
+import json
+import math
+import mmap
+import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +20,7 @@ from harness import ACTIVATIONS, BfgsLayer, Device, EacgLayer, EigenMatrix, Kern
 from secondorder import ops, reference
 
 DTYPES = (np.float32, np.float64)
+BATCH = 20000  # a large one
 PARAMETERS = {"leaky_relu": 0.1, "elu": 1.3, "softplus": 0.7}
 CASES: dict[str, Callable[[Kernels], None]] = {}
 
@@ -204,6 +213,18 @@ def bias_hessian_activation(kernels: Kernels) -> None:
 
 
 @case
+def bias_hessian_large_batch(kernels: Kernels) -> None:
+    """With d1 = 0 the diagonal alone is left: float64 sums over the batch, rounded once."""
+    rng = np.random.default_rng(17)
+    k, n, m = 1, 3, BATCH
+    hessian, weight = spd(rng, k, np.float32), normal(rng, k, n, dtype=np.float32)
+    d2, grad = (exact_size((0.5 + rng.random((m, n))).astype(np.float32)) for _ in range(2))
+    result = kernels.bias_hessian(hessian, weight, np.zeros((m, n), np.float32), d2, grad, -1.0, multiprocessors=1)
+    expected = np.diag((d2.astype(np.float64) * grad.astype(np.float64)).sum(0))
+    np.testing.assert_allclose(result, expected, rtol=2 * np.finfo(np.float32).eps)
+
+
+@case
 def bias_hessian_of_products(kernels: Kernels) -> None:
     """From products whose upper triangles, which are not read, hold NaN."""
     rng = np.random.default_rng(7)
@@ -327,8 +348,10 @@ def eacg_bounded(kernels: Kernels) -> None:
 @case
 def eacg_every_plan(kernels: Kernels) -> None:
     """Fewer multiprocessors than layers, groups of blocks, and vectors or H that do not fit shared memory."""
-    for multiprocessors, shared_bytes in ((1, 64 << 10), (3, 5000), (16, 2000), (16, 20000)):
-        layers = eacg_layers(np.random.default_rng(5), np.float64, [(3, 5), (130, 9), (97, 4), (65, 3)], None)
+    # The last but one: H of 80 rows fits but for the kernel's static shared memory.
+    for multiprocessors, shared_bytes in ((1, 64 << 10), (3, 5000), (16, 2000), (1, 56900), (16, 20000)):
+        sizes = [(80, 2)] if shared_bytes == 56900 else [(3, 5), (130, 9), (97, 4), (65, 3), (80, 2)]
+        layers = eacg_layers(np.random.default_rng(5), np.float64, sizes, None)
         check_eacg(kernels, layers, 4, 0.0, True, True, Device(multiprocessors, shared_bytes))
 
 
@@ -489,6 +512,41 @@ def bfgs_more_layers_than_a_launch_holds(kernels: Kernels) -> None:
     assert kernels.bfgs("bfgs_update", layers) == [1] * len(layers)
     for layer, exact in zip(layers, expected, strict=True):
         np.testing.assert_allclose(layer.inverse_hessian, exact, rtol=1e-9, atol=1e-9)
+
+
+# Which are too large to be watched word by word.
+WITHOUT_RACE_CHECK = {"indices_beyond_32_bits"}
+
+
+def sparse(*shape: int) -> np.ndarray:
+    """Zeros of float32 that take memory only where they are written."""
+    size = 4 * math.prod(shape)
+    no_reserve = 0x4000  # which `mmap` has a name for from Python 3.13 on
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    return np.frombuffer(memory, np.float32).reshape(shape)
+
+
+@case
+def indices_beyond_32_bits(kernels: Kernels) -> None:
+    """The last block alone, of an array and of a matrix with more than 2^32 elements."""
+    rng = np.random.default_rng(18)
+    z, *out = (sparse(2**32 + 5) for _ in range(3))
+    z[-5:] = rng.standard_normal(5)
+    kernels.run_last_blocks(1)
+    results = kernels.activation_derivatives(z, "softplus", 1.0, tuple(out))
+    for result, exact in zip(results, reference.activation_derivatives(double(z[-5:]), "softplus", 1.0), strict=True):
+        np.testing.assert_allclose(result[-5:], exact.numpy(), rtol=0, atol=2e-6)
+    del z, out, results, result
+    n = 65537  # the last row is alone in its block; H y is 0 in the others, which do not run
+    h, s, y = sparse(n, n), np.zeros(n, np.float32), np.zeros(n, np.float32)
+    last = slice(n - 3, n)
+    h[-1, last], s[last], y[last] = [0.3, -0.7, 5], 1, rng.random(3)
+    before = h[-1, last].astype(np.float64)
+    hy = np.array([0, 0, before @ y[last]])
+    rho = 1 / (s[last] @ y[last].astype(np.float64))
+    expected = before - rho * (s[-1] * hy + hy[-1] * s[last]) + rho * (1 + rho * (y[last] @ hy)) * s[-1] * s[last]
+    assert kernels.bfgs("bfgs_update", [BfgsLayer(h, s, y)]) == [1]
+    np.testing.assert_allclose(h[-1, last], expected, rtol=1e-5)
 
 
 @case
@@ -891,9 +949,53 @@ def eigen_refused(kernels: Kernels) -> None:
     np.testing.assert_allclose(control, expected.numpy(), rtol=1e-12)
 
 
+def few() -> None:
+    """Races and the order of fibers do not depend on the values: one dtype and one activation or matrix of each kind."""
+    global DTYPES, ACTIVATIONS, EIGEN_NET, MANY, BATCH
+    DTYPES, ACTIVATIONS, MANY, BATCH = (np.float32,), ["tanh", "gelu"], 3, 300
+    EIGEN_NET = [EIGEN_NET[k] for k in (2, 5, 8)]
+
+
+def run(library: Kernels, job: dict) -> dict:
+    """What became of {"case", "order", "planted": the bug or -1, "few"}: {"error", "races"}."""
+    if job["few"]:
+        few()
+    library.configure(job["order"], seed=1, planted=job["planted"])
+    error = None
+    try:
+        with np.errstate(all="ignore" if job["planted"] >= 0 else "warn"):
+            CASES[job["case"]](library)
+    except (AssertionError, RuntimeError) as problem:
+        error = f"{type(problem).__name__}: {problem}"
+    return {"error": error, "races": library.races()}
+
+
+def run_all(path: str, jobs: list[dict]) -> list[dict]:
+    """The outcomes of all jobs, each in a process of its own, which a bug may end; as many at once as there are cores."""
+    library, outcomes, running = Kernels(Path(path)), [], {}
+    torch.set_num_threads(1)
+    gc.freeze()
+    for job in [*jobs, *([None] * os.cpu_count())]:
+        if len(running) == os.cpu_count() or (job is None and running):
+            process, status = os.wait()
+            number, said, start = running.pop(process)
+            said.seek(0)
+            text = said.read().decode(errors="replace")
+            outcome = json.loads(text.rsplit("\n", 1)[1]) if status == 0 else {"error": text or f"status {status}", "races": []}
+            outcomes.append({**jobs[number], **outcome, "seconds": time.monotonic() - start})
+        if job is None:
+            continue
+        said = tempfile.TemporaryFile()  # noqa: SIM115
+        process = os.fork()
+        if process == 0:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            outcome = run(library, job)
+            os.write(1, b"\n" + json.dumps(outcome).encode())
+            os._exit(0)
+        running[process] = (jobs.index(job), said, time.monotonic())
+    return outcomes
+
+
 if __name__ == "__main__":
-    library = Kernels(sys.argv[1])  # type: ignore[arg-type]
-    library.configure(sys.argv[2])
-    for name in sys.argv[3:]:
-        CASES[name](library)
-        print("passed", name)
+    print(json.dumps(run_all(sys.argv[1], json.load(sys.stdin))))

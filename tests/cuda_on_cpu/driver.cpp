@@ -1,13 +1,17 @@
 // The launchers behind C functions, for ctypes: host arrays stand for device arrays. Each returns 0, or 1 with what
-// went wrong in `message`. Scratch memory is allocated here at exactly the size asked for, and starts as NaN bytes.
-#include "cuda_on_cpu.h"
-#include "kernels.h"
-
+// went wrong in `message`. Scratch memory is allocated here at exactly the size asked for, and starts as NaN bytes; as
+// zeros where not all blocks run.
+#include <algorithm>
 #include <cstddef>
+#include <stdexcept>
+
+#include "kernels.h"
+#include "machine.h"
 
 namespace {
 
 namespace cuda = secondorder::cuda;
+using secondorder::EigenMoments;
 
 std::string last_message;
 const cudaStream_t kStream = reinterpret_cast<cudaStream_t>(0x5EED);
@@ -15,7 +19,7 @@ const cudaStream_t kStream = reinterpret_cast<cudaStream_t>(0x5EED);
 template <typename F>
 int guarded(F&& f) {
   try {
-    cuda_on_cpu::machine().stream = kStream;
+    cuda_on_cpu::machine.stream = kStream;
     f();
     return 0;
   } catch (const std::exception& e) {
@@ -25,7 +29,9 @@ int guarded(F&& f) {
 }
 
 struct Scratch {
-  explicit Scratch(size_t bytes) : memory(new unsigned char[bytes]) { std::memset(memory.get(), 0xFF, bytes); }
+  explicit Scratch(size_t bytes) : memory(new unsigned char[bytes]) {
+    std::memset(memory.get(), cuda_on_cpu::machine.last_blocks ? 0 : 0xFF, bytes);
+  }
   template <typename T>
   T* as() {
     return reinterpret_cast<T*>(memory.get());
@@ -53,7 +59,8 @@ void run_eacg(const Eacg<T>& in, const cuda::EacgSettings& settings, bool update
                  in.max_norm[l]};
   Scratch workspace(cuda::eacg_workspace(layers.data(), in.count, device));
   void* work = workspace.as<void>();
-  cuda_on_cpu::machine().multiprocessors = device.multiprocessors;
+  cuda_on_cpu::machine.multiprocessors = device.multiprocessors;
+  cuda_on_cpu::machine.shared_bytes = device.shared_bytes;
   int not_finite = 0;
   cuda::eacg_directions(layers.data(), in.count, settings, work, update ? &not_finite : nullptr, device, kStream);
   if (update) cuda::eacg_update(layers.data(), in.count, work, &not_finite, device, kStream);
@@ -116,10 +123,12 @@ template <typename T>
 void run_eigen_step(const Eigen<T>& in, const EigenStepping<T>& more, double* control, bool renewed,
                     const cuda::Device& device) {
   std::vector<cuda::EigenStep<T>> matrices(in.count);
-  for (int l = 0; l < in.count; ++l)
-    matrices[l] = {in.matrix(l), more.weight[l],  more.bias[l],  more.second[l],
-                   more.last[l], more.sampled[l], more.size[l],  {more.beta1, more.beta2, more.step[l], more.eps},
-                   more.lr[l],   more.lr_bias[l], more.decay[l], more.decay_bias[l]};
+  for (int l = 0; l < in.count; ++l) {
+    const cuda::EigenMatrix<T> matrix = in.matrix(l);
+    const EigenMoments<T> moments(more.beta1, more.beta2, more.step[l], more.eps, matrix.sizes.apart());
+    matrices[l] = {matrix,       more.weight[l], more.bias[l], more.second[l],  more.last[l],  more.sampled[l],
+                   more.size[l], moments,        more.lr[l],   more.lr_bias[l], more.decay[l], more.decay_bias[l]};
+  }
   Scratch workspace(cuda::eigen_step_workspace(matrices.data(), in.count, device));
   cuda::eigen_step(matrices.data(), in.count, control, renewed, workspace.as<void>(), device, kStream);
 }
@@ -136,35 +145,50 @@ void run_eigen_renew(const Eigen<T>& in, T** new_mean, T** new_out, T** new_in, 
   cuda::eigen_renew(matrices.data(), in.count, control, workspace.as<void>(), device, kStream);
 }
 
-std::string joined(const std::vector<std::string>& lines) {
-  std::string text;
-  for (const std::string& line : lines) text += line + "\n";
-  return text;
+void mma_kernel(const float* a, const float* b, float* d) {
+  const int group = threadIdx.x >> 2, member = threadIdx.x % 4;
+  float a_part[4], b_part[2], d_part[4];
+  const auto target = [=](int i) { return d + (i < 2 ? group : group + 8) * 8 + member * 2 + i % 2; };
+  for (int i = 0; i < 4; ++i) a_part[i] = a[(i % 2 ? group + 8 : group) * 8 + (i < 2 ? member : member + 4)];
+  for (int i = 0; i < 2; ++i) b_part[i] = b[(i < 1 ? member : member + 4) * 8 + group];
+  for (int i = 0; i < 4; ++i) d_part[i] = *target(i);
+  cuda::mma_m16n8k8(d_part, a_part, b_part);
+  for (int i = 0; i < 4; ++i) *target(i) = d_part[i];
 }
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 const char* message() { return last_message.c_str(); }
 
-void configure(int order, uint64_t seed) { cuda_on_cpu::configure(cuda_on_cpu::Order(order), seed); }
+void configure(int order, uint64_t seed, int planted) {
+  cuda_on_cpu::machine.order = cuda_on_cpu::Order(order);
+  cuda_on_cpu::machine.seed = seed;
+  cuda_on_cpu::machine.last_blocks = 0;
+  cuda_on_cpu::machine.launches.clear();
+  cuda_on_cpu::planted = planted;
+}
+
+// Of every launch only so many blocks run, its last.
+void run_last_blocks(size_t count) { cuda_on_cpu::machine.last_blocks = count; }
+
+// Tells how much static shared memory a kernel has, by its distance from `configure`.
+void set_static_shared(int64_t distance, size_t bytes) {
+  cuda_on_cpu::machine.static_shared[reinterpret_cast<const char*>(&configure) + distance] = bytes;
+}
 
 // What has been launched since `configure`, a line each.
 const char* launches() {
-  last_message = joined(cuda_on_cpu::machine().launches);
+  last_message.clear();
+  for (const std::string& line : cuda_on_cpu::machine.launches) last_message += line + "\n";
   return message();
 }
 
-// The races found so far, a line each; forgets them.
-const char* races() {
-  last_message.clear();
-#if defined(CUDA_ON_CPU_RACES)
-  last_message = joined(cuda_on_cpu::races().found);
-  cuda_on_cpu::races().found.clear();
-  cuda_on_cpu::races().reported.clear();
-#endif
-  return message();
+// d += a b by one warp, which holds a [16, 8], b [8, 8] and d [16, 8] as the PTX manual's tables for mma.m16n8k8 say.
+int mma(const float* a, const float* b, float* d) {
+  return guarded([&] { LAUNCH(mma_kernel, 1, cuda_on_cpu::kLanes, 0, kStream, a, b, d); });
 }
 
 #define ENTRIES(T, suffix)                                                                                             \
@@ -251,3 +275,4 @@ const char* races() {
 ENTRIES(float, float32)
 ENTRIES(double, float64)
 }
+#pragma GCC visibility pop

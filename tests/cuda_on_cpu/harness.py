@@ -2,6 +2,8 @@
 
 import ctypes
 import math
+import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -14,49 +16,83 @@ import numpy as np
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "csrc" / "cuda"
 SOURCES = sorted(KERNELS.glob("*.cu"))
+EMULATION = [HERE / name for name in ("cuda_on_cpu.cpp", "driver.cpp", "races.cpp")]
 ACTIVATIONS = ["identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus", "silu", "gelu", "gelu_tanh"]
 ARITHMETIC = ["plain", "split_tf32", "tf32"]
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A bug to plant: what must see it (a mode) in which case, and (file, old, new), where PLANTED is whether it is on."""
+
+    mode: str
+    case: str
+    changes: tuple[tuple[str, str, str], ...]
+
+
+# What kernel files are compiled for, and what is linked in.
 MODES = {
     "values": (["-O2"], []),
-    "address": (["-O1", "-g", "-fsanitize=address"], ["-fsanitize=address"]),
-    "alignment": (["-O1", "-g", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"], ["-fsanitize=alignment"]),
-    "races": (["-O1", "-g", "-fsanitize=thread", "-DCUDA_ON_CPU_RACES"], ["-ldl"]),
+    "address": (["-O1", "-g1", "-fsanitize=address"], ["-fsanitize=address"]),
+    "races": (["-O1", "-g1", "-fsanitize=thread", "-DCUDA_ON_CPU_RACES"], ["-ldl"]),
 }
 # Without gnu-unique symbols, each library has state of its own though several are loaded.
-FLAGS = ["-x", "c++", "-std=c++17", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wno-unknown-pragmas", f"-I{HERE}"]
+FLAGS = ["-x", "c++", "-std=c++17", "-fPIC", "-fno-gnu-unique", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 
 
-def build(mode: str, out: Path) -> Path:
-    """The shared library of all kernels and the driver, in a new folder `out`."""
-    out.mkdir(parents=True)
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda source: compile_one(mode, source, KERNELS, out), [*SOURCES, HERE / "driver.cpp"]))
-    return link(mode, out)
+def build(out: Path, bugs: Sequence[Bug]) -> dict[str, Path]:
+    """A shared library of all kernels and the driver for each mode, in `out`, with bugs to be switched on in them."""
+    sources = out / "csrc"
+    shutil.copytree(KERNELS.parent, sources, ignore=shutil.ignore_patterns("cpu", "ops"))
+    plant(sources / "cuda", bugs)
+    jobs = [(source, out / f"{source.stem}.o", ["-O2"]) for source in EMULATION]
+    for mode, (flags, _) in MODES.items():
+        (out / mode).mkdir()
+        jobs += [(sources / "cuda" / source.name, out / mode / f"{source.stem}.o", flags) for source in SOURCES]
+    jobs.sort(key=lambda job: "address" not in job[1].parts)  # the longest first
+
+    def run(job: tuple[Path, Path, list[str]]) -> None:
+        source, target, flags = job
+        subprocess.run(["g++", *FLAGS, f"-I{HERE}", f"-I{sources / 'cuda'}", *flags, "-c", source, "-o", target], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(run, jobs))
+    libraries = {}
+    for mode, (_, link) in MODES.items():
+        emulation = [out / f"{source.stem}.o" for source in EMULATION if mode == "races" or source.stem != "races"]
+        libraries[mode] = out / mode / "kernels.so"
+        subprocess.run(["g++", "-shared", *emulation, *(out / mode).glob("*.o"), *link, "-o", libraries[mode]], check=True)
+    return libraries
 
 
-def build_with_bug(mode: str, healthy: Path, out: Path, source: str, file: str, old: str, new: str) -> Path:
-    """The library with `old` replaced by `new` in `file`, and of the kernel files `source` alone compiled anew."""
-    shutil.copytree(KERNELS.parent, out / "csrc", ignore=shutil.ignore_patterns("cpu", "ops"))
-    patched = out / "csrc" / "cuda" / file
-    text = patched.read_text()
-    assert text.count(old) == 1, f"{old!r} must stand in {file} once"
-    patched.write_text(text.replace(old, new))
-    for object_file in healthy.parent.glob("*.o"):
-        shutil.copy(object_file, out)
-    compile_one(mode, out / "csrc" / "cuda" / source, patched.parent, out)
-    return link(mode, out)
+def plant(kernels: Path, bugs: Sequence[Bug]) -> None:
+    """Changes the kernels' source so that each bug is there where the emulation's `planted` has its number."""
+    for number, bug in enumerate(bugs):
+        for file, old, new in bug.changes:
+            text = (kernels / file).read_text()
+            assert text.count(old) == 1, f"{old!r} must stand in {file} once"
+            assert "PLANTED" in new
+            (kernels / file).write_text(text.replace(old, re.sub(r"\bPLANTED\b(?!\()", f"PLANTED({number})", new)))
 
 
-def compile_one(mode: str, source: Path, kernels: Path, out: Path) -> None:
-    flags = [*FLAGS, f"-I{kernels}", *MODES[mode][0]]
-    subprocess.run(["g++", *flags, "-c", source, "-o", out / f"{source.stem}.o"], check=True)
-
-
-def link(mode: str, out: Path) -> Path:
-    library = out / "kernels.so"
-    subprocess.run(["g++", "-shared", *out.glob("*.o"), *MODES[mode][1], "-o", library], check=True)
-    return library
+def static_shared(library: Path) -> dict[int, int]:
+    """Bytes of static shared memory of each kernel that has any, by the kernel's distance from `configure`."""
+    table = subprocess.run(["nm", "-S", "--defined-only", library], capture_output=True, text=True, check=True).stdout
+    functions, variables = {}, []
+    for line in table.splitlines():
+        match line.split():
+            case [address, _, "t" | "T" | "w" | "W", name]:
+                functions[name] = int(address, 16)
+            case [_, size, "b" | "d", name] if name.startswith("_ZZ"):
+                variables.append((name, int(size, 16)))
+    found: dict[int, int] = {}
+    for name, size in variables:  # _ZZ <function> E <variable>
+        owner = next((f for f in functions if f.startswith("_Z") and name[2:].startswith(f[1:] + "E")), None)
+        if owner is not None and "_kernel" in owner:
+            distance = functions[owner] - functions["configure"]
+            found[distance] = found.get(distance, 0) + size
+    return found
 
 
 @dataclass
@@ -167,19 +203,31 @@ class Kernels:
 
     def __post_init__(self) -> None:
         self.library = ctypes.CDLL(str(self.path))
-        for name in ("message", "launches", "races"):
+        for name in ("message", "launches", *(["races"] if "races" in self.path.parts else [])):
             getattr(self.library, name).restype = ctypes.c_char_p
+        for distance, size in static_shared(self.path).items():
+            self.library.set_static_shared(ctypes.c_int64(distance), ctypes.c_size_t(size))
         self.configure("forward")
 
-    def configure(self, order: str, seed: int = 0) -> None:
-        """Sets the order in which fibers and blocks run, and forgets the launches."""
-        self.library.configure(ORDERS[order], ctypes.c_uint64(seed))
+    def configure(self, order: str, seed: int = 0, planted: int = -1) -> None:
+        """Sets the order in which fibers and blocks run and the bug that is there, and forgets the launches."""
+        self.library.configure(ORDERS[order], ctypes.c_uint64(seed), planted)
+
+    def run_last_blocks(self, count: int) -> None:
+        """Of every launch only so many blocks run, its last; workspaces start as zeros."""
+        self.library.run_last_blocks(ctypes.c_size_t(count))
+
+    def mma(self, a: np.ndarray, b: np.ndarray, d: np.ndarray) -> None:
+        """d [16, 8] += a [16, 8] b [8, 8] by the emulated tensor core."""
+        if self.library.mma(pointer(a), pointer(b), pointer(d)):
+            raise RuntimeError(self.library.message().decode())
 
     def launches(self) -> list[str]:
         return self.library.launches().decode().splitlines()
 
     def races(self) -> list[str]:
-        return self.library.races().decode().splitlines()
+        """Those found so far, where the library checks for them; forgets them."""
+        return self.library.races().decode().splitlines() if "races" in self.path.parts else []
 
     def _call(self, name: str, dtype: np.dtype, *arguments: object) -> None:
         if getattr(self.library, f"{name}_{dtype}")(*arguments):

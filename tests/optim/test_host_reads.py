@@ -1,0 +1,64 @@
+"""How often a step reads a tensor on the host: on a GPU each time it waits for the device. Whatever the number of layers."""
+
+import pytest
+import torch
+from helpers.host_reads import HostReads
+from torch import nn
+
+import secondorder as so
+
+# Reads of a step, once the first is over. A loss that a step decides by is one of them.
+STEPS = {
+    "EACG": (so.EACG, 1),  # whether every layer's solution is finite
+    "KBFGS": (so.KBFGS, 3),  # the loss before; the trial's loss and what it stands for; what became of the updates
+    "KBFGSL": (so.KBFGSL, 3),
+    "LayerwiseNewton": (so.LayerwiseNewton, 4),  # the loss; the factorisations; the quadratic model; the trial's loss
+    "KFAC": (so.KFAC, 4),
+    "KFRA": (so.KFRA, 5),
+    "KFLR": (so.KFLR, 4),
+    "LevenbergMarquardt": (lambda model, criterion: so.LevenbergMarquardt(model.parameters()), 13),
+    # At once, on the CPU; on a GPU with one of the next steps, when it no longer waits.
+    "EigenAdam": (lambda model, criterion: so.EigenAdam(model), 1),
+}
+# On a GPU `one_hot` with a number of classes looks at nothing.
+ON_THE_CPU_ALONE = "F.one_hot("
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+@pytest.mark.parametrize("name", STEPS)
+def test_reads_of_a_step(name: str, layers: int) -> None:
+    make, expected = STEPS[name]
+    torch.manual_seed(0)
+    modules = [module for k in range(layers) for module in (nn.Linear(9 - k, 8 - k), nn.Tanh())]
+    model, squares = nn.Sequential(*modules[:-1]), name == "LevenbergMarquardt"
+    x, target = torch.randn(40, 9), torch.randint(9 - layers, (40,))
+    target = nn.functional.one_hot(target).float() if squares else target
+    criterion = nn.MSELoss() if squares else nn.CrossEntropyLoss()
+    optimizer = make(model, criterion)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = criterion(model(x), target)
+        loss.backward()
+        return loss
+
+    for step in range(4):
+        with HostReads([*model.parameters(), x, target]) as reads:
+            if name == "EigenAdam":
+                closure()
+                optimizer.step()
+            else:
+                optimizer.step(closure)
+        found = {line: count for line, count in reads.found.items() if ON_THE_CPU_ALONE not in line}
+        assert step == 0 or sum(found.values()) == expected, found
+
+
+def test_reads_are_counted() -> None:
+    x = torch.ones(2, 2)
+    with HostReads([x]) as reads:
+        float((x * 2).sum())
+        (x + 1).tolist()
+        bool(x.any())
+        number = x[0].sum().cpu()
+        float(number), torch.zeros(2, device="cpu").tolist()
+    assert sum(reads.found.values()) == 5
