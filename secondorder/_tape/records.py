@@ -85,6 +85,7 @@ class LossCall:
     args: tuple[Any, ...] = ()  # of the criterion after the output, kept together with `inputs`
     kwargs: dict[str, Any] = field(default_factory=dict)
     blocks: dict[LayerCall, Tensor] = field(default_factory=dict)  # sum of delta delta^T [n_out, n_out] over its columns
+    repeated: set[nn.Linear] = field(default_factory=set)  # the layers that it uses several times
     scale: Tensor | None = None  # d(what backward() was called on) / d(loss), summed over backward passes
     released: bool = False
 

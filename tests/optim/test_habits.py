@@ -46,7 +46,7 @@ def step(model, optimizer, x, y, between=lambda: None):
         optimizer.zero_grad()
         loss = optimizer.criterion(model(x), y)
         loss.backward()
-        if model[0].weight.requires_grad:  # not so in the second call of K-BFGS
+        if model[0].weight.grad is not None:  # not so in the second call of K-BFGS
             between()
         return loss
 
