@@ -82,13 +82,15 @@ class RankReducer:
         weights = torch.tensor([1.0 if term.instances is None else term.instances for term in terms], dtype=torch.float64)
         dtype = max((term.value.dtype for term in terms), key=lambda d: torch.finfo(d).bits)
         scaled = [
-            term.value.reshape(-1).to(self.device, dtype) * weight for term, weight in zip(terms, weights.tolist(), strict=True)
+            # The mean over no instance is NaN.
+            (term.value if weight else torch.zeros_like(term.value)).reshape(-1).to(self.device, dtype) * weight
+            for term, weight in zip(terms, weights.tolist(), strict=True)
         ]
         flat = torch.cat([*scaled, weights.to(self.device, dtype)])
         dist.all_reduce(flat, group=self.group)
         *sums, totals = flat.split([*(term.value.numel() for term in terms), len(terms)])
         return [
-            (total / weight).to(term.value.device, term.value.dtype).reshape(term.value.shape)
+            (total / weight.clamp(min=1)).to(term.value.device, term.value.dtype).reshape(term.value.shape)
             for term, total, weight in zip(terms, sums, totals, strict=True)
         ]
 

@@ -1,39 +1,79 @@
-"""The linear layers of a model, and their parameters."""
+"""The linear layers of a model, their parameters, and why others have no curvature."""
 
 from torch import Tensor, nn
 
 
 def parameters_of(layer: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
     """Weight and bias; as attributes of a module they take ten times as long."""
-    return layer._parameters["weight"], layer._parameters["bias"]  # type: ignore[return-value]
+    return layer._parameters.get("weight"), layer._parameters.get("bias")  # type: ignore[return-value]
 
 
-def linear_layers(model: nn.Module, shared: bool = False) -> dict[nn.Linear, str]:
-    """The model's nn.Linear modules that compute W h + b from parameters of their own, with their names.
+def linear_layers(model: nn.Module) -> dict[nn.Linear, str]:
+    """The model's nn.Linear modules that compute W h + b from parameters, with their names.
 
-    Args:
-        model: any module.
-        shared: whether a weight may be shared: its layers are then left out.
-
-    Raises:
-        ValueError: a weight is shared, with another linear layer or with another module.
+    Of those that share weight and bias the first stands for all; `tied_layers` has the others.
     """
-    owners: dict[Tensor, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter, []).append(name)
-    layers = {}
+    users, layers = _users(model), {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        if _is_plain(module):
+            weight, bias = parameters_of(module)
+            if users[weight][0] is module or not _is_one_layer(users[weight], weight, bias):
+                layers[module] = name
+    return layers
+
+
+def tied_layers(model: nn.Module, layers: dict[nn.Linear, str]) -> dict[nn.Linear, nn.Linear]:
+    """Every nn.Linear of the model that has the weight and bias of one of `layers`, with that one."""
+    users, tied = _users(model), {}
+    for layer in layers:
+        weight, bias = parameters_of(layer)
+        if _is_one_layer(users.get(weight, []), weight, bias):
+            tied.update({other: layer for other in users[weight] if other is not layer})
+    return tied  # type: ignore[return-value]
+
+
+def uncovered(model: nn.Module) -> dict[Tensor, str]:
+    """The trainable parameters of nn.Linear modules that no layer's curvature covers, with the reason."""
+    names = {module: name for name, module in model.named_modules()}
+    users = _users(model)
+    reasons: dict[Tensor, str] = {}
+    for module, name in names.items():
+        if not isinstance(module, nn.Linear):
             continue
         weight = module._parameters.get("weight")
-        if weight is None or isinstance(weight, nn.UninitializedParameter):
+        if weight is None:
+            reason = f"layer {name!r} computes its weight from other parameters (a parametrization, norm or pruning mask)"
+        elif isinstance(weight, nn.UninitializedParameter):
+            reason = f"layer {name!r} does not know its size yet"
+        elif type(module).forward is not nn.Linear.forward:
+            reason = f"layer {name!r} has a forward of its own"
+        elif not _is_one_layer(users[weight], weight, module._parameters["bias"]):
+            shared = " and ".join(sorted(repr(names[user]) for user in users[weight]))
+            reason = f"the weight of layer {name!r} is shared by {shared}, which are not all nn.Linear layers with the same bias"
+        else:
             continue
-        if weight.requires_grad and len(owners[weight]) > 1:
-            if shared:
-                continue
-            raise ValueError(
-                f"expected each linear layer to have a weight of its own, but {' and '.join(map(repr, owners[weight]))} are one "
-                "parameter; curvature of shared weights is not defined here"
-            )
-        layers[module] = name
-    return layers
+        reasons.update(dict.fromkeys([p for p in module.parameters() if p.requires_grad], reason))
+    return reasons
+
+
+def _users(model: nn.Module) -> dict[Tensor, list[nn.Module]]:
+    """The modules that each parameter belongs to."""
+    users: dict[Tensor, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(parameter, []).append(module)
+    return users
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it computes W h + b from parameters."""
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        return False
+    weight = module._parameters.get("weight")
+    return weight is not None and not isinstance(weight, nn.UninitializedParameter)
+
+
+def _is_one_layer(users: list[nn.Module], weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether all users of a weight compute the same with it."""
+    return all(_is_plain(user) and user._parameters["weight"] is weight and user._parameters["bias"] is bias for user in users)

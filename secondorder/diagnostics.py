@@ -284,7 +284,9 @@ def bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, 
     """
     model, loss = _copies(model, criterion)
     layers = linear_layers(model)
-    tape = Tape(layers, loss, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns)
+    tape = Tape(
+        layers, loss, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns, model=model
+    )
     _record(model, loss, x, y)
     return {layers[layer]: h for layer, h in curvature.bias_hessians(tape.records()).items()}
 

@@ -204,7 +204,7 @@ def test_the_model_is_left_alone(name):
     assert not any(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
-    assert not any(m._forward_hooks for m in [*model.modules(), criterion])
+    assert not any(m._compiled_call_impl for m in [*model.modules(), criterion])
     assert torch.equal(torch.get_rng_state(), generator)
 
 

@@ -3,6 +3,7 @@
 from secondorder._tape.columns import Columns
 from secondorder._tape.elementwise import AutogradMap, ElementwiseMap, KnownActivation, activation_function, derivatives
 from secondorder._tape.forward_state import ForwardState
+from secondorder._tape.graph import refuse_reentrant_checkpoint
 from secondorder._tape.layers import LayerRecord
 from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossCall, ModelCall
 from secondorder._tape.roots import term_outside
@@ -11,6 +12,6 @@ from secondorder._tape.ways import preactivation
 
 __all__ = [
     "AutogradMap", "Columns", "CriterionArguments", "ElementwiseMap", "ForwardState", "KnownActivation", "LayerCall",
-    "LayerRecord", "Link", "LossCall", "ModelCall", "Tape", "activation_function",
-    "derivatives", "preactivation", "term_outside",
+    "LayerRecord", "Link", "LossCall", "ModelCall", "Tape", "activation_function", "derivatives", "preactivation",
+    "refuse_reentrant_checkpoint", "term_outside",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Columns of a root of the output's Hessian, taken back to every layer: delta_ic = J_i^T s_ic."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ Columns = Callable[[nn.Module, Tensor, Node | None, tuple[Any, ...], dict[str, A
 _BUDGET = 2**25
 
 
-def column_blocks(edge: GradientEdge, root: OutputRoot, key: str, samples: int | None) -> dict[LayerCall, Tensor]:
+def column_blocks(
+    edge: GradientEdge, root: OutputRoot, key: str, samples: int | None, left_out: Container[nn.Linear] = ()
+) -> dict[LayerCall, Tensor]:
     """The sums over columns of delta delta^T [n_out, n_out] for every recorded layer upstream of `edge`, in chunks of columns.
 
     Args:
@@ -27,8 +29,11 @@ def column_blocks(edge: GradientEdge, root: OutputRoot, key: str, samples: int |
         root: gives them.
         key: of the layers' calls in the nodes' metadata.
         samples: the sums are over at most so many instances, and stand for all; None: over all.
+        left_out: layers without a block.
     """
-    nodes, _ = source_nodes(edge.node, key, nearest=False)
+    nodes = [n for n in source_nodes(edge.node, key, nearest=False)[0] if metadata(n)[key].layer not in left_out]
+    if not nodes:
+        return {}
     calls: list[LayerCall] = [metadata(node)[key] for node in nodes]
     instances = max((call.input.shape[:-1].numel() for call in calls), default=1)
     chunk = max(1, _BUDGET // max(1, sum(instances * call.layer.out_features for call in calls)))

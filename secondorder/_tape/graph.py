@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -42,6 +43,22 @@ def source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node
     return found, names
 
 
+def compiled_parameters(start: Node, key: str) -> set[Tensor]:
+    """The parameters that compiled graphs use upstream of `start`, as far as the nearest nodes that hold metadata under `key`."""
+    found, seen, stack = set(), {start}, [start]
+    while stack:
+        node = stack.pop()
+        if key in metadata(node):
+            continue
+        following = [each for each, _ in node.next_functions if each is not None]
+        if node.name() == COMPILED:
+            found |= {each.variable for each in following if hasattr(each, "variable")}
+        new = [each for each in following if each not in seen]
+        seen.update(new)
+        stack += new
+    return found
+
+
 def is_view_of(output: Tensor, source: Node) -> bool:
     """Whether `output` is the tensor of `source`, at most reshaped."""
     node = output.grad_fn
@@ -56,3 +73,14 @@ def compiled_error(what: str) -> RuntimeError:
         f"{what} inside a compiled graph, which does not say what it computes; call the model that the optimizer was made for, "
         "rather than a compiled part of it"
     )
+
+
+def refuse_reentrant_checkpoint(layer: str) -> None:
+    """Raises where a layer is called by a checkpoint of the reentrant kind: its backward pass is none of the loss's graph."""
+    if torch._C._current_graph_task_id() != -1:
+        node: Node | None = torch._C._current_autograd_node()
+        if node is not None and node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                f"layer {layer!r} is inside a checkpoint of the reentrant kind, whose backward pass is none of the loss's graph: "
+                "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )

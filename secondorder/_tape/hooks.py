@@ -1,9 +1,13 @@
-"""Hooks on modules: they keep no tape alive, are inert in copies, and have torch.compile leave a forward to the interpreter."""
+"""Hooks on the calls of modules, and what has torch.compile leave a forward to the interpreter.
 
+They keep no tape alive, and nothing of them shows in a module's signature, copies, pickles, scripts and exports.
+"""
+
+import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, Protocol
 
 import torch
@@ -26,74 +30,134 @@ class Recorder(Protocol):
         """Whether calls are recorded."""
 
 
-class ModuleHook:
-    """A forward hook by a method of a recorder, which it does not keep alive. Copies of the module are another net's: inert.
+class _Report:
+    """Tells a recorder, which it does not keep alive, of a module's calls: recorder.method(module, args, kwargs, output)."""
+
+    def __init__(self, recorder: Recorder, method: str, always: bool = False):
+        self.recorder, self.always = weakref.ref(recorder), always
+        self.function: Callable[..., None] = getattr(type(recorder), method)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.is_grad_enabled() and (self.always or module.training) and not torch.compiler.is_exporting():
+            (self._disabled if compiling() else self._tell)(module, args, kwargs, output)
+
+    def _tell(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        recorder = self.recorder()
+        if recorder is not None and recorder.active and torch._C._get_tracing_state() is None:
+            self.function(recorder, module, args, kwargs, output)
+
+    _disabled = torch.compiler.disable(_tell)
+
+
+class CallHook:
+    """Reports the calls of a module.
+
+    It stands where nn.Module.compile puts the compiled call, which nn.Module's copies and pickles leave out.
 
     Args:
-        recorder: None in a copy.
+        module: whose calls are reported.
+        recorder: whom to.
         method: called as recorder.method(module, args, kwargs, output).
         always: also in eval mode.
     """
 
-    def __init__(self, recorder: Recorder | None, method: str, always: bool = False):
-        self.recorder = None if recorder is None else weakref.ref(recorder)
-        self.method, self.always = method, always
-        self.function: Callable[..., None] | None = None if recorder is None else getattr(type(recorder), method)
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        if not torch.is_grad_enabled() or not (self.always or module.training):
-            return
-        recorder = None if self.recorder is None else self.recorder()
-        if recorder is not None and recorder.active:
-            assert self.function is not None
-            (self._disabled if compiling() else self.function)(recorder, module, *args)
-
-    @torch.compiler.disable
-    def _disabled(self, recorder: Recorder, module: nn.Module, *args: Any) -> None:
-        assert self.function is not None
-        self.function(recorder, module, *args)
-
-    def __reduce__(self) -> tuple[type, tuple[None, str, bool]]:  # also what copy.deepcopy goes by
-        return ModuleHook, (None, self.method, self.always)
-
-
-class _Eager:
-    """A module's forward, which torch.compile leaves alone in training mode: a compiled graph does not say what it computes.
-
-    In eval mode and without gradients it is compiled as ever.
-    """
-
-    def __init__(self, module: nn.Module):
-        self.module = module
+    def __init__(self, module: nn.Module, recorder: Recorder, method: str, always: bool = False):
+        self.module, self.report = weakref.ref(module), _Report(recorder, method, always)
+        self.before: Any = module._compiled_call_impl
+        module._compiled_call_impl = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if compiling() and self.module.training and torch.is_grad_enabled():
-            return self._eagerly(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        module = self.module()
+        assert module is not None
+        output = (module._call_impl if self.before is None else self.before)(*args, **kwargs)
+        self.report(module, args, kwargs, output)
+        return output
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """That of the forward itself, by which frameworks choose a batch's columns: `inspect.signature` asks for it."""
-        return inspect.signature(MethodType(type(self.module).forward, self.module))
-
-    @torch.compiler.disable
-    def _eagerly(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.module).forward(self.module, *args, **kwargs)
+    def remove(self) -> None:
+        """Takes it off the module, whatever has been put there before or after it."""
+        module = self.module()
+        if module is None:
+            return
+        above: Any = None
+        current = module._compiled_call_impl
+        while isinstance(current, CallHook) and current is not self:
+            above, current = current, current.before
+        if current is not self:
+            return  # compiled since, which has dropped it
+        if above is not None:
+            above.before = self.before
+        elif self.before is None:
+            del module._compiled_call_impl
+        else:
+            module._compiled_call_impl = self.before
 
 
 class EagerForward:
-    """Puts an `_Eager` on a module, and takes it off."""
+    """Has torch.compile leave a module's forward alone in training mode: a compiled graph does not say what it computes.
 
-    def __init__(self, module: nn.Module):
+    In eval mode, without gradients and in exports it is compiled as ever. The method that stands in for the module's own has its
+    signature, source and globals, and so it is scripted as that.
+
+    Args:
+        module: whose forward it is.
+        recorder: whom its calls are reported to; None: nobody. A model itself has no `CallHook`: that could not be scripted.
+        before: called before each call as recorder.before(module, args, kwargs, None).
+        after: called after it as recorder.after(module, args, kwargs, output).
+    """
+
+    def __init__(self, module: nn.Module, recorder: Recorder | None = None, before: str = "", after: str = ""):
         self.module = weakref.ref(module)
-        if "forward" not in vars(module):
-            module.forward = _Eager(module)
+        self.before, self.after = (None if recorder is None else _Report(recorder, method) for method in (before, after))
+        own = vars(module).get("forward")
+        if self._users() is None and (own is None or inspect.unwrap(getattr(own, "__func__", own)) is type(module).forward):
+            module.forward = _eager_forward(module)  # also in the place of what a copy has of it
+        users = self._users()
+        if users is not None:
+            users.append(self)
+
+    def _users(self) -> "list[EagerForward] | None":
+        """Who has needed the forward that is there; None: it is none of these, or another module's."""
+        module = self.module()
+        forward = None if module is None else vars(module).get("forward")
+        return forward._users if forward is not None and hasattr(forward, "_users") and forward._owner() is module else None
 
     def remove(self) -> None:
-        """Gives the module its own forward back."""
-        module = self.module()
-        if module is not None and isinstance(vars(module).get("forward"), _Eager):
-            del module.forward
+        """Gives the module its own forward back, once nothing else needs the other."""
+        module, users = self.module(), self._users()
+        if module is not None and users is not None and self in users:
+            users.remove(self)
+            if not users:
+                del module.forward
+
+
+def _eager_forward(module: nn.Module) -> MethodType:
+    original: Any = type(module).forward
+    owner: Any = weakref.ref(module)
+    users: list[EagerForward] = []
+    # The function has the globals of the one that it stands for, and so none of this file's.
+    maybe_compiled, enabled, exporting = compiling, torch.is_grad_enabled, torch.compiler.is_exporting
+    eager = torch.compiler.disable(original)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if owner() is not self:  # a copy, which needs it no more
+            self.__dict__.pop("forward", None)
+            return original(self, *args, **kwargs)
+        for user in users:
+            if user.before is not None:
+                user.before(self, args, kwargs, None)
+        if maybe_compiled() and self.training and enabled() and not exporting():
+            output = eager(self, *args, **kwargs)
+        else:
+            output = original(self, *args, **kwargs)
+        for user in users:
+            if user.after is not None:
+                user.after(self, args, kwargs, output)
+        return output
+
+    names = getattr(original, "__globals__", globals())
+    function = functools.wraps(original)(FunctionType(forward.__code__, names, "forward", None, forward.__closure__))
+    function._users, function._owner = users, owner  # type: ignore[attr-defined]
+    return MethodType(function, module)
 
 
 def remove_handles(handles: list[Any]) -> None:

@@ -28,6 +28,11 @@ class LayerRecord:
     block: Tensor | None = None  # sum of the losses' blocks, each with its factor
     samples: int | None = None  # the curvature's expectations take at most so many instances of each call
 
+    @property
+    def instances(self) -> int:
+        """How many rows the calls have together."""
+        return sum(call.input.shape[:-1].numel() for call in self.calls)
+
     def input(self, samples: int | None = None) -> Tensor:
         """The inputs h [m, n_in], or those of at most `samples` instances of each call."""
         return flatten_batch([call.input for call in self.calls], samples)
@@ -47,8 +52,11 @@ class LayerRecord:
         return flatten_batch([_for_all(grad, self.samples) for grad in grads]) if len(grads) == len(self.links) else None
 
 
-def connect(record: LayerRecord, records: dict[nn.Linear, LayerRecord]) -> None:
-    """Sets what follows a record, from the consumers of its calls."""
+def connect(record: LayerRecord, records: dict[nn.Linear, LayerRecord], repeated: bool) -> None:
+    """Sets what follows a record, from the consumers of its calls; nothing where the layer is `repeated` for a loss."""
+    if repeated:
+        record.obstacle = "is computed several times for a loss"
+        return
     consumers = record.consumers
     links = [c for c in consumers if isinstance(c, Link)]
     if not links:

@@ -9,6 +9,7 @@ Nothing is recorded in eval mode, without grad mode, or while `recording` is off
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -18,14 +19,22 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from secondorder._layers import parameters_of
+from secondorder._layers import parameters_of, tied_layers
 from secondorder._tape import elementwise
 from secondorder._tape.backward import BackwardLog
 from secondorder._tape.columns import Columns, column_blocks
 from secondorder._tape.elementwise import ElementwiseMap
 from secondorder._tape.forward_state import ForwardState
-from secondorder._tape.graph import COMPILED, compiled_error, is_view_of, metadata, source_nodes
-from secondorder._tape.hooks import EagerForward, ModuleHook, remove_handles
+from secondorder._tape.graph import (
+    COMPILED,
+    compiled_error,
+    compiled_parameters,
+    is_view_of,
+    metadata,
+    refuse_reentrant_checkpoint,
+    source_nodes,
+)  # fmt: skip
+from secondorder._tape.hooks import CallHook, EagerForward, remove_handles
 from secondorder._tape.layers import LayerRecord, connect, recursion_order
 from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossCall, ModelCall
 from secondorder._tape.ways import find_way
@@ -43,24 +52,31 @@ class Tape:
         grad_outputs: whether every layer's delta is kept.
         columns: gives columns s_ic at the network's output, which are taken back to every layer, delta_ic = J_i^T s_ic, while the
             graph lives; the sum of delta_ic delta_ic^T becomes the layer's `block`. Nothing for the recursion is kept then.
-        model: what the layers are part of: torch.compile leaves its forward, and the criterion's, alone in training mode.
+        model: what the layers are part of: torch.compile leaves its forward, and the criterion's, alone in training mode. A layer
+            of it that shares the parameters of one of `layers` is recorded as that one.
         keep_inputs: whether the model's arguments are to be kept, and the criterion's, for evaluating them anew; it is then also
             seen whether backward passes are from recorded losses alone (`outside`).
+        recursive: whether the criterion's Hessian is needed, and derivatives of whatever stands between two layers, by double
+            backward where no formula gives them.
         samples: of every forward pass at most so many instances, evenly spaced, enter the curvature's expectations; None: all.
+        widest: layers with more outputs have no record, and the recursion starts anew where one leads there; None: no limit.
 
-    `recording` may be switched off and on at any time.
+    `recording` may be switched off and on at any time; `tied` are the layers that are recorded as another one.
     """
 
     def __init__(
         self, layers: dict[nn.Linear, str], criterion: nn.Module, *, diagonal: bool, grad_outputs: bool = False,
-        columns: Columns | None = None, model: nn.Module | None = None, keep_inputs: bool = False, samples: int | None = None,
+        columns: Columns | None = None, model: nn.Module | None = None, keep_inputs: bool = False, recursive: bool = True,
+        samples: int | None = None, widest: int | None = None,
     ):  # fmt: skip
         self.names = layers
         self.criterion = criterion
         self.diagonal = diagonal
         self.grad_outputs = grad_outputs
         self.columns = columns
+        self.recursive = recursive
         self.samples = samples
+        self.wide = {layer for layer in layers if widest is not None and layer.out_features > widest}
         self.recording = True
         self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
         self._muted = False
@@ -72,18 +88,14 @@ class Tape:
         self._consumer: dict[nn.Linear, nn.Module] = {}  # what took each layer's output first: a layer, or the criterion
         self._several_consumers: set[nn.Linear] = set()
         self._not_elementwise: set[tuple[nn.Linear, nn.Linear, tuple[str, ...]]] = set()
-        hooks: list[tuple[nn.Module, ModuleHook]] = [(layer, ModuleHook(self, "_on_layer")) for layer in layers]
-        hooks.append((criterion, ModuleHook(self, "_on_criterion", always=True)))
-        if model is not None and keep_inputs:
-            hooks.append((model, ModuleHook(self, "_on_model")))
-        self.handles: list[RemovableHandle | EagerForward] = [
-            module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks
+        self.tied = {} if model is None else tied_layers(model, layers)
+        self.handles: list[RemovableHandle | CallHook | EagerForward] = [
+            CallHook(layer, self, "_on_layer") for layer in [*layers, *self.tied]
         ]
-        if model is not None and keep_inputs:
-            before = ModuleHook(self, "_before_model")
-            self.handles += [model.register_forward_pre_hook(before, with_kwargs=True, prepend=True), *self._log.handles]
+        self.handles.append(CallHook(criterion, self, "_on_criterion", always=True))
         if model is not None:
-            self.handles += [EagerForward(model), EagerForward(criterion)]
+            model_calls = EagerForward(model, self, "_before_model", "_on_model") if keep_inputs else EagerForward(model)
+            self.handles += [model_calls, EagerForward(criterion), *self._log.handles]
         weakref.finalize(self, remove_handles, self.handles)
 
     def remove(self) -> None:
@@ -142,27 +154,26 @@ class Tape:
                 if call in seen:
                     continue
                 seen.add(call)
-                if record.origins and record.origins[-1] is loss:
-                    raise ValueError(
-                        f"expected each linear layer to be called once per forward pass, but {self.names[call.layer]!r} is "
-                        "called more than once; curvature of shared layers is not defined here: give each use a layer of its "
-                        "own, or freeze the shared one (requires_grad_(False))"
-                    )
                 record.calls.append(call)
                 record.origins.append(loss)
                 stack += [(link.source, link) for link in call.inputs_from]
             for call, block in loss.blocks.items():
+                if call.layer in self.wide:
+                    continue
                 record = records[call.layer]
                 block = block if loss.scale is None else block * loss.scale.abs()  # a metric, also of a loss that is maximised
                 record.block = block if record.block is None else record.block + block
+        repeated = set().union(*(loss.repeated for loss in self.losses))
+        records = {layer: record for layer, record in records.items() if layer not in self.wide}
         for record in records.values():
-            connect(record, records)
+            connect(record, records, record.layer in repeated)
         return recursion_order(records)
 
     def _on_layer(self, layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        node = output.grad_fn
+        node, layer = output.grad_fn, self.tied.get(layer, layer)
         if node is None:
             return
+        refuse_reentrant_checkpoint(self.names[layer])
         if node.name() == COMPILED:
             raise compiled_error(f"layer {self.names[layer]!r} runs")
         input = args[0] if args else kwargs["input"]
@@ -176,7 +187,7 @@ class Tape:
         if self.grad_outputs:
             self._keep_gradient(node)
 
-    def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: None) -> None:
         self._begin = ForwardState(model, self._written)
 
     def _on_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -211,14 +222,19 @@ class Tape:
         """Where the input of a layer's call comes from."""
         layer = call.layer
         nodes, passed = source_nodes(made_by, self._key)
+        self._refuse_compiled_layers(made_by, passed)
         if len(nodes) != 1:
             names = sorted({repr(self.names[metadata(node)[self._key].layer]) for node in nodes[:4]})
             obstacle = f"is combined with other linear layers ({', '.join(names)}{', ...' if len(nodes) > 4 else ''})"
             return [self._blocked(node, layer, obstacle) for node in nodes]
         (node,) = nodes
+        if layer in self.wide:
+            return [self._blocked(node, layer, f"leads to layer {self.names[layer]!r}, which is too wide for a curvature")]
         source: LayerCall = metadata(node)[self._key]
         between: ElementwiseMap | None = elementwise.analytic(made_by, call.input, node, source.preactivation)
         if between is None:
+            if not self.recursive:
+                return [Link(self._use(node, layer), layer, None, "goes through a function that nobody has asked for")]
             if COMPILED in passed:
                 raise compiled_error(f"what follows layer {self.names[source.layer]!r} runs")
             signature = (source.layer, layer, tuple(passed))
@@ -235,6 +251,14 @@ class Tape:
         self._use(node, layer)
         source.output = None
         return [Link(source, layer, between)]
+
+    def _refuse_compiled_layers(self, start: Node, passed: list[str]) -> None:
+        """Raises where a compiled graph among the nodes passed from `start` has called a layer: its hook has not run."""
+        if COMPILED in passed:
+            parameters = compiled_parameters(start, self._key)
+            for layer, name in self.names.items():
+                if parameters_of(layer)[0] in parameters:
+                    raise compiled_error(f"layer {name!r} runs")
 
     def _blocked(self, node: Node, consumer: nn.Linear, obstacle: str) -> Link:
         self._keep_gradient(node)
@@ -260,6 +284,7 @@ class Tape:
         if made_by is None:
             return
         nodes, passed = source_nodes(made_by, self._key)
+        self._refuse_compiled_layers(made_by, passed)
         if not nodes:
             return
         if COMPILED in passed:
@@ -271,16 +296,16 @@ class Tape:
             )
         reduction = getattr(criterion, "reduction", kwargs.get("reduction", "mean"))
         call = LossCall([self._use(node, criterion) for node in nodes], None, loss.detach(), mean=reduction != "sum")
-        instances = {source.input.shape[:-1].numel() for source in call.sources}
-        if len(instances) == 1:
-            (call.instances,) = instances
+        call.instances = _instances(call.sources, args)
         if self._keeps_inputs:
             with self.muted():
                 call.arguments = self._criterion_arguments(args, kwargs, nodes)
         if self.columns is not None:
             with self.muted():
                 edge, root = self.columns(criterion, loss, nodes[0] if len(nodes) == 1 else None, args, kwargs)
-                call.blocks = column_blocks(edge, root, self._key, self.samples)
+                call.blocks = column_blocks(edge, root, self._key, self.samples, self.wide)
+        elif len(nodes) == 1 and (not self.recursive or call.sources[0].layer in self.wide):
+            pass
         elif len(nodes) == 1:
             output = args[0] if args else None
             width = call.sources[0].layer.out_features
@@ -292,7 +317,37 @@ class Tape:
         else:
             for node in nodes:
                 self._keep_gradient(node)
+        self._see_repeats(call, made_by)
         self._log.watch_loss(call, made_by, loss.output_nr)
+
+    def _see_repeats(self, loss: LossCall, made_by: Node) -> None:
+        """Finds the layers that a loss uses several times: the recursion starts anew there, and at the layers that lead there."""
+        calls = loss.calls()
+        loss.repeated = {layer for layer, count in Counter(call.layer for call in calls).items() if count > 1}
+        if not loss.repeated or self.columns is not None:
+            return
+        kept = {call for call in calls if call.layer in loss.repeated}
+        for link in [link for call in kept for link in call.inputs_from]:
+            kept.add(link.source)
+            if link.map is not None:
+                link.map, link.obstacle = (
+                    None,
+                    f"leads to layer {self.names[link.target]!r}, which is used several times for a loss",
+                )
+        self._several_consumers |= {call.layer for call in kept}
+        for node in source_nodes(made_by, self._key, nearest=False)[0]:
+            if metadata(node)[self._key] in kept:
+                self._keep_gradient(node)
+
+
+def _instances(sources: list[LayerCall], args: tuple[Any, ...]) -> int | None:
+    """How many rows the criterion sees: as its sources, or all of theirs where its first argument joins them; None: unclear."""
+    rows = [source.input.shape[:-1].numel() for source in sources]
+    width, output = sources[0].layer.out_features, args[0] if args else None
+    if len(rows) > 1 and isinstance(output, Tensor) and output.numel() == width * sum(rows):  # noqa: SIM102
+        if (output.dim() > 1 and output.shape[-1] == width) or (output.dim() == 1 and width == 1):
+            return sum(rows)
+    return rows[0] if len(set(rows)) == 1 else None
 
 
 def _detached(tree: Any) -> Any:

@@ -16,12 +16,15 @@ class Curvature:
         columns: what the tape must take back to every layer, or None. A function of the criterion, the loss, the node of the one
             layer that the criterion sees (else None), and the criterion's arguments; it returns the edge of the graph
             where columns start, and a root whose columns they are.
+        recursive: whether the tape must know the criterion's Hessian and what stands between layers, both by double backward
+            where no formula gives them.
         restarts: whether a layer behind an obstacle starts anew from its empirical Fisher block.
     """
 
     diagonal = False
     grad_outputs = False
     columns: Columns | None = None
+    recursive = True
     restarts = False
 
     def bias_hessians(

@@ -33,6 +33,8 @@ def logits_edge(criterion: nn.Module, output: Tensor) -> GradientEdge | None:
 class FromColumns(Curvature):
     """H = sum_i sum_c delta_ic delta_ic^T of columns at the network's output."""
 
+    recursive = False
+
     def columns(  # a method here, None in the base
         self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[GradientEdge, OutputRoot]:

@@ -17,6 +17,7 @@ class FisherEmpirical(Curvature):
     """
 
     grad_outputs = True
+    recursive = False
 
     def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
         return empirical_fisher(record)
@@ -51,6 +52,10 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
     if total is None:  # no backward pass has come so far: backward(inputs=...) may stop anywhere
         n_out = record.layer.out_features
         total = record.weight.new_zeros(n_out, n_out, dtype=record.dtype)
+    kept = sum(call.input.shape[:-1].numel() for call in record.calls if call.keeps_gradient)
+    if 0 < kept < record.instances:
+        # The others came before it was known that the layer has an obstacle, at the first step alone; they count as these do.
+        total = total * (record.instances / kept)
     return total
 
 

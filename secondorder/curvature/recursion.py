@@ -98,12 +98,14 @@ class Recursion(Curvature):
         dtype = record.dtype
         d1, d2 = (None if d is None else d.to(dtype) for d in derivatives(record.map()))
         assert d1 is not None
+        if not len(d1):  # instances of other ranks alone
+            d1, d2 = d1.new_zeros(1, d1.shape[1]), None
         one = d1.new_ones(1, 1)
         # The recursion's own step from H = W = 1 is E[d1 d1^T].
         moment = ops.bias_hessian(one, one.expand(1, d1.shape[1]), d1, None, None, 0.0)
         grad = record.grad_activation() if self.diagonal else None
         diagonal = d1.new_zeros(d1.shape[1]) if d2 is None or grad is None else (d2 * grad.to(dtype)).sum(0)
-        return [RankTerm("E[d1 d1^T]", moment, len(d1)), RankTerm("diagonal", diagonal)]
+        return [RankTerm("E[d1 d1^T]", moment, record.instances), RankTerm("diagonal", diagonal)]
 
     def _averaged(self, record: LayerRecord, above: dict[nn.Linear, Tensor], terms: dict[str, Tensor]) -> Tensor:
         if record.losses:

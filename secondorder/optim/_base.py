@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from secondorder._distributed import RankReducer
-from secondorder._layers import linear_layers
+from secondorder._layers import linear_layers, uncovered
 from secondorder._tape import Columns, LayerRecord, Tape
 from secondorder._tensors import to_compute_dtype
+from secondorder._warnings import warn
 from secondorder.criteria import FunctionCriterion
 from secondorder.errors import NonFiniteError
 from secondorder.optim._amp import restore_scale, unscaling_factor
 from secondorder.optim._fallback import Fallback
-from secondorder.optim._numbers import NUMBERS, Numbers, check_numbers
+from secondorder.optim._growth import LossGrowth
+from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments, check_numbers
 from secondorder.optim._optimizer import SecondOrderOptimizer
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DataParallel")
@@ -32,14 +34,16 @@ class CurvatureOptimizer(SecondOrderOptimizer):
     Args:
         model: a module with at least one trainable nn.Linear.
         criterion: a module or a function (output, target) -> scalar loss. The loop calls the module itself, or, for a
-            function, `optimizer.criterion`.
+            function, `optimizer.criterion`. Parameters of its own get the `fallback`.
         defaults: the param_group values.
         diagonal: whether the curvature needs the recursion's diagonal term.
         fallback: "sgd" or "error".
         grad_outputs: whether the tape keeps every layer's delta.
         columns: gives columns at the network's output that the tape takes back to every layer, or None.
         keep_inputs: whether the tape keeps the model's and the criterion's arguments.
+        recursive: whether the curvature needs the criterion's Hessian and derivatives of what stands between layers.
         samples: of every forward pass at most so many instances enter the curvature's expectations; None: all.
+        max_factor_dim: layers with more outputs are left to the fallback, >= 1; None: there is no limit.
         maximize: whether the loss is to be maximised: everything is then as for its negative.
         decoupled_weight_decay: whether weight decay shrinks the parameters by themselves, rather than being part of the gradient;
             None: it always is part of the gradient, and no group says so.
@@ -61,7 +65,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module | Callable[..., Tensor],
+        criterion: nn.Module | Callable[..., Tensor] | None,
         defaults: dict[str, Any],
         *,
         diagonal: bool,
@@ -69,7 +73,9 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         grad_outputs: bool = False,
         columns: Columns | None = None,
         keep_inputs: bool = False,
+        recursive: bool = True,
         samples: int | None = None,
+        max_factor_dim: int | None = None,
         maximize: bool = False,
         decoupled_weight_decay: bool | None = True,
         nonfinite: str = "error",
@@ -78,46 +84,70 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"{name}: expected model to be an nn.Module, got {type(model).__name__}; "
-                "pass the model itself, not its parameters"
+                "pass the model itself, not its parameters. Where a framework makes the optimizer from parameters, as skorch "
+                "does, give it a function: optimizer=lambda params, **options: "
+                f"secondorder.{name}(net.module_, net.criterion_, **options)"
             )
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper shares its parameters and calls it
         if not callable(criterion):
             raise TypeError(
                 f"{name}: expected criterion to be an nn.Module or a function (output, target) -> loss, "
-                f"got {type(criterion).__name__}"
+                f"got {'none' if criterion is None else type(criterion).__name__}"
             )
         if nonfinite not in ("error", "skip"):
             raise ValueError(f"{name}: expected nonfinite 'error' or 'skip', got {nonfinite!r}")
         ddp = model if isinstance(model, DistributedDataParallel) else None
         called, model = model, model if ddp is None else ddp.module
         names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
-        self._fallback = Fallback(name, fallback, names)
         if any(cls.__name__ in _SHARDED for module in called.modules() for cls in type(module).__mro__):
             raise TypeError(
                 f"{name}: expected whole parameters on every rank, as under DistributedDataParallel; FSDP's shards, and "
                 "DataParallel's replicas, are not supported: the curvature of a layer needs its whole weight"
             )
         layers = _supported_layers(name, model)
+        criterion = getattr(criterion, "_orig_mod", criterion)
+        self.criterion = criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)
+        own = {p: f"criterion.{n}" for n, p in self.criterion.named_parameters() if p.requires_grad and p not in names}
+        if own and (keep_inputs or ddp is not None):
+            why = (
+                "the quadratic model is one of the model's parameters" if keep_inputs else "DistributedDataParallel averages none"
+            )
+            warn(
+                f"the criterion's own parameters, {', '.join(map(repr, own.values()))}, are not trained by {name}, since {why}; "
+                "give them to an optimizer of their own"
+            )
+            own = {}
+        check_arguments(name, [("max_factor_dim", max_factor_dim, max_factor_dim is None or max_factor_dim >= 1, ">= 1 or None")])
+        self._uncovered = uncovered(model)
+        for layer, layer_name in layers.items():
+            if max_factor_dim is not None and layer.out_features > max_factor_dim:
+                reason = f"layer {layer_name!r} has {layer.out_features} outputs, more than max_factor_dim = {max_factor_dim}"
+                self._uncovered.update({p: reason for p in layer.parameters(recurse=False) if p.requires_grad})
+        unseen = "no recorded loss depends on what its layer returns"
+        reasons = {p: unseen for layer in layers for p in layer.parameters(recurse=False)} | self._uncovered
+        self._fallback = Fallback(name, fallback, names | own, reasons)
         check_numbers(name, defaults, self._numbers)
         defaults |= {"maximize": maximize, "skipped_steps": 0}
         if decoupled_weight_decay is not None:
             defaults["decoupled_weight_decay"] = decoupled_weight_decay
-        self._parameter_names = names
-        super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
-        criterion = getattr(criterion, "_orig_mod", criterion)
-        self.criterion = criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)
+        self._parameter_names, self._criterion_parameters = names | own, set(own)
+        super().__init__([*(p for p in model.parameters() if p.requires_grad), *own], defaults)
         self.grad_scaler: Any = None
         self._model, self._ddp = model, ddp
         self._layers = layers
         self._nonfinite = nonfinite
         self._restarts: dict[nn.Linear, str] = {}  # the layers where the recursion starts anew, and why
+        self._growth = LossGrowth(name)
+        self._idle: set[Tensor] = set()  # the parameters of layers that had no instance in this step: they stay
         self._tape_options: dict[str, Any] = {
             "diagonal": diagonal,
             "grad_outputs": grad_outputs,
             "columns": columns,
             "model": called,
             "keep_inputs": keep_inputs,
+            "recursive": recursive,
             "samples": samples,
+            "widest": max_factor_dim,
         }
         self._tape = Tape(layers, self.criterion, **self._tape_options)
         if ddp is None and dist.is_available() and dist.is_initialized():
@@ -153,14 +183,19 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         self._tape.remove()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As every torch optimizer's, for parameters of the model."""
+        """As every torch optimizer's, for parameters of the model, and for those of the criterion, which leave their group."""
+        given = param_group["params"]
+        given = param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
+        moving = {p for p in given if isinstance(p, Tensor) and p in self._criterion_parameters}
+        for group in self.param_groups if moving else ():
+            group["params"] = [p for p in group["params"] if p not in moving]
         super().add_param_group(param_group)
         foreign = sum(p not in self._parameter_names for p in self.param_groups[-1]["params"])
         if foreign:
             del self.param_groups[-1]
             raise ValueError(
-                f"{type(self).__name__}.add_param_group(): expected parameters of the model that the optimizer was made for, "
-                f"got {foreign} others"
+                f"{type(self).__name__}.add_param_group(): expected parameters of the model, or of the criterion, that the "
+                f"optimizer was made for, got {foreign} others"
             )
 
     @property
@@ -196,7 +231,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         """The curvature of a layer."""
         if not layer.weight.requires_grad:
             return "frozen"
-        if layer.weight in self._fallback.warned:
+        if layer.weight in self._uncovered or layer.weight in self._fallback.warned:
             return "no curvature"
         if layer in self._restarts:
             return f"empirical Fisher, since its output {self._restarts[layer]}"
@@ -215,7 +250,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
             decay = 0.0 if group.get("decoupled_weight_decay", False) else float(group["weight_decay"])
             for p in group["params"]:
                 g = p.grad
-                if g is None:
+                if g is None or p in self._idle:
                     continue
                 if g.layout is not torch.strided:
                     raise RuntimeError(
@@ -259,7 +294,17 @@ class CurvatureOptimizer(SecondOrderOptimizer):
 
     def _check_gradients(self) -> None:
         if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
-            raise RuntimeError(f"{type(self).__name__}.step(): expected gradients, found none; call loss.backward() first")
+            name = type(self).__name__
+            raise RuntimeError(
+                f"{name}.step(): expected gradients, found none; call loss.backward() first. They must be those of "
+                "the model's own parameters: a functional_call with others, as for an ensemble under torch.func.vmap, leaves none"
+            )
+        for layer, layer_name in self._layers.items():
+            if layer._parameters.get("weight") is None:
+                raise RuntimeError(
+                    f"{type(self).__name__}.step(): layer {layer_name!r} has been given a parametrization, norm or pruning mask "
+                    "since the optimizer was made; make the optimizer anew"
+                )
 
     def _records(self) -> list[LayerRecord]:
         """The layers that the losses since the last step reach, or an error that says what is missing."""
@@ -289,10 +334,20 @@ def check_instances(owner: str, inputs: Iterable[Tensor]) -> None:
 
 def _supported_layers(owner: str, model: nn.Module) -> dict[nn.Linear, str]:
     """The model's linear layers with their names, once the trainable ones are known to be what curvatures can be taken of."""
-    layers = linear_layers(model)
-    trainable = [layer for layer in layers if layer.weight.requires_grad]
+    layers, reasons = linear_layers(model), uncovered(model)
+    lazy = [name for name, module in model.named_modules() if isinstance(module, nn.modules.lazy.LazyModuleMixin)]
+    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
+        raise ValueError(
+            f"{owner}: expected layers that know their sizes, got the lazy {' and '.join(map(repr, lazy))}; "
+            "call the model once first"
+        )
+    trainable = [layer for layer in layers if layer.weight.requires_grad and layer.weight not in reasons]
     if not trainable:
-        raise ValueError(f"{owner}: expected a model with at least one trainable nn.Linear, got {type(model).__name__} with none")
+        why = "".join(f"; {reason}" for reason in dict.fromkeys(reasons.values()))
+        raise ValueError(
+            f"{owner}: expected a model with at least one trainable nn.Linear, got {type(model).__name__} with none"
+            + (f"{why}. secondorder.EigenAdam trains any model" if why else "")
+        )
     for layer in trainable:
         if not layer.weight.is_contiguous():
             raise ValueError(

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from secondorder._distributed import RankReducer
-from secondorder._layers import linear_layers
+from secondorder._layers import linear_layers, uncovered
 from secondorder._tape import LayerRecord, Tape
 from secondorder.curvature import Curvature
 from secondorder.optim._base import recorded_layers
@@ -17,8 +17,6 @@ from secondorder.optim._factors import FactorSource
 
 class BiasHessians:
     """Lays a tape on a model, and makes the bias Hessians of the linear layers that it has recorded.
-
-    A layer whose weight is shared is none of the tape's.
 
     Args:
         owner: the optimizer's name, for messages.
@@ -31,8 +29,9 @@ class BiasHessians:
     """
 
     def __init__(self, owner: str, curvature: Curvature, criterion: nn.Module, model: nn.Module):
-        layers = linear_layers(model, shared=True)
-        if not any(layer.weight.requires_grad for layer in layers):
+        layers = linear_layers(model)
+        self._uncovered = uncovered(model)
+        if not any(layer.weight.requires_grad and layer.weight not in self._uncovered for layer in layers):
             raise ValueError(
                 f"{owner}: expected a model with at least one trainable nn.Linear, got {type(model).__name__} with none; "
                 "curvature='gradient' needs none"
@@ -54,7 +53,7 @@ class BiasHessians:
 
         Raises:
             RuntimeError: no call of the criterion was recorded.
-            ValueError: a layer was called twice in a forward pass, or the batch is empty.
+            ValueError: the batch is empty.
         """
         with nullcontext() if sign > 0 else self.tape.rescaled(sign):
             if group is None:
@@ -62,7 +61,8 @@ class BiasHessians:
             else:
                 ranks = RankReducer(group, next(iter(trained)).device)
                 records = ranks.all(self._records)
-            factors = self._source.renewed(records, trained, {}, ranks)
+            covered = {p: each for p, each in trained.items() if p not in self._uncovered}
+            factors = self._source.renewed(records, covered, {}, ranks)
         # A layer that the criterion sees by another way than the columns' has none.
         missing = {record.layer for record in records if self._curvature.columns is not None and record.block is None}
         return {layer.weight: each["bias_hessian"] for layer, each in factors.items() if layer not in missing}

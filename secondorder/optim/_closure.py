@@ -1,8 +1,9 @@
 """Closures that a step calls more than once: what a call leaves behind at the layers, and calls without parameter gradients."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,31 +11,46 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from secondorder._distributed import RankReducer, RankTerm
+from secondorder._tape import refuse_reentrant_checkpoint
 from secondorder._tensors import compute_dtype, flatten_batch
 from secondorder.solvers import second_moment
+
+
+@dataclass(eq=False, slots=True)
+class _Use:
+    """One call of a layer."""
+
+    order: int  # among all calls of layers
+    input: Tensor  # [m, n_in]
+    mean_preactivation: Tensor  # [n_out]
 
 
 class ClosurePass:
     """What one call of the closure leaves behind at each linear layer that its loss depends on.
 
-    Recorded when the gradient arrives, so that forward passes without a backward one do not count; several passes add
-    up to the union of their batches.
+    Every call of a layer gets a zero added to its output, an anchor, whose gradient is dL/dz. It is recorded when the anchor
+    accumulates that: forward passes without a backward one do not count, nor does torch.autograd.grad. Several backward passes,
+    and several calls of a layer, add up to the union of their batches.
 
     Args:
-        layers: the layers to record.
+        layers: the layers to record, with their names for messages.
+        tied: layers that are recorded as one of these.
         sign: 1, or -1 where the loss is maximised.
-        anchored: gives a layer's output, where it needs no gradient, a zero to depend on that does.
+        parameters: whether the gradients of parameters are computed, too.
     """
 
-    def __init__(self, layers: list[nn.Linear], sign: float = 1.0, anchored: bool = False):
-        self._layers = layers
+    def __init__(
+        self, layers: Mapping[nn.Linear, str], tied: Mapping[nn.Linear, nn.Linear], sign: float = 1.0, parameters: bool = True
+    ):
+        self._layers, self._tied = layers, tied
         self.sign = sign
-        self._anchored = anchored
+        self._parameters = parameters
         self._handles: list[Any] = []
-        self._order: list[nn.Linear] = []
-        self._inputs: dict[nn.Linear, list[Tensor]] = {}
+        self._anchors: list[Tensor] = []
+        self._calls = 0
+        self._uses: dict[nn.Linear, list[_Use]] = {}
+        self._instances: dict[nn.Linear, int] = {}
         self._mean_inputs: dict[nn.Linear, Tensor] = {}
-        self._preactivations: dict[nn.Linear, list[tuple[Tensor, int]]] = {}
         # Over all ranks, once they are averaged.
         self._mean_preactivations: dict[nn.Linear, Tensor] = {}
         self._second_moments: dict[nn.Linear, Tensor] = {}
@@ -42,16 +58,18 @@ class ClosurePass:
         self.gradient: dict[nn.Linear, Tensor] = {}
 
     def __enter__(self) -> "ClosurePass":
-        self._handles = [layer.register_forward_hook(self._forward, with_kwargs=True) for layer in self._layers]
+        layers = [*self._layers, *self._tied]
+        self._handles = [layer.register_forward_hook(self._forward, with_kwargs=True) for layer in layers]
         return self
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
+        self._anchors.clear()
 
     def run(self, closure: Callable[[], Tensor], name: str) -> Tensor:
         """Calls the closure with gradients enabled and returns the loss, detached."""
-        with torch.enable_grad():
+        with torch.enable_grad(), nullcontext() if self._parameters else replaced_backward(self._backward_to_anchors):
             loss = closure()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise RuntimeError(f"{name}.step(): expected the closure to return the scalar loss, got {type(loss).__name__}")
@@ -59,7 +77,11 @@ class ClosurePass:
 
     def input(self, layer: nn.Linear) -> Tensor:
         """The instances' h [m, n_in]."""
-        return flatten_batch(self._inputs[layer])
+        return flatten_batch([use.input for use in self._uses[layer]])
+
+    def instances(self, layer: nn.Linear) -> int:
+        """How many rows the layer's calls have together."""
+        return self._instances[layer] if layer in self._instances else sum(len(use.input) for use in self._uses[layer])
 
     def mean_input(self, layer: nn.Linear) -> Tensor:
         """E[h] [n_in]."""
@@ -78,8 +100,11 @@ class ClosurePass:
         """E[z] [n_out]."""
         if layer in self._mean_preactivations:
             return self._mean_preactivations[layer]
-        total = sum(count for _, count in self._preactivations[layer])
-        return torch.stack([mean * (count / total) for mean, count in self._preactivations[layer]]).sum(0)
+        uses = self._uses[layer]
+        if not self.instances(layer):
+            return torch.zeros_like(uses[0].mean_preactivation)
+        total = sum(len(use.input) for use in uses)
+        return torch.stack([use.mean_preactivation * (len(use.input) / total) for use in uses if len(use.input)]).sum(0)
 
     def average(self, ranks: RankReducer, names: dict[nn.Linear, str], loss: float, inputs: bool = False) -> float:
         """Makes all means, those of the inputs if asked for, and the gradients those over all ranks; returns the mean loss."""
@@ -91,22 +116,28 @@ class ClosurePass:
             found = [RankTerm("loss", torch.tensor(loss, dtype=torch.float64, device=ranks.device))]
             for layer, gradient in self.gradient.items():
                 found.append(RankTerm(names[layer], gradient))
-                found += [RankTerm(names[layer], mean(layer), len(self.input(layer))) for _, mean in stores]
+                found.append(RankTerm(names[layer], torch.tensor(float(self.instances(layer)), dtype=torch.float64)))
+                found += [RankTerm(names[layer], mean(layer), self.instances(layer)) for _, mean in stores]
             return found
 
         mean_loss, *rest = ranks.average(terms)
-        values = iter(rest)
+        values, instances = iter(rest), {}
         for layer in self.gradient:
             self.gradient[layer] = next(values)
+            instances[layer] = round(float(next(values)) * ranks.size)
             for store, _ in stores:
                 store[layer] = next(values)
+        self._instances = instances
         return float(mean_loss)
 
     def same_data(self, first: "ClosurePass") -> Tensor | bool:
-        """Whether the first layer's input, on which no covered weight acts, is that of `first`."""
-        layer = next(layer for layer in first._order if layer in first._inputs)
-        if layer in self._inputs:
-            new, old = self.mean_input(layer), first.input(layer).mean(0)
+        """Whether the first call of a layer, on whose input no covered weight acts, has that of `first`."""
+        if not first._uses:
+            return True
+        layer, before = min(((layer, use) for layer, uses in first._uses.items() for use in uses), key=lambda pair: pair[1].order)
+        if layer in self._uses:
+            after = min(self._uses[layer], key=lambda use: use.order)
+            new, old = after.input.mean(0), before.input.mean(0)
             # Equal but for the rounding of whatever comes before that layer.
             if len(self.input(layer)) == len(first.input(layer)):
                 return (new - old).norm() <= 1e-3 * old.norm()
@@ -119,28 +150,42 @@ class ClosurePass:
             return
         raise RuntimeError(
             f"{name}.step(): expected the closure to evaluate the same mini-batch at every call, but the first layer's "
-            "input has changed. Draw the batch outside of the closure. No parameter and no state has changed."
+            "input has changed. Draw the batch outside of the closure, and freeze what changes with every call, as spectral_norm "
+            "does. No parameter and no state has changed."
         )
 
     def _forward(self, layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if not torch.is_grad_enabled():
+        if (
+            not torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None
+        ):  # of other tensors than the loss's
             return
-        input = layer_input(layer, args, kwargs)
+        input, layer = layer_input(layer, args, kwargs), self._tied.get(layer, layer)
+        refuse_reentrant_checkpoint(self._layers[layer])
         dtype = compute_dtype(layer.weight.dtype)
-        mean = flatten_batch([output.detach()]).mean(0, dtype=dtype)
-        if self._anchored and not output.requires_grad:
-            output.add_(torch.zeros(layer.out_features, dtype=output.dtype, device=output.device, requires_grad=True))
+        use = _Use(self._calls, input, flatten_batch([output.detach()]).mean(0, dtype=dtype))
+        self._calls += 1
+        anchor = output.new_zeros(()).expand(output.shape).requires_grad_()
 
-        def backward(gradient: Tensor) -> None:
-            self._inputs.setdefault(layer, []).append(input)
-            self._preactivations.setdefault(layer, []).append((mean, len(input)))
-            total = self.sign * flatten_batch([gradient]).sum(0, dtype=dtype)
+        def arrived(anchor: Tensor) -> None:
+            gradient, anchor.grad = anchor.grad, None
+            assert gradient is not None
+            uses = self._uses.setdefault(layer, [])
+            if use not in uses:
+                uses.append(use)
+            total = self.sign * flatten_batch([gradient.detach()]).sum(0, dtype=dtype)
             self.gradient[layer] = self.gradient[layer] + total if layer in self.gradient else total
 
-        if output.requires_grad:
-            if layer not in self._order:
-                self._order.append(layer)
-            output.register_hook(backward)
+        anchor.register_post_accumulate_grad_hook(arrived)
+        self._anchors.append(anchor)
+        output.add_(anchor)
+
+    def _backward_to_anchors(
+        self, tensors: Any, grad_tensors: Any = None, retain_graph: bool | None = None, create_graph: bool = False,
+        grad_variables: Any = None, inputs: Any = None,
+    ) -> None:  # fmt: skip
+        """torch.autograd.backward, but for the anchors alone."""
+        if self._anchors:
+            _backward(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs=self._anchors)
 
 
 def layer_input(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -151,7 +196,8 @@ def layer_input(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def layer_second_moment(layer: nn.Linear, h: Tensor, mean: Tensor, average: Tensor | None = None, decay: float = 0.0) -> Tensor:
     """A <- decay A + (1 - decay) E[h h^T], in place where A is given (`average`); with a bias h ends in a 1."""
-    n, moment = layer.in_features, second_moment(h)
+    n = layer.in_features
+    moment = second_moment(h) if len(h) else h.new_zeros(n, n)
     if average is None:
         size = n + (layer.bias is not None and layer.bias.requires_grad)
         average = h.new_zeros(size, size)
@@ -163,36 +209,49 @@ def layer_second_moment(layer: nn.Linear, h: Tensor, mean: Tensor, average: Tens
 
 
 @contextmanager
-def without_parameter_gradients(model: nn.Module, ddp: DistributedDataParallel | None) -> Iterator[None]:
-    """Backward passes inside compute no gradient of any parameter, and leave those of before in p.grad."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = [p.grad for p in parameters]
-    for p in parameters:
+def kept_gradients(parameters: Iterable[Tensor], ddp: DistributedDataParallel | None) -> Iterator[None]:
+    """Leaves p.grad as it was before, whatever happens inside, and has no rank wait for another one's."""
+    before = [(p, p.grad) for p in parameters]
+    for p, _ in before:
         p.grad = None
-        p.requires_grad_(False)
     try:
         with nullcontext() if ddp is None else ddp.no_sync():
             yield
     finally:
-        for p, gradient in zip(parameters, gradients, strict=True):
-            p.requires_grad_(True)
+        for p, gradient in before:
             p.grad = gradient
 
 
-_IDLE = threading.local()
-_IDLE_LOCK = threading.Lock()
-_idle_steps = 0  # over all threads
+_LOCAL = threading.local()
+_LOCK = threading.Lock()
+_replaced = 0  # how often, over all threads
 _backward: Any = torch.autograd.backward
 
 
-def _backward_unless_idle(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
-    if not getattr(_IDLE, "depth", 0):
-        _backward(tensors, grad_tensors, *args, **kwargs)
-        return
-    roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    gradients = [grad_tensors] if isinstance(grad_tensors, Tensor) else list(grad_tensors or [None] * len(roots))
-    _IDLE.roots += roots
-    _IDLE.called.extend(zip(roots, gradients, strict=True))
+def _backward_here(*args: Any, **kwargs: Any) -> Any:
+    stack = getattr(_LOCAL, "stack", None)
+    return (stack[-1] if stack else _backward)(*args, **kwargs)
+
+
+@contextmanager
+def replaced_backward(function: Callable[..., Any]) -> Iterator[None]:
+    """`loss.backward()` in this thread calls `function`, with the arguments of torch.autograd.backward."""
+    global _replaced, _backward
+    with _LOCK:
+        if _replaced == 0:
+            _backward, torch.autograd.backward = torch.autograd.backward, _backward_here
+        _replaced += 1
+    if not hasattr(_LOCAL, "stack"):
+        _LOCAL.stack = []
+    _LOCAL.stack.append(function)
+    try:
+        yield
+    finally:
+        _LOCAL.stack.pop()
+        with _LOCK:
+            _replaced -= 1
+            if _replaced == 0 and torch.autograd.backward is _backward_here:
+                torch.autograd.backward = _backward
 
 
 @contextmanager
@@ -201,21 +260,17 @@ def idle_backward() -> Iterator[list[tuple[Tensor, Tensor | None]]]:
 
     Yields the list that it adds its tensors to, with the gradients that it was given.
     """
-    global _idle_steps, _backward
-    with _IDLE_LOCK:
-        if _idle_steps == 0:
-            _backward, torch.autograd.backward = torch.autograd.backward, _backward_unless_idle
-        _idle_steps += 1
     called: list[tuple[Tensor, Tensor | None]] = []
-    _IDLE.depth, _IDLE.roots, _IDLE.called = getattr(_IDLE, "depth", 0) + 1, [], called
-    try:
+    _LOCAL.roots = []
+
+    def remember(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        gradients = [grad_tensors] if isinstance(grad_tensors, Tensor) else list(grad_tensors or [None] * len(roots))
+        _LOCAL.roots += roots
+        called.extend(zip(roots, gradients, strict=True))
+
+    with replaced_backward(remember):
         yield called
-    finally:
-        _IDLE.depth -= 1
-        with _IDLE_LOCK:
-            _idle_steps -= 1
-            if _idle_steps == 0 and torch.autograd.backward is _backward_unless_idle:
-                torch.autograd.backward = _backward
 
 
 def with_graph(owner: str, closure: Callable[[], Any], parameters: list[Tensor]) -> Callable[[], Any]:
@@ -230,10 +285,10 @@ def with_graph(owner: str, closure: Callable[[], Any], parameters: list[Tensor])
     def called() -> Any:
         nonlocal calls
         calls += 1
-        _IDLE.roots = []
+        _LOCAL.roots = []
         value = closure()
-        roots = [root for root in _IDLE.roots if root.numel() == 1 and root.requires_grad]
-        _IDLE.roots = []
+        roots = [root for root in _LOCAL.roots if root.numel() == 1 and root.requires_grad]
+        _LOCAL.roots = []
         if not (isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad and roots):
             return value
         loss = torch.stack([root.reshape(()) for root in roots]).sum()

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from secondorder import ops
@@ -30,16 +31,19 @@ class FactorSource:
         self, records: list[LayerRecord], groups: Mapping[Tensor, dict[str, Any]], state: Mapping[Tensor, dict[str, Any]],
         ranks: RankReducer | None,
     ) -> dict[nn.Linear, Factors]:  # fmt: skip
-        """The factors of every recorded layer that has a gradient, averaged with those in `state`, which stay as they are.
+        """The factors of every recorded layer with a gradient and an instance, averaged with those in `state`, which stay.
 
         With x_k the factors of renewal k and the group's `factor_decay`, the bias-corrected average of n of them is
         sum_k decay^(n-k) x_k / sum_k decay^(n-k).
         """
+        if ranks is None:
+            records = [record for record in records if record.instances]  # an expert may get none
         trained = [record for record in records if record.weight.grad is not None and record.weight in groups]
         if ranks is None:
             hessians, statistics = self.curvature.bias_hessians(records), self._statistics(trained)
         else:
-            hessians, statistics = self._over_ranks(records, trained, ranks)
+            hessians, statistics, idle = self._over_ranks(records, trained, ranks)
+            trained = [record for record in trained if record.layer not in idle]
         factors = {}
         averages: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         for record in trained:
@@ -65,33 +69,42 @@ class FactorSource:
     def _statistics_of(self, records: list[LayerRecord]) -> list[Factors]:
         if self.solver is None:
             return [{} for _ in records]
-        inputs = [cast(record.input(), record.dtype) for record in records]
+        inputs = [_at_least_one(cast(record.input(), record.dtype)) for record in records]
         if self.samples is None:
             return self.solver.statistics(inputs, inputs)
         return self.solver.statistics(
-            inputs, [cast(record.input(self.samples), h.dtype) for record, h in zip(records, inputs, strict=True)]
+            inputs, [_at_least_one(cast(record.input(self.samples), h.dtype)) for record, h in zip(records, inputs, strict=True)]
         )
 
     def _over_ranks(
         self, records: list[LayerRecord], trained: list[LayerRecord], ranks: RankReducer
-    ) -> tuple[dict[nn.Linear, Tensor], dict[nn.Linear, Factors]]:
-        """Bias Hessians and statistics of the inputs over the batches of all ranks."""
+    ) -> tuple[dict[nn.Linear, Tensor], dict[nn.Linear, Factors], set[nn.Linear]]:
+        """Bias Hessians and statistics of the inputs over the batches of all ranks, and the layers without an instance on any."""
         local: list[tuple[nn.Linear, bool, str]] = []
 
         def terms() -> list[RankTerm]:
             found = []
             for record in records:
+                local.append((record.layer, False, "instances"))
+                count = torch.tensor(float(record.instances), dtype=torch.float64)
+                found.append(RankTerm(f"{self.names[record.layer]}: instances", count))
                 for term in self.curvature.local(record):
                     local.append((record.layer, False, term.name))
                     found.append(term._replace(name=f"{self.names[record.layer]}: {term.name}"))
             for record in trained:
                 for name, value in self._statistics_of([record])[0].items():
                     local.append((record.layer, True, name))
-                    found.append(RankTerm(f"{self.names[record.layer]}: {name}", value, len(record.input())))
+                    found.append(RankTerm(f"{self.names[record.layer]}: {name}", value, record.instances))
             return found
 
         averaged: dict[nn.Linear, dict[str, Tensor]] = {record.layer: {} for record in records}
         statistics: dict[nn.Linear, Factors] = {record.layer: {} for record in trained}
         for (layer, is_statistic, name), value in zip(local, ranks.average(terms), strict=True):
             (statistics if is_statistic else averaged)[layer][name] = value
-        return self.curvature.bias_hessians(records, averaged), statistics
+        idle = {layer for layer, terms in averaged.items() if not terms["instances"]}
+        return self.curvature.bias_hessians(records, averaged), statistics, idle
+
+
+def _at_least_one(inputs: Tensor) -> Tensor:
+    """The inputs [m, n_in], or a row of zeros where there are none, which then counts for nothing."""
+    return inputs if len(inputs) else inputs.new_zeros(1, inputs.shape[1])

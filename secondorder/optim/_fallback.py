@@ -25,15 +25,16 @@ class Fallback:
         owner: the optimizer's name, for messages.
         kind: "sgd" or "error".
         names: of the model's parameters.
+        reasons: why some of them are not covered, for messages.
 
     Raises:
         ValueError: `kind` is neither.
     """
 
-    def __init__(self, owner: str, kind: str, names: dict[Tensor, str]):
+    def __init__(self, owner: str, kind: str, names: dict[Tensor, str], reasons: Mapping[Tensor, str]):
         if kind not in ("sgd", "error"):
             raise ValueError(f"{owner}: expected fallback 'sgd' or 'error', got {kind!r}")
-        self.owner, self.kind, self.names = owner, kind, names
+        self.owner, self.kind, self.names, self.reasons = owner, kind, names, reasons
         self.warned: set[Tensor] = set()
 
     def parameters(
@@ -53,10 +54,11 @@ class Fallback:
         new = [p for p, _ in found if p not in self.warned]
         if new:
             names = ", ".join(repr(self.names[p]) for p in new)
+            why = "".join(f" ({reason})" for reason in dict.fromkeys(self.reasons[p] for p in new if p in self.reasons))
             if self.kind == "error":
-                raise RuntimeError(f"{self.owner}.step(): no curvature covers the parameters {names}, and fallback='error'")
+                raise RuntimeError(f"{self.owner}.step(): no curvature covers the parameters {names}{why}, and fallback='error'")
             self.warned.update(new)
-            warn(f"no curvature covers the parameters {names}; they are updated by the fallback, SGD.")
+            warn(f"no curvature covers the parameters {names}{why}; they are updated by the fallback, SGD.")
         return found
 
     def check(self, p: Tensor, velocity: Tensor, lr: float) -> None:

@@ -41,6 +41,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         curvature_samples: of every forward pass at most so many instances, evenly spaced, enter the expectations that cost more
             than a pass over the batch: E[d1 d1^T] and the diagonal of the recursion, delta delta^T, E[h h^T]. >= 1; None: all.
         inverse_every: likewise the solver's factorisations.
+        max_factor_dim: layers with more outputs are left to the fallback, >= 1; None: there is no limit.
         average: whether averages of the parameters are kept, for `averaged_parameters`.
         keep_inputs: whether the tape keeps what evaluating the model anew needs.
         fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error".
@@ -54,7 +55,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module | Callable[..., Tensor],
+        criterion: nn.Module | Callable[..., Tensor] | None,
         defaults: dict[str, Any],
         *,
         curvature: str | Curvature,
@@ -63,6 +64,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         curvature_every: int,
         curvature_samples: int | None,
         inverse_every: int,
+        max_factor_dim: int | None,
         average: bool,
         keep_inputs: bool,
         fallback: str,
@@ -91,7 +93,8 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             raise ValueError(f"{name}: {error}") from None
         defaults |= {"solver": type(self._solver).__qualname__}  # what the state's factors are for
         super().__init__(
-            model, criterion, defaults, diagonal=self._curvature.diagonal, fallback=fallback,
+            model, criterion, defaults, diagonal=self._curvature.diagonal, fallback=fallback, max_factor_dim=max_factor_dim,
+            recursive=self._curvature.recursive,
             grad_outputs=self._curvature.grad_outputs, columns=self._curvature.columns, keep_inputs=keep_inputs,
             samples=curvature_samples, maximize=maximize, decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip
@@ -117,10 +120,19 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 records: list[LayerRecord] = []
                 if self._tape.recording:
                     records = self._records() if ranks is None else ranks.all(self._records)
-                factors = self._factors.renewed(records, groups, self.state, ranks) if self._renewing() else {}
+                curved = {p: group for p, group in groups.items() if p not in self._uncovered} if self._uncovered else groups
+                factors, idle = {}, [record for record in records if ranks is None and not record.instances]
+                if self._renewing():
+                    factors = self._factors.renewed(records, curved, self.state, ranks)
+                    idle = [record for record in records if record.layer not in factors and record.weight in curved]
+                self._idle = {p for record in idle for p in record.layer.parameters(recurse=False)}
                 self._advance(self._covered(factors, groups), factors, groups)
                 if self._average:
                     update_averages([p for group in self.param_groups for p in group["params"]], self.state, self._steps())
+        losses = self._tape.losses
+        if taken and losses:
+            mean = torch.stack([each.loss.double() for each in losses]).mean()
+            self._growth.see(-mean if self._maximize() else mean)
         self._tape.clear(release=True)
         self._schedule()
         return loss
@@ -203,7 +215,8 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         if len(factors) < len(self._layers):
             for layer in self._layers:
                 state = self.state.get(layer.weight, {})
-                if layer not in factors and layer.weight in groups and layer.weight.grad is not None and "factors" in state:
+                trained = layer.weight in groups and layer.weight.grad is not None and layer.weight not in self._idle
+                if layer not in factors and trained and "factors" in state:
                     covered[layer] = state["factors"]
         return covered
 

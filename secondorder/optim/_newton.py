@@ -55,7 +55,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module | Callable[..., Tensor],
+        criterion: nn.Module | Callable[..., Tensor] | None,
         lr: float,
         *,
         schedule: DampingSchedule,

@@ -61,6 +61,8 @@ class EACG(LayerwiseOptimizer):
             forward pass, >= 1; None: from all. a is the whole batch's.
         inverse_every: the solver's factorisations are renewed every so many steps, >= 1, and at each of the first so many.
         max_factor_elements: for a layer with n_in^2 above this, >= 0, "kfi" takes "kfi-rank-one" and "auto" "ea-isotropic".
+        max_factor_dim: layers with more outputs than this have no curvature, since H has so many rows: the fallback updates them,
+            which is said once, and a layer that leads there gets its empirical Fisher block; >= 1, None: there is no limit.
         max_step: > 0, the largest root mean square of the lengths of a layer's rows of [P, d], which lr then multiplies and
             momentum adds up; None: no bound, as in the paper.
         average: whether averages of the parameters are kept, for `averaged_parameters`.
@@ -89,7 +91,7 @@ class EACG(LayerwiseOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module | Callable[..., Tensor],
+        criterion: nn.Module | Callable[..., Tensor] | None = None,
         lr: float = 0.02,
         *,
         curvature: str | Curvature = "pch-abs",
@@ -104,6 +106,7 @@ class EACG(LayerwiseOptimizer):
         curvature_samples: int | None = None,
         inverse_every: int = 1,
         max_factor_elements: int = 2**24,
+        max_factor_dim: int | None = 4096,
         max_step: float | None = 0.25,
         average: bool = False,
         fallback: str = "sgd",
@@ -123,7 +126,8 @@ class EACG(LayerwiseOptimizer):
         super().__init__(
             model, criterion, defaults, curvature=curvature, solver=solver,
             options=SolverOptions(max_cg, eps_cg, max_factor_elements), curvature_every=curvature_every,
-            curvature_samples=curvature_samples, inverse_every=inverse_every, average=average, keep_inputs=False,
+            curvature_samples=curvature_samples, inverse_every=inverse_every,
+            max_factor_dim=max_factor_dim, average=average, keep_inputs=False,
             fallback=fallback, maximize=maximize, decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip
 

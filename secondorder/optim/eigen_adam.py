@@ -205,7 +205,7 @@ class EigenAdam(SecondOrderOptimizer):
         """Where bases are those of a bias Hessian: a tape on the model's linear layers, unless it is there."""
         if self._curvature is None or self._model is None or not self._hooked or not self._table():
             self._hessians = None
-        elif self._hessians is None or self._hessians.tape.names != linear_layers(self._model, shared=True):
+        elif self._hessians is None or self._hessians.tape.names != linear_layers(self._model):
             assert self.criterion is not None
             self._hessians = BiasHessians(type(self).__name__, self._curvature, self.criterion, self._model)
         self._schedule()
@@ -424,7 +424,6 @@ class EigenAdam(SecondOrderOptimizer):
             NonFiniteError: a gradient is NaN or inf, or so large that its square is (nonfinite="error"). Nothing has changed.
             RuntimeError: there is no gradient, or a sparse one; or, with the bias Hessian's bases, no call of the criterion was
                 recorded that leads to the gradients.
-            ValueError: with the bias Hessian's bases, a layer is called more than once in a forward pass.
         """
         loss = None
         if closure is not None:

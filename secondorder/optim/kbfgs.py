@@ -13,7 +13,7 @@ from secondorder._random import RandomState
 from secondorder._tensors import host_numbers
 from secondorder.errors import NonFiniteError
 from secondorder.optim._base import CurvatureOptimizer, check_instances
-from secondorder.optim._closure import ClosurePass, layer_input, layer_second_moment, without_parameter_gradients
+from secondorder.optim._closure import ClosurePass, kept_gradients, layer_input, layer_second_moment
 from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments
 
 _HALVINGS = 10  # of a step before it is given up
@@ -60,6 +60,8 @@ class KBFGS(CurvatureOptimizer):
             as the authors' published numbers do; the first steps are then short.
         max_increase: >= 0, relative: a step after which the loss is higher by more is halved. math.inf takes every step
             with a finite loss after it, as the authors do.
+        max_factor_dim: layers with more outputs than this, whose H_g would have so many rows, are left to the fallback, which is
+            said once; >= 1, None: there is no limit.
         fallback: what updates parameters outside of the linear layers, after the step: "sgd" (warns once) or "error".
         maximize: whether the loss is maximised: everything is then as for its negative.
         decoupled_weight_decay: False: weight_decay is part of the gradient; True: [W | b] <- (1 - lr weight_decay) [W | b] with
@@ -90,7 +92,7 @@ class KBFGS(CurvatureOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module | Callable[..., Tensor],
+        criterion: nn.Module | Callable[..., Tensor] | None = None,
         lr: float = 0.3,
         *,
         damping: float = 0.3,
@@ -99,6 +101,7 @@ class KBFGS(CurvatureOptimizer):
         weight_decay: float = 0.0,
         bias_correction: bool = True,
         max_increase: float = 0.05,
+        max_factor_dim: int | None = 4096,
         fallback: str = "sgd",
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
@@ -109,7 +112,7 @@ class KBFGS(CurvatureOptimizer):
             "lr": lr, "damping": damping, "mu1": mu1, "decay": decay, "weight_decay": weight_decay, "momentum": 0.0,
         }  # fmt: skip
         super().__init__(
-            model, criterion, defaults, diagonal=False, fallback=fallback, maximize=maximize,
+            model, criterion, defaults, diagonal=False, fallback=fallback, max_factor_dim=max_factor_dim, maximize=maximize,
             decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip
         # Means over two passes are all that is needed here, and `ClosurePass` takes them during a step.
@@ -148,13 +151,16 @@ class KBFGS(CurvatureOptimizer):
         counts: dict[nn.Linear, int] = {}
 
         def add(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            h = layer_input(layer, args, kwargs)
+            h, layer = layer_input(layer, args, kwargs), self._tape.tied.get(layer, layer)
+            if len(h) == 0:
+                return
             counts[layer] = counts.get(layer, 0) + len(h)
             moments[layer] = layer_second_moment(layer, h, h.mean(0), moments.get(layer), 1 - len(h) / counts[layer])
 
         groups = self._groups()
-        layers = [layer for layer in self._layers if layer.weight in groups]
-        handles = [layer.register_forward_hook(add, with_kwargs=True) for layer in layers]
+        layers = [layer for layer in self._layers if layer.weight in groups and layer.weight not in self._uncovered]
+        tied = [other for other, layer in self._tape.tied.items() if layer in layers]
+        handles = [layer.register_forward_hook(add, with_kwargs=True) for layer in [*layers, *tied]]
         try:
             for batch in inputs:
                 self._model(batch)
@@ -193,7 +199,7 @@ class KBFGS(CurvatureOptimizer):
         sign = -1.0 if self._maximize() else 1.0
         before = [p.grad for group in self.param_groups for p in group["params"]]
         self._zeroed[0] = False
-        with ClosurePass(list(self._layers), sign) as first:
+        with ClosurePass(self._layers, self._tape.tied, sign) as first:
             loss = first.run(closure, name)
         after = [p.grad for group in self.param_groups for p in group["params"]]
         if not self._zeroed[0] and any(g is not None and g is old for g, old in zip(after, before, strict=True)):
@@ -208,6 +214,7 @@ class KBFGS(CurvatureOptimizer):
             if self._ranks is not None:
                 value = first.average(self._ranks, self._layers, float(value), inputs=True)
             self._update(closure, value, first, random)
+        self._growth.see(value)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -219,11 +226,12 @@ class KBFGS(CurvatureOptimizer):
         self, closure: Callable[[], Tensor], loss_before: float | Tensor, first: ClosurePass, random: RandomState
     ) -> None:
         """The step from the first call's loss and records."""
+        if first.gradient and not any(first.instances(layer) for layer in first.gradient):
+            check_instances(type(self).__name__, [first.input(layer) for layer in first.gradient])
+        self._idle = {p for n in first.gradient if not first.instances(n) for p in n.parameters(recurse=False)}
         groups, gradients = self._groups(), self._gradients()
-        layers = [n for n in self._layers if n in first.gradient and n.weight in gradients]
+        layers = [n for n in self._layers if n in first.gradient and n.weight in gradients and n.weight not in self._uncovered]
         parameters = {layer: _parameters(layer, gradients) for layer in layers}
-        if layers:
-            check_instances(type(self).__name__, [first.input(layers[0])])
         others = self._fallback.updates(
             self.param_groups, gradients, [p for each in parameters.values() for p in each], self.state
         )
@@ -383,12 +391,13 @@ class KBFGS(CurvatureOptimizer):
         after = RandomState.now()
         accepted, pairs = None, {}
         try:
-            with without_parameter_gradients(self._model, self._ddp):
+            everything = dict.fromkeys([*self._model.parameters(), *(p for group in self.param_groups for p in group["params"])])
+            with kept_gradients(everything, self._ddp):
                 for halvings in range(_HALVINGS + 1):
                     for (layer, each), direction in zip(parameters.items(), directions, strict=True):
                         _move(each, before[layer], direction, [groups[p] for p in each], 0.5**halvings)
                     random.restore()
-                    trial = ClosurePass(list(self._layers), first.sign, anchored=True)
+                    trial = ClosurePass(self._layers, self._tape.tied, first.sign, parameters=False)
 
                     def run(trial: ClosurePass = trial) -> tuple[Tensor, Tensor | bool]:
                         with trial:
@@ -409,6 +418,7 @@ class KBFGS(CurvatureOptimizer):
                         layer: (trial.mean_preactivation(layer) - first.mean_preactivation(layer),
                                 trial.gradient[layer] - first.gradient[layer])
                         for layer in parameters
+                        if layer in trial.gradient and trial.instances(layer)  # else it was left out by chance
                     }  # fmt: skip
                     # A saturated unit hides an infinite weight from the loss.
                     sizes = torch._foreach_norm([p for each in parameters.values() for p in each if p.numel()], math.inf)

@@ -67,7 +67,7 @@ class KBFGSL(KBFGS):
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module | Callable[..., Tensor],
+        criterion: nn.Module | Callable[..., Tensor] | None = None,
         lr: float = 0.3,
         *,
         damping: float = 0.3,
@@ -85,7 +85,7 @@ class KBFGSL(KBFGS):
         check_arguments(type(self).__name__, [("memory", memory, memory >= 1, ">= 1")])
         super().__init__(
             model, criterion, lr, damping=damping, mu1=mu1, decay=decay, weight_decay=weight_decay,
-            bias_correction=bias_correction, max_increase=max_increase, fallback=fallback, maximize=maximize,
+            bias_correction=bias_correction, max_increase=max_increase, max_factor_dim=None, fallback=fallback, maximize=maximize,
             decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip
         self._memory = memory

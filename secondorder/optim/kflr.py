@@ -39,6 +39,8 @@ class KFLR(KFRA):
             of every forward pass, >= 1; None: from all.
         inverse_every: the inverses are renewed every so many steps, >= 1, and at each of the first so many.
         max_factor_elements: for a layer with n_in^2 above this, >= 0, "kfi" takes "kfi-rank-one" and "auto" "ea-isotropic".
+        max_factor_dim: layers with more outputs than this have no curvature, since H has so many rows: the fallback updates them,
+            which is said once, and a layer that leads there gets its empirical Fisher block; >= 1, None: there is no limit.
         subsample: the fraction of the batch that the quadratic model is evaluated on, in (0, 1]; at least 100 instances with 500
             outputs, and the whole batch where its rows are no instances by themselves.
         average: whether averages of the parameters are kept, for `averaged_parameters`.
@@ -62,7 +64,7 @@ class KFLR(KFRA):
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module | Callable[..., Tensor],
+        criterion: nn.Module | Callable[..., Tensor] | None = None,
         lr: float = 1.0,
         *,
         curvature: str | Curvature = "kflr",
@@ -74,6 +76,7 @@ class KFLR(KFRA):
         curvature_samples: int | None = None,
         inverse_every: int = 1,
         max_factor_elements: int = 2**24,
+        max_factor_dim: int | None = 4096,
         subsample: float = 1.0,
         average: bool = True,
         fallback: str = "sgd",
@@ -83,6 +86,6 @@ class KFLR(KFRA):
         super().__init__(
             model, criterion, lr, curvature=curvature, solver=solver, tau=tau, gamma=gamma, weight_decay=weight_decay,
             factor_decay=factor_decay, curvature_samples=curvature_samples, inverse_every=inverse_every,
-            max_factor_elements=max_factor_elements, subsample=subsample, average=average, fallback=fallback, maximize=maximize,
-            nonfinite=nonfinite,
+            max_factor_dim=max_factor_dim, max_factor_elements=max_factor_elements, subsample=subsample, average=average,
+            fallback=fallback, maximize=maximize, nonfinite=nonfinite,
         )  # fmt: skip

@@ -54,6 +54,8 @@ class LayerwiseNewton(NewtonOptimizer):
             forward pass, >= 1; None: from all. E[h] is the whole batch's.
         inverse_every: the solver's factorisations are renewed every so many steps, >= 1, and at each of the first so many.
         max_factor_elements: for a layer with n_in^2 above this, >= 0, "kfi" takes "kfi-rank-one" and "auto" "ea-isotropic".
+        max_factor_dim: layers with more outputs than this have no curvature, since H has so many rows: the fallback updates them,
+            which is said once, and a layer that leads there gets its empirical Fisher block; >= 1, None: there is no limit.
         damping: where tau starts, relative to the first loss, > 0; it stays above a tenth of that, and above more where steps do
             not generalise (`secondorder.stepping.LossTrend`). None: 250 / m^2 for m instances, from 1e-4 to 1.
         subsample: the fraction of the batch that the quadratic model is evaluated on, in (0, 1]; at least 100 instances with 500
@@ -79,7 +81,7 @@ class LayerwiseNewton(NewtonOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module | Callable[..., Tensor],
+        criterion: nn.Module | Callable[..., Tensor] | None = None,
         lr: float = 1.0,
         *,
         curvature: str | Curvature = "pch-abs",
@@ -92,6 +94,7 @@ class LayerwiseNewton(NewtonOptimizer):
         curvature_samples: int | None = None,
         inverse_every: int = 5,
         max_factor_elements: int = 2**24,
+        max_factor_dim: int | None = 4096,
         damping: float | None = None,
         subsample: float = 0.25,
         average: bool = False,
@@ -104,6 +107,6 @@ class LayerwiseNewton(NewtonOptimizer):
             model, criterion, lr, curvature=curvature, solver=solver,
             options=SolverOptions(max_cg, eps_cg, max_factor_elements), weight_decay=weight_decay, factor_decay=factor_decay,
             curvature_every=curvature_every, curvature_samples=curvature_samples, inverse_every=inverse_every,
-            schedule=DampingSchedule(tau=damping, floor=0.1, momentum=True, every=1), subsample=subsample, average=average,
-            fallback=fallback, maximize=maximize, nonfinite=nonfinite,
+            max_factor_dim=max_factor_dim, schedule=DampingSchedule(tau=damping, floor=0.1, momentum=True, every=1),
+            subsample=subsample, average=average, fallback=fallback, maximize=maximize, nonfinite=nonfinite,
         )  # fmt: skip

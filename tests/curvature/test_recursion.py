@@ -364,15 +364,6 @@ def test_what_is_not_elementwise_is_probed_once(monkeypatch):
     assert all(record.obstacle for record in tape.records() if record.layer is model[0])
 
 
-def test_a_layer_called_twice_is_refused():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh()).double()
-    criterion = nn.MSELoss()
-    tape = Tape({model[0]: "0"}, criterion, diagonal=True)
-    criterion(model(model(torch.randn(3, 4).double())), torch.zeros(3, 4).double()).backward()
-    with pytest.raises(ValueError, match="'0' is called more than once"):
-        tape.records()
-
-
 def test_pos_eig_of_the_output_hessian():
     criterion, model = BoundedClassificationLoss(), nn.Linear(3, 4).double()
     x, y = torch.randn(5, 3).double(), torch.randint(4, (5,))

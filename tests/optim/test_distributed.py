@@ -29,8 +29,26 @@ CRITERIA = {"cross-entropy": nn.CrossEntropyLoss, "eq14": so.criteria.BoundedCla
 STEPS = 4
 
 
-def network(norm=False):
+class Experts(nn.Module):
+    """Every instance by one of three nets: often a rank has none for the last one, and now and then all have none."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)) for _ in range(3))
+
+    def forward(self, x):
+        chosen, z = (x[:, 0] > 0).long() + (x[:, 0] > 1.2), x.new_zeros(len(x), 3)
+        for i, expert in enumerate(self.experts):
+            rows = (chosen == i).nonzero().squeeze(1)
+            z = z.index_add(0, rows, expert(x[rows]))
+        return z
+
+
+def network(kind=False):
     torch.manual_seed(1)
+    if kind == "experts":
+        return Experts().double()
+    norm = kind
     layers = [nn.Linear(5, 7), nn.LayerNorm(7) if norm else nn.Tanh(), nn.Tanh(), nn.Linear(7, 4), nn.Mish(), nn.Linear(4, 3)]
     return nn.Sequential(*layers).double()
 
@@ -99,6 +117,8 @@ def cases():
     for layout in LAYOUTS:
         yield "EACG", layout, "eq14", False
         yield "EACG", layout, "cross-entropy", True
+    for name in ("EACG", "LayerwiseNewton", "EACG-kfi", "EACG-empirical", "KFLR", "KBFGS"):
+        yield name, "even", "cross-entropy", "experts"
 
 
 def worker(rank, ranks, folder):

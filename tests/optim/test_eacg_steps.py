@@ -576,9 +576,10 @@ def test_copies_of_the_model_are_not_recorded():
 
 def test_hooks_go_with_the_optimizer():
     criterion, model, (x, y) = nn.CrossEntropyLoss(), network(), batch()
-    hooks = lambda: sum(len(m._forward_hooks) for m in [*model.modules(), criterion])  # noqa: E731
+    traces = {"forward", "_compiled_call_impl"}
+    hooks = lambda: sum(len(traces & vars(m).keys()) for m in [*model.modules(), criterion])  # noqa: E731
     optimizer = so.LayerwiseNewton(model, criterion)
-    assert hooks() == 5
+    assert hooks() == 6
     optimizer.remove_hooks()
     assert hooks() == 0
     optimizer = so.LayerwiseNewton(model, criterion)
@@ -679,11 +680,8 @@ def test_bad_models_and_criteria():
         so.LayerwiseNewton(network().half(), criterion)
     tied = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     tied[2].weight = tied[0].weight
-    with pytest.raises(ValueError, match=r"'0.weight' and '2.weight' are one parameter"):
+    with pytest.raises(ValueError, match="the weight of layer '0' is shared by '0' and '2', which are not all nn.Linear"):
         so.LayerwiseNewton(tied, criterion)
-    shared = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match="are one parameter"):
-        so.LayerwiseNewton(nn.Sequential(shared, nn.Tanh(), shared), criterion)
 
 
 def test_bad_loops():
@@ -697,10 +695,6 @@ def test_bad_loops():
     with pytest.raises(ValueError, match=r"expected the criterion .* to return a scalar, got shape \(8,\)"):
         vector = nn.CrossEntropyLoss(reduction="none")
         one_step(model, vector, so.LayerwiseNewton(model, vector), x, y)
-    loop = nn.Linear(5, 5).double()
-    recurrent = so.LayerwiseNewton(loop, nn.MSELoss())
-    with pytest.raises(ValueError, match="called more than once"):
-        one_step(lambda x: loop(torch.tanh(loop(x))), recurrent.criterion, recurrent, x, x)
 
 
 def test_a_non_elementwise_function_warns_once_and_trains():
@@ -800,28 +794,6 @@ def test_an_empty_batch_may_be_evaluated(criterion):
         so.EACG(model, criterion, 0.1, curvature=curvature)
         output = model(x[:0])
         criterion(output, y[:0] if isinstance(criterion, nn.CrossEntropyLoss) else torch.zeros_like(output)).backward()
-
-
-def test_a_branch_without_instances_is_a_step_to_skip():
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
-
-        def forward(self, x):
-            return torch.cat([self.first(x[:0]), self.second(x)])
-
-    torch.manual_seed(0)
-    for swapped in (False, True):
-        model, criterion = Experts(), nn.MSELoss()
-        if swapped:
-            model.first, model.second = model.second, model.first
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            optimizer = so.EACG(model, criterion, 0.1, nonfinite="skip")
-            criterion(model(torch.randn(5, 3)), torch.randn(5, 2)).backward()
-            optimizer.step()
-        assert optimizer.skipped_steps == 1
 
 
 @pytest.mark.parametrize("solver", ["ea-cg", "kron-cg"])

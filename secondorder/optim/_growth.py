@@ -1,0 +1,66 @@
+"""A loss that grows a thousandfold, said once in a warning: an error would end the training of nets that compete, as in a GAN."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secondorder._warnings import warn
+
+_FACTOR, _DECAY = 1000.0, 0.9
+
+
+class LossGrowth:
+    """Watches the average of the losses, bias-corrected and with a decay of 0.9.
+
+    It warns where that is a thousand times its lowest value, and above the first loss: a net that fits its batches to rounding
+    may well meet one that is a thousand times worse.
+
+    Args:
+        owner: the optimizer's name, for the message.
+    """
+
+    def __init__(self, owner: str):
+        self.owner = owner
+        self.steps, self.average, self.first, self.lowest = 0, 0.0, math.nan, math.inf
+        self.said = False
+        self._report: tuple[Tensor, Any] | None = None  # a loss on its way to the host, and the event of its arrival
+
+    def see(self, loss: Tensor | float) -> None:
+        """Takes the loss of a step; one that is not finite, or of what may be negative, says nothing.
+
+        Of a tensor on a GPU the value is taken at one of the next calls, when it no longer waits for the device.
+        """
+        if isinstance(loss, Tensor):
+            loss = self._arrived(loss.detach()) if loss.is_cuda else float(loss)
+        if self.said or not math.isfinite(loss):
+            return
+        self.steps += 1
+        self.average = _DECAY * self.average + (1 - _DECAY) * loss
+        now = self.average / (1 - _DECAY**self.steps)
+        if self.steps == 1:
+            self.first = loss
+        self.lowest = min(self.lowest, now)
+        if self.lowest > 0 and now > _FACTOR * self.lowest and now > self.first:
+            self.said = True
+            warn(
+                f"the loss of {self.owner}, {now:.3g} on the average of the last steps, has grown a thousandfold from "
+                f"{self.lowest:.3g}: steps are too long; lower lr, or raise the damping"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is on its way."""
+        return {**self.__dict__, "_report": None}
+
+    def _arrived(self, loss: Tensor) -> float:
+        """Sends a loss on its way to the host; returns the one before, NaN where it is not there yet."""
+        before, self._report = self._report, None
+        if before is not None and not before[1].query():
+            self._report = before
+            return math.nan
+        copy = torch.empty((), dtype=loss.dtype, device="cpu", pin_memory=True).copy_(loss.reshape(()), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._report = copy, event
+        return math.nan if before is None else float(before[0])

@@ -1,0 +1,251 @@
+"""Models and criteria that no curvature covers as a whole: the rest trains, or an error says why."""
+
+import warnings
+
+import pytest
+import torch
+from helpers.optimizers import ALL, FIXED, parameters
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+
+import secondorder as so
+from secondorder.criteria import autograd
+
+every = pytest.mark.parametrize("name", ALL)
+fixed = pytest.mark.parametrize("name", FIXED)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def batch():
+    torch.manual_seed(1)
+    return torch.randn(10, 4).double(), torch.randint(3, (10,))
+
+
+def run(model, optimizer, loss=None, steps=1):
+    x, y = batch()
+    losses = []
+    for _ in range(steps):
+
+        def closure():
+            optimizer.zero_grad()
+            value = optimizer.criterion(model(x), y) if loss is None else loss()
+            value.backward()
+            return value
+
+        losses.append(float(optimizer.step(closure)))
+    return losses
+
+
+CHANGES = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+}
+
+
+@fixed
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_layer_that_computes_its_weight_gets_the_fallback_and_says_why(name, how):
+    model = network()
+    CHANGES[how](model[2])
+    optimizer = ALL[name](model, nn.CrossEntropyLoss())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        losses = run(model, optimizer, steps=6)
+    assert losses[-1] < losses[0]
+    (said,) = [str(w.message) for w in caught if "fallback" in str(w.message)]
+    assert "layer '2' computes its weight from other parameters" in said
+
+
+@every
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_layer_that_is_changed_after_construction_is_an_error(name, how):
+    model = network()
+    optimizer = ALL[name](model, nn.CrossEntropyLoss())
+    run(model, optimizer)
+    CHANGES[how](model[2])
+    before = parameters(model)
+    with pytest.raises(RuntimeError, match="layer '2' has been given a parametrization, norm or pruning mask since"):
+        run(model, optimizer)
+    assert torch.equal(parameters(model), before)
+
+
+def test_nets_of_such_layers_alone_are_refused_with_the_reason():
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 2)))
+    with pytest.raises(ValueError, match="layer '0' computes its weight from other parameters .*EigenAdam trains any model"):
+        so.EACG(model, nn.MSELoss())
+    with pytest.raises(ValueError, match="got the lazy '0'; call the model once first"):
+        so.EACG(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), nn.MSELoss())
+
+
+class Weighted(nn.Module):
+    """A criterion with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.logs = nn.Parameter(torch.full((3,), 0.2).double())
+
+    def forward(self, output, target):
+        hot = nn.functional.one_hot(target, 3)
+        return ((output - hot) ** 2 * torch.exp(-self.logs) + self.logs).mean()
+
+
+@pytest.mark.parametrize("name", [name for name in FIXED if name != "KFAC-lr"])  # whose criterion is a likelihood
+@pytest.mark.parametrize("group", [False, True])
+def test_parameters_of_the_criterion_get_the_fallback(name, group):
+    model, criterion = network(), Weighted()
+    options = {"max_increase": float("inf")} if name.startswith("KBFGS") else {}
+    optimizer = ALL[name](model, criterion, weight_decay=0.0, **options)
+    lr = 0.1
+    if group:
+        lr = 0.05
+        optimizer.add_param_group({"params": criterion.parameters(), "lr": lr})
+    x, y = batch()
+    (gradient,) = torch.autograd.grad(criterion(model(x), y), criterion.logs)
+    with pytest.warns(UserWarning, match="'criterion.logs'.* updated by the fallback"):
+        run(model, optimizer)
+    torch.testing.assert_close(criterion.logs.detach(), 0.2 - lr * gradient)
+    with pytest.raises(ValueError, match="parameters of the model, or of the criterion"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+def test_a_quadratic_model_leaves_the_parameters_of_the_criterion_to_others_and_says_so():
+    with pytest.warns(UserWarning, match="'criterion.logs', are not trained by LayerwiseNewton"):
+        optimizer = so.LayerwiseNewton(network(), Weighted())
+    assert run(optimizer._model, optimizer, steps=4)[-1] < 1
+
+
+def test_reasons_for_what_no_recorded_loss_reaches():
+    trunk, heads, criterion = network()[:4], nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 2)]).double(), nn.CrossEntropyLoss()
+    model, (x, y) = nn.ModuleList([trunk, heads]), batch()
+    optimizer = so.EACG(model, criterion)
+
+    def loss():
+        h = trunk(x)
+        return criterion(heads[0](h), y) + heads[1](h).square().mean()  # with a criterion of its own
+
+    with pytest.warns(UserWarning, match=r"'1\.1\.weight', '1\.1\.bias' \(no recorded loss depends on what its layer returns\)"):
+        run(model, optimizer, loss)
+
+
+@every
+def test_an_ensemble_of_other_parameters_leaves_no_gradients(name):
+    model, (x, y) = network(), batch()
+    optimizer = ALL[name](model, nn.CrossEntropyLoss())
+    stacked = {n: p.detach().requires_grad_() for n, p in stack_module_state([network() for _ in range(2)])[0].items()}
+
+    def loss():
+        outputs = vmap(lambda p: functional_call(model, p, (x,)))(stacked)
+        return nn.functional.cross_entropy(outputs.flatten(0, 1), y.repeat(2))
+
+    with pytest.raises(RuntimeError, match="They must be those of the model.s own parameters: a functional_call with others"):
+        run(model, optimizer, loss)
+
+
+@every
+def test_parameters_instead_of_a_model_give_the_recipe(name):
+    cls = type(ALL[name](network(), nn.CrossEntropyLoss()))
+    with pytest.raises(TypeError, match=rf"optimizer=lambda params, \*\*options: secondorder.{cls.__name__}\(net.module_, "):
+        cls(network().parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="expected criterion to be an nn.Module or a function .* got none"):
+        cls(network())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["EACG", "LayerwiseNewton", "KFLR"])
+def test_checkpoints(name, reentrant):
+    model, (x, y) = network(), batch()
+    optimizer = ALL[name](model, nn.CrossEntropyLoss())
+    whole = nn.Module()
+    x.requires_grad_()
+
+    def loss():
+        return optimizer.criterion(model[4](checkpoint(model[:4], x, use_reentrant=reentrant)), y)
+
+    if reentrant:
+        with pytest.raises(RuntimeError, match="layer '0' is inside a checkpoint of the reentrant kind.*use_reentrant=False"):
+            run(whole, optimizer, loss)
+    elif name == "EACG":
+        run(whole, optimizer, loss)
+        plain = network()
+        run(plain, ALL[name](plain, nn.CrossEntropyLoss()))
+        torch.testing.assert_close(parameters(model), parameters(plain))
+
+
+@every
+def test_layers_wider_than_the_limit_get_the_fallback_and_say_so(name):
+    if name == "KBFGSL":
+        return  # its factor of the outputs has no more than `memory` rows
+    model = network()
+    optimizer = ALL[name](model, nn.CrossEntropyLoss(), max_factor_dim=5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        losses = run(model, optimizer, steps=5)
+    assert losses[-1] < losses[0]
+    said = [str(w.message) for w in caught]
+    assert sum("layer '2' has 6 outputs, more than max_factor_dim = 5" in message for message in said) == 1
+    assert "2 (5 -> 6): no curvature" in repr(optimizer)
+    key = "inverse_output" if name.startswith("KBFGS") else "factors"
+    assert [key in optimizer.state.get(layer.weight, {}) for layer in (model[0], model[2], model[4])] == [True, False, True]
+    with pytest.raises(ValueError, match="max_factor_dim >= 1 or None"):
+        ALL[name](network(), nn.CrossEntropyLoss(), max_factor_dim=0)
+
+
+def test_below_a_wide_layer_the_recursion_starts_from_the_fisher_block():
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 40)).double(), batch()
+    optimizer = so.EACG(model, nn.CrossEntropyLoss(), max_factor_dim=39)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(model, optimizer)
+    assert any("leads to layer '2', which is too wide for a curvature" in str(w.message) for w in caught)
+    torch.manual_seed(0)
+    again = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 40)).double()
+    z = again[0](x).detach().requires_grad_()
+    (deltas,) = torch.autograd.grad(nn.functional.cross_entropy(again[1:](z), y), z)
+    torch.testing.assert_close(optimizer.state[model[0].weight]["factors"]["bias_hessian"], 10 * deltas.T @ deltas)
+
+
+def test_the_empirical_fisher_matrix_needs_no_double_backward(monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("double backward")
+
+    monkeypatch.setattr(autograd, "autograd_hessian", forbidden)
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(4, 5), nn.Mish(), nn.Linear(5, 6)).double(), nn.CTCLoss()
+    optimizer = so.EACG(model, criterion, curvature="fisher-empirical")
+    x, y = torch.randn(9, 2, 4).double(), torch.randint(1, 6, (2, 3))
+    lengths = torch.tensor([9, 9]), torch.tensor([3, 3])
+    losses = run(model, optimizer, lambda: criterion(model(x).log_softmax(-1), y, *lengths), 10)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["EACG", "EACG-exact", "KFLR"])
+def test_a_loss_that_grows_a_thousandfold_is_said_once(name):
+    model = network()
+    optimizer = ALL[name](model, nn.MSELoss())
+    x, _ = batch()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for factor in (1.0, 1.0, 10.0, 100.0, 1e4, 1e5, 1e6):
+            target = factor * torch.ones(10, 3).double()
+            run(model, optimizer, lambda target=target: optimizer.criterion(model(x), target))
+    assert sum("has grown a thousandfold" in str(w.message) for w in caught) == 1
+
+
+def test_noise_of_a_net_that_fits_everything_is_no_growth():
+    growth = so.optim._growth.LossGrowth("EACG")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for loss in [1.0, 0.1, *[1e-9] * 50, 0.5, *[1e-9] * 50, float("nan"), 0.9]:
+            growth.see(loss)
+        signs = so.optim._growth.LossGrowth("EACG")
+        for loss in (-1.0, 1.0, 5000.0):  # a likelihood may be of either sign
+            signs.see(loss)
