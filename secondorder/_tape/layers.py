@@ -61,9 +61,14 @@ def connect(record: LayerRecord, records: dict[nn.Linear, LayerRecord], repeated
     links = [c for c in consumers if isinstance(c, Link)]
     if not links:
         record.losses = [c for c in consumers if isinstance(c, LossCall)]
-        # Several losses of one output add up, and so do their Hessians.
-        if any(loss.hessian is None for loss in record.losses):
+        # Several losses of one output add up, and so do their Hessians; one that is zero adds nothing.
+        curved = [loss for loss in record.losses if not loss.flat]
+        if record.losses and not curved:
+            record.losses, record.obstacle = [], "enters a criterion whose Hessian is zero"
+        elif any(loss.hessian is None for loss in curved):
             record.losses, record.obstacle = [], "enters the criterion together with other linear layers' outputs"
+        else:
+            record.losses = curved
     elif len(consumers) > len(record.calls) or len(links) < len(consumers) or len({link.target for link in links}) > 1:
         record.obstacle = "is used in several places"
     elif any(link.map is None for link in links):

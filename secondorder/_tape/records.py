@@ -114,6 +114,7 @@ class LossCall:
     hessian: OutputHessian | None  # w.r.t. the source's output; None if there are several
     loss: Tensor  # the scalar it returned, detached
     mean: bool  # whether it is a mean over instances, rather than their sum
+    flat: bool = False  # whether that Hessian is zero, as an absolute value's: then it is None
     instances: int | None = None  # rows of its sources, where they agree: a layer before a pooling has more rows than the loss
     arguments: CriterionArguments | None = None  # of the criterion, where evaluating it anew is provided for
     blocks: dict[LayerCall, Tensor] = field(default_factory=dict)  # sum of delta delta^T [n_out, n_out] over its columns

@@ -313,7 +313,11 @@ class Tape:
                 call.hessian = analytic_hessian(criterion, output.detach(), *args[1:], **kwargs)
             if call.hessian is None:
                 with self.muted():
-                    call.hessian = autograd_hessian(loss, nodes[0])
+                    hessian = autograd_hessian(loss, nodes[0])
+                call.flat = not bool(hessian.values.any())
+                call.hessian = None if call.flat else hessian
+                if call.flat:
+                    self._keep_gradient(nodes[0])
         else:
             for node in nodes:
                 self._keep_gradient(node)

@@ -38,7 +38,7 @@ def run(model, optimizer, loss=None, steps=1):
             value.backward()
             return value
 
-        losses.append(float(optimizer.step(closure)))
+        losses.append(float(optimizer.step(closure).detach()))
     return losses
 
 
@@ -249,3 +249,39 @@ def test_noise_of_a_net_that_fits_everything_is_no_growth():
         signs = so.optim._growth.LossGrowth("EACG")
         for loss in (-1.0, 1.0, 5000.0):  # a likelihood may be of either sign
             signs.see(loss)
+
+
+def last_block(model, criterion, loss, curvature):
+    """The bias Hessian of a net's last layer after a step of no length."""
+    optimizer = so.EACG(model, criterion, lr=0.0, curvature=curvature)
+    loss().backward()
+    optimizer.step()
+    optimizer.remove_hooks()
+    model.zero_grad()
+    return optimizer.state[model[-1].weight]["factors"]["bias_hessian"]
+
+
+@pytest.mark.parametrize("curvature", ["pch-abs", "gauss-newton"])
+def test_a_criterion_without_curvature_gives_the_empirical_fisher_block_and_says_so(curvature):
+    """Absolute values bend nowhere: the last layer has E[delta delta^T], and the recursion goes on from there."""
+    torch.manual_seed(0)
+    x, y, criterion = torch.randn(7, 4).double(), torch.randn(7, 3).double(), nn.L1Loss()
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    with pytest.warns(UserWarning, match="layer '2' enters a criterion whose Hessian is zero"):
+        block = last_block(model, criterion, lambda: criterion(model(x), y), curvature)
+    # Of each instance delta = sign(z - y) / (7 * 3) for the mean; 7 times that is its own loss' gradient.
+    delta = torch.sign(model(x).detach() - y) / 3
+    torch.testing.assert_close(block, delta.T @ delta / 7)
+
+
+def test_beside_a_criterion_with_curvature_one_without_adds_nothing():
+    torch.manual_seed(0)
+    x, y, model = torch.randn(7, 4).double(), torch.randn(7, 3).double(), nn.Sequential(nn.Linear(4, 3)).double()
+    criterion = so.criteria.FunctionCriterion(lambda z, t, kind: kind(z, t))
+
+    def loss(weight):
+        z = model(x)
+        squares, values = criterion(z, y, nn.functional.mse_loss), criterion(z, y, nn.functional.l1_loss)
+        return squares + weight * values if weight else squares
+
+    torch.testing.assert_close(*(last_block(model, criterion, lambda w=w: loss(w), "pch-abs") for w in (0.0, 0.3)))
