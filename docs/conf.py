@@ -56,6 +56,7 @@ docs/api/criteria
 docs/api/ops
 docs/api/diagnostics
 docs/native
+docs/situations
 ```
 ```{toctree}
 :hidden:
