@@ -70,11 +70,16 @@ class Link:
 
 @dataclass(eq=False, slots=True)
 class ModelCall:
-    """The arguments of one call of the model, detached, and what else it began from."""
+    """The arguments and the outputs of one call of the model, detached, and what else it began from."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     state: ForwardState
+    outputs: list[Any]  # the leaves
+
+    def release(self) -> None:
+        """Forgets them: a graph that is held keeps the call itself."""
+        self.args, self.kwargs, self.outputs = (), {}, []
 
 
 @dataclass(eq=False, slots=True)
@@ -131,5 +136,7 @@ class LossCall:
     def clear(self, release: bool) -> None:
         """Forgets the backward passes; with `release` the forward pass, too."""
         self.scale, self.released = None, release
-        if release:
+        if release and self.arguments is not None:
+            if self.arguments.model is not None:
+                self.arguments.model.release()
             self.arguments = None

@@ -195,11 +195,12 @@ class Tape:
         if begin is None:
             return
         self._written = (self._written or set()) | begin.written()
-        call = ModelCall(_detached(args), _detached(kwargs), begin)
-        for position, leaf in enumerate(tree_leaves(output)):
+        leaves = tree_leaves(output)
+        call = ModelCall(_detached(args), _detached(kwargs), begin, _detached(leaves))
+        for position, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                 made = metadata(leaf.grad_fn).setdefault(self._key + ".model", {})
-                made[leaf.output_nr] = (call, position), leaf.detach()
+                made[leaf.output_nr] = call, position
 
     def _criterion_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any], sources: list[Node]) -> CriterionArguments:
         """What evaluating the criterion anew takes."""
@@ -211,7 +212,12 @@ class Tape:
             source: LayerCall = metadata(node)[self._key]
             found = find_way(leaves[trained[0]], lambda n, _: (None, source.preactivation()) if n is node else None)
             arguments.from_layer = None if found is None else found[1]
-        ways = [find_way(leaves[k], lambda n, number: metadata(n).get(self._key + ".model", {}).get(number)) for k in trained]
+
+        def output_of_the_model(node: Node, number: int) -> tuple[tuple[ModelCall, int], Tensor] | None:
+            made = metadata(node).get(self._key + ".model", {}).get(number)
+            return None if made is None or not made[0].outputs else (made, made[0].outputs[made[1]])
+
+        ways = [find_way(leaves[k], output_of_the_model) for k in trained]
         calls = {way[0][0] for way in ways if way is not None}
         if len(calls) == 1 and all(way is not None for way in ways):
             (arguments.model,) = calls

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secondorder._tape import KnownActivation, LossCall, activation_function, derivatives
-from secondorder._tensors import to_compute_dtype
+from secondorder._tensors import flatten_batch, to_compute_dtype
 
 
 @dataclass
@@ -89,4 +89,4 @@ def linear_chain(loss: LossCall, parameters: list[Tensor]) -> LinearChain | None
 
 
 def _flat(t: Tensor) -> Tensor:
-    return to_compute_dtype(t.reshape(-1, t.shape[-1]))
+    return to_compute_dtype(flatten_batch([t]))

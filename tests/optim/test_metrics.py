@@ -129,7 +129,7 @@ def test_layerwise_newton_tells_what_multiplies_the_step_before():
     assert (metrics["damping"], metrics["ratio"]) == (group["tau"], group["rho"])
 
 
-@pytest.mark.filterwarnings("ignore:secondorder: the loss of KBFGS")  # it grows a thousandfold
+@pytest.mark.filterwarnings("ignore:secondorder. the loss of KBFGS")  # it grows a thousandfold
 def test_kbfgs_tells_the_means_of_its_counts():
     model, optimizer, criterion = made("KBFGS", lr=30.0, max_increase=0.0)
     train(model, optimizer, criterion, range(5))
