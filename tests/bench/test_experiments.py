@@ -159,6 +159,7 @@ def test_the_names_of_methods_and_problems_are_keys():
                 assert len({item.name for item in named}) == len(named)
 
 
+@pytest.mark.filterwarnings("ignore:secondorder. the loss of EACG")  # without a bound it diverges
 def test_the_table_of_scales(tmp_path, capsys):
     pytest.importorskip("sklearn")
     pytest.importorskip("plotnine")
