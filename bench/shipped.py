@@ -95,3 +95,23 @@ def photograph(side: int) -> Dataset:
     points = torch.cartesian_prod(steps, steps)
     black = ((torch.arange(side)[:, None] + torch.arange(side)) % 2 == 0).flatten()
     return Dataset("a photograph of scikit-learn", points[black], pixels[black], points[~black], pixels[~black])
+
+
+@lru_cache
+def text() -> tuple[Tensor, str]:
+    """The descriptions of scikit-learn's tables, some 20,000 characters: their codes [n], and what each code stands for."""
+    from sklearn import datasets
+
+    tables = ("breast_cancer", "diabetes", "digits", "iris", "linnerud", "wine")
+    written = "".join(getattr(datasets, f"load_{name}")().DESCR for name in tables)
+    letters = "".join(sorted(set(written)))
+    return torch.tensor([letters.index(letter) for letter in written]), letters
+
+
+@lru_cache
+def moons() -> tuple[Tensor, Tensor]:
+    """Points of two half circles in the plane [n, 2]: 1,600 to train on, 400 to test."""
+    from sklearn.datasets import make_moons
+
+    points = torch.tensor(make_moons(2000, noise=0.05, random_state=0)[0], dtype=torch.float32)
+    return points[:1600], points[1600:]

@@ -3,6 +3,15 @@
 Real data that packages ship, seconds of one core each.
 """
 
-from bench.experiments.everyday import fields, games, images, sequences, tables
+from bench.experiments.everyday import densities, fields, games, images, sequences, structures, tables, text
 
-SCRIPTS = [*images.SCRIPTS, *tables.SCRIPTS, *sequences.SCRIPTS, *fields.SCRIPTS, *games.SCRIPTS]
+SCRIPTS = [
+    *images.SCRIPTS,
+    *tables.SCRIPTS,
+    *sequences.SCRIPTS,
+    *fields.SCRIPTS,
+    *games.SCRIPTS,
+    *text.SCRIPTS,
+    *densities.SCRIPTS,
+    *structures.SCRIPTS,
+]
