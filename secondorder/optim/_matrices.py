@@ -1,4 +1,4 @@
-"""The parameters of a model as matrices [n, p]: the bias that belongs to each, and the inputs that it is multiplied with."""
+"""Parameters as matrices [n, p]: the bias that belongs to each, its values, and the inputs that it is multiplied with."""
 
 import math
 import weakref
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from secondorder._tensors import compute_dtype
 
 # Modules whose weight [n_out, n_in, ...] multiplies their one input, as rows.
 _LINEAR = (nn.Linear,)
@@ -44,6 +46,11 @@ class Matrix:
             return 1, self.weight.numel()
         n = self.weight.shape[0]
         return n, self.weight.numel() // max(n, 1)
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it has with its bias."""
+        return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
 
 
 def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matrix]:
@@ -84,6 +91,63 @@ def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matr
         eigen = p.dim() >= 2 and (p in users or (min(n, width) > 1 and p not in tables))
         found.append(Matrix(p, biases.get(p), name, eigen, users.get(p, [])))
     return found
+
+
+def checked_dtype(owner: str, present: list[Matrix]) -> torch.dtype:
+    """What all parameters are computed in, once they and their gradients are known to be what can be computed with.
+
+    Args:
+        owner: who asks, for the error.
+        present: the matrices that have a gradient.
+
+    Raises:
+        RuntimeError: they are on several devices or of several dtypes, expanded, or have sparse gradients.
+    """
+    first = present[0]
+    dtype = compute_dtype(first.weight.dtype)
+    for matrix in present:
+        for p in (matrix.weight, matrix.bias):
+            if p is None:
+                continue
+            if p.device != first.weight.device:
+                raise RuntimeError(
+                    f"{owner}: expected all parameters on one device, got {first.name!r} on {first.weight.device} and "
+                    f"{matrix.name!r} on {p.device}"
+                )
+            if compute_dtype(p.dtype) is not dtype:
+                raise RuntimeError(
+                    f"{owner}: expected all parameters of one dtype, 16-bit ones counting as float32, got "
+                    f"{first.weight.dtype} and {p.dtype}"
+                )
+            if not p.is_contiguous() and any(
+                stride == 0 < length - 1 for stride, length in zip(p.stride(), p.shape, strict=True)
+            ):
+                raise RuntimeError(f"{owner}: expected parameters with memory of their own, got expanded {matrix.name!r}")
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                raise RuntimeError(f"{owner}: expected dense gradients, got a sparse one for {matrix.name!r}; use sparse=False")
+    return dtype
+
+
+def values(p: Tensor, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    """A parameter's values as a contiguous matrix or vector that is written to: itself, or else a copy."""
+    if p.dtype is dtype and p.is_contiguous():
+        return p if p.shape == shape else p.detach().view(*shape)
+    return p.detach().to(dtype).contiguous().view(*shape)
+
+
+def write_back(p: Tensor, copy: Tensor) -> None:
+    """Gives a parameter the values that a copy of it was given."""
+    if copy.data_ptr() != p.data_ptr():
+        p.copy_(copy.view(p.shape))
+
+
+def gradient_of(p: Tensor, shape: Iterable[int], dtype: torch.dtype, sign: int) -> Tensor:
+    """The gradient of what is minimised, as a matrix or vector; zeros where there is none."""
+    if p.grad is None:
+        return torch.zeros(*shape, dtype=dtype, device=p.device)
+    g = p.grad.to(dtype)
+    g = g if g.shape == shape else g.reshape(*shape)
+    return -g if sign < 0 else g
 
 
 def _multiplies(module: nn.Module) -> bool:

@@ -13,13 +13,34 @@ from torch.nn.parallel import DistributedDataParallel
 from secondorder import ops
 from secondorder._layers import linear_layers
 from secondorder._tape.hooks import remove_handles
-from secondorder._tensors import compute_dtype, device_for
+from secondorder._tensors import compute_dtype
 from secondorder._warnings import warn
 from secondorder.criteria import FunctionCriterion
 from secondorder.curvature import CURVATURES, Curvature, curvature_by_name
 from secondorder.errors import NonFiniteError
 from secondorder.optim._bias_hessians import BiasHessians
-from secondorder.optim._matrices import InputHook, Matrix, input_rows, is_plain, matrices
+from secondorder.optim._eigen_state import (
+    LAST_SLOPE,
+    OSCILLATIONS,
+    REFUSED,
+    SLOPE,
+    captured,
+    cast_state,
+    new_control,
+    new_state,
+    step_length,
+)  # fmt: skip
+from secondorder.optim._matrices import (
+    InputHook,
+    Matrix,
+    checked_dtype,
+    gradient_of,
+    input_rows,
+    is_plain,
+    matrices,
+    values,
+    write_back,
+)  # fmt: skip
 from secondorder.optim._numbers import Numbers, check_arguments, check_numbers, warn_of_short_steps
 from secondorder.optim._optimizer import SecondOrderOptimizer
 
@@ -28,13 +49,10 @@ _NUMBERS: Numbers = {
     "weight_decay": (lambda v: 0 <= v < float("inf"), ">= 0"),
     "eps": (lambda v: 0 <= v < float("inf"), ">= 0"),
 }
-_LENGTH, _OSCILLATIONS, _SLOPE, _LAST_SLOPE, _STEPS, _REFUSED, _UNRENEWED = range(len(ops.CONTROL))
-
 FIRST = 5  # steps at each of which bases are renewed
 DECAY = 0.9  # of the averages behind a basis, from one renewal to the next
 MANY_ROWS = 256  # of a layer's inputs: from here on its bases have twice as many directions
 PATIENCE = 5  # renewals in a row at which a layer that has shown its inputs may show none
-SAMPLED = 4096  # elements of what has no basis, whose slopes stand for all
 
 _SHARED = ("control", "steps", "refused", "first_loss")  # what one parameter's state has for all
 
@@ -271,9 +289,7 @@ class EigenAdam(SecondOrderOptimizer):
         if "control" not in state:
             before = next((each for each in self.state.values() if "control" in each), None)  # of a parameter that was the first
             if before is None:
-                device = device_for(torch.float64, self._first)
-                control = torch.tensor([0.01, *[0.0] * (len(ops.CONTROL) - 1)], dtype=torch.float64, device=device)
-                before = {"control": control, "steps": 0, "refused": 0}
+                before = {"control": new_control(self._first), "steps": 0, "refused": 0}
             state.update({key: before.pop(key) for key in _SHARED if key in before})
         return state
 
@@ -288,35 +304,13 @@ class EigenAdam(SecondOrderOptimizer):
         device, dtype = matrix.weight.device, compute_dtype(matrix.weight.dtype)
         if "exp_avg" in state:
             if state["exp_avg"].dtype is not dtype or state["exp_avg"].device != device:
-                self.state[matrix.weight] = state = _cast(state, matrix.weight)
+                self.state[matrix.weight] = state = cast_state(state, matrix.weight)
             return state
         if matrix.eigen and self._group is not None and rows:  # all ranks take the rank that one process with all inputs would
             total = torch.tensor(rows, device=device)
             dist.all_reduce(total, group=self._group)
             rows = int(total)
-        n, p = matrix.shape
-        k = (self._rank or (16 if rows >= MANY_ROWS else 8)) if matrix.eigen else 0
-        ku, kv = (length if matrix.eigen and length <= 2 * k + 1 else k for length in (n, p))
-        columns = kv + (matrix.bias is not None)
-        rest = ku * columns + (n * columns if ku < n else 0) + (ku * p if kv < p else 0)
-        residual = ku < n and kv < p
-        sampled = max(1, min(n, k or SAMPLED // p)) if residual else 0
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device, dtype=dtype)
-
-        generator = torch.Generator("cpu").manual_seed(n * 1_000_003 + p)
-
-        def basis(k: int, length: int) -> Tensor:
-            numbers = torch.randn(length, k, generator=generator, dtype=torch.float64, device="cpu")
-            return torch.linalg.qr(numbers)[0].T.to(device, dtype).contiguous()
-
-        state.update(
-            step=0, renewals=0, unseen=0, basis_out=basis(ku, n), basis_in=basis(kv, p), scale_out=zeros(ku),
-            scale_in=zeros(kv), mean=zeros(p if matrix.bias is not None else 0), exp_avg=zeros(rest + residual * n * p),
-            exp_avg_sq=zeros(rest + residual * n * p), last=zeros(rest + sampled * p),
-            size=torch.zeros(1, device=device_for(torch.float64, matrix.weight), dtype=torch.float64),
-        )  # fmt: skip
+        state.update(new_state(matrix, self._rank or (16 if rows >= MANY_ROWS else 8)))
         return state
 
     def __getstate__(self) -> dict[str, Any]:
@@ -366,7 +360,7 @@ class EigenAdam(SecondOrderOptimizer):
     def _restore(self, state_dict: dict[str, Any]) -> None:
         super()._restore(state_dict)
         for p in [p for p, state in self.state.items() if "exp_avg" in state]:
-            self.state[p] = _cast(self.state[p], p)
+            self.state[p] = cast_state(self.state[p], p)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As every torch optimizer's; parameters that were frozen so far move from the group they are in."""
@@ -449,7 +443,7 @@ class EigenAdam(SecondOrderOptimizer):
         present = [m for m in self._table() if m.weight.grad is not None or (m.bias is not None and m.bias.grad is not None)]
         if not present:
             raise RuntimeError(f"{type(self).__name__}.step(): expected gradients, found none; call loss.backward() first")
-        dtype = self._dtype(present)
+        dtype = checked_dtype(f"{type(self).__name__}.step()", present)
         shared, due = self._shared(), self._renewing()
         control = shared["control"]
         self._read_report()
@@ -458,10 +452,10 @@ class EigenAdam(SecondOrderOptimizer):
         for matrix in present:
             weight, bias = matrix.weight, matrix.bias
             states.append(self._state(matrix, 0))
-            weights.append(_values(weight, matrix.shape, dtype))
-            weight_grads.append(_gradient(weight, matrix.shape, dtype, sign))
-            biases.append(nothing if bias is None else _values(bias, bias.shape, dtype))
-            bias_grads.append(nothing if bias is None else _gradient(bias, bias.shape, dtype, sign))
+            weights.append(values(weight, matrix.shape, dtype))
+            weight_grads.append(gradient_of(weight, matrix.shape, dtype, sign))
+            biases.append(nothing if bias is None else values(bias, bias.shape, dtype))
+            bias_grads.append(nothing if bias is None else gradient_of(bias, bias.shape, dtype, sign))
             # What has no gradient is given one of zeros, so that it does not move; nor does it decay.
             decays.append([0.0 if p is None or p.grad is None else float(groups[p]["weight_decay"]) for p in (weight, bias)])
         means = [state["mean"] for state in states]
@@ -479,9 +473,9 @@ class EigenAdam(SecondOrderOptimizer):
         if not self._taken(control):
             return
         for matrix, state, weight, bias, mean in zip(present, states, weights, biases, means, strict=True):
-            _write_back(matrix.weight, weight)
+            write_back(matrix.weight, weight)
             if matrix.bias is not None:
-                _write_back(matrix.bias, bias)
+                write_back(matrix.bias, bias)
             state["step"] += 1
             state["mean"] = mean
         for state, unseen, curved in renewed:
@@ -503,34 +497,6 @@ class EigenAdam(SecondOrderOptimizer):
                         f"{first[name]!r} and {group[name]!r}"
                     )
         return {p: group for group in self.param_groups for p in group["params"]}
-
-    def _dtype(self, present: list[Matrix]) -> torch.dtype:
-        """What all parameters are computed in, once they and their gradients are known to be what can be computed with."""
-        name, first = f"{type(self).__name__}.step()", present[0]
-        dtype = compute_dtype(first.weight.dtype)
-        for matrix in present:
-            for p in (matrix.weight, matrix.bias):
-                if p is None:
-                    continue
-                if p.device != first.weight.device:
-                    raise RuntimeError(
-                        f"{name}: expected all parameters on one device, got {first.name!r} on {first.weight.device} and "
-                        f"{matrix.name!r} on {p.device}"
-                    )
-                if compute_dtype(p.dtype) is not dtype:
-                    raise RuntimeError(
-                        f"{name}: expected all parameters of one dtype, 16-bit ones counting as float32, got "
-                        f"{first.weight.dtype} and {p.dtype}"
-                    )
-                if not p.is_contiguous() and any(
-                    stride == 0 < length - 1 for stride, length in zip(p.stride(), p.shape, strict=True)
-                ):
-                    raise RuntimeError(f"{name}: expected parameters with memory of their own, got expanded {matrix.name!r}")
-                if p.grad is not None and p.grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"{name}: expected dense gradients, got a sparse one for {matrix.name!r}; use sparse=False"
-                    )
-        return dtype
 
     def _renew(
         self,
@@ -624,7 +590,7 @@ class EigenAdam(SecondOrderOptimizer):
         if self._report is not None and self._report[1].query():
             entries, self._report = self._report[0].tolist(), None
             shared = self._shared()
-            refused = int(entries[_REFUSED]) - shared["refused"]
+            refused = int(entries[REFUSED]) - shared["refused"]
             for state in self.state.values() if refused else ():  # counted as made before this was known
                 state.update({key: state[key] - refused for key in ("step", "steps") if state.get(key, 0) >= refused})
             self._heed(entries)
@@ -632,7 +598,7 @@ class EigenAdam(SecondOrderOptimizer):
     def _heed(self, entries: list[float]) -> bool:
         """Whether these entries of control are of a step that was made."""
         state = self._shared()
-        refused = int(entries[_REFUSED]) - state["refused"]
+        refused = int(entries[REFUSED]) - state["refused"]
         if not refused:
             return True
         state["refused"] += refused
@@ -662,7 +628,7 @@ class EigenAdam(SecondOrderOptimizer):
     @property
     def skipped_steps(self) -> int:
         """Steps that were not made since a gradient was not finite. Part of the state_dict; waits for the device."""
-        return int(self._shared()["control"][_REFUSED])
+        return int(self._shared()["control"][REFUSED])
 
     def metrics(self) -> dict[str, float]:
         """Numbers worth logging. Waits for the device; a step does not compute them.
@@ -680,37 +646,18 @@ class EigenAdam(SecondOrderOptimizer):
         met = [(matrix, self.state[matrix.weight]) for matrix in self._table() if "exp_avg" in self.state.get(matrix.weight, {})]
         of = [(matrix, state) for matrix, state in met if matrix.eigen]
         ranks = [len(state[side]) for _, state in of for side in ("basis_out", "basis_in")]
-        captured = [_captured(matrix, state) for matrix, state in of]
+        shares = [captured(matrix, state) for matrix, state in of]
         return {
-            "length": _length(entries),
-            "slope": entries[_SLOPE],
-            "slope_ratio": entries[_LAST_SLOPE] / (abs(entries[_SLOPE]) or 1.0),
-            "oscillations": entries[_OSCILLATIONS],
+            "length": step_length(entries),
+            "slope": entries[SLOPE],
+            "slope_ratio": entries[LAST_SLOPE] / (abs(entries[SLOPE]) or 1.0),
+            "oscillations": entries[OSCILLATIONS],
             "rank": sum(ranks) / max(len(ranks), 1),
-            "coverage": sum(_numbers(matrix) for matrix, _ in of) / max(sum(_numbers(matrix) for matrix, _ in met), 1),
+            "coverage": sum(matrix.numel for matrix, _ in of) / max(sum(matrix.numel for matrix, _ in met), 1),
             "seen": sum(state["renewals"] > 0 and not state["unseen"] for _, state in of) / max(len(of), 1),
-            "captured": float(torch.stack(captured).mean()) if captured else 0.0,
-            "skipped_steps": entries[_REFUSED],
+            "captured": float(torch.stack(shares).mean()) if shares else 0.0,
+            "skipped_steps": entries[REFUSED],
         }
-
-
-def _length(entries: list[float]) -> float:
-    """The step length that control's entries give, without lr."""
-    return entries[_LENGTH] / (1 + entries[_OSCILLATIONS] / 25) ** 0.5 * min(1.0, (entries[_STEPS] + 2) / 14)
-
-
-def _numbers(matrix: Matrix) -> int:
-    """How many numbers a matrix has with its bias."""
-    return matrix.weight.numel() + (0 if matrix.bias is None else matrix.bias.numel())
-
-
-def _captured(matrix: Matrix, state: dict[str, Any]) -> Tensor:
-    """The share of a gradient's mean square that is not in E, the part outside of both bases, which comes last."""
-    (n, p), squares = matrix.shape, state["exp_avg_sq"].double()
-    if len(state["basis_out"]) == n or len(state["basis_in"]) == p:
-        squares = torch.cat([squares, squares.new_zeros(n * p)])
-    whole = squares.sum()
-    return torch.where(whole > 0, squares[: -n * p].sum() / whole, 0.0)
 
 
 def _check_group(owner: str, group: dict[str, Any]) -> None:
@@ -731,38 +678,6 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
     return getattr(inner, "_orig_mod", inner), group
 
 
-def _cast(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
-    """A matrix' state on its parameter's device, in the dtype that this is computed in."""
-
-    def own(key: str, value: Tensor) -> Tensor:
-        dtype = torch.float64 if key in ("control", "size") else compute_dtype(p.dtype)
-        return value.to(device_for(dtype, p), dtype)
-
-    return {key: own(key, value) if isinstance(value, Tensor) else value for key, value in state.items()}
-
-
 def _finite(sums: Tensor) -> Tensor:
     """A sketch or bias Hessian; or zeros, which leave the basis alone, where it is not finite, though the gradients may be."""
     return torch.where(sums.isfinite().all(), sums, 0.0) if sums.numel() else sums
-
-
-def _values(p: Tensor, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-    """A parameter's values as a contiguous matrix or vector that is written to: itself, or else a copy."""
-    if p.dtype is dtype and p.is_contiguous():
-        return p if p.shape == shape else p.detach().view(*shape)
-    return p.detach().to(dtype).contiguous().view(*shape)
-
-
-def _write_back(p: Tensor, values: Tensor) -> None:
-    """Gives a parameter the values that a copy of it was given."""
-    if values.data_ptr() != p.data_ptr():
-        p.copy_(values.view(p.shape))
-
-
-def _gradient(p: Tensor, shape: Iterable[int], dtype: torch.dtype, sign: int) -> Tensor:
-    """The gradient of what is minimised, as a matrix or vector; zeros where there is none."""
-    if p.grad is None:
-        return torch.zeros(*shape, dtype=dtype, device=p.device)
-    g = p.grad.to(dtype)
-    g = g if g.shape == shape else g.reshape(*shape)
-    return -g if sign < 0 else g
