@@ -127,12 +127,12 @@ __global__ void mma(float* p) {
     subprocess.run(command, cwd=folder, check=True)
     text = (folder / "mma.ptx").read_text()
     sources = {}
-    for register, offset in re.findall(r"ld\.global\.[fb]32\s+(%\w+), \[%\w+(?:\+(\d+))?\]", text):
+    for register, offset in re.findall(r"ld\.global\.[fbu]32\s+(%\w+), \[%\w+(?:\+(\d+))?\]", text):
         sources[register] = int(offset or 0) // 4
     for register, source in re.findall(r"mov\.b32\s+(%\w+), (%\w+);", text):
         sources[register] = sources[source]
     instruction = re.search(r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32([^;]*);", text)
-    stores = re.findall(r"st\.global\.[fb]32\s+\[%\w+(?:\+(\d+))?\], (%\w+);", text)
+    stores = re.findall(r"st\.global\.[fbu]32\s+\[%\w+(?:\+(\d+))?\], (%\w+);", text)
     results = {register: int(offset or 0) // 4 for offset, register in stores}
     operands = re.findall(r"%\w+", instruction[1])
     return [results[register] for register in operands[:4]] + [sources[register] for register in operands[4:]]
