@@ -16,7 +16,8 @@ comma := ,
 	$(BIN)/pip install -q --no-build-isolation -e .[bench,dev,frameworks] torch==$(TORCH)
 	touch $@
 
-# Trains SGD, Adam, EigenAdam and EA-CG on digits: prints a table and writes $(OUT)/demo.png. DATA=folder of IDX files uses those.
+# Trains EigenAdam and its peers on digits, and LevenbergMarquardt and its own on an equation: prints tables and writes
+# $(OUT)/demo.png. DATA=folder of IDX files uses those.
 demo: .venv/ready
 	$(BIN)/python -m bench.demo --out $(OUT) $(if $(DATA),--data-dir $(DATA))
 
