@@ -21,8 +21,9 @@ comma := ,
 demo: .venv/ready
 	$(BIN)/python -m bench.demo --out $(OUT) $(if $(DATA),--data-dir $(DATA))
 
+# A process a core, whole files to each.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 # The documentation site in build/site, of the Markdown pages and the docstrings; fails at a warning, as for a link that leads nowhere.
 docs: .venv/ready
