@@ -15,6 +15,7 @@ from secondorder._tape import ForwardState, Tape, term_outside
 from secondorder._tensors import to_compute_dtype
 from secondorder.criteria import nonconvex_hessian
 from secondorder.stepping.gauss_newton_product import GraphQuadratic, differentiable_twice
+from secondorder.stepping.over_ranks import LossOverRanks
 from secondorder.stepping.recorded_loss import tolerance_of
 
 # (tensor, gradient) that backward() was called with
@@ -39,7 +40,7 @@ class _Graph:
     outside: bool  # whether anything else depends on parameters
 
 
-class ClosureLoss:
+class ClosureLoss(LossOverRanks):
     """The loss that a closure calls backward() on, at any parameters, from the same random numbers, buffers and attributes.
 
     Its quadratic terms are the Gauss-Newton matrix of the criterion's calls and, for terms outside of them, the positive part of
@@ -62,17 +63,13 @@ class ClosureLoss:
         tape: Tape, sign: float = 1.0, ranks: RankReducer | None = None,
     ):  # fmt: skip
         self.owner, self.closure, self.model, self.criterion = owner, closure, model, criterion
-        self.parameters, self._instances, self.tape, self.sign, self.ranks = parameters, instances, tape, sign, ranks
+        super().__init__(ranks, instances)
+        self.parameters, self.tape, self.sign = parameters, tape, sign
         self.here = [p.detach().clone() for p in parameters]
         self._graph: _Graph | None = None
         self._terms: list[tuple[float, GraphQuadratic]] = []
         self._gradients: list[Tensor] = []
         self._curved: list[tuple[Tensor, Tensor]] = []  # of the terms outside: gradients with their graph, and the parameters
-
-    @property
-    def instances(self) -> int:
-        """How many instances the batches have, of all ranks."""
-        return round(self._mean(lambda: self._instances) * (1 if self.ranks is None else self.ranks.size))
 
     @property
     def start(self) -> float:
@@ -82,13 +79,6 @@ class ClosureLoss:
     def value(self, parameters: list[Tensor]) -> float:
         """The loss at these values."""
         return self._mean(lambda: self.sign * float(self._evaluated(parameters).detach()))
-
-    def products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
-        if self.ranks is None:
-            return self._products(vectors)
-        packed = self.ranks.mean(lambda: torch.cat([t.flatten() for t in self._products(vectors)]))
-        return packed[: len(vectors)], packed[len(vectors) :].view(len(vectors), -1)
 
     def _products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
         graph, vectors = self._at_start(), [[to_compute_dtype(t) for t in vector] for vector in vectors]
@@ -213,9 +203,3 @@ class ClosureLoss:
         finally:
             for p, value in zip(self.parameters, self.here, strict=True):
                 p.data.copy_(value)
-
-    def _mean(self, compute: Callable[[], float]) -> float:
-        """The mean over ranks."""
-        if self.ranks is None:
-            return compute()
-        return float(self.ranks.mean(lambda: torch.tensor(compute(), dtype=torch.float64)))

@@ -11,6 +11,7 @@ from secondorder._tape import LossCall, Tape
 from secondorder._tensors import to_compute_dtype
 from secondorder.criteria import row_masses
 from secondorder.stepping.linear_chain import linear_chain
+from secondorder.stepping.over_ranks import LossOverRanks
 from secondorder.stepping.recorded_loss import ChainLoss, RecordedLoss, ReplayedLoss, chosen_rows
 
 
@@ -18,7 +19,7 @@ class CannotReplay(RuntimeError):
     """A recorded loss cannot be evaluated at other parameters; the message says why."""
 
 
-class LocalLoss:
+class LocalLoss(LossOverRanks):
     """The recorded loss as a function of the parameters, on a subsample of every recorded batch where it stands for the batch.
 
     Random layers draw what they drew in the recorded forward pass; buffers and attributes of the modules are left alone.
@@ -42,11 +43,10 @@ class LocalLoss:
         offset: int, tape: Tape, ranks: RankReducer | None = None,
     ):  # fmt: skip
         self.model, self.criterion, self.parameters, self.tape = model, criterion, parameters, tape
-        self.ranks = ranks
         self.here = [p.detach() for p in parameters]
         with tape.muted():
             self.pieces = [self._piece(loss, fraction, offset) for loss in losses]
-        self._instances = sum(instances(loss, criterion) for loss in losses)
+        super().__init__(ranks, sum(instances(loss, criterion) for loss in losses))
 
     @property
     def faithful(self) -> bool:
@@ -62,18 +62,6 @@ class LocalLoss:
         """The loss at the parameters' own values."""
         return self._mean(lambda: self._muted_sum(lambda piece: piece.start()))
 
-    @property
-    def instances(self) -> int:
-        """How many instances the batches have, of all ranks."""
-        return round(self._mean(lambda: self._instances) * (1 if self.ranks is None else self.ranks.size))
-
-    def products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
-        if self.ranks is None:
-            return self._products(vectors)
-        packed = self.ranks.mean(lambda: torch.cat([t.flatten() for t in self._products(vectors)]))
-        return packed[: len(vectors)], packed[len(vectors) :].view(len(vectors), -1)
-
     def _products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
         vectors = [[to_compute_dtype(t) for t in vector] for vector in vectors]
         with self.tape.muted():
@@ -83,12 +71,6 @@ class LocalLoss:
     def _muted_sum(self, value: Callable[[RecordedLoss], float]) -> float:
         with self.tape.muted():
             return sum(value(piece) for piece in self.pieces)
-
-    def _mean(self, compute: Callable[[], float]) -> float:
-        """The mean over ranks."""
-        if self.ranks is None:
-            return compute()
-        return float(self.ranks.mean(lambda: torch.tensor(compute(), dtype=torch.float64)))
 
     def _piece(self, loss: LossCall, fraction: float, offset: int) -> RecordedLoss:
         arguments = loss.arguments
