@@ -136,4 +136,10 @@ SECONDORDER_HD double powell_theta(double curvature, double reference, double mu
   return curvature < mu * reference ? (1 - mu) * reference / (reference - curvature) : 1;
 }
 
+// Whether reference / curvature is at most 1 / mu; a damped pair, which lies on the bound, has it up to rounding. mu =
+// 0: no bound.
+SECONDORDER_HD bool within_bound(double curvature, double reference, double mu) {
+  return mu * reference <= (1 + 1e-3) * curvature;
+}
+
 }  // namespace secondorder

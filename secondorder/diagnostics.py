@@ -9,6 +9,7 @@ The functions that judge a step take the model from before it, and the step as {
     optimizer.step()
     step = {name: (p - q).detach() for (name, p), q in zip(model.named_parameters(), old.parameters())}
     so.diagnostics.newton_cosine(old, criterion, x, y, step, damping=0.1)
+    so.diagnostics.gauss_newton_cosine(old, criterion, x, y, step, damping=0.1)
     so.diagnostics.reduction_ratio(old, criterion, x, y, step)
 """
 
@@ -25,9 +26,11 @@ from torch.func import functional_call, grad, hessian, jacrev
 from secondorder._layers import linear_layers
 from secondorder._random import preserved_generators
 from secondorder._tape import Tape
-from secondorder.criteria import FunctionCriterion
+from secondorder.criteria import CompositeLoss, FunctionCriterion
 from secondorder.curvature import Curvature, curvature_by_name
+from secondorder.linalg import conjugate_gradient
 from secondorder.stepping import LocalLoss
+from secondorder.stepping.gauss_newton_product import differentiable_twice
 
 Criterion = nn.Module | Callable[..., Tensor]
 
@@ -207,15 +210,104 @@ def newton_cosine(
         ValueError: as `newton_step`; or the step is not one of this model's parameters.
     """
     _check_step("newton_cosine", model, step)
-    newton = newton_step(model, criterion, x, y, damping, max_size)
-    own = {key: step[key].double() if key in step else torch.zeros_like(value) for key, value in newton.items()}
+    return _cosines(model, step, newton_step(model, criterion, x, y, damping, max_size))
 
-    def cosine(keys: list[str]) -> float:
-        a, b = (torch.cat([s[key].flatten() for key in keys]) for s in (own, newton))
-        return float(a @ b / (a.norm() * b.norm()))
 
-    layers = {name: [key for key in _own(name) if key in newton] for _, name in _named(model)}
-    return Cosines({name: cosine(keys) for name, keys in layers.items()}, cosine(list(newton)))
+def gauss_newton_step(
+    model: nn.Module,
+    criterion: Criterion,
+    x: Tensor,
+    y: Tensor,
+    damping: float,
+    *,
+    blocks: bool = False,
+    max_iter: int = 1000,
+    tol: float = 1e-6,
+) -> dict[str, Tensor]:
+    """The damped Gauss-Newton step of all linear layers together, or of each by itself, by conjugate gradients in float64.
+
+        (J^T H J + damping I) delta = -g,   J the Jacobian of the criterion's argument,   H its Hessian there,
+
+    with g the gradient: what "kflr", and for a likelihood the Fisher matrices, approximate (Botev et al., Appendix F.2). For a
+    `secondorder.criteria.CompositeLoss` the argument is the inner value.
+
+    Args:
+        model: a module, called as model(x); one with random layers belongs in eval mode.
+        criterion: a module or a function, called as criterion(output, y), convex in the output.
+        x: a batch of inputs.
+        y: their targets.
+        damping: > 0.
+        blocks: whether J is that of each layer's own parameters: the block-diagonal matrix' step.
+        max_iter: iterations for a system at most, >= 1; each takes three backward passes.
+        tol: they end where the residual is at most this times |g|, >= 0.
+
+    Returns:
+        `{parameter name: change}` for the weights and biases of all linear layers.
+
+    Raises:
+        ValueError: an argument is out of its range, or H is not positive semi-definite.
+    """
+    checks = [
+        ("damping", damping, damping > 0, "> 0"),
+        ("max_iter", max_iter, max_iter >= 1, ">= 1"),
+        ("tol", tol, tol >= 0, ">= 0"),
+    ]
+    for name, value, valid, expected in checks:
+        if not valid:
+            raise ValueError(f"gauss_newton_step: expected {name} {expected}, got {value}")
+    model, loss = _copies(model, criterion, torch.float64)
+    x, y = (t.double() if t.is_floating_point() else t for t in (x, y))
+    model.requires_grad_()
+    with preserved_generators(model.parameters()), torch.enable_grad(), differentiable_twice(model):
+        z, outer = model(x), loss
+        if isinstance(loss, CompositeLoss):
+            z, outer = loss.inner(z), loss.outer
+        (slope,) = torch.autograd.grad(outer(z, y), z, create_graph=True)
+    parameters = dict(model.named_parameters())
+    layers = [[key for key in _own(name) if key in parameters] for _, name in _named(model)]
+    steps: dict[str, Tensor] = {}
+    for keys in layers if blocks else [[key for own in layers for key in own]]:
+        matrix = _GaussNewton(z, slope, [parameters[key] for key in keys])
+
+        def damped(v: Tensor, matrix: _GaussNewton = matrix) -> Tensor:
+            return matrix.product(v) + damping * v
+
+        delta, _ = conjugate_gradient(damped, -matrix.gradient, max_iter, tol)
+        steps |= dict(zip(keys, matrix.split(delta), strict=True))
+    return steps
+
+
+def gauss_newton_cosine(
+    model: nn.Module,
+    criterion: Criterion,
+    x: Tensor,
+    y: Tensor,
+    step: Mapping[str, Tensor],
+    damping: float,
+    *,
+    blocks: bool = False,
+    max_iter: int = 1000,
+    tol: float = 1e-6,
+) -> Cosines:
+    """The cosine of the angle between a step and `gauss_newton_step`, for every linear layer and for all of them together.
+
+    Args:
+        model: from before the step: a module, called as model(x); one with random layers belongs in eval mode.
+        criterion: a module or a function, called as criterion(output, y), convex in the output.
+        x: a batch of inputs.
+        y: their targets.
+        step: {parameter name: change}; what it leaves out has not moved, what is not of a linear layer does not count.
+        damping: of the Gauss-Newton step, > 0.
+        blocks: whether that is the block-diagonal matrix' step.
+        max_iter: conjugate gradients' iterations for a system at most, >= 1.
+        tol: they end where the residual is at most this times the gradient's length, >= 0.
+
+    Raises:
+        ValueError: as `gauss_newton_step`; or the step is not one of this model's parameters.
+    """
+    _check_step("gauss_newton_cosine", model, step)
+    exact = gauss_newton_step(model, criterion, x, y, damping, blocks=blocks, max_iter=max_iter, tol=tol)
+    return _cosines(model, step, exact)
 
 
 def reduction_ratio(
@@ -252,6 +344,51 @@ def reduction_ratio(
     predicted = float(first + second / 2) + damping / 2 * sum(float(d.double().square().sum()) for d in deltas)
     moved = [p.detach() + d for p, d in zip(parameters.values(), deltas, strict=True)]
     return (local.value(moved) - local.start) / predicted
+
+
+class _GaussNewton:
+    """J^T H J of some parameters, from z with its graph and dL/dz with its own; vectors are flat."""
+
+    def __init__(self, z: Tensor, slope: Tensor, parameters: list[Tensor]):
+        self._z, self._slope, self._parameters = z, slope, parameters
+        self._u = torch.zeros_like(z, requires_grad=True)
+        with torch.enable_grad():  # J^T u is linear in u, and differentiated w.r.t. it gives J v
+            self._transposed = self._flat(torch.autograd.grad(z, parameters, self._u, create_graph=True, materialize_grads=True))
+        self.gradient = self._pulled_back(slope.detach())
+
+    def product(self, v: Tensor) -> Tensor:
+        """J^T H J v."""
+        (t,) = torch.autograd.grad(self._transposed, self._u, v, retain_graph=True, materialize_grads=True)
+        if not self._slope.requires_grad:  # a criterion that is linear in z
+            return torch.zeros_like(v)
+        (curved,) = torch.autograd.grad(self._slope, self._z, t, retain_graph=True)
+        if (t * curved).sum() < -1e-9 * t.norm() * curved.norm():
+            raise ValueError("gauss_newton_step: expected a criterion that is convex in the output, got a negative curvature")
+        return self._pulled_back(curved)
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """A vector as tensors of the parameters' shapes."""
+        pieces = flat.split([p.numel() for p in self._parameters])
+        return [piece.view_as(p) for piece, p in zip(pieces, self._parameters, strict=True)]
+
+    def _pulled_back(self, t: Tensor) -> Tensor:
+        return self._flat(torch.autograd.grad(self._z, self._parameters, t, retain_graph=True, materialize_grads=True))
+
+    @staticmethod
+    def _flat(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([t.flatten() for t in tensors])
+
+
+def _cosines(model: nn.Module, step: Mapping[str, Tensor], other: dict[str, Tensor]) -> Cosines:
+    """Of a step to another, which has all parameters of linear layers."""
+    own = {key: step[key].double() if key in step else torch.zeros_like(value) for key, value in other.items()}
+
+    def cosine(keys: list[str]) -> float:
+        a, b = (torch.cat([s[key].flatten() for key in keys]) for s in (own, other))
+        return float(a @ b / (a.norm() * b.norm()))
+
+    layers = {name: [key for key in _own(name) if key in other] for _, name in _named(model)}
+    return Cosines({name: cosine(keys) for name, keys in layers.items()}, cosine(list(other)))
 
 
 def _bias_blocks(

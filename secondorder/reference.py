@@ -291,14 +291,27 @@ def _statuses(layers: Sequence[Tensor], updates: Sequence[tuple[bool, Any, Any]]
 
 
 def damped_bfgs_update_(
-    inverse_hessian: Sequence[Tensor], s: Sequence[Tensor], y: Sequence[Tensor], mu1: float, mu2: float
+    inverse_hessian: Sequence[Tensor],
+    s: Sequence[Tensor],
+    y: Sequence[Tensor],
+    mu1: float,
+    mu2: float,
+    damped: bool = True,
+    bounded: bool = False,
 ) -> Tensor:
     """Goldfarb et al., Algorithm 3 and Eq. 6, layer by layer."""
     updates = []
     for h, *pair in zip(inverse_hessian, s, y, strict=True):
-        damped = double_damping(*pair, h, mu1, mu2)
-        updates.append((_bfgs(h, *damped), pair, damped))
+        s_given, y_given = double_damping(*pair, h, mu1, mu2) if damped else pair
+        taken = not bounded or _within_bounds(s_given, y_given, h @ y_given, mu1, mu2)
+        updates.append((taken and _bfgs(h, s_given, y_given), pair, (s_given, y_given)))
     return _statuses(s, updates)
+
+
+def _within_bounds(s: Tensor, y: Tensor, hy: Tensor, mu1: float, mu2: float) -> bool:
+    """Whether y.Hy / s.y <= 1 / mu1 and s.s / s.y <= 1 / mu2; a damped pair, which lies on a bound, has it up to rounding."""
+    curvature = (1 + 1e-3) * (s @ y)
+    return bool(mu1 * (y @ hy) <= curvature and mu2 * (s @ s) <= curvature)
 
 
 def hessian_action_update_(
@@ -333,17 +346,20 @@ def damped_lbfgs_update_(
     y: Sequence[Tensor],
     mu1: float,
     mu2: float,
+    damped: bool = True,
+    bounded: bool = False,
 ) -> Tensor:
     """Goldfarb et al., Algorithm 3 with the H that the pairs stand for, layer by layer; then the oldest pair makes room."""
     updates = []
     for *memories, s_layer, y_layer in zip(s_pairs, y_pairs, s, y, strict=True):
         h = lbfgs_product(*memories, torch.eye(len(s_layer), dtype=s_layer.dtype, device=s_layer.device))
-        damped = double_damping(s_layer, y_layer, h, mu1, mu2)
-        curvature = damped[0] @ damped[1]
-        updated = bool(curvature > 0 and all(torch.isfinite(x @ x / curvature) for x in damped))
-        for memory, new in zip(memories, damped if updated else ()):
+        given = double_damping(s_layer, y_layer, h, mu1, mu2) if damped else (s_layer, y_layer)
+        curvature = given[0] @ given[1]
+        updated = bool(curvature > 0 and all(torch.isfinite(x @ x / curvature) for x in given))
+        updated = updated and (not bounded or _within_bounds(given[0], given[1], h @ given[1], mu1, mu2))
+        for memory, new in zip(memories, given if updated else ()):
             memory.copy_(torch.cat([memory[1:], new[None]]))
-        updates.append((updated, (s_layer, y_layer), damped))
+        updates.append((updated, (s_layer, y_layer), given))
     return _statuses(s, updates)
 
 

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from helpers.curvatures import CRITERIA, network
+from helpers.curvatures import CRITERIA, log_odds, network
 from oracles import dense_gauss_newton, hessian_block, linear_names, pch_by_loops
 from torch import nn
 from torch.func import functional_call, hessian
 
 import secondorder as so
+from secondorder.criteria import CompositeLoss
 from secondorder.curvature import PCH
 
 
@@ -42,6 +43,20 @@ def test_errors_are_those_of_the_dense_blocks(criterion_name):
     assert len(lines) == 5
     assert lines[-1].split()[0] == "total"
     assert float(lines[1].split()[1]) == pytest.approx(table.errors["pch-abs"]["0"], rel=1e-3)
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def bernoulli(z, y):
+    """Of logits and labels, one each."""
+    return nn.functional.binary_cross_entropy_with_logits(z.flatten(), y)
 
 
 def moved(model, old):
@@ -129,6 +144,51 @@ def test_cosines_of_a_step_to_the_newton_step():
     assert cosines.total == pytest.approx(float(expected["0"].norm() / torch.cat([*expected.values()]).norm()))
 
 
+@pytest.mark.parametrize("name", ["cross-entropy", "mse", "composite"])
+def test_gauss_newton_steps_are_the_dense_ones(name):
+    """All layers together and each by itself, one of them frozen."""
+    model, x = network([4, 6, 3], nn.Tanh()), torch.randn(9, 4).double()
+    model[0].weight.requires_grad_(False)
+    dense_model = model
+    if name == "composite":
+        criterion, y = CompositeLoss(log_odds, nn.BCEWithLogitsLoss()), torch.randint(2, (9,)).double()
+        dense_model, dense_criterion = nn.Sequential(*model, Function(lambda z: log_odds(z).unsqueeze(1))), bernoulli
+    else:
+        criterion, target = CRITERIA[name]
+        dense_criterion, y = criterion, target(9, 3)
+    matrix = dense_gauss_newton(dense_model, dense_criterion, x, y)
+    parameters = {key: p.detach().requires_grad_() for key, p in model.named_parameters()}
+    loss = criterion(functional_call(model, parameters, (x,)), y)
+    g = torch.cat([t.flatten() for t in torch.autograd.grad(loss, list(parameters.values()))])
+    step = {key: torch.randn_like(p) for key, p in parameters.items()}
+    flat = torch.cat([t.flatten() for t in step.values()])
+    first = 4 * 6 + 6
+    for blocks in (False, True):
+        kept = matrix.clone()
+        if blocks:
+            kept[:first, first:] = kept[first:, :first] = 0
+        expected = -torch.linalg.solve(kept + 0.01 * torch.eye(len(g)).double(), g)
+        steps = so.diagnostics.gauss_newton_step(model, criterion, x, y, 0.01, blocks=blocks, tol=1e-12)
+        torch.testing.assert_close(torch.cat([t.flatten() for t in steps.values()]), expected, rtol=1e-8, atol=1e-10)
+        cosines = so.diagnostics.gauss_newton_cosine(model, criterion, x, y, step, 0.01, blocks=blocks, tol=1e-12)
+        assert cosines.total == pytest.approx(float(torch.cosine_similarity(flat, expected, dim=0)), rel=1e-7)
+        own = (flat[:first], expected[:first]), (flat[first:], expected[first:])
+        assert list(cosines.layers.values()) == [
+            pytest.approx(float(torch.cosine_similarity(*each, dim=0)), rel=1e-7) for each in own
+        ]
+
+
+def test_exact_blocks_of_one_instance_take_the_gauss_newton_step():
+    """KFLR's block of a single instance is the Gauss-Newton matrix' own, H (x) h h^T."""
+    model, criterion = network([4, 3], nn.Tanh(), bias=False), nn.CrossEntropyLoss()
+    x, y, old = torch.randn(1, 4).double(), torch.tensor([1]), copy.deepcopy(model)
+    optimizer = so.EACG(model, criterion, lr=0.3, alpha=0.2, curvature="kflr", solver="exact", momentum=0)
+    criterion(model(x), y).backward()
+    optimizer.step()
+    cosines = so.diagnostics.gauss_newton_cosine(old, criterion, x, y, moved(model, old), damping=0.2 / 0.8, blocks=True)
+    assert cosines.total == pytest.approx(1, abs=1e-9)
+
+
 def test_the_exact_solver_on_one_linear_layer_takes_the_newton_step():
     """For one instance of a linear model the block is H (x) h h^T itself."""
     model, criterion, x, y = (
@@ -178,7 +238,13 @@ def test_what_is_refused():
     for damping in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="expected damping > 0, got"):
             judge.newton_step(model, criterion, x, y, damping)
-    for function in (judge.newton_cosine, judge.reduction_ratio):
+        with pytest.raises(ValueError, match="gauss_newton_step: expected damping > 0, got"):
+            judge.gauss_newton_step(model, criterion, x, y, damping)
+    with pytest.raises(ValueError, match="convex in the output, got a negative curvature"):
+        judge.gauss_newton_step(model, lambda z, _: -z.square().sum(), x, y, 0.1)
+    with pytest.raises(ValueError, match="expected max_iter >= 1, got 0"):
+        judge.gauss_newton_step(model, criterion, x, y, 0.1, max_iter=0)
+    for function in (judge.newton_cosine, judge.gauss_newton_cosine, judge.reduction_ratio):
         with pytest.raises(ValueError, match=f"{function.__name__}: .* got '1.weight', which the model does not have"):
             function(model, criterion, x, y, {"1.weight": torch.zeros(2)}, damping=0.1)
         with pytest.raises(ValueError, match=rf"{function.__name__}: expected \[6\] for '0.bias', got \[5\]"):
@@ -189,6 +255,7 @@ JUDGES = {
     "curvature_error": lambda *args: so.diagnostics.curvature_error(*args, ["pch-abs", "kflr", "fisher-mc"]),
     "spectrum": lambda *args: so.diagnostics.spectrum(*args, ["fisher-mc"]),
     "newton_cosine": lambda m, *args: so.diagnostics.newton_cosine(m, *args, {"0.bias": torch.ones(6)}, damping=0.1),
+    "gauss_newton_cosine": lambda m, *args: so.diagnostics.gauss_newton_cosine(m, *args, {"0.bias": torch.ones(6)}, damping=0.1),
     "reduction_ratio": lambda m, *args: so.diagnostics.reduction_ratio(m, *args, {"0.bias": torch.ones(6)}),
 }
 

@@ -111,19 +111,23 @@ struct Pair {
   int64_t status = 0;
 };
 
-// Double damping (Algorithm 3), in its two halves, of a pair whose hy is known. hy stays that of the undamped y.
+// Double damping (Algorithm 3), in its two halves, of a pair whose hy is known. hy stays that of the undamped y. Where
+// not `damped`, both thetas are 1.
 template <typename T>
 struct Damping {
   double mu1, mu2;
+  bool damped = true;
 
   void first(Pair<T>& pair) const {
-    const double theta1 = powell_theta(dot(pair.s, pair.y), dot(pair.y, pair.hy), mu1);
+    const double theta1 = damped ? powell_theta(dot(pair.s, pair.y), dot(pair.y, pair.hy), mu1) : 1;
     if (theta1 == 1) return;
     pair.s = combine(theta1, pair.s, 1 - theta1, pair.hy);
     pair.status |= kDampedS;
   }
   // The weight of y in the damped y.
-  double theta2(const Pair<T>& pair) const { return powell_theta(dot(pair.s, pair.y), dot(pair.s, pair.s), mu2); }
+  double theta2(const Pair<T>& pair) const {
+    return damped ? powell_theta(dot(pair.s, pair.y), dot(pair.s, pair.s), mu2) : 1;
+  }
   void second(Pair<T>& pair, double theta2) const {
     if (theta2 == 1) return;
     pair.y = combine(theta2, pair.y, 1 - theta2, pair.s);
@@ -131,17 +135,27 @@ struct Damping {
   }
 };
 
-// H += a a^T - b b^T for every pair with hy, unless s.y is not positive, H turns out indefinite, or a number would not
-// be finite: then H is left as it is.
+// The bounds on y.H y / s.y and s.s / s.y that an update asks for; 0: none.
+struct Bounds {
+  double mu1 = 0, mu2 = 0;
+
+  template <typename T>
+  bool hold(const Pair<T>& pair, double sy, double yhy) const {
+    return within_bound(sy, yhy, mu1) && within_bound(sy, dot(pair.s, pair.s), mu2);
+  }
+};
+
+// H += a a^T - b b^T for every pair with hy, unless s.y is not positive, a bound does not hold, H turns out indefinite,
+// or a number would not be finite: then H is left as it is.
 template <typename T>
-void update(const std::vector<T*>& matrices, std::vector<Pair<T>>& pairs) {
+void update(const std::vector<T*>& matrices, std::vector<Pair<T>>& pairs, const Bounds& bounds = {}) {
   std::vector<std::vector<T>> a(pairs.size()), b(pairs.size());
   std::vector<int64_t> sizes(pairs.size(), 0);
   for (size_t l = 0; l < pairs.size(); ++l) {
     Pair<T>& pair = pairs[l];
     const size_t n = pair.s.size();
     const double sy = dot(pair.s, pair.y), yhy = dot(pair.y, pair.hy), rho = 1 / sy, tau = 1 / (1 + rho * yhy);
-    if (!(sy > 0 && std::isfinite(rho) && yhy >= 0 && tau > 0)) continue;
+    if (!(sy > 0 && std::isfinite(rho) && yhy >= 0 && tau > 0 && bounds.hold(pair, sy, yhy))) continue;
     const double root = std::sqrt(rho / tau);
     a[l] = combine(root, pair.s, -root * tau, pair.hy);
     b[l] = combine(std::sqrt(rho * tau), pair.hy, 0, pair.hy);
@@ -232,7 +246,8 @@ at::Tensor bfgs_update_(const at::Tensor& inverse, const at::Tensor& s, const at
   return bfgs_update_list_(inverse, s, y).select(0, 0).clone();
 }
 
-at::Tensor damped_bfgs_update_(at::TensorList inverses, at::TensorList s, at::TensorList y, double mu1, double mu2) {
+at::Tensor damped_bfgs_update_(at::TensorList inverses, at::TensorList s, at::TensorList y, double mu1, double mu2,
+                               bool damped, bool bounded) {
   check_damped_bfgs_update(inverses, s, y, mu1, mu2);
   if (s.empty()) return at::empty({0}, at::kLong);
   at::Tensor status;
@@ -250,7 +265,7 @@ at::Tensor damped_bfgs_update_(at::TensorList inverses, at::TensorList s, at::Te
       products.push_back({matrices[l], &pairs[l].y, &undamped_s[l], &pairs[l].hy, &hs[l]});
     }
     multiply(products);
-    const Damping<T> damping{mu1, mu2};
+    const Damping<T> damping{mu1, mu2, damped};
     std::vector<double> theta2(layers);
     for (size_t l = 0; l < layers; ++l) {
       damping.first(pairs[l]);
@@ -265,7 +280,7 @@ at::Tensor damped_bfgs_update_(at::TensorList inverses, at::TensorList s, at::Te
       if (theta2[l] != 1)
         pairs[l].hy = combine(theta2[l], pairs[l].hy, 1 - theta2[l], products[l].matrix ? hhy[l] : hs[l]);
     }
-    update(matrices, pairs);
+    update(matrices, pairs, bounded ? Bounds{mu1, mu2} : Bounds{});
     status = statuses(pairs);
   });
   return status;
@@ -341,20 +356,25 @@ void push(const at::Tensor& memory, const std::vector<T>& v) {
 }
 
 at::Tensor damped_lbfgs_update_(at::TensorList s_pairs, at::TensorList y_pairs, at::TensorList s, at::TensorList y,
-                                double mu1, double mu2) {
+                                double mu1, double mu2, bool damped, bool bounded) {
   check_damped_lbfgs_update(s_pairs, y_pairs, s, y, mu1, mu2);
   at::Tensor status = at::empty({int64_t(s.size())}, at::kLong);
   for (size_t l = 0; l < s.size(); ++l)
     AT_DISPATCH_FLOATING_TYPES(s[l].scalar_type(), "damped_lbfgs_update_", [&] {
       using T = scalar_t;
       Pair<T> pair{to_vector<T>(s[l]), to_vector<T>(y[l])};
-      pair.hy = to_vector<T>(compact_product(s_pairs[l], y_pairs[l], y[l].unsqueeze(1)));
-      const Damping<T> damping{mu1, mu2};
+      const auto h_y = [&](const at::Tensor& vector) {
+        return to_vector<T>(compact_product(s_pairs[l], y_pairs[l], vector.unsqueeze(1)));
+      };
+      pair.hy = h_y(y[l]);
+      const Damping<T> damping{mu1, mu2, damped};
       damping.first(pair);
       damping.second(pair, damping.theta2(pair));
+      if (bounded && pair.status & kDampedY) pair.hy = h_y(to_tensor(pair.y, y[l]));
       const double sy = dot(pair.s, pair.y);
       if (sy > 0 && std::isfinite(1 / sy) && std::isfinite(dot(pair.y, pair.y) / sy) &&
-          std::isfinite(dot(pair.s, pair.s) / sy)) {
+          std::isfinite(dot(pair.s, pair.s) / sy) &&
+          (!bounded || Bounds{mu1, mu2}.hold(pair, sy, dot(pair.y, pair.hy)))) {
         push(s_pairs[l], pair.s);
         push(y_pairs[l], pair.y);
         pair.status |= kUpdated;

@@ -97,11 +97,17 @@ __device__ __forceinline__ void each_element(int64_t n, F&& f) {
   for (int64_t i = threadIdx.x; i < n; i += kThreads) f(i);
 }
 
+// Whether a pair with these s.y, y^T H y and s.s is within the bounds.
+template <typename T>
+__device__ __forceinline__ bool bounded(const BfgsLayer<T>& in, double sy, double yhy, double ss) {
+  return within_bound(sy, yhy, in.mu1) && within_bound(sy, ss, in.mu2);
+}
+
 // damped_s, damped_y, theta2 and the status' damping bits, from hy; kLimited: also whether a limited memory takes the
 // pair. Parallel over layers, a block each.
 template <bool kLimited, typename T>
 __global__ void __launch_bounds__(kThreads) damping_kernel(const Layers<T> __grid_constant__ layers) {
-  __shared__ double partial[3][kWarp];
+  __shared__ double partial[4][kWarp];
   const BfgsLayer<T>& in = layers.layer[blockIdx.x].in;
   const Work<T>& work = layers.layer[blockIdx.x].work;
   double first[2] = {}, second[2] = {};  // s.y and y^T H y; s~.y and s~.s~
@@ -110,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) damping_kernel(const Layers<T> __gri
     first[1] += double(in.y[i]) * double(work.hy[i]);
   });
   block_sum(first, partial);
-  const double theta1 = powell_theta(first[0], first[1], in.mu1);
+  const double theta1 = in.damped ? powell_theta(first[0], first[1], in.mu1) : 1;
   each_element(in.n, [&](int64_t i) {
     // Not by a product with 1 and 0: what is not damped keeps its bits, and a NaN in hy stays out.
     const T s = theta1 == 1 ? in.s[i] : T(theta1 * double(in.s[i]) + (1 - theta1) * double(work.hy[i]));
@@ -119,8 +125,8 @@ __global__ void __launch_bounds__(kThreads) damping_kernel(const Layers<T> __gri
     second[1] += double(s) * double(s);
   });
   block_sum(second, partial);
-  const double theta2 = powell_theta(second[0], second[1], in.mu2);
-  double third[3] = {};  // s~.y~, s~.s~, y~.y~
+  const double theta2 = in.damped ? powell_theta(second[0], second[1], in.mu2) : 1;
+  double third[4] = {};  // s~.y~, s~.s~, y~.y~, y~^T H y~
   each_element(in.n, [&](int64_t i) {
     const T s = work.damped_s[i];
     const T y = theta2 == 1 ? in.y[i] : T(theta2 * double(in.y[i]) + (1 - theta2) * double(s));
@@ -129,13 +135,19 @@ __global__ void __launch_bounds__(kThreads) damping_kernel(const Layers<T> __gri
       third[0] += double(s) * double(y);
       third[1] += double(s) * double(s);
       third[2] += double(y) * double(y);
+      if (in.bounded) {
+        const double hy = double(work.hy[i]);
+        const double hs = theta1 == 1 ? double(in.hs[i]) : theta1 * double(in.hs[i]) + (1 - theta1) * double(in.hhy[i]);
+        third[3] += double(y) * (theta2 == 1 ? hy : theta2 * hy + (1 - theta2) * hs);
+      }
     }
   });
   int64_t status = (theta1 == 1 ? 0 : kDampedS) | (theta2 == 1 ? 0 : kDampedY);
   if constexpr (kLimited) {
     block_sum(third, partial);
     const double rho = 1 / third[0], ss = third[1] / third[0], yy = third[2] / third[0];
-    if (third[0] > 0 && rho - rho == 0 && ss - ss == 0 && yy - yy == 0) status |= kUpdated;
+    const bool within = !in.bounded || bounded(in, third[0], third[3], third[1]);
+    if (third[0] > 0 && rho - rho == 0 && ss - ss == 0 && yy - yy == 0 && within) status |= kUpdated;
   }
   if (threadIdx.x == 0) {
     *work.theta2 = theta2;
@@ -167,20 +179,22 @@ __global__ void __launch_bounds__(kThreads)
 // each.
 template <bool kDamped, typename T>
 __global__ void __launch_bounds__(kThreads) factors_kernel(const Layers<T> __grid_constant__ layers) {
-  __shared__ double partial[2][kWarp];
+  __shared__ double partial[3][kWarp];
   const BfgsLayer<T>& in = layers.layer[blockIdx.x].in;
   const Work<T>& work = layers.layer[blockIdx.x].work;
   const double theta2 = kDamped ? *work.theta2 : 1;
-  double sums[2] = {};  // s.y and y^T H y
+  double sums[3] = {};  // s.y, y^T H y and s.s
   each_element(in.n, [&](int64_t i) {
     T q = work.hy[i];
     if (theta2 != 1) work.hy[i] = q = T(theta2 * double(q) + (1 - theta2) * double(work.hs[i]));
     sums[0] += double(work.s[i]) * double(work.y[i]);
     sums[1] += double(work.y[i]) * double(q);
+    if (kDamped) sums[2] += double(work.s[i]) * double(work.s[i]);
   });
   block_sum(sums, partial);
   const double rho = 1 / sums[0], tau = 1 / (1 + rho * sums[1]);
   bool valid = sums[0] > 0 && rho - rho == 0 && sums[1] >= 0 && tau > 0;
+  if (kDamped && in.bounded) valid = valid && bounded(in, sums[0], sums[1], sums[2]);
   const double root_a = std::sqrt(rho / tau), root_b = std::sqrt(rho * tau);
   each_element(in.n, [&](int64_t i) {
     const T q = work.hy[i], a = T(root_a * double(work.s[i]) - root_a * tau * double(q)), b = T(root_b * double(q));

@@ -10,9 +10,10 @@ namespace {
 
 // The layers' arguments, contiguous; what an operator does not take is an empty list or an undefined tensor.
 struct Pairs {
-  std::vector<at::Tensor> inverse, s, y, damped_s, damped_y, matrix, hy, s_pairs, y_pairs;
+  std::vector<at::Tensor> inverse, s, y, damped_s, damped_y, matrix, hy, hs, hhy, s_pairs, y_pairs;
   at::Tensor status;  // [layers]
   double mu1 = 0, mu2 = 0, damping = 0;
+  bool damped = true, bounded = false;
 
   template <typename T>
   BfgsLayer<T> layer(size_t l) const {
@@ -30,9 +31,13 @@ struct Pairs {
     layer.status = status.defined() ? status.mutable_data_ptr<int64_t>() + l : nullptr;
     layer.mu1 = mu1;
     layer.mu2 = mu2;
+    layer.damped = damped;
+    layer.bounded = bounded;
     layer.matrix = source(matrix);
     layer.damping = damping;
     layer.hy = target(hy);
+    layer.hs = source(hs);
+    layer.hhy = source(hhy);
     layer.s_pairs = target(s_pairs);
     layer.y_pairs = target(y_pairs);
     layer.pairs = s_pairs.empty() ? 0 : s_pairs[l].size(0);
@@ -88,14 +93,17 @@ at::Tensor update_one_(const at::Tensor& inverse, const at::Tensor& s, const at:
   return update_list_(inverse, s, y).select(0, 0).clone();
 }
 
-at::Tensor damped_update_(at::TensorList inverses, at::TensorList s, at::TensorList y, double mu1, double mu2) {
+at::Tensor damped_update_(at::TensorList inverses, at::TensorList s, at::TensorList y, double mu1, double mu2,
+                          bool damped, bool bounded) {
   check_damped_bfgs_update(inverses, s, y, mu1, mu2);
   const Pairs pairs{.inverse = inverses.vec(),
                     .s = contiguous(s),
                     .y = contiguous(y),
                     .status = statuses(inverses),
                     .mu1 = mu1,
-                    .mu2 = mu2};
+                    .mu2 = mu2,
+                    .damped = damped,
+                    .bounded = bounded};
   launch_all(pairs, [](auto... arguments) { damped_bfgs_update(arguments...); });
   return pairs.status;
 }
@@ -139,7 +147,7 @@ std::vector<at::Tensor> product_list(at::TensorList s_pairs, at::TensorList y_pa
 }
 
 at::Tensor damped_limited_update_(at::TensorList s_pairs, at::TensorList y_pairs, at::TensorList s, at::TensorList y,
-                                  double mu1, double mu2) {
+                                  double mu1, double mu2, bool damped, bool bounded) {
   check_damped_lbfgs_update(s_pairs, y_pairs, s, y, mu1, mu2);
   Pairs pairs{.s = contiguous(s),
               .y = contiguous(y),
@@ -147,9 +155,19 @@ at::Tensor damped_limited_update_(at::TensorList s_pairs, at::TensorList y_pairs
               .y_pairs = y_pairs.vec(),
               .status = statuses(s),
               .mu1 = mu1,
-              .mu2 = mu2};
-  for (size_t l = 0; l < y.size(); ++l)
-    pairs.hy.push_back(compact_product(s_pairs[l], y_pairs[l], y[l].unsqueeze(1)).contiguous());
+              .mu2 = mu2,
+              .damped = damped,
+              .bounded = bounded};
+  for (size_t l = 0; l < y.size(); ++l) {
+    const auto h = [&](const at::Tensor& vector) {
+      return compact_product(s_pairs[l], y_pairs[l], vector.unsqueeze(1)).squeeze(1).contiguous();
+    };
+    pairs.hy.push_back(h(y[l]));
+    if (bounded) {
+      pairs.hs.push_back(h(s[l]));
+      pairs.hhy.push_back(h(pairs.hy[l]));
+    }
+  }
   launch_all(pairs, [](auto... arguments) { damped_lbfgs_update(arguments...); });
   return pairs.status;
 }

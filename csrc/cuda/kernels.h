@@ -112,11 +112,14 @@ struct BfgsLayer {
   T* damped_y;         // [n]
   int64_t* status;     // [1] bits: 1 updated, 2 s was damped, 4 y was damped
   double mu1, mu2;
+  bool damped, bounded;
   const T* matrix;  // [n, n] symmetric
   double damping;
-  T* hy;       // [n] H y
-  T* s_pairs;  // [pairs, n]
-  T* y_pairs;  // [pairs, n]
+  T* hy;         // [n] H y
+  const T* hs;   // [n] H s
+  const T* hhy;  // [n] H H y
+  T* s_pairs;    // [pairs, n]
+  T* y_pairs;    // [pairs, n]
   int64_t pairs;
 };
 
@@ -134,7 +137,8 @@ template <typename T>
 void bfgs_update(const BfgsLayer<T>* layers, int count, void* workspace, cudaStream_t stream);
 
 // Both in two passes over each inverse Hessian, one that reads it and one that updates it; where both thetas are below
-// 1, a third reads it once more.
+// 1, a third reads it once more. Where not `damped`, both thetas are 1; where `bounded`, the inverse Hessian also stays
+// as it is unless y^T H y <= s.y / mu1 and s.s <= s.y / mu2 of the damped pair.
 template <typename T>
 void damped_bfgs_update(const BfgsLayer<T>* layers, int count, void* workspace, cudaStream_t stream);
 
@@ -143,7 +147,8 @@ template <typename T>
 void hessian_action_update(const BfgsLayer<T>* layers, int count, void* workspace, cudaStream_t stream);
 
 // The double damping of s, y, with H y given as hy, appended to s_pairs and y_pairs, whose first rows go. They stay as
-// they are where the curvature is not positive and where a number would not be finite.
+// they are where the curvature is not positive and where a number would not be finite. `damped` and `bounded` as above;
+// where `bounded`, H s and H H y are given as hs and hhy.
 template <typename T>
 void damped_lbfgs_update(const BfgsLayer<T>* layers, int count, void* workspace, cudaStream_t stream);
 

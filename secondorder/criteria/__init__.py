@@ -1,13 +1,13 @@
 """The papers' criteria, and the Hessians of any criterion with respect to the network's output."""
 
 from secondorder.criteria.autograd import autograd_hessian, autograd_root
-from secondorder.criteria.hessians import OutputHessian, analytic_hessian, nonconvex_hessian
+from secondorder.criteria.hessians import OutputHessian, analytic_hessian, known_form
 from secondorder.criteria.known import row_masses, takes_log_probabilities
-from secondorder.criteria.losses import BoundedClassificationLoss, FunctionCriterion, TukeyBiweightLoss
-from secondorder.criteria.roots import LikelihoodRoot, OutputRoot, likelihood_root
+from secondorder.criteria.losses import BoundedClassificationLoss, CompositeLoss, FunctionCriterion, TukeyBiweightLoss
+from secondorder.criteria.roots import LikelihoodRoot, OutputRoot, SampledRoot, likelihood_root
 
 __all__ = [
-    "BoundedClassificationLoss", "FunctionCriterion", "LikelihoodRoot", "OutputHessian", "OutputRoot", "TukeyBiweightLoss",
-    "analytic_hessian", "autograd_hessian", "autograd_root", "likelihood_root", "nonconvex_hessian", "row_masses",
-    "takes_log_probabilities",
+    "BoundedClassificationLoss", "CompositeLoss", "FunctionCriterion", "LikelihoodRoot", "OutputHessian", "OutputRoot",
+    "SampledRoot", "TukeyBiweightLoss", "analytic_hessian", "autograd_hessian", "autograd_root", "known_form", "likelihood_root",
+    "row_masses", "takes_log_probabilities",
 ]  # fmt: skip

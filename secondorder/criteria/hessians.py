@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from secondorder import ops
 from secondorder.criteria.known import evaluated, normalizer
-from secondorder.criteria.losses import BoundedClassificationLoss, TukeyBiweightLoss
-from secondorder.criteria.roots import bce_with_logits_root, cross_entropy_root
+from secondorder.criteria.losses import BoundedClassificationLoss, CompositeLoss, TukeyBiweightLoss
+from secondorder.criteria.roots import OutputRoot, bce_with_logits_root, cross_entropy_root, likelihood_root
 from secondorder.errors import NonFiniteError
 from secondorder.linalg import pos_eig
 
@@ -98,8 +98,10 @@ def analytic_hessian(criterion: nn.Module, output: Tensor, *args: Any, **kwargs:
     return evaluated(_FORMULAS, criterion, output, args, kwargs) if output.dim() >= 2 else None
 
 
-def nonconvex_hessian(criterion: nn.Module, output: Any, *args: Any, **kwargs: Any) -> OutputHessian | None:
-    """H for the criteria that are known not to be convex in the output; None for every other.
+def known_form(criterion: nn.Module, output: Any, *args: Any, **kwargs: Any) -> OutputHessian | OutputRoot | None:
+    """What the quadratic model of a step takes for the Hessian of a criterion that is not convex in the output.
+
+    H for the criteria that are known not to be convex; the root of J_i^T H_i J_i for a `CompositeLoss`; None for every other.
 
     Args:
         criterion: a module or a `FunctionCriterion`.
@@ -107,6 +109,8 @@ def nonconvex_hessian(criterion: nn.Module, output: Any, *args: Any, **kwargs: A
         args: of the criterion after the output.
         kwargs: of the criterion.
     """
+    if isinstance(criterion, CompositeLoss):
+        return likelihood_root(criterion, output.detach(), *args, **kwargs)
     if not isinstance(criterion, BoundedClassificationLoss | TukeyBiweightLoss):
         return None
     return analytic_hessian(criterion, output, *args, **kwargs)

@@ -68,6 +68,57 @@ class TukeyBiweightLoss(nn.Module):
         return losses.mean() if self.reduction == "mean" else losses.sum()
 
 
+class CompositeLoss(nn.Module):
+    """A criterion outer(inner(output), target) whose Gauss-Newton matrix is taken where it is convex: at inner(output).
+
+    For a loss that is convex not in the network's output, but in a function of it, as the likelihood of a mixture is. With J_i
+    the Jacobian of `inner` for instance i, the Hessian that "kflr", "fisher-exact", "fisher-mc" and the quadratic model of a step
+    take for instance i is J_i^T H_i J_i, H_i that of `outer`; it is the Fisher matrix of the labels, too. The other curvatures
+    take the Hessian of the whole.
+
+        # a mixture of two binary classifiers (Botev et al., Eq. 27)
+        def log_odds(output):
+            gate, first, second = output.unbind(1)
+            yes, no = (torch.logaddexp(F.logsigmoid(gate) + F.logsigmoid(sign * first),
+                                       F.logsigmoid(-gate) + F.logsigmoid(sign * second)) for sign in (1, -1))
+            return yes - no
+
+        criterion = secondorder.criteria.CompositeLoss(log_odds, nn.BCEWithLogitsLoss())
+        optimizer = secondorder.KFLR(model, criterion)
+
+    Args:
+        inner: a function, or a module without parameters, of the output [m, K]; returns [m, K'] or [m], each row from its own.
+        outer: nn.CrossEntropyLoss, nn.NLLLoss of log-probabilities, nn.MSELoss or nn.BCEWithLogitsLoss.
+
+    Raises:
+        TypeError: `outer` is no such criterion.
+    """
+
+    def __init__(self, inner: Callable[[Tensor], Tensor], outer: nn.Module):
+        super().__init__()
+        if not isinstance(outer, nn.CrossEntropyLoss | nn.NLLLoss | nn.MSELoss | nn.BCEWithLogitsLoss):
+            raise TypeError(
+                "CompositeLoss: expected outer to be nn.CrossEntropyLoss, nn.NLLLoss, nn.MSELoss or nn.BCEWithLogitsLoss, got "
+                f"{type(outer).__name__}"
+            )
+        self.inner, self.outer = inner, outer
+
+    @property
+    def reduction(self) -> str:
+        """That of `outer`."""
+        return self.outer.reduction
+
+    def forward(self, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The scalar loss.
+
+        Args:
+            output: the network's [m, K].
+            *args: what `outer` takes besides, the target first.
+            **kwargs: the same by name.
+        """
+        return self.outer(self.inner(output), *args, **kwargs)
+
+
 class FunctionCriterion(nn.Module):
     """Makes a plain function (output, target, ...) -> loss a module, so that its calls can be seen.
 

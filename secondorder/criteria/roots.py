@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secondorder.criteria.known import evaluated, normalizer
+from secondorder.criteria.losses import CompositeLoss
 
 
 class OutputRoot(Protocol):
@@ -108,12 +109,73 @@ class DenseRoot:
         return self.root[..., begin:end].movedim(-1, 0)
 
 
+@dataclass(frozen=True)
+class ScalarRoot:
+    """Of a likelihood of one number per instance, [m]: one column for all, where `GaussianRoot` sees m numbers of one."""
+
+    root: GaussianRoot  # [m]
+    count = 1
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        """The columns from `begin` to before `end`, [end - begin, m]."""
+        return self.root.root.unsqueeze(0)[begin:end]
+
+    def sample(self) -> Tensor:
+        """Labels of the root's likelihood."""
+        return self.root.sample()
+
+
+@dataclass(frozen=True)
+class PulledBackRoot:
+    """Of J_i^T H_i J_i, J_i the Jacobian of a function for every instance: the columns J_i^T s_ic."""
+
+    root: LikelihoodRoot  # of H_i
+    transposed: Callable[[Tensor], Tensor]  # J^T, of [count, *value.shape]
+
+    @property
+    def count(self) -> int:
+        """That of the root."""
+        return self.root.count
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        """The columns from `begin` to before `end`, [end - begin, *output.shape]."""
+        return self.transposed(self.root.columns(begin, end))
+
+    def sample(self) -> Tensor:
+        """Labels of the root's likelihood."""
+        return self.transposed(self.root.sample().unsqueeze(0)).squeeze(0)
+
+
+@dataclass(frozen=True)
+class SampledRoot:
+    """What stands for a root where a criterion draws its own labels.
+
+    Args:
+        criterion: with a method `sample(output)` that returns a target for every instance.
+        output: what it is called on, [..., K].
+    """
+
+    criterion: nn.Module
+    output: Tensor
+
+    def sample(self) -> Tensor:
+        """The gradient of the loss where each label is drawn from the model, [*output.shape], on the scale of a root's column."""
+        with torch.no_grad():
+            target = self.criterion.sample(self.output)  # type: ignore[operator]
+        with torch.enable_grad():
+            leaf = self.output.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.criterion(leaf, target), leaf)
+        # A mean's gradient holds 1 / m for each of the m instances, whose outer products are to be summed over m.
+        mean = getattr(self.criterion, "reduction", "mean") != "sum"
+        return gradient * self.output.shape[:-1].numel() ** 0.5 if mean else gradient
+
+
 def likelihood_root(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: Any) -> LikelihoodRoot | None:
     """The root for the criteria known to be a negative log-likelihood, at `output` [..., K]; None for every other.
 
     They are nn.CrossEntropyLoss (categorical), nn.NLLLoss (the same, of the logits that log_softmax was taken of), nn.MSELoss
-    (Gaussian) and nn.BCEWithLogitsLoss (Bernoulli) and their functions.
-    For them it is a root of the Hessian itself: the Fisher matrix is the Gauss-Newton matrix.
+    (Gaussian) and nn.BCEWithLogitsLoss (Bernoulli) and their functions. For them it is a root of the Hessian itself: the Fisher
+    matrix is the Gauss-Newton matrix. For a `CompositeLoss` of one of them it is a root of J_i^T H_i J_i.
 
     Args:
         criterion: a module.
@@ -121,7 +183,20 @@ def likelihood_root(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: 
         *args: what else it is called with, the target first.
         **kwargs: the same by name.
     """
-    return evaluated(_ROOTS, criterion, output, args, kwargs)
+    if not isinstance(criterion, CompositeLoss):
+        return evaluated(_ROOTS, criterion, output, args, kwargs)
+    with torch.enable_grad():
+        leaf = output.detach().requires_grad_()
+        value = criterion.inner(leaf)
+    root = likelihood_root(criterion.outer, value.detach(), *args, **kwargs)
+    if isinstance(root, GaussianRoot) and value.dim() == 1 < output.dim():
+        root = ScalarRoot(root)
+
+    def transposed(columns: Tensor) -> Tensor:
+        (rows,) = torch.autograd.grad(value, leaf, columns.to(value.dtype), retain_graph=True, is_grads_batched=True)
+        return rows
+
+    return None if root is None else PulledBackRoot(root, transposed)
 
 
 def cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> SoftmaxRoot | None:

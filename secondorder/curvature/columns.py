@@ -4,14 +4,22 @@ The columns s_ic give delta_ic = J_i^T s_ic at every layer, and H = sum_i sum_c 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder._tape import LayerRecord
-from secondorder.criteria import LikelihoodRoot, OutputRoot, autograd_root, likelihood_root, takes_log_probabilities
+from secondorder.criteria import (
+    CompositeLoss,
+    LikelihoodRoot,
+    OutputRoot,
+    SampledRoot,
+    autograd_root,
+    likelihood_root,
+    takes_log_probabilities,
+)
 from secondorder.curvature.base import Curvature, register
 
 
@@ -64,23 +72,30 @@ class FisherExact(FromColumns):
         output = args[0] if args else None
         root, edge = None, None
         if isinstance(output, Tensor) and output.grad_fn is not None:
-            root = likelihood_root(criterion, output.detach(), *args[1:], **kwargs)
+            root = self._root(criterion, output.detach(), *args[1:], **kwargs)
             edge = logits_edge(criterion, output)
         if root is None or edge is None:
             raise ValueError(
                 "expected a criterion that is a likelihood the Fisher matrix's labels can be drawn from, called with the "
-                f"network's output first: cross-entropy, NLL of log_softmax, MSE or BCE with logits; got {criterion}: use "
-                "curvature='pch-abs' or 'fisher-empirical'"
+                "network's output first: cross-entropy, NLL of log_softmax, MSE or BCE with logits, a "
+                f"secondorder.criteria.CompositeLoss of these{self._others}; got {criterion}: use curvature='pch-abs' or "
+                "'fisher-empirical'"
             )
-        return edge, self._labels(root)
+        return edge, root
 
-    def _labels(self, root: LikelihoodRoot) -> OutputRoot:
-        return root
+    _others: ClassVar[str] = ""  # what else it takes
+
+    def _root(self, criterion: nn.Module, output: Tensor, *args: Any, **kwargs: Any) -> OutputRoot | None:
+        return likelihood_root(criterion, output, *args, **kwargs)
 
 
 @dataclass(frozen=True)
 class FisherMC(FisherExact):
     """KFAC's Fisher blocks: `FisherExact` by labels sampled from the model, with torch's global generator.
+
+    A criterion of one's own brings its likelihood by a method `sample(output) -> target`, which draws a target for every
+    instance: the blocks are then those of the gradients of criterion(output, target), for a mean over the rows of the output
+    unless the criterion's `reduction` is "sum".
 
     Args:
         samples: how many labels per instance, >= 1; the mean over them is unbiased, its error falls as 1/sqrt(samples).
@@ -92,13 +107,17 @@ class FisherMC(FisherExact):
         if not self.samples >= 1:
             raise ValueError(f"expected samples >= 1, got {self.samples}")
 
-    def _labels(self, root: LikelihoodRoot) -> OutputRoot:
-        return _Samples(root, self.samples)
+    _others: ClassVar[str] = ", or one with a method sample(output) -> target"
+
+    def _root(self, criterion: nn.Module, output: Tensor, *args: Any, **kwargs: Any) -> OutputRoot | None:
+        own = callable(getattr(criterion, "sample", None))
+        root = SampledRoot(criterion, output) if own else likelihood_root(criterion, output, *args, **kwargs)
+        return None if root is None else _Samples(root, self.samples)
 
 
 @dataclass(frozen=True)
 class _Samples:
-    root: LikelihoodRoot
+    root: LikelihoodRoot | SampledRoot
     count: int
 
     def columns(self, begin: int, end: int) -> Tensor:
@@ -125,7 +144,8 @@ class KFLRCurvature(FromColumns):
         output = args[0] if args else None
         if isinstance(output, Tensor) and output.grad_fn is not None:
             root, edge = likelihood_root(criterion, output.detach(), *args[1:], **kwargs), logits_edge(criterion, output)
-            if root is not None and edge is not None and (source is None or edge.node is source):
+            convex = isinstance(criterion, CompositeLoss)  # at its inner value alone: the Hessian at the source may not be
+            if root is not None and edge is not None and (source is None or edge.node is source or convex):
                 return edge, root
         if source is None:
             raise ValueError(f"expected one linear layer's output to enter {criterion}, got several; use curvature='pch-abs'")

@@ -108,7 +108,13 @@ def _(inverse_hessian: list[Tensor], s: list[Tensor], y: list[Tensor]) -> Tensor
 
 
 def damped_bfgs_update_(
-    inverse_hessian: Sequence[Tensor], s: Sequence[Tensor], y: Sequence[Tensor], mu1: float, mu2: float
+    inverse_hessian: Sequence[Tensor],
+    s: Sequence[Tensor],
+    y: Sequence[Tensor],
+    mu1: float,
+    mu2: float,
+    damped: bool = True,
+    bounded: bool = False,
 ) -> Tensor:
     """`double_damping` and then `bfgs_update_` of all layers of a net, each H read once less.
 
@@ -117,16 +123,22 @@ def damped_bfgs_update_(
         s: s [n] of every layer.
         y: y [n] of every layer.
         mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
-        mu2: in (0, 1): the second damping's, s.y >= mu2 s.s.
+        mu2: in (0, 1]: the second damping's, s.y >= mu2 s.s.
+        damped: False: the pair is taken as it is.
+        bounded: whether H stays as it is unless the pair that the update takes has both bounds, up to rounding. After both
+            dampings the first may not hold.
 
     Returns:
         The statuses, int64 [layers].
     """
-    return library.damped_bfgs_update_(list(inverse_hessian), list(s), list(y), mu1, mu2)
+    return library.damped_bfgs_update_(list(inverse_hessian), list(s), list(y), mu1, mu2, damped, bounded)
 
 
-@operator("damped_bfgs_update_(Tensor(a!)[] inverse_hessian, Tensor[] s, Tensor[] y, float mu1, float mu2) -> Tensor status")
-def _(inverse_hessian: list[Tensor], s: list[Tensor], y: list[Tensor], mu1: float, mu2: float) -> Tensor:
+@operator(
+    "damped_bfgs_update_(Tensor(a!)[] inverse_hessian, Tensor[] s, Tensor[] y, float mu1, float mu2, bool damped=True, "
+    "bool bounded=False) -> Tensor status"
+)
+def _(inverse_hessian: list[Tensor], *rest: object) -> Tensor:
     return _statuses(inverse_hessian)
 
 
@@ -199,6 +211,8 @@ def damped_lbfgs_update_(
     y: Sequence[Tensor],
     mu1: float,
     mu2: float,
+    damped: bool = True,
+    bounded: bool = False,
 ) -> Tensor:
     """`damped_bfgs_update_` for an H that only its pairs represent: damps, drops the oldest pair, appends the new one.
 
@@ -208,19 +222,22 @@ def damped_lbfgs_update_(
         s: s [n] of every layer.
         y: y [n] of every layer.
         mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
-        mu2: in (0, 1): the second damping's, s.y >= mu2 s.s.
+        mu2: in (0, 1]: the second damping's, s.y >= mu2 s.s.
+        damped: False: the pair is taken as it is.
+        bounded: whether the memory stays as it is unless the pair that it would take has both bounds, up to rounding. After both
+            dampings the first may not hold.
 
     Returns:
         The statuses, int64 [layers].
     """
-    return library.damped_lbfgs_update_(list(s_pairs), list(y_pairs), list(s), list(y), mu1, mu2)
+    return library.damped_lbfgs_update_(list(s_pairs), list(y_pairs), list(s), list(y), mu1, mu2, damped, bounded)
 
 
 @operator(
-    "damped_lbfgs_update_(Tensor(a!)[] s_pairs, Tensor(b!)[] y_pairs, Tensor[] s, Tensor[] y, float mu1, float mu2) -> Tensor "
-    "status"
+    "damped_lbfgs_update_(Tensor(a!)[] s_pairs, Tensor(b!)[] y_pairs, Tensor[] s, Tensor[] y, float mu1, float mu2, "
+    "bool damped=True, bool bounded=False) -> Tensor status"
 )
-def _(s_pairs: list[Tensor], y_pairs: list[Tensor], s: list[Tensor], y: list[Tensor], mu1: float, mu2: float) -> Tensor:
+def _(s_pairs: list[Tensor], *rest: object) -> Tensor:
     return _statuses(s_pairs)
 
 

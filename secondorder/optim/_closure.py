@@ -54,6 +54,7 @@ class ClosurePass:
         # Over all ranks, once they are averaged.
         self._mean_preactivations: dict[nn.Linear, Tensor] = {}
         self._second_moments: dict[nn.Linear, Tensor] = {}
+        self.weight_gradients: dict[nn.Linear, Tensor] = {}  # of [W | b], of sign times the loss; put here by who needs them
         # [n_out], summed over the instances, of sign times the loss: for a mean loss it is a mean.
         self.gradient: dict[nn.Linear, Tensor] = {}
 

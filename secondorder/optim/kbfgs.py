@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from secondorder import ops
 from secondorder._distributed import RankTerm
 from secondorder._random import RandomState
-from secondorder._tensors import host_numbers
+from secondorder._tensors import host_numbers, to_compute_dtype
 from secondorder.errors import NonFiniteError
 from secondorder.optim._base import CurvatureOptimizer, check_instances
 from secondorder.optim._closure import ClosurePass, kept_gradients, layer_input, layer_second_moment
 from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments
 
 _HALVINGS = 10  # of a step before it is given up
+_INPUT_INVERSES = ("hessian-action", "exact")
+# What the operators are told of a pair: whether it is damped, and whether it is bounded.
+_PAIRS = {"damped": (True, False), "damped-bounded": (True, True), "bounded": (False, True)}
 _COUNTS = ("step", "halvings", "rejected", "updated", "damped_s", "damped_y", "skipped", "input_skipped")
 
 
@@ -32,7 +35,8 @@ class KBFGS(CurvatureOptimizer):
         A <- decay A + (1 - decay) E[h h^T]
         H_a <- BFGS update of H_a by s_a = H_a E[h], y_a = (A + lambda_A I) s_a            Section 4
 
-    from s = y = 0, H_g = I, A = E[h h^T] (`initialize`), H_a = (A + lambda_A I)^-1; lambda_A = mu2 = sqrt(damping).
+    from s = y = 0, H_g = I, A = E[h h^T] (`initialize`), H_a = (A + lambda_A I)^-1; lambda_A = mu2 = sqrt(damping), unless
+    `damping_a` and `damping_g` say otherwise.
 
         optimizer = secondorder.KBFGS(model, criterion)
         for x, y in loader:
@@ -53,7 +57,16 @@ class KBFGS(CurvatureOptimizer):
         criterion: a module, or a function (output, target) -> scalar loss; unused, since the closure computes the loss, any loss.
         lr: step size, >= 0.
         damping: lambda in (0, 1].
+        damping_a: lambda_A > 0; None: sqrt(damping).
+        damping_g: mu2 in (0, 1]; None: sqrt(damping).
         mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
+        pairs: which (s, y) update H_g. "damped": all, by the double damping. "damped-bounded": of these, those with
+            y.H y <= s.y / mu1, which the second damping may have undone (Section 3). "bounded": undamped, those with this bound
+            and s.s <= s.y / mu2 (Section 5). The last two bound H_g and its inverse over any number of steps.
+        input_inverse: "hessian-action", or "exact": H_a = (A + lambda_A I)^-1 by a factorisation at every step (Section 5).
+        doubled_batch: whether M takes, beside a mini-batch's gradient, that of the mini-batch before at the same parameters,
+            from the second call of the closure, which then computes it (end of Section 6); their mean, for mini-batches of one
+            size. The fallback's parameters have the first call's alone.
         decay: of all moving averages (beta in the paper), in [0, 1).
         weight_decay: >= 0, of the kind that `decoupled_weight_decay` says.
         bias_correction: M is the average over the steps so far, as in Adam. False starts from M = 0 without correction,
@@ -69,9 +82,9 @@ class KBFGS(CurvatureOptimizer):
         nonfinite: what a step does that meets NaN or inf: "error" raises `secondorder.NonFiniteError`, "skip" leaves everything
             as it is and counts in `skipped_steps`.
 
-    lr, damping, mu1, decay, weight_decay, maximize and decoupled_weight_decay are read from `param_groups` at every step (a
-    layer's from its weight's group, but lr and weight_decay of a bias from its own), as is "momentum", 0 unless set there,
-    which the fallback alone uses.
+    lr, damping, damping_a, damping_g, mu1, decay, weight_decay, maximize and decoupled_weight_decay are read from `param_groups`
+    at every step (a layer's from its weight's group, but lr and weight_decay of a bias from its own), as is "momentum", 0 unless
+    set there, which the fallback alone uses.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -85,6 +98,8 @@ class KBFGS(CurvatureOptimizer):
     _numbers: ClassVar[Numbers] = {
         **NUMBERS,
         "damping": (lambda v: 0 < v <= 1, "in (0, 1]"),
+        "damping_a": (lambda v: 0 < v < math.inf, "> 0, or None for sqrt(damping)"),
+        "damping_g": (lambda v: 0 < v <= 1, "in (0, 1], or None for sqrt(damping)"),
         "mu1": (lambda v: 0 < v < 1, "in (0, 1)"),
         "decay": (lambda v: 0 <= v < 1, "in [0, 1)"),
     }
@@ -96,7 +111,12 @@ class KBFGS(CurvatureOptimizer):
         lr: float = 0.3,
         *,
         damping: float = 0.3,
+        damping_a: float | None = None,
+        damping_g: float | None = None,
         mu1: float = 0.2,
+        pairs: str = "damped",
+        input_inverse: str = "hessian-action",
+        doubled_batch: bool = False,
         decay: float = 0.9,
         weight_decay: float = 0.0,
         bias_correction: bool = True,
@@ -107,9 +127,15 @@ class KBFGS(CurvatureOptimizer):
         decoupled_weight_decay: bool = False,
         nonfinite: str = "error",
     ):
-        check_arguments(type(self).__name__, [("max_increase", max_increase, max_increase >= 0, ">= 0")])
+        checks: list[tuple[str, Any, bool, str]] = [
+            ("max_increase", max_increase, max_increase >= 0, ">= 0"),
+            ("pairs", pairs, pairs in _PAIRS, "to be one of " + ", ".join(map(repr, _PAIRS))),
+            ("input_inverse", input_inverse, input_inverse in _INPUT_INVERSES, "'hessian-action' or 'exact'"),
+        ]
+        check_arguments(type(self).__name__, checks)
         defaults = {
-            "lr": lr, "damping": damping, "mu1": mu1, "decay": decay, "weight_decay": weight_decay, "momentum": 0.0,
+            "lr": lr, "damping": damping, "damping_a": damping_a, "damping_g": damping_g, "mu1": mu1, "decay": decay,
+            "weight_decay": weight_decay, "momentum": 0.0,
         }  # fmt: skip
         super().__init__(
             model, criterion, defaults, diagonal=False, fallback=fallback, max_factor_dim=max_factor_dim, maximize=maximize,
@@ -119,6 +145,7 @@ class KBFGS(CurvatureOptimizer):
         self._tape.recording = False
         self._curvature_name = "quasi-Newton"
         self._max_increase, self._bias_correction = max_increase, bias_correction
+        self._pairs, self._exact_inverse, self._doubled = _PAIRS[pairs], input_inverse == "exact", doubled_batch
         self._zeroed = [False]  # whether zero_grad was called in a closure; a list, since Lightning calls it on a shallow copy
 
     def _shapes(self, p: Tensor) -> dict[str, tuple[int, ...] | None]:
@@ -128,8 +155,8 @@ class KBFGS(CurvatureOptimizer):
         n, k = p.shape
         k += layer.bias is not None and layer.bias.requires_grad
         return {
-            **dict.fromkeys(("step", *_COUNTS)), "momentum": tuple(p.shape), "gradient": (n, k), "input_second_moment": (k, k),
-            "inverse_input": (k, k), "s": (n,), "y": (n,), **self._output_shapes(n),
+            **dict.fromkeys(("step", *_COUNTS)), "momentum": tuple(p.shape), "gradient": (n, k), "second_gradient": (n, k),
+            "input_second_moment": (k, k), "inverse_input": (k, k), "s": (n,), "y": (n,), **self._output_shapes(n),
         }  # fmt: skip
 
     def _output_shapes(self, n: int) -> dict[str, tuple[int, ...]]:
@@ -171,7 +198,7 @@ class KBFGS(CurvatureOptimizer):
             terms = [RankTerm(self._layers[layer], moment, counts[layer]) for layer, moment in moments.items()]
             moments = dict(zip(moments, self._ranks.average(lambda: terms), strict=True))
         for layer, moment in moments.items():
-            self.state[layer.weight].update(self._start(layer, moment, groups[layer.weight]["damping"]))
+            self.state[layer.weight].update(self._start(layer, moment, damping_of(groups[layer.weight], "damping_a")))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
@@ -246,6 +273,9 @@ class KBFGS(CurvatureOptimizer):
             state["step"] += 1
             state["halvings"] += halvings
             state["rejected"] += trial is None
+            state.pop("second_gradient", None)
+            if trial is not None and layer in trial.weight_gradients:
+                state["second_gradient"] = trial.weight_gradients[layer]
         inputs: list[dict[str, Any]] = []
         outputs: list[dict[str, Any]] = []
         statuses: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -300,13 +330,17 @@ class KBFGS(CurvatureOptimizer):
         """The state of a layer before its first step, with A as given."""
         zeros = second_moment.new_zeros
         n_out, n = layer.out_features, len(second_moment)
-        damped = second_moment + math.sqrt(damping) * torch.eye(n, dtype=second_moment.dtype, device=second_moment.device)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        inverse = _damped_inverse(second_moment, damping)
+        if not inverse.isfinite().all():
+            raise NonFiniteError(
+                f"{type(self).__name__}: expected finite inputs of layer {self._layers[layer]!r}, whose E[h h^T] has an inverse "
+                "once it is damped; got NaN or inf, or numbers whose squares are. Scale the inputs, or raise damping"
+            )
         return {
             **dict.fromkeys(_COUNTS, 0),
             "gradient": zeros(n_out, n),
             "input_second_moment": second_moment,
-            "inverse_input": ((inverse + inverse.T) / 2).contiguous(),
+            "inverse_input": inverse,
             "s": zeros(n_out),
             "y": zeros(n_out),
             **self._start_output(zeros(n_out)),
@@ -324,7 +358,7 @@ class KBFGS(CurvatureOptimizer):
     def _damped_update(self, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
         """Updates H_g by the damped (s, y) of every layer."""
         s, y, h = ([state[key] for state in states] for key in ("s", "y", "inverse_output"))
-        return ops.damped_bfgs_update_(h, s, y, group["mu1"], math.sqrt(group["damping"]))
+        return ops.damped_bfgs_update_(h, s, y, group["mu1"], damping_of(group, "damping_g"), *self._pairs)
 
     def _check_finite(
         self, loss: float | Tensor, parameters: dict[nn.Linear, list[Tensor]], gradients: dict[Tensor, Tensor]
@@ -356,11 +390,46 @@ class KBFGS(CurvatureOptimizer):
             state, group = self.state.get(layer.weight, {}), groups[layer.weight]
             if "step" not in state:
                 moment = first.second_moment(layer)
-                state = self._start(layer, moment, group["damping"])
+                state = self._start(layer, moment, damping_of(group, "damping_a"))
             states.append(state)
-            average = self._averaged_gradient(layer, state, [gradients[p] for p in each], group["decay"])
+            batch = self._batch_gradients(layer, state, {p: gradients[p] for p in each}, groups)
+            average = self._averaged_gradient(layer, state, batch, group["decay"])
             updates[layer] = {**state, "gradient": average}
         return self._preconditioned(states, [update["gradient"] for update in updates.values()]), updates
+
+    def _batch_gradients(
+        self, layer: nn.Linear, state: dict[str, Any], gradients: dict[Tensor, Tensor], groups: dict[Tensor, dict[str, Any]]
+    ) -> list[Tensor]:
+        """The gradients of a layer's parameters, with the mini-batch before where its second call has left one."""
+        if "second_gradient" not in state:
+            return list(gradients.values())
+        doubled = []
+        for (p, gradient), columns in zip(gradients.items(), _columns(layer), strict=False):
+            before = state["second_gradient"][:, columns].view_as(p)
+            if not groups[p]["decoupled_weight_decay"]:
+                before = before.add(p, alpha=float(groups[p]["weight_decay"]))
+            doubled.append((gradient + before) / 2)
+        return doubled
+
+    def _second_gradients(self, parameters: dict[nn.Linear, list[Tensor]], sign: float) -> dict[nn.Linear, Tensor]:
+        """The gradients of [W | b] that the closure's second call has left, where they are finite."""
+
+        def found() -> dict[nn.Linear, Tensor]:
+            left = {layer: [p.grad for p in each if p.grad is not None] for layer, each in parameters.items()}
+            return {
+                layer: torch.cat([sign * to_compute_dtype(g).view(layer.out_features, -1) for g in left[layer]], 1)
+                for layer, each in parameters.items()
+                if len(left[layer]) == len(each)
+            }
+
+        if self._ranks is None:
+            gradients = found()
+        else:
+            names = {self._layers[layer]: layer for layer in parameters}
+            averages = self._ranks.average(lambda: [RankTerm(self._layers[layer], g) for layer, g in found().items()])
+            gradients = dict(zip(names.values(), averages, strict=True))
+        finite = host_numbers([g.isfinite().all() for g in gradients.values()])
+        return {layer: g for (layer, g), good in zip(gradients.items(), finite, strict=True) if good}
 
     def _averaged_gradient(self, layer: nn.Linear, state: dict[str, Any], gradients: list[Tensor], decay: float) -> Tensor:
         """M after this step's gradient of [W | b]."""
@@ -397,7 +466,7 @@ class KBFGS(CurvatureOptimizer):
                     for (layer, each), direction in zip(parameters.items(), directions, strict=True):
                         _move(each, before[layer], direction, [groups[p] for p in each], 0.5**halvings)
                     random.restore()
-                    trial = ClosurePass(self._layers, self._tape.tied, first.sign, parameters=False)
+                    trial = ClosurePass(self._layers, self._tape.tied, first.sign, parameters=self._doubled)
 
                     def run(trial: ClosurePass = trial) -> tuple[Tensor, Tensor | bool]:
                         with trial:
@@ -430,6 +499,8 @@ class KBFGS(CurvatureOptimizer):
                         pairs = {
                             layer: pair for (layer, pair), good in zip(moves.items(), rest[len(sizes) :], strict=True) if good
                         }
+                        if self._doubled:
+                            trial.weight_gradients = self._second_gradients(parameters, first.sign)
                         break
         finally:
             after.restore()
@@ -441,19 +512,21 @@ class KBFGS(CurvatureOptimizer):
 
     def _update_inputs(self, layers: list[nn.Linear], first: ClosurePass, group: dict[str, Any]) -> Tensor:
         """Updates A and H_a of the layers of a group; returns the updates' statuses."""
-        states = [self.state[layer.weight] for layer in layers]
+        states, damping = [self.state[layer.weight] for layer in layers], damping_of(group, "damping_a")
         means = []
         for layer, state in zip(layers, states, strict=True):
             mean, a = first.mean_input(layer), state["input_second_moment"]
             if state["step"] > 1:  # the first step's A is the start's
                 first.second_moment(layer, a, group["decay"])
             means.append(mean if len(mean) == len(a) else torch.cat([mean, mean.new_ones(1)]))
-        return ops.hessian_action_update_(
-            [state["inverse_input"] for state in states],
-            [state["input_second_moment"] for state in states],
-            means,
-            math.sqrt(group["damping"]),
-        )
+        inverses, matrices = ([state[key] for state in states] for key in ("inverse_input", "input_second_moment"))
+        if not self._exact_inverse:
+            return ops.hessian_action_update_(inverses, matrices, means, damping)
+        exact = [_damped_inverse(a, damping) for a in matrices]
+        valid = torch.stack([inverse.isfinite().all() for inverse in exact])
+        for old, new, good in zip(inverses, exact, valid, strict=True):
+            old.copy_(torch.where(good, new, old))
+        return valid * ops.UPDATED
 
     def _averaged_pairs(
         self, layers: list[nn.Linear], pairs: dict[nn.Linear, tuple[Tensor, Tensor]], group: dict[str, Any]
@@ -469,6 +542,18 @@ class KBFGS(CurvatureOptimizer):
             else:
                 state["skipped"] += 1
         return states
+
+
+def damping_of(group: dict[str, Any], name: str) -> float:
+    """The damping of this name in a param_group, lambda_A or mu2: the square root of the common one where it has none."""
+    return math.sqrt(group["damping"]) if group.get(name) is None else float(group[name])
+
+
+def _damped_inverse(a: Tensor, damping: float) -> Tensor:
+    """(A + damping I)^-1 [n, n], symmetric; NaN where that is not positive definite."""
+    factor, failed = torch.linalg.cholesky_ex(a + damping * torch.eye(len(a), dtype=a.dtype, device=a.device))
+    inverse = torch.cholesky_inverse(torch.where(failed == 0, factor, math.nan))
+    return ((inverse + inverse.T) / 2).contiguous()
 
 
 def _parameters(layer: nn.Linear, gradients: dict[Tensor, Tensor]) -> list[Tensor]:

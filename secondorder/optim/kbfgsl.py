@@ -1,6 +1,5 @@
 """KBFGSL: K-BFGS with the output side in limited memory (Goldfarb, Ren & Bahamou, 2020)."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 
 from secondorder import ops
 from secondorder.optim._numbers import check_arguments
-from secondorder.optim.kbfgs import KBFGS
+from secondorder.optim.kbfgs import KBFGS, damping_of
 
 
 class KBFGSL(KBFGS):
@@ -37,8 +36,17 @@ class KBFGSL(KBFGS):
         criterion: a module, or a function (output, target) -> scalar loss; unused, since the closure computes the loss, any loss.
         lr: step size, >= 0.
         damping: lambda in (0, 1].
+        damping_a: lambda_A > 0; None: sqrt(damping).
+        damping_g: mu2 in (0, 1]; None: sqrt(damping).
         memory: pairs (s, y) kept of each layer, >= 1.
         mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
+        pairs: which (s, y) update H_g. "damped": all, by the double damping. "damped-bounded": of these, those with
+            y.H y <= s.y / mu1, which the second damping may have undone (Section 3). "bounded": undamped, those with this bound
+            and s.s <= s.y / mu2 (Section 5). The last two bound H_g and its inverse over any number of steps.
+        input_inverse: "hessian-action", or "exact": H_a = (A + lambda_A I)^-1 by a factorisation at every step (Section 5).
+        doubled_batch: whether M takes, beside a mini-batch's gradient, that of the mini-batch before at the same parameters,
+            from the second call of the closure, which then computes it (end of Section 6); their mean, for mini-batches of one
+            size. The fallback's parameters have the first call's alone.
         decay: of all moving averages (beta in the paper), in [0, 1).
         weight_decay: >= 0, of the kind that `decoupled_weight_decay` says.
         bias_correction: M is the average over the steps so far, as in Adam. False starts from M = 0 without correction,
@@ -52,9 +60,9 @@ class KBFGSL(KBFGS):
         nonfinite: what a step does that meets NaN or inf: "error" raises `secondorder.NonFiniteError`, "skip" leaves everything
             as it is and counts in `skipped_steps`.
 
-    lr, damping, mu1, decay, weight_decay, maximize and decoupled_weight_decay are read from `param_groups` at every step (a
-    layer's from its weight's group, but lr and weight_decay of a bias from its own), as is "momentum", 0 unless set there,
-    which the fallback alone uses.
+    lr, damping, damping_a, damping_g, mu1, decay, weight_decay, maximize and decoupled_weight_decay are read from `param_groups`
+    at every step (a layer's from its weight's group, but lr and weight_decay of a bias from its own), as is "momentum", 0 unless
+    set there, which the fallback alone uses.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -71,8 +79,13 @@ class KBFGSL(KBFGS):
         lr: float = 0.3,
         *,
         damping: float = 0.3,
+        damping_a: float | None = None,
+        damping_g: float | None = None,
         memory: int = 100,
         mu1: float = 0.2,
+        pairs: str = "damped",
+        input_inverse: str = "hessian-action",
+        doubled_batch: bool = False,
         decay: float = 0.9,
         weight_decay: float = 0.0,
         bias_correction: bool = True,
@@ -84,7 +97,8 @@ class KBFGSL(KBFGS):
     ):
         check_arguments(type(self).__name__, [("memory", memory, memory >= 1, ">= 1")])
         super().__init__(
-            model, criterion, lr, damping=damping, mu1=mu1, decay=decay, weight_decay=weight_decay,
+            model, criterion, lr, damping=damping, damping_a=damping_a, damping_g=damping_g, mu1=mu1, pairs=pairs,
+            input_inverse=input_inverse, doubled_batch=doubled_batch, decay=decay, weight_decay=weight_decay,
             bias_correction=bias_correction, max_increase=max_increase, max_factor_dim=None, fallback=fallback, maximize=maximize,
             decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip
@@ -103,4 +117,4 @@ class KBFGSL(KBFGS):
 
     def _damped_update(self, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
         s, y, s_pairs, y_pairs = ([state[key] for state in states] for key in ("s", "y", "s_pairs", "y_pairs"))
-        return ops.damped_lbfgs_update_(s_pairs, y_pairs, s, y, group["mu1"], math.sqrt(group["damping"]))
+        return ops.damped_lbfgs_update_(s_pairs, y_pairs, s, y, group["mu1"], damping_of(group, "damping_g"), *self._pairs)

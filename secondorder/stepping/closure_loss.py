@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from secondorder._distributed import RankReducer
 from secondorder._tape import ForwardState, Tape, term_outside
 from secondorder._tensors import to_compute_dtype
-from secondorder.criteria import nonconvex_hessian
+from secondorder.criteria import known_form
 from secondorder.stepping.gauss_newton_product import GraphQuadratic, differentiable_twice
 from secondorder.stepping.over_ranks import LossOverRanks
 from secondorder.stepping.recorded_loss import tolerance_of
@@ -36,7 +36,7 @@ class _Graph:
     """The loss with its graph, and the criterion's calls in it."""
 
     loss: Tensor
-    calls: list[tuple[Tensor, list[Tensor], Any]]  # the criterion's loss, its trained arguments, its known Hessian
+    calls: list[tuple[Tensor, list[Tensor], Any]]  # the criterion's loss, its trained arguments, its known form
     outside: bool  # whether anything else depends on parameters
 
 
@@ -144,7 +144,7 @@ class ClosureLoss(LossOverRanks):
                 trained = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
                 known = None
                 if len(trained) == 1 and args and args[0] is trained[0]:
-                    known = nonconvex_hessian(criterion, trained[0].detach(), *args[1:], **kwargs)
+                    known = known_form(criterion, trained[0].detach(), *args[1:], **kwargs)
                 calls.append((loss, trained, known))
 
         handle = self.criterion.register_forward_hook(called, with_kwargs=True)

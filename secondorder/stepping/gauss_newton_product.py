@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secondorder._tape import preactivation
 from secondorder._tensors import to_compute_dtype
-from secondorder.criteria import OutputHessian, autograd_hessian
+from secondorder.criteria import OutputHessian, OutputRoot, autograd_hessian
 
 # The mean Hessian takes as many backward passes through the criterion as there are outputs; with more, the span's own is taken.
 _MOST_OUTPUTS = 512
@@ -31,10 +31,10 @@ class OutputCurvature:
     Args:
         loss: a scalar with its graph.
         outputs: z.
-        known: the mean's values for a criterion that is known not to be convex.
+        known: for a criterion that is known not to be convex, the mean's values, or a root of what stands for every row's.
     """
 
-    def __init__(self, loss: Tensor, outputs: Sequence[GradientEdge], known: OutputHessian | None = None):
+    def __init__(self, loss: Tensor, outputs: Sequence[GradientEdge], known: OutputHessian | OutputRoot | None = None):
         self._loss, self._outputs, self._known = loss, list(outputs), known
         with torch.enable_grad():
             self._gradients = torch.autograd.grad(
@@ -44,8 +44,10 @@ class OutputCurvature:
 
     def form(self, tangents: list[list[Tensor]]) -> Tensor:
         """t_k^T H t_l [k, k] in float64 on the CPU, for tangents that have one tensor of each output's shape."""
-        if self._known is not None:
+        if isinstance(self._known, OutputHessian):
             return self._by_mean(tangents, self._known)
+        if self._known is not None:
+            return self._by_root(tangents, self._known)
         curved = [self._product(t) for t in tangents]
         form, by_rows = _forms(tangents, curved)
         values = torch.linalg.eigvalsh(form) if len(form) > 1 and form.isfinite().all() else form.flatten()
@@ -67,6 +69,12 @@ class OutputCurvature:
         matrix = to_compute_dtype(mean.positive(-1.0)) * (gradient.shape[-1] / gradient.numel())
         flat = torch.stack([t.reshape(-1, gradient.shape[-1]) for (t,) in tangents]).to(matrix.dtype)
         return (flat.flatten(1) @ (flat @ matrix).flatten(1).T).double().cpu()
+
+    def _by_root(self, tangents: list[list[Tensor]], root: OutputRoot) -> Tensor:
+        columns = root.columns(0, root.count)
+        flat = torch.stack([t.reshape(columns.shape[1:]) for (t,) in tangents]).to(columns.dtype)
+        along = (columns * flat.unsqueeze(1)).sum(-1).flatten(1)  # s_ic . t_ki, [k, columns and rows]
+        return (along @ along.T).double().cpu()
 
     def _product(self, tangent: list[Tensor]) -> list[Tensor]:
         """H t."""
@@ -90,8 +98,9 @@ class GraphQuadratic:
     """
 
     def __init__(
-        self, loss: Tensor, arguments: Sequence[Tensor], parameters: Sequence[Tensor], known: OutputHessian | None = None
-    ):
+        self, loss: Tensor, arguments: Sequence[Tensor], parameters: Sequence[Tensor],
+        known: OutputHessian | OutputRoot | None = None,
+    ):  # fmt: skip
         edges = [GradientEdge(node, a.output_nr) for a in arguments if (node := a.grad_fn) is not None]
         outputs = edges if known is not None else list(dict.fromkeys(preactivation(edge) for edge in edges))
         self._curvature = OutputCurvature(loss, outputs, known)

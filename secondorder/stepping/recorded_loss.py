@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from secondorder._tape import CriterionArguments, LossCall
-from secondorder.criteria import OutputHessian, nonconvex_hessian, row_masses
+from secondorder.criteria import OutputHessian, OutputRoot, known_form, row_masses
 from secondorder.stepping.gauss_newton_product import GraphQuadratic, OutputCurvature, differentiable_twice
 from secondorder.stepping.linear_chain import LinearChain
 
@@ -122,12 +122,12 @@ class RecordedLoss:
         loss: Tensor = self.criterion(*args, **kwargs)
         return loss
 
-    def _known(self, tensors: list[Tensor]) -> OutputHessian | None:
-        """The mean Hessian of a criterion that is known not to be convex."""
+    def _known(self, tensors: list[Tensor]) -> OutputHessian | OutputRoot | None:
+        """What is known of the Hessian of a criterion that is not convex."""
         if len(tensors) != 1 or self.arguments.trained != [0]:
             return None
         args, kwargs = self.arguments.replaced([tensors[0].detach()], None if self.rows is None else self.rows.of)
-        return nonconvex_hessian(self.criterion, *args, **kwargs)
+        return known_form(self.criterion, *args, **kwargs)
 
 
 class ChainLoss(RecordedLoss):

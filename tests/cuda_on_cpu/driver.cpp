@@ -75,18 +75,38 @@ struct Bfgs {
   const T **s, **y;
   T **damped_s, **damped_y;
   const T** matrix;
-  T **hy, **s_pairs, **y_pairs;
+  T** hy;
+  const T **hs, **hhy;
+  T **s_pairs, **y_pairs;
 };
 
 template <typename T>
-void run_bfgs(int mode, const Bfgs<T>& in, double mu1, double mu2, double damping, int64_t* status) {
+void run_bfgs(int mode, const Bfgs<T>& in, double mu1, double mu2, bool damped, bool bounded, double damping,
+              int64_t* status) {
   static constexpr decltype(&cuda::bfgs_update<T>) launchers[] = {
       cuda::double_damping<T>, cuda::bfgs_update<T>, cuda::damped_bfgs_update<T>, cuda::hessian_action_update<T>,
       cuda::damped_lbfgs_update<T>};
   std::vector<cuda::BfgsLayer<T>> layers(in.count);
   for (int l = 0; l < in.count; ++l)
-    layers[l] = {in.n[l], in.inverse_hessian[l], in.s[l], in.y[l],  in.damped_s[l], in.damped_y[l], status + l, mu1,
-                 mu2,     in.matrix[l],          damping, in.hy[l], in.s_pairs[l],  in.y_pairs[l],  in.pairs[l]};
+    layers[l] = {in.n[l],
+                 in.inverse_hessian[l],
+                 in.s[l],
+                 in.y[l],
+                 in.damped_s[l],
+                 in.damped_y[l],
+                 status + l,
+                 mu1,
+                 mu2,
+                 damped,
+                 bounded,
+                 in.matrix[l],
+                 damping,
+                 in.hy[l],
+                 in.hs[l],
+                 in.hhy[l],
+                 in.s_pairs[l],
+                 in.y_pairs[l],
+                 in.pairs[l]};
   Scratch workspace(cuda::bfgs_workspace(layers.data(), in.count));
   launchers[mode](layers.data(), in.count, workspace.as<void>(), kStream);
 }
@@ -226,11 +246,13 @@ int mma(const float* a, const float* b, float* d) {
     });                                                                                                                \
   }                                                                                                                    \
   int bfgs_##suffix(int mode, int count, const int64_t* n, const int64_t* pairs, T** inverse_hessian, const T** s,     \
-                    const T** y, T** damped_s, T** damped_y, const T** matrix, T** hy, T** s_pairs, T** y_pairs,       \
-                    double mu1, double mu2, double damping, int64_t* status) {                                         \
+                    const T** y, T** damped_s, T** damped_y, const T** matrix, T** hy, const T** hs, const T** hhy,    \
+                    T** s_pairs, T** y_pairs, double mu1, double mu2, int damped, int bounded, double damping,         \
+                    int64_t* status) {                                                                                 \
     return guarded([&] {                                                                                               \
-      run_bfgs<T>(mode, {count, n, pairs, inverse_hessian, s, y, damped_s, damped_y, matrix, hy, s_pairs, y_pairs},    \
-                  mu1, mu2, damping, status);                                                                          \
+      run_bfgs<T>(mode,                                                                                                \
+                  {count, n, pairs, inverse_hessian, s, y, damped_s, damped_y, matrix, hy, hs, hhy, s_pairs, y_pairs}, \
+                  mu1, mu2, damped != 0, bounded != 0, damping, status);                                               \
     });                                                                                                                \
   }                                                                                                                    \
   int lbfgs_middle_##suffix(int64_t p, int64_t k, const double* sy, const double* yy, T* columns) {                    \

@@ -125,6 +125,8 @@ class BfgsLayer:
     damped_y: np.ndarray | None = None
     matrix: np.ndarray | None = None
     hy: np.ndarray | None = None
+    hs: np.ndarray | None = None
+    hhy: np.ndarray | None = None
     s_pairs: np.ndarray | None = None
     y_pairs: np.ndarray | None = None
 
@@ -295,17 +297,18 @@ class Kernels:
         return iterations.tolist()
 
     def bfgs(
-        self, launcher: str, layers: Sequence[BfgsLayer], mu1: float = 0.2, mu2: float = 0.001, damping: float = 0.0
-    ) -> list[int]:
+        self, launcher: str, layers: Sequence[BfgsLayer], mu1: float = 0.2, mu2: float = 0.001, damping: float = 0.0,
+        *, damped: bool = True, bounded: bool = False,
+    ) -> list[int]:  # fmt: skip
         """`launcher`: as in kernels.h; returns the statuses of the updates."""
         status = np.full(len(layers), -7, np.int64)
         launchers = ("double_damping", "bfgs_update", "damped_bfgs_update", "hessian_action_update", "damped_lbfgs_update")
-        names = ("inverse_hessian", "s", "y", "damped_s", "damped_y", "matrix", "hy", "s_pairs", "y_pairs")
+        names = ("inverse_hessian", "s", "y", "damped_s", "damped_y", "matrix", "hy", "hs", "hhy", "s_pairs", "y_pairs")
         self._call(
             "bfgs", layers[0].s.dtype, launchers.index(launcher), len(layers), longs([x.s.size for x in layers]),
             longs([0 if x.s_pairs is None else len(x.s_pairs) for x in layers]),
             *(pointers([getattr(x, name) for x in layers]) for name in names),
-            ctypes.c_double(mu1), ctypes.c_double(mu2), ctypes.c_double(damping), pointer(status),
+            ctypes.c_double(mu1), ctypes.c_double(mu2), damped, bounded, ctypes.c_double(damping), pointer(status),
         )  # fmt: skip
         return status.tolist()
 

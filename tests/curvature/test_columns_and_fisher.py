@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.curvatures import CRITERIA, Branching, blocks, network
+from helpers.curvatures import CRITERIA, Branching, blocks, log_odds, network
 from oracles import hessian_block
 from torch import nn
 from torch.func import functional_call, hessian, jacrev
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import secondorder as so
 from secondorder._layers import linear_layers
 from secondorder._tape import Tape, columns
-from secondorder.criteria import BoundedClassificationLoss, FunctionCriterion
+from secondorder.criteria import BoundedClassificationLoss, CompositeLoss, FunctionCriterion
 from secondorder.curvature import CURVATURES, FisherMC
 
 
@@ -263,3 +263,114 @@ def test_nll_of_anything_else_is_no_likelihood():
     with pytest.raises(ValueError, match="NLL of log_softmax"):
         criterion(model(torch.randn(5, 4)), torch.arange(5) % 3)
     optimizer.remove_hooks()
+
+
+# Criteria that bring their likelihood
+
+
+class Mixture(nn.Module):
+    """Eq. 27 as a loss of one's own, which draws its labels."""
+
+    def __init__(self, reduction="mean"):
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, output, target):
+        losses = F.binary_cross_entropy_with_logits(log_odds(output), target, reduction="none")
+        return losses.mean() if self.reduction == "mean" else losses.sum()
+
+    def sample(self, output):
+        gate, *experts = output.sigmoid().unbind(1)
+        chosen = torch.where(torch.rand_like(gate) < gate, *experts)
+        return (torch.rand_like(gate) < chosen).to(output.dtype)
+
+
+def fisher_of_labels(model, criterion, x):
+    """E[g g^T] over both labels by their probabilities, as `Mixture` says; on the scale of the loss."""
+    p = log_odds(model(x)).sigmoid().detach()
+    parts = [
+        (instance_gradients(model, criterion, x, torch.full((len(x),), label).double()), q) for label, q in ((1, p), (0, 1 - p))
+    ]
+    count = len(x) if criterion.reduction == "mean" else 1
+    return {name: sum(g[name].T @ (q.unsqueeze(1) * g[name]) for g, q in parts) / count for name in parts[0][0]}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("curvature", ["kflr", "fisher-exact"])
+def test_a_composite_loss_has_the_gauss_newton_blocks_of_its_inner_value(curvature, reduction):
+    """By columns, as many as the inner value has, and by the gradients of all labels."""
+    criterion = CompositeLoss(log_odds, nn.BCEWithLogitsLoss(reduction=reduction))
+    model, x, y = network([4, 6, 3], nn.Tanh()), torch.randn(9, 4).double(), torch.randint(2, (9,)).double()
+    assert_blocks(blocks(model, criterion, CURVATURES[curvature], (x, y)), fisher_of_labels(model, Mixture(reduction), x))
+    with pytest.raises(ValueError, match="positive semi-definite"):
+        blocks(model, Mixture(reduction), CURVATURES["kflr"], (x, y))
+
+
+def test_a_composite_loss_of_several_inner_values():
+    model, x, y = network([4, 6, 3], nn.Tanh()), torch.randn(7, 4).double(), torch.randint(4, (7,))
+    inner = nn.Sequential(nn.ConstantPad1d((0, 1), 0.5), nn.Softsign())  # not convex in what is inside
+    criterion = CompositeLoss(inner, nn.CrossEntropyLoss())
+    composed = nn.Sequential(*model, inner)
+    expected = gauss_newton_blocks(composed, nn.CrossEntropyLoss(), x, y)
+    assert_blocks(blocks(model, criterion, CURVATURES["kflr"], (x, y)), expected)
+    sampled = blocks(model, criterion, FisherMC(4000), (x, y))
+    for name, block in expected.items():
+        assert (sampled[name] - block).norm() < 0.1 * block.norm()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "criterion", [Mixture, lambda reduction: CompositeLoss(log_odds, nn.BCEWithLogitsLoss(reduction=reduction))],
+    ids=["sampler", "composite"],
+)  # fmt: skip
+def test_labels_that_a_criterion_draws_give_the_fisher_matrix(criterion, reduction):
+    model, x, y = network([4, 6, 3], nn.Tanh()), torch.randn(9, 4).double(), torch.randint(2, (9,)).double()
+    expected = fisher_of_labels(model, Mixture(reduction), x)
+    for samples, tolerance in ((100, 0.3), (10_000, 0.03)):
+        sampled = blocks(model, criterion(reduction), FisherMC(samples), (x, y))
+        for name, block in expected.items():
+            assert (sampled[name] - block).norm() < tolerance * block.norm()
+
+
+@pytest.mark.parametrize("optimizer", [so.KFLR, so.KFAC])
+def test_the_mixture_is_trained(optimizer):
+    """Eq. 27's, whose true Hessian is indefinite; and the step's quadratic model is that of the Gauss-Newton matrix."""
+    torch.manual_seed(0)
+    model, x = network([6, 12, 3], nn.Tanh()), torch.randn(200, 6).double()
+    y = ((x[:, 0] * x[:, 1] > 0) ^ (x[:, 2] > 0.5)).double()
+    criterion = CompositeLoss(log_odds, nn.BCEWithLogitsLoss())
+    trained = optimizer(model, criterion)
+    losses = []
+    for _ in range(60):
+        trained.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        trained.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("chain", [True, False])
+def test_the_quadratic_model_of_a_composite_loss(chain):
+    """x^T G x against Jacobians of the inner value, from a record of layers alone and from the model's graph."""
+    model = network([4, 6, 3], nn.Tanh())
+    if not chain:
+        model = nn.Sequential(*model[:2], nn.LayerNorm(6).double(), model[2])
+    criterion, x, y = CompositeLoss(log_odds, nn.BCEWithLogitsLoss()), torch.randn(9, 4).double(), torch.rand(9).round().double()
+    step = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    fixed = {name: p.detach() for name, p in model.named_parameters()}
+    inner, along = torch.func.jvp(lambda values: log_odds(functional_call(model, values, (x,))), (fixed,), (step,))
+    p = inner.sigmoid()
+    form = float((along**2 * p * (1 - p)).mean())
+    loss = criterion(model(x), y)
+    slope = sum(
+        float((g * d).sum()) for g, d in zip(torch.autograd.grad(loss, list(model.parameters())), step.values(), strict=True)
+    )
+    moved = functional_call(model, {name: fixed[name] + d for name, d in step.items()}, (x,))
+    expected = float(criterion(moved, y) - loss.detach()) / (slope + form / 2)
+    assert so.diagnostics.reduction_ratio(model, criterion, x, y, step) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_composite_loss_refuses_what_it_does_not_know():
+    with pytest.raises(TypeError, match="expected outer to be nn.CrossEntropyLoss.*got HuberLoss"):
+        CompositeLoss(log_odds, nn.HuberLoss())

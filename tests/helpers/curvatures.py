@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from secondorder._layers import linear_layers
 from secondorder._tape import Tape
@@ -23,6 +24,16 @@ CRITERIA = {
     "tukey": (TukeyBiweightLoss(c=1.0), lambda m, k: torch.randn(m, k).double()),
     "huber": (nn.HuberLoss(delta=0.3), lambda m, k: torch.randn(m, k).double()),
 }
+
+
+def log_odds(output):
+    """Of label 1 in a mixture of two binary classifiers (Botev et al., Eq. 27), for logits [m, 3]."""
+    gate, first, second = output.unbind(1)
+    yes, no = (
+        torch.logaddexp(F.logsigmoid(gate) + F.logsigmoid(sign * first), F.logsigmoid(-gate) + F.logsigmoid(sign * second))
+        for sign in (1, -1)
+    )
+    return yes - no
 
 
 class Branching(nn.Module):

@@ -106,7 +106,8 @@ def test_fused_update_equals_damping_then_update(dtype):
     assert {ops.UPDATED | d for d in (0, ops.DAMPED_S, ops.DAMPED_Y, ops.DAMPED_S | ops.DAMPED_Y)} <= seen
 
 
-def test_list_operators_equal_their_twins():
+@pytest.mark.parametrize("rule", [(), (True, True), (False, True), (False, False)])
+def test_list_operators_equal_their_twins(rule):
     """State and statuses over a sequence of pairs of every kind, on three layers at once."""
     generator = torch.Generator().manual_seed(3)
     sizes = (1, 5, 33)
@@ -121,7 +122,7 @@ def test_list_operators_equal_their_twins():
             y[1] = -y[1] if s[1] @ y[1] > 0 and i % 2 else y[1]
             s[2] = math.nan * s[2] if i == 5 else s[2]
             statuses = [
-                getattr(module, update)(*zip(*state, strict=True), s, y, MU1, MU2)
+                getattr(module, update)(*zip(*state, strict=True), s, y, MU1, MU2, *rule)
                 for module, state in zip((ops, reference), states, strict=True)
             ]
             assert torch.equal(statuses[0] & ops.UPDATED, statuses[1] & ops.UPDATED)
@@ -201,6 +202,79 @@ def test_float32_drift_over_ten_thousand_updates(record_property, capsys):
         print(f"\nfloat32 drift of H over 10,000 updates (n = {n}): largest {worst:.1e} of |H|")
     record_property("drift", worst)
     assert worst < 1e-3
+
+
+# Pairs that are left out by their bounds
+
+
+def within(s, y, h, mu1, mu2):
+    """Whether y.Hy / s.y <= 1 / mu1 and s.s / s.y <= 1 / mu2, as the operators round it; None: too close to tell."""
+    ratios = [r / (s @ y) for r in (mu1 * (y @ h @ y), mu2 * (s @ s))]
+    return None if any(1.0005 < r < 1.002 for r in ratios) else bool(s @ y > 0 and all(r < 1.001 for r in ratios))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("damped", [True, False])
+def test_bounded_updates_are_made_within_both_bounds_alone(damped, dtype):
+    """By formulas in float64, on pairs of every kind; the memory that stands for the same H takes the same pairs."""
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for n in SIZES[1:]:
+        scale = 10.0 ** torch.randint(-2, 4, (), generator=generator)
+        for s, y in pairs_of(n, 12, generator):
+            h = (scale * positive_definite(n, dtype, generator)).contiguous()
+            s, y = s.to(dtype), y.to(dtype)
+            pair = reference.double_damping(s.double(), y.double(), h.double(), MU1, MU2) if damped else (s.double(), y.double())
+            expected = within(*pair, h.double(), MU1, MU2)
+            if expected is None:
+                continue
+            before = h.clone()
+            status = ops.damped_bfgs_update_([h], [s], [y], MU1, MU2, damped, True).item()
+            assert bool(status & ops.UPDATED) == expected
+            seen.add((expected, status & (ops.DAMPED_S | ops.DAMPED_Y)))
+            if expected:
+                exact = three_products(before, *pair)
+                assert (h - exact).abs().max() <= (1e-3 if dtype == torch.float32 else 1e-9) * exact.abs().max()
+            else:
+                assert torch.equal(h, before)
+    both = ops.DAMPED_S | ops.DAMPED_Y
+    assert {(True, ops.DAMPED_S), (False, both)} <= seen if damped else seen == {(True, 0), (False, 0)}
+
+
+@pytest.mark.parametrize("damped", [True, False])
+def test_a_bounded_memory_takes_the_pairs_that_its_dense_form_does(damped):
+    generator = torch.Generator().manual_seed(1)
+    n, steps = 6, 30
+    h, (s_pairs, y_pairs) = torch.eye(n).double(), torch.zeros(2, steps, n).double()
+    statuses = []
+    for i in range(steps):
+        s, noise = torch.randn(2, n, generator=generator).double() * 3.0 ** (i % 5 - 2)
+        y = (-1) ** (i % 4 == 0) * s * 10.0 ** (i % 3 - 2) + (i % 2) * 0.7 * noise
+        results = [
+            ops.damped_bfgs_update_([h], [s], [y], MU1, 0.2, damped, True),
+            ops.damped_lbfgs_update_([s_pairs], [y_pairs], [s], [y], MU1, 0.2, damped, True),
+        ]
+        assert torch.equal(*results)
+        statuses.append(results[0].item() & ops.UPDATED)
+    assert 3 < sum(statuses) < steps
+    v = torch.eye(n).double()
+    torch.testing.assert_close(ops.lbfgs_product(s_pairs, y_pairs, v), h, rtol=1e-8, atol=1e-8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.sampled_from(SIZES[:-1]), seed=st.integers(0, 2**31), mu1=st.floats(0.05, 0.95), mu2=st.floats(0.05, 1.0))
+def test_bounded_updates_change_h_and_its_inverse_by_a_factor_at_most(n, seed, mu1, mu2):
+    """Eq. 8 and 10, at every update that is made."""
+    generator = torch.Generator().manual_seed(seed)
+    h = positive_definite(n, generator=generator)
+    for i, (s, y) in enumerate(pairs_of(n, 12, generator)):
+        values = torch.linalg.eigvalsh(h)
+        if values[-1] > 1e8 * values[0]:
+            break  # beyond what float64 resolves
+        ops.damped_bfgs_update_([h], [s], [y], mu1, mu2, bool(i % 2), True)
+        after = torch.linalg.eigvalsh(h)
+        assert 1 / after[0] <= (1 + 1 / mu1) / values[0] * 1.002
+        assert after[-1] <= ((values[-1].sqrt() + 1 / math.sqrt(mu1 * mu2)) ** 2 + 1 / mu2) * 1.002
 
 
 # Hessian action
@@ -379,6 +453,8 @@ def test_opcheck():
         (o.lbfgs_product.default, (pairs[0], pairs[1], h)),
         (o.lbfgs_product.list, ([pairs[0]], [pairs[1]], [h])),
         (o.damped_lbfgs_update_.default, ([pairs[0].clone()], [pairs[1].clone()], [s], [y], MU1, MU2)),
+        (o.damped_bfgs_update_.default, ([h], [s], [y], MU1, MU2, False, True)),
+        (o.damped_lbfgs_update_.default, ([pairs[0].clone()], [pairs[1].clone()], [s], [y], MU1, MU2, True, True)),
     ]:
         torch.library.opcheck(op, arguments)
 

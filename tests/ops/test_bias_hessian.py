@@ -140,6 +140,26 @@ def test_stays_positive_semi_definite(n_out, n_in, m, gamma, seed):
     assert eigenvalues[0] >= -1e-12 * max(1.0, float(eigenvalues[-1]))
 
 
+@given(
+    n_out=st.integers(2, 6), n_in=st.integers(1, 9), m=st.integers(1, 12), seed=st.integers(0, 10**6),
+    activation=st.sampled_from([(torch.sigmoid, 0.25), (torch.tanh, 1.0), (torch.relu, 1.0)]),
+)  # fmt: skip
+def test_the_error_of_the_expectation_is_bounded(n_out, n_in, m, seed, activation):
+    """Chen et al., Eq. 7: |E[X * h' h'^T] - E[X] * E[h' h'^T]|_F^2 <= L^4 sum Var(X), X_i = W^T H_i W, H_i of cross-entropy."""
+    torch.manual_seed(seed)
+    function, lipschitz = activation
+    z, w, logits = torch.randn(m, n_in).double(), torch.randn(n_out, n_in).double(), 3 * torch.randn(m, n_out).double()
+    z.requires_grad_()
+    (d1,) = torch.autograd.grad(function(z).sum(), z)
+    p = logits.softmax(1)
+    hessians = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    sandwiches = w.T @ hessians @ w
+    exact = (sandwiches * (d1.unsqueeze(2) * d1.unsqueeze(1))).mean(0)
+    result = ops.bias_hessian(hessians.mean(0), w, d1, None, None, 0.0)
+    bound = lipschitz**4 * sandwiches.var(0, correction=0).sum()
+    assert (result - exact).square().sum() <= bound * (1 + 1e-9) + 1e-20
+
+
 def test_nan_is_not_lost():
     for position in range(5):
         arguments = list(problem(6, 9, 4))

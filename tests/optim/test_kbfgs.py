@@ -31,9 +31,15 @@ def autoencoder(bias=True, activation=nn.ReLU, dtype=torch.float64):
 class Paper:
     """The paper's algorithm for an nn.Sequential, by autograd on per-layer matrices [W | b] and three-product BFGS."""
 
-    def __init__(self, model, criterion, lr, damping, mu1, decay, weight_decay, bias_correction, memory=None):
+    def __init__(
+        self, model, criterion, lr, damping, mu1, decay, weight_decay, bias_correction, memory=None, damping_a=None,
+        damping_g=None, pairs="damped", input_inverse="hessian-action", doubled_batch=False,
+    ):  # fmt: skip
         self.model, self.criterion, self.lr, self.mu1, self.decay = model, criterion, lr, mu1, decay
-        self.shift, self.weight_decay, self.memory = math.sqrt(damping), weight_decay, memory
+        self.shift, self.mu2 = (math.sqrt(damping) if own is None else own for own in (damping_a, damping_g))
+        self.weight_decay, self.memory, self.pairs, self.exact = weight_decay, memory, pairs, input_inverse == "exact"
+        self.doubled, self.second = doubled_batch, None
+        self.left_out = 0
         self.layers = [m for m in model if isinstance(m, nn.Linear)]
         self.state, self.bias_correction, self.steps = None, bias_correction, 0
 
@@ -86,6 +92,8 @@ class Paper:
             own = [layer.weight] if layer.bias is None else [layer.weight, layer.bias.unsqueeze(1)]
             parameters = torch.cat([p.detach() for p in own], 1)
             gradient = g.T @ h + self.weight_decay * parameters
+            if self.second is not None:
+                gradient = (gradient + self.second[self.layers.index(layer)] + self.weight_decay * parameters) / 2
             state["m"] = self.decay * state["m"] + (1 - self.decay) * gradient
             if not first:
                 state["a"] = self.decay * state["a"] + (1 - self.decay) * a
@@ -94,22 +102,31 @@ class Paper:
             layer.weight.data = parameters[:, : layer.in_features].clone()
             if layer.bias is not None:
                 layer.bias.data = parameters[:, -1].clone()
-        _, _, new_outputs, new_grads = self.passes(x, y)
+        _, new_inputs, new_outputs, new_grads = self.passes(x, y)
+        if self.doubled:
+            self.second = [g.T @ h for g, h in zip(new_grads, new_inputs, strict=True)]
         for state, h, z, g, z_new, g_new in zip(self.state, inputs, outputs, grads, new_outputs, new_grads, strict=True):
             state["s"] = self.decay * state["s"] + (1 - self.decay) * (z_new.mean(0) - z.mean(0))
             state["y"] = self.decay * state["y"] + (1 - self.decay) * (g_new.sum(0) - g.sum(0))
             s, y_, hg = state["s"], state["y"], self.inverse_output(state)
             yhy = y_ @ hg @ y_
-            if s @ y_ < self.mu1 * yhy:
+            if self.pairs != "bounded" and s @ y_ < self.mu1 * yhy:
                 theta = (1 - self.mu1) * yhy / (yhy - s @ y_)
                 s = theta * s + (1 - theta) * hg @ y_
-            if s @ y_ < self.shift * (s @ s):
-                theta = (1 - self.shift) * (s @ s) / (s @ s - s @ y_)
+            if self.pairs != "bounded" and s @ y_ < self.mu2 * (s @ s):
+                theta = (1 - self.mu2) * (s @ s) / (s @ s - s @ y_)
                 y_ = theta * y_ + (1 - theta) * s
-            state["hg"] = self.bfgs(hg, s, y_)
-            state["pairs"].append((s, y_))
+            bound = 1.001 * (s @ y_)
+            if self.pairs == "damped" or (self.mu1 * (y_ @ hg @ y_) <= bound and self.mu2 * (s @ s) <= bound):
+                state["hg"] = self.bfgs(hg, s, y_)
+                state["pairs"].append((s, y_))
+            else:
+                self.left_out += 1
             s = state["ha"] @ h.mean(0)
-            state["ha"] = self.bfgs(state["ha"], s, state["a"] @ s + self.shift * s)
+            if self.exact:
+                state["ha"] = torch.linalg.inv(state["a"] + self.shift * torch.eye(len(s)).double())
+            else:
+                state["ha"] = self.bfgs(state["ha"], s, state["a"] @ s + self.shift * s)
         return loss
 
 
@@ -136,6 +153,75 @@ def test_steps_are_the_papers(bias, activation, memory, bias_correction):
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
     assert all(counts["updated"] == 12 for counts in optimizer.diagnostics().values())
+
+
+@pytest.mark.parametrize("memory", [None, 4])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"damping_a": 0.05, "damping_g": 0.9},
+        {"pairs": "damped-bounded", "mu1": 0.5, "damping_g": 0.3, "decay": 0.3},
+        {"pairs": "bounded", "input_inverse": "exact"},
+        {"doubled_batch": True},
+        {"doubled_batch": True, "pairs": "bounded", "input_inverse": "exact", "damping_a": 2.0, "damping_g": 0.9},
+    ],
+    ids=lambda variant: ",".join(variant),
+)
+def test_steps_of_the_papers_variants(variant, memory):
+    """Dampings of their own, Section 3's rule for leaving updates out, Section 5's method, Section 6's doubled batch."""
+    model = autoencoder(activation=nn.Tanh)
+    twin = copy.deepcopy(model)
+    options = {"damping": 0.3, "mu1": 0.2, "decay": 0.9, "weight_decay": 1e-3, "bias_correction": True, **variant}
+    paper = Paper(twin, nn.MSELoss(), 0.3, memory=memory, **options)
+    cls, room = (so.KBFGS, {}) if memory is None else (so.KBFGSL, {"memory": memory})
+    optimizer = cls(model, nn.MSELoss(), 0.3, max_increase=math.inf, **room, **options)
+    for step in range(12):
+        torch.manual_seed(step)
+        x = torch.randn(16, 7, dtype=torch.float64)
+        loss = optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x))
+        assert loss.item() == pytest.approx(paper.step(x, x), rel=1e-9)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+    counts = optimizer.diagnostics().values()
+    assert sum(each["skipped"] for each in counts) == paper.left_out
+    assert (paper.left_out > 0) == ("bounded" in variant.get("pairs", ""))
+    assert sum(each["input_skipped"] for each in counts) == 0
+
+
+def test_exact_input_inverses_are_bounded_where_activations_are():
+    """Lemma 1: for |h_i| <= 1 and n entries, the bias' among them, the eigenvalues of H_a lie in [1 / (n + l), 1 / l]."""
+    model = autoencoder(activation=nn.Tanh)
+    optimizer = so.KBFGS(model, nn.MSELoss(), damping_a=0.3, input_inverse="exact")
+    for step in range(20):
+        torch.manual_seed(step)
+        x = torch.rand(5, 7, dtype=torch.float64) * 2 - 1
+        optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x))
+    for layer in (model[0], model[2], model[5]):
+        values = torch.linalg.eigvalsh(optimizer.state[layer.weight]["inverse_input"])
+        n = layer.in_features + 1
+        assert values[0] >= 1 / (n + 0.3) * (1 - 1e-9)
+        assert values[-1] <= 1 / 0.3 * (1 + 1e-9)
+    assert values[-1] > 1  # and not some other matrix
+
+
+def test_the_doubled_batch_resumes_and_forgets_steps_that_were_not_taken():
+    torch.manual_seed(0)
+    model, x = autoencoder(), torch.randn(16, 7, dtype=torch.float64)
+    optimizer = so.KBFGS(model, nn.MSELoss(), doubled_batch=True)
+    optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x))
+    twin = copy.deepcopy(model)
+    other = so.KBFGS(twin, nn.MSELoss(), doubled_batch=True)
+    other.load_state_dict(optimizer.state_dict())
+    for each, net in ((optimizer, model), (other, twin)):
+        each.step(closure_of(each, net, nn.MSELoss(), x + 1, x))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert "second_gradient" in optimizer.state[model[0].weight]
+    for group in optimizer.param_groups:
+        group["lr"] = 1e9
+    optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x))
+    assert all(counts["rejected"] == 1 for counts in optimizer.diagnostics().values())
+    assert "second_gradient" not in optimizer.state[model[0].weight]
 
 
 def test_limited_memory_with_room_for_every_pair_is_kbfgs():
@@ -460,6 +546,9 @@ def test_bad_closures_change_nothing(steps):
         ({"lr": -1}, "lr >= 0"), ({"damping": 0}, r"damping in \(0, 1\]"), ({"damping": 1.5}, "damping"),
         ({"mu1": 1.0}, "mu1"), ({"decay": 1.0}, "decay"), ({"weight_decay": -1}, "weight_decay"),
         ({"max_increase": -0.1}, "max_increase"), ({"fallback": "no"}, "fallback"), ({"memory": 0}, "memory >= 1"),
+        ({"damping_a": 0.0}, r"damping_a > 0, or None"), ({"damping_g": 1.5}, r"damping_g in \(0, 1\]"),
+        ({"pairs": "all"}, "pairs to be one of 'damped', 'damped-bounded', 'bounded', got 'all'"),
+        ({"input_inverse": "inverse"}, "'hessian-action' or 'exact'"),
     ],
 )  # fmt: skip
 def test_constructor_arguments_are_checked(options, message):
