@@ -210,7 +210,7 @@ def newton_cosine(
         ValueError: as `newton_step`; or the step is not one of this model's parameters.
     """
     _check_step("newton_cosine", model, step)
-    return _cosines(model, step, newton_step(model, criterion, x, y, damping, max_size))
+    return step_cosines(model, step, newton_step(model, criterion, x, y, damping, max_size))
 
 
 def gauss_newton_step(
@@ -307,7 +307,30 @@ def gauss_newton_cosine(
     """
     _check_step("gauss_newton_cosine", model, step)
     exact = gauss_newton_step(model, criterion, x, y, damping, blocks=blocks, max_iter=max_iter, tol=tol)
-    return _cosines(model, step, exact)
+    return step_cosines(model, step, exact)
+
+
+def step_cosines(model: nn.Module, step: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Cosines:
+    """The cosine of the angle between two steps, for every linear layer and for all of them together.
+
+    Args:
+        model: whose parameters they are of.
+        step: {parameter name: change}; what it leaves out has not moved.
+        other: the same; what is not in it does not count, so all parameters of linear layers but frozen ones should be.
+
+    Raises:
+        ValueError: a step is not one of this model's parameters.
+    """
+    for each in (step, other):
+        _check_step("step_cosines", model, each)
+    own = {key: step[key].double() if key in step else torch.zeros_like(value.double()) for key, value in other.items()}
+
+    def cosine(keys: list[str]) -> float:
+        a, b = (torch.cat([s[key].double().flatten() for key in keys]) for s in (own, other))
+        return float(a @ b / (a.norm() * b.norm()))
+
+    layers = {name: [key for key in _own(name) if key in other] for _, name in _named(model)}
+    return Cosines({name: cosine(keys) for name, keys in layers.items() if keys}, cosine(list(other)))
 
 
 def reduction_ratio(
@@ -377,18 +400,6 @@ class _GaussNewton:
     @staticmethod
     def _flat(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([t.flatten() for t in tensors])
-
-
-def _cosines(model: nn.Module, step: Mapping[str, Tensor], other: dict[str, Tensor]) -> Cosines:
-    """Of a step to another, which has all parameters of linear layers."""
-    own = {key: step[key].double() if key in step else torch.zeros_like(value) for key, value in other.items()}
-
-    def cosine(keys: list[str]) -> float:
-        a, b = (torch.cat([s[key].flatten() for key in keys]) for s in (own, other))
-        return float(a @ b / (a.norm() * b.norm()))
-
-    layers = {name: [key for key in _own(name) if key in other] for _, name in _named(model)}
-    return Cosines({name: cosine(keys) for name, keys in layers.items()}, cosine(list(other)))
 
 
 def _bias_blocks(

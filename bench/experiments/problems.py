@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bench import data
 from bench.data import Dataset
 from bench.experiments.harness import Supervised
-from secondorder.criteria import BoundedClassificationLoss, TukeyBiweightLoss
+from secondorder.criteria import BoundedClassificationLoss, CompositeLoss, TukeyBiweightLoss
 
 
 def network(widths: list[int], activation: type[nn.Module], linear_code: bool = False) -> nn.Sequential:
@@ -33,15 +33,14 @@ def network(widths: list[int], activation: type[nn.Module], linear_code: bool = 
     return nn.Sequential(*modules[:-1])
 
 
-class MixtureLoss(nn.Module):
-    """Negative log-likelihood of KFRA's mixture of two binary classifiers (Botev et al., Eq. 27), for logits [m, 3]."""
-
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        gate, first, second = output.unbind(1)
-        sign = 2 * target - 1
-        return -torch.logaddexp(
-            F.logsigmoid(gate) + F.logsigmoid(sign * first), F.logsigmoid(-gate) + F.logsigmoid(sign * second)
-        ).mean()
+def log_odds(output: Tensor) -> Tensor:
+    """Of label 1 in KFRA's mixture of two binary classifiers (Botev et al., Eq. 27), [m], for logits [m, 3]."""
+    gate, first, second = output.unbind(1)
+    yes, no = (
+        torch.logaddexp(F.logsigmoid(gate) + F.logsigmoid(sign * first), F.logsigmoid(-gate) + F.logsigmoid(sign * second))
+        for sign in (1, -1)
+    )
+    return yes - no
 
 
 def accuracy(output: Tensor, target: Tensor) -> float:
@@ -54,8 +53,7 @@ def squared_error(output: Tensor, target: Tensor, binary: bool) -> float:
 
 
 def mixture_accuracy(output: Tensor, target: Tensor) -> float:
-    gate, first, second = output.sigmoid().unbind(1)
-    return 100 * (((gate * first + (1 - gate) * second) > 0.5) == (target > 0.5)).float().mean().item()
+    return 100 * ((log_odds(output) > 0) == (target > 0.5)).float().mean().item()
 
 
 def first_images(load: Callable[[Path], Dataset], n: int, data_dir: Path | None, themselves: bool = False) -> Dataset:
@@ -105,7 +103,7 @@ MIXTURE = Supervised(
     "784-256-128-64-30-3, ReLU, mixture of two binary classifiers (Eq. 27)",
     _even_digits,
     partial(network, [784, 256, 128, 64, 30, 3], nn.ReLU),
-    MixtureLoss,
+    lambda: CompositeLoss(log_odds, nn.BCEWithLogitsLoss()),
     batch=500,
     seconds=5,
     score=mixture_accuracy,

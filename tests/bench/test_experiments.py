@@ -13,7 +13,7 @@ from bench.data import Dataset
 from bench.experiments import scales
 from bench.experiments.__main__ import ROOT, Name, insert
 from bench.experiments.harness import Method, Run, Store, Supervised, best_runs, grid, matrices, table
-from bench.experiments.problems import JetNet, MixtureLoss, PoissonLoss
+from bench.experiments.problems import MIXTURE, JetNet, PoissonLoss
 from bench.experiments.studies import STUDIES
 from bench.experiments.training import study
 
@@ -149,7 +149,7 @@ def test_the_mixture_loss_is_the_likelihood_of_eq_27():
     output, target = torch.randn(9, 3, dtype=torch.float64), torch.arange(9) % 2
     gate, first, second = output.sigmoid().unbind(1)
     p = gate * first**target * (1 - first) ** (1 - target) + (1 - gate) * second**target * (1 - second) ** (1 - target)
-    torch.testing.assert_close(MixtureLoss()(output, target.double()), -p.log().mean())
+    torch.testing.assert_close(MIXTURE.criterion()(output, target.double()), -p.log().mean())
 
 
 def test_the_names_of_methods_and_problems_are_keys():

@@ -3,6 +3,7 @@ each in a process of its own (AddressSanitizer must be loaded before Python)."""
 
 import copy
 import gc
+import itertools
 import json
 import math
 import mmap
@@ -637,6 +638,44 @@ def bfgs_both_dampings(kernels: Kernels) -> None:
     exact = bfgs(h, *damped(s, -s, h))
     assert kernels.bfgs("damped_bfgs_update", [layer]) == [7]
     np.testing.assert_allclose(layer.inverse_hessian, exact, rtol=0, atol=1e-9 * np.abs(exact).max())
+
+
+def within_bounds(s: np.ndarray, y: np.ndarray, h: np.ndarray, mu1: float, mu2: float) -> bool:
+    """Whether y.Hy / s.y <= 1 / mu1 and s.s / s.y <= 1 / mu2, with room for the rounding of a pair that lies on a bound."""
+    return mu1 * (y @ h @ y) <= 1.001 * (s @ y) and mu2 * (s @ s) <= 1.001 * (s @ y)
+
+
+@case
+def bfgs_bounded(kernels: Kernels) -> None:
+    """Pairs by both rules, damped and not, dense and in limited memory, against the formulas in float64."""
+    rng, mu1, mu2 = np.random.default_rng(19), 0.2, 0.5
+    for dtype in DTYPES:
+        seen = set()
+        for n, rule in itertools.product((1, 17, 129, 300), ((False, False), (False, True), (True, True))):
+            for sign, size in ((1, 1), (-1, 30), (1, 30), (1, 0.02)):
+                h, s = spd(rng, n, dtype) * dtype(size), normal(rng, n, dtype=dtype)
+                y = exact_size((sign * s + 0.3 * rng.standard_normal(n)).astype(dtype))
+                s64, y64, h64 = (a.astype(np.float64) for a in (s, y, h))
+                pair = damped(s64, y64, h64, mu1, mu2) if rule[0] else (s64, y64)
+                taken = pair[0] @ pair[1] > 0 and (not rule[1] or within_bounds(*pair, h64, mu1, mu2))
+                layer = BfgsLayer(exact_size(h), s, y)
+                status = kernels.bfgs("damped_bfgs_update", [layer], mu1, mu2, damped=rule[0], bounded=rule[1])[0]
+                assert (status & 1) == taken, (n, rule, sign, size)
+                expected = bfgs(h64, *pair) if taken else h64
+                error = np.abs(layer.inverse_hessian - expected).max() / np.abs(expected).max()
+                assert error < (5e-3 if dtype is np.float32 else 1e-9), error
+                s_pairs, y_pairs = memory(rng, 2, 0, n, dtype)
+                hs, hy, hhy = (exact_size(v.astype(dtype)) for v in (h64 @ s64, h64 @ y64, h64 @ (h64 @ y64)))
+                limited = BfgsLayer(None, s, y, hy=hy, hs=hs, hhy=hhy, s_pairs=s_pairs, y_pairs=y_pairs)
+                before = s_pairs.copy(), y_pairs.copy()
+                assert kernels.bfgs("damped_lbfgs_update", [limited], mu1, mu2, damped=rule[0], bounded=rule[1]) == [status]
+                for memories, old, new in zip((s_pairs, y_pairs), before, pair, strict=True):
+                    expected = np.concatenate([old[1:], new[None]]) if taken else old
+                    np.testing.assert_allclose(memories, expected, rtol=1e-4, atol=1e-4 * np.abs(new).max())
+                seen.add((rule, taken, int(status) & 6))
+        assert {((True, True), False, 6), ((True, True), True, 2), ((False, True), False, 0), ((False, True), True, 0)} <= seen, (
+            seen
+        )
 
 
 @case
