@@ -126,6 +126,7 @@ class Method:
     name: str
     make: Callable[..., torch.optim.Optimizer]  # of the model, the criterion and a setting
     grid: tuple[Setting, ...] = ({},)
+    guest: bool = False  # on problems that were not made for it: has a closure to call, and what it refuses ends its run
 
 
 @dataclass

@@ -7,7 +7,9 @@ evaluations do not count.
 
 import math
 import time
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ CLOSURES = torch.optim.LBFGS | so.KBFGS | so.LevenbergMarquardt | ClosedOptimize
 SCHEDULES = ("halve", "linear")
 # What a method may fail with that is its own doing: not a fault of the experiment.
 DIVERGED = (FloatingPointError, so.NonFiniteError, torch.linalg.LinAlgError)
+REFUSED = (*DIVERGED, TypeError, ValueError, RuntimeError)  # a guest's
 
 
 def environment() -> str:
@@ -36,18 +39,32 @@ def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def _step(task: Task, optimizer: torch.optim.Optimizer, batch: Any) -> None:
+def _step(task: Task, optimizer: torch.optim.Optimizer, batch: Any, closure: bool = False) -> None:
     def evaluate() -> Tensor:
         optimizer.zero_grad()
         loss = task.loss(batch)
         loss.backward()
         return loss
 
-    if isinstance(optimizer, CLOSURES):
+    if closure or isinstance(optimizer, CLOSURES):
         optimizer.step(evaluate)
     else:
         evaluate()
         optimizer.step()
+
+
+def _failures(method: Method) -> tuple[type[Exception], ...]:
+    """What ends a run of a method, and is kept with it."""
+    return REFUSED if method.guest else DIVERGED
+
+
+@contextmanager
+def _hush(guest: bool) -> Iterator[None]:
+    """Within it a guest's warnings, of what is not as it expects, are not shown."""
+    with warnings.catch_warnings():
+        if guest:
+            warnings.simplefilter("ignore")
+        yield
 
 
 @lru_cache
@@ -55,10 +72,10 @@ def _warm_up(problem: Problem, method: Method, data_dir: Path | None) -> None:
     """Two steps that are not counted: what happens once in a process, as imports do, is no part of a run."""
     task = problem.begin(data_dir, 0)
     setting = {key: value for key, value in min(method.grid, key=lambda s: s.get("lr", 0)).items() if key not in SCHEDULES}
-    optimizer = method.make(task.model, task.criterion, **setting)
-    with suppress(*DIVERGED):  # that is for the runs to tell
+    with suppress(*_failures(method)), _hush(method.guest):  # that is for the runs to tell
+        optimizer = method.make(task.model, task.criterion, **setting)
         for _ in range(2):
-            _step(task, optimizer, next(task.batches))
+            _step(task, optimizer, next(task.batches), method.guest)
 
 
 class Training:
@@ -69,7 +86,8 @@ class Training:
     ) -> None:
         _warm_up(problem, method, data_dir)
         torch.manual_seed(seed)
-        self.problem = problem
+        self.problem, self.guest = problem, method.guest
+        self.failures = _failures(method)
         self.task = problem.begin(data_dir, seed)
         self.run = Run(problem.name, method.name, setting, seed, budget, self.task.data, environment())
         self.last_step = problem.epochs * self.task.steps_per_epoch
@@ -77,8 +95,12 @@ class Training:
         self._evaluate()
         options = {key: value for key, value in setting.items() if key not in SCHEDULES}
         start = time.process_time()
-        self.optimizer = method.make(self.task.model, self.task.criterion, **options)
-        if isinstance(self.optimizer, so.KBFGS):
+        try:
+            self.optimizer = method.make(self.task.model, self.task.criterion, **options)
+        except self.failures as error:
+            self.run.diverged, self.done = str(error), True
+            return
+        if isinstance(self.optimizer, so.KBFGS) and not self.guest:
             self.optimizer.initialize(self.task.inputs())
         self.elapsed += time.process_time() - start
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -89,18 +111,19 @@ class Training:
         torch.set_rng_state(self.random)
         try:
             until = len(self.run.seconds) * self.run.budget / self.problem.evaluations
-            while True:
-                batch = next(self.task.batches)
-                start = time.process_time()
-                _step(self.task, self.optimizer, batch)
-                self.elapsed += time.process_time() - start
-                self.steps += 1
-                self._schedule()
-                self.done = self.elapsed >= self.run.budget or self.steps >= self.last_step
-                if self.done or self.elapsed >= until:
-                    break
+            with _hush(self.guest):
+                while not self.done:
+                    batch = next(self.task.batches)
+                    start = time.process_time()
+                    _step(self.task, self.optimizer, batch, self.guest)
+                    self.elapsed += time.process_time() - start
+                    self.steps += 1
+                    self._schedule()
+                    self.done = self.elapsed >= self.run.budget or self.steps >= self.last_step
+                    if self.elapsed >= until:
+                        break
             self._evaluate()
-        except DIVERGED as error:
+        except self.failures as error:
             self.run.diverged, self.done = f"after {self.steps} steps: {error}", True
         self.random = torch.get_rng_state()
 

@@ -118,7 +118,7 @@ def test_a_run_in_turns_is_the_run_alone():
 def test_turns_go_round(monkeypatch):
     order = []
     step = training._step
-    monkeypatch.setattr(training, "_step", lambda task, optimizer, batch: (order.append(id(task)), step(task, optimizer, batch)))
+    monkeypatch.setattr(training, "_step", lambda task, *rest: (order.append(id(task)), step(task, *rest)))
     under_way = [Training(noisy(), sgd(name), {}, 0, 32.0, None) for name in "ab"]
     order.clear()  # of the warm-up
     take_turns(under_way)

@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 
+from bench.experiments import everyday_papers
 from bench.experiments.eigen_adam import PAPERS
 from bench.experiments.everyday import SCRIPTS
 from bench.experiments.everyday.fields import exact
 from bench.experiments.everyday.games import LONGEST, mean_return
 from bench.experiments.everyday.images import view
+from bench.experiments.harness import Store
+from bench.experiments.training import study
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
@@ -64,3 +67,14 @@ def test_a_pole_stays_up_for_who_pushes_against_its_fall():
     with torch.no_grad():
         leaning.weight.neg_()
     assert mean_return(leaning) < 20
+
+
+@pytest.mark.parametrize("method", everyday_papers.METHODS[1:], ids=lambda method: method.name)
+def test_the_papers_methods_take_steps_or_their_refusal_is_kept(method, tmp_path):
+    """On a loss with a term beside its criterion, and where there is no linear layer, which has a reason."""
+    chosen = [script for script in SCRIPTS if script.name in ("mixture of experts", "matrix factorization")]
+    runs = study(chosen, [method], [0], Store(tmp_path / "runs.jsonl"), None, share=0.05)
+    by_script = {run.problem: run for run in runs}
+    assert by_script["mixture of experts"].steps[-1] > 0
+    assert not by_script["mixture of experts"].diverged
+    assert "at least one trainable nn.Linear" in by_script["matrix factorization"].diverged

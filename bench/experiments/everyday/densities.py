@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bench.experiments.everyday.script import Script, task
 from bench.experiments.harness import Task
 from bench.shipped import moons
+from secondorder.criteria import FunctionCriterion
 
 
 def mlp(*widths: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
@@ -52,15 +53,18 @@ def flow(seed: int) -> Task:
 
 
 def diffusion(seed: int) -> Task:
-    (train, test), model = moons(), Denoiser()
+    (train, test), model, criterion = moons(), Denoiser(), nn.MSELoss()
     kept = torch.cumprod(1 - torch.linspace(1e-3, 0.2, 50), 0)
 
     def loss(x: Tensor) -> Tensor:
         time, noise = torch.randint(50, (len(x),)), torch.randn_like(x)
         share = kept[time, None]
-        return nn.functional.mse_loss(model(share.sqrt() * x + (1 - share).sqrt() * noise, time), noise)
+        return criterion(model(share.sqrt() * x + (1 - share).sqrt() * noise, time), noise)
 
-    return task("two moons", model, (train,), 128, seed, loss, lambda: (loss(train.repeat(4, 1)), loss(test.repeat(16, 1))))
+    def measure() -> tuple[Tensor, Tensor]:
+        return loss(train.repeat(4, 1)), loss(test.repeat(16, 1))
+
+    return task("two moons", model, (train,), 128, seed, loss, measure, criterion)
 
 
 def mixture(seed: int) -> Task:
@@ -70,13 +74,20 @@ def mixture(seed: int) -> Task:
     x = y + 0.3 * torch.sin(2 * math.pi * y) + 0.02 * torch.randn(2000, 1, generator=generator)
     model = mlp(1, 64, 64, 15)
 
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        weights, means, logarithms = model(x).chunk(3, 1)
+    def negative_log_likelihood(output: Tensor, y: Tensor) -> Tensor:
+        weights, means, logarithms = output.chunk(3, 1)
         likelihood = weights.log_softmax(1) - logarithms - 0.5 * ((y - means) / logarithms.exp()) ** 2
         return -torch.logsumexp(likelihood, 1).mean()
 
-    measure = lambda: (loss(x[:1600], y[:1600]), loss(x[1600:], y[1600:]).exp())
-    return task("Bishop's curve", model, (x[:1600], y[:1600]), 128, seed, loss, measure)
+    criterion = FunctionCriterion(negative_log_likelihood)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return criterion(model(x), y)
+
+    def measure() -> tuple[Tensor, Tensor]:
+        return loss(x[:1600], y[:1600]), loss(x[1600:], y[1600:]).exp()
+
+    return task("Bishop's curve", model, (x[:1600], y[:1600]), 128, seed, loss, measure, criterion)
 
 
 SCRIPTS = [

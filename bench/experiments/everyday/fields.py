@@ -56,6 +56,7 @@ def picture(model: nn.Module) -> Task:
         lambda batch: criterion(model(batch[0]), batch[1]),
         evaluation(model, measure),
         1.0,
+        criterion,
     )
 
 
@@ -106,6 +107,7 @@ def heat_equation(seed: int) -> Task:
         lambda batch: loss(*batch),
         evaluation(model, measure, grad=True),
         len(inside) / 200,
+        mse,
     )
 
 

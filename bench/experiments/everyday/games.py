@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.experiments.everyday.script import Script, evaluation
@@ -73,16 +72,18 @@ def experience(model: nn.Module, target: nn.Module, seed: int, players: int = 4,
 
 def q_learning(seed: int) -> Task:
     model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    criterion = nn.SmoothL1Loss()
 
     def loss(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         state, action, value = batch
-        return F.smooth_l1_loss(model(state).gather(1, action[:, None]).squeeze(1), value)
+        return criterion(model(state).gather(1, action[:, None]).squeeze(1), value)
 
     def measure() -> tuple[Tensor, Tensor]:
         score = mean_return(model)
         return 1 - score / LONGEST, score
 
-    return Task("a pole on a cart", model, experience(model, copy.deepcopy(model), seed), loss, evaluation(model, measure), 1.0)
+    played = experience(model, copy.deepcopy(model), seed)
+    return Task("a pole on a cart", model, played, loss, evaluation(model, measure), 1.0, criterion)
 
 
 SCRIPTS = [

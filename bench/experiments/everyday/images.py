@@ -31,13 +31,16 @@ class Classifier(nn.Module):
 
 
 def mnist_example(seed: int) -> Task:
-    data, model = mnist(), Classifier()
+    data, model, criterion = mnist(), Classifier(), nn.NLLLoss()
     x, y = data.train_x[:EVALUATED], data.train_y[:EVALUATED]
 
-    def measure() -> tuple[Tensor, Tensor]:
-        return F.nll_loss(model(x), y), accuracy(model(data.test_x), data.test_y)
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return criterion(model(x), y)
 
-    return task(data.name, model, (data.train_x, data.train_y), 64, seed, lambda x, y: F.nll_loss(model(x), y), measure)
+    def measure() -> tuple[Tensor, Tensor]:
+        return loss(x, y), accuracy(model(data.test_x), data.test_y)
+
+    return task(data.name, model, (data.train_x, data.train_y), 64, seed, loss, measure, criterion)
 
 
 class VAE(nn.Module):
@@ -57,15 +60,18 @@ class VAE(nn.Module):
 
 
 def vae(seed: int) -> Task:
-    data, model = mnist(), VAE()
+    data, model, criterion = mnist(), VAE(), nn.BCEWithLogitsLoss(reduction="sum")
 
     def loss(x: Tensor) -> Tensor:
         logits, mean, log_variance = model(x)
-        reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
+        reconstruction = criterion(logits, x)
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum() / 2
         return (reconstruction + divergence) / len(x)
 
-    return task(data.name, model, (data.train_x,), 128, seed, loss, lambda: (loss(data.train_x[:EVALUATED]), loss(data.test_x)))
+    def measure() -> tuple[Tensor, Tensor]:
+        return loss(data.train_x[:EVALUATED]), loss(data.test_x)
+
+    return task(data.name, model, (data.train_x,), 128, seed, loss, measure, criterion)
 
 
 def denoising_autoencoder(seed: int) -> Task:
@@ -82,17 +88,20 @@ def denoising_autoencoder(seed: int) -> Task:
     def measure() -> tuple[Tensor, Tensor]:
         return loss(data.train_x[:EVALUATED]), 784 * loss(data.test_x)
 
-    return task(data.name, model, (data.train_x,), 100, seed, loss, measure)
+    return task(data.name, model, (data.train_x,), 100, seed, loss, measure, criterion)
 
 
 def classifier(model: nn.Module, batch: int, seed: int) -> Task:
     """Cross-entropy on the small digits."""
     data, criterion = small_digits(), nn.CrossEntropyLoss()
 
-    def measure() -> tuple[Tensor, Tensor]:
-        return criterion(model(data.train_x), data.train_y), accuracy(model(data.test_x), data.test_y)
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return criterion(model(x), y)
 
-    return task(data.name, model, (data.train_x, data.train_y), batch, seed, lambda x, y: criterion(model(x), y), measure)
+    def measure() -> tuple[Tensor, Tensor]:
+        return loss(data.train_x, data.train_y), accuracy(model(data.test_x), data.test_y)
+
+    return task(data.name, model, (data.train_x, data.train_y), batch, seed, loss, measure, criterion)
 
 
 def convolutions(seed: int) -> Task:
@@ -133,7 +142,7 @@ def distillation(seed: int, temperature: float = 3.0) -> Task:
         training = (data.train_x[:EVALUATED], data.train_y[:EVALUATED], logits[:EVALUATED])
         return loss(*training), accuracy(model(data.test_x), data.test_y)
 
-    return task(data.name, model, (data.train_x, data.train_y, logits), 128, seed, loss, measure)
+    return task(data.name, model, (data.train_x, data.train_y, logits), 128, seed, loss, measure, hard)
 
 
 def view(x: Tensor) -> Tensor:
@@ -148,6 +157,7 @@ def view(x: Tensor) -> Tensor:
 def contrast(seed: int) -> Task:
     data = small_digits()
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 32))
+    criterion = nn.CrossEntropyLoss()
 
     def embed(x: Tensor) -> Tensor:
         return F.normalize(model(x), dim=1)
@@ -156,13 +166,13 @@ def contrast(seed: int) -> Task:
         first, second = embed(view(x)), embed(view(x))
         similarity = first @ second.T / 0.1
         same = torch.arange(len(x))
-        return (F.cross_entropy(similarity, same) + F.cross_entropy(similarity.T, same)) / 2
+        return (criterion(similarity, same) + criterion(similarity.T, same)) / 2
 
     def measure() -> tuple[Tensor, Tensor]:
         nearest = (embed(data.test_x) @ embed(data.train_x).T).argmax(1)
         return loss(data.train_x[:512]), 100 * (data.train_y[nearest] == data.test_y).float().mean()
 
-    return task(data.name, model, (data.train_x,), 256, seed, loss, measure)
+    return task(data.name, model, (data.train_x,), 256, seed, loss, measure, criterion)
 
 
 SCRIPTS = [

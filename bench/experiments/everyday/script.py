@@ -46,8 +46,9 @@ def task(
     seed: int,
     loss: Callable[..., Tensor],
     measure: Callable[[], tuple[Tensor, Tensor]],
+    criterion: nn.Module | None = None,
 ) -> Task:
-    """A loop over shuffled batches of the tensors, with a loss of each batch's rows."""
+    """A loop over shuffled batches of the tensors, with a loss of each batch's rows, by this criterion where it has one."""
     return Task(
         data,
         model,
@@ -55,6 +56,7 @@ def task(
         lambda rows: loss(*rows),
         evaluation(model, measure),
         len(tensors[0]) / batch,
+        criterion,
     )
 
 

@@ -30,14 +30,17 @@ class Experts(nn.Module):
 
 
 def experts(seed: int) -> Task:
-    data, model = small_digits(), Experts()
+    data, model, criterion = small_digits(), Experts(), nn.CrossEntropyLoss()
     x, y, test_x = data.train_x.flatten(1), data.train_y, data.test_x.flatten(1)
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         output, unevenness = model(x)
-        return F.cross_entropy(output, y) + 0.01 * unevenness
+        return criterion(output, y) + 0.01 * unevenness
 
-    return task(data.name, model, (x, y), 64, seed, loss, lambda: (loss(x, y), accuracy(model(test_x)[0], data.test_y)))
+    def measure() -> tuple[Tensor, Tensor]:
+        return loss(x, y), accuracy(model(test_x)[0], data.test_y)
+
+    return task(data.name, model, (x, y), 64, seed, loss, measure, criterion)
 
 
 class Adapted(nn.Module):
@@ -81,13 +84,14 @@ def neural_ode(seed: int) -> Task:
     start = 2 * torch.rand(250, 2, generator=torch.Generator().manual_seed(0)) - 1
     matrix = torch.tensor([[-0.1, -2.0], [2.0, -0.1]])
     paths = solved(lambda y: y**3 @ matrix, start)
-    model = mlp(2, 50, 2)
+    model, criterion = mlp(2, 50, 2), nn.L1Loss()
 
     def loss(start: Tensor, path: Tensor) -> Tensor:
-        return (solved(model, start) - path).abs().mean()
+        return criterion(solved(model, start), path)
 
     train, test = (start[:200], paths[:200]), (start[200:], paths[200:])
-    return task("250 paths of a cubic equation", model, train, 20, seed, loss, lambda: (loss(*train), loss(*test)))
+    measure = lambda: (loss(*train), loss(*test))
+    return task("250 paths of a cubic equation", model, train, 20, seed, loss, measure, criterion)
 
 
 class Set(nn.Module):
@@ -103,13 +107,14 @@ class Set(nn.Module):
 
 def sets(seed: int) -> Task:
     x = torch.rand(2400, 10, 1, generator=torch.Generator().manual_seed(0))
-    y, model = x.amax(1) + x.std(1), Set()
+    y, model, criterion = x.amax(1) + x.std(1), Set(), nn.MSELoss()
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        return F.mse_loss(model(x), y)
+        return criterion(model(x), y)
 
     train, test = (x[:2000], y[:2000]), (x[2000:], y[2000:])
-    return task("2,400 sets of ten numbers", model, train, 64, seed, loss, lambda: (loss(*train), loss(*test)))
+    measure = lambda: (loss(*train), loss(*test))
+    return task("2,400 sets of ten numbers", model, train, 64, seed, loss, measure, criterion)
 
 
 class Factors(nn.Module):
@@ -131,15 +136,15 @@ def factorization(seed: int) -> Task:
     users, things = torch.randn(300, 5, generator=generator), torch.randn(200, 5, generator=generator)
     user, thing = (torch.randint(n, (10_000,), generator=generator) for n in (300, 200))
     rating = (users[user] * things[thing]).sum(1) + 0.1 * torch.randn(10_000, generator=generator)
-    model = Factors(300, 200)
+    model, criterion = Factors(300, 200), nn.MSELoss()
 
     def loss(user: Tensor, thing: Tensor, rating: Tensor) -> Tensor:
-        return F.mse_loss(model(user, thing), rating)
+        return criterion(model(user, thing), rating)
 
     train, test = ([t[part] for t in (user, thing, rating)] for part in (slice(8000), slice(8000, None)))
     return Task(
         "10,000 drawn ratings", model, batches(tuple(train), 256, seed), lambda rows: loss(*rows),
-        evaluation(model, lambda: (loss(*train), loss(*test))), 8000 / 256,
+        evaluation(model, lambda: (loss(*train), loss(*test))), 8000 / 256, criterion,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from bench.experiments.everyday.script import Script, task
 from bench.experiments.harness import EVALUATED, Task
 from bench.shipped import affairs, diamonds, doctor_visits
+from secondorder.criteria import FunctionCriterion
 
 
 def regression(model: nn.Module, batch: int, seed: int) -> Task:
@@ -13,10 +14,13 @@ def regression(model: nn.Module, batch: int, seed: int) -> Task:
     data, criterion = diamonds(), nn.MSELoss()
     x, y = data.train_x[:EVALUATED], data.train_y[:EVALUATED]
 
-    def measure() -> tuple[Tensor, Tensor]:
-        return criterion(model(x), y), criterion(model(data.test_x), data.test_y)
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return criterion(model(x), y)
 
-    return task(data.name, model, (data.train_x, data.train_y), batch, seed, lambda x, y: criterion(model(x), y), measure)
+    def measure() -> tuple[Tensor, Tensor]:
+        return loss(x, y), loss(data.test_x, data.test_y)
+
+    return task(data.name, model, (data.train_x, data.train_y), batch, seed, loss, measure, criterion)
 
 
 def normalized_regression(seed: int) -> Task:
@@ -60,7 +64,7 @@ def embeddings(seed: int) -> Task:
         return loss(*training), 100 * higher.float().mean()
 
     tensors = (train.codes, train.numbers, train.target)
-    return task("5,000 marriages of Fair's survey", model, tensors, 128, seed, loss, measure)
+    return task("5,000 marriages of Fair's survey", model, tensors, 128, seed, loss, measure, criterion)
 
 
 def quantiles(seed: int) -> Task:
@@ -68,14 +72,19 @@ def quantiles(seed: int) -> Task:
     levels = torch.tensor([0.05, 0.5, 0.95])
     model = nn.Sequential(nn.Linear(26, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
 
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        below = y[:, None] - model(x)
+    def pinball(output: Tensor, y: Tensor) -> Tensor:
+        below = y[:, None] - output
         return torch.maximum(levels * below, (levels - 1) * below).mean()
+
+    criterion = FunctionCriterion(pinball)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return criterion(model(x), y)
 
     def measure() -> tuple[Tensor, Tensor]:
         return loss(data.train_x[:EVALUATED], data.train_y[:EVALUATED]), loss(data.test_x, data.test_y)
 
-    return task(data.name, model, (data.train_x, data.train_y), 256, seed, loss, measure)
+    return task(data.name, model, (data.train_x, data.train_y), 256, seed, loss, measure, criterion)
 
 
 def counts(seed: int) -> Task:
@@ -95,6 +104,7 @@ def counts(seed: int) -> Task:
         seed,
         lambda x, y: criterion(model(x), y),
         lambda: (criterion(model(x), y), deviance(data.test_x, data.test_y)),
+        criterion,
     )
 
 

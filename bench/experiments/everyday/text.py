@@ -60,13 +60,16 @@ class Decoder(nn.Module):
 
 def next_character(kind: type[nn.Module], seed: int) -> Task:
     codes, letters = text()
-    model, split = kind(len(letters)), len(codes) * 9 // 10
+    model, split, criterion = kind(len(letters)), len(codes) * 9 // 10, nn.CrossEntropyLoss()
     train, test = (part.unfold(0, LENGTH + 1, step) for part, step in ((codes[:split], 1), (codes[split:], LENGTH)))
 
     def loss(rows: Tensor) -> Tensor:
-        return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        return criterion(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
 
-    return task("scikit-learn's descriptions", model, (train,), 32, seed, loss, lambda: (loss(train[:EVALUATED:7]), loss(test)))
+    def measure() -> tuple[Tensor, Tensor]:
+        return loss(train[:EVALUATED:7]), loss(test)
+
+    return task("scikit-learn's descriptions", model, (train,), 32, seed, loss, measure, criterion)
 
 
 class WordVectors(nn.Module):
