@@ -396,7 +396,7 @@ def _whole(parts: dict[str, Tensor], along: dict[str, Tensor], u: Tensor, v: Ten
     return inner - inner @ v @ v.T + y[:, : v.shape[1]] @ v.T, y
 
 
-def _alone(rows: Generator[list[Tensor], list[Tensor], Tensor]) -> Tensor:
+def _alone(rows: Generator[list[Tensor], list[Tensor], Any]) -> Any:
     """What comes of a matrix' rows in one process, which has all of them: sums over ranks are what it has by itself."""
     sums = next(rows)
     while True:
@@ -488,7 +488,7 @@ def eigen_renew_rows_(
     share: float,
     start: int,
     orthonormal: Callable[[Tensor], tuple[Tensor, Tensor]] = _orthonormal,
-) -> Generator[list[Tensor], list[Tensor], Tensor]:
+) -> Generator[list[Tensor], list[Tensor], None]:
     """The renewal of one matrix where only those rows of G and g are here that begin at `start`, and these rows of R in `first`.
 
     Yields what is to be summed over all rows, and is to be sent the sums. All else is whole. Nothing is written before the
@@ -523,7 +523,6 @@ def eigen_renew_rows_(
         first["R"].copy_(first["R"] @ columns_turn)
     if "T" in first:
         first["T"].copy_(rows_turn @ first["T"])
-    return mean
 
 
 def eigen_step_(
@@ -558,14 +557,15 @@ def eigen_step_(
     for i, t in enumerate(step):
         (n, p), ku, kv = grad_weight[i].shape, len(basis_out[i]), len(basis_in[i])
         shapes = eigen_shapes(n, p, ku, kv, grad_bias[i].numel() > 0)
-        moments = [eigen_split(flat[i], shapes) for flat in (first, second, last)]
+        one, two, before = (eigen_split(flat[i], shapes) for flat in (first, second, last))
         slopes += _alone(
             eigen_step_rows_(
-                weight[i], bias[i], *moments, size[i], grad_weight[i], grad_bias[i], mean[i], basis_out[i], basis_in[i], length,
-                lr[i], lr_bias[i], decay[i], decay_bias[i], t, beta1, beta2, eps, 0, len(moments[-1].get("E", ())),
+                weight[i], bias[i], one, two, before, size[i], grad_weight[i], grad_bias[i], mean[i], basis_out[i], basis_in[i],
+                length, lr[i], lr_bias[i], decay[i], decay_bias[i], t, beta1, beta2, eps, 0, len(before.get("E", ())),
             )
         )  # fmt: skip
-    eigen_control_(control, *slopes.tolist(), renewed)
+    slope, last_slope = slopes.tolist()
+    eigen_control_(control, slope, last_slope, renewed)
 
 
 def eigen_step_rows_(
@@ -605,7 +605,7 @@ def eigen_step_rows_(
     g, x = _centred(grad_weight, grad_bias, mean, v, with_bias)
     square, c, q = yield [_float64(grad_weight, size).square().sum(), u.T @ x, u.T @ g]
     size.clamp_(min=(square / max(n * p, 1)).sqrt())
-    floor, of = eps * float(size) + torch.finfo(weight.dtype).tiny, _parts(g, x, c, q, u, v)
+    floor, of = (eps * size + torch.finfo(weight.dtype).tiny).to(weight), _parts(g, x, c, q, u, v)
     normed, fresh = {}, []
     slopes, slopes_here = size.new_zeros(2), size.new_zeros(2)  # of what is whole, and of the rows that are here
     for part, m in first.items():
