@@ -226,6 +226,8 @@ class ShardedOperators:
                 mean[i], basis_out[i], basis_in[i], scale_out[i], scale_in[i], first[i], grad_weight[i], grad_bias[i], sketch[i],
                 bias_hessian[i], rows[i], share[i], start, _orthonormal,
             )
+            if len(basis_out[i])
+            else _nothing()
             for i, start in enumerate(self._starts)
         ]  # fmt: skip
         if self._together(tasks, [*zip(grad_weight, grad_bias, strict=True)], sketch) is None:
@@ -306,6 +308,11 @@ class ShardedOperators:
         sums = iter(part.view(piece.shape) for part, piece in zip(flat.split([p.numel() for p in every]), every, strict=True))
         for each in pieces:
             yield [next(sums) for _ in each]
+
+
+def _nothing() -> Rows:
+    """What is done with a matrix that has no bases to be renewed."""
+    yield []
 
 
 def _check(checked: list[tuple[Tensor, float]]) -> Rows:

@@ -568,9 +568,10 @@ class EigenAdam(SecondOrderOptimizer):
         """
         sketches = self._averaged(present) if self._several else self._sketches
         nothing = weight_grads[0].new_empty(0)
-        chosen, given, renewed, lost = [], [], [], []
+        given, renewed, lost = [], [], []
         for i, (matrix, state) in enumerate(zip(present, states, strict=True)):
-            if not matrix.eigen:
+            if not matrix.eigen:  # nothing to renew; but where its gradient is not finite no basis may turn
+                given.append((_Sketch(nothing, means[i]), nothing, 1.0))
                 continue
             sketch, unseen, share = sketches.get(matrix), 0, (1 - DECAY) / (1 - DECAY ** (state["renewals"] + 1))
             if sketch is None:
@@ -586,7 +587,6 @@ class EigenAdam(SecondOrderOptimizer):
             curved = matrix.weight in hessians
             if curved != state.get("curved", False):
                 share = 1.0  # likewise: a gradient's second moments are on another scale than a bias Hessian
-            chosen.append(i)
             given.append((sketch, hessians.get(matrix.weight, nothing), share))
             renewed.append((state, unseen, curved))
         if lost and "unseen" not in self._announced and any(group["lr"] for group in self.param_groups):  # 0: DCP's step
@@ -595,12 +595,10 @@ class EigenAdam(SecondOrderOptimizer):
                 f"{type(self).__name__} sees no inputs of {', '.join(lost)}: the layers run in a compiled graph, or are not "
                 "called as modules. Their bases are those of their gradients."
             )
-        if chosen:
-            of, them = [states[i] for i in chosen], [present[i] for i in chosen]
-            self._operators(them, of).eigen_renew_(
-                [means[i] for i in chosen], [s["basis_out"] for s in of], [s["basis_in"] for s in of],
-                [s["scale_out"] for s in of], [s["scale_in"] for s in of], self._moments(them, of, "exp_avg"), control,
-                [weight_grads[i] for i in chosen], [bias_grads[i] for i in chosen],
+        if renewed:
+            self._operators(present, states).eigen_renew_(
+                means, [s["basis_out"] for s in states], [s["basis_in"] for s in states], [s["scale_out"] for s in states],
+                [s["scale_in"] for s in states], self._moments(present, states, "exp_avg"), control, weight_grads, bias_grads,
                 [_finite(sketch.sums) for sketch, _, _ in given], [_finite(hessian) for _, hessian, _ in given],
                 [sketch.rows for sketch, _, _ in given], [share for _, _, share in given],
             )  # fmt: skip
