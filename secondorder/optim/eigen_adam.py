@@ -103,7 +103,8 @@ class EigenAdam(SecondOrderOptimizer):
         model: where `params` are parameters or groups, the model that they are of, so that its layers' inputs are seen. None:
             every parameter with two or more dimensions is a matrix without them.
         betas: the decay of the first and second moments.
-        rank: k, the directions of a basis, >= 1. None: 8, and 16 for a layer that sees 256 or more inputs at a time.
+        rank: k, the directions of a basis, >= 1. None: 8, and 16 for a layer that sees 256 or more inputs at a time, or whose rows
+            ranks share.
         eps: added to the root of the second moments, relative to the largest root mean square of the parameter's gradient so far,
             which makes a step independent of the loss' scale.
         weight_decay: shrinks the parameters by lr l weight_decay at each step, apart from the gradient, as AdamW does.
@@ -120,7 +121,10 @@ class EigenAdam(SecondOrderOptimizer):
 
     Raises:
         TypeError: a parameter is not of a floating dtype.
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range; or DTensors are sharded otherwise than by rows, over one dimension of a mesh.
+
+    Parameters may be DTensors whose rows ranks share, as `torch.distributed.fsdp.fully_shard` has it. A step is then that of one
+    process with all batches, and ranks exchange O(k (n + p)) numbers for a matrix; it waits for the device.
 
     State of a matrix: two moments of n p numbers, as Adam's, and O(k (n + p)) more, in float32 for 16-bit parameters.
 
@@ -618,10 +622,13 @@ class EigenAdam(SecondOrderOptimizer):
         flat = torch.cat(own)
         self._sum_(flat)
         pieces = flat.split([piece.numel() for piece in own])
+        counts = pieces[1::2]
+        if any(matrix not in self._sketches for matrix in wanted):  # else each has inputs, without waiting for the device
+            counts = torch.cat(counts).tolist()
         return {
             matrix: _Sketch((sums / rows).view(-1, matrix.shape[1]), self.state[matrix.weight]["mean"], 1)
-            for matrix, sums, rows in zip(wanted, pieces[::2], torch.cat(pieces[1::2]).tolist(), strict=True)
-            if rows
+            for matrix, sums, rows in zip(wanted, pieces[::2], counts, strict=True)
+            if isinstance(rows, Tensor) or rows
         }
 
     def _taken(self, control: Tensor) -> bool:

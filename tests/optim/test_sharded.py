@@ -290,7 +290,7 @@ def alone(maker, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(("case", "ranks"), CASES)
-def test_ranks_equal_one_process(ranks_of, ranks, case):
+def test_shards_equal_one_process(ranks_of, ranks, case):
     maker, dtype, _, _ = CASES[case, ranks]
     expected, metrics = alone(maker, dtype)
     exact = dtype == torch.float64
