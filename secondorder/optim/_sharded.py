@@ -16,7 +16,6 @@ from secondorder._tensors import here, is_sharded
 from secondorder.optim._eigen_state import REFUSED, UNRENEWED, new_bases, sampled_rows
 from secondorder.optim._matrices import Matrix
 
-RANK = 16  # directions of a basis; not by the inputs, so that a new optimizer has tensors of a checkpoint's shapes
 MOMENTS = ("exp_avg", "exp_avg_sq", "last")
 
 Rows = Generator[list[Tensor], list[Tensor], Any]  # what is done with a matrix' rows here: yields what is summed over all rows

@@ -103,8 +103,8 @@ class EigenAdam(SecondOrderOptimizer):
         model: where `params` are parameters or groups, the model that they are of, so that its layers' inputs are seen. None:
             every parameter with two or more dimensions is a matrix without them.
         betas: the decay of the first and second moments.
-        rank: k, the directions of a basis, >= 1. None: 8, and 16 for a layer that sees 256 or more inputs at a time, or whose rows
-            ranks share.
+        rank: k, the directions of a basis, >= 1. None: 8, and 16 for a layer that sees 256 or more inputs at a time, or
+            whose rows ranks share.
         eps: added to the root of the second moments, relative to the largest root mean square of the parameter's gradient so far,
             which makes a step independent of the loss' scale.
         weight_decay: shrinks the parameters by lr l weight_decay at each step, apart from the gradient, as AdamW does.
