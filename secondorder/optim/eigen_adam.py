@@ -343,11 +343,9 @@ class EigenAdam(SecondOrderOptimizer):
             if state["basis_out"].dtype is not dtype or state["basis_out"].device != device:
                 self.state[matrix.weight] = state = cast_state(state, matrix.weight)
             return state
-        if (
-            matrix.eigen and self._group is not None and rows and self._rank is None
-        ):  # all ranks take the rank that one process with all inputs would
+        if matrix.eigen and self._group is not None and rows:  # all ranks take the rank that one process with all inputs would
             total = torch.tensor(rows, device=device)
-            self._sum_(total)
+            dist.all_reduce(total, group=self._group)
             rows = int(total)
         many = rows >= MANY_ROWS or self._shards is not None  # a new optimizer then has tensors of a checkpoint's shapes
         new = new_sharded_state if is_sharded(matrix.weight) else new_state
@@ -425,6 +423,7 @@ class EigenAdam(SecondOrderOptimizer):
             for p in group["params"]:
                 if not p.is_floating_point():
                     raise TypeError(f"{type(self).__name__}: expected parameters of a floating dtype, got {p.dtype}")
+            found_shards(type(self).__name__, [p for each in self.param_groups for p in each["params"]], self._model)
         except BaseException:
             self.param_groups[:] = before
             raise
@@ -510,10 +509,9 @@ class EigenAdam(SecondOrderOptimizer):
         beta1, beta2 = self.param_groups[0]["betas"]
         self._operators(present, states).eigen_step_(
             weights, biases, *(self._moments(present, states, name) for name in MOMENTS), [s["size"] for s in states], control,
-            weight_grads, bias_grads, means, [s["basis_out"] for s in states],
-            [s["basis_in"] for s in states], [rate for rate, _ in rates], [rate for _, rate in rates],
-            [decay for decay, _ in decays], [decay for _, decay in decays], [s["step"] for s in states], beta1, beta2,
-            self.param_groups[0]["eps"], due,
+            weight_grads, bias_grads, means, [s["basis_out"] for s in states], [s["basis_in"] for s in states],
+            [rate for rate, _ in rates], [rate for _, rate in rates], [decay for decay, _ in decays],
+            [decay for _, decay in decays], [s["step"] for s in states], beta1, beta2, self.param_groups[0]["eps"], due,
         )  # fmt: skip
         if not self._taken(control):
             return
@@ -532,15 +530,15 @@ class EigenAdam(SecondOrderOptimizer):
                 state["curved"] = curved
         shared["steps"] += 1
 
-    def _operators(self, chosen: list[Matrix], states: list[dict[str, Any]]) -> Any:
+    def _operators(self, present: list[Matrix], states: list[dict[str, Any]]) -> Any:
         """What has `eigen_renew_` and `eigen_step_` for these matrices."""
-        return ops if self._shards is None else ShardedOperators(self._shards, chosen, states)
+        return ops if self._shards is None else ShardedOperators(self._shards, present, states)
 
-    def _moments(self, chosen: list[Matrix], states: list[dict[str, Any]], name: str) -> list[Any]:
+    def _moments(self, present: list[Matrix], states: list[dict[str, Any]], name: str) -> list[Any]:
         """A moment of all parts of these matrices, as these operators take it."""
         if self._shards is None:
             return [state[name] for state in states]
-        return [moments_here(matrix, state, name) for matrix, state in zip(chosen, states, strict=True)]
+        return [moments_here(matrix, state, name) for matrix, state in zip(present, states, strict=True)]
 
     def _groups(self) -> dict[Tensor, dict[str, Any]]:
         """The group of every parameter, once the groups' numbers are known to be valid."""
