@@ -1,6 +1,7 @@
 """Helpers on tensors: batches as rows, subsamples of them, and the dtype that numbers are computed in."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,16 @@ from torch import Tensor
 def device_for(dtype: torch.dtype, like: Tensor) -> torch.device:
     """Where numbers of a dtype are kept beside a tensor: MPS has no float64, so the CPU has them for it."""
     return torch.device("cpu") if dtype == torch.float64 and like.device.type == "mps" else like.device
+
+
+def is_sharded(t: Any) -> bool:
+    """Whether it is a DTensor, whose rows ranks share. Told by its attributes: to import its module takes a second."""
+    return isinstance(t, Tensor) and hasattr(t, "placements") and hasattr(t, "device_mesh")
+
+
+def here(t: Tensor) -> Tensor:
+    """What this process has of a tensor, without its graph: of a DTensor its own rows, else the whole."""
+    return t.detach().to_local() if is_sharded(t) else t  # type: ignore[attr-defined]
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:

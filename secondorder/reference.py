@@ -6,7 +6,7 @@ any device and dtype. It does not check its arguments, and nothing here is fast 
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -369,46 +369,57 @@ def eigen_sketch_(sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor) 
     sketch += torch.cat([(x @ basis.T).T @ x, x.sum(0, keepdim=True)])
 
 
-def _parts(
-    grad_weight: Tensor, grad_bias: Tensor, mean: Tensor, basis_out: Tensor, basis_in: Tensor
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """[C, R, T, E], those that there are; and U, V, G'."""
-    u, v, bias = basis_out.T, basis_in.T, grad_bias.numel() > 0
-    g = grad_weight - torch.outer(grad_bias, mean) if bias else grad_weight
-    x = torch.cat([g @ v, grad_bias.unsqueeze(1)], 1) if bias else g @ v
-    (n, ku), (p, kv) = u.shape, v.shape
-    c = u.T @ x
-    parts = [c]
-    if ku < n:
-        parts.append(x - u @ c)
-    if kv < p:
-        parts.append(u.T @ g - (u.T @ g @ v) @ v.T)
-    if ku < n and kv < p:
-        parts.append(g - u @ (u.T @ g) - (g - u @ (u.T @ g)) @ v @ v.T)
-    return parts, u, v, g
+def eigen_shapes(n: int, p: int, ku: int, kv: int, bias: bool) -> dict[str, tuple[int, int]]:
+    """The shapes of the parts of a gradient, those that there are, by their names C, R, T and E."""
+    c = kv + bias
+    shapes = {"C": (ku, c), "R": (n, c), "T": (ku, p), "E": (n, p)}
+    missing = {"R": ku == n, "T": kv == p, "E": ku == n or kv == p}
+    return {part: shape for part, shape in shapes.items() if not missing.get(part)}
 
 
-def _split(flat: Tensor, parts: list[Tensor]) -> list[Tensor]:
-    """A flat tensor as views of these shapes."""
-    pieces = flat.split([part.numel() for part in parts])
-    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+def eigen_split(flat: Tensor, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """A flat tensor of parts as views of them; of E it may have some rows alone."""
+    found, begin = {}, 0
+    for part, (rows, columns) in shapes.items():
+        end = len(flat) if part == "E" else begin + rows * columns
+        found[part], begin = flat[begin:end].view(-1, columns) if columns else flat.new_empty(rows, 0), end
+    return found
 
 
-def _whole(parts: list[Tensor], u: Tensor, v: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    """S [n, p] and y [n] (or [0]) from parts."""
-    (n, ku), (p, kv) = u.shape, v.shape
-    rest = list(parts[1:])
-    y = u @ parts[0]
-    if ku < n:
-        right = rest.pop(0)
-        y = y + right - u @ (u.T @ right)
-    inner = torch.zeros(n, p, dtype=y.dtype, device=y.device)
-    if kv < p:
-        inner = inner + u @ rest.pop(0)
-    if rest:
-        residual = rest.pop(0)
-        inner = inner + residual - u @ (u.T @ residual)
-    return inner - inner @ v @ v.T + y[:, :kv] @ v.T, y[:, kv] if bias else y.new_zeros(0)
+def _centred(grad_weight: Tensor, grad_bias: Tensor, mean: Tensor, v: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """G' and X, of any rows."""
+    if not bias:
+        return grad_weight, grad_weight @ v
+    g = grad_weight - torch.outer(grad_bias, mean)
+    return g, torch.cat([g @ v, grad_bias.unsqueeze(1)], 1)
+
+
+def _parts(g: Tensor, x: Tensor, ux: Tensor, ug: Tensor, u: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """All parts, of any rows: from these rows of G', X and U, and from U^T X and U^T G' of all rows."""
+    rest = g - u @ ug
+    return {"C": ux, "R": x - u @ ux, "T": ug - (ug @ v) @ v.T, "E": rest - rest @ v @ v.T}
+
+
+def _whole(parts: dict[str, Tensor], along: dict[str, Tensor], u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """S and Y, of any rows: from these rows of U and the parts that there are, and from U^T R and U^T E of all rows."""
+    y, inner = u @ parts["C"], u.new_zeros(len(u), len(v))
+    if "R" in parts:
+        y = y + parts["R"] - u @ along["R"]
+    if "T" in parts:
+        inner = inner + u @ parts["T"]
+    if "E" in parts:
+        inner = inner + parts["E"] - u @ along["E"]
+    return inner - inner @ v @ v.T + y[:, : v.shape[1]] @ v.T, y
+
+
+def _alone(rows: Generator[list[Tensor], list[Tensor], Any]) -> Any:
+    """What comes of a matrix' rows in one process, which has all of them: sums over ranks are what it has by itself."""
+    sums = next(rows)
+    while True:
+        try:
+            sums = rows.send(sums)
+        except StopIteration as end:
+            return end.value
 
 
 def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -468,34 +479,66 @@ def eigen_renew_(
         control[6] = 1
         return
     for i, w in enumerate(share):
-        parts, u, v, _ = _parts(grad_weight[i], grad_bias[i], mean[i], basis_out[i], basis_in[i])
-        u, v, bias, sums = u.clone(), v.clone(), grad_bias[i].numel() > 0, sketch[i]
-        move = torch.zeros_like(grad_weight[i][0])
-        if bias and rows[i]:
-            move = w * sums[-1] / rows[i]
-            mean[i] += move
-        g = grad_weight[i] - torch.outer(grad_bias[i], mean[i]) if bias else grad_weight[i]
-        if rows[i]:  # sum (x - move) (x - move)^T V from the sums over x
-            vx, vm = v.T @ sums[-1], v.T @ move
-            inputs = sums[:-1] - torch.outer(vm, sums[-1]) - torch.outer(vx, move) + rows[i] * torch.outer(vm, move)
-            inputs = inputs / rows[i]
-        else:
-            inputs = (v.T @ g.T) @ g
-        outputs = u.T @ bias_hessian[i] if bias_hessian[i].numel() else (u.T @ g) @ g.T
-        for basis, scale, product in ((basis_in[i], scale_in[i], inputs), (basis_out[i], scale_out[i], outputs)):
-            new, lengths = _orthonormal((1 - w) * scale.unsqueeze(1) * basis + w * product)
-            basis.copy_(new)
-            scale.copy_(lengths)
-        # The moments in the new bases; E stays.
-        rows_turn, columns_turn = basis_out[i] @ u, torch.block_diag(v.T @ basis_in[i].T, *[u.new_ones(1, 1)] * bias)
-        moments = _split(first[i], parts)
-        corner, *rest = moments
-        corner.copy_(rows_turn @ corner @ columns_turn)
-        if u.shape[1] < u.shape[0]:
-            right = rest.pop(0)
-            right.copy_(right @ columns_turn)
-        if v.shape[1] < v.shape[0]:
-            rest[0].copy_(rows_turn @ rest[0])
+        (n, p), ku, kv = grad_weight[i].shape, len(basis_out[i]), len(basis_in[i])
+        moments = eigen_split(first[i], eigen_shapes(n, p, ku, kv, grad_bias[i].numel() > 0))
+        _alone(
+            eigen_renew_rows_(
+                mean[i], basis_out[i], basis_in[i], scale_out[i], scale_in[i], moments, grad_weight[i], grad_bias[i], sketch[i],
+                bias_hessian[i], rows[i], w, 0,
+            )
+        )  # fmt: skip
+
+
+def eigen_renew_rows_(
+    mean: Tensor,
+    basis_out: Tensor,
+    basis_in: Tensor,
+    scale_out: Tensor,
+    scale_in: Tensor,
+    first: dict[str, Tensor],
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    sketch: Tensor,
+    bias_hessian: Tensor,
+    rows: int,
+    share: float,
+    start: int,
+    orthonormal: Callable[[Tensor], tuple[Tensor, Tensor]] = _orthonormal,
+) -> Generator[list[Tensor], list[Tensor], None]:
+    """The renewal of one matrix where only those rows of G and g are here that begin at `start`, and these rows of R in `first`.
+
+    Yields what is to be summed over all rows, and is to be sent the sums. All else is whole. Nothing is written before the
+    first sums have come.
+    """
+    u, v, here = basis_out.T.clone(), basis_in.T.clone(), slice(start, start + len(grad_weight))
+    bias, moved, move = mean.numel() > 0, mean, torch.zeros_like(basis_in[:1].sum(0))
+    if bias and rows:
+        move = share * sketch[-1] / rows
+        moved = mean + move
+    g = grad_weight - torch.outer(grad_bias, moved) if bias else grad_weight
+    along, *inputs = yield [u[here].T @ g, *([] if rows else [(g @ v).T @ g])]
+    if rows:  # sum (x - move) (x - move)^T V from the sums over x
+        vx, vm = v.T @ sketch[-1], v.T @ move
+        sums = sketch[:-1] - torch.outer(vm, sketch[-1]) - torch.outer(vx, move) + rows * torch.outer(vm, move)
+        inputs = [sums / rows]
+    if bias_hessian.numel():
+        outputs = u.T @ bias_hessian
+    else:
+        outputs = torch.zeros_like(basis_out)
+        outputs[:, here] = along @ g.T
+        (outputs,) = yield [outputs]
+    mean.copy_(moved)
+    for basis, scale, product in ((basis_in, scale_in, inputs[0]), (basis_out, scale_out, outputs)):
+        new, lengths = orthonormal((1 - share) * scale.unsqueeze(1) * basis + share * product)
+        basis.copy_(new)
+        scale.copy_(lengths)
+    # The moments in the new bases; E stays.
+    rows_turn, columns_turn = basis_out @ u, torch.block_diag(v.T @ basis_in.T, *[u.new_ones(1, 1)] * bias)
+    first["C"].copy_(rows_turn @ first["C"] @ columns_turn)
+    if "R" in first:
+        first["R"].copy_(first["R"] @ columns_turn)
+    if "T" in first:
+        first["T"].copy_(rows_turn @ first["T"])
 
 
 def eigen_step_(
@@ -526,43 +569,97 @@ def eigen_step_(
         control[5] += 1
         control[6] = 0
         return
-    length = control[0] / (1 + control[1] / 25).sqrt() * ((control[4] + 2) / 14).clamp(max=1)
-    slope = last_slope = 0.0
+    length, slopes = eigen_length(control), control.new_zeros(2)
     for i, t in enumerate(step):
-        parts, u, v, _ = _parts(grad_weight[i], grad_bias[i], mean[i], basis_out[i], basis_in[i])
-        size[i].clamp_(min=_float64(grad_weight[i], control).square().mean().sqrt())
-        floor = eps * float(size[i]) + torch.finfo(weight[i].dtype).tiny
-        x, m, v2 = torch.cat([part.flatten() for part in parts]), first[i], second[i]
-        waits = (x == 0) & (u.numel() + v.numel() == 0)  # an element that stands for itself, and has no gradient
+        (n, p), ku, kv = grad_weight[i].shape, len(basis_out[i]), len(basis_in[i])
+        shapes = eigen_shapes(n, p, ku, kv, grad_bias[i].numel() > 0)
+        one, two, before = (eigen_split(flat[i], shapes) for flat in (first, second, last))
+        slopes += _alone(
+            eigen_step_rows_(
+                weight[i], bias[i], one, two, before, size[i], grad_weight[i], grad_bias[i], mean[i], basis_out[i], basis_in[i],
+                length, lr[i], lr_bias[i], decay[i], decay_bias[i], t, beta1, beta2, eps, 0, len(before.get("E", ())),
+            )
+        )  # fmt: skip
+    slope, last_slope = slopes.tolist()
+    eigen_control_(control, slope, last_slope, renewed)
+
+
+def eigen_step_rows_(
+    weight: Tensor,
+    bias: Tensor,
+    first: dict[str, Tensor],
+    second: dict[str, Tensor],
+    last: dict[str, Tensor],
+    size: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    mean: Tensor,
+    basis_out: Tensor,
+    basis_in: Tensor,
+    length: float,
+    lr: float,
+    lr_bias: float,
+    decay: float,
+    decay_bias: float,
+    step: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    start: int,
+    sampled: int,
+) -> Generator[list[Tensor], list[Tensor], Tensor]:
+    """The step of one matrix where only those rows of W, b, G, g, R and E are here that begin at `start`.
+
+    Yields what is to be summed over all rows, and is to be sent the sums. All else is whole, also the `sampled` rows of E in
+    `last`, unless they are all rows of E. Nothing is written before the first sums have come.
+
+    Returns:
+        [2]: the slopes along this step and along the one before.
+    """
+    (rows, p), (ku, n), kv = grad_weight.shape, basis_out.shape, len(basis_in)
+    u, v, with_bias = basis_out[:, start : start + rows].T, basis_in.T, mean.numel() > 0 or grad_bias.numel() > 0
+    g, x = _centred(grad_weight, grad_bias, mean, v, with_bias)
+    square, c, q = yield [_float64(grad_weight, size).square().sum(), u.T @ x, u.T @ g]
+    size.clamp_(min=(square / max(n * p, 1)).sqrt())
+    floor, of = (eps * size + torch.finfo(weight.dtype).tiny).to(weight), _parts(g, x, c, q, u, v)
+    normed, fresh = {}, []
+    slopes, slopes_here = size.new_zeros(2), size.new_zeros(2)  # of what is whole, and of the rows that are here
+    for part, m in first.items():
+        x, v2, before, factor = of[part], second[part], last[part], 1.0
+        waits = (x == 0) & (ku + kv == 0)  # an element that stands for itself, and has no gradient
         m.copy_(torch.where(waits, m, beta1 * m + (1 - beta1) * x))
         v2.copy_(torch.where(waits, v2, beta2 * v2 + (1 - beta2) * x * x))
-        ahead = beta1 * m / (1 - beta1 ** (t + 2)) + (1 - beta1) * x / (1 - beta1 ** (t + 1))
-        normed = (math.sqrt(1 - beta2 ** (t + 1)) * ahead / (v2.sqrt() + floor)).clamp(-1.2, 1.2).masked_fill(waits, 0.0)
-        # The slopes: of E from some rows.
-        residual = parts[-1] if len(parts) == 4 or (len(u.T) < len(u) and len(v.T) < len(v)) else None
-        rest = x.numel() - (0 if residual is None else residual.numel())
-        index = torch.arange(rest, device=x.device)
-        weights = control.new_ones(rest)
-        if residual is not None:
-            n, p = residual.shape
-            sampled = (last[i].numel() - rest) // p
-            chosen = torch.arange(sampled, device=x.device) * n // sampled
-            index = torch.cat([index, rest + (chosen.unsqueeze(1) * p + torch.arange(p, device=x.device)).flatten()])
-            weights = torch.cat([weights, weights.new_full((sampled * p,), n / sampled)])
-        weighted = weights * _float64(x[index], control)
-        slope += float(weighted @ _float64(normed[index], control))
-        last_slope += float(weighted @ _float64(last[i], control))
-        last[i].copy_(torch.where(waits[index], last[i], normed[index]))
-        s, y = _whole(_split(normed, parts), u, v, grad_bias[i].numel() > 0)
-        s = s * (grad_weight[i] != 0)
-        weight[i].mul_(1 - float(length) * lr[i] * decay[i]).sub_(float(length) * lr[i] * s)
-        if grad_bias[i].numel():
-            y = (y - s @ mean[i]) * (grad_bias[i] != 0)
-            bias[i].mul_(1 - float(length) * lr_bias[i] * decay_bias[i]).sub_(float(length) * lr_bias[i] * y)
-    _control(control, slope, last_slope, renewed)
+        ahead = beta1 * m / (1 - beta1 ** (step + 2)) + (1 - beta1) * x / (1 - beta1 ** (step + 1))
+        new = (math.sqrt(1 - beta2 ** (step + 1)) * ahead / (v2.sqrt() + floor)).clamp(-1.2, 1.2).masked_fill(waits, 0.0)
+        normed[part] = new
+        if part == "E" and sampled < n:  # the slopes from some rows
+            low, high = (-(-edge * sampled // n) for edge in (start, start + rows))
+            chosen, factor = torch.arange(low, high, device=x.device) * n // sampled - start, n / sampled
+            x, new, waits, whole, before = x[chosen], new[chosen], waits[chosen], before, before[low:high]
+            fresh.append(torch.zeros_like(whole))
+            fresh[0][low:high] = torch.where(waits, before, new)
+        along = [_float64(x, size).flatten() @ _float64(direction, size).flatten() for direction in (new, before)]
+        (slopes if part in "CT" else slopes_here).add_(factor * torch.stack(along))
+        if not (part == "E" and fresh):
+            before.copy_(torch.where(waits, before, new))
+    slopes_here, *sums = yield [slopes_here, *(u.T @ normed[part] for part in "RE" if part in normed), *fresh]
+    if fresh:
+        last["E"].copy_(sums.pop())
+    s, y = _whole(normed, dict(zip([part for part in "RE" if part in normed], sums, strict=True)), u, v)
+    s = s * (grad_weight != 0)
+    weight.mul_(1 - length * lr * decay).sub_(length * lr * s)
+    if with_bias:
+        y = (y[:, -1] - s @ mean) * (grad_bias != 0)
+        bias.mul_(1 - length * lr_bias * decay_bias).sub_(length * lr_bias * y)
+    return slopes + slopes_here
 
 
-def _control(control: Tensor, slope: float, last_slope: float, renewed: bool) -> None:
+def eigen_length(control: Tensor) -> float:
+    """The step length that control gives, without lr."""
+    return float(control[0] / (1 + control[1] / 25).sqrt() * ((control[4] + 2) / 14).clamp(max=1))
+
+
+def eigen_control_(control: Tensor, slope: float, last_slope: float, renewed: bool) -> None:
     """The step length after a step with these slopes."""
     length, oscillations, average, last_average, t, refused, unrenewed = control.tolist()
     if t == 0:

@@ -20,9 +20,9 @@ from secondorder.optim._amp import restore_scale, unscaling_factor
 from secondorder.optim._fallback import Fallback
 from secondorder.optim._growth import LossGrowth
 from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments, check_numbers
-from secondorder.optim._optimizer import SecondOrderOptimizer
+from secondorder.optim._optimizer import WHOLE, SecondOrderOptimizer
 
-_SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DataParallel")
+_SHARDED = ("FullyShardedDataParallel", "DataParallel")
 
 
 class CurvatureOptimizer(SecondOrderOptimizer):
@@ -100,10 +100,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         called, model = model, model if ddp is None else ddp.module
         names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
         if any(cls.__name__ in _SHARDED for module in called.modules() for cls in type(module).__mro__):
-            raise TypeError(
-                f"{name}: expected whole parameters on every rank, as under DistributedDataParallel; FSDP's shards, and "
-                "DataParallel's replicas, are not supported: the curvature of a layer needs its whole weight"
-            )
+            raise TypeError(f"{name}: {WHOLE}; FSDP's shards, and DataParallel's replicas, are not supported")
         layers = _supported_layers(name, model)
         criterion = getattr(criterion, "_orig_mod", criterion)
         self.criterion = criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)

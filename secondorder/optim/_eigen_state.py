@@ -26,20 +26,12 @@ def step_length(entries: list[float]) -> float:
     return entries[LENGTH] / (1 + entries[OSCILLATIONS] / 25) ** 0.5 * min(1.0, (entries[STEPS] + 2) / 14)
 
 
-def new_state(matrix: Matrix, rank: int) -> dict[str, Any]:
-    """The state of a matrix, with random bases of `rank` directions; a side with at most 2 rank + 1 elements has all."""
+def new_bases(matrix: Matrix, rank: int) -> dict[str, Any]:
+    """The state of a matrix without moments; random bases of `rank` directions, all where a side has at most 2 rank + 1."""
     n, p = matrix.shape
     device, dtype = matrix.weight.device, compute_dtype(matrix.weight.dtype)
     k = rank if matrix.eigen else 0
     ku, kv = (length if matrix.eigen and length <= 2 * k + 1 else k for length in (n, p))
-    columns = kv + (matrix.bias is not None)
-    rest = ku * columns + (n * columns if ku < n else 0) + (ku * p if kv < p else 0)
-    residual = ku < n and kv < p
-    sampled = max(1, min(n, k or SAMPLED // p)) if residual else 0
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, device=device, dtype=dtype)
-
     generator = torch.Generator("cpu").manual_seed(n * 1_000_003 + p)
 
     def basis(k: int, length: int) -> Tensor:
@@ -47,11 +39,27 @@ def new_state(matrix: Matrix, rank: int) -> dict[str, Any]:
         return torch.linalg.qr(numbers)[0].T.to(device, dtype).contiguous()
 
     return {
-        "step": 0, "renewals": 0, "unseen": 0, "basis_out": basis(ku, n), "basis_in": basis(kv, p), "scale_out": zeros(ku),
-        "scale_in": zeros(kv), "mean": zeros(p if matrix.bias is not None else 0), "exp_avg": zeros(rest + residual * n * p),
-        "exp_avg_sq": zeros(rest + residual * n * p), "last": zeros(rest + sampled * p),
+        "step": 0, "renewals": 0, "unseen": 0, "basis_out": basis(ku, n), "basis_in": basis(kv, p),
+        "scale_out": torch.zeros(ku, device=device, dtype=dtype), "scale_in": torch.zeros(kv, device=device, dtype=dtype),
+        "mean": torch.zeros(p if matrix.bias is not None else 0, device=device, dtype=dtype),
         "size": torch.zeros(1, device=device_for(torch.float64, matrix.weight), dtype=torch.float64),
     }  # fmt: skip
+
+
+def sampled_rows(n: int, p: int, ku: int) -> int:
+    """How many rows of E [n, p] the slopes are taken from."""
+    return max(1, min(n, ku or SAMPLED // p))
+
+
+def new_state(matrix: Matrix, rank: int) -> dict[str, Any]:
+    """The state of a matrix, with all parts of a moment in one flat tensor."""
+    state, (n, p) = new_bases(matrix, rank), matrix.shape
+    ku, kv = len(state["basis_out"]), len(state["basis_in"])
+    columns = kv + (matrix.bias is not None)
+    rest = ku * columns + (n * columns if ku < n else 0) + (ku * p if kv < p else 0)
+    residual = ku < n and kv < p
+    moments = {"exp_avg": n * p, "exp_avg_sq": n * p, "last": sampled_rows(n, p, ku) * p}
+    return state | {name: state["mean"].new_zeros(rest + residual * more) for name, more in moments.items()}
 
 
 def cast_state(state: dict[str, Any], p: Tensor) -> dict[str, Any]:

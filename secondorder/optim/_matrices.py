@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from secondorder._tensors import compute_dtype
+from secondorder._tensors import compute_dtype, here, is_sharded
 
 # Modules whose weight [n_out, n_in, ...] multiplies their one input, as rows.
 _LINEAR = (nn.Linear,)
@@ -48,6 +48,14 @@ class Matrix:
         return n, self.weight.numel() // max(n, 1)
 
     @property
+    def shape_here(self) -> tuple[int, int]:
+        """What this process has of it: all, or of a DTensor some rows, and of one of a single dimension some elements as rows."""
+        if not is_sharded(self.weight):
+            return self.shape
+        rows = here(self.weight).shape[0]
+        return rows, self.weight.numel() // self.weight.shape[0]
+
+    @property
     def numel(self) -> int:
         """How many numbers it has with its bias."""
         return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
@@ -80,6 +88,7 @@ def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matr
             continue
         bias: Tensor | None = modules[0]._parameters.get("bias")
         alike = all(module._parameters.get("bias") is bias for module in modules)
+        alike = alike and getattr(bias, "placements", None) == getattr(weight, "placements", None)
         if bias is not None and bias in wanted and alike and bias not in taken and weight.requires_grad == bias.requires_grad:
             biases[weight] = bias
             taken.add(bias)
@@ -129,7 +138,8 @@ def checked_dtype(owner: str, present: list[Matrix]) -> torch.dtype:
 
 
 def values(p: Tensor, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-    """A parameter's values as a contiguous matrix or vector that is written to: itself, or else a copy."""
+    """A parameter's values here as a contiguous matrix or vector that is written to: itself, or else a copy."""
+    p = here(p)
     if p.dtype is dtype and p.is_contiguous():
         return p if p.shape == shape else p.detach().view(*shape)
     return p.detach().to(dtype).contiguous().view(*shape)
@@ -137,15 +147,16 @@ def values(p: Tensor, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
 
 def write_back(p: Tensor, copy: Tensor) -> None:
     """Gives a parameter the values that a copy of it was given."""
+    p = here(p)
     if copy.data_ptr() != p.data_ptr():
         p.copy_(copy.view(p.shape))
 
 
 def gradient_of(p: Tensor, shape: Iterable[int], dtype: torch.dtype, sign: int) -> Tensor:
-    """The gradient of what is minimised, as a matrix or vector; zeros where there is none."""
+    """The gradient here of what is minimised, as a matrix or vector; zeros where there is none."""
     if p.grad is None:
         return torch.zeros(*shape, dtype=dtype, device=p.device)
-    g = p.grad.to(dtype)
+    g = here(p.grad).to(dtype)
     g = g if g.shape == shape else g.reshape(*shape)
     return -g if sign < 0 else g
 

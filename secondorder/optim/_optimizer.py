@@ -8,17 +8,37 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from secondorder._tensors import device_for
+from secondorder._tensors import device_for, is_sharded
+
+WHOLE = (
+    "expected whole parameters on every rank, as under DistributedDataParallel, since the curvature of a layer needs its whole "
+    "weight; EigenAdam takes what fully_shard has sharded"
+)
 
 
 class SecondOrderOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose state keeps its dtypes and is checked, and whose groups maximise or minimise alike."""
 
     _group_keys: ClassVar[tuple[str, ...]] = ()  # what tells a saved group of this optimizer, of any version, from others'
+    _by_rows: ClassVar[bool] = False  # whether parameters may be DTensors
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:
         """Numbers worth logging, by names: plain floats, also before the first step. Waits for the device; a step does not."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As every torch optimizer's.
+
+        Raises:
+            TypeError: a parameter is a DTensor, and not for an optimizer that can do with some of its rows.
+        """
+        super().add_param_group(param_group)
+        if self._by_rows:
+            return
+        for p in self.param_groups[-1]["params"]:
+            if is_sharded(p):
+                self.param_groups.pop()
+                raise TypeError(f"{type(self).__name__}: {WHOLE}, got a DTensor of placements {p.placements}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every torch optimizer's, but the state keeps its dtype: under bfloat16 parameters the factors are float32.

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from secondorder import ops
 from secondorder._layers import linear_layers
 from secondorder._tape.hooks import remove_handles
-from secondorder._tensors import compute_dtype
+from secondorder._tensors import compute_dtype, here, is_sharded
 from secondorder._warnings import warn
 from secondorder.criteria import FunctionCriterion
 from secondorder.curvature import CURVATURES, Curvature, curvature_by_name
@@ -43,6 +43,16 @@ from secondorder.optim._matrices import (
 )  # fmt: skip
 from secondorder.optim._numbers import Numbers, check_arguments, check_numbers, warn_of_short_steps
 from secondorder.optim._optimizer import SecondOrderOptimizer
+from secondorder.optim._sharded import (
+    MOMENTS,
+    ShardedOperators,
+    Shards,
+    captured_here,
+    found_shards,
+    moments_here,
+    new_sharded_state,
+    relaid,
+)  # fmt: skip
 
 _NUMBERS: Numbers = {
     "lr": (lambda v: 0 <= v < float("inf"), ">= 0"),
@@ -93,7 +103,8 @@ class EigenAdam(SecondOrderOptimizer):
         model: where `params` are parameters or groups, the model that they are of, so that its layers' inputs are seen. None:
             every parameter with two or more dimensions is a matrix without them.
         betas: the decay of the first and second moments.
-        rank: k, the directions of a basis, >= 1. None: 8, and 16 for a layer that sees 256 or more inputs at a time.
+        rank: k, the directions of a basis, >= 1. None: 8, and 16 for a layer that sees 256 or more inputs at a time, or
+            whose rows ranks share.
         eps: added to the root of the second moments, relative to the largest root mean square of the parameter's gradient so far,
             which makes a step independent of the loss' scale.
         weight_decay: shrinks the parameters by lr l weight_decay at each step, apart from the gradient, as AdamW does.
@@ -110,13 +121,18 @@ class EigenAdam(SecondOrderOptimizer):
 
     Raises:
         TypeError: a parameter is not of a floating dtype.
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range; or DTensors are sharded otherwise than by rows, over one dimension of a mesh.
+
+    Parameters may be DTensors whose rows ranks share, as `torch.distributed.fsdp.fully_shard` has it. A step is then that of one
+    process with all batches, and ranks exchange O(k (n + p)) numbers for a matrix; it waits for the device.
 
     State of a matrix: two moments of n p numbers, as Adam's, and O(k (n + p)) more, in float32 for 16-bit parameters.
 
     Source: builds on Chen et al., "EA-CG", whose E[h h^T] is a a^T alone; on SOAP (Vyas et al., 2024), Adam in Shampoo's
     eigenbasis, and COSMOS (Liu et al., 2025), which keeps a part of it; the step length is by Kesten's rule (1958).
     """
+
+    _by_rows = True
 
     def __init__(
         self,
@@ -148,6 +164,7 @@ class EigenAdam(SecondOrderOptimizer):
         self._rank, self._renew_every, self._nonfinite = rank, renew_every, nonfinite
         self._model: nn.Module | None = None
         self._group: dist.ProcessGroup | None = None  # of the ranks that DDP averages gradients over
+        self._shards: Shards | None = None  # the ranks that share the rows of DTensor parameters
         if model is not None:
             self._model, self._group = _unwrapped(model)
         self._curvature, self.criterion = self._chosen(curvature, criterion)
@@ -248,8 +265,16 @@ class EigenAdam(SecondOrderOptimizer):
             own = [p for group in self.param_groups for p in group["params"]]
             if any(isinstance(p, nn.UninitializedParameter) for p in own):
                 return []  # until a lazy layer's first call
+            self._shards = found_shards(type(self).__name__, own, self._model)
+            if self._shards is not None and self._curvature is not None:
+                raise ValueError(
+                    f"{type(self).__name__}: expected curvature='gradient' with DTensor parameters, got {self._curvature!r}, "
+                    "which needs whole weights"
+                )
             self._matrices = matrices(own, self._model)
             self._owner: dict[Any, Matrix] = {matrix.weight: matrix for matrix in self._matrices if matrix.modules}
+            for matrix in self._matrices if self._shards is not None else ():  # layers compute with other, whole weights
+                self._owner |= dict.fromkeys(matrix.modules, matrix)
         return self._matrices
 
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -261,7 +286,7 @@ class EigenAdam(SecondOrderOptimizer):
             return
         if self._seeing is None:
             self._seeing = self._renewing()
-        matrix = self._owner.get(module._parameters.get("weight")) if self._seeing else None
+        matrix = self._owner.get(module, self._owner.get(module._parameters.get("weight"))) if self._seeing else None
         if matrix is None or not matrix.weight.requires_grad or not is_plain(inputs):
             return
         with torch.no_grad():
@@ -270,7 +295,7 @@ class EigenAdam(SecondOrderOptimizer):
             sketch = self._sketches.get(matrix)
             if sketch is None:
                 shift = state["mean"]
-                if not state["renewals"] and shift.numel() and self._group is None and not shift.is_cuda:
+                if not state["renewals"] and shift.numel() and not self._several and not shift.is_cuda:
                     shift = rows.mean(0)  # not put into the state before it is known to be finite
                 sketch = self._sketches[matrix] = _Sketch(rows.new_zeros(len(state["basis_in"]) + 1, rows.shape[1]), shift)
             ops.eigen_sketch_(sketch.sums, rows, state["basis_in"], sketch.shift)
@@ -293,6 +318,18 @@ class EigenAdam(SecondOrderOptimizer):
             state.update({key: before.pop(key) for key in _SHARED if key in before})
         return state
 
+    @property
+    def _several(self) -> bool:
+        """Whether other processes have inputs, too."""
+        return self._group is not None or self._shards is not None
+
+    def _sum_(self, t: Tensor) -> None:
+        """Sums a tensor over all processes that have inputs, in place."""
+        if self._shards is not None:
+            self._shards.sum_(t)
+        else:
+            dist.all_reduce(t, group=self._group)
+
     def _due(self) -> bool:
         """Whether the next step renews bases."""
         steps = next((state["steps"] for state in self.state.values() if "steps" in state), 0)
@@ -302,15 +339,19 @@ class EigenAdam(SecondOrderOptimizer):
         """A matrix' state, made when its inputs or gradient are first seen; rows: how many inputs it sees at a time."""
         state = self.state[matrix.weight]
         device, dtype = matrix.weight.device, compute_dtype(matrix.weight.dtype)
-        if "exp_avg" in state:
-            if state["exp_avg"].dtype is not dtype or state["exp_avg"].device != device:
+        if "basis_out" in state:
+            if state["basis_out"].dtype is not dtype or state["basis_out"].device != device:
                 self.state[matrix.weight] = state = cast_state(state, matrix.weight)
             return state
         if matrix.eigen and self._group is not None and rows:  # all ranks take the rank that one process with all inputs would
             total = torch.tensor(rows, device=device)
             dist.all_reduce(total, group=self._group)
             rows = int(total)
-        state.update(new_state(matrix, self._rank or (16 if rows >= MANY_ROWS else 8)))
+        many = rows >= MANY_ROWS or self._shards is not None  # a new optimizer then has tensors of a checkpoint's shapes
+        new = new_sharded_state if is_sharded(matrix.weight) else new_state
+        state.update(new(matrix, self._rank or (16 if many else 8)))
+        if matrix.bias is not None:
+            self.state[matrix.bias].setdefault("step", 0)  # every parameter has a state, as DCP demands
         return state
 
     def __getstate__(self) -> dict[str, Any]:
@@ -322,7 +363,7 @@ class EigenAdam(SecondOrderOptimizer):
         """Lays hooks on the copy's own model; `load_state_dict` comes here too, with the state alone."""
         super().__setstate__(state)
         if "_handles" not in self.__dict__:
-            self._group = None
+            self._group = self._shards = None
             self._reset()
             self._hook()
 
@@ -337,9 +378,10 @@ class EigenAdam(SecondOrderOptimizer):
         own = [p for group in self.param_groups for p in group["params"]]
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         weights = {matrix.weight: matrix for matrix in self._table()}
+        relaid_state = dict(state_dict["state"])
         for i, p in zip(saved, own, strict=False):
             state, matrix = state_dict["state"].get(i) or {}, weights.get(p)
-            if state.keys() <= set(_SHARED):
+            if state.keys() <= {*_SHARED, "step"}:
                 continue
             if "basis_out" not in state or "basis_in" not in state:
                 raise ValueError(f"{name}: expected the state of an EigenAdam, got one of {sorted(state)}")
@@ -353,13 +395,14 @@ class EigenAdam(SecondOrderOptimizer):
                     f"{name}: expected the state of an optimizer that was made as this one is, got one for {matrix.name!r} that "
                     "knows another bias or basis; give both the model, or neither"
                 )
-        super().load_state_dict(state_dict)
+            relaid_state[i] = relaid(matrix, state)
+        super().load_state_dict({**state_dict, "state": relaid_state})
         self._seeing = None
         self._schedule()
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
         super()._restore(state_dict)
-        for p in [p for p, state in self.state.items() if "exp_avg" in state]:
+        for p in [p for p, state in self.state.items() if "basis_out" in state]:
             self.state[p] = cast_state(self.state[p], p)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -380,6 +423,7 @@ class EigenAdam(SecondOrderOptimizer):
             for p in group["params"]:
                 if not p.is_floating_point():
                     raise TypeError(f"{type(self).__name__}: expected parameters of a floating dtype, got {p.dtype}")
+            found_shards(type(self).__name__, [p for each in self.param_groups for p in each["params"]], self._model)
         except BaseException:
             self.param_groups[:] = before
             raise
@@ -452,10 +496,10 @@ class EigenAdam(SecondOrderOptimizer):
         for matrix in present:
             weight, bias = matrix.weight, matrix.bias
             states.append(self._state(matrix, 0))
-            weights.append(values(weight, matrix.shape, dtype))
-            weight_grads.append(gradient_of(weight, matrix.shape, dtype, sign))
-            biases.append(nothing if bias is None else values(bias, bias.shape, dtype))
-            bias_grads.append(nothing if bias is None else gradient_of(bias, bias.shape, dtype, sign))
+            weights.append(values(weight, matrix.shape_here, dtype))
+            weight_grads.append(gradient_of(weight, matrix.shape_here, dtype, sign))
+            biases.append(nothing if bias is None else values(bias, here(bias).shape, dtype))
+            bias_grads.append(nothing if bias is None else gradient_of(bias, here(bias).shape, dtype, sign))
             # What has no gradient is given one of zeros, so that it does not move; nor does it decay.
             decays.append([0.0 if p is None or p.grad is None else float(groups[p]["weight_decay"]) for p in (weight, bias)])
         means = [state["mean"] for state in states]
@@ -463,12 +507,11 @@ class EigenAdam(SecondOrderOptimizer):
         renewed = self._renew(present, states, means, control, weight_grads, bias_grads, hessians) if due else []
         rates = [(float(groups[m.weight]["lr"]), float(groups[m.weight if m.bias is None else m.bias]["lr"])) for m in present]
         beta1, beta2 = self.param_groups[0]["betas"]
-        ops.eigen_step_(
-            weights, biases, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [s["last"] for s in states],
-            [s["size"] for s in states], control, weight_grads, bias_grads, means, [s["basis_out"] for s in states],
-            [s["basis_in"] for s in states], [rate for rate, _ in rates], [rate for _, rate in rates],
-            [decay for decay, _ in decays], [decay for _, decay in decays], [s["step"] for s in states], beta1, beta2,
-            self.param_groups[0]["eps"], due,
+        self._operators(present, states).eigen_step_(
+            weights, biases, *(self._moments(present, states, name) for name in MOMENTS), [s["size"] for s in states], control,
+            weight_grads, bias_grads, means, [s["basis_out"] for s in states], [s["basis_in"] for s in states],
+            [rate for rate, _ in rates], [rate for _, rate in rates], [decay for decay, _ in decays],
+            [decay for _, decay in decays], [s["step"] for s in states], beta1, beta2, self.param_groups[0]["eps"], due,
         )  # fmt: skip
         if not self._taken(control):
             return
@@ -477,6 +520,8 @@ class EigenAdam(SecondOrderOptimizer):
             if matrix.bias is not None:
                 write_back(matrix.bias, bias)
             state["step"] += 1
+            if matrix.bias is not None:
+                self.state[matrix.bias]["step"] = state["step"]
             state["mean"] = mean
         for state, unseen, curved in renewed:
             state["renewals"] += 1
@@ -484,6 +529,16 @@ class EigenAdam(SecondOrderOptimizer):
             if curved or "curved" in state:
                 state["curved"] = curved
         shared["steps"] += 1
+
+    def _operators(self, present: list[Matrix], states: list[dict[str, Any]]) -> Any:
+        """What has `eigen_renew_` and `eigen_step_` for these matrices."""
+        return ops if self._shards is None else ShardedOperators(self._shards, present, states)
+
+    def _moments(self, present: list[Matrix], states: list[dict[str, Any]], name: str) -> list[Any]:
+        """A moment of all parts of these matrices, as these operators take it."""
+        if self._shards is None:
+            return [state[name] for state in states]
+        return [moments_here(matrix, state, name) for matrix, state in zip(present, states, strict=True)]
 
     def _groups(self) -> dict[Tensor, dict[str, Any]]:
         """The group of every parameter, once the groups' numbers are known to be valid."""
@@ -513,11 +568,12 @@ class EigenAdam(SecondOrderOptimizer):
         Returns the states that it is for, how many times in a row each has seen no inputs, and whether U is of a bias Hessian.
         A first mean that a sketch has found takes its place in `means`, and is put into the state when the step is made.
         """
-        sketches = self._sketches if self._group is None else self._averaged(present)
+        sketches = self._averaged(present) if self._several else self._sketches
         nothing = weight_grads[0].new_empty(0)
-        chosen, given, renewed, lost = [], [], [], []
+        given, renewed, lost = [], [], []
         for i, (matrix, state) in enumerate(zip(present, states, strict=True)):
-            if not matrix.eigen:
+            if not matrix.eigen:  # nothing to renew; but where its gradient is not finite no basis may turn
+                given.append((_Sketch(nothing, means[i]), nothing, 1.0))
                 continue
             sketch, unseen, share = sketches.get(matrix), 0, (1 - DECAY) / (1 - DECAY ** (state["renewals"] + 1))
             if sketch is None:
@@ -533,21 +589,18 @@ class EigenAdam(SecondOrderOptimizer):
             curved = matrix.weight in hessians
             if curved != state.get("curved", False):
                 share = 1.0  # likewise: a gradient's second moments are on another scale than a bias Hessian
-            chosen.append(i)
             given.append((sketch, hessians.get(matrix.weight, nothing), share))
             renewed.append((state, unseen, curved))
-        if lost and "unseen" not in self._announced:
+        if lost and "unseen" not in self._announced and any(group["lr"] for group in self.param_groups):  # 0: DCP's step
             self._announced.add("unseen")
             warn(
                 f"{type(self).__name__} sees no inputs of {', '.join(lost)}: the layers run in a compiled graph, or are not "
                 "called as modules. Their bases are those of their gradients."
             )
-        if chosen:
-            of = [states[i] for i in chosen]
-            ops.eigen_renew_(
-                [means[i] for i in chosen], [s["basis_out"] for s in of], [s["basis_in"] for s in of],
-                [s["scale_out"] for s in of], [s["scale_in"] for s in of], [s["exp_avg"] for s in of], control,
-                [weight_grads[i] for i in chosen], [bias_grads[i] for i in chosen],
+        if renewed:
+            self._operators(present, states).eigen_renew_(
+                means, [s["basis_out"] for s in states], [s["basis_in"] for s in states], [s["scale_out"] for s in states],
+                [s["scale_in"] for s in states], self._moments(present, states, "exp_avg"), control, weight_grads, bias_grads,
                 [_finite(sketch.sums) for sketch, _, _ in given], [_finite(hessian) for _, hessian, _ in given],
                 [sketch.rows for sketch, _, _ in given], [share for _, _, share in given],
             )  # fmt: skip
@@ -565,17 +618,20 @@ class EigenAdam(SecondOrderOptimizer):
             sketch = self._sketches.get(matrix) or _Sketch(empty, state["mean"])
             own += [sketch.sums.flatten(), empty.new_full((1,), sketch.rows)]
         flat = torch.cat(own)
-        dist.all_reduce(flat, group=self._group)
+        self._sum_(flat)
         pieces = flat.split([piece.numel() for piece in own])
-        averaged = {}
-        for i, matrix in enumerate(wanted):
-            sums = (pieces[2 * i] / pieces[2 * i + 1].clamp(min=1)).view(-1, matrix.shape[1])
-            averaged[matrix] = _Sketch(sums, self.state[matrix.weight]["mean"], 1)
-        return averaged
+        counts = pieces[1::2]
+        if any(matrix not in self._sketches for matrix in wanted):  # else each has inputs, without waiting for the device
+            counts = torch.cat(counts).tolist()
+        return {
+            matrix: _Sketch((sums / rows).view(-1, matrix.shape[1]), self.state[matrix.weight]["mean"], 1)
+            for matrix, sums, rows in zip(wanted, pieces[::2], counts, strict=True)
+            if isinstance(rows, Tensor) or rows
+        }
 
     def _taken(self, control: Tensor) -> bool:
         """Whether the step was made, where that is known without waiting; raises, counts or warns where it should."""
-        if control.is_cuda:
+        if control.is_cuda and self._shards is None:  # where a step of other ranks waits for this one all raise at once
             copy = torch.empty(control.shape, dtype=control.dtype, device="cpu", pin_memory=True).copy_(
                 control, non_blocking=True
             )
@@ -643,10 +699,13 @@ class EigenAdam(SecondOrderOptimizer):
             "skipped_steps". All but "length" are 0 before the first step.
         """
         entries = self._shared()["control"].tolist()
-        met = [(matrix, self.state[matrix.weight]) for matrix in self._table() if "exp_avg" in self.state.get(matrix.weight, {})]
+        met = [
+            (matrix, self.state[matrix.weight]) for matrix in self._table() if "basis_out" in self.state.get(matrix.weight, {})
+        ]
         of = [(matrix, state) for matrix, state in met if matrix.eigen]
         ranks = [len(state[side]) for _, state in of for side in ("basis_out", "basis_in")]
-        shares = [captured(matrix, state) for matrix, state in of]
+        known = [captured_here(*each) if self._shards is not None else captured(*each) for each in of]
+        shares = [share for share in known if share is not None]
         return {
             "length": step_length(entries),
             "slope": entries[SLOPE],

@@ -984,7 +984,7 @@ def eigen_refused(kernels: Kernels) -> None:
     control = eigen_control()
     kernels.eigen_step([], control, 4, *EIGEN_RULE, False)  # a net without matrices
     expected = torch.from_numpy(eigen_control())
-    reference._control(expected, 0.0, 0.0, False)
+    reference.eigen_control_(expected, 0.0, 0.0, False)
     np.testing.assert_allclose(control, expected.numpy(), rtol=1e-12)
 
 

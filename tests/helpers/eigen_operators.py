@@ -3,8 +3,6 @@
 import torch
 from oracles import assert_as_accurate
 
-from secondorder import reference
-
 # (n, p, ku, kv, bias): both sides with a basis, full sides, none, single rows and columns, odd widths
 SIZES = [
     (40, 50, 8, 8, True),
@@ -35,6 +33,15 @@ def lengths(n, p, ku, kv, bias):
     return ku * c, n * c if ku < n else 0, ku * p if kv < p else 0, n * p if ku < n and kv < p else 0
 
 
+def coordinates(each):
+    """G', X, U and V of a matrix."""
+    u, v, g = each["basis_out"].T, each["basis_in"].T, each["grad_weight"]
+    if not each["mean"].numel():
+        return g, g @ v, u, v
+    g = g - torch.outer(each["grad_bias"], each["mean"])
+    return g, torch.cat([g @ v, each["grad_bias"].unsqueeze(1)], 1), u, v
+
+
 def matrix(n, p, ku, kv, bias, seed=0, curved=False):
     """A matrix of a net in float64, with moments as steps leave them; `curved`: with a bias Hessian."""
     g = torch.Generator().manual_seed(seed)
@@ -54,10 +61,16 @@ def matrix(n, p, ku, kv, bias, seed=0, curved=False):
         "mean": normal(p if bias else 0), "basis_out": basis(ku, n), "basis_in": basis(kv, p),
         "scale_out": normal(ku).abs() + 0.1, "scale_in": normal(kv).abs() + 0.1,
     }  # fmt: skip
-    moment = reference._parts(normal(n, p), normal(n if bias else 0), made["mean"], made["basis_out"], made["basis_in"])[0]
+    whole, x, u, v = coordinates({**made, "grad_weight": normal(n, p), "grad_bias": normal(n if bias else 0)})
+    moment = [u.T @ x, x - u @ u.T @ x, u.T @ (whole - whole @ v @ v.T)]
+    moment.append((whole - u @ u.T @ whole) @ (torch.eye(p, dtype=whole.dtype) - v @ v.T))
     root = normal(n, n) if curved else None
     hessian = normal(0) if root is None else root @ root.T
-    return {**made, "first": torch.cat([part.flatten() for part in moment]), "bias_hessian": hessian}
+    return {
+        **made,
+        "first": torch.cat([part.flatten() for part, length in zip(moment, lengths(n, p, ku, kv, bias), strict=True) if length]),
+        "bias_hessian": hessian,
+    }
 
 
 def cast(matrices, dtype):

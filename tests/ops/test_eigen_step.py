@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.eigen_operators import DTYPES, SIZES, STEP, cast, compare, controls, lengths, matrix, step
+from helpers.eigen_operators import DTYPES, SIZES, STEP, cast, compare, controls, coordinates, lengths, matrix, step
 
 from secondorder import ops, reference
 
@@ -36,16 +36,18 @@ def test_no_entry_of_control_is_idle(name):
 def test_parts_are_the_gradient_in_other_coordinates(size):
     """Without Adam's rule what goes there and back is the gradient itself, of W and of b, in the metric of centred inputs."""
     each = matrix(*size)
-    parts, u, v, _ = reference._parts(*(each[k] for k in ("grad_weight", "grad_bias", "mean", "basis_out", "basis_in")))
-    assert [part.numel() for part in parts] == [length for length in lengths(*size) if length]
-    s, y = reference._whole(parts, u, v, size[4])
+    g, x, u, v = coordinates(each)
+    shapes = reference.eigen_shapes(*size)
+    parts = {part: value for part, value in reference._parts(g, x, u.T @ x, u.T @ g, u, v).items() if part in shapes}
+    assert [part.numel() for part in parts.values()] == [length for length in lengths(*size) if length]
+    s, y = reference._whole(parts, {part: u.T @ value for part, value in parts.items() if len(value) == size[0]}, u, v)
     centred = each["grad_weight"]
     if size[4]:
         centred = centred - torch.outer(each["grad_bias"], each["mean"])
-        torch.testing.assert_close(y, each["grad_bias"])
+        torch.testing.assert_close(y[:, -1], each["grad_bias"])
     torch.testing.assert_close(s, centred)
     # The parts are orthogonal: their squares add up to the gradient's.
-    total = sum(part.square().sum() for part in parts)
+    total = sum(part.square().sum() for part in parts.values())
     torch.testing.assert_close(total, centred.square().sum() + each["grad_bias"].square().sum())
 
 

@@ -97,6 +97,22 @@ def test_copies_of_model_and_optimizer_train_alike(how):
     assert torch.equal(values(model), values(other))
 
 
+def test_a_vector_that_is_not_finite_keeps_all_bases():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(25, 40), nn.LayerNorm(40), nn.Linear(40, 3)).double()
+    optimizer = so.EigenAdam(model)
+    train(model, optimizer, range(5))
+    x, y = batch(5)
+    F.cross_entropy(model(x), y).backward()  # the step that comes next renews bases
+    model[1].weight.grad[0] = math.nan
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(so.NonFiniteError):
+        optimizer.step()
+    for i, state in optimizer.state_dict()["state"].items():
+        kept = {name: value for name, value in state.items() if name not in ("control", "refused")}
+        torch.testing.assert_close(kept, {name: before[i][name] for name in kept}, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("moment", ["loaded", "converted"])
 def test_state_follows_the_dtype(moment):
     model = network(torch.float32)
