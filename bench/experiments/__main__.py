@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from bench.experiments import alignment, curvature_errors, eigen_adam, everyday_papers
+from bench.experiments import alignment, curvature_errors, eigen_adam, everyday_papers, with_deepxde
 from bench.experiments.harness import Store, best_runs, matrices, overview, table
 from bench.experiments.physics import errors
 from bench.experiments.pictures import draw
@@ -25,7 +25,15 @@ Name = Enum(
     "Name",
     {
         name: name
-        for name in ("tables-2-to-5", alignment.NAME, everyday_papers.NAME, *STUDIES, *eigen_adam.COMPARISONS, errors.NAME)
+        for name in (
+            "tables-2-to-5",
+            alignment.NAME,
+            everyday_papers.NAME,
+            with_deepxde.NAME,
+            *STUDIES,
+            *eigen_adam.COMPARISONS,
+            errors.NAME,
+        )
     },
 )
 CHOOSABLE = (*eigen_adam.COMPARISONS, errors.NAME)  # experiments of which problems can be chosen
@@ -67,6 +75,8 @@ def main(
         text = alignment.experiment(results / "alignment.json", pictures / f"{alignment.NAME}.png", data_dir, points)
     elif name.value == everyday_papers.NAME:
         text = everyday_papers.compare(results / "everyday_papers.jsonl", numbers, share, only, again)
+    elif name.value == with_deepxde.NAME:
+        text = with_deepxde.experiment(results / "deepxde.json", numbers, share, again)
     elif name.value in eigen_adam.COMPARISONS:
         text = eigen_adam.compare(name.value, results, data_dir, numbers, share, only, again, problem)
         if not (only or problem):

@@ -201,3 +201,15 @@ def test_torch_levenberg_marquardt_fits_examples(tmp_path):
 
 def test_a_levenberg_marquardt_step_evaluates_the_loss_itself():
     assert issubclass(so.LevenbergMarquardt, training.CLOSURES)
+
+
+@pytest.mark.parametrize("name", ["LevenbergMarquardt", "EigenAdam", "L-BFGS", "Adam, lr 0.01"])
+def test_deepxde_trains_with_the_optimizer_exchanged(name):
+    pytest.importorskip("deepxde")
+    from bench.experiments import with_deepxde
+
+    run = with_deepxde._train(name, 0, 0.3)
+    assert run["steps"] >= 1
+    assert run["seconds"][-1] >= 0.3
+    assert 0 < run["errors"][-1] < 1.5
+    assert torch.get_default_dtype() == torch.float32
