@@ -48,8 +48,8 @@ class KBFGS(CurvatureOptimizer):
             optimizer.step(closure)
 
     `step` calls the closure a second time, at the new weights, on the same mini-batch and from the same random state,
-    so that dropout masks repeat. No parameter's gradient is computed then: p.grad keeps those of the first call. The
-    second call also tells the loss after the step: where that exceeds the loss before by more than `max_increase`
+    so that dropout masks repeat. But with `doubled_batch` no parameter's gradient is computed then; p.grad keeps those of the
+    first call. The second call also tells the loss after the step: where that exceeds the loss before by more than `max_increase`
     times its size, or is not finite, the step is halved and tried again, and given up after 10 halvings.
 
     Args:
@@ -62,7 +62,7 @@ class KBFGS(CurvatureOptimizer):
         mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
         pairs: which (s, y) update H_g. "damped": all, by the double damping. "damped-bounded": of these, those with
             y.H y <= s.y / mu1, which the second damping may have undone (Section 3). "bounded": undamped, those with this bound
-            and s.s <= s.y / mu2 (Section 5). The last two bound H_g and its inverse over any number of steps.
+            and s.s <= s.y / mu2 (Section 5). The last two bound by how much a step changes H_g and its inverse (Eq. 8, 10).
         input_inverse: "hessian-action", or "exact": H_a = (A + lambda_A I)^-1 by a factorisation at every step (Section 5).
         doubled_batch: whether M takes, beside a mini-batch's gradient, that of the mini-batch before at the same parameters,
             from the second call of the closure, which then computes it (end of Section 6); their mean, for mini-batches of one
