@@ -81,7 +81,8 @@ def by_func(net: nn.Module, x: Tensor, edge: Tensor) -> None:
 def main() -> None:
     net, loss, x, edge = poisson()
     parameters: list[Tensor] = list(net.parameters())
-    optimizer = so.LevenbergMarquardt(net.parameters(), race=False, rows=DRAWN, max_rows=DRAWN, lr=1e-9)
+    optimizer = so.LevenbergMarquardt(net.parameters(), race=False, rows=DRAWN, max_rows=DRAWN)
+    optimizer.param_groups[0]["lr"] = 1e-9  # every step is then at the same point
     functions = {
         "loss and gradient": lambda: torch.autograd.grad(loss(), parameters),
         "loss": loss,
