@@ -26,7 +26,7 @@ from torch.func import functional_call, grad, hessian, jacrev
 from secondorder._layers import linear_layers
 from secondorder._random import preserved_generators
 from secondorder._tape import Tape
-from secondorder.criteria import CompositeLoss, FunctionCriterion
+from secondorder.criteria import CompositeLoss, FunctionCriterion, takes_log_probabilities
 from secondorder.curvature import Curvature, curvature_by_name
 from secondorder.linalg import conjugate_gradient
 from secondorder.stepping import LocalLoss
@@ -229,7 +229,8 @@ def gauss_newton_step(
         (J^T H J + damping I) delta = -g,   J the Jacobian of the criterion's argument,   H its Hessian there,
 
     with g the gradient: what "kflr", and for a likelihood the Fisher matrices, approximate (Botev et al., Appendix F.2). For a
-    `secondorder.criteria.CompositeLoss` the argument is the inner value.
+    `secondorder.criteria.CompositeLoss` the argument is the inner value. For nn.NLLLoss, which is linear in log-probabilities,
+    H is that of cross-entropy, whose logits they are. Frozen layers count as the others do.
 
     Args:
         model: a module, called as model(x); one with random layers belongs in eval mode.
@@ -238,14 +239,14 @@ def gauss_newton_step(
         y: their targets.
         damping: > 0.
         blocks: whether J is that of each layer's own parameters: the block-diagonal matrix' step.
-        max_iter: iterations for a system at most, >= 1; each takes three backward passes.
+        max_iter: iterations for a system at most, >= 1, whatever the residual then is; each takes three backward passes.
         tol: they end where the residual is at most this times |g|, >= 0.
 
     Returns:
         `{parameter name: change}` for the weights and biases of all linear layers.
 
     Raises:
-        ValueError: an argument is out of its range, or H is not positive semi-definite.
+        ValueError: an argument is out of its range, or the curvature along a direction that is met is negative.
     """
     checks = [
         ("damping", damping, damping > 0, "> 0"),
@@ -262,6 +263,7 @@ def gauss_newton_step(
         z, outer = model(x), loss
         if isinstance(loss, CompositeLoss):
             z, outer = loss.inner(z), loss.outer
+        outer = _of_logits(outer)
         (slope,) = torch.autograd.grad(outer(z, y), z, create_graph=True)
     parameters = dict(model.named_parameters())
     layers = [[key for key in _own(name) if key in parameters] for _, name in _named(model)]
@@ -316,11 +318,12 @@ def step_cosines(model: nn.Module, step: Mapping[str, Tensor], other: Mapping[st
     Args:
         model: whose parameters they are of.
         step: {parameter name: change}; what it leaves out has not moved.
-        other: the same; what is not in it does not count, so all parameters of linear layers but frozen ones should be.
+        other: the same; what is not in it does not count.
 
     Raises:
-        ValueError: a step is not one of this model's parameters.
+        ValueError: a step is not one of this model's parameters, or `other` has none of a linear layer.
     """
+    model = getattr(model, "_orig_mod", model)
     for each in (step, other):
         _check_step("step_cosines", model, each)
     own = {key: step[key].double() if key in step else torch.zeros_like(value.double()) for key, value in other.items()}
@@ -329,8 +332,12 @@ def step_cosines(model: nn.Module, step: Mapping[str, Tensor], other: Mapping[st
         a, b = (torch.cat([s[key].double().flatten() for key in keys]) for s in (own, other))
         return float(a @ b / (a.norm() * b.norm()))
 
-    layers = {name: [key for key in _own(name) if key in other] for _, name in _named(model)}
-    return Cosines({name: cosine(keys) for name, keys in layers.items() if keys}, cosine(list(other)))
+    layers = {name: keys for _, name in _named(model) if (keys := [key for key in _own(name) if key in other])}
+    if not layers:
+        raise ValueError("step_cosines: expected other to have parameters of a linear layer, got none")
+    return Cosines(
+        {name: cosine(keys) for name, keys in layers.items()}, cosine([key for keys in layers.values() for key in keys])
+    )
 
 
 def reduction_ratio(
@@ -369,6 +376,16 @@ def reduction_ratio(
     return (local.value(moved) - local.start) / predicted
 
 
+def _of_logits(criterion: nn.Module) -> nn.Module:
+    """The same; for the negative log-likelihood cross-entropy, which has its value at log-probabilities, and a Hessian."""
+    if not takes_log_probabilities(criterion):
+        return criterion
+    if isinstance(criterion, FunctionCriterion):
+        return FunctionCriterion(nn.functional.cross_entropy)
+    assert isinstance(criterion, nn.NLLLoss)
+    return nn.CrossEntropyLoss(criterion.weight, ignore_index=criterion.ignore_index, reduction=criterion.reduction)
+
+
 class _GaussNewton:
     """J^T H J of some parameters, from z with its graph and dL/dz with its own; vectors are flat."""
 
@@ -384,7 +401,7 @@ class _GaussNewton:
         (t,) = torch.autograd.grad(self._transposed, self._u, v, retain_graph=True, materialize_grads=True)
         if not self._slope.requires_grad:  # a criterion that is linear in z
             return torch.zeros_like(v)
-        (curved,) = torch.autograd.grad(self._slope, self._z, t, retain_graph=True)
+        (curved,) = torch.autograd.grad(self._slope, self._z, t, retain_graph=True, materialize_grads=True)
         if (t * curved).sum() < -1e-9 * t.norm() * curved.norm():
             raise ValueError("gauss_newton_step: expected a criterion that is convex in the output, got a negative curvature")
         return self._pulled_back(curved)

@@ -16,7 +16,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "cuda_on_cpu"), str(ROOT)]
 
+import case_tools  # noqa: E402
 import cases  # noqa: E402
+import cases_bfgs  # noqa: E402
+import cases_eacg  # noqa: E402
+import cases_eigen  # noqa: E402
+import cases_large  # noqa: E402
 import harness  # noqa: E402
 from bugs import BUGS  # noqa: E402
 
@@ -57,7 +62,7 @@ def outcomes(libraries: dict[str, Path]) -> dict[tuple[str, str, str, int], dict
     for name in cases.CASES:
         jobs["values"] += [{"case": name, "order": order, "planted": -1, "few": order != "shuffled"} for order in harness.ORDERS]
         jobs["address"].append({"case": name, "order": "shuffled", "planted": -1, "few": False})
-        if name not in cases.WITHOUT_RACE_CHECK:
+        if name not in cases_large.WITHOUT_RACE_CHECK:
             jobs["races"].append({"case": name, "order": "shuffled", "planted": -1, "few": True})
     for number, bug in enumerate(BUGS.values()):
         jobs[bug.mode].append({"case": bug.case, "order": "shuffled", "planted": number, "few": bug.mode != "values"})
@@ -82,7 +87,7 @@ def test_no_access_beyond_an_array(outcomes: dict, name: str) -> None:
 
 
 @emulated
-@pytest.mark.parametrize("name", [name for name in cases.CASES if name not in cases.WITHOUT_RACE_CHECK])
+@pytest.mark.parametrize("name", [name for name in cases.CASES if name not in cases_large.WITHOUT_RACE_CHECK])
 def test_no_races(outcomes: dict, name: str) -> None:
     outcome = outcomes["races", name, "shuffled", -1]
     assert (outcome["error"], outcome["races"]) == (None, [])
@@ -174,22 +179,24 @@ LAUNCHES = {
 def test_launches_of_a_net(libraries: dict[str, Path], launcher: str) -> None:
     kernels, rng = harness.Kernels(libraries["values"]), np.random.default_rng(0)
     if launcher == "eacg":
-        layers = cases.eacg_layers(rng, np.float32, cases.NET, None)
+        layers = cases_eacg.eacg_layers(rng, np.float32, cases_eacg.NET, None)
         kernels.eacg(layers, 20, 0.0, False, True, harness.Device(multiprocessors=132))
     elif launcher == "eigen_sketch":
         sketch, inputs, shift = (rng.standard_normal(shape) for shape in ((4, 9), (7, 9), (9,)))
-        kernels.eigen_sketch(sketch, inputs, cases.orthonormal(rng, 3, 9, np.float64), shift, 132)
+        kernels.eigen_sketch(sketch, inputs, cases_eigen.orthonormal(rng, 3, 9, np.float64), shift, 132)
     elif launcher.startswith("eigen"):
-        net, settings = cases.eigen_net(rng, np.float32, cases.EIGEN_NET), (cases.eigen_control(), 132)
+        net, settings = cases_eigen.eigen_net(rng, np.float32, cases_eigen.EIGEN_NET), (cases_eigen.eigen_control(), 132)
         if launcher == "eigen_renew":
             kernels.eigen_renew(net, *settings)
         else:
-            kernels.eigen_step(net, *settings, *cases.EIGEN_RULE, False)
+            kernels.eigen_step(net, *settings, *cases_eigen.EIGEN_RULE, False)
     else:
-        memories = [cases.memory(rng, 2, 0, n, np.float32) for n in (3, 17, 9)]
+        memories = [cases_bfgs.memory(rng, 2, 0, n, np.float32) for n in (3, 17, 9)]
         kernels.bfgs(launcher, [
-            harness.BfgsLayer(cases.spd(rng, pairs.shape[1], np.float32), pairs[0], pairs[0], hy=pairs[0].copy(), s_pairs=pairs,
-                              y_pairs=other, matrix=cases.spd(rng, pairs.shape[1], np.float32))
+            harness.BfgsLayer(
+                case_tools.spd(rng, pairs.shape[1], np.float32), pairs[0], pairs[0], hy=pairs[0].copy(), s_pairs=pairs,
+                y_pairs=other, matrix=case_tools.spd(rng, pairs.shape[1], np.float32),
+            )
             for pairs, other in memories
         ])  # fmt: skip
     assert [launch.split("<")[0].strip("(") for launch in kernels.launches()] == LAUNCHES[launcher]

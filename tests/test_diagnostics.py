@@ -178,6 +178,26 @@ def test_gauss_newton_steps_are_the_dense_ones(name):
         ]
 
 
+def test_gauss_newton_steps_by_log_probabilities_are_those_by_logits():
+    """The negative log-likelihood is linear in log-probabilities, and its Gauss-Newton matrix not zero for that."""
+    model, x, y = network([4, 6, 3], nn.Tanh()), torch.randn(9, 4).double(), torch.arange(9) % 3
+    by_logits = so.diagnostics.gauss_newton_step(model, nn.CrossEntropyLoss(), x, y, 0.01)
+    softened = nn.Sequential(*model, nn.LogSoftmax(1))
+    for criterion in (nn.NLLLoss(), nn.functional.nll_loss):
+        for name, change in so.diagnostics.gauss_newton_step(softened, criterion, x, y, 0.01).items():
+            torch.testing.assert_close(change, by_logits[name], rtol=1e-4, atol=1e-6)
+
+
+def test_only_linear_layers_count_in_cosines():
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 2))
+    step = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    cosines = so.diagnostics.step_cosines(torch.compile(model), step, {**step, "1.weight": -step["1.weight"]})
+    assert cosines.layers == {"0": pytest.approx(1), "2": pytest.approx(1)}
+    assert cosines.total == pytest.approx(1)
+    with pytest.raises(ValueError, match="expected other to have parameters of a linear layer, got none"):
+        so.diagnostics.step_cosines(model, step, {"1.weight": step["1.weight"]})
+
+
 def test_exact_blocks_of_one_instance_take_the_gauss_newton_step():
     """KFLR's block of a single instance is the Gauss-Newton matrix' own, H (x) h h^T."""
     model, criterion = network([4, 3], nn.Tanh(), bias=False), nn.CrossEntropyLoss()

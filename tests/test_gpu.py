@@ -283,10 +283,14 @@ def bfgs_calls(h, s, y, a, s_pairs, y_pairs):
     return [
         (ops.double_damping, [s, y, h, 0.2, 0.1]),
         (ops.damped_bfgs_update_, [h, s, y, 0.2, 0.1]),
+        (ops.damped_bfgs_update_, [h, s, y, 0.2, 0.1, True, True]),
+        (ops.damped_bfgs_update_, [h, s, y, 0.2, 0.1, False, True]),
         (ops.bfgs_update_, [h, y, y]),
         (ops.hessian_action_update_, [h, a, y, 0.3]),
         (ops.lbfgs_product, [s_pairs, y_pairs, v]),
         (ops.damped_lbfgs_update_, [s_pairs, y_pairs, s, y, 0.2, 0.1]),
+        (ops.damped_lbfgs_update_, [s_pairs, y_pairs, s, y, 0.2, 0.1, True, True]),
+        (ops.damped_lbfgs_update_, [s_pairs, y_pairs, s, y, 0.2, 0.1, False, True]),
         (ops.lbfgs_product, [s_pairs, y_pairs, v]),
     ]
 

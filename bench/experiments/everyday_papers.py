@@ -1,5 +1,6 @@
 """The papers' methods at their defaults on everyday scripts, which nobody wrote for them: which run, and where they end."""
 
+import math
 import statistics
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def tables(best: dict[str, comparison.Best]) -> str:
     """Markdown: how many scripts each method trains, then a line per script."""
     own = [method.name for method in METHODS if method is not _ADAM]
     scripts = {script.name: script for script in SCRIPTS if script.name in best}
-    columns = ["", "runs", "ends below its start", "no higher than Adam", "loss ratio to Adam, mean", "refused"]
+    columns = ["", "runs", "ends below its start", "no higher than Adam", "loss ratio to Adam, mean of those that run", "refused"]
     lines = [comparison.row(columns), "|---" * len(columns) + "|"]
     counted = [name for name, script in scripts.items() if not script.noise]
     ratios = {
@@ -57,7 +58,7 @@ def tables(best: dict[str, comparison.Best]) -> str:
         ran = [name for name in scripts if not any(run.diverged for run in best[name][method])]
         below = sum(_median(best[name][method], -1) < _median(best[name][method], 0) for name in ran)
         level = sum(name in ran and ratios[method][name] <= 1 for name in counted)
-        mean = comparison.geometric_mean([ratios[method][name] for name in counted if name in ran])
+        mean = comparison.geometric_mean([ratios[method][name] for name in counted if name in ran] or [math.nan])
         refused = [name for name in scripts if name not in ran]
         cells = [method, f"{len(ran)} of {len(scripts)}", f"{below} of {len(ran)}", f"{level} of {len(counted)}", f"{mean:.2f}"]
         lines.append(comparison.row([*cells, ", ".join(refused) or "-"]))

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import statistics
 import time
@@ -40,15 +41,16 @@ def experiment(path: Path, seeds: list[int], share: float = 1.0, again: bool = F
         again: forget the stored runs first.
     """
     torch.set_num_threads(1)
+    budget = round(SECONDS * share, 3)
     runs = json.loads(path.read_text()) if path.exists() and not again else []
     for seed in tqdm(seeds, mininterval=2):
         for name in OPTIMIZERS:
-            key = {"optimizer": name, "seed": seed, "budget": SECONDS * share}
+            key = {"optimizer": name, "seed": seed, "budget": budget}
             if not any(key.items() <= run.items() for run in runs):
-                runs.append({**key, "environment": environment(), **_train(name, seed, SECONDS * share)})
+                runs.append({**key, "environment": environment(), **_train(name, seed, budget)})
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(json.loads(json.dumps(runs), parse_float=lambda v: float(f"{float(v):.4g}"))) + "\n")
-    chosen = [run for run in runs if run["seed"] in seeds and run["budget"] == SECONDS * share]
+    chosen = [run for run in runs if run["seed"] in seeds and run["budget"] == budget]
     return _table(chosen)
 
 
@@ -91,8 +93,10 @@ def _train(name: str, seed: int, budget: float) -> dict[str, Any]:
         dde.optimizers.config.LBFGS_options["iter_per_step"] = 10  # so often its callbacks are called
         make, lr = OPTIMIZERS[name]
         model.compile(make(net), lr=lr, loss_weights=[1, 100])
-        model.train(iterations=10**6, display_every=10**7, callbacks=[clock])
-        dde.config.set_default_float("float32")
+        try:
+            model.train(iterations=10**6, display_every=10**7, callbacks=[clock])
+        finally:
+            dde.config.set_default_float("float32")
     return {"seconds": clock.seconds, "errors": clock.errors, "steps": clock.steps}
 
 
@@ -105,9 +109,11 @@ def _table(runs: list[dict[str, Any]]) -> str:
         final = [run["errors"][-1] for run in own]
         cells = [f"{statistics.median(final):.1e} ({min(final):.1e} to {max(final):.1e})"]
         for goal in GOALS:
-            reached = [next((s for s, e in zip(run["seconds"], run["errors"], strict=True) if e <= goal), None) for run in own]
-            found = sorted(s if s is not None else float("inf") for s in reached)[len(reached) // 2]
-            cells.append("-" if found == float("inf") else f"{found:.1f}")
+            reached = [
+                next((s for s, e in zip(run["seconds"], run["errors"], strict=True) if e <= goal), math.inf) for run in own
+            ]
+            found = statistics.median(reached)
+            cells.append("-" if found == math.inf else f"{found:.1f}")
         lines.append(row([name, *cells]))
     machines = "; ".join(sorted({run["environment"] for run in runs}))
     return "\n".join(

@@ -135,13 +135,13 @@ struct Damping {
   }
 };
 
-// The bounds on y.H y / s.y and s.s / s.y that an update asks for; 0: none.
+// The bounds on y.H y / s.y and s.s / s.y that an update asks for; both 0: none.
 struct Bounds {
   double mu1 = 0, mu2 = 0;
 
   template <typename T>
   bool hold(const Pair<T>& pair, double sy, double yhy) const {
-    return within_bound(sy, yhy, mu1) && within_bound(sy, dot(pair.s, pair.s), mu2);
+    return mu1 == 0 || (within_bound(sy, yhy, mu1) && within_bound(sy, dot(pair.s, pair.s), mu2));
   }
 };
 

@@ -44,6 +44,7 @@ struct Layer {
 
 template <typename T>
 using Layers = Table<Layer<T>>;
+static_assert(sizeof(Layers<double>) + 2 * sizeof(Blocks) <= 32764, "what a launch passes by value");
 
 // What products_kernel computes:
 enum class Products {
@@ -136,9 +137,12 @@ __global__ void __launch_bounds__(kThreads) damping_kernel(const Layers<T> __gri
       third[1] += double(s) * double(s);
       third[2] += double(y) * double(y);
       if (in.bounded) {
-        const double hy = double(work.hy[i]);
-        const double hs = theta1 == 1 ? double(in.hs[i]) : theta1 * double(in.hs[i]) + (1 - theta1) * double(in.hhy[i]);
-        third[3] += double(y) * (theta2 == 1 ? hy : theta2 * hy + (1 - theta2) * hs);
+        double q = double(work.hy[i]);  // H y~
+        if (theta2 != 1) {
+          const double hs = double(in.hs[i]);
+          q = theta2 * q + (1 - theta2) * (theta1 == 1 ? hs : theta1 * hs + (1 - theta1) * double(in.hhy[i]));
+        }
+        third[3] += double(y) * q;
       }
     }
   });

@@ -163,7 +163,7 @@ at::Tensor damped_limited_update_(at::TensorList s_pairs, at::TensorList y_pairs
       return compact_product(s_pairs[l], y_pairs[l], vector.unsqueeze(1)).squeeze(1).contiguous();
     };
     pairs.hy.push_back(h(y[l]));
-    if (bounded) {
+    if (bounded && damped) {
       pairs.hs.push_back(h(s[l]));
       pairs.hhy.push_back(h(pairs.hy[l]));
     }

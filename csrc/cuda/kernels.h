@@ -148,7 +148,7 @@ void hessian_action_update(const BfgsLayer<T>* layers, int count, void* workspac
 
 // The double damping of s, y, with H y given as hy, appended to s_pairs and y_pairs, whose first rows go. They stay as
 // they are where the curvature is not positive and where a number would not be finite. `damped` and `bounded` as above;
-// where `bounded`, H s and H H y are given as hs and hhy.
+// where both, H s and H H y are given as hs and hhy.
 template <typename T>
 void damped_lbfgs_update(const BfgsLayer<T>* layers, int count, void* workspace, cudaStream_t stream);
 

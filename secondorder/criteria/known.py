@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secondorder._tensors import to_compute_dtype
-from secondorder.criteria.losses import FunctionCriterion
+from secondorder.criteria.losses import CompositeLoss, FunctionCriterion
 
 _FUNCTIONS: dict[Callable[..., Tensor], type[nn.Module]] = {
     F.cross_entropy: nn.CrossEntropyLoss,
@@ -50,6 +50,8 @@ def row_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None
         args: of the criterion, the output [m, K, ...] and the target [m, ...].
         kwargs: of the criterion.
     """
+    if isinstance(criterion, CompositeLoss):
+        return row_masses(criterion.outer, *args, **kwargs)
     if isinstance(criterion, FunctionCriterion):
         if criterion.function not in (F.cross_entropy, F.nll_loss):
             return None

@@ -73,8 +73,8 @@ class CompositeLoss(nn.Module):
 
     For a loss that is convex not in the network's output, but in a function of it, as the likelihood of a mixture is. With J_i
     the Jacobian of `inner` for instance i, the Hessian that "kflr", "fisher-exact", "fisher-mc" and the quadratic model of a step
-    take for instance i is J_i^T H_i J_i, H_i that of `outer`; it is the Fisher matrix of the labels, too. The other curvatures
-    take the Hessian of the whole.
+    take for instance i is J_i^T F_i J_i, F_i the Fisher matrix of the label given inner(output): the Hessian of `outer`, or for
+    nn.NLLLoss that of cross-entropy. The other curvatures take the Hessian of the whole.
 
         # a mixture of two binary classifiers (Botev et al., Eq. 27)
         def log_odds(output):
@@ -88,15 +88,15 @@ class CompositeLoss(nn.Module):
 
     Args:
         inner: a function, or a module without parameters, of the output [m, K]; returns [m, K'] or [m], each row from its own.
-        outer: nn.CrossEntropyLoss, nn.NLLLoss of log-probabilities, nn.MSELoss or nn.BCEWithLogitsLoss.
+        outer: nn.CrossEntropyLoss, nn.NLLLoss of log-probabilities, nn.MSELoss or nn.BCEWithLogitsLoss; no subclass, no function.
 
     Raises:
-        TypeError: `outer` is no such criterion.
+        TypeError: `outer` is none of these.
     """
 
     def __init__(self, inner: Callable[[Tensor], Tensor], outer: nn.Module):
         super().__init__()
-        if not isinstance(outer, nn.CrossEntropyLoss | nn.NLLLoss | nn.MSELoss | nn.BCEWithLogitsLoss):
+        if type(outer) not in (nn.CrossEntropyLoss, nn.NLLLoss, nn.MSELoss, nn.BCEWithLogitsLoss):
             raise TypeError(
                 "CompositeLoss: expected outer to be nn.CrossEntropyLoss, nn.NLLLoss, nn.MSELoss or nn.BCEWithLogitsLoss, got "
                 f"{type(outer).__name__}"
@@ -106,7 +106,7 @@ class CompositeLoss(nn.Module):
     @property
     def reduction(self) -> str:
         """That of `outer`."""
-        return self.outer.reduction
+        return str(self.outer.reduction)
 
     def forward(self, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The scalar loss.

@@ -1,7 +1,7 @@
 """Square roots of a criterion's Hessian for every instance: the columns that KFLR and the Fisher matrices propagate."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -152,11 +152,15 @@ class SampledRoot:
 
     Args:
         criterion: with a method `sample(output)` that returns a target for every instance.
-        output: what it is called on, [..., K].
+        output: what it is called on, [..., K], or [m].
+        others: what it is called with after the target.
+        named: the same by name.
     """
 
     criterion: nn.Module
     output: Tensor
+    others: tuple[Any, ...] = ()
+    named: dict[str, Any] = field(default_factory=dict)
 
     def sample(self) -> Tensor:
         """The gradient of the loss where each label is drawn from the model, [*output.shape], on the scale of a root's column."""
@@ -164,10 +168,11 @@ class SampledRoot:
             target = self.criterion.sample(self.output)  # type: ignore[operator]
         with torch.enable_grad():
             leaf = self.output.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.criterion(leaf, target), leaf)
+            (gradient,) = torch.autograd.grad(self.criterion(leaf, target, *self.others, **self.named), leaf)
         # A mean's gradient holds 1 / m for each of the m instances, whose outer products are to be summed over m.
+        instances = len(self.output) if self.output.dim() == 1 else self.output.shape[:-1].numel()
         mean = getattr(self.criterion, "reduction", "mean") != "sum"
-        return gradient * self.output.shape[:-1].numel() ** 0.5 if mean else gradient
+        return gradient * instances**0.5 if mean else gradient
 
 
 def likelihood_root(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: Any) -> LikelihoodRoot | None:

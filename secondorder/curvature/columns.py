@@ -73,7 +73,8 @@ class FisherExact(FromColumns):
         root, edge = None, None
         if isinstance(output, Tensor) and output.grad_fn is not None:
             root = self._root(criterion, output.detach(), *args[1:], **kwargs)
-            edge = logits_edge(criterion, output)
+            sampled = isinstance(root, _Samples) and isinstance(root.root, SampledRoot)  # its gradients are at the output itself
+            edge = GradientEdge(output.grad_fn, output.output_nr) if sampled else logits_edge(criterion, output)
         if root is None or edge is None:
             raise ValueError(
                 "expected a criterion that is a likelihood the Fisher matrix's labels can be drawn from, called with the "
@@ -94,8 +95,8 @@ class FisherMC(FisherExact):
     """KFAC's Fisher blocks: `FisherExact` by labels sampled from the model, with torch's global generator.
 
     A criterion of one's own brings its likelihood by a method `sample(output) -> target`, which draws a target for every
-    instance: the blocks are then those of the gradients of criterion(output, target), for a mean over the rows of the output
-    unless the criterion's `reduction` is "sum".
+    instance: the blocks are then those of the gradients of criterion(output, target, whatever else the call had), for a mean over
+    the rows of the output unless the criterion's `reduction` is "sum". Such a method takes precedence over what is known.
 
     Args:
         samples: how many labels per instance, >= 1; the mean over them is unbiased, its error falls as 1/sqrt(samples).
@@ -110,8 +111,12 @@ class FisherMC(FisherExact):
     _others: ClassVar[str] = ", or one with a method sample(output) -> target"
 
     def _root(self, criterion: nn.Module, output: Tensor, *args: Any, **kwargs: Any) -> OutputRoot | None:
-        own = callable(getattr(criterion, "sample", None))
-        root = SampledRoot(criterion, output) if own else likelihood_root(criterion, output, *args, **kwargs)
+        root: LikelihoodRoot | SampledRoot | None
+        if callable(getattr(criterion, "sample", None)):
+            named = {name: value for name, value in kwargs.items() if args or name != "target"}
+            root = SampledRoot(criterion, output, args[1:], named)
+        else:
+            root = likelihood_root(criterion, output, *args, **kwargs)
         return None if root is None else _Samples(root, self.samples)
 
 

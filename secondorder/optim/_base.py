@@ -22,7 +22,7 @@ from secondorder.optim._growth import LossGrowth
 from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments, check_numbers
 from secondorder.optim._optimizer import WHOLE, SecondOrderOptimizer
 
-_SHARDED = ("FullyShardedDataParallel", "DataParallel")
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DataParallel")
 
 
 class CurvatureOptimizer(SecondOrderOptimizer):

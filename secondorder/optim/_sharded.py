@@ -40,7 +40,7 @@ class Shards:
 
 
 def found_shards(owner: str, parameters: Iterable[Tensor], model: nn.Module | None) -> Shards | None:
-    """The ranks that share the parameters' rows, or None where no parameter is a DTensor. Has `fully_shard` put these in place.
+    """The ranks that share the parameters' rows, or None where none is a DTensor. Reshards what `fully_shard` has gathered.
 
     Raises:
         ValueError: parameters are sharded in another way than by rows over one dimension of one mesh.

@@ -621,7 +621,8 @@ class EigenAdam(SecondOrderOptimizer):
         self._sum_(flat)
         pieces = flat.split([piece.numel() for piece in own])
         counts = pieces[1::2]
-        if any(matrix not in self._sketches for matrix in wanted):  # else each has inputs, without waiting for the device
+        if any(matrix not in self._sketches or not self._sketches[matrix].rows for matrix in wanted):
+            # Maybe no rank has inputs of one; where this rank has some of each, it need not wait for the device.
             counts = torch.cat(counts).tolist()
         return {
             matrix: _Sketch((sums / rows).view(-1, matrix.shape[1]), self.state[matrix.weight]["mean"], 1)

@@ -48,7 +48,7 @@ class KBFGS(CurvatureOptimizer):
             optimizer.step(closure)
 
     `step` calls the closure a second time, at the new weights, on the same mini-batch and from the same random state,
-    so that dropout masks repeat. But with `doubled_batch` no parameter's gradient is computed then; p.grad keeps those of the
+    so that dropout masks repeat. It computes no parameter's gradient unless `doubled_batch` is set; p.grad keeps those of the
     first call. The second call also tells the loss after the step: where that exceeds the loss before by more than `max_increase`
     times its size, or is not finite, the step is halved and tried again, and given up after 10 halvings.
 
@@ -56,17 +56,17 @@ class KBFGS(CurvatureOptimizer):
         model: any module; its nn.Linear layers are covered, whatever lies between them.
         criterion: a module, or a function (output, target) -> scalar loss; unused, since the closure computes the loss, any loss.
         lr: step size, >= 0.
-        damping: lambda in (0, 1].
+        damping: lambda in (0, 1]; read where `damping_a` or `damping_g` is None.
         damping_a: lambda_A > 0; None: sqrt(damping).
         damping_g: mu2 in (0, 1]; None: sqrt(damping).
         mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
         pairs: which (s, y) update H_g. "damped": all, by the double damping. "damped-bounded": of these, those with
             y.H y <= s.y / mu1, which the second damping may have undone (Section 3). "bounded": undamped, those with this bound
-            and s.s <= s.y / mu2 (Section 5). The last two bound by how much a step changes H_g and its inverse (Eq. 8, 10).
+            and s.s <= s.y / mu2 (Section 5). The last two limit how much a step changes H_g and its inverse (Eq. 8, 10).
         input_inverse: "hessian-action", or "exact": H_a = (A + lambda_A I)^-1 by a factorisation at every step (Section 5).
         doubled_batch: whether M takes, beside a mini-batch's gradient, that of the mini-batch before at the same parameters,
             from the second call of the closure, which then computes it (end of Section 6); their mean, for mini-batches of one
-            size. The fallback's parameters have the first call's alone.
+            size. Parameters of the fallback have the first call's gradients alone, and move only after the second call.
         decay: of all moving averages (beta in the paper), in [0, 1).
         weight_decay: >= 0, of the kind that `decoupled_weight_decay` says.
         bias_correction: M is the average over the steps so far, as in Adam. False starts from M = 0 without correction,
@@ -197,8 +197,11 @@ class KBFGS(CurvatureOptimizer):
         if self._ranks is not None:
             terms = [RankTerm(self._layers[layer], moment, counts[layer]) for layer, moment in moments.items()]
             moments = dict(zip(moments, self._ranks.average(lambda: terms), strict=True))
-        for layer, moment in moments.items():
-            self.state[layer.weight].update(self._start(layer, moment, damping_of(groups[layer.weight], "damping_a")))
+        starts = {
+            layer: self._start(layer, moment, damping_of(groups[layer.weight], "damping_a")) for layer, moment in moments.items()
+        }
+        for layer, start in starts.items():
+            self.state[layer.weight].update(start)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
@@ -267,15 +270,17 @@ class KBFGS(CurvatureOptimizer):
         directions, updates = self._directions(parameters, gradients, first, groups)
         trial, pairs, halvings = self._try(closure, loss, parameters, directions, first, random)
         self._fallback.apply(others, self.state)
+        second = {} if trial is None else trial.weight_gradients
         for layer in layers:
             state = self.state[layer.weight]
             state.update(updates[layer])
             state["step"] += 1
             state["halvings"] += halvings
             state["rejected"] += trial is None
-            state.pop("second_gradient", None)
-            if trial is not None and layer in trial.weight_gradients:
-                state["second_gradient"] = trial.weight_gradients[layer]
+        for layer in self._layers:  # also of those left out: the others have moved since
+            self.state.get(layer.weight, {}).pop("second_gradient", None)
+            if layer in second:
+                self.state[layer.weight]["second_gradient"] = second[layer]
         inputs: list[dict[str, Any]] = []
         outputs: list[dict[str, Any]] = []
         statuses: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -303,7 +308,8 @@ class KBFGS(CurvatureOptimizer):
 
         "step"; "halvings" of a step that the loss after it called for; "rejected" steps, given up after 10 halvings; of
         H_g the updates made ("updated"), those with s damped ("damped_s") and with y damped ("damped_y"), and those
-        "skipped" (curvature not positive, or something not finite); of H_a those skipped ("input_skipped").
+        "skipped" (curvature not positive, something not finite, or a bound broken that `pairs` asks for); of H_a those skipped
+        ("input_skipped"; of exact inverses those not finite).
         """
         return {
             name: {count: self.state[layer.weight][count] for count in _COUNTS}
@@ -317,9 +323,9 @@ class KBFGS(CurvatureOptimizer):
         Returns:
             "halvings": how often the loss after a step called for a halving, per step; "rejected": the share of steps given up
             after 10 halvings; of H_g's updates the shares made ("updated"), with s damped ("damped_s"), with y damped
-            ("damped_y"), and left out ("skipped": the curvature was not positive, or something not finite); of H_a's those left
-            out ("input_skipped"); "coverage": the share of all trained numbers that belong to these layers, rather than to the
-            fallback, by the steps so far; "skipped_steps". All are 0 before the first step.
+            ("damped_y"), and left out ("skipped": the curvature was not positive, something not finite, or a bound broken); of
+            H_a's those left out ("input_skipped"); "coverage": the share of all trained numbers that belong to these layers,
+            rather than to the fallback, by the steps so far; "skipped_steps". All are 0 before the first step.
         """
         layers = self.diagnostics().values()
         steps = max(sum(counts["step"] for counts in layers), 1)
@@ -334,7 +340,7 @@ class KBFGS(CurvatureOptimizer):
         if not inverse.isfinite().all():
             raise NonFiniteError(
                 f"{type(self).__name__}: expected finite inputs of layer {self._layers[layer]!r}, whose E[h h^T] has an inverse "
-                "once it is damped; got NaN or inf, or numbers whose squares are. Scale the inputs, or raise damping"
+                "once it is damped; got NaN or inf, or numbers whose squares overflow. Scale the inputs, or raise damping"
             )
         return {
             **dict.fromkeys(_COUNTS, 0),
@@ -401,7 +407,7 @@ class KBFGS(CurvatureOptimizer):
         self, layer: nn.Linear, state: dict[str, Any], gradients: dict[Tensor, Tensor], groups: dict[Tensor, dict[str, Any]]
     ) -> list[Tensor]:
         """The gradients of a layer's parameters, with the mini-batch before where its second call has left one."""
-        if "second_gradient" not in state:
+        if not self._doubled or "second_gradient" not in state:
             return list(gradients.values())
         doubled = []
         for (p, gradient), columns in zip(gradients.items(), _columns(layer), strict=False):
@@ -413,21 +419,15 @@ class KBFGS(CurvatureOptimizer):
 
     def _second_gradients(self, parameters: dict[nn.Linear, list[Tensor]], sign: float) -> dict[nn.Linear, Tensor]:
         """The gradients of [W | b] that the closure's second call has left, where they are finite."""
-
-        def found() -> dict[nn.Linear, Tensor]:
-            left = {layer: [p.grad for p in each if p.grad is not None] for layer, each in parameters.items()}
-            return {
-                layer: torch.cat([sign * to_compute_dtype(g).view(layer.out_features, -1) for g in left[layer]], 1)
-                for layer, each in parameters.items()
-                if len(left[layer]) == len(each)
-            }
-
-        if self._ranks is None:
-            gradients = found()
-        else:
-            names = {self._layers[layer]: layer for layer in parameters}
-            averages = self._ranks.average(lambda: [RankTerm(self._layers[layer], g) for layer, g in found().items()])
-            gradients = dict(zip(names.values(), averages, strict=True))
+        left = {layer: [p.grad for p in each if p.grad is not None] for layer, each in parameters.items()}
+        gradients = {
+            layer: torch.cat([sign * to_compute_dtype(g).view(layer.out_features, -1) for g in left[layer]], 1)
+            for layer, each in parameters.items()
+            if len(left[layer]) == len(each)
+        }
+        if self._ranks is not None:
+            averages = self._ranks.average(lambda: [RankTerm(self._layers[layer], g) for layer, g in gradients.items()])
+            gradients = dict(zip(gradients, averages, strict=True))
         finite = host_numbers([g.isfinite().all() for g in gradients.values()])
         return {layer: g for (layer, g), good in zip(gradients.items(), finite, strict=True) if good}
 
@@ -466,6 +466,8 @@ class KBFGS(CurvatureOptimizer):
                     for (layer, each), direction in zip(parameters.items(), directions, strict=True):
                         _move(each, before[layer], direction, [groups[p] for p in each], 0.5**halvings)
                     random.restore()
+                    for p in everything:  # of a trial before; the closure need not clear them
+                        p.grad = None
                     trial = ClosurePass(self._layers, self._tape.tied, first.sign, parameters=self._doubled)
 
                     def run(trial: ClosurePass = trial) -> tuple[Tensor, Tensor | bool]:
@@ -495,12 +497,12 @@ class KBFGS(CurvatureOptimizer):
                     value, same, *rest = host_numbers([value, same, *sizes, *usable])
                     trial.check_same_data(bool(same), name)
                     if math.isfinite(value) and value <= limit and all(map(math.isfinite, rest[: len(sizes)])):
+                        if self._doubled:
+                            trial.weight_gradients = self._second_gradients(parameters, first.sign)
                         accepted = trial
                         pairs = {
                             layer: pair for (layer, pair), good in zip(moves.items(), rest[len(sizes) :], strict=True) if good
                         }
-                        if self._doubled:
-                            trial.weight_gradients = self._second_gradients(parameters, first.sign)
                         break
         finally:
             after.restore()

@@ -35,18 +35,18 @@ class KBFGSL(KBFGS):
         model: any module; its nn.Linear layers are covered, whatever lies between them.
         criterion: a module, or a function (output, target) -> scalar loss; unused, since the closure computes the loss, any loss.
         lr: step size, >= 0.
-        damping: lambda in (0, 1].
+        damping: lambda in (0, 1]; read where `damping_a` or `damping_g` is None.
         damping_a: lambda_A > 0; None: sqrt(damping).
         damping_g: mu2 in (0, 1]; None: sqrt(damping).
         memory: pairs (s, y) kept of each layer, >= 1.
         mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
         pairs: which (s, y) update H_g. "damped": all, by the double damping. "damped-bounded": of these, those with
             y.H y <= s.y / mu1, which the second damping may have undone (Section 3). "bounded": undamped, those with this bound
-            and s.s <= s.y / mu2 (Section 5). The last two bound by how much a step changes H_g and its inverse (Eq. 8, 10).
+            and s.s <= s.y / mu2 (Section 5). The last two limit how much a step changes H_g and its inverse (Eq. 8, 10).
         input_inverse: "hessian-action", or "exact": H_a = (A + lambda_A I)^-1 by a factorisation at every step (Section 5).
         doubled_batch: whether M takes, beside a mini-batch's gradient, that of the mini-batch before at the same parameters,
             from the second call of the closure, which then computes it (end of Section 6); their mean, for mini-batches of one
-            size. The fallback's parameters have the first call's alone.
+            size. Parameters of the fallback have the first call's gradients alone, and move only after the second call.
         decay: of all moving averages (beta in the paper), in [0, 1).
         weight_decay: >= 0, of the kind that `decoupled_weight_decay` says.
         bias_correction: M is the average over the steps so far, as in Adam. False starts from M = 0 without correction,

@@ -19,6 +19,8 @@ from secondorder.criteria import OutputHessian, OutputRoot, autograd_hessian
 
 # The mean Hessian takes as many backward passes through the criterion as there are outputs; with more, the span's own is taken.
 _MOST_OUTPUTS = 512
+# At most so many numbers of a root's columns are held at once.
+_COLUMNS = 2**24
 
 
 class OutputCurvature:
@@ -71,10 +73,15 @@ class OutputCurvature:
         return (flat.flatten(1) @ (flat @ matrix).flatten(1).T).double().cpu()
 
     def _by_root(self, tangents: list[list[Tensor]], root: OutputRoot) -> Tensor:
-        columns = root.columns(0, root.count)
-        flat = torch.stack([t.reshape(columns.shape[1:]) for (t,) in tangents]).to(columns.dtype)
-        along = (columns * flat.unsqueeze(1)).sum(-1).flatten(1)  # s_ic . t_ki, [k, columns and rows]
-        return (along @ along.T).double().cpu()
+        (gradient,) = self.gradients
+        flat = torch.stack([to_compute_dtype(t).reshape(gradient.shape) for (t,) in tangents])
+        form = flat.new_zeros(len(flat), len(flat))
+        chunk = max(1, _COLUMNS // max(1, gradient.numel()))
+        for begin in range(0, root.count, chunk):
+            columns = root.columns(begin, min(begin + chunk, root.count)).to(flat.dtype)
+            along = torch.einsum("c...j,k...j->kc...", columns, flat).flatten(1)  # s_ic . t_ki
+            form += along @ along.T
+        return form.double().cpu()
 
     def _product(self, tangent: list[Tensor]) -> list[Tensor]:
         """H t."""

@@ -110,7 +110,11 @@ BUGS = {
     ),
     "off-by-one row of a memory": bug("address", "damped_lbfgs", "bfgs.cu", "row + 1 < in.pairs", "row + 1 - PLANTED < in.pairs"),
     "a bound on the undamped pair": bug(
-        "values", "bfgs_bounded", "bfgs.cu", "double(y) * (theta2 == 1 ? hy", "double(y) * (theta2 == 1 || PLANTED ? hy"
+        "values",
+        "bfgs_bounded",
+        "bfgs.cu",
+        "if (theta2 != 1) {\n          const",
+        "if (theta2 != 1 && !PLANTED) {\n          const",
     ),
     "no bound": bug("values", "bfgs_bounded", "bfgs.cu", "if (kDamped && in.bounded)", "if (kDamped && in.bounded && !PLANTED)"),
     "a column lost where a block has one": bug(

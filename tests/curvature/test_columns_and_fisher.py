@@ -332,6 +332,52 @@ def test_labels_that_a_criterion_draws_give_the_fisher_matrix(criterion, reducti
             assert (sampled[name] - block).norm() < tolerance * block.norm()
 
 
+class Drawn(nn.Module):
+    """Binary cross-entropy, weighted, that draws its labels."""
+
+    reduction = "mean"
+
+    def forward(self, output, target, weight=1.0):
+        return weight * F.binary_cross_entropy_with_logits(output, target)
+
+    def sample(self, output):
+        return torch.bernoulli(output.sigmoid())
+
+
+@pytest.mark.parametrize("squeeze", [True, False])
+def test_drawn_labels_of_one_output_and_further_arguments(squeeze):
+    """Outputs [m] and [m, 1], and an argument after the target."""
+    model, x = network([4, 5, 1], nn.Tanh()), torch.randn(40, 4).double()
+    y = torch.randint(2, (40, 1)).double()
+    expected = gauss_newton_blocks(model, nn.BCEWithLogitsLoss(), x, y)
+    layers, criterion = linear_layers(model), Drawn()
+    tape = Tape(layers, criterion, diagonal=False, columns=FisherMC(4000).columns)
+    output, target = (model(x).squeeze(1), y.squeeze(1)) if squeeze else (model(x), y)
+    criterion(output, target, weight=3.0).backward()
+    hessians = FisherMC().bias_hessians(tape.records())
+    tape.remove()
+    for layer, name in layers.items():  # the weight is squared, as in a gradient's outer product
+        assert (hessians[layer] - 9 * expected[name]).norm() < 0.1 * 9 * expected[name].norm()
+
+
+@pytest.mark.parametrize("outer", [nn.MSELoss(), nn.MSELoss(reduction="sum"), nn.NLLLoss()], ids=repr)
+def test_composite_losses_of_other_criteria(outer):
+    model, x = network([4, 6, 3], nn.Tanh()), torch.randn(7, 4).double()
+    if isinstance(outer, nn.NLLLoss):  # of log-probabilities: cross-entropy's, of which they are logits
+        inner, y, known = nn.Sequential(nn.Softsign(), nn.LogSoftmax(1)), torch.randint(3, (7,)), nn.CrossEntropyLoss()
+    else:
+        inner, y, known = nn.Softsign(), torch.randn(7, 3).double(), outer
+    expected = gauss_newton_blocks(nn.Sequential(*model, inner), known, x, y)
+    scale = 7 if outer.reduction == "sum" else 1  # the oracle takes means over instances
+    actual = blocks(model, CompositeLoss(inner, outer), CURVATURES["kflr"], (x, y))
+    assert_blocks(actual, {name: scale * block for name, block in expected.items()})
+    step = so.diagnostics.gauss_newton_step(model, CompositeLoss(inner, outer), x, y, 0.1)
+    if scale == 1:
+        same = so.diagnostics.gauss_newton_step(nn.Sequential(*model, inner), known, x, y, 0.1)
+        for name, change in step.items():
+            torch.testing.assert_close(change, same[name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("optimizer", [so.KFLR, so.KFAC])
 def test_the_mixture_is_trained(optimizer):
     """Eq. 27's, whose true Hessian is indefinite; and the step's quadratic model is that of the Gauss-Newton matrix."""
@@ -372,5 +418,9 @@ def test_the_quadratic_model_of_a_composite_loss(chain):
 
 
 def test_a_composite_loss_refuses_what_it_does_not_know():
-    with pytest.raises(TypeError, match="expected outer to be nn.CrossEntropyLoss.*got HuberLoss"):
-        CompositeLoss(log_odds, nn.HuberLoss())
+    class Own(nn.MSELoss):
+        pass
+
+    for outer, name in ((nn.HuberLoss(), "HuberLoss"), (Own(), "Own")):
+        with pytest.raises(TypeError, match=f"expected outer to be nn.CrossEntropyLoss.*got {name}"):
+            CompositeLoss(log_odds, outer)

@@ -478,8 +478,10 @@ def fuzz_cases(q):
         (o.bfgs_update_.default, (h.clone(), s, y)),
         (o.bfgs_update_.list, ([h.clone()], [s], [y])),
         (o.damped_bfgs_update_.default, ([h.clone()], [s], [y], 0.2, 0.5)),
+        (o.damped_bfgs_update_.default, ([h.clone()], [s], [y], 0.2, 0.5, False, True)),
         (o.hessian_action_update_.default, ([h.clone()], [h], [s], 0.5)),
         (o.lbfgs_product.default, (q["sp"], q["yp"], q["b"])),
         (o.lbfgs_product.list, ([q["sp"]], [q["yp"]], [q["b"]])),
         (o.damped_lbfgs_update_.default, ([q["sp"].clone()], [q["yp"].clone()], [s], [y], 0.2, 0.5)),
+        (o.damped_lbfgs_update_.default, ([q["sp"].clone()], [q["yp"].clone()], [s], [y], 0.2, 0.5, True, True)),
     ]

@@ -224,6 +224,63 @@ def test_the_doubled_batch_resumes_and_forgets_steps_that_were_not_taken():
     assert "second_gradient" not in optimizer.state[model[0].weight]
 
 
+def gradient_at(model, x):
+    """Of the first layer's [W | b], for the mean square of model(x) - x."""
+    own = [model[0].weight, model[0].bias]
+    w, b = torch.autograd.grad(nn.MSELoss()(model(x), x), own)
+    return torch.cat([w, b.unsqueeze(1)], 1)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_the_doubled_batch_takes_the_gradient_after_the_accepted_trial_alone(maximize):
+    """Of halved steps, with a closure that clears no gradients."""
+    model, x = autoencoder(), torch.randn(16, 7, dtype=torch.float64)
+    optimizer = so.KBFGS(model, nn.MSELoss(), lr=30.0, doubled_batch=True, maximize=maximize)
+
+    def closure():
+        loss = nn.MSELoss()(model(x), x)
+        loss = -loss if maximize else loss
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    state = optimizer.state[model[0].weight]
+    assert state["halvings"] > 0
+    assert state["rejected"] == 0
+    torch.testing.assert_close(state["second_gradient"], gradient_at(model, x), rtol=1e-9, atol=1e-12)
+
+
+def test_the_doubled_batch_forgets_the_gradients_of_layers_that_are_left_out():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.branch, self.both = nn.Linear(7, 7), nn.Linear(7, 7), True
+
+        def forward(self, x):
+            return self.trunk(x) + (self.branch(x) if self.both else 0)
+
+    model, x = Branches().double(), torch.randn(16, 7, dtype=torch.float64)
+    optimizer = so.KBFGS(model, nn.MSELoss(), doubled_batch=True)
+    optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x))
+    assert "second_gradient" in optimizer.state[model.branch.weight]
+    model.both = False
+    optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x))
+    assert "second_gradient" not in optimizer.state[model.branch.weight]
+    assert "second_gradient" in optimizer.state[model.trunk.weight]
+
+
+def test_a_failure_after_the_trial_changes_nothing(monkeypatch):
+    model, x = autoencoder(), torch.randn(16, 7, dtype=torch.float64)
+    optimizer = so.KBFGS(model, nn.MSELoss(), doubled_batch=True)
+
+    def fail(*_):
+        raise RuntimeError("another rank has failed")
+
+    monkeypatch.setattr(optimizer, "_second_gradients", fail)
+    closure = closure_of(optimizer, model, nn.MSELoss(), x, x)
+    unchanged(model, optimizer, lambda: optimizer.step(closure), RuntimeError, "another rank has failed")
+
+
 def test_limited_memory_with_room_for_every_pair_is_kbfgs():
     models = [autoencoder() for _ in range(2)]
     optimizers = [so.KBFGS(models[0], nn.MSELoss()), so.KBFGSL(models[1], nn.MSELoss(), memory=30)]
