@@ -466,7 +466,7 @@ class KBFGS(CurvatureOptimizer):
                     for (layer, each), direction in zip(parameters.items(), directions, strict=True):
                         _move(each, before[layer], direction, [groups[p] for p in each], 0.5**halvings)
                     random.restore()
-                    for p in everything:  # of a trial before; the closure need not clear them
+                    for p in everything if self._doubled else ():  # of a trial before; the closure need not clear them
                         p.grad = None
                     trial = ClosurePass(self._layers, self._tape.tied, first.sign, parameters=self._doubled)
 
