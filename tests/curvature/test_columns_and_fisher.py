@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import secondorder as so
 from secondorder._layers import linear_layers
 from secondorder._tape import Tape, columns
-from secondorder.criteria import BoundedClassificationLoss, CompositeLoss, FunctionCriterion
+from secondorder.criteria import BoundedClassificationLoss, CompositeLoss, FunctionCriterion, row_masses
 from secondorder.curvature import CURVATURES, FisherMC
 
 
@@ -424,3 +424,24 @@ def test_a_composite_loss_refuses_what_it_does_not_know():
     for outer, name in ((nn.HuberLoss(), "HuberLoss"), (Own(), "Own")):
         with pytest.raises(TypeError, match=f"expected outer to be nn.CrossEntropyLoss.*got {name}"):
             CompositeLoss(log_odds, outer)
+
+
+class DrawnNLL(nn.NLLLoss):
+    def sample(self, output):
+        return torch.multinomial(output.exp(), 1).squeeze(1)
+
+
+def test_labels_drawn_for_log_probabilities_have_their_gradients_there():
+    """And not at the logits, where the columns of what is known begin."""
+    model, x, y = network([4, 6, 3], nn.Tanh()), torch.randn(9, 4).double(), torch.randint(3, (9,))
+    expected = gauss_newton_blocks(model, nn.CrossEntropyLoss(), x, y)
+    sampled = blocks(nn.Sequential(*model, nn.LogSoftmax(1)), DrawnNLL(), FisherMC(4000), (x, y))
+    for name, block in expected.items():
+        assert (sampled[name] - block).norm() < 0.1 * block.norm()
+
+
+def test_rows_of_a_composite_loss_count_as_its_criterions_do():
+    y, inner = torch.tensor([0, 2, 1, 2]), nn.Softsign()
+    outer = nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 2.0]), ignore_index=1)
+    masses = row_masses(CompositeLoss(inner, outer), torch.randn(4, 3), y)
+    torch.testing.assert_close(masses, torch.tensor([0.5, 2.0, 0.0, 2.0]).double())
