@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_WHOLE = (Tensor, nn.Parameter)  # types that are no DTensor, told at once
 
 
 def device_for(dtype: torch.dtype, like: Tensor) -> torch.device:
@@ -14,7 +16,7 @@ def device_for(dtype: torch.dtype, like: Tensor) -> torch.device:
 
 def is_sharded(t: Any) -> bool:
     """Whether it is a DTensor, whose rows ranks share. Told by its attributes: to import its module takes a second."""
-    return isinstance(t, Tensor) and hasattr(t, "placements") and hasattr(t, "device_mesh")
+    return type(t) not in _WHOLE and isinstance(t, Tensor) and hasattr(t, "placements") and hasattr(t, "device_mesh")
 
 
 def here(t: Tensor) -> Tensor:

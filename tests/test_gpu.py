@@ -12,10 +12,14 @@ from torch.utils._pytree import tree_map
 import secondorder as so
 from secondorder import ops, reference
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or so.build_info()["cuda_architectures"] is None,
-    reason="needs a GPU and secondorder built with CUDA",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or so.build_info()["cuda_architectures"] is None,
+        reason="needs a GPU and secondorder built with CUDA",
+    ),
+    # torch's own, where the first product that a process makes is one of a thread of autograd's.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
+]
 
 DTYPES = [torch.float32, torch.float64]
 SIZES = [(1, 1, 1), (2, 3, 17), (17, 129, 5), (129, 64, 33), (256, 1024, 1000), (1024, 2050, 300)]  # (n_out, n_in, batch)

@@ -12,12 +12,13 @@ A pair of runs has the same problem, seed and seconds, and so the same loss at f
 - **Score**: a difference in the score's own unit, as points of accuracy or decibels, or in percent of the peer's where it is an
   error. Above zero is better for scores, below zero for errors.
 
-A problem's number is the median over seeds; the best peer of a problem is the one with the lowest median of final losses.
+A problem's number is the median over seeds; the best peer of a problem is the one with the lowest median of final losses. A name
+that goes on after a method's own, behind a comma, is the method in another setting, which is none of its peers.
 """
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from bench.experiments.harness import Problem, Run, Setting, spread
 
@@ -66,10 +67,19 @@ def paired(value: Callable[..., float], own: list[Run], peer: list[Run], *option
     return statistics.median(value(run, peers[run.seed], *options) for run in own if run.seed in peers)
 
 
+def peers_of(method: str, names: Iterable[str]) -> list[str]:
+    """All but the method and its other settings."""
+    return [name for name in names if name.split(",")[0] != method]
+
+
 def best_peer(best: Best, method: str) -> str:
     """The one with the lowest median of final losses."""
-    peers = [name for name in best if name != method]
-    return min(peers, key=lambda name: statistics.median(run.final for run in best[name]))
+    return min(peers_of(method, best), key=lambda name: statistics.median(run.final for run in best[name]))
+
+
+def settings_of(methods: list[str]) -> list[str]:
+    """The first method's other settings."""
+    return [name for name in methods[1:] if name not in peers_of(methods[0], methods)]
 
 
 def setting_name(setting: Setting) -> str:
@@ -92,27 +102,34 @@ def losses(problems: list[Problem], best: dict[str, Best], methods: list[str]) -
 
 def times(problems: list[Problem], best: dict[str, Best], methods: list[str]) -> str:
     """Markdown: steps, and the first method's time and loss ratios to the best of all peers and to the best Adam."""
-    own = methods[0]
+    own, others = methods[0], settings_of(methods)
     columns = [
-        f"steps: {', '.join(methods)}",
+        f"steps: {'; '.join(methods)}",
         "best peer",
         "time ratio",
         "loss ratio",
         "time ratio to Adam",
         "loss ratio to Adam",
+        *(f"{other}: time ratio; loss ratio" for other in others),
     ]
-    lines = [row(["", *columns]), "|---" * 7 + "|"]
+    lines = [row(["", *columns]), "|---" * (len(columns) + 1) + "|"]
     for problem in problems:
         runs = best[problem.name]
         peer = best_peer(runs, own)
         steps = [f"{statistics.median(run.steps[-1] for run in runs[method]):.0f}" for method in methods]
         cells = [problem.name, ", ".join(steps), peer]
         for other in (peer, "Adam"):
-            ratio = paired(time_ratio, runs[own], runs[other], problem.signed)
-            cells.append(f"{ratio:.2f}" if ratio <= 1 else f"not reached ({ratio:.2f})")
-            cells.append(f"{paired(loss_ratio, runs[own], runs[other], problem.signed):.3g}")
+            cells += _ratios(runs[own], runs[other], problem.signed)
+        cells += ["; ".join(_ratios(runs[other], runs[peer], problem.signed)) for other in others]
         lines.append(row(cells))
     return "\n".join(lines)
+
+
+def _ratios(own: list[Run], peer: list[Run], signed: bool) -> list[str]:
+    """Time and loss."""
+    ratio = paired(time_ratio, own, peer, signed)
+    reached = f"{ratio:.2f}" if ratio <= 1 else f"not reached ({ratio:.2f})"
+    return [reached, f"{paired(loss_ratio, own, peer, signed):.3g}"]
 
 
 def scores(problems: list[Problem], best: dict[str, Best], methods: list[str]) -> str:
@@ -131,22 +148,23 @@ def scores(problems: list[Problem], best: dict[str, Best], methods: list[str]) -
 
 
 def summary(problems: list[Problem], best: dict[str, Best], methods: list[str]) -> str:
-    """Markdown: geometric means over the problems, the worst, and on how many the first method is ahead."""
+    """Markdown: geometric means over the problems, the worst, and on how many the first method is ahead, in every setting."""
     own = methods[0]
-    columns = ["against", "time ratio, mean", "worst", "ahead on", "loss ratio, mean", "worst", "better score on"]
+    columns = ["", "against", "time ratio, mean", "worst", "ahead on", "loss ratio, mean", "worst", "better score on"]
     lines = [row(columns), "|---" * len(columns) + "|"]
-    for against in ("the best peer", *methods[1:]):
+    against_best = [(name, "") for name in (own, *settings_of(methods))]
+    for name, peer in (*against_best, *((own, peer) for peer in peers_of(own, methods))):
         times, losses, better = {}, {}, 0
         for problem in problems:
             runs = best[problem.name]
-            pair = runs[own], runs[best_peer(runs, own) if against == "the best peer" else against]
+            pair = runs[name], runs[peer or best_peer(runs, own)]
             times[problem.name] = paired(time_ratio, *pair, problem.signed)
             losses[problem.name] = paired(loss_ratio, *pair, problem.signed)
             difference = paired(score_difference, *pair, problem.higher)
             better += difference > 0 if problem.higher else difference < 0
         lines.append(
             row([
-                against, *mean_and_worst(times), f"{sum(ratio < 1 for ratio in times.values())} of {len(problems)}",
+                name, peer or "the best peer", *mean_and_worst(times), f"{sum(ratio < 1 for ratio in times.values())} of {len(problems)}",
                 *mean_and_worst(losses), f"{better} of {len(problems)}",
             ])
         )  # fmt: skip

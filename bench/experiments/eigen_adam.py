@@ -18,6 +18,7 @@ from bench.experiments.problems import AUTOENCODERS, CLASSIFIERS, DIGITS, FASHIO
 from bench.experiments.training import study
 
 OWN = "EigenAdam"
+FALLING = f"{OWN}, falling"  # what it gains where the end is known
 
 
 def _adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -32,6 +33,7 @@ def _peer(name: str, make: Callable[..., torch.optim.Optimizer], fixed: list[flo
 
 METHODS = [
     Method(OWN, lambda model, _: so.EigenAdam(model)),
+    Method(FALLING, lambda model, _, lr: so.EigenAdam(model, lr), grid(lr=[1.0], linear=[1.0])),
     _peer("Adam", _adam, [1e-3, 3e-3, 1e-2], [3e-3, 1e-2]),
     _peer("Muon", peers.muon, [3e-3, 1e-2, 3e-2], [1e-2, 3e-2]),
     _peer("SOAP", peers.soap, [1e-3, 3e-3, 1e-2, 3e-2], [3e-3]),
@@ -106,6 +108,8 @@ def compare(
 def picture(results: Path, path: Path) -> None:
     """Draws the stored runs of what the README shows."""
     best = best_runs(Store(results / "eigen_adam.jsonl").runs())
+    for runs in best.values():
+        runs.pop(FALLING, None)  # papers' problems and scripts with the same curves
     panels({title: best[problem] for problem, title in SHOWN.items() if problem in best}, path)
 
 

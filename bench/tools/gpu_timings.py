@@ -264,6 +264,7 @@ Make = Callable[[nn.Module, nn.Module], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, tuple[Make, bool]] = {
     "SGD, momentum, fused": (lambda m, c: torch.optim.SGD(m.parameters(), 0.01, momentum=0.9, fused=True), False),
     "Adam, fused": (lambda m, c: torch.optim.Adam(m.parameters(), 1e-3, fused=True), False),
+    "EigenAdam": (lambda m, c: so.EigenAdam(m), False),
     "EACG": (lambda m, c: so.EACG(m, c, lr=0.02), False),
     "EACG, curvature_every=5": (lambda m, c: so.EACG(m, c, lr=0.02, curvature_every=5), False),
     "LayerwiseNewton": (lambda m, c: so.LayerwiseNewton(m, c), False),

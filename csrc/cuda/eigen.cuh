@@ -12,17 +12,19 @@
 
 namespace secondorder::cuda {
 
-constexpr int kTileRows = kWarp;   // the lanes of a warp have a column each of a tile, then a row each
-constexpr int kGroup = 8;          // vectors of a basis that are taken at a time
-constexpr int kBatch = 4;          // rows whose loads are under way together
-constexpr int kTileBlocks = 4;     // with tiles that fit a multiprocessor, at least: 128 registers for each thread
-constexpr int kThreads = 256;      // of the kernels without tiles
-constexpr int kBlocks = 2;         // of them that fit a multiprocessor, at least
-constexpr int kSideThreads = 512;  // of a block that makes a basis orthonormal
-constexpr int kSlice = 64;         // rows or columns of a block without tiles, at least
-constexpr int kSlices = 64;        // that a side is cut into, at most
-constexpr int kMostTiles = 8;      // of a chunk
-constexpr int kTilesPerUnit = 8;   // tiles for each multiprocessor, from which on chunks take more than one
+constexpr int kTileRows = kWarp;    // the lanes of a warp have a column each of a tile, then a row each
+constexpr int kGroup = 8;           // vectors of a basis that a kernel without tiles takes at a time
+constexpr int kRows = 4;            // of a tile, or pairs of vectors, that are computed with together
+constexpr int kBatch = 8;           // rows of it whose loads are under way together
+constexpr int kTileBlocks = 3;      // with tiles that fit a multiprocessor, at least: 168 registers for each thread
+constexpr int kResidualBlocks = 2;  // of the kernel that needs more
+constexpr int kThreads = 256;       // of the kernels without tiles
+constexpr int kBlocks = 2;          // of them that fit a multiprocessor, at least
+constexpr int kSideThreads = 512;   // of a block that makes a basis orthonormal
+constexpr int kSlice = 64;          // rows or columns of a block without tiles, at least
+constexpr int kSlices = 64;         // that a side is cut into, at most
+constexpr int kMostTiles = 8;       // of a chunk
+constexpr int kTilesPerUnit = 8;    // tiles for each multiprocessor, from which on chunks take more than one
 
 // Columns of a tile, a thread each: a tile takes 16 KB.
 template <typename T>
@@ -150,6 +152,27 @@ struct Frame {
   bool first;   // whether the tile is its chunk's first
 
   __device__ __forceinline__ int64_t place(int row) const { return (begin + row) * p + column; }
+  __device__ __forceinline__ bool there(int row) const { return inside && row < rows; }
+  // The matrix' element at a row of the tile, or the nearest one beside the matrix: loads behind no branch are under
+  // way together.
+  template <typename T>
+  __device__ __forceinline__ T near(const T* matrix, int row) const {
+    return matrix[(begin + (row < rows ? row : rows - 1)) * p + (inside ? column : p - 1)];
+  }
+};
+
+// A vector's elements [n] at the rows of a tile, one in each lane of every warp; zeros where there is no vector.
+template <typename T>
+struct RowValues {
+  T mine = 0;
+
+  __device__ __forceinline__ RowValues(const Frame& at, const T* vector) {
+    const int lane = threadIdx.x % kWarp;
+    if (vector) mine = vector[at.begin + (lane < at.rows ? lane : at.rows - 1)];
+  }
+
+  // Every lane must call it.
+  __device__ __forceinline__ T operator[](int row) const { return __shfl_sync(0xffffffffu, mine, row); }
 };
 
 // The matrix of a block, and which of its blocks that is.
@@ -230,62 +253,99 @@ __device__ __forceinline__ void store_many(T* p, const T (&v)[kCount]) {
 template <typename T>
 struct Tile {
   static constexpr int kWarps = kStrip<T> / kWarp;
+  static constexpr int kVectors = 32 / int(sizeof(T));             // that are taken at a time
+  static constexpr int kShare = kTileRows * kVectors / kStrip<T>;  // of a thread in a group's elements of `left`
 
   T element[kWarps][kTileRows][kTileRows + 1];  // one more, so that neither rows nor columns share banks
-  alignas(16) T left[kTileRows][kGroup];
-  alignas(16) T right[kStrip<T>][kGroup];
-  alignas(16) T sums[kWarps][kTileRows][kGroup];
+  alignas(16) T left[kTileRows][kVectors];
+  alignas(16) T right[kStrip<T>][kVectors];
+  alignas(16) T sums[kWarps][kTileRows][kVectors];
 
   __device__ __forceinline__ T& own(int row) { return element[threadIdx.x / kWarp][row][threadIdx.x % kWarp]; }
 
-  // own(row) = f(row) where the matrix is, zero beside it. The loads of kBatch rows come first, for none could pass a
-  // store.
+  // own(row) = f(row, the matrix' element there), zero beside the matrix. Every lane of a warp calls f, for every row
+  // of the tile.
   template <typename F>
-  __device__ __forceinline__ void fill(const Frame& at, F&& f) {
+  __device__ __forceinline__ void fill(const Frame& at, const T* matrix, F&& f) {
+#pragma unroll 1
     for (int row = 0; row < at.rows; row += kBatch) {
-      T v[kBatch];
+      T x[kBatch];
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) v[b] = at.inside && row + b < at.rows ? f(row + b) : T(0);
+      for (int b = 0; b < kBatch; ++b) x[b] = at.near(matrix, row + b);
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) own(row + b) = v[b];
+      for (int b = 0; b < kBatch; ++b) {
+        const T y = f(row + b, x[b]);
+        own(row + b) = at.there(row + b) ? y : T(0);
+      }
     }
   }
 
-  // left = the tile's rows of kGroup vectors from `group` on: of those of `first`, then of `second`.
-  __device__ __forceinline__ void take_left(const Frame& at, const Vectors<T>& first, const Vectors<T>& second,
-                                            int64_t group) {
+  // The thread's share of the tile's rows of kVectors vectors from `group` on: on the way while the group before is
+  // used.
+  //   vectors [count, n]
+  __device__ __forceinline__ void fetch_left(const Frame& at, const Vectors<T>& vectors, int64_t group,
+                                             T (&share)[kShare]) {
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      const int k = threadIdx.x + i * kStrip<T>, row = k % kTileRows;
+      const int64_t v = group + k / kTileRows;
+      share[i] = vectors.data[(v < vectors.count ? v : 0) * at.n + at.begin + (row < at.rows ? row : 0)];
+    }
+  }
+
+  // Likewise the elements at the thread's column, zeros beside the matrix and behind the last vector.
+  //   vectors [count, p]
+  template <int kCount>
+  __device__ __forceinline__ void fetch_right(const Frame& at, const Vectors<T>& vectors, int64_t group,
+                                              T (&right)[kCount]) {
+    const T* next = vectors.data + (at.inside ? group * at.p + at.column : 0);
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      right[e] = *next;
+      if (!at.inside || group + e >= vectors.count) right[e] = T(0);
+      else if (group + e + 1 < vectors.count) next += at.p;
+    }
+  }
+
+  __device__ __forceinline__ void store_left(const T (&share)[kShare]) {
     __syncthreads();  // what was there has been used
-    for (int k = threadIdx.x; k < kTileRows * kGroup; k += kStrip<T>) {
-      const int row = k % kTileRows, e = k / kTileRows;
-      const int64_t v = group + e;
-      T value = 0;
-      if (row < at.rows && v < first.count) value = first.data[v * at.n + at.begin + row];
-      else if (row < at.rows && v < first.count + second.count)
-        value = second.data[(v - first.count) * at.n + at.begin + row];
-      left[row][e] = value;
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      const int k = threadIdx.x + i * kStrip<T>;
+      left[k % kTileRows][k / kTileRows] = share[i];
     }
     __syncthreads();
   }
 
-  // tile += sign (left1^T right1 + left2^T right2)   left1, left2 [., n], right1, right2 [., p]
-  __device__ __forceinline__ void add(const Frame& at, T sign, const Vectors<T>& left1, const T* right1,
-                                      const Vectors<T>& left2, const T* right2) {
-    for (int64_t group = 0; group < left1.count + left2.count; group += kGroup) {
-      T r[kGroup] = {}, l[kGroup];
+  // tile += sign left^T right   left [count, n], right [count, p]
+  __device__ __forceinline__ void add(const Frame& at, T sign, const Vectors<T>& left_vectors, const T* right_data) {
+    const Vectors<T> right_vectors{right_data, left_vectors.count};
+    if (right_vectors.count == 0) return;
+    T share[kShare], next[kVectors];
+    fetch_left(at, left_vectors, 0, share);
+    fetch_right(at, right_vectors, 0, next);
+#pragma unroll 1
+    for (int64_t group = 0; group < right_vectors.count; group += kVectors) {
+      T r[kVectors], l[kVectors];
 #pragma unroll
-      for (int e = 0; e < kGroup; ++e) {
-        const int64_t v = group + e;
-        if (at.inside && v < left1.count) r[e] = sign * right1[v * at.p + at.column];
-        else if (at.inside && v < left1.count + left2.count) r[e] = sign * right2[(v - left1.count) * at.p + at.column];
+      for (int e = 0; e < kVectors; ++e) r[e] = sign * next[e];
+      store_left(share);
+      if (group + kVectors < right_vectors.count) {
+        fetch_left(at, left_vectors, group + kVectors, share);
+        fetch_right(at, right_vectors, group + kVectors, next);
       }
-      take_left(at, left1, left2, group);
-#pragma unroll 2
-      for (int row = 0; row < at.rows; ++row) {
-        load_many(left[row], l);
-        T sum = own(row);
+#pragma unroll 1
+      for (int row = 0; row < at.rows; row += kRows) {
+        T x[kRows];
 #pragma unroll
-        for (int e = 0; e < kGroup; ++e) sum += l[e] * r[e];
-        own(row) = sum;
+        for (int b = 0; b < kRows; ++b) {
+          x[b] = own(row + b);
+          load_many(left[row + b], l);
+#pragma unroll
+          for (int e = 0; e < kVectors; ++e) x[b] += l[e] * r[e];
+        }
+#pragma unroll
+        for (int b = 0; b < kRows; ++b) own(row + b) = x[b];
       }
     }
   }
@@ -293,18 +353,23 @@ struct Tile {
   // out[v, column] = sum over the chunk's rows of vectors[v, row] tile[row, column]   vectors [count, n], out [count,
   // p]
   __device__ __forceinline__ void column_products(const Frame& at, const Vectors<T>& vectors, T* out) {
-    for (int64_t group = 0; group < vectors.count; group += kGroup) {
-      take_left(at, vectors, {nullptr, 0}, group);
-      T sum[kGroup] = {}, l[kGroup];
-#pragma unroll 2
+    if (vectors.count == 0) return;
+    T share[kShare];
+    fetch_left(at, vectors, 0, share);
+#pragma unroll 1
+    for (int64_t group = 0; group < vectors.count; group += kVectors) {
+      store_left(share);
+      if (group + kVectors < vectors.count) fetch_left(at, vectors, group + kVectors, share);
+      T sum[kVectors] = {}, l[kVectors];
+#pragma unroll 4
       for (int row = 0; row < at.rows; ++row) {
         const T x = own(row);
         load_many(left[row], l);
 #pragma unroll
-        for (int e = 0; e < kGroup; ++e) sum[e] += l[e] * x;
+        for (int e = 0; e < kVectors; ++e) sum[e] += l[e] * x;
       }
 #pragma unroll
-      for (int e = 0; e < kGroup; ++e) {
+      for (int e = 0; e < kVectors; ++e) {
         if (!at.inside || group + e >= vectors.count) continue;
         T* const target = out + (group + e) * at.p + at.column;
         *target = at.first ? sum[e] : *target + sum[e];
@@ -317,13 +382,15 @@ struct Tile {
   template <int kCount>
   __device__ __forceinline__ void row_products(const Frame& at, const Vectors<T>& vectors, T* out) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    if (vectors.count == 0) return;
+    T next[kCount];
+    fetch_right(at, vectors, 0, next);
+#pragma unroll 1
     for (int64_t group = 0; group < vectors.count; group += kCount) {
       T sum[kCount] = {}, r[kCount];
-#pragma unroll
-      for (int e = 0; e < kCount; ++e)
-        r[e] = at.inside && group + e < vectors.count ? vectors.data[(group + e) * at.p + at.column] : T(0);
-      store_many(right[threadIdx.x], r);
+      store_many(right[threadIdx.x], next);
       __syncthreads();  // the tile and `right` are written, and the sums of the group before read
+      if (group + kCount < vectors.count) fetch_right(at, vectors, group + kCount, next);
 #pragma unroll 4
       for (int k = 0; k < kWarp; ++k) {
         const T x = element[warp][lane][k];
@@ -349,7 +416,7 @@ struct Tile {
 template <typename T>
 __device__ __forceinline__ T ordered_sum(const T* sums, int64_t count, int64_t stride) {
   T sum = 0;
-#pragma unroll 4
+#pragma unroll 8
   for (int64_t s = 0; s < count; ++s) sum += sums[s * stride];
   return sum;
 }

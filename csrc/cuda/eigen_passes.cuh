@@ -68,15 +68,14 @@ __global__ void __launch_bounds__(kStrip<Scalar<M>>, kTileBlocks)
   double square[1] = {};
   bool finite = true;
   at.each_tile([&](const Frame& frame) {
-    tile.fill(frame, [&](int row) {
-      const T x = in.grad_weight[frame.place(row)];
-      if (kProducts == Products::step) square[0] += double(x) * double(x);
+    const RowValues<T> bias(frame, kSketch ? nullptr : in.grad_bias);
+    tile.fill(frame, in.grad_weight, [&](int row, T x) {
+      if (kProducts == Products::step) square[0] += frame.there(row) ? double(x) * double(x) : 0.0;
       if (kProducts == Products::renewal) finite = finite && x - x == 0;
-      if constexpr (kSketch) return x - centre;
-      else return in.grad_bias ? x - in.grad_bias[frame.begin + row] * centre : x;
+      return kSketch ? x - centre : x - bias[row] * centre;
     });
     tile.column_products(frame, left, column_sums);
-    tile.template row_products<kGroup>(frame, right, row_sums);
+    tile.template row_products<Tile<T>::kVectors>(frame, right, row_sums);
   });
   if constexpr (kProducts == Products::step) {
     block_sum(square, partial);
@@ -88,19 +87,31 @@ __global__ void __launch_bounds__(kStrip<Scalar<M>>, kTileBlocks)
   }
 }
 
-// out[q, r] = sum over the slice of left[q, .] right[r, .] for r < count, else 0, a warp for each.
+// out[q, r] = sum over the slice of left[q, .] right[r, .] for r < count, else 0, a warp for kRows pairs of them.
 //   left [ku, size], right [count, size], out [ku, c]
 template <typename T>
 __device__ __forceinline__ void slice_products(const Slice& slice, int64_t size, const T* left, int64_t ku,
                                                const T* right, int64_t count, int64_t c, T* out) {
-  for (int64_t pair = threadIdx.x / kWarp; pair < ku * c; pair += kThreads / kWarp) {
-    const int64_t q = pair / c, r = pair % c;
-    T sum = 0;
-    if (r < count)
-      for (int64_t i = slice.begin + threadIdx.x % kWarp; i < slice.end; i += kWarp)
-        sum += left[q * size + i] * right[r * size + i];
-    sum = warp_sum(sum);
-    if (threadIdx.x % kWarp == 0) out[pair] = sum;
+  constexpr int kWarps = kThreads / kWarp;
+  for (int64_t first = threadIdx.x / kWarp; first < ku * c; first += kRows * kWarps) {
+    T sum[kRows] = {};
+    int64_t q[kRows], r[kRows];
+#pragma unroll
+    for (int b = 0; b < kRows; ++b) {
+      const int64_t pair = first + b * kWarps;
+      q[b] = pair / c;
+      r[b] = pair < ku * c ? pair % c : count;
+    }
+    for (int64_t i = slice.begin + threadIdx.x % kWarp; i < slice.end; i += kWarp)
+#pragma unroll
+      for (int b = 0; b < kRows; ++b)
+        if (r[b] < count) sum[b] += left[q[b] * size + i] * right[r[b] * size + i];
+#pragma unroll
+    for (int b = 0; b < kRows; ++b) sum[b] = warp_sum(sum[b]);
+    if (threadIdx.x % kWarp != 0) continue;
+#pragma unroll
+    for (int b = 0; b < kRows; ++b)
+      if (first + b * kWarps < ku * c) out[first + b * kWarps] = sum[b];
   }
 }
 

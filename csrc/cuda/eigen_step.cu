@@ -56,7 +56,7 @@ __device__ __forceinline__ void store_slopes(double (&slopes)[2], double (*parti
 // E, Adam's rule in it, and the products of its N with the bases. Parallel over strips and chunks.
 //   slopes [blocks, 2]
 template <typename T>
-__global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
+__global__ void __launch_bounds__(kStrip<T>, kResidualBlocks)
     residual_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
                     const int* __restrict__ refused, double* slopes) {
   __shared__ Tile<T> tile;
@@ -68,30 +68,27 @@ __global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
   const int64_t n = at.n, rest = at.sizes.rest();
   const Vectors<T> u{in.basis_out, at.ku}, v{in.basis_in, at.kv};
   const T centre = in.grad_bias && at.inside ? in.mean[at.column] : T(0);
-  // The next row that is a sample, and which.
-  int64_t sample = ceil_div(at.begin * in.sampled, n);
-  const auto sampled_row = [&] { return sample < in.sampled ? eigen_sampled_row(sample, in.sampled, n) : n; };
-  int64_t next = sampled_row();
-  const double weight = double(n) / double(in.sampled);
+  // The sample that comes next is this row where `ahead` = sample n - row sampled is below `sampled`.
+  int64_t sample = ceil_div(at.begin * in.sampled, n), ahead = sample * n - at.begin * in.sampled;
   double sums[2] = {};
   at.each_tile([&](const Frame& frame) {
-    tile.fill(frame, [&](int row) {
-      const T x = in.grad_weight[frame.place(row)];
-      return in.grad_bias ? x - in.grad_bias[frame.begin + row] * centre : x;
-    });
-    tile.add(frame, T(-1), u, at.work.top, {at.work.right, at.kv}, in.basis_in);
-    for (int row = 0; row < frame.rows; row += kBatch) {
-      T first[kBatch], second[kBatch];
+    const RowValues<T> bias(frame, in.grad_bias);
+    tile.fill(frame, in.grad_weight, [&](int row, T x) { return x - bias[row] * centre; });
+    tile.add(frame, T(-1), u, at.work.top);
+    tile.add(frame, T(-1), {at.work.right, at.kv}, in.basis_in);
+#pragma unroll 1
+    for (int row = 0; row < frame.rows; row += kRows) {
+      T first[kRows], second[kRows];
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const bool there = at.inside && row + b < frame.rows;
+      for (int b = 0; b < kRows; ++b) {
+        const bool there = frame.there(row + b);  // no neighbour's: its own thread writes that
         first[b] = there ? in.first[rest + frame.place(row + b)] : T(0);
         second[b] = there ? in.second[rest + frame.place(row + b)] : T(0);
       }
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
+      for (int b = 0; b < kRows; ++b) {
         if (row + b >= frame.rows) continue;
-        const bool chosen = frame.begin + row + b == next;
+        const bool chosen = ahead < in.sampled;
         if (at.inside) {
           const int64_t place = frame.place(row + b);
           const T x = tile.own(row + b), result = moments.normed(x, first[b], second[b]);
@@ -100,20 +97,22 @@ __global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
           at.work.whole[place] = tile.own(row + b) = result;
           if (chosen) {
             T* const last = in.last + rest + sample * at.p + at.column;
-            sums[0] += weight * double(x) * double(result);
-            sums[1] += weight * double(x) * double(*last);
+            sums[0] += double(x) * double(result);
+            sums[1] += double(x) * double(*last);
             if (!moments.waits(x)) *last = result;
           }
         }
         if (chosen) {
           ++sample;
-          next = sampled_row();
+          ahead += n;
         }
+        ahead -= in.sampled;
       }
     }
     tile.column_products(frame, u, at.work.column_sums + at.chunk * at.ku * at.p);
-    tile.template row_products<kGroup>(frame, v, at.work.row_sums + at.strip * at.kv * n);
+    tile.template row_products<Tile<T>::kVectors>(frame, v, at.work.row_sums + at.strip * at.kv * n);
   });
+  for (double& sum : sums) sum *= double(n) / double(in.sampled);  // a sample stands for so many rows
   store_slopes(sums, partial, slopes);
 }
 
@@ -130,19 +129,22 @@ __global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
   const T lr = T(rate), keep = T(1 - rate * in.decay);
   const bool residual = at.sizes.residual() > 0, top = at.sizes.top() > 0;
   at.each_tile([&](const Frame& frame) {
-    tile.fill(frame, [&](int row) { return residual ? at.work.whole[frame.place(row)] : T(0); });
-    tile.add(frame, T(1), {in.basis_out, top ? at.ku : 0}, at.work.new_top, {at.work.new_right, at.kv}, in.basis_in);
-    for (int row = 0; row < frame.rows; row += kBatch) {
-      T g[kBatch], w[kBatch];
+    // Without N_E, G stands for what is not used.
+    tile.fill(frame, residual ? at.work.whole : in.grad_weight, [&](int, T x) { return residual ? x : T(0); });
+    if (top) tile.add(frame, T(1), {in.basis_out, at.ku}, at.work.new_top);
+    tile.add(frame, T(1), {at.work.new_right, at.kv}, in.basis_in);
+#pragma unroll 1
+    for (int row = 0; row < frame.rows; row += kRows) {
+      T g[kRows], w[kRows];
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const bool there = at.inside && row + b < frame.rows;
+      for (int b = 0; b < kRows; ++b) {
+        const bool there = frame.there(row + b);
         g[b] = there ? in.grad_weight[frame.place(row + b)] : T(0);
         w[b] = there ? in.weight[frame.place(row + b)] : T(0);
       }
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (!at.inside || row + b >= frame.rows) continue;
+      for (int b = 0; b < kRows; ++b) {
+        if (!frame.there(row + b)) continue;
         const T s = g[b] == T(0) ? T(0) : tile.own(row + b);
         tile.own(row + b) = s;
         in.weight[frame.place(row + b)] = keep * w[b] - lr * s;
@@ -266,20 +268,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                        double* control) {
   __shared__ double partial[2][kWarp];
   if (blockIdx.x == division.first[layers.count]) {
-    const bool refuse = *refused || control[kEigenUnrenewed] != 0;
+    if (*refused) {  // and no slopes were written
+      if (threadIdx.x != 0) return;
+      control[kEigenRefused] += 1;
+      control[kEigenUnrenewed] = 0;
+      return;
+    }
     double sums[2] = {};
     for (int64_t k = threadIdx.x; k < count; k += kThreads) {
       sums[0] += slopes[2 * k];
       sums[1] += slopes[2 * k + 1];
     }
     block_sum(sums, partial);
-    if (threadIdx.x != 0) return;
-    if (refuse) {
-      control[kEigenRefused] += 1;
-      control[kEigenUnrenewed] = 0;
-    } else {
-      eigen_control(control, sums[0], sums[1], renewed);
-    }
+    if (threadIdx.x == 0) eigen_control(control, sums[0], sums[1], renewed);
     return;
   }
   if (*refused) return;

@@ -4,13 +4,14 @@ import math
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from secondorder._tensors import compute_dtype, here, is_sharded
+from secondorder._tensors import cast, compute_dtype, here, is_sharded
 
 # Modules whose weight [n_out, n_in, ...] multiplies their one input, as rows.
 _LINEAR = (nn.Linear,)
@@ -18,7 +19,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Modules whose weight's rows are looked up, each by itself: there is nothing to rotate.
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 
-PATCHES = 1024  # of a convolution's input at most that are looked at
+# That are looked at, at most:
+ROWS = 4096  # of a linear layer's input
+PATCHES = 1024  # of a convolution's input
 
 
 @dataclass(eq=False)
@@ -39,7 +42,7 @@ class Matrix:
     eigen: bool
     modules: list[nn.Module] = field(default_factory=list)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """[n, p]."""
         if self.weight.dim() < 2:
@@ -47,7 +50,7 @@ class Matrix:
         n = self.weight.shape[0]
         return n, self.weight.numel() // max(n, 1)
 
-    @property
+    @cached_property
     def shape_here(self) -> tuple[int, int]:
         """What this process has of it: all, or of a DTensor some rows, and of one of a single dimension some elements as rows."""
         if not is_sharded(self.weight):
@@ -113,20 +116,20 @@ def checked_dtype(owner: str, present: list[Matrix]) -> torch.dtype:
         RuntimeError: they are on several devices or of several dtypes, expanded, or have sparse gradients.
     """
     first = present[0]
-    dtype = compute_dtype(first.weight.dtype)
+    device, own = first.weight.device, first.weight.dtype
+    dtype = compute_dtype(own)
     for matrix in present:
         for p in (matrix.weight, matrix.bias):
             if p is None:
                 continue
-            if p.device != first.weight.device:
+            if p.device != device:
                 raise RuntimeError(
-                    f"{owner}: expected all parameters on one device, got {first.name!r} on {first.weight.device} and "
+                    f"{owner}: expected all parameters on one device, got {first.name!r} on {device} and "
                     f"{matrix.name!r} on {p.device}"
                 )
-            if compute_dtype(p.dtype) is not dtype:
+            if p.dtype is not own and compute_dtype(p.dtype) is not dtype:
                 raise RuntimeError(
-                    f"{owner}: expected all parameters of one dtype, 16-bit ones counting as float32, got "
-                    f"{first.weight.dtype} and {p.dtype}"
+                    f"{owner}: expected all parameters of one dtype, 16-bit ones counting as float32, got {own} and {p.dtype}"
                 )
             if not p.is_contiguous() and any(
                 stride == 0 < length - 1 for stride, length in zip(p.stride(), p.shape, strict=True)
@@ -148,7 +151,7 @@ def values(p: Tensor, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
 def write_back(p: Tensor, copy: Tensor) -> None:
     """Gives a parameter the values that a copy of it was given."""
     p = here(p)
-    if copy.data_ptr() != p.data_ptr():
+    if copy is not p and copy.data_ptr() != p.data_ptr():
         p.copy_(copy.view(p.shape))
 
 
@@ -156,7 +159,7 @@ def gradient_of(p: Tensor, shape: Iterable[int], dtype: torch.dtype, sign: int) 
     """The gradient here of what is minimised, as a matrix or vector; zeros where there is none."""
     if p.grad is None:
         return torch.zeros(*shape, dtype=dtype, device=p.device)
-    g = here(p.grad).to(dtype)
+    g = cast(here(p.grad), dtype)
     g = g if g.shape == shape else g.reshape(*shape)
     return -g if sign < 0 else g
 
@@ -214,9 +217,11 @@ def is_plain(inputs: Any) -> bool:
 
 
 def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
-    """The rows [m, p] that a module's weight is multiplied with: its inputs, or evenly spread patches of them."""
+    """The rows [m, p] that a module's weight is multiplied with, evenly spread ones where there are many: inputs, or patches."""
     if isinstance(module, _LINEAR):
-        return inputs.reshape(-1, inputs.shape[-1])
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        # An odd stride meets every position of sequences as long as a power of two.
+        return rows if len(rows) <= ROWS else rows[:: math.ceil(len(rows) / ROWS) | 1]
     return _patches(module, inputs)
 
 
@@ -224,41 +229,48 @@ def _patches(module: Any, inputs: Tensor) -> Tensor:
     """At most PATCHES of the patches [c_in / groups * prod(kernel)] that a convolution's outputs are made of, of all groups."""
     size = len(module.kernel_size)
     x = inputs if inputs.dim() == size + 2 else inputs.unsqueeze(0)
-    padding = _padding(module)
-    extents = [
-        (length + sum(pad) - dilation * (kernel - 1) - 1) // stride + 1
-        for length, pad, kernel, stride, dilation in zip(
-            x.shape[2:],
-            padding,
-            module.kernel_size,
-            module.stride,
-            module.dilation,
-            strict=True,
-        )
-    ]
-    total = len(x) * math.prod(extents)
-    chosen = torch.arange(min(total, PATCHES), device=x.device) * total // min(total, PATCHES)
-    inside = torch.ones((), dtype=torch.bool, device=x.device)
-    places: list[Tensor] = []
-    for axis in reversed(range(size)):  # the last axis varies fastest
-        at, chosen = chosen % extents[axis], chosen // extents[axis]
-        kernel = torch.arange(module.kernel_size[axis], device=x.device) * module.dilation[axis]
-        place = at.unsqueeze(1) * module.stride[axis] - padding[axis][0] + kernel
-        shape = [len(at), *(len(kernel) if i == axis else 1 for i in range(size))]
-        inside = inside & ((place >= 0) & (place < x.shape[2 + axis])).reshape(shape)
-        places.insert(0, place.clamp(0, x.shape[2 + axis] - 1).reshape(shape))
-    instance = chosen.reshape(-1, *[1] * size)
-    patches = x.movedim(1, -1)[(instance, *places)] * inside.unsqueeze(-1)  # [m, *kernel, c_in]
+    geometry = (module.kernel_size, module.stride, module.dilation, _padding(module))
+    places, inside = _patch_places(len(x), tuple(x.shape[2:]), *geometry, x.device)
+    patches = x.movedim(1, -1)[places] * inside  # [m, *kernel, c_in]
     patches = patches.movedim(-1, 1)
     groups = int(module.groups)
     return patches.reshape(len(patches) * groups, -1)
 
 
-def _padding(module: Any) -> list[tuple[int, int]]:
+@lru_cache(256)  # some kilobytes each
+def _patch_places(
+    instances: int,
+    lengths: tuple[int, ...],
+    kernels: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilations: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    device: torch.device,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Where the patches lie in inputs [instances, *lengths, c]: their indices, and [m, *kernel, 1], whether that is inside."""
+    extents = [
+        (length + sum(pad) - dilation * (kernel - 1) - 1) // stride + 1
+        for length, pad, kernel, stride, dilation in zip(lengths, padding, kernels, strides, dilations, strict=True)
+    ]
+    total, size = instances * math.prod(extents), len(lengths)
+    chosen = torch.arange(min(total, PATCHES), device=device) * total // min(total, PATCHES)
+    inside = torch.ones((), dtype=torch.bool, device=device)
+    places: list[Tensor] = []
+    for axis in reversed(range(size)):  # the last axis varies fastest
+        at, chosen = chosen % extents[axis], chosen // extents[axis]
+        kernel = torch.arange(kernels[axis], device=device) * dilations[axis]
+        place = at.unsqueeze(1) * strides[axis] - padding[axis][0] + kernel
+        shape = [len(at), *(len(kernel) if i == axis else 1 for i in range(size))]
+        inside = inside & ((place >= 0) & (place < lengths[axis])).reshape(shape)
+        places.insert(0, place.clamp(0, lengths[axis] - 1).reshape(shape))
+    return (chosen.reshape(-1, *[1] * size), *places), inside.unsqueeze(-1)
+
+
+def _padding(module: Any) -> tuple[tuple[int, int], ...]:
     """Zeros before and after each axis."""
     if module.padding == "valid":
-        return [(0, 0)] * len(module.kernel_size)
+        return ((0, 0),) * len(module.kernel_size)
     if module.padding == "same":  # torch puts the odd one at the end
         needs = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        return [(need // 2, need - need // 2) for need in needs]
-    return [(p, p) for p in module.padding]
+        return tuple((need // 2, need - need // 2) for need in needs)
+    return tuple((p, p) for p in module.padding)

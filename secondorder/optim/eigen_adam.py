@@ -93,8 +93,8 @@ class EigenAdam(SecondOrderOptimizer):
     has its full basis. What is no matrix, as a bias by itself, a norm's weight or an embedding, follows Adam's rule at the same
     step length. A parameter whose gradient is exactly zero does not move but for weight decay.
 
-    Linear layers and convolutions show their inputs (of a convolution at most 1,024 patches) by a forward hook, which sums
-    them up and keeps none. Weights that are used otherwise (attention's, an LSTM's, those inside a compiled graph) have V from
+    Linear layers and convolutions show their inputs (at most 4,096 of a call, 1,024 patches of a convolution's) by a forward
+    hook, which sums them up and keeps none. Weights that are used otherwise (attention's, an LSTM's, those inside a compiled graph) have V from
     their gradients, too.
 
     Args:
@@ -492,26 +492,30 @@ class EigenAdam(SecondOrderOptimizer):
         control = shared["control"]
         self._read_report()
         nothing = torch.empty(0, device=present[0].weight.device, dtype=dtype)
-        states, weights, biases, weight_grads, bias_grads, decays = [], [], [], [], [], []
+        states = [self._state(matrix, 0) for matrix in present]
+        weights, biases, weight_grads, bias_grads = [], [], [], []
+        rates, bias_rates, decays, bias_decays = [], [], [], []
         for matrix in present:
             weight, bias = matrix.weight, matrix.bias
-            states.append(self._state(matrix, 0))
             weights.append(values(weight, matrix.shape_here, dtype))
             weight_grads.append(gradient_of(weight, matrix.shape_here, dtype, sign))
             biases.append(nothing if bias is None else values(bias, here(bias).shape, dtype))
             bias_grads.append(nothing if bias is None else gradient_of(bias, here(bias).shape, dtype, sign))
+            group = groups[weight]
+            bias_group = group if bias is None else groups[bias]
+            rates.append(float(group["lr"]))
+            bias_rates.append(float(bias_group["lr"]))
             # What has no gradient is given one of zeros, so that it does not move; nor does it decay.
-            decays.append([0.0 if p is None or p.grad is None else float(groups[p]["weight_decay"]) for p in (weight, bias)])
+            decays.append(0.0 if weight.grad is None else float(group["weight_decay"]))
+            bias_decays.append(0.0 if bias is None or bias.grad is None else float(bias_group["weight_decay"]))
         means = [state["mean"] for state in states]
         hessians = {} if recorded is None or not due else recorded.of_step(groups, sign, self._group)
         renewed = self._renew(present, states, means, control, weight_grads, bias_grads, hessians) if due else []
-        rates = [(float(groups[m.weight]["lr"]), float(groups[m.weight if m.bias is None else m.bias]["lr"])) for m in present]
         beta1, beta2 = self.param_groups[0]["betas"]
         self._operators(present, states).eigen_step_(
             weights, biases, *(self._moments(present, states, name) for name in MOMENTS), [s["size"] for s in states], control,
             weight_grads, bias_grads, means, [s["basis_out"] for s in states], [s["basis_in"] for s in states],
-            [rate for rate, _ in rates], [rate for _, rate in rates], [decay for decay, _ in decays],
-            [decay for _, decay in decays], [s["step"] for s in states], beta1, beta2, self.param_groups[0]["eps"], due,
+            rates, bias_rates, decays, bias_decays, [s["step"] for s in states], beta1, beta2, self.param_groups[0]["eps"], due,
         )  # fmt: skip
         if not self._taken(control):
             return

@@ -65,7 +65,7 @@ def test_medians_are_over_seeds_in_pairs():
     peer = [run([8.0, 4.0], "peer", seed=2), run([8.0, 4.0], "peer", seed=0), run([8.0, 2.0], "peer", seed=1)]
     assert paired(loss_ratio, own, peer) == pytest.approx(0.5)  # of 1 / 4, 3 and 2 / 4
     worse = [run([8.0, 5.0], "worse", seed) for seed in (0, 1, 2)]
-    assert best_peer({"own": own, "worse": worse, "peer": peer}, "own") == "peer"
+    assert best_peer({"own": own, "own, falling": own, "worse": worse, "peer": peer}, "own") == "peer"
     assert geometric_mean([0.5, 8.0]) == pytest.approx(2)
 
 
@@ -73,13 +73,24 @@ def test_the_summary_has_means_the_worst_and_counts():
     first = Problem("first", "", seconds=4, score_name="accuracy", higher=True)
     second = Problem("second", "", seconds=4, score_name="error")
     best = {
-        "first": {"own": [run([8.0, 4.0, 2.0], score=90.0)], "Adam": [run([8.0, 6.0, 4.0], score=91.0)]},
-        "second": {"own": [run([8.0, 6.0, 4.0], score=2.0)], "Adam": [run([8.0, 4.0, 3.5], score=3.0)]},
+        "first": {
+            "own": [run([8.0, 4.0, 2.0], score=90.0)],
+            "own, falling": [run([8.0, 6.0, 1.0], score=95.0)],
+            "Adam": [run([8.0, 6.0, 4.0], score=91.0)],
+        },
+        "second": {
+            "own": [run([8.0, 6.0, 4.0], score=2.0)],
+            "own, falling": [run([8.0, 6.0, 3.5], score=4.0)],
+            "Adam": [run([8.0, 4.0, 3.5], score=3.0)],
+        },
     }
     # Time: 1 of 2 seconds; 2 seconds over the 1 after which Adam is at 4. Loss: 2 / 4; 4 / 3.5.
-    lines = comparison.summary([first, second], best, ["own", "Adam"]).splitlines()
-    assert lines[3] == "| Adam | 1.00 | 2.00, second | 1 of 2 | 0.76 | 1.14, second | 1 of 2 |"
-    assert lines[2] == lines[3].replace("Adam", "the best peer")
+    lines = comparison.summary([first, second], best, ["own", "own, falling", "Adam"]).splitlines()
+    assert lines[4] == "| own | Adam | 1.00 | 2.00, second | 1 of 2 | 0.76 | 1.14, second | 1 of 2 |"
+    assert lines[2] == lines[4].replace("Adam", "the best peer")
+    # Its other setting, which is no peer: at Adam's loss after 1.4 and 2 of 2 seconds.
+    assert lines[3] == "| own, falling | the best peer | 0.84 | 1.00, second | 1 of 2 | 0.50 | 1.00, second | 1 of 2 |"
+    assert len(lines) == 5
 
 
 def noisy(name="noisy", seconds=32.0):

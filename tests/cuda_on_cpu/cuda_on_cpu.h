@@ -147,6 +147,10 @@ template <typename T>
 NO_RACE_CHECK T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
   return cuda_on_cpu::shuffle(mask, value, cuda_on_cpu::current->lane ^ lanes, "__shfl_xor_sync", line);
 }
+template <typename T>
+NO_RACE_CHECK T __shfl_sync(unsigned mask, T value, int lane, int line = __builtin_LINE()) {
+  return cuda_on_cpu::shuffle(mask, value, lane, "__shfl_sync", line);
+}
 inline void __threadfence() { cuda_on_cpu::fence(); }
 inline void __nanosleep(unsigned) { cuda_on_cpu::sleep(); }
 template <typename T>
