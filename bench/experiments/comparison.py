@@ -164,7 +164,8 @@ def summary(problems: list[Problem], best: dict[str, Best], methods: list[str]) 
             better += difference > 0 if problem.higher else difference < 0
         lines.append(
             row([
-                name, peer or "the best peer", *mean_and_worst(times), f"{sum(ratio < 1 for ratio in times.values())} of {len(problems)}",
+                name, peer or "the best peer",
+                *mean_and_worst(times), f"{sum(ratio < 1 for ratio in times.values())} of {len(problems)}",
                 *mean_and_worst(losses), f"{better} of {len(problems)}",
             ])
         )  # fmt: skip

@@ -76,7 +76,7 @@ class LocalLoss(LossOverRanks):
         arguments = loss.arguments
         if arguments is None:
             raise CannotReplay("the criterion's arguments were not recorded")
-        rows = chosen_rows(self.criterion, arguments, float(loss.loss), fraction, offset) if fraction < 1 else None
+        rows = chosen_rows(self.criterion, arguments, loss.loss, fraction, offset) if fraction < 1 else None
         chain = linear_chain(loss, list(self.parameters))
         if chain is not None:
             return ChainLoss(loss, self.criterion, rows, chain, self.here)

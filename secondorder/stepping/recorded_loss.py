@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from secondorder._tape import CriterionArguments, LossCall
+from secondorder._tensors import host_numbers
 from secondorder.criteria import OutputHessian, OutputRoot, known_form, row_masses
 from secondorder.stepping.gauss_newton_product import GraphQuadratic, OutputCurvature, differentiable_twice
 from secondorder.stepping.linear_chain import LinearChain
@@ -39,13 +40,17 @@ class Rows:
         return leaf[self.keep] if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == self.count else leaf
 
 
-def chosen_rows(criterion: nn.Module, arguments: CriterionArguments, loss: float, fraction: float, offset: int) -> Rows | None:
+def chosen_rows(
+    criterion: nn.Module, arguments: CriterionArguments, recorded: Tensor, fraction: float, offset: int
+) -> Rows | None:
     """Rows whose loss stands for that of all; None: there are too few to choose from, or they do not make up the loss.
+
+    Waits for the device once, and more often where classes have weights.
 
     Args:
         criterion: evaluated on the chosen rows and on the others.
         arguments: of its recorded call.
-        loss: what it gave.
+        recorded: what it gave.
         fraction: of the rows that count, in (0, 1]; but at least 100, and as many as have 500 outputs, or all.
         offset: which: every (1 / fraction)-th from this one on.
     """
@@ -60,23 +65,27 @@ def chosen_rows(criterion: nn.Module, arguments: CriterionArguments, loss: float
     stride = max(1, min(round(1 / fraction), len(counted) // least))
     if stride == 1:
         return None
-    chosen = torch.zeros(count, dtype=torch.bool, device=device)
-    chosen[counted[offset % stride :: stride]] = True
-    parts = [Rows(mask.nonzero().flatten(), count, 1.0) for mask in (chosen, ~chosen)]
-    weights = [float(len(part.keep)) if masses is None else float(masses[part.keep].sum()) for part in parts]
+    first = offset % stride
+    kept = counted[first::stride]
+    # The others that count: each block of stride - 1 lies one further on than the block before it.
+    places = torch.arange(len(counted) - len(kept), device=device)
+    others = counted[places + (places - first).div(stride - 1, rounding_mode="floor") + 1]
+    parts = [Rows(keep, count, 1.0) for keep in (kept, others)]
+    weights: list[Tensor | float] = [float(len(part.keep)) if masses is None else masses[part.keep].sum() for part in parts]
     try:
         with torch.no_grad():
-            losses = [_called(criterion, tree_map(part.of, (args, kwargs))) for part in parts]
+            found = [_called(criterion, tree_map(part.of, (args, kwargs))) for part in parts]
     except Exception:  # a criterion of one's own that takes whole batches alone
         return None
-    total = sum(weights)
+    own, other, loss, w, v = host_numbers([*found, recorded, *weights])
+    total = w + v
     if not total > 0:
         return None
-    tolerance = tolerance_of(tensors) * sum(abs(value) for value in (*losses, loss))
-    if abs(sum(w * value for w, value in zip(weights, losses, strict=True)) / total - loss) <= tolerance:
+    tolerance = tolerance_of(tensors) * (abs(own) + abs(other) + abs(loss))
+    if abs((w * own + v * other) / total - loss) <= tolerance:
         return parts[0]
-    if abs(sum(losses) - loss) <= tolerance:
-        return Rows(parts[0].keep, count, total / weights[0])
+    if abs(own + other - loss) <= tolerance:
+        return Rows(parts[0].keep, count, total / w)
     return None
 
 
@@ -247,8 +256,11 @@ class ReplayedLoss(RecordedLoss):
             return tensors, self._loss(tensors)
 
 
-def _called(criterion: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> float:
-    return float(criterion(*arguments[0], **arguments[1]))
+def _called(criterion: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+    loss: Tensor = criterion(*arguments[0], **arguments[1])
+    if loss.numel() != 1:
+        raise ValueError(f"expected a loss of one element, got {list(loss.shape)}")
+    return loss
 
 
 def _has_rows(leaf: Any) -> bool:
