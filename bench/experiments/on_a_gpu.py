@@ -1,6 +1,6 @@
 """EigenAdam and tuned peers on a GPU: a transformer on characters and a ResNet on CIFAR-10, every run alone for the same seconds.
 
-`python -m bench.experiments.on_a_gpu --data-dir DIR [--seconds 12] [--seeds 1] [--only characters] --out gpu_training.json`
+`python -m bench.experiments.on_a_gpu --data-dir DIR [--seconds 12] [--only characters]`
 
 Peers have a learning rate from a grid, a warm-up of 100 steps and a cosine to zero over their seconds; EigenAdam has neither,
 and once more with both.
@@ -23,11 +23,14 @@ from torch import Tensor, nn
 import secondorder as so
 from bench import peers
 from bench.data import cifar10
+from bench.timing import RESULTS
 
 WARM_UP = 100  # steps of a peer's schedule
+REHEARSAL = 12  # steps before a run
 QUEUED = 20  # steps between two looks at the clock
 EVALUATIONS = 12
-CONTEXT = 256
+CONTEXT = 256  # characters
+WIDTH = 384  # of the transformer
 
 
 @dataclass
@@ -60,7 +63,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Predicts the next character: [b, t] -> [b, t, classes]."""
 
-    def __init__(self, classes: int, width: int = 384, heads: int = 6, depth: int = 6):
+    def __init__(self, classes: int, width: int, heads: int = 6, depth: int = 6):
         super().__init__()
         self.token, self.place = nn.Embedding(classes, width), nn.Embedding(CONTEXT, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
@@ -81,7 +84,7 @@ def characters(device: str, data_dir: Path | None, seed: int, batch: int = 64) -
     classes, text = text.unique(return_inverse=True)
     text = text.to(device)
     train, test = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
-    model = Transformer(len(classes)).to(device)
+    model = Transformer(len(classes), WIDTH).to(device)
 
     def drawn(source: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         starts = torch.randint(len(source) - CONTEXT - 1, (batch, 1), generator=generator, device=device)
@@ -220,48 +223,55 @@ class Run:
     score: list[float] = field(default_factory=list)
 
 
+def factor(step: int, share: float) -> float:
+    """Of the learning rate at a step, after this share of the seconds: it rises, and falls to zero as a cosine does."""
+    return min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * min(1.0, share))) / 2
+
+
 def wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def trained(task_name: str, name: str, lr: float | None, seed: int, seconds: float, device: str, data_dir: Path | None) -> Run:
-    """Trains for these seconds, after steps on a copy that make everything ready."""
+    """Trains for these seconds, after some steps of another copy that make everything ready."""
     method, run = METHODS[task_name][name], Run(task_name, name, lr, seed)
-    for rehearsal in (True, False):
+    spent = due = 0.0
+
+    def begun() -> tuple[Task, torch.optim.Optimizer]:
         torch.manual_seed(seed)
         task = TASKS[task_name](device, data_dir, seed)
-        optimizer = method.make(task.model, lr or 1.0)
-        first = [group["lr"] for group in optimizer.param_groups]
-        spent, steps, due = 0.0, 0, 0.0
-        while spent < seconds:
-            wait(device)
-            begin = time.perf_counter()
-            for _ in range(12 if rehearsal else QUEUED):
-                if lr is not None:
-                    factor = min(1.0, (steps + 1) / WARM_UP) * (1 + math.cos(math.pi * min(1.0, spent / seconds))) / 2
-                    for group, rate in zip(optimizer.param_groups, first, strict=True):
-                        group["lr"] = rate * factor
-                optimizer.zero_grad()
-                task.loss(*task.batch()).backward()
-                optimizer.step()
-                steps += 1
-            wait(device)
-            if rehearsal:
-                break
-            spent += time.perf_counter() - begin
-            if spent >= due:
-                due = spent + seconds / EVALUATIONS
-                with torch.no_grad():
-                    train, test, score = task.evaluate()
-                run.seconds.append(spent)
-                run.train.append(train)
-                run.test.append(test)
-                run.score.append(score)
-    with torch.no_grad():
-        train, test, score = task.evaluate()
-    run.seconds.append(spent), run.train.append(train), run.test.append(test), run.score.append(score)
-    run.steps, run.milliseconds = steps, 1e3 * spent / steps
+        return task, method.make(task.model, lr or 1.0)
+
+    def advance(task: Task, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for step in range(steps):
+            if lr is not None:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * factor(run.steps + step, spent / seconds)
+            optimizer.zero_grad()
+            task.loss(*task.batch()).backward()
+            optimizer.step()
+        wait(device)
+
+    def evaluate(task: Task) -> None:
+        with torch.no_grad():
+            values = task.evaluate()
+        for series, value in zip((run.seconds, run.train, run.test, run.score), (spent, *values), strict=True):
+            series.append(value)
+
+    advance(*begun(), steps=REHEARSAL)
+    task, optimizer = begun()
+    wait(device)
+    while spent < seconds:
+        begin = time.perf_counter()
+        advance(task, optimizer, QUEUED)
+        spent += time.perf_counter() - begin
+        run.steps += QUEUED
+        if spent >= due and spent < seconds:
+            due = spent + seconds / EVALUATIONS
+            evaluate(task)
+    evaluate(task)
+    run.milliseconds = 1e3 * spent / run.steps
     return run
 
 
@@ -269,10 +279,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--seconds", type=float, default=12.0)
-    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", choices=TASKS)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("build/gpu_training.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_training.json")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     runs = []

@@ -1,4 +1,4 @@
-"""Writes the tables of measurements in docs/cuda.md, between its markers, from bench/results/gpu_h200.json.
+"""Writes the tables of measurements in docs/cuda.md, between its markers, from bench/results/gpu_*.json.
 
 `python -m bench.tools.gpu_tables`
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "cuda.md"
-RESULT = ROOT / "bench" / "results" / "gpu_h200.json"
+RESULTS = ROOT / "bench" / "results"
 NETS = ("3072-1024-512-256-128-64-32-16-10", "784-4096-4096-10")
 
 Row = dict[str, Any]
@@ -49,10 +49,10 @@ def recursion(rows: list[Row]) -> str:
     return table(names, cells)
 
 
-def training(rows: list[Row], net: str) -> str:
-    """A step by optimizer in the third session."""
+def training(rows: list[Row], net: str, session: str) -> str:
+    """A step by optimizer in a session."""
     columns = ["median ms, each step waited for", "mean ms, steps queued", "kernel ms", "launches", "host waits"]
-    chosen = [row for row in rows if row["session"] == "third" and row["net"] == net]
+    chosen = [row for row in rows if row["session"] == session and row["net"] == net]
     title = f"**{net}, batch {chosen[0]['batch']}**\n\n"
     return title + table(["", *columns], [[row["optimizer"], *(number(row[column]) for column in columns)] for row in chosen])
 
@@ -74,12 +74,39 @@ def operators(rows: list[Row]) -> str:
     return table(["", "precision", *columns], cells)
 
 
+def passes(rows: list[Row]) -> str:
+    """EigenAdam's operators and kernels in the sessions before and after the passes were reworked."""
+    columns = ["fourth session, µs", "fifth session, µs", "calls a step"]
+    names = [f"{net.split('-')[0]}-...: {column}" for net in NETS for column in columns]
+    kinds = list(dict.fromkeys(row["what"] for row in rows))
+    found = {(row["net"], row["what"]): row for row in rows}
+    cells = [[f"`{kind}`", *(number(found[net, kind][column]) for net in NETS for column in columns)] for kind in kinds]
+    return table(["", *names], cells)
+
+
+def tasks(runs: list[Row]) -> str:
+    """What every run came to, and in how many steps."""
+    names = ["", "optimizer", "lr", "steps", "ms a step", "training loss", "test loss", "score"]
+    cells = [
+        [
+            run["task"], run["method"], "" if run["lr"] is None else f"{run['lr']:g}", str(run["steps"]),
+            number(run["milliseconds"]), *(number(run[key][-1]) for key in ("train", "test", "score")),
+        ]
+        for run in runs
+    ]  # fmt: skip
+    return table(names, cells)
+
+
 def tables() -> dict[str, str]:
     """The tables by the names of their markers."""
-    rows = json.loads(RESULT.read_text())["rows"]
+    h200, h100, trained = (json.loads((RESULTS / f"gpu_{name}.json").read_text()) for name in ("h200", "h100", "training"))
+    rows, later = h200["rows"], h100["rows"]
     return {
         "recursion": recursion(rows["recursion"]),
-        "training": "\n\n".join(training(rows["training"], net) for net in NETS),
+        "training": "\n\n".join(training(rows["training"], net, "third") for net in NETS),
+        "training-h100": "\n\n".join(training(later["training"], net, "fourth") for net in NETS),
+        "passes": passes(later["passes"]),
+        "tasks": tasks(trained["runs"]),
         "operators": operators(rows["operators"]),
     }
 

@@ -1,0 +1,76 @@
+"""bench.experiments.on_a_gpu as far as it runs without a GPU: small tasks, trained for moments."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from bench.experiments import on_a_gpu
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch, tmp_path):
+    monkeypatch.setattr(on_a_gpu, "CONTEXT", 16)
+    monkeypatch.setattr(on_a_gpu, "QUEUED", 2)
+    monkeypatch.setattr(on_a_gpu, "REHEARSAL", 1)
+    monkeypatch.setattr(on_a_gpu, "WIDTH", 12)
+    tasks = {name: partial(task, batch=2) for name, task in on_a_gpu.TASKS.items()}
+    monkeypatch.setattr(on_a_gpu, "TASKS", tasks)
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    torch.manual_seed(0)
+    for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"):
+        rows = torch.randint(10, (4, 3073), dtype=torch.uint8)
+        (folder / f"{name}.bin").write_bytes(rows.numpy().tobytes())
+
+
+@pytest.mark.parametrize("method", ["EigenAdam", "AdamW"])
+@pytest.mark.parametrize("task", on_a_gpu.TASKS)
+def test_a_run_is_measured(task, method, tmp_path):
+    lr = 1e-3 if method == "AdamW" else None
+    run = on_a_gpu.trained(task, method, lr, 0, 0.05, "cpu", tmp_path)
+    assert run.steps >= 2
+    assert run.seconds == sorted(run.seconds)
+    assert run.milliseconds == pytest.approx(1e3 * run.seconds[-1] / run.steps)
+    assert len(run.seconds) == len(run.train) == len(run.test) == len(run.score) >= 1
+    assert run.train[-1] < 10
+
+
+def test_a_schedule_rises_and_ends_at_zero():
+    factors = [on_a_gpu.factor(step, step / 999) for step in range(1000)]
+    assert factors[0] == pytest.approx(0.01)
+    assert max(factors) == pytest.approx(factors[99], rel=0.02)
+    assert factors[-1] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_next_character_is_what_is_learned(tmp_path):
+    """A model that is given the answer has no loss: targets are the inputs one place on."""
+    task = on_a_gpu.characters("cpu", None, 0, batch=2)
+    x, y = task.batch()
+    assert x.shape == y.shape == (2, 16)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+
+
+def test_images_are_mirrored_and_shifted(tmp_path):
+    task = on_a_gpu.resnet("cpu", tmp_path, 0, batch=2)
+    x, y = task.batch()
+    assert x.shape == (2, 3, 32, 32)
+    assert y.shape == (2,)
+    data = on_a_gpu.cifar10(tmp_path)
+    images = data.train_x.view(-1, 3, 32, 32)
+    images = (images - images.mean((0, 2, 3), keepdim=True)) / images.std((0, 2, 3), keepdim=True)
+    padded = torch.nn.functional.pad(images[data.train_y == y[0]], (4, 4, 4, 4))
+    windows = [padded[:, :, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
+    assert any((torch.stack([w, w.flip(3)]) - x[0]).abs().amax((2, 3, 4)).min() < 1e-5 for w in windows)
+
+
+def test_the_stored_runs_are_complete():
+    stored = json.loads((on_a_gpu.RESULTS / "gpu_training.json").read_text())
+    for run in stored["runs"]:
+        assert run["method"] in on_a_gpu.METHODS[run["task"]]
+        assert run["seconds"][-1] >= stored["seconds"]
