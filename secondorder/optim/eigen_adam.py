@@ -104,7 +104,7 @@ class EigenAdam(SecondOrderOptimizer):
             every parameter with two or more dimensions is a matrix without them.
         betas: the decay of the first and second moments.
         rank: k, the directions of a basis, >= 1. None: 8, and 16 for a layer that sees 256 or more inputs at a time, or
-            whose rows ranks share.
+            where several ranks train.
         eps: added to the root of the second moments, relative to the largest root mean square of the parameter's gradient so far,
             which makes a step independent of the loss' scale.
         weight_decay: shrinks the parameters by lr l weight_decay at each step, apart from the gradient, as AdamW does.
@@ -343,11 +343,8 @@ class EigenAdam(SecondOrderOptimizer):
             if state["basis_out"].dtype is not dtype or state["basis_out"].device != device:
                 self.state[matrix.weight] = state = cast_state(state, matrix.weight)
             return state
-        if matrix.eigen and self._group is not None and rows:  # all ranks take the rank that one process with all inputs would
-            total = torch.tensor(rows, device=device)
-            dist.all_reduce(total, group=self._group)
-            rows = int(total)
-        many = rows >= MANY_ROWS or self._shards is not None  # a new optimizer then has tensors of a checkpoint's shapes
+        # Ranks must agree, though one of them may see no inputs; and a checkpoint's tensors have the shapes of a new optimizer's.
+        many = rows >= MANY_ROWS or self._several
         new = new_sharded_state if is_sharded(matrix.weight) else new_state
         state.update(new(matrix, self._rank or (16 if many else 8)))
         if matrix.bias is not None:

@@ -364,13 +364,44 @@ def test_bad_parameters_and_gradients():
         so.EigenAdam(table).step()
 
 
-def _rank(rank, ranks, path, results, rows):
+class Experts(nn.Module):
+    """Every instance by one of two nets: a batch of positive ones leaves the second without any."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(40, 35), nn.Tanh(), nn.Linear(35, 3)) for _ in range(2))
+        self.double()
+
+    def forward(self, x):
+        out = x.new_zeros(len(x), 3)
+        for expert, rows in zip(self.experts, (x[:, 0] > 0, x[:, 0] <= 0), strict=True):
+            rows = rows.nonzero().squeeze(1)
+            out = out.index_add(0, rows, expert(x[rows]))
+        return out
+
+
+MODELS = {"network": network, "experts": Experts}
+
+
+def _batch(name, seed, rows):
+    """Inputs and targets; the last rank's choose the first expert, for the first steps."""
+    if name == "network":
+        return batch(seed, sum(rows))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(rows), 40, generator=generator).double()
+    if seed < 6:
+        x[-rows[-1] :, 0] = x[-rows[-1] :, 0].abs()
+    return x, torch.randint(3, (sum(rows),), generator=generator)
+
+
+def _rank(rank, ranks, path, results, rows, name):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
-    model = DistributedDataParallel(network())
+    model = DistributedDataParallel(MODELS[name]())
     optimizer = so.EigenAdam(model)
     for seed in range(12):
-        x, y = batch(seed, sum(rows))
+        x, y = _batch(name, seed, rows)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x.split(rows)[rank]), y.split(rows)[rank])
         (loss * rows[rank] * ranks / sum(rows)).backward()
@@ -379,16 +410,22 @@ def _rank(rank, ranks, path, results, rows):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("rows", [(12, 12), (5, 12, 9), (250, 260)], ids=str)
-def test_ranks_equal_one_process(rows, tmp_path):
-    """Where one rank alone sees 256 rows, too, from which on a basis is larger."""
+@pytest.mark.parametrize(
+    ("rows", "name"), [((12, 12), "network"), ((5, 12, 9), "network"), ((250, 260), "network"), ((9, 11), "experts")], ids=str
+)
+def test_ranks_equal_one_process(rows, name, tmp_path):
+    """With the rank that several have: also where one has nothing to show of a layer, at first."""
     ranks = len(rows)
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_rank, (ranks, os.fspath(tmp_path / "store"), results, rows), nprocs=ranks)
+        mp.spawn(_rank, (ranks, os.fspath(tmp_path / "store"), results, rows, name), nprocs=ranks)
         found = [torch.tensor(results[rank], dtype=torch.float64) for rank in range(ranks)]
-    model = network()
-    optimizer = so.EigenAdam(model)
-    train(model, optimizer, range(12), m=sum(rows))
+    model = MODELS[name]()
+    optimizer = so.EigenAdam(model, rank=16)
+    for seed in range(12):
+        x, y = _batch(name, seed, rows)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
     assert all(torch.equal(found[0], other) for other in found[1:])
     torch.testing.assert_close(found[0], values(model), rtol=1e-6, atol=1e-8)
