@@ -132,6 +132,20 @@ def test_rows_of_a_convolution_are_its_patches(module):
     torch.testing.assert_close(product, output[torch.arange(len(product)) * len(output) // len(product)])
 
 
+@pytest.mark.parametrize(("batch", "length"), [(64, 256), (4096, 1), (1, 4097), (3, 5000)])
+def test_the_inputs_of_many_are_spread(batch, length):
+    """At most 4,096 of a linear layer's: evenly, and of every place alike in sequences as long as a power of two."""
+    index = torch.arange(batch * length).view(batch, length, 1).expand(-1, -1, 2)
+    rows = input_rows(nn.Linear(2, 3), index)[:, 0]
+    assert min(4096, batch * length) / 3 < len(rows) <= 4096
+    assert len(set(rows.diff().tolist())) == 1
+    if batch * length <= 4096:
+        assert len(rows) == batch * length
+    if length in (1, 256):
+        counts = torch.bincount(rows % length, minlength=length)
+        assert counts.max() - counts.min() <= 1
+
+
 def test_what_is_found_in_a_model():
     """Without it every matrix stands alone; with it layers have their biases, and tables and norms are no matrices."""
     found = {matrix.name: matrix for matrix in matrices(Attention().parameters(), None)}
