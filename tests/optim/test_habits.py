@@ -700,6 +700,7 @@ def test_a_kill_while_saving_leaves_a_loadable_checkpoint(tmp_path):
     torch.load(path, weights_only=True)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 @every
 def test_workers_of_a_data_loader_by_fork(name):
     def run(workers):
