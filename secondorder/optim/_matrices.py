@@ -220,8 +220,10 @@ def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
     """The rows [m, p] that a module's weight is multiplied with, evenly spread ones where there are many: inputs, or patches."""
     if isinstance(module, _LINEAR):
         rows = inputs.reshape(-1, inputs.shape[-1])
-        # An odd stride meets every position of sequences as long as a power of two.
-        return rows if len(rows) <= ROWS else rows[:: math.ceil(len(rows) / ROWS) | 1]
+        stride, places = math.ceil(len(rows) / ROWS), math.prod(inputs.shape[1:-1])
+        while math.gcd(stride, places) > 1:  # it would meet some places of each sequence alone
+            stride += 1
+        return rows[::stride] if stride > 1 else rows
     return _patches(module, inputs)
 
 
@@ -229,15 +231,17 @@ def _patches(module: Any, inputs: Tensor) -> Tensor:
     """At most PATCHES of the patches [c_in / groups * prod(kernel)] that a convolution's outputs are made of, of all groups."""
     size = len(module.kernel_size)
     x = inputs if inputs.dim() == size + 2 else inputs.unsqueeze(0)
-    geometry = (module.kernel_size, module.stride, module.dilation, _padding(module))
-    places, inside = _patch_places(len(x), tuple(x.shape[2:]), *geometry, x.device)
+    geometry = (*map(tuple, (module.kernel_size, module.stride, module.dilation)), _padding(module))
+    # Nothing is kept of a mode in which tensors are no tensors, as FakeTensorMode.
+    found = _patch_places if type(inputs) in (Tensor, nn.Parameter) else _patch_places.__wrapped__
+    places, inside = found(len(x), tuple(x.shape[2:]), *geometry, x.device)
     patches = x.movedim(1, -1)[places] * inside  # [m, *kernel, c_in]
     patches = patches.movedim(-1, 1)
     groups = int(module.groups)
     return patches.reshape(len(patches) * groups, -1)
 
 
-@lru_cache(256)  # some kilobytes each
+@lru_cache(32)  # 66 KB each for 3 x 3
 def _patch_places(
     instances: int,
     lengths: tuple[int, ...],

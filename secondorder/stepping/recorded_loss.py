@@ -45,7 +45,7 @@ def chosen_rows(
 ) -> Rows | None:
     """Rows whose loss stands for that of all; None: there are too few to choose from, or they do not make up the loss.
 
-    Waits for the device once, and more often where classes have weights.
+    Waits for the device once; for cross-entropy twice, and three times where targets are ignored.
 
     Args:
         criterion: evaluated on the chosen rows and on the others.

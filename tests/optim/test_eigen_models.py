@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers.eigen import batch, network, train, values
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 
 import secondorder as so
@@ -132,18 +133,26 @@ def test_rows_of_a_convolution_are_its_patches(module):
     torch.testing.assert_close(product, output[torch.arange(len(product)) * len(output) // len(product)])
 
 
-@pytest.mark.parametrize(("batch", "length"), [(64, 256), (4096, 1), (1, 4097), (3, 5000)])
+@pytest.mark.parametrize(("batch", "length"), [(64, 256), (4096, 1), (4096, 3), (200, 100), (900, 15)])
 def test_the_inputs_of_many_are_spread(batch, length):
-    """At most 4,096 of a linear layer's: evenly, and of every place alike in sequences as long as a power of two."""
+    """At most 4,096 of a linear layer's: evenly, and of every place in a sequence alike."""
     index = torch.arange(batch * length).view(batch, length, 1).expand(-1, -1, 2)
     rows = input_rows(nn.Linear(2, 3), index)[:, 0]
     assert min(4096, batch * length) / 3 < len(rows) <= 4096
     assert len(set(rows.diff().tolist())) == 1
     if batch * length <= 4096:
         assert len(rows) == batch * length
-    if length in (1, 256):
-        counts = torch.bincount(rows % length, minlength=length)
-        assert counts.max() - counts.min() <= 1
+    counts = torch.bincount(rows % length, minlength=length)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_patches_of_fake_tensors_leave_nothing_behind():
+    conv, x = nn.Conv2d(2, 3, 3), torch.randn(2, 2, 6, 7)
+    with FakeTensorMode() as mode:
+        assert input_rows(conv, mode.from_tensor(x)).shape == (40, 18)
+    assert type(input_rows(conv, x)) is torch.Tensor
+    with FakeTensorMode() as mode:
+        assert input_rows(conv, mode.from_tensor(x)).shape == (40, 18)
 
 
 def test_what_is_found_in_a_model():
