@@ -109,7 +109,7 @@ def picture(results: Path, path: Path) -> None:
     """Draws the stored runs of what the README shows."""
     best = best_runs(Store(results / "eigen_adam.jsonl").runs())
     for runs in best.values():
-        runs.pop(FALLING, None)  # papers' problems and scripts with the same curves
+        runs.pop(FALLING, None)  # the papers' problems have none
     panels({title: best[problem] for problem, title in SHOWN.items() if problem in best}, path)
 
 
