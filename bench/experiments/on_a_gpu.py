@@ -10,10 +10,12 @@ nothing is downloaded.
 import argparse
 import json
 import math
+import platform
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 import secondorder as so
 from bench import peers
 from bench.data import cifar10
-from bench.timing import RESULTS
+from bench.timing import RESULTS, cpu_name
 
 WARM_UP = 100  # steps of a peer's schedule
 REHEARSAL = 12  # steps before a run
@@ -37,6 +39,7 @@ WIDTH = 384  # of the transformer
 class Task:
     """What is trained: a model, its batches, the loss of one, and the losses of the training and the test set with a score."""
 
+    data: str
     model: nn.Module
     batch: Callable[[], tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -103,7 +106,8 @@ def characters(device: str, data_dir: Path | None, seed: int, batch: int = 64) -
         mean = [torch.stack([loss(*drawn(source, fixed)) for _ in range(10)]).mean().item() for source in (train, test)]
         return mean[0], mean[1], mean[1] / math.log(2)
 
-    return Task(model, lambda: drawn(train, order), loss, evaluate)
+    data = f"Python {platform.python_version()}'s standard library, {len(train):,} characters to train on, {len(test):,} to test"
+    return Task(data, model, lambda: drawn(train, order), loss, evaluate)
 
 
 class Residual(nn.Module):
@@ -173,7 +177,8 @@ def resnet(device: str, data_dir: Path | None, seed: int, batch: int = 128) -> T
         return losses[0], losses[1], float(right) / len(targets[1])
 
     batches = augmented()
-    return Task(model, lambda: next(batches), loss, evaluate)
+    name = f"{data.name}, {n:,} images to train on, {len(sets[1]):,} to test"
+    return Task(name, model, lambda: next(batches), loss, evaluate)
 
 
 TASKS: dict[str, Callable[[str, Path | None, int], Task]] = {"characters": characters, "resnet": resnet}
@@ -215,6 +220,7 @@ class Run:
     method: str
     lr: float | None
     seed: int
+    data: str = ""
     steps: int = 0
     milliseconds: float = 0.0  # a step's mean
     seconds: list[float] = field(default_factory=list)
@@ -261,6 +267,7 @@ def trained(task_name: str, name: str, lr: float | None, seed: int, seconds: flo
 
     advance(*begun(), steps=REHEARSAL)
     task, optimizer = begun()
+    run.data = task.data
     wait(device)
     while spent < seconds:
         begin = time.perf_counter()
@@ -284,13 +291,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_training.json")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    runs = []
+    machine = {"torch": torch.__version__, "CUDA": torch.version.cuda, "date": date.today().isoformat()}
+    card = torch.cuda.get_device_name() if arguments.device == "cuda" else cpu_name()
+    stored = json.loads(arguments.out.read_text())["runs"] if arguments.only and arguments.out.exists() else []
+    runs = [run for run in stored if run["task"] != arguments.only]
     for task in [arguments.only] if arguments.only else TASKS:
         for name, method in METHODS[task].items():
             for lr in method.rates or (None,):
                 run = trained(task, name, lr, 0, arguments.seconds, arguments.device, arguments.data_dir)
                 runs.append(vars(run))
-                arguments.out.write_text(json.dumps({"seconds": arguments.seconds, "runs": runs}, indent=1) + "\n")
+                report = {"card": card, **machine, "seconds": arguments.seconds, "runs": runs}
+                arguments.out.write_text(json.dumps(report, indent=1) + "\n")
                 print(
                     f"{task} {name} {lr}: {run.steps} steps of {run.milliseconds:.1f} ms, "
                     f"loss {run.train[-1]:.4f}, test {run.test[-1]:.4f}, score {run.score[-1]:.4f}",

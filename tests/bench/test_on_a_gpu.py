@@ -59,15 +59,40 @@ def test_the_next_character_is_what_is_learned(tmp_path):
 
 def test_images_are_mirrored_and_shifted(tmp_path):
     task = on_a_gpu.resnet("cpu", tmp_path, 0, batch=2)
-    x, y = task.batch()
-    assert x.shape == (2, 3, 32, 32)
-    assert y.shape == (2,)
     data = on_a_gpu.cifar10(tmp_path)
     images = data.train_x.view(-1, 3, 32, 32)
     images = (images - images.mean((0, 2, 3), keepdim=True)) / images.std((0, 2, 3), keepdim=True)
-    padded = torch.nn.functional.pad(images[data.train_y == y[0]], (4, 4, 4, 4))
-    windows = [padded[:, :, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
-    assert any((torch.stack([w, w.flip(3)]) - x[0]).abs().amax((2, 3, 4)).min() < 1e-5 for w in windows)
+    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
+    found = set()
+    for _ in range(10):
+        x, y = task.batch()
+        assert x.shape == (2, 3, 32, 32)
+        assert y.shape == (2,)
+        for image, label in zip(x, y, strict=True):
+            same = padded[data.train_y == label]
+            found |= {
+                (i, j, mirrored)
+                for i in range(9)
+                for j in range(9)
+                for mirrored in (False, True)
+                if ((image.flip(2) if mirrored else image) - same[:, :, i : i + 32, j : j + 32]).abs().amax((1, 2, 3)).min()
+                < 1e-5
+            }
+    tops, lefts, mirrored = (set(each) for each in zip(*found, strict=True))
+    assert min(len(tops), len(lefts)) >= 5, found
+    assert mirrored == {False, True}
+
+
+def test_a_task_by_itself_leaves_the_others_stored_runs(monkeypatch, tmp_path):
+    out = tmp_path / "runs.json"
+    out.write_text(json.dumps({"runs": [{"task": "resnet", "lr": 1}, {"task": "characters", "lr": 2}]}))
+    monkeypatch.setattr(on_a_gpu, "METHODS", {"characters": {"AdamW": on_a_gpu.Method(on_a_gpu.adamw, (1e-3,))}})
+    monkeypatch.setattr(sys, "argv", ["", "--only", "characters", "--device", "cpu", "--seconds", "0.05", "--out", str(out)])
+    on_a_gpu.main()
+    report = json.loads(out.read_text())
+    assert [(run["task"], run["lr"]) for run in report["runs"]] == [("resnet", 1), ("characters", 1e-3)]
+    assert "characters to train on" in report["runs"][1]["data"]
+    assert report["torch"] == torch.__version__
 
 
 def test_the_stored_runs_are_complete():
