@@ -108,7 +108,7 @@ def compare(
         if again:
             chosen = {(problem.name, method.name) for problem in each.problems for method in methods}
             store.forget(lambda run, chosen=chosen: (run.problem, run.method) in chosen)
-        best = best_runs(study(each.problems, methods, seeds, store, data_dir, share))
+        best = best_runs(study(each.problems, methods, seeds, store, data_dir, share, each.pilot))
         everything |= best
         for problem in each.problems:
             run = next(iter(best[problem.name].values()))[0]

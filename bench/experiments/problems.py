@@ -66,8 +66,10 @@ def first_images(load: Callable[[Path], Dataset], n: int, data_dir: Path | None,
     return Dataset(name, train_x, train_x if themselves else whole.train_y[:n], test_x, test_x if themselves else whole.test_y)
 
 
-def _autoencoder(name: str, load: Callable[[Path | None], Dataset], pixels: int, binary: bool) -> Supervised:
-    widths = [pixels, 256, 128, 64, 30, 64, 128, 256, pixels]
+def _autoencoder(
+    name: str, load: Callable[[Path | None], Dataset], pixels: int, binary: bool, hidden: tuple[int, ...] = (256, 128, 64)
+) -> Supervised:
+    widths = [pixels, *hidden, 30, *reversed(hidden), pixels]
     return Supervised(
         name,
         f"{'-'.join(map(str, widths))}, ReLU, linear code, {'cross-entropy' if binary else 'squared error'} per image",
@@ -274,6 +276,17 @@ PINN = Supervised(
     "Poisson", "2-32-32-32-1, tanh, on the unit square", _poisson, partial(JetNet, [2, 32, 32, 32, 1]), PoissonLoss,
     batch=1000, seconds=6, score=relative_error, score_name="relative L2 error", log_score=True,
 )  # fmt: skip
+
+# At the published sizes and batches, on whole training sets: Chen et al.'s net for CIFAR-10, Goldfarb et al.'s for MNIST.
+PUBLISHED = [
+    replace(problem, seconds=600, batch=1000)
+    for problem in (
+        _classifier("CIFAR-10, published size", partial(cifar10, images=50_000), CIFAR_WIDTHS, nn.CrossEntropyLoss, 0),
+        _autoencoder(
+            "MNIST, published size", lambda d: first_images(data.mnist, 60_000, d, themselves=True), 784, True, (1000, 500, 250)
+        ),
+    )
+]
 
 DIGITS = _classifier("digits", lambda _: data.digits(), [784, 256, 128, 64, 32, 10], nn.CrossEntropyLoss, 6)
 FASHION = _classifier(

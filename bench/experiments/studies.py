@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import secondorder as so
+from bench import peers
 from bench.experiments.harness import Method, Supervised, grid
 from bench.experiments.problems import (
     AUTOENCODERS,
@@ -16,6 +17,7 @@ from bench.experiments.problems import (
     FASHION,
     MIXTURE,
     PINN,
+    PUBLISHED,
     ROBUST,
 )
 from secondorder.curvature import CURVATURES
@@ -31,6 +33,7 @@ class Study:
     problems: list[Supervised]
     methods: list[Method]
     picture: bool = True
+    pilot: float = 1.0  # share of the seconds after which settings are chosen
 
 
 def _adam(model: nn.Module, _: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -123,6 +126,9 @@ KBFGS = [
     Method("SGD", _sgd, grid(lr=[1e-3, 3e-3, 1e-2])),
 ]
 LBFGS = Method("L-BFGS", lambda model, _: torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", history_size=50))
+EIGEN = Method("EigenAdam", lambda model, _: so.EigenAdam(model))
+ADAM_FALLING = Method("Adam", _adam, grid(lr=[1e-3, 3e-3]) + grid(lr=[1e-3, 3e-3], linear=[1.0]))
+MUON = Method("Muon", lambda model, _, lr: peers.muon(model, lr), grid(lr=[3e-3, 1e-2]) + grid(lr=[3e-3, 1e-2], linear=[1.0]))
 CHEAPER = [_cheaper(so.LayerwiseNewton, curvature_samples=k) for k in (100, 25)] + [
     _cheaper(so.LayerwiseNewton, curvature_every=20)
 ]
@@ -154,6 +160,11 @@ STUDIES = {
     "eigen-curvatures": [
         Study("EigenAdam's output bases", "eigen_curvatures", [DIGITS, AUTOENCODERS[0], ROBUST[0]],
               [_eigen(c) for c in ("gradient", "pch-abs", "gauss-newton", "fisher-mc", "fisher-empirical")], picture=False),
+    ],
+    "published-size": [
+        Study(f"At its published size: {problem.name.partition(',')[0]}", "published_size", [problem],
+              [ADAM_FALLING, MUON, EIGEN, *papers], pilot=0.1)
+        for problem, papers in zip(PUBLISHED, ([EACG, NEWTON], [KBFGS[0], NEWTON]))
     ],
     "grid": [Study("Every curvature with every solver", "grid", [DIGITS_EPOCH],
                    [_cell(c, s) for c in CURVATURES for s in SOLVERS], picture=False)],

@@ -8,7 +8,7 @@ evaluations do not count.
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -162,9 +162,15 @@ def take_turns(trainings: list[Training]) -> list[Run]:
 
 
 def study(
-    problems: list[Problem], methods: list[Method], seeds: list[int], store: Store, data_dir: Path | None, share: float = 1.0
+    problems: list[Problem],
+    methods: list[Method],
+    seeds: list[int],
+    store: Store,
+    data_dir: Path | None,
+    share: float = 1.0,
+    pilot: float = 1.0,
 ) -> list[Run]:
-    """Does what is not stored yet; every run of these problems and methods.
+    """Does what is not stored yet; every run of these problems and methods that is not a pilot.
 
     Args:
         problems: see `bench.experiments.harness`.
@@ -173,29 +179,38 @@ def study(
         store: where runs are kept.
         data_dir: see `bench.data`.
         share: of each problem's seconds.
+        pilot: below 1, settings are chosen by runs of this share of those seconds, of the methods that have several.
     """
     torch.set_num_threads(1)
     done = {run.key: run for run in store.runs()}
     wanted: list[Run] = []
+
+    def trained(problem: Problem, seed: int, budget: float, settings: dict[Method, tuple[Setting, ...]]) -> list[Run]:
+        pairs = [(method, setting) for method, chosen in settings.items() for setting in chosen]
+        planned = [(Run(problem.name, pair[0].name, pair[1], seed, budget, "", "").key, pair) for pair in pairs]
+        missing = [pair for key, pair in planned if key not in done]
+        for run in take_turns([Training(problem, *pair, seed, budget, data_dir) for pair in missing]):
+            done[run.key] = run
+            store.add(run)
+        return [done[key] for key, _ in planned]
+
     with tqdm(total=len(problems) * sum(len(method.grid) + len(seeds) - 1 for method in methods), mininterval=2) as bar:
         for problem in problems:
             budget = problem.seconds * share
             settings = {method: method.grid for method in methods}
             for seed in seeds:
                 bar.set_description(f"{problem.name}, seed {seed}")
-                pairs = [(method, setting) for method in methods for setting in settings[method]]
-                planned = [(Run(problem.name, pair[0].name, pair[1], seed, budget, "", "").key, pair) for pair in pairs]
-                missing = [pair for key, pair in planned if key not in done]
-                for run in take_turns([Training(problem, *pair, seed, budget, data_dir) for pair in missing]):
-                    done[run.key] = run
-                    store.add(run)
-                group = [done[key] for key, _ in planned]
-                if seed == seeds[0]:
-                    settings = {method: (_best(group, method),) for method in methods}
+                if seed == seeds[0] and pilot < 1:
+                    several = {method: chosen for method, chosen in settings.items() if len(chosen) > 1}
+                    settings |= _best(trained(problem, seed, pilot * budget, several), several)
+                group = trained(problem, seed, budget, settings)
+                settings = _best(group, settings)
                 wanted += group
                 bar.update(len(group))
     return wanted
 
 
-def _best(runs: list[Run], method: Method) -> Setting:
-    return min((run for run in runs if run.method == method.name), key=lambda run: run.final).setting
+def _best(runs: list[Run], methods: Iterable[Method]) -> dict[Method, tuple[Setting, ...]]:
+    """The setting of each method's best run."""
+    own = {method: [run for run in runs if run.method == method.name] for method in methods}
+    return {method: (min(group, key=lambda run: run.final).setting,) for method, group in own.items()}

@@ -321,7 +321,7 @@ class EigenAdam(SecondOrderOptimizer):
     @property
     def _several(self) -> bool:
         """Whether other processes have inputs, too."""
-        return self._group is not None or self._shards is not None
+        return self._shards is not None or (self._group is not None and dist.get_world_size(self._group) > 1)
 
     def _sum_(self, t: Tensor) -> None:
         """Sums a tensor over all processes that have inputs, in place."""

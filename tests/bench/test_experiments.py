@@ -56,6 +56,15 @@ def test_a_study_tunes_on_the_first_seed_and_trains_the_best_setting_with_the_ot
     assert "| EACG | defaults |" in text
 
 
+def test_a_pilot_chooses_settings_for_all_seeds(store):
+    runs = study([PROBLEM], [SGD, EACG], [0, 1], store, None, share=2, pilot=0.25)
+    assert [(run.method, run.setting, run.seed) for run in runs] == [
+        ("SGD", {"lr": 0.1}, 0), ("EACG", {}, 0), ("SGD", {"lr": 0.1}, 1), ("EACG", {}, 1),
+    ]  # fmt: skip
+    assert {run.budget for run in runs} == {0.04}
+    assert [(run.method, run.setting["lr"]) for run in store.runs() if run.budget == 0.01] == [("SGD", 1e-6), ("SGD", 0.1)]
+
+
 def test_a_study_goes_on_where_it_was_interrupted(store):
     study([PROBLEM], [SGD], [0], store, None)
     first = store.path.read_text()

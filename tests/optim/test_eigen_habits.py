@@ -411,17 +411,19 @@ def _rank(rank, ranks, path, results, rows, name):
 
 
 @pytest.mark.parametrize(
-    ("rows", "name"), [((12, 12), "network"), ((5, 12, 9), "network"), ((250, 260), "network"), ((9, 11), "experts")], ids=str
+    ("rows", "name"),
+    [((24,), "network"), ((12, 12), "network"), ((5, 12, 9), "network"), ((250, 260), "network"), ((9, 11), "experts")],
+    ids=str,
 )
 def test_ranks_equal_one_process(rows, name, tmp_path):
-    """With the rank that several have: also where one has nothing to show of a layer, at first."""
+    """With the rank that several have, where there are several; also where one has nothing to show of a layer, at first."""
     ranks = len(rows)
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(_rank, (ranks, os.fspath(tmp_path / "store"), results, rows, name), nprocs=ranks)
         found = [torch.tensor(results[rank], dtype=torch.float64) for rank in range(ranks)]
     model = MODELS[name]()
-    optimizer = so.EigenAdam(model, rank=16)
+    optimizer = so.EigenAdam(model, rank=16 if ranks > 1 else None)
     for seed in range(12):
         x, y = _batch(name, seed, rows)
         optimizer.zero_grad()
