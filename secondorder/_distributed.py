@@ -9,7 +9,7 @@ The averages come before the recursion, which is not linear in them; from there 
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from secondorder.errors import NonFiniteError
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 _FINE, _FAILED, _NOT_FINITE = range(3)
 
@@ -98,3 +99,20 @@ class RankReducer:
         """The mean over ranks of one tensor."""
         (mean,) = self.average(lambda: [RankTerm("", compute())])
         return mean
+
+    def dealt(self, costs: Sequence[float]) -> list[bool]:
+        """Which pieces of work are this rank's: the costliest first, each is the rank's that has least so far."""
+        loads, mine = [0.0] * self.size, [False] * len(costs)
+        for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            rank = loads.index(min(loads))
+            loads[rank] += costs[i]
+            mine[i] = rank == dist.get_rank(self.group)
+        return mine
+
+    def joined(self, own: Mapping[K, Tensor], like: Mapping[K, Tensor]) -> dict[K, Tensor]:
+        """The tensors of all keys, each of which one rank has; `like` has some of their shapes and dtypes on every rank."""
+        dtype = max((t.dtype for t in like.values()), key=lambda d: torch.finfo(d).bits)
+        flat = torch.cat([own.get(key, torch.zeros_like(t)).flatten().to(self.device, dtype) for key, t in like.items()])
+        dist.all_reduce(flat, group=self.group)
+        parts = flat.split([t.numel() for t in like.values()])
+        return {key: part.view(t.shape).to(t.device, t.dtype) for (key, t), part in zip(like.items(), parts, strict=True)}

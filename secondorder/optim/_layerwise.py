@@ -23,6 +23,10 @@ from secondorder.solvers import Factors, Solver, SolverOptions, solver_by_name
 
 Groups = dict[Tensor, dict[str, Any]]  # the param_group of every parameter
 
+# Ranks share the layers' solutions out where these cost so many multiplications, n^3 for a factor [n, n], and so many for each
+# number that they then exchange: some ten milliseconds of a core, and about what a number takes from one machine to another.
+SHARED_FROM, SHARED_PER_NUMBER = 1e8, 100.0
+
 # Keys of the factors in `state[weight]`, when each had an entry of its own: before version 0.2.
 _FACTORS_BEFORE = ("bias_hessian", "mean_input", "input_second_moment", "mean_square_input")
 
@@ -229,6 +233,8 @@ class LayerwiseOptimizer(CurvatureOptimizer):
     ) -> tuple[dict[Tensor, Tensor], dict[nn.Linear, Factors]]:
         """P and d of every covered layer by parameter, and what the solver prepared for it.
 
+        Where several ranks train and it pays, each solves some of the layers; what they have prepared is then theirs alone.
+
         Args:
             covered: the layers, with their factors.
             grads: the gradients by parameter.
@@ -239,6 +245,25 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             NonFiniteError: a direction is not finite.
             RuntimeError: the solver raised an error; this one names the layer.
         """
+        # What is kept over steps all ranks have; then factorisations are a tenth of the steps, and not worth an exchange.
+        ranks = self._ranks if self._inverse_every == 1 and self._solver.factorises else None
+        owner: dict[Tensor, nn.Linear] = {p: layer for layer in covered for p in layer.parameters(recurse=False) if p in grads}
+        costs = [sum(len(t) ** 3.0 for t in factors.values() if t.dim() == 2) for factors in covered.values()]
+        if ranks is None or sum(costs) < max(SHARED_FROM, SHARED_PER_NUMBER * sum(p.numel() for p in owner)):
+            return self._finite_directions(covered, grads, systems, fresh)
+        mine = {layer: factors for (layer, factors), own in zip(covered.items(), ranks.dealt(costs), strict=True) if own}
+        directions, prepared = ranks.all(lambda: self._finite_directions(mine, grads, systems, fresh))
+        own = {p: direction for p, direction in directions.items() if owner[p] in mine}
+        return ranks.joined(own, {p: grads[p] for p in owner}), prepared
+
+    def _finite_directions(
+        self,
+        covered: dict[nn.Linear, Factors],
+        grads: dict[Tensor, Tensor],
+        systems: dict[nn.Linear, tuple[float, float]],
+        fresh: bool,
+    ) -> tuple[dict[Tensor, Tensor], dict[nn.Linear, Factors]]:
+        """The same by this rank alone."""
         arguments = (covered, grads, systems, fresh)
         with unchecked() as doubts:
             try:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import secondorder as so
+from secondorder.optim import _layerwise
 
 OPTIMIZERS = {
     "EACG": lambda m, c: so.EACG(m, c, lr=0.1),
@@ -22,6 +23,10 @@ OPTIMIZERS = {
     "KFRA": lambda m, c: so.KFRA(m, c),
     "KFLR": lambda m, c: so.KFLR(m, c),
     "KBFGS": lambda m, c: so.KBFGS(m, c),
+    "KFRA-shared": lambda m, c: so.KFRA(m, c),  # each rank solves some of the layers
+    "KFLR-shared": lambda m, c: so.KFLR(m, c),
+    "LayerwiseNewton-shared": lambda m, c: so.LayerwiseNewton(m, c, inverse_every=1),
+    "EACG-kfi-shared": lambda m, c: so.EACG(m, c, lr=0.1, solver="kfi"),
     "KBFGSL": lambda m, c: so.KBFGSL(m, c, memory=3),
 }
 FAILING = [name for name in OPTIMIZERS if name != "EACG-every"]  # whose second step records nothing that could fail
@@ -121,6 +126,37 @@ def cases():
         yield name, "even", "cross-entropy", "experts"
 
 
+def made(name, model, criterion):
+    """A rank's optimizer, one "shared" so that its ranks share out what is far too little for that."""
+    shared = name.endswith("shared")
+    _layerwise.SHARED_FROM, _layerwise.SHARED_PER_NUMBER = (0.0, 0.0) if shared else (1e8, 100.0)
+    return OPTIMIZERS[name](model, criterion)
+
+
+def solved(rank):
+    """How many layers a rank solves in a step of six, which of them, and whether a failure there is an error here."""
+    torch.manual_seed(1)
+    widths = [30, 20, 10, 5, 4, 3, 2]
+    model = nn.Sequential(*(nn.Linear(n, p) for n, p in zip(widths, widths[1:])))
+    optimizer = made("KFLR-shared", DistributedDataParallel(model), nn.CrossEntropyLoss())
+    prepare, seen = optimizer._solver.prepare, []
+
+    def counted(factors, scale, damping):
+        seen.append(len(factors["input_second_moment"]))
+        if seen[-1] == 20:
+            raise KeyError("not solved")
+        return prepare(factors, scale, damping)
+
+    object.__setattr__(optimizer._solver, "prepare", counted)
+    before, (x, y) = parameters(model), (torch.randn(6, 30), torch.randint(2, (6,)))
+    optimizer.criterion(optimizer._tape_options["model"](x), y).backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return seen, str(error), torch.equal(parameters(model), before)
+    return seen, "nothing", False
+
+
 def worker(rank, ranks, folder):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -130,7 +166,7 @@ def worker(rank, ranks, folder):
     for case in cases():
         name, layout, criterion, norm = case
         model = DistributedDataParallel(network(norm), find_unused_parameters=layout == "uneven")
-        optimizer = OPTIMIZERS[name](model, CRITERIA[criterion]())
+        optimizer = made(name, model, CRITERIA[criterion]())
         for step in range(STEPS):
             rank_step(model, optimizer, micro_batches(LAYOUTS[layout], step, ranks, rank))
             if step == STEPS // 2 - 1:
@@ -138,6 +174,7 @@ def worker(rank, ranks, folder):
         results[case] = parameters(model), saved
     results["faults"] = {name: faults(name, rank, ranks) for name in FAILING}
     results["refused"] = refused(rank)
+    results["solved"] = solved(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -147,7 +184,7 @@ def faults(name, rank, ranks):
     """What each rank raises where only the last one is at fault, and whether the training goes on."""
     raised, criterion = [], nn.CrossEntropyLoss()
     model = DistributedDataParallel(network())
-    optimizer = OPTIMIZERS[name](model, criterion)
+    optimizer = made(name, model, criterion)
     rank_step(model, optimizer, micro_batches(even, 0, ranks, rank))
     before = parameters(model)
     culprit = rank == ranks - 1
@@ -233,6 +270,17 @@ def test_a_rank_that_fails_is_an_error_on_all(run, name):
         own = "KeyError" if name.startswith("KBFGS") else own
         others = f"RuntimeError: the step has failed on rank {len(run) - 1}"
         assert other.startswith(own if rank == len(run) - 1 else others)
+
+
+def test_ranks_share_out_the_solutions(run):
+    """The largest layer is one rank's, the others' those of the other ranks; the failure of one is told on all."""
+    solved = [results["solved"] for results in run]
+    assert solved[0][0] == [30]
+    assert sorted(width for seen, _, _ in solved for width in set(seen)) == [3, 4, 5, 10, 20, 30]
+    failed = next(rank for rank, (seen, _, _) in enumerate(solved) if 20 in seen)
+    for rank, (_, error, unchanged) in enumerate(solved):
+        assert unchanged
+        assert ("failed at layer '1': KeyError" if rank == failed else f"the step has failed on rank {failed}") in error
 
 
 def test_an_optimizer_that_does_not_know_of_ddp(run):
