@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from bench.experiments import alignment, curvature_errors, eigen_adam, everyday_papers, with_deepxde
+from bench.experiments import alignment, at_defaults, curvature_errors, eigen_adam, with_deepxde
 from bench.experiments.harness import Store, best_runs, matrices, overview, table
 from bench.experiments.physics import errors
 from bench.experiments.pictures import draw
@@ -28,7 +28,7 @@ Name = Enum(
         for name in (
             "tables-2-to-5",
             alignment.NAME,
-            everyday_papers.NAME,
+            *at_defaults.COMPARISONS,
             with_deepxde.NAME,
             *STUDIES,
             *eigen_adam.COMPARISONS,
@@ -73,8 +73,8 @@ def main(
     elif name.value == alignment.NAME:
         points = 2 if quick else len(alignment.POINTS)
         text = alignment.experiment(results / "alignment.json", pictures / f"{alignment.NAME}.png", data_dir, points)
-    elif name.value == everyday_papers.NAME:
-        text = everyday_papers.compare(results / "everyday_papers.jsonl", numbers, share, only, again)
+    elif name.value in at_defaults.COMPARISONS:
+        text = at_defaults.compare(name.value, results, data_dir, numbers, share, only, again)
     elif name.value == with_deepxde.NAME:
         text = with_deepxde.experiment(results / "deepxde.json", numbers, share, again)
     elif name.value in eigen_adam.COMPARISONS:

@@ -1,6 +1,7 @@
 #include "kernels.h"
 
 #include <cstdlib>
+#include <limits>
 #include <string_view>
 
 // Everything that kernels.inc uses is included above, outside of the target regions: an inline function of a

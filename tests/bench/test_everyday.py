@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from bench.experiments import everyday_papers
+from bench.experiments import at_defaults
 from bench.experiments.eigen_adam import PAPERS
 from bench.experiments.everyday import SCRIPTS
 from bench.experiments.everyday.fields import exact
 from bench.experiments.everyday.games import LONGEST, mean_return
 from bench.experiments.everyday.images import view
-from bench.experiments.harness import Store
+from bench.experiments.harness import Method, Store
 from bench.experiments.training import study
 
 
@@ -69,7 +69,7 @@ def test_a_pole_stays_up_for_who_pushes_against_its_fall():
     assert mean_return(leaning) < 20
 
 
-@pytest.mark.parametrize("method", everyday_papers.METHODS[1:], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", at_defaults.COMPARISONS["everyday-papers"].optimizers, ids=lambda method: method.name)
 def test_the_papers_methods_take_steps_or_their_refusal_is_kept(method, tmp_path):
     """On a loss with a term beside its criterion, and where there is no linear layer, which has a reason."""
     chosen = [script for script in SCRIPTS if script.name in ("mixture of experts", "matrix factorization")]
@@ -78,3 +78,23 @@ def test_the_papers_methods_take_steps_or_their_refusal_is_kept(method, tmp_path
     assert by_script["mixture of experts"].steps[-1] > 0
     assert not by_script["mixture of experts"].diverged
     assert "at least one trainable nn.Linear" in by_script["matrix factorization"].diverged
+
+
+def test_optimizers_at_their_defaults_against_adam(tmp_path, monkeypatch):
+    """What cannot run has its reason below the tables, and is in no mean."""
+
+    def refusing(model, criterion):
+        raise ValueError("not this one")
+
+    chosen = [script for script in SCRIPTS if script.name in ("diamonds", "quantiles")]
+    methods = [at_defaults.EIGEN, Method("Refusing", refusing, guest=True)]
+    monkeypatch.setitem(at_defaults.COMPARISONS, "few", at_defaults.Comparison("few", chosen, methods))
+    text = at_defaults.compare("few", tmp_path, None, [0], share=0.03)
+    means = text.splitlines()
+    assert means[2].startswith("| EigenAdam | 2 of 2 | ")
+    assert means[2].endswith(" | - |")
+    assert means[3] == "| Refusing | 0 of 2 | 0 of 0 | nan | 0 of 0 | nan | nan,  | 0 of 0 | diamonds, quantiles |"
+    assert "- Refusing, quantiles: not this one" in text
+    before = (tmp_path / "few.jsonl").read_text()
+    assert at_defaults.compare("few", tmp_path, None, [0], share=0.03) == text
+    assert (tmp_path / "few.jsonl").read_text() == before
