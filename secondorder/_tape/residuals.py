@@ -177,14 +177,18 @@ def _exponent(node: Any) -> float:
 def _root(value: Tensor) -> tuple[Tensor, bool, tuple[int, ...]]:
     """What is squared, where that is an absolute value or a norm: its square is smooth; the last two fields of the term."""
     node: Any = value.grad_fn
-    if node is not None and kind(node) == "AbsBackward" and not node._saved_self.is_complex():
-        return node._saved_self, False, ()
-    if node is not None and kind(node) == "LinalgVectorNormBackward" and float(node._saved_ord) == 2:
-        inner: Tensor = node._saved_self
+    name = "" if node is None else kind(node)
+    if name != "AbsBackward" and not (name == "LinalgVectorNormBackward" and float(node._saved_ord) == 2):
+        return value, False, ()
+    inner: Tensor = node._saved_self
+    summed: list[int] = []
+    if name == "LinalgVectorNormBackward" and not node._saved_keepdim:
         dims = node._saved_dim if node._saved_dim is not None else range(inner.ndim)
         summed = sorted((d if d < 2**63 else d - 2**64) % max(inner.ndim, 1) for d in dims)
-        return inner, False, () if node._saved_keepdim else tuple(summed)
-    return value, False, ()
+    if not inner.is_complex():
+        return inner, False, tuple(summed)
+    # Two residuals for each number, the real and the imaginary part, whose squares the last dimension sums.
+    return torch.view_as_real(inner), False, (*summed, inner.ndim)
 
 
 def coefficients(loss: Tensor, terms: list[Term], owner: str) -> list[Tensor]:

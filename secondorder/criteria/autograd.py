@@ -9,6 +9,7 @@ from torch.autograd.graph import GradientEdge, Node
 from secondorder._tensors import irregular
 from secondorder.criteria.hessians import OutputHessian, check_semidefinite, symmetrized
 from secondorder.criteria.roots import DenseRoot, GaussianRoot, OutputRoot
+from secondorder.errors import second_derivatives
 
 
 def autograd_hessian(loss: Tensor, source: Node) -> OutputHessian:
@@ -59,7 +60,8 @@ def _rows_of(loss: Tensor, source: Node) -> tuple[Tensor, Iterator[Tensor] | Non
         return torch.zeros_like(gradient), None
 
     def product(v: Tensor) -> Tensor:
-        (hv,) = torch.autograd.grad(gradient, edge, v, retain_graph=True, allow_unused=True)
+        with second_derivatives():
+            (hv,) = torch.autograd.grad(gradient, edge, v, retain_graph=True, allow_unused=True)
         return torch.zeros_like(gradient) if hv is None else hv.detach()
 
     # A diagonal Hessian has H v = (H 1) * v for every v.

@@ -46,10 +46,10 @@ def check_arguments(owner: str, checks: list[tuple[str, Any, bool, str]]) -> Non
             raise ValueError(f"{owner}: expected {name} {expected}, got {value!r}")
 
 
-def warn_of_short_steps(owner: str, lr: float) -> None:
-    """Warns of an lr that is another optimizer's, where it multiplies a step that is found."""
+def warn_of_short_steps(owner: str, lr: float, name: str = "lr") -> None:
+    """Warns of a learning rate that is another optimizer's, where it multiplies a step that is found."""
     if 0 < lr <= 0.01:
         warn(
-            f"{owner}: lr={lr:g} multiplies the step that {owner} finds by itself, which makes it {1 / lr:,.0f} times shorter. "
-            "Leave lr out, or give lr=1.0 where a framework passes one of its own."
+            f"{owner}: {name}={lr:g} multiplies the step that {owner} finds by itself, which makes it {1 / lr:,.0f} times "
+            f"shorter. Leave {name} out, or give {name}=1.0 where a framework or a scheduler wants one."
         )

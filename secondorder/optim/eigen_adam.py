@@ -161,6 +161,11 @@ class EigenAdam(SecondOrderOptimizer):
             ("nonfinite", nonfinite, nonfinite in ("error", "skip"), "'error' or 'skip'"),
         ]
         check_arguments(type(self).__name__, checks)
+        if callable(lr):
+            raise TypeError(
+                f"{type(self).__name__}: expected lr to be a number, got {type(lr).__name__}; EigenAdam(model) needs no "
+                "criterion, and takes a model beside parameters as model="
+            )
         self._rank, self._renew_every, self._nonfinite = rank, renew_every, nonfinite
         self._model: nn.Module | None = None
         self._group: dist.ProcessGroup | None = None  # of the ranks that DDP averages gradients over
@@ -546,6 +551,9 @@ class EigenAdam(SecondOrderOptimizer):
         first = self.param_groups[0]
         for group in self.param_groups:
             _check_group(f"{type(self).__name__}.step()", group)
+            if "max_lr" in group and "max_lr" not in self._announced:  # OneCycleLR's
+                self._announced.add("max_lr")
+                warn_of_short_steps(type(self).__name__, group["max_lr"], "max_lr")
             for name in ("betas", "eps"):
                 if tuple(group["betas"]) != tuple(first["betas"]) or group["eps"] != first["eps"]:
                     raise ValueError(
@@ -579,12 +587,14 @@ class EigenAdam(SecondOrderOptimizer):
             sketch, unseen, share = sketches.get(matrix), 0, (1 - DECAY) / (1 - DECAY ** (state["renewals"] + 1))
             if sketch is None:
                 unseen, has_seen = state["unseen"] + 1, state["renewals"] > state["unseen"]
+                patience = PATIENCE if has_seen else 1  # a lazy layer has shown none at the first
                 sketch = _Sketch(weight_grads[i].new_empty(0), means[i])
                 if has_seen and unseen <= PATIENCE:  # it may show some again: V stays
                     sketch = _Sketch(weight_grads[i].new_zeros(len(state["basis_in"]) + 1, matrix.shape[1]), means[i], 1)
-                elif unseen == (PATIENCE + 1 if has_seen else 1) and matrix.modules and matrix.weight.grad is not None:
+                elif unseen == patience + 1 and matrix.modules and matrix.weight.grad is not None:
                     lost.append(matrix.name)
-                    share = 1.0  # what inputs have said is on another scale than what gradients will say
+                    if has_seen:
+                        share = 1.0  # what inputs have said is on another scale than what gradients will say
             elif not state["renewals"]:
                 means[i] = sketch.shift
             curved = matrix.weight in hessians

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secondorder._tape.jacobian import Buffer, Plan
 from secondorder._warnings import warn
@@ -57,8 +57,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     float32 errors end near 1e-4: use float64.
 
     Args:
-        params: parameters or param_groups; coefficients of an equation that are to be found are parameters like any. One floating
-            dtype and one device. Those that do not require a gradient are left alone.
+        params: a model, or parameters or param_groups; coefficients of an equation that are to be found are parameters like any.
+            One floating dtype and one device. Those that do not require a gradient are left alone.
         lr: multiplies a step, in (0, 2); a group's own for its parameters. Schedulers change it as any learning rate; none is
             needed.
         rows: residuals drawn in a step, each term's share at least half of an equal one. None: all.
@@ -86,7 +86,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float = 1.0,
         *,
         rows: int | None = 300,
@@ -120,7 +120,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         )
         self._damping, self._race, self._seed, self._nonfinite = damping, race, seed, nonfinite
         self._reset()
-        super().__init__(params, {"lr": lr, "skipped_steps": 0})
+        super().__init__(list(params.parameters()) if isinstance(params, nn.Module) else params, {"lr": lr, "skipped_steps": 0})
         warn_of_short_steps(name, lr)
 
     @torch.no_grad()
@@ -197,7 +197,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             warn(
                 f"{name}: the residuals held out have not fallen for {HELD_PATIENCE} steps while the others have: the points are "
                 "being interpolated, or noise is fitted. It has gone back, with more damping. More points, or new ones in every "
-                "step, let it go on."
+                "step, let it go on; so does holdout=False, for data without noise."
             )
         steps = state.get("step", 0) + 1
         self.state[self._first()] = {**progress._asdict(), "generator": generator.get_state(), "step": steps}
@@ -290,20 +290,20 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             [torch.full((p.numel(),), rate, dtype=p.dtype, device=p.device) for p, rate in zip(parameters, each, strict=True)]
         )
 
-    def _slow(self, parameter: int, node: str) -> None:
-        """Says once that a parameter's columns cost a backward pass for each residual."""
-        if parameter in self._told:
+    def _slow(self, nodes: dict[int, str]) -> None:
+        """Says once of every parameter, by its position, that its columns cost a backward pass for each residual."""
+        new = {position: node for position, node in nodes.items() if position not in self._told}
+        if not new:
             return
-        self._told.add(parameter)
-        position = 0
-        for group in self.param_groups:
-            names = group.get("param_names", [None] * len(group["params"]))
-            for p, known in zip(group["params"], names, strict=True):
-                if p.requires_grad:
-                    if position == parameter:
-                        what = f"{known!r} {tuple(p.shape)}" if known else f"the parameter of shape {tuple(p.shape)}"
-                        warn(
-                            f"{type(self).__name__} needs a backward pass for each residual drawn, since {what} enters by "
-                            f"{node}, whose rows are not the residuals' own. The steps are exact, and slow."
-                        )
-                    position += 1
+        self._told |= new.keys()
+        trained = [
+            f"{known!r} {tuple(p.shape)}" if known else f"the parameter of shape {tuple(p.shape)}"
+            for group in self.param_groups
+            for p, known in zip(group["params"], group.get("param_names", [None] * len(group["params"])), strict=True)
+            if p.requires_grad
+        ]
+        entries = "; ".join(f"{trained[position]} by {node}" for position, node in new.items())
+        warn(
+            f"{type(self).__name__} needs a backward pass for each residual drawn, since what follows enters by a node whose "
+            f"rows are not the residuals' own: {entries}. The steps are exact, and slow."
+        )

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from secondorder._tape import preactivation
 from secondorder._tensors import to_compute_dtype
 from secondorder.criteria import OutputHessian, OutputRoot, autograd_hessian
+from secondorder.errors import second_derivatives
 
 # The mean Hessian takes as many backward passes through the criterion as there are outputs; with more, the span's own is taken.
 _MOST_OUTPUTS = 512
@@ -88,9 +89,10 @@ class OutputCurvature:
         pairs = [(g, t.to(g.dtype)) for g, t in zip(self._gradients, tangent, strict=True) if g.requires_grad]
         if not pairs:
             return [torch.zeros_like(t) for t in tangent]
-        found = torch.autograd.grad(
-            [g for g, _ in pairs], self._outputs, [t for _, t in pairs], retain_graph=True, allow_unused=True
-        )
+        with second_derivatives():
+            found = torch.autograd.grad(
+                [g for g, _ in pairs], self._outputs, [t for _, t in pairs], retain_graph=True, allow_unused=True
+            )
         return [torch.zeros_like(t) if h is None else h.detach() for t, h in zip(tangent, found, strict=True)]
 
 

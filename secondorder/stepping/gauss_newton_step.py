@@ -21,6 +21,7 @@ RISE = 2.0  # the whole loss may become so many times what it was in a step that
 PATIENCE = 4  # steps without a new record of the whole loss, after which more rows are drawn
 GROWTH = 1.5  # so many times as many
 OVER = 4  # rows for each parameter where the parameters are no more than the rows asked for: then they fix a step
+MANY = 20  # residuals: so many backward passes in a step are slow
 SHARE = 0.5  # of an equal share of the rows that each term has at least
 LEAST_DAMPING = 1e-16
 HELD = 10  # one of so many residuals is held out
@@ -89,14 +90,15 @@ class GaussNewtonStep:
         plans: of graphs that have been seen, by their signatures.
         generator: draws rows.
         lr: multiplies a step, a number or one for each parameter's element [P].
-        slow: is told of a parameter that costs a backward pass for each residual, and of the node by which it enters.
+        slow: is told of the parameters that cost a backward pass for each of many residuals, by their positions, and of the node
+            by which each enters.
         buffer: memory for matrices.
         first_order: makes an optimizer of parameters that steps by their gradients.
     """
 
     def __init__(
         self, loss: LeastSquaresLoss, settings: Settings, plans: dict[object, Plan], generator: torch.Generator,
-        lr: float | Tensor, slow: Callable[[int, str], None], buffer: Buffer,
+        lr: float | Tensor, slow: Callable[[dict[int, str]], None], buffer: Buffer,
         first_order: Callable[[Sequence[Tensor]], torch.optim.Optimizer],
     ):  # fmt: skip
         self._buffer, self._first_order = buffer, first_order
@@ -274,10 +276,14 @@ class GaussNewtonStep:
                         f"{self._loss.owner}.step(): the Jacobian of the parameter of shape {tuple(parameters[wrong[0]].shape)} "
                         "is not that of autograd; its graph is not understood"
                     )
-            for block, scale in zip(plan.blocks, rows.scales, strict=True):
-                for p, node in block.others.items():
-                    if 2 * parameters[p].numel() > len(scale) or node == COMPILED:
-                        self._slow(p, node)
+            self._slow(
+                {
+                    p: node
+                    for block, scale in zip(plan.blocks, rows.scales, strict=True)
+                    for p, node in block.others.items()
+                    if len(scale) >= MANY and (2 * parameters[p].numel() > len(scale) or node == COMPILED)
+                }
+            )
         return found
 
     def _wrong(self, plan: Plan, here: Residuals, rows: _Rows, found: Jacobian) -> list[int]:

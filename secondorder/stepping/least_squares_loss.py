@@ -114,6 +114,10 @@ class LeastSquaresLoss:
                 f"{self.owner}.step(): expected the closure to return a scalar loss or [(residual, weight), ...], got "
                 f"{type(result).__name__}"
             )
+        if any(r.is_complex() for r, _ in result):
+            raise RuntimeError(
+                f"{self.owner}.step(): expected real residuals, got complex ones; give their parts, torch.view_as_real(residual)"
+            )
         with torch.enable_grad():
             return torch.stack([(weight * r.square()).mean() for r, weight in result]).sum()
 

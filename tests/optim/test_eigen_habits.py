@@ -431,3 +431,21 @@ def test_ranks_equal_one_process(rows, name, tmp_path):
         optimizer.step()
     assert all(torch.equal(found[0], other) for other in found[1:])
     torch.testing.assert_close(found[0], values(model), rtol=1e-6, atol=1e-8)
+
+
+def test_one_cycle_with_the_rate_of_another_optimizer_is_warned_of():
+    model = MODELS["network"]()
+    optimizer = so.EigenAdam(model)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=10)
+    x, y = _batch("network", 0, (12,))
+    F.cross_entropy(model(x), y).backward()
+    with pytest.warns(UserWarning, match="max_lr=0.01 multiplies the step that EigenAdam finds .* give max_lr=1.0"):
+        optimizer.step()
+    scheduler.step()
+    optimizer.step()  # says it once
+
+
+@pytest.mark.parametrize("given", [nn.CrossEntropyLoss(), F.cross_entropy, nn.Linear(2, 2)])
+def test_a_criterion_or_a_model_in_the_place_of_lr(given):
+    with pytest.raises(TypeError, match="expected lr to be a number, got .*; EigenAdam.model. needs no criterion, and takes"):
+        so.EigenAdam(nn.Linear(2, 2).parameters(), given)

@@ -276,6 +276,16 @@ def test_state_beyond_two_moments_is_small():
     assert numbers < 2 * 800 * 1000 + 10 * 8 * 1800
 
 
+def test_lazy_layers_that_the_loop_calls_first():
+    """At the first step no input has been seen, and no compiled graph is suspected for that."""
+    model = nn.Sequential(nn.LazyLinear(20), nn.Tanh(), nn.Linear(20, 3))
+    optimizer = so.EigenAdam(model)
+    losses = train(model, optimizer, range(2), dtype=torch.float32)
+    assert optimizer.metrics()["seen"] == 1
+    losses += train(model, optimizer, range(2, 40), dtype=torch.float32)
+    assert losses[-1] < losses[0]
+
+
 def test_lazy_layers():
     model = nn.Sequential(nn.LazyLinear(20), nn.Tanh(), nn.Linear(20, 3))
     optimizer = so.EigenAdam(model)

@@ -512,11 +512,51 @@ def test_layers_that_mix_instances_are_exact_and_said_to_be_slow():
     net = nn.Sequential(nn.Linear(2, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1))
     x, y = torch.randn(20, 2), torch.randn(20, 1)
     optimizer = so.LevenbergMarquardt(net.named_parameters(), race=False)
-    with pytest.warns(UserWarning, match=r"'0.weight' \(6, 2\) enters by AddmmBackward0"):
+    with pytest.warns(UserWarning, match=r"residuals' own: '0.weight' \(6, 2\) by AddmmBackward0. The steps are exact"):
         first = float(optimizer.step(lambda: mse_loss(net(x), y)))
     for _ in range(20):
         last = float(optimizer.step(lambda: mse_loss(net(x), y)))
     assert last < 0.5 * first
+
+
+def test_two_residuals_are_no_many_backward_passes():
+    """Rosenbrock's function, of one parameter of two numbers."""
+    p = nn.Parameter(torch.tensor([-1.2, 1.0]))
+    optimizer = so.LevenbergMarquardt([p])
+    for _ in range(30):
+        loss = optimizer.step(lambda: 100 * (p[1] - p[0] ** 2) ** 2 + (1 - p[0]) ** 2)
+    assert loss < 1e-20
+
+
+def test_a_complex_residual_is_two():
+    """However its square is written: the steps are those for its real and its imaginary part."""
+    net, x, _ = regression(outputs=2)
+    target = torch.exp(3j * x[:, :1])
+    start = copy.deepcopy(net.state_dict())
+    ways = {
+        "parts": lambda z: z.real.square().mean() + z.imag.square().mean(),
+        "absolute": lambda z: (z.abs() ** 2).mean(),
+        "norm": lambda z: torch.linalg.norm(z) ** 2 / 40,
+        "norms of rows": lambda z: torch.linalg.vector_norm(z, dim=1).square().mean(),
+        "norms that keep the dimension": lambda z: torch.linalg.vector_norm(z, dim=0, keepdim=True).square().sum() / 40,
+    }
+    found = {}
+    for name, loss in ways.items():
+        net.load_state_dict(start)
+        optimizer = so.LevenbergMarquardt(net, rows=None, race=False, holdout=False)
+        for _ in range(5):
+            optimizer.step(lambda loss=loss: loss(torch.complex(net(x)[:, :1], net(x)[:, 1:]) - target))
+        found[name] = flat(net)
+    for name in ways:
+        torch.testing.assert_close(found[name], found["parts"], rtol=1e-6, atol=1e-8)
+    with pytest.raises(RuntimeError, match=r"expected real residuals, got complex ones; give their parts, torch.view_as_real"):
+        optimizer.step(lambda: [(torch.complex(net(x)[:, 0], net(x)[:, 1]), 1.0)])
+
+
+def test_a_model_is_its_parameters():
+    net, _, _ = regression()
+    optimizer = so.LevenbergMarquardt(net)
+    assert optimizer.param_groups[0]["params"] == list(net.parameters())
 
 
 def noisy(seed=0):

@@ -227,6 +227,28 @@ def test_the_empirical_fisher_matrix_needs_no_double_backward(monkeypatch):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("make", [so.EACG, so.LayerwiseNewton])
+def test_a_criterion_without_second_derivatives_is_refused_with_what_to_do(make):
+    model, criterion = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), nn.MultiMarginLoss()
+    optimizer = make(model, criterion)
+
+    def closure():
+        loss = criterion(model(torch.randn(20, 4)), torch.randint(3, (20,)))
+        loss.backward()
+        return loss
+
+    message = "differentiated twice, but .*multi_margin_loss.*; take EACG with curvature='fisher-empirical'"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step(closure)
+    optimizer.remove_hooks()
+    optimizer = make(model, criterion, curvature="fisher-empirical")
+    if make is so.EACG:
+        optimizer.step(closure)
+    else:  # the curvature does without, but the quadratic model does not
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step(closure)
+
+
 @pytest.mark.parametrize("name", ["EACG", "EACG-exact", "KFLR"])
 def test_a_loss_that_grows_a_thousandfold_is_said_once(name):
     model = network()
