@@ -94,7 +94,8 @@ class EigenAdam(SecondOrderOptimizer):
     step length. A parameter whose gradient is exactly zero does not move but for weight decay.
 
     Linear layers and convolutions show their inputs (at most 4,096 of a call, 1,024 patches of a convolution's) by a forward
-    hook, which sums them up and keeps none. Weights that are used otherwise (attention's, an LSTM's, those inside a compiled
+    hook, which sums them up and keeps none: those of every call under autograd since the last step, whatever becomes of its
+    output. Weights that are used otherwise (attention's, an LSTM's, those inside a compiled
     graph) have V from their gradients, too.
 
     Args:
