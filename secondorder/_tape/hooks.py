@@ -15,6 +15,7 @@ from torch import nn
 
 # What evaluates frames in the interpreter's place, where torch.compile is at work; else None.
 _compiler: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
+exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
 
 
 def compiling() -> bool:
@@ -38,7 +39,7 @@ class _Report:
         self.function: Callable[..., None] = getattr(type(recorder), method)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if torch.is_grad_enabled() and (self.always or module.training) and not torch.compiler.is_exporting():
+        if torch.is_grad_enabled() and (self.always or module.training) and not exporting():
             (self._disabled if compiling() else self._tell)(module, args, kwargs, output)
 
     def _tell(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -135,7 +136,7 @@ def _eager_forward(module: nn.Module) -> MethodType:
     owner: Any = weakref.ref(module)
     users: list[EagerForward] = []
     # The function has the globals of the one that it stands for, and so none of this file's.
-    maybe_compiled, enabled, exporting = compiling, torch.is_grad_enabled, torch.compiler.is_exporting
+    maybe_compiled, enabled, exports = compiling, torch.is_grad_enabled, exporting
     eager = torch.compiler.disable(original)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +146,7 @@ def _eager_forward(module: nn.Module) -> MethodType:
         for user in users:
             if user.before is not None:
                 user.before(self, args, kwargs, None)
-        if maybe_compiled() and self.training and enabled() and not exporting():
+        if maybe_compiled() and self.training and enabled() and not exports():
             output = eager(self, *args, **kwargs)
         else:
             output = original(self, *args, **kwargs)
