@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"
+SOURCES = Path(__file__).parents[1] / "csrc" / "cpu"
 FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-fopt-info-vec-optimized"]
 
 
