@@ -17,7 +17,7 @@ from bench.experiments.everyday.script import Script
 from bench.experiments.harness import Method, Problem, Run, Store, best_runs
 from bench.experiments.training import study
 
-ADAM = next(method for method in TUNED if method.name == "Adam")
+EIGEN, ADAM = (next(method for method in TUNED if method.name == name) for name in ("EigenAdam", "Adam"))
 
 
 def _own(optimizer: Callable[..., torch.optim.Optimizer]) -> Method:
@@ -37,7 +37,6 @@ class Comparison:
         return [ADAM, *self.optimizers]
 
 
-EIGEN = Method("EigenAdam", lambda model, _: so.EigenAdam(model))
 COMPARISONS = {
     "package": Comparison(
         "package",
