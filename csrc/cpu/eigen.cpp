@@ -441,7 +441,8 @@ void step(Matrix<T>& matrix, const State<T>& state, const Rates& rates, double b
 
   // Takes N's elements as the last steps of their coordinates.
   const auto remember = [&](int64_t elements, const T* x, const T* made, T* last) {
-    for (int64_t i = 0; i < elements; ++i) last[i] = rule.waits(x[i]) ? last[i] : made[i];
+    if (!rule.lazy) std::copy_n(made, elements, last);
+    for (int64_t i = 0; rule.lazy && i < elements; ++i) last[i] = rule.waits(x[i]) ? last[i] : made[i];
   };
   std::vector<T> normed(rest);  // N's C, R, T
   int64_t at = 0;

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <limits>
 #include <string_view>
+#include <utility>
 
 // Everything that kernels.inc uses is included above, outside of the target regions: an inline function of a
 // standard header compiled inside one could be shared with code that must run on older machines.
@@ -10,8 +11,14 @@
 namespace secondorder::cpu {
 
 // Builtins, which become one instruction of the target region that they are used in.
-inline __attribute__((always_inline)) float sqrt_of(float x) { return __builtin_sqrtf(x); }
-inline __attribute__((always_inline)) double sqrt_of(double x) { return __builtin_sqrt(x); }
+#define SECONDORDER_INLINE inline __attribute__((always_inline))
+SECONDORDER_INLINE float sqrt_of(float x) { return __builtin_sqrtf(x); }
+SECONDORDER_INLINE double sqrt_of(double x) { return __builtin_sqrt(x); }
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SECONDORDER_SHUFFLEVECTOR  // clang has it, and GCC from 12 on
+#endif
+#endif
 
 namespace baseline {
 constexpr const char* kName = "baseline";

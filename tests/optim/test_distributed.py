@@ -53,6 +53,8 @@ def network(kind=False):
     torch.manual_seed(1)
     if kind == "experts":
         return Experts().double()
+    if kind == "one layer":
+        return nn.Sequential(nn.Linear(5, 3)).double()
     norm = kind
     layers = [nn.Linear(5, 7), nn.LayerNorm(7) if norm else nn.Tanh(), nn.Tanh(), nn.Linear(7, 4), nn.Mish(), nn.Linear(4, 3)]
     return nn.Sequential(*layers).double()
@@ -124,6 +126,8 @@ def cases():
         yield "EACG", layout, "cross-entropy", True
     for name in ("EACG", "LayerwiseNewton", "EACG-kfi", "EACG-empirical", "KFLR", "KBFGS"):
         yield name, "even", "cross-entropy", "experts"
+    for name in ("KFRA-shared", "EACG-kfi-shared"):  # fewer layers than ranks
+        yield name, "even", "cross-entropy", "one layer"
 
 
 def made(name, model, criterion):
