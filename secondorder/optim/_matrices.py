@@ -34,6 +34,7 @@ class Matrix:
         name: of the weight.
         eigen: whether it has a basis on either side; otherwise every element stands for itself.
         modules: that multiply their inputs with it: what `input_rows` gives are the inputs that it sees.
+        lookups: modules that look up its rows, of a table.
     """
 
     weight: Tensor
@@ -41,6 +42,7 @@ class Matrix:
     name: str
     eigen: bool
     modules: list[nn.Module] = field(default_factory=list)
+    lookups: list[nn.Module] = field(default_factory=list)
 
     @cached_property
     def shape(self) -> tuple[int, int]:
@@ -75,7 +77,7 @@ def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matr
     if model is not None:
         wanted |= {p: name for name, p in model.named_parameters() if p in wanted}
     users: dict[Tensor, list[nn.Module]] = {}
-    tables: set[Tensor] = set()
+    tables: dict[Tensor, list[nn.Module]] = {}
     for module in model.modules() if model is not None else ():
         own = module._parameters.get("weight")
         if own is None or own not in wanted:
@@ -83,7 +85,7 @@ def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matr
         if _multiplies(module):
             users.setdefault(own, []).append(module)
         elif isinstance(module, _TABLES):
-            tables.add(own)
+            tables.setdefault(own, []).append(module)
     biases: dict[Tensor, Tensor] = {}  # weight -> its bias
     taken: set[Tensor] = set()
     for weight, modules in users.items():
@@ -101,8 +103,13 @@ def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matr
             continue
         n, width = Matrix(p, None, name, False).shape
         eigen = p.dim() >= 2 and (p in users or (min(n, width) > 1 and p not in tables))
-        found.append(Matrix(p, biases.get(p), name, eigen, users.get(p, [])))
+        found.append(Matrix(p, biases.get(p), name, eigen, users.get(p, []), [] if eigen else tables.get(p, [])))
     return found
+
+
+def met_rows(grad: Tensor) -> float:
+    """The share of rows whose gradient is not zero: of a table, those that were looked up. Waits for the device."""
+    return float((grad != 0).any(-1).double().mean()) if grad.dim() == 2 else 1.0
 
 
 def checked_dtype(owner: str, present: list[Matrix]) -> torch.dtype:

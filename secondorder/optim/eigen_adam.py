@@ -38,6 +38,7 @@ from secondorder.optim._matrices import (
     input_rows,
     is_plain,
     matrices,
+    met_rows,
     values,
     write_back,
 )  # fmt: skip
@@ -62,6 +63,7 @@ _NUMBERS: Numbers = {
 FIRST = 5  # steps at each of which bases are renewed
 DECAY = 0.9  # of the averages behind a basis, from one renewal to the next
 MANY_ROWS = 256  # of a layer's inputs: from here on its bases have twice as many directions
+LEAST_SHARE = 0.1  # of a table's rows: fewer that a step meets move by no more
 PATIENCE = 5  # renewals in a row at which a layer that has shown its inputs may show none
 
 _SHARED = ("control", "steps", "refused", "first_loss")  # what one parameter's state has for all
@@ -91,12 +93,14 @@ class EigenAdam(SecondOrderOptimizer):
     lr l S, l the step length that is found: it rises where fresh batches still have a slope along the step before, falls where
     they have the opposite one, and decays with the number of times that they have had it. A side with at most 2 k + 1 elements
     has its full basis. What is no matrix, as a bias by itself, a norm's weight or an embedding, follows Adam's rule at the same
-    step length. A parameter whose gradient is exactly zero does not move but for weight decay.
+    step length. A parameter whose gradient is exactly zero does not move but for weight decay; so a row of a table moves only in
+    steps that meet it, and then n / m times as far, ten times at most, where a step looks up m of n rows.
 
     Linear layers and convolutions show their inputs (at most 4,096 of a call, 1,024 patches of a convolution's) by a forward
     hook, which sums them up and keeps none: those of every call under autograd since the last step, whatever becomes of its
     output. Weights that are used otherwise (attention's, an LSTM's, those inside a compiled
-    graph) have V from their gradients, too.
+    graph) have V from their gradients, too; but one of which the first gradient has half of the rows zero or more, as where a
+    batch indexes it, is a table.
 
     Args:
         params: a model, all of whose parameters are trained, or parameters, or param_groups, as torch's optimizers take them.
@@ -221,7 +225,9 @@ class EigenAdam(SecondOrderOptimizer):
         self._handles: list[Any] = []
         weakref.finalize(self, remove_handles, self._handles)
         self._matrices: list[Matrix] | None = None
+        self._ids: list[int] = []  # of the parameters that these are of
         self._sketches: dict[Matrix, _Sketch] = {}
+        self._lookups: dict[Matrix, int] = {}  # how many rows of a table have been looked up
         self._seeing: bool | None = None  # whether the next step renews bases; None: not known yet
         self._announced: set[str] = set()  # warnings given
         # Control on its way from the device, and the event that tells of its arrival.
@@ -232,14 +238,14 @@ class EigenAdam(SecondOrderOptimizer):
     def _hook(self) -> None:
         """Finds the matrices of the parameters that there are now, and lays hooks on the layers that show their inputs."""
         remove_handles(self._handles)
-        self._sketches.clear()
+        self._forget()
         self._matrices = None
         if self._hooked:
             hook = InputHook(self)
             if self._model is not None and not self._table():  # lazy layers: again at the model's next call
                 self._handles.append(self._model.register_forward_pre_hook(hook.lay))
             for matrix in self._table():
-                self._handles += [module.register_forward_hook(hook) for module in matrix.modules]
+                self._handles += [module.register_forward_hook(hook) for module in (*matrix.modules, *matrix.lookups)]
         self._lay_tape()
 
     def _lay_tape(self) -> None:
@@ -278,9 +284,13 @@ class EigenAdam(SecondOrderOptimizer):
                     "which needs whole weights"
                 )
             self._matrices = matrices(own, self._model)
-            self._owner: dict[Any, Matrix] = {matrix.weight: matrix for matrix in self._matrices if matrix.modules}
-            for matrix in self._matrices if self._shards is not None else ():  # layers compute with other, whole weights
-                self._owner |= dict.fromkeys(matrix.modules, matrix)
+            self._ids = [id(p) for p in dict.fromkeys(own)]
+            self._owner: dict[Any, Matrix] = {m.weight: m for m in self._matrices if m.modules or m.lookups}
+            for matrix in self._matrices:
+                if self._shards is not None:  # layers compute with other, whole weights
+                    self._owner |= dict.fromkeys((*matrix.modules, *matrix.lookups), matrix)
+                if not matrix.modules and _has_no_basis(self.state.get(matrix.weight, {})):
+                    matrix.eigen = False  # its first gradient was that of a table
         return self._matrices
 
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -294,6 +304,9 @@ class EigenAdam(SecondOrderOptimizer):
             self._seeing = self._renewing()
         matrix = self._owner.get(module, self._owner.get(module._parameters.get("weight"))) if self._seeing else None
         if matrix is None or not matrix.weight.requires_grad or not is_plain(inputs):
+            return
+        if matrix.lookups:
+            self._lookups[matrix] = self._lookups.get(matrix, 0) + inputs.numel()
             return
         with torch.no_grad():
             rows = input_rows(module, inputs.detach()).to(compute_dtype(matrix.weight.dtype))
@@ -389,6 +402,8 @@ class EigenAdam(SecondOrderOptimizer):
             if "basis_out" not in state or "basis_in" not in state:
                 raise ValueError(f"{name}: expected the state of an EigenAdam, got one of {sorted(state)}")
             shape = state["basis_out"].shape[-1], state["basis_in"].shape[-1]
+            if matrix is not None and not matrix.modules and _has_no_basis(state):
+                matrix.eigen = False  # its first gradient was that of a table
             if matrix is None or shape != matrix.shape:
                 wanted = "no state for a bias" if matrix is None else f"the state of a matrix of shape {list(matrix.shape)}"
                 named = "" if matrix is None else f" for {matrix.name!r}"
@@ -473,8 +488,7 @@ class EigenAdam(SecondOrderOptimizer):
         try:
             self._step()
         finally:
-            self._sketches.clear()
-            self._seeing = None
+            self._forget()
             if self._hessians is not None:
                 self._hessians.tape.clear(release=True)
                 self._schedule()
@@ -482,11 +496,17 @@ class EigenAdam(SecondOrderOptimizer):
             self._watch(loss)
         return loss
 
+    def _forget(self) -> None:
+        """What forward passes have shown since the last step."""
+        self._sketches.clear()
+        self._lookups.clear()
+        self._seeing = None
+
     def _step(self) -> None:
         groups = self._groups()
         sign, recorded = -1 if self._maximize() else 1, self._hessians
-        if self._matrices is None:
-            self._hook()
+        if self._matrices is None or [id(p) for p in groups] != self._ids:
+            self._hook()  # also where a group's list of parameters was changed by hand
         present = [m for m in self._table() if m.weight.grad is not None or (m.bias is not None and m.bias.grad is not None)]
         if not present:
             raise RuntimeError(f"{type(self).__name__}.step(): expected gradients, found none; call loss.backward() first")
@@ -495,21 +515,24 @@ class EigenAdam(SecondOrderOptimizer):
         control = shared["control"]
         self._read_report()
         nothing = torch.empty(0, device=present[0].weight.device, dtype=dtype)
+        for matrix in present:
+            self._meet(matrix)
         states = [self._state(matrix, 0) for matrix in present]
+        shares = self._shares(present, states) if due else {}
         weights, biases, weight_grads, bias_grads = [], [], [], []
         rates, bias_rates, decays, bias_decays = [], [], [], []
-        for matrix in present:
-            weight, bias = matrix.weight, matrix.bias
+        for matrix, state in zip(present, states, strict=True):
+            weight, bias, share = matrix.weight, matrix.bias, shares.get(matrix, state.get("share", 1.0))
             weights.append(values(weight, matrix.shape_here, dtype))
             weight_grads.append(gradient_of(weight, matrix.shape_here, dtype, sign))
             biases.append(nothing if bias is None else values(bias, here(bias).shape, dtype))
             bias_grads.append(nothing if bias is None else gradient_of(bias, here(bias).shape, dtype, sign))
             group = groups[weight]
             bias_group = group if bias is None else groups[bias]
-            rates.append(float(group["lr"]))
+            rates.append(float(group["lr"]) / share)
             bias_rates.append(float(bias_group["lr"]))
             # What has no gradient is given one of zeros, so that it does not move; nor does it decay.
-            decays.append(0.0 if weight.grad is None else float(group["weight_decay"]))
+            decays.append(0.0 if weight.grad is None else float(group["weight_decay"]) * share)
             bias_decays.append(0.0 if bias is None or bias.grad is None else float(bias_group["weight_decay"]))
         means = [state["mean"] for state in states]
         hessians = {} if recorded is None or not due else recorded.of_step(groups, sign, self._group)
@@ -530,12 +553,36 @@ class EigenAdam(SecondOrderOptimizer):
             if matrix.bias is not None:
                 self.state[matrix.bias]["step"] = state["step"]
             state["mean"] = mean
+        for matrix, share in shares.items():
+            self.state[matrix.weight]["share"] = share
         for state, unseen, curved in renewed:
             state["renewals"] += 1
             state["unseen"] = unseen
             if curved or "curved" in state:
                 state["curved"] = curved
         shared["steps"] += 1
+
+    def _meet(self, matrix: Matrix) -> None:
+        """Takes a matrix that no layer multiplies with for a table where its first gradient has half of its rows zero."""
+        p = matrix.weight
+        if not matrix.eigen or matrix.modules or is_sharded(p) or "basis_out" in self.state[p] or p.grad is None:
+            return
+        share = met_rows(p.grad) if p.dim() == 2 else 1.0
+        if 0 < share <= 0.5:
+            matrix.eigen = False
+            self._state(matrix, 0)["share"] = max(share, LEAST_SHARE)
+
+    def _shares(self, present: list[Matrix], states: list[dict[str, Any]]) -> dict[Matrix, float]:
+        """The share of its rows that a step meets, at most, of every table, from the lookups of its first steps."""
+        pairs = zip(present, states, strict=True)
+        tables = [matrix for matrix, state in pairs if matrix.lookups and state["step"] < FIRST]
+        counts = [float(self._lookups.get(matrix, 0)) for matrix in tables]
+        if tables and self._several:  # all ranks must take the same step
+            total = torch.tensor(counts, device=tables[0].weight.device)
+            self._sum_(total)
+            counts = total.tolist()
+        shares = [count / matrix.shape[0] for matrix, count in zip(tables, counts, strict=True)]
+        return {matrix: min(max(share, LEAST_SHARE), 1.0) for matrix, share in zip(tables, shares, strict=True) if share}
 
     def _operators(self, present: list[Matrix], states: list[dict[str, Any]]) -> Any:
         """What has `eigen_renew_` and `eigen_step_` for these matrices."""
@@ -748,6 +795,10 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
         group = inner.process_group
         inner = inner.module
     return getattr(inner, "_orig_mod", inner), group
+
+
+def _has_no_basis(state: dict[str, Any]) -> bool:
+    return "basis_in" in state and not len(state["basis_in"])
 
 
 def _finite(sums: Tensor) -> Tensor:

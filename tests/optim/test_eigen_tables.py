@@ -1,0 +1,116 @@
+"""Tables of embeddings: a row that a step meets now and then moves by more, and what is indexed is no map."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import secondorder as so
+
+
+class Factors(nn.Module):
+    """A matrix of rank 5 as products of rows of two tables."""
+
+    def __init__(self, rows, parameters=False):
+        super().__init__()
+        tables = [0.1 * torch.randn(rows, 8) for _ in range(2)]
+        self.tables = nn.ParameterList(tables) if parameters else nn.ModuleList(nn.Embedding(rows, 8, _weight=t) for t in tables)
+
+    def forward(self, i, j):
+        a, b = (table[k] if isinstance(table, nn.Parameter) else table(k) for table, k in zip(self.tables, (i, j)))
+        return (a * b).sum(1)
+
+
+def trained(make, rows, batch, steps, parameters=False):
+    """The mean loss of the last 50 steps."""
+    torch.manual_seed(0)
+    target = torch.randn(rows, 5) @ torch.randn(5, rows)
+    model = Factors(rows, parameters)
+    optimizer, losses = make(model), []
+    for _ in range(steps):
+        i, j = torch.randint(rows, (batch,)), torch.randint(rows, (batch,))
+        loss = (model(i, j) - target[i, j]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-50:]) / 50
+
+
+@pytest.mark.parametrize("parameters", [False, True])
+def test_tables_whose_rows_a_step_mostly_misses_are_trained(parameters):
+    adam = trained(lambda model: torch.optim.Adam(model.parameters(), 1e-2), 200, 64, 700, parameters)
+    assert trained(so.EigenAdam, 200, 64, 700, parameters) < 2 * adam
+
+
+@pytest.mark.parametrize(("looked_up", "share"), [(24, 1.0), (6, 0.25), (1, 0.1)])
+def test_a_row_moves_by_the_steps_between_two_lookups(looked_up, share):
+    """Beside a vector of the same numbers: n / m times as far where m of n rows are looked up, ten times at most."""
+    torch.manual_seed(0)
+    table = nn.Embedding(24, 3)
+    weight, rows = table.weight.detach().clone(), torch.randperm(24)[:looked_up]
+    plain = nn.Parameter(weight[rows].flatten())  # a vector: Adam's rule with no table
+    one, other = so.EigenAdam(table, weight_decay=0.3), so.EigenAdam([plain], weight_decay=0.3)
+    direction = torch.randn(looked_up, 3)
+    for _ in range(3):
+        for optimizer, rows_of in ((one, lambda: table(rows)), (other, lambda: plain.view(-1, 3))):
+            optimizer.zero_grad()
+            (rows_of() * direction).sum().backward()
+            optimizer.step()
+    assert one.state[table.weight]["share"] == share
+    moved, plainly = table.weight[rows].detach(), plain.detach().view(-1, 3)
+    lengths = (0.01 / 14 * torch.tensor([2, 3, 4])).double()
+    shrunk = weight[rows].double() * (1 - lengths * 0.3).prod()
+    ratio = (shrunk - moved) / (shrunk - plainly)
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 1 / share), rtol=1e-2, atol=0)
+    others = torch.ones(24, dtype=torch.bool).index_fill(0, rows, False)
+    torch.testing.assert_close(table.weight[others], (weight[others].double() * (1 - lengths * 0.3).prod()).float())
+
+
+def test_an_indexed_parameter_is_resumed_as_a_table():
+    torch.manual_seed(0)
+    model = Factors(50, parameters=True)
+    optimizer = so.EigenAdam(model)
+
+    def step(model, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        i, j = (torch.randint(50, (9,), generator=generator) for _ in range(2))
+        optimizer.zero_grad()
+        (model(i, j) - 1).square().mean().backward()
+        optimizer.step()
+
+    for seed in range(7):
+        step(model, optimizer, seed)
+    assert optimizer.metrics()["coverage"] == 0
+    copied = copy.deepcopy(model)
+    resumed = so.EigenAdam(copied)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in range(7, 12):
+        step(model, optimizer, seed)
+        step(copied, resumed, seed)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copied.parameters(), strict=True))
+
+
+def test_parameters_that_are_exchanged_in_a_group_are_trained():
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 5), torch.randint(3, (60,))
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    optimizer = so.EigenAdam(model)
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    step()
+    old = model[2].weight
+    model[2] = nn.Linear(7, 3)
+    before = model[2].weight.detach().clone()
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    old.grad = torch.ones_like(old)  # what left the group is let alone, also with a gradient
+    kept = old.detach().clone()
+    for _ in range(3):
+        step()
+    assert (model[2].weight != before).all()
+    assert torch.equal(old, kept)
