@@ -45,9 +45,10 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     taken where the rows drawn fall and the whole loss stays below twice its record; mu follows the reduction over the predicted
     one (Nielsen's rule), in at most 12 tries.
 
-    Where there are fewer than 4 residuals for each parameter, a tenth of them are never drawn. If 12 steps bring no new record of
-    their loss, which is a tenth above that of the others or more, the points are being interpolated or their noise is fitted:
-    the parameters go back to the record, with a hundred times the damping, and a warning says so once.
+    Where there are fewer than 4 residuals for each parameter, a tenth of them are not drawn. If 12 steps bring no new record of
+    their loss, or no step lowers that of the others, and theirs is a tenth above it or more, the points are being interpolated or
+    their noise is fitted: the parameters go back to the record, with a hundred times the damping, and a warning says so once. If
+    theirs is not, all are drawn from then on. Parameters that stand for themselves, as a field's values do, have nothing held out.
 
     The first call of `step` does more, since first steps decide which minimum is reached: it takes 6 steps after 40 of
     `EigenAdam` (up to 120, until they have halved the loss), and, if the last three of the 6 have not halved it, 6 steps from
@@ -66,8 +67,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         acceleration: whether steps are bent by the geodesic acceleration, for one more call of the closure a step.
         damping: the start of mu, relative to the mean of the diagonal of J J^T, > 0.
         race: whether the first call tries two starts. Without it the first step has the damping above.
-        holdout: whether a tenth of the residuals, of terms with 100 or more, is held out. None: where
-            there are fewer than 4 residuals for each parameter.
+        holdout: whether a tenth of the residuals, of terms with 100 or more that data enter through layers, is held out. None:
+            where there are fewer than 4 residuals for each parameter.
         solver: "rows" (m numbers), "parameters" (P numbers), "nystrom" (conjugate gradients) or "auto".
         memory: bytes that J may take; where it would take more, products with it are formed from its factors.
         seed: of the generator that draws the rows.
@@ -195,9 +196,10 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         if run.interpolates and "interpolation" not in self._told:
             self._told.add("interpolation")
             warn(
-                f"{name}: the residuals held out have not fallen for {HELD_PATIENCE} steps while the others have: the points are "
-                "being interpolated, or noise is fitted. It has gone back, with more damping. More points, or new ones in every "
-                "step, let it go on; so does holdout=False, for data without noise."
+                f"{name}: the residuals held out lie above the others, and have not fallen for {HELD_PATIENCE} steps or while "
+                "the others could: the points are being interpolated, or noise is fitted. It has gone back, with more damping. "
+                "More points, or new ones in every step, let it go on; so does holdout=False, for data without noise or where "
+                "the least loss itself is sought."
             )
         steps = state.get("step", 0) + 1
         self.state[self._first()] = {**progress._asdict(), "generator": generator.get_state(), "step": steps}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secondorder._tape.graph import COMPILED
-from secondorder._tape.jacobian import Buffer, Jacobian, Plan, jacobian, make_plan, signature
+from secondorder._tape.jacobian import Block, Buffer, Jacobian, Plan, jacobian, make_plan, signature
 from secondorder._tape.uses import find_uses
 from secondorder.errors import NonFiniteError
 from secondorder.stepping.damped_least_squares import DampedLeastSquares
@@ -56,6 +56,7 @@ class Progress(NamedTuple):
     excess: float = 0.0  # their mean loss now, over that of the others of their blocks; 0: none are held out
     held_since: int = 0  # steps since `held`
     best: Tensor | None = None  # the parameters that had it [P]
+    released: bool = False  # whether none are held out any more
     least: float = LEAST_DAMPING  # what mu does not fall below
 
 
@@ -111,14 +112,14 @@ class GaussNewtonStep:
         """One step; returns the loss where it leads, and what it leaves to the next."""
         loss, settings = self._loss, self._settings
         plan = self._plan(here)
-        rows = self._draw(plan, here, progress.rows)
-        jacobian = self._jacobian(plan, here, rows)
-        r = self._taken(here.values, rows)
-        problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator, self._buffer)
         theta, whole = loss.flat(), loss.objective(here.values, here)
         same = abs(whole - progress.whole) <= 1e-6 * whole
         if not same or (progress.best is not None and len(progress.best) != len(theta)):  # another batch, or other parameters
-            progress = progress._replace(held=math.inf, held_since=0, best=None)
+            progress = progress._replace(held=math.inf, held_since=0, best=None, released=False)
+        rows = self._draw(plan, here, progress)
+        jacobian = self._jacobian(plan, here, rows)
+        r = self._taken(here.values, rows)
+        problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator, self._buffer)
         start = self._drawn_objective(r, theta, here)
         if not math.isfinite(problem.trace):
             raise NonFiniteError(f"{loss.owner}.step(): the Jacobian holds NaN or inf; no parameter and no state has changed")
@@ -151,7 +152,7 @@ class GaussNewtonStep:
                 return self._held_out(there, progress, rows)
             mu, growth = mu * growth, 2 * growth
         loss.move(theta)
-        return here, progress._replace(damping=min(10 * progress.damping, 1.0), growth=2.0, ratio=0.0)
+        return self._held_out(here, progress._replace(damping=min(10 * progress.damping, 1.0), growth=2.0, ratio=0.0), rows)
 
     def race(self, here: Residuals, damping: float) -> tuple[Residuals, Progress]:
         """Some steps from each of two starts; the lowest loss goes on.
@@ -220,14 +221,26 @@ class GaussNewtonStep:
         self._uses = uses
         return plan
 
-    def _draw(self, plan: Plan, here: Residuals, rows: float) -> _Rows:
+    def _fed(self, block: Block) -> bool:
+        """Whether data, passing through layers, tell of a block's residuals what its others do not.
+
+        Where parameters stand for themselves, as a field's values do, or in penalties, no residual says what another one would.
+        """
+        if any(2 * self._loss.parameters[p].numel() > block.size for p in block.others):
+            return False
+        operands = [self._uses[block.term].uses[k].operand for k in block.uses]
+        return any(a is not None and 2 * int(a.count_nonzero()) > a.numel() for a in operands)
+
+    def _draw(self, plan: Plan, here: Residuals, progress: Progress) -> _Rows:
         """Draws residuals: of each block its share, of a small one at least half of an equal share."""
-        total = self._total = sum(block.size for block in plan.blocks)
+        rows, total = progress.rows, sum(block.size for block in plan.blocks)
+        self._total = total
         parameters = sum(p.numel() for p in self._loss.parameters)
         if parameters <= rows:
             rows = min(max(rows, OVER * parameters), self._settings.max_rows)
         whole = rows >= total
         holds = total < HELD_RATIO * parameters if self._settings.holdout is None else self._settings.holdout
+        holds &= not progress.released
         fixed = torch.Generator().manual_seed(HELD)
         offsets = [0]
         for r in here.values:
@@ -238,7 +251,7 @@ class GaussNewtonStep:
             c = here.weights[block.term].reshape(-1)
             all_elements = block.chosen(None, c.device) + offsets[block.term]
             d, kept = None, block.size
-            if holds and block.size >= HELD_BLOCK:
+            if holds and block.size >= HELD_BLOCK and self._fed(block):
                 order = torch.randperm(block.size, generator=fixed)
                 out, inside = order[: block.size // HELD], order[block.size // HELD :]
                 ordered = all_elements[order.to(c.device)]
@@ -321,9 +334,12 @@ class GaussNewtonStep:
         return float(total)
 
     def _held_out(self, there: Residuals, progress: Progress, rows: _Rows) -> tuple[Residuals, Progress]:
-        """Goes back to the least loss of the residuals held out where only the others still fall: they are interpolated."""
+        """Goes back to the least loss of the residuals held out where only the others fall, or did: they are interpolated.
+
+        At a minimum of all others those held out join them, unless they lie above.
+        """
         if not rows.held:
-            return there, progress
+            return there, progress._replace(excess=0.0)
         values = torch.cat([v.detach().flatten() for v in there.values])
         sums = [torch.zeros((), dtype=torch.float64, device=values.device)] * 2
         for out, inside, scale in rows.held:
@@ -332,9 +348,14 @@ class GaussNewtonStep:
             sums = [total + part.mean() * len(squares) for total, part in zip(sums, parts, strict=True)]
         held, others = torch.stack(sums).tolist()
         progress = progress._replace(excess=held / max(others, torch.finfo(torch.float64).tiny))
+        ended = progress.ratio == 0 and len(rows.flat) + sum(len(out) for out, _, _ in rows.held) == self._total
+        if ended and progress.excess < HELD_EXCESS and self._settings.holdout is None:
+            return there, progress._replace(released=True, best=None)
         if held < progress.held:
-            return there, progress._replace(held=held, held_since=0, best=self._loss.flat())
-        if progress.held_since + 1 < HELD_PATIENCE:
+            progress = progress._replace(held=held, held_since=0, best=self._loss.flat())
+            if not ended:
+                return there, progress
+        if progress.held_since + 1 < HELD_PATIENCE and not ended:
             return there, progress._replace(held_since=progress.held_since + 1)
         if progress.excess < HELD_EXCESS or progress.best is None:
             return there, progress._replace(held_since=0)

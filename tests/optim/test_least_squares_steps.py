@@ -610,6 +610,46 @@ def test_nothing_is_held_out_where_residuals_are_many():
     assert optimizer.metrics()["excess"] == 0
 
 
+def fields():
+    """Parameters that stand for themselves: name, loss of [n] values and its least value's linear system A u = b."""
+    y, d = torch.sin(torch.linspace(0, 6, 120)) + 0.2 * torch.randn(120), torch.eye(120).diff(n=2, dim=0)
+    system = torch.cat([torch.eye(120), 10**0.5 * d]), torch.cat([y, torch.zeros(118)])
+    yield "slices", lambda u: ((u - y) ** 2).sum() + 10 * ((u[2:] - 2 * u[1:-1] + u[:-2]) ** 2).sum(), *system
+    yield "sparse rows", lambda u: ((u - y) ** 2).sum() + 10 * ((d @ u.view(-1, 1)) ** 2).sum(), *system
+
+
+def test_parameters_that_stand_for_themselves_are_not_held_out():
+    for name, loss, a, b in fields():
+        u = nn.Parameter(torch.zeros(120))
+        optimizer = so.LevenbergMarquardt([u])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*a backward pass for each residual")
+            for _ in range(8):
+                optimizer.step(lambda loss=loss, u=u: loss(u))
+        solution = torch.linalg.lstsq(a, b.unsqueeze(1)).solution.flatten()
+        torch.testing.assert_close(u.detach(), solution, rtol=1e-6, atol=1e-6, msg=name)
+        assert optimizer.metrics()["excess"] == 0
+
+
+def test_a_linear_problem_is_never_silently_left_above_its_minimum():
+    silent = 0
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        a = torch.randn(150, 40, generator=generator)
+        b = a @ torch.randn(40, 1, generator=generator) + torch.randn(150, 1, generator=generator)
+        least = mse_loss(a @ torch.linalg.lstsq(a, b).solution, b)
+        layer = nn.Linear(40, 1, bias=False)
+        optimizer = so.LevenbergMarquardt(layer.parameters())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(15):
+                loss = optimizer.step(lambda a=a, b=b, layer=layer: mse_loss(layer(a), b))
+        silent += not caught
+        assert caught or loss < (1 + 1e-9) * least
+        assert not caught or "noise is fitted" in str(caught[0].message)
+    assert 0 < silent < 12  # both occur
+
+
 def test_what_is_held_out_is_never_drawn():
     net, loss, _ = noisy()
     optimizer = so.LevenbergMarquardt(net.parameters(), rows=100, race=False)
