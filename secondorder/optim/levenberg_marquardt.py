@@ -48,7 +48,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     Where there are fewer than 4 residuals for each parameter, a tenth of them are not drawn. If 12 steps bring no new record of
     their loss, or no step lowers that of the others, and theirs is a tenth above it or more, the points are being interpolated or
     their noise is fitted: the parameters go back to the record, with a hundred times the damping, and a warning says so once. If
-    theirs is not, all are drawn from then on. Parameters that stand for themselves, as a field's values do, have nothing held out.
+    theirs is not, all are drawn from then on. Nothing is held out of parameters that stand for themselves, as a field's values.
 
     The first call of `step` does more, since first steps decide which minimum is reached: it takes 6 steps after 40 of
     `EigenAdam` (up to 120, until they have halved the loss), and, if the last three of the 6 have not halved it, 6 steps from
@@ -135,7 +135,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             closure: returns the loss with its graph: a scalar, or [(residual, weight), ...], whose loss is the sum of
                 mean(weight * residual ** 2), residual a tensor of any shape and weight a number or a tensor of its shape. It may
                 call `zero_grad()` and `loss.backward()`: the latter does nothing within a step. Where it calls both it may return
-                the loss detached, as Lightning's closures do.
+                the loss detached, as Lightning's closures do. Derivatives in it are taken by `torch.autograd.grad`.
 
         Returns:
             The loss before the step, detached.
@@ -162,7 +162,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         loss = LeastSquaresLoss(name, with_graph(name, closure, parameters), parameters)
         value: Tensor | None = None
         try:
-            with idle_backward():
+            with idle_backward(name):
                 here = loss.here()
                 value = here.loss.detach().clone()
                 if not math.isfinite(value):
