@@ -330,6 +330,32 @@ def test_squares_of_parameters_are_residuals_like_any():
     torch.testing.assert_close(flat(net) - before, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("loss", "numbers"),
+    [
+        (lambda p: (p**2).sum(), 5),
+        (lambda p: [(p, 1.0)], 5),
+        (lambda p: p**2, 1),
+        (lambda p: torch.trapezoid((p - 0.5) ** 2), 5),
+    ],
+)
+def test_parameters_alone_are_residuals(loss, numbers):
+    p = nn.Parameter(torch.rand(() if numbers == 1 else numbers))
+    optimizer = so.LevenbergMarquardt([p])
+    for _ in range(10):
+        value = optimizer.step(lambda: loss(p))
+    assert value < 1e-12
+
+
+def test_two_parameters_alone_make_the_step_of_the_dense_formula():
+    x, y = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(2.0))
+    optimizer = so.LevenbergMarquardt([x, y], race=False, damping=0.1, acceleration=False)
+    optimizer.step(lambda: x**2 + 10 * y**2)
+    mu = 0.1 * (1 + 10) / 2
+    torch.testing.assert_close(x.detach(), torch.tensor(1 - 1 / (1 + mu)))
+    torch.testing.assert_close(y.detach(), torch.tensor(2 - 20 / (10 + mu)))
+
+
 def test_penalties_of_every_solver_and_form_are_the_same():
     net, x, y = regression(80, 8)
 
@@ -449,6 +475,33 @@ def test_closures_that_return_something_else_are_refused(result, message):
         so.LevenbergMarquardt(net.parameters()).step(lambda: result(net(x)))
     with pytest.raises(RuntimeError, match="expected a closure"):
         so.LevenbergMarquardt(net.parameters()).step()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "option"),
+    [("LevenbergMarquardt", "create_graph=True"), ("LevenbergMarquardt", "inputs"), ("LayerwiseNewton", "create_graph=True")],
+)
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_derivatives_by_backward_are_refused(optimizer, option):
+    net, x, y = regression()
+    x.requires_grad_()
+    criterion = nn.MSELoss()
+    optimizer = so.LayerwiseNewton(net, criterion) if optimizer == "LayerwiseNewton" else so.LevenbergMarquardt(net)
+
+    def closure():
+        optimizer.zero_grad()
+        x.grad = None
+        u = net(x)
+        more = {"create_graph": True} if option != "inputs" else {"inputs": [x], "retain_graph": True}
+        u.backward(torch.ones_like(u), **more)
+        loss = criterion(net(x), y) + (0 if x.grad is None else x.grad.square().mean())
+        loss.backward()
+        return loss
+
+    before = flat(net)
+    with pytest.raises(RuntimeError, match=f"got {option}. Take derivatives .* by torch.autograd.grad"):
+        optimizer.step(closure)
+    assert torch.equal(flat(net), before)
 
 
 # --- batches ---

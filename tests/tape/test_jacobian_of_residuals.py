@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, hessian, vmap
-from torch.nn.functional import binary_cross_entropy_with_logits, huber_loss, mse_loss, smooth_l1_loss, soft_margin_loss
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    huber_loss,
+    mse_loss,
+    pairwise_distance,
+    smooth_l1_loss,
+    soft_margin_loss,
+)
 
 from secondorder._tape.jacobian import Buffer, jacobian, make_plan
 from secondorder._tape.residuals import Reach, coefficients, find_terms
@@ -461,6 +468,52 @@ def test_a_wide_layer_is_cheaper_by_its_factors():
     _, ours, expected = compared(lambda: (net.parameters(), lambda: mse_loss(net(x), torch.ones(9, 1))), False)
     assert not ours.prefers_dense()
     close(ours.gram().tril(), (expected @ expected.T).tril())
+
+
+def times_itself(n):
+    return n * n
+
+
+NORMS = {  # of a residual [5, 2] and a target of its shape
+    "a product": lambda r, y: times_itself(r.norm()),
+    "a square": lambda r, y: r.norm() ** 2,
+    "relative": lambda r, y: (r.norm() / y.norm()) ** 2,
+    "relative, both squared": lambda r, y: r.norm() ** 2 / y.norm() ** 2,
+    "relative rows": lambda r, y: (3 * r.norm(dim=1) / y.norm(dim=1)).pow(2).mean(),
+    "rows with their dimension": lambda r, y: (y[:, :1] * r.norm(dim=1, keepdim=True)).square().mean(),
+    "a product of rows": lambda r, y: times_itself(torch.norm(r, dim=1)).mean(),
+    "a dot product of rows": lambda r, y: torch.dot(n := r.norm(dim=1), n),
+    "columns": lambda r, y: (2 * (r.norm(dim=0) / y.norm(dim=0))).square().sum(),
+    "a matrix norm": lambda r, y: torch.linalg.matrix_norm(r).square(),
+    "pairwise distances": lambda r, y: (pairwise_distance(r, y) ** 2).mean(),
+    "a distance": lambda r, y: torch.dist(r, y) ** 2,
+    "an absolute value with weights": lambda r, y: (r.abs() * y).square().sum(),
+    "complex": lambda r, y: (torch.view_as_complex(r).abs() * y[:, 0]).square().sum(),
+    "constants with gradients of their own": lambda r, y: (r.norm() * (y.norm() + torch.ones((), requires_grad=True))) ** 2,
+    "by trapezoids": lambda r, y: torch.trapezoid(r**2, dx=0.1).sum() + torch.trapezoid(r**2)[0],
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_squared_norm_has_a_residual_for_each_number(name):
+    net, x, y = mlp(2, 2), torch.rand(5, 2), 1 + torch.rand(5, 2)
+
+    def loss():
+        return NORMS[name](net(x), y)
+
+    value = loss()
+    terms = find_terms(value, Reach(net.parameters()), "test").squares
+    assert all(t.residual.numel() == 10 for t in terms)
+    _, ours, expected = compared(lambda: (net.parameters(), loss), False)
+    close(ours.dense(), expected)
+    squares = sum((c * t.residual.square()).sum() for c, t in zip(coefficients(value, terms, "test"), terms, strict=True))
+    right, found = (torch.autograd.grad(v, list(net.parameters()), retain_graph=True) for v in (value, squares))
+    torch.testing.assert_close(found, right)
+
+
+def test_a_norm_that_constants_widen_is_a_residual():
+    net, x = mlp(2, 2), torch.rand(5, 2)
+    compared(lambda: (net.parameters(), lambda: (net(x).norm() * torch.ones(3)).square().sum()), False)
 
 
 @pytest.mark.parametrize(
