@@ -466,6 +466,11 @@ def test_a_value_that_is_not_that_of_its_graph_is_refused():
         (lambda u: None, "got NoneType"),
         (lambda u: [], "got list"),
         (lambda u: [(u, -1.0)], "negative coefficient"),
+        (lambda u: [(u, torch.ones(40))], r"expands to its residual's shape, \(40, 1\), got one of shape \(40,\)"),
+        (lambda u: [(u, torch.ones(3, 40, 1))], r"got one of shape \(3, 40, 1\)"),
+        (lambda u: [(u, torch.ones(7, 1))], r"got one of shape \(7, 1\)"),
+        (lambda u: [(mse_loss(u, torch.ones_like(u)), 1.0)], "a sum of squares itself"),
+        (lambda u: [(u, 1.0), (0.1 * u.square().sum(), 1.0)], "a sum of squares itself"),
         (lambda u: [u], "got list"),
     ],
 )
@@ -502,6 +507,14 @@ def test_derivatives_by_backward_are_refused(optimizer, option):
     with pytest.raises(RuntimeError, match=f"got {option}. Take derivatives .* by torch.autograd.grad"):
         optimizer.step(closure)
     assert torch.equal(flat(net), before)
+
+
+def test_scalars_made_of_squares_are_residuals_where_there_is_more_to_them():
+    p = nn.Parameter(torch.tensor([0.6, 0.3]))
+    optimizer = so.LevenbergMarquardt([p])
+    for _ in range(10):
+        optimizer.step(lambda: [(p.square().sum() - 1, torch.ones(())), (p[0] ** 2 - p[1] ** 2, 1.0)])
+    torch.testing.assert_close(p.detach().square(), torch.full((2,), 0.5))
 
 
 # --- batches ---
