@@ -16,12 +16,20 @@ _LINEAR = {
     "UnsqueezeBackward", "ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "ExpandBackward", "ToCopyBackward",
     "CloneBackward", "AliasBackward", "PermuteBackward", "TransposeBackward", "TBackward", "UnbindBackward", "SplitBackward",
     "WhereBackward", "MaskedFillBackward", "MaskedSelectBackward", "DivBackward", "CumsumBackward", "AsStridedBackward",
-    "LiftFreshBackward", "_DDPSinkBackward",
+    "LiftFreshBackward", "_DDPSinkBackward", "SplitWithSizesBackward", "DiagonalBackward", "DiagEmbedBackward", "TraceBackward",
+    "TrilBackward", "TriuBackward", "FlipBackward", "RollBackward", "Rot90Backward", "RepeatBackward", "UnfoldBackward",
+    "TakeBackward", "ConstantPadNdBackward", "AvgPool2DBackward", "AvgPool3DBackward", "AdaptiveAvgPool2DBackward",
+    "AdaptiveAvgPool3DBackward", "ScatterBackward", "ScatterAddBackward", "IndexAddBackward", "IndexCopyBackward",
+    "IndexPutBackward", "ViewAsRealBackward", "LerpBackward",
 }  # fmt: skip
 # Products: linear in one factor, if the others do not depend on the parameters.
 _PRODUCTS = {"MulBackward", "DivBackward", "DotBackward", "MvBackward", "MmBackward", "BmmBackward"}
 # Additive ones: an input without a node is a constant that the graph does not hold.
-_SUMS = {"AddBackward", "SubBackward", "RsubBackward", "StackBackward", "CatBackward", "WhereBackward", "MaskedFillBackward"}
+_SUMS = {
+    "AddBackward", "SubBackward", "RsubBackward", "StackBackward", "CatBackward", "WhereBackward", "MaskedFillBackward",
+    "ConstantPadNdBackward", "ScatterBackward", "ScatterAddBackward", "ScatterReduceBackward", "IndexAddBackward",
+    "IndexCopyBackward", "IndexPutBackward", "LerpBackward",
+}  # fmt: skip
 
 LEAF = "torch::autograd::AccumulateGrad"
 
@@ -53,7 +61,13 @@ def linear_node(node: Node) -> bool:
     name = kind(node)
     if name == "DivBackward":
         return node.next_functions[0][0] is not None
-    return name in _LINEAR or name in _PRODUCTS
+    return name in _PRODUCTS or _is_linear(node)
+
+
+def _is_linear(node: Any) -> bool:
+    """Whether a node is linear in all its inputs together, if weights between them do not depend on the parameters."""
+    name = kind(node)
+    return name in _LINEAR or (name == "ScatterReduceBackward" and node._saved_reduce in ("sum", "mean"))
 
 
 def adds_constant(node: Node) -> bool:
@@ -128,7 +142,9 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
             if len(dependent) > 1 or (name == "DivBackward" and not reach(inputs[0])):
                 raise _refused(owner, node, "a product or quotient of two things that depend on the parameters")
             stack.extend(dependent)
-        elif name in _LINEAR:
+        elif name == "LerpBackward" and len(inputs) == 3 and reach(inputs[2]) and (reach(inputs[0]) or reach(inputs[1])):
+            raise _refused(owner, node, "a product or quotient of two things that depend on the parameters")
+        elif _is_linear(node):
             constant |= name in _SUMS and (None in inputs or len(inputs) == 1)
             stack.extend(f for f in inputs if f is not None)
         else:
@@ -156,12 +172,22 @@ def _square(node: Node, reach: Reach) -> Term | None:
     """The node as a square, if it is one."""
     name = kind(node)
     saved: Any = node
-    if name == "PowBackward" and _exponent(saved) == 2 and all(f is None for f, _ in node.next_functions[1:]):
-        return _root(node, reach)
+    if name == "PowBackward" and all(f is None for f, _ in node.next_functions[1:]):
+        exponent = _exponent(saved)
+        if exponent == 2:
+            return _root(node, reach)
+        if exponent >= 4 and exponent % 2 == 0:
+            return Term(node, saved._saved_self ** (exponent / 2), False)
     if name in ("MulBackward", "DotBackward") and len(node.next_functions) == 2:  # one for a product with a number of C++
         first, second = node.next_functions
         if first == second:  # the same output of the same node
             return _root(node, reach)
+        for one, other, z in ((first, second, "_saved_self"), (second, first, "_saved_other")):
+            if (
+                other[0] is not None and kind(other[0]) == "ConjBackward" and other[0].next_functions[0] == one
+            ):  # z times its conjugate
+                squared: Tensor = torch.view_as_real(getattr(node, z))
+                return Term(node, squared, False, (squared.ndim - 1,))
     if name in ROOTS:
         root = ROOTS[name](node)
         return None if root is None else Term(node, root, saved._saved_reduction == 1)
@@ -238,7 +264,8 @@ def coefficients(loss: Tensor, terms: list[Term], owner: str) -> list[Tensor]:
     arriving = torch.autograd.grad(loss, edges, retain_graph=True)
     found = []
     for term, c in zip(terms, arriving, strict=True):
-        c = c.detach() / term.residual.numel() if term.mean else c.detach()
+        c = c.detach().real  # of z times its conjugate, which is real
+        c = c / term.residual.numel() if term.mean else c
         found.append(_unsqueezed(c, term.summed).expand(term.residual.shape))
     if any(bool((c < 0).any()) for c in found):
         raise RuntimeError(

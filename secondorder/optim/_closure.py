@@ -259,8 +259,9 @@ def replaced_backward(function: Callable[..., Any]) -> Iterator[None]:
 def idle_backward(owner: str) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
     """`loss.backward()` in this thread does nothing: it would free the graph, and its gradients are not needed.
 
-    Yields the list that it adds its tensors to, with the gradients that it was given. A call with `create_graph=True` or `inputs`,
-    whose gradients a loss may be made of, raises RuntimeError: without them the loss is another one, with them p.grad changes.
+    Yields the list that it adds its tensors to, with the gradients that it was given. A call with `create_graph=True` or with
+    `inputs`, whose gradients a loss may be made of, raises RuntimeError: without them the loss is another one, with them p.grad
+    changes.
     """
     called: list[tuple[Tensor, Tensor | None]] = []
     _LOCAL.roots = []
