@@ -22,6 +22,7 @@ PATIENCE = 4  # steps without a new record of the whole loss, after which more r
 GROWTH = 1.5  # so many times as many
 OVER = 4  # rows for each parameter where the parameters are no more than the rows asked for: then they fix a step
 MANY = 20  # residuals: so many backward passes in a step are slow
+SUSPECT = 2.0  # a reduction over the predicted one above which the residuals are compared with those at the start anew
 SHARE = 0.5  # of an equal share of the rows that each term has at least
 LEAST_DAMPING = 1e-16
 HELD = 10  # one of so many residuals is held out
@@ -118,7 +119,7 @@ class GaussNewtonStep:
             progress = progress._replace(held=math.inf, held_since=0, best=None, released=False)
         rows = self._draw(plan, here, progress)
         jacobian = self._jacobian(plan, here, rows)
-        r = self._taken(here.values, rows)
+        r, before = self._taken(here.values, rows), [v.detach() for v in here.values]
         problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator, self._buffer)
         start = self._drawn_objective(r, theta, here)
         if not math.isfinite(problem.trace):
@@ -144,6 +145,12 @@ class GaussNewtonStep:
             limit = whole if rows.whole else RISE * (min(whole, progress.record) if same else whole)
             if drawn < start and now < limit and predicted > 0:
                 ratio = (start - drawn) / predicted
+                if ratio > SUSPECT:
+                    reached = loss.flat()
+                    loss.move(theta)
+                    self._check_same(before, here, 1e-2)
+                    loss.move(reached)
+                    there = here._replace(values=loss.there(here))
                 least = max(HELD_DECAY * progress.least, LEAST_DAMPING)
                 mu = max(mu * max(1 / 3, 1 - (2 * ratio - 1) ** 3), least)
                 progress = self._recorded(
@@ -152,6 +159,7 @@ class GaussNewtonStep:
                 return self._held_out(there, progress, rows)
             mu, growth = mu * growth, 2 * growth
         loss.move(theta)
+        self._check_same(before, here, 1e-2)
         return self._held_out(here, progress._replace(damping=min(10 * progress.damping, 1.0), growth=2.0, ratio=0.0), rows)
 
     def race(self, here: Residuals, damping: float) -> tuple[Residuals, Progress]:
@@ -205,14 +213,7 @@ class GaussNewtonStep:
         plan = None if by_value else self._plans.get(key)
         self._unchecked = plan is None
         if plan is None:
-            again = self._loss.there(here)
-            for old, new in zip(here.values, again, strict=True):
-                if not bool((old - new).detach().norm() <= 1e-4 * old.detach().norm()):
-                    raise RuntimeError(
-                        f"{self._loss.owner}.step(): expected the closure to evaluate the same residuals at every call of a "
-                        "step, but they differ at the same parameters. Draw the batch outside of the closure, or by torch's own "
-                        "generators, which start every call of a step alike."
-                    )
+            self._check_same(here.values, here, 1e-4)
             plan = make_plan(here.values, uses, self._loss.parameters)
             if len(self._plans) >= PLANS:
                 self._plans.clear()
@@ -220,6 +221,16 @@ class GaussNewtonStep:
                 self._plans[key] = plan
         self._uses = uses
         return plan
+
+    def _check_same(self, values: Sequence[Tensor], here: Residuals, tolerance: float) -> None:
+        """Raises RuntimeError where the closure has other residuals now than it had at the present parameters."""
+        for old, new in zip(values, self._loss.there(here), strict=True):
+            if not bool((old - new).detach().norm() <= tolerance * old.detach().norm()):
+                raise RuntimeError(
+                    f"{self._loss.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, but "
+                    "they differ at the same parameters. Draw the batch outside of the closure, or by torch's own generators, "
+                    "which start every call of a step alike."
+                )
 
     def _fed(self, block: Block) -> bool:
         """Whether data, passing through layers, tell of a block's residuals what its others do not.

@@ -553,6 +553,25 @@ def test_other_points_at_every_call_are_refused():
     torch.testing.assert_close(flat(net), before, rtol=0, atol=0)
 
 
+def test_points_that_change_by_a_counter_are_refused_once_steps_fail():
+    net, x, _ = regression()
+    calls = 0
+
+    def closure():
+        nonlocal calls, x
+        calls += 1
+        if calls % 50 == 0:
+            x = torch.from_numpy(np.random.default_rng(calls).normal(size=(40, 2)))
+        return ((net(x) - torch.sin(x[:, :1])) ** 2).mean()
+
+    optimizer = so.LevenbergMarquardt(net, race=False, holdout=False)
+    with pytest.raises(RuntimeError, match="they differ at the same parameters"):
+        for _ in range(60):
+            before = flat(net)
+            optimizer.step(closure)
+    assert torch.equal(flat(net), before)
+
+
 def test_sizes_and_orders_that_change_from_step_to_step():
     net, x, y = regression(60, 12)
     optimizer = so.LevenbergMarquardt(net.parameters(), rows=30)
