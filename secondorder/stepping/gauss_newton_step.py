@@ -227,9 +227,9 @@ class GaussNewtonStep:
         for old, new in zip(values, self._loss.there(here), strict=True):
             if not bool((old - new).detach().norm() <= tolerance * old.detach().norm()):
                 raise RuntimeError(
-                    f"{self._loss.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, but "
-                    "they differ at the same parameters. Draw the batch outside of the closure, or by torch's own generators, "
-                    "which start every call of a step alike."
+                    f"{self._loss.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, "
+                    "but they differ at the same parameters. Draw the batch outside of the closure, or by torch's own "
+                    "generators, which start every call of a step alike."
                 )
 
     def _fed(self, block: Block) -> bool:
