@@ -52,7 +52,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
 
     The first call of `step` does more, since first steps decide which minimum is reached: it takes 6 steps after 40 of
     `EigenAdam` (up to 120, until they have halved the loss), and, if the last three of the 6 have not halved it, 6 steps from
-    where it was; it goes on from the least loss, that of the beginning included.
+    where it was; it goes on from the least loss, that of the beginning included. With fewer than 20 parameters the other start is
+    the first.
 
     It does not predict noise better than others do, and shocks (Burgers' equation at small viscosity) need many residuals. In
     float32 errors end near 1e-4: use float64.

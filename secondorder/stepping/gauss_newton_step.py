@@ -39,6 +39,7 @@ RACE_ROWS = 150
 RACE_WARM_UP = 40  # steps of a first-order optimizer before those of the first, and on until the loss has halved,
 RACE_LONGEST = 120  # but no more than these
 RACE_DAMPING = 1e-2  # and mu after them, relative to tr(J J^T)
+RACE_FEW = 20  # parameters: then the second start is the first, since it mostly ends the race, and a warm one costs most of a fit
 RACE_END = 1e-3  # of the first loss: a start that comes below ends the race,
 RACE_FALL = 0.5  # and so does one whose second half of steps brings so much less
 
@@ -173,7 +174,8 @@ class GaussNewtonStep:
         rows = min(RACE_ROWS, self._settings.rows)
         drawn = min(rows, sum(r.numel() for r in here.values))
         best: tuple[float, Tensor, Residuals, Progress] | None = None
-        for mu, warm in ((RACE_DAMPING, True), (damping / drawn, False)):
+        starts = [(RACE_DAMPING, True), (damping / drawn, False)]
+        for mu, warm in starts[::-1] if len(theta) < RACE_FEW else starts:
             progress = Progress(mu, rows)
             loss.move(theta)
             now = self._warmed_up(here) if warm else here._replace(values=loss.there(here))

@@ -130,6 +130,20 @@ def test_no_step_is_worse_than_the_start_where_all_rows_are_drawn():
     assert all(b <= a for a, b in zip(losses, losses[1:]))
 
 
+def test_a_curve_of_few_parameters_costs_few_calls():
+    t, p = torch.linspace(0, 5, 80), nn.Parameter(torch.tensor([1.0, 0.5, 0.0]))
+    calls = 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        return mse_loss(p[0] * torch.exp(-p[1] * t) + p[2], 2 * torch.exp(-t) + 0.3)
+
+    so.LevenbergMarquardt([p]).step(closure)
+    assert calls < 20
+    assert closure() < 1e-12
+
+
 def test_a_first_call_does_not_undo_earlier_training():
     layer, x, y = nn.Linear(4, 1), torch.randn(300, 4), torch.randn(300, 1)
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(300, 1)], 1), y).solution.flatten()
