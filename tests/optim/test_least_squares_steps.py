@@ -968,6 +968,6 @@ def test_the_warm_up_goes_on_until_the_loss_has_halved(monkeypatch):
     so.LevenbergMarquardt(fast.parameters()).step(lambda: mse_loss(fast(x), y))
     assert len(steps) == gauss_newton_step.RACE_WARM_UP
     steps.clear()
-    slow = nn.Linear(1, 1)
-    so.LevenbergMarquardt(slow.parameters()).step(lambda: ((slow(torch.ones(5, 1)) - 1e6) ** 2).mean())
+    slow = nn.Linear(20, 1)
+    so.LevenbergMarquardt(slow.parameters()).step(lambda: ((slow(torch.ones(5, 20)) - 1e6) ** 2).mean())
     assert len(steps) == gauss_newton_step.RACE_LONGEST
