@@ -16,12 +16,20 @@ _LINEAR = {
     "UnsqueezeBackward", "ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "ExpandBackward", "ToCopyBackward",
     "CloneBackward", "AliasBackward", "PermuteBackward", "TransposeBackward", "TBackward", "UnbindBackward", "SplitBackward",
     "WhereBackward", "MaskedFillBackward", "MaskedSelectBackward", "DivBackward", "CumsumBackward", "AsStridedBackward",
-    "LiftFreshBackward", "_DDPSinkBackward",
+    "LiftFreshBackward", "_DDPSinkBackward", "SplitWithSizesBackward", "DiagonalBackward", "DiagEmbedBackward", "TraceBackward",
+    "TrilBackward", "TriuBackward", "FlipBackward", "RollBackward", "Rot90Backward", "RepeatBackward", "UnfoldBackward",
+    "TakeBackward", "ConstantPadNdBackward", "AvgPool2DBackward", "AvgPool3DBackward", "AdaptiveAvgPool2DBackward",
+    "AdaptiveAvgPool3DBackward", "ScatterBackward", "ScatterAddBackward", "IndexAddBackward", "IndexCopyBackward",
+    "IndexPutBackward", "ViewAsRealBackward", "LerpBackward",
 }  # fmt: skip
 # Products: linear in one factor, if the others do not depend on the parameters.
 _PRODUCTS = {"MulBackward", "DivBackward", "DotBackward", "MvBackward", "MmBackward", "BmmBackward"}
 # Additive ones: an input without a node is a constant that the graph does not hold.
-_SUMS = {"AddBackward", "SubBackward", "RsubBackward", "StackBackward", "CatBackward", "WhereBackward", "MaskedFillBackward"}
+_SUMS = {
+    "AddBackward", "SubBackward", "RsubBackward", "StackBackward", "CatBackward", "WhereBackward", "MaskedFillBackward",
+    "ConstantPadNdBackward", "ScatterBackward", "ScatterAddBackward", "ScatterReduceBackward", "IndexAddBackward",
+    "IndexCopyBackward", "IndexPutBackward", "LerpBackward",
+}  # fmt: skip
 
 LEAF = "torch::autograd::AccumulateGrad"
 
@@ -53,7 +61,13 @@ def linear_node(node: Node) -> bool:
     name = kind(node)
     if name == "DivBackward":
         return node.next_functions[0][0] is not None
-    return name in _LINEAR or name in _PRODUCTS
+    return name in _PRODUCTS or _is_linear(node)
+
+
+def _is_linear(node: Any) -> bool:
+    """Whether a node is linear in all its inputs together, if weights between them do not depend on the parameters."""
+    name = kind(node)
+    return name in _LINEAR or (name == "ScatterReduceBackward" and node._saved_reduce in ("sum", "mean"))
 
 
 def adds_constant(node: Node) -> bool:
@@ -115,7 +129,7 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
         if not reach(node):
             constant = True
             continue
-        square = _square(node)
+        square = _square(node, reach)
         if square is not None:
             constant |= kind(node) == "BinaryCrossEntropyWithLogitsBackward"  # the entropy of its targets
             is_parameter = square.residual.is_leaf
@@ -128,11 +142,15 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
             if len(dependent) > 1 or (name == "DivBackward" and not reach(inputs[0])):
                 raise _refused(owner, node, "a product or quotient of two things that depend on the parameters")
             stack.extend(dependent)
-        elif name in _LINEAR:
+        elif name == "LerpBackward" and len(inputs) == 3 and reach(inputs[2]) and (reach(inputs[0]) or reach(inputs[1])):
+            raise _refused(owner, node, "a product or quotient of two things that depend on the parameters")
+        elif _is_linear(node):
             constant |= name in _SUMS and (None in inputs or len(inputs) == 1)
             stack.extend(f for f in inputs if f is not None)
         else:
             raise _refused(owner, node, "neither a square nor linear")
+    if not squares:  # parameters alone are residuals, too; they move where residuals stay
+        squares, penalties = [term._replace(residual=term.residual.clone()) for term in penalties], []
     if not squares:
         raise RuntimeError(
             f"{owner}.step(): expected the closure to return a loss that depends on a trained parameter, got one that does not; "
@@ -150,16 +168,26 @@ def _refused(owner: str, node: Node, what: str) -> RuntimeError:
     )
 
 
-def _square(node: Node) -> Term | None:
+def _square(node: Node, reach: Reach) -> Term | None:
     """The node as a square, if it is one."""
     name = kind(node)
     saved: Any = node
-    if name == "PowBackward" and _exponent(saved) == 2 and all(f is None for f, _ in node.next_functions[1:]):
-        return Term(node, *_root(saved._saved_self))
-    if name in ("MulBackward", "DotBackward"):
+    if name == "PowBackward" and all(f is None for f, _ in node.next_functions[1:]):
+        exponent = _exponent(saved)
+        if exponent == 2:
+            return _root(node, reach)
+        if exponent >= 4 and exponent % 2 == 0:
+            return Term(node, saved._saved_self ** (exponent / 2), False)
+    if name in ("MulBackward", "DotBackward") and len(node.next_functions) == 2:  # one for a product with a number of C++
         first, second = node.next_functions
         if first == second:  # the same output of the same node
-            return Term(node, saved._saved_self, False)
+            return _root(node, reach)
+        for one, other, z in ((first, second, "_saved_self"), (second, first, "_saved_other")):
+            if (
+                other[0] is not None and kind(other[0]) == "ConjBackward" and other[0].next_functions[0] == one
+            ):  # z times its conjugate
+                squared: Tensor = torch.view_as_real(getattr(node, z))
+                return Term(node, squared, False, (squared.ndim - 1,))
     if name in ROOTS:
         root = ROOTS[name](node)
         return None if root is None else Term(node, root, saved._saved_reduction == 1)
@@ -174,21 +202,56 @@ def _exponent(node: Any) -> float:
     return float(exponent.detach() if isinstance(exponent, Tensor) else exponent)
 
 
-def _root(value: Tensor) -> tuple[Tensor, bool, tuple[int, ...]]:
-    """What is squared, where that is an absolute value or a norm: its square is smooth; the last two fields of the term."""
-    node: Any = value.grad_fn
+def _root(square: Any, reach: Reach) -> Term:
+    """What a node squares; where that is an absolute value or a norm, times constants: what is within, whose square is smooth."""
+    value: Tensor = square._saved_self
+    node, factors = square.next_functions[0][0], list[Tensor]()
+    while kind(node) in ("MulBackward", "DivBackward") and sum(reach(f) for f, _ in node.next_functions) == 1:
+        first = reach(node.next_functions[0][0])
+        if not first and kind(node) == "DivBackward":
+            break
+        other = torch.as_tensor(node._saved_other if first else node._saved_self).detach()
+        factors.append(1 / other if kind(node) == "DivBackward" else other)
+        node = node.next_functions[0 if first else 1][0]
+    inner, summed, shape = _within(node)
+    if inner is None or value.shape != shape:  # it is neither, or constants have widened it
+        return Term(square, value, False)
+    if (
+        inner.is_complex()
+    ):  # two residuals for each number, the real and the imaginary part, whose squares the last dimension sums
+        summed, inner = (*summed, inner.ndim), torch.view_as_real(inner)
+    for factor in factors:
+        inner = inner * _unsqueezed(factor.to(value.dtype).expand(shape), summed)
+    return Term(square, inner, False, summed)
+
+
+def _within(node: Any) -> tuple[Tensor | None, tuple[int, ...], torch.Size]:
+    """What a node takes the absolute value of, or the norm, the dimensions that are gone then, and the shape that is left.
+
+    None: it does neither.
+    """
     name = "" if node is None else kind(node)
-    if name != "AbsBackward" and not (name == "LinalgVectorNormBackward" and float(node._saved_ord) == 2):
-        return value, False, ()
-    inner: Tensor = node._saved_self
-    summed: list[int] = []
-    if name == "LinalgVectorNormBackward" and not node._saved_keepdim:
-        dims = node._saved_dim if node._saved_dim is not None else range(inner.ndim)
-        summed = sorted((d if d < 2**63 else d - 2**64) % max(inner.ndim, 1) for d in dims)
-    if not inner.is_complex():
-        return inner, False, tuple(summed)
-    # Two residuals for each number, the real and the imaginary part, whose squares the last dimension sums.
-    return torch.view_as_real(inner), False, (*summed, inner.ndim)
+    if name == "AbsBackward":
+        return node._saved_self, (), node._saved_self.shape
+    if name == "DistBackward" and node._saved_p == 2:
+        inner: Tensor = node._saved_self - node._saved_other
+        return inner, tuple(range(inner.ndim)), torch.Size()
+    order = {"LinalgVectorNormBackward": "_saved_ord", "NormBackward": "_saved_p"}.get(name)
+    if order is None or getattr(node, order) != 2:
+        return None, (), torch.Size()
+    inner = node._saved_self
+    dims = getattr(node, "_saved_dim", None)
+    if getattr(node, "_saved_keepdim", False):
+        return inner, (), node._saved_result.shape
+    signed = range(inner.ndim) if dims is None else (d if d < 2**63 else d - 2**64 for d in dims)
+    return inner, tuple(sorted(d % max(inner.ndim, 1) for d in signed)), node._saved_result.shape
+
+
+def _unsqueezed(t: Tensor, summed: tuple[int, ...]) -> Tensor:
+    """With the dimensions that a term has summed over; one number needs none."""
+    for dim in summed if t.ndim else ():
+        t = t.unsqueeze(dim)
+    return t
 
 
 def coefficients(loss: Tensor, terms: list[Term], owner: str) -> list[Tensor]:
@@ -201,10 +264,9 @@ def coefficients(loss: Tensor, terms: list[Term], owner: str) -> list[Tensor]:
     arriving = torch.autograd.grad(loss, edges, retain_graph=True)
     found = []
     for term, c in zip(terms, arriving, strict=True):
-        c = c.detach() / term.residual.numel() if term.mean else c.detach()
-        for dim in term.summed:
-            c = c.unsqueeze(dim)
-        found.append(c.expand(term.residual.shape))
+        c = c.detach().real  # of z times its conjugate, which is real
+        c = c / term.residual.numel() if term.mean else c
+        found.append(_unsqueezed(c, term.summed).expand(term.residual.shape))
     if any(bool((c < 0).any()) for c in found):
         raise RuntimeError(
             f"{owner}.step(): expected a sum of squares, got a negative coefficient; a loss that is unbounded below has no "

@@ -38,10 +38,17 @@ def _linear_beyond(u: Tensor, bound: float, factor: float) -> Tensor:
 
 
 def _binary_cross_entropy(node: Any) -> Tensor | None:
-    """softplus(z) - t z, less its least value, the entropy of t in [0, 1]."""
-    z, t = node._saved_self, node._saved_target
-    if node._saved_pos_weight is not None or t.requires_grad:
+    """softplus(z) - t z, less its least value, the entropy of t in [0, 1].
+
+    A positive class that counts p times is another target, p t / s, with the weight s = p t + 1 - t.
+    """
+    z, t, weight = node._saved_self, node._saved_target, node._saved_weight
+    if t.requires_grad:
         return None
+    if node._saved_pos_weight is not None:
+        positive = node._saved_pos_weight * t
+        scale = (positive + (1 - t)).clamp(min=torch.finfo(z.dtype).tiny)
+        t, weight = positive / scale, scale if weight is None else weight * scale
     entropy = -torch.xlogy(t, t) - torch.xlogy(1 - t, 1 - t)
     least = torch.logit(t).clamp(-1e4, 1e4)  # where the least value is
     near = (z - least).abs() < torch.finfo(z.dtype).eps ** 0.2
@@ -49,7 +56,6 @@ def _binary_cross_entropy(node: Any) -> Tensor | None:
     floor = torch.finfo(z.dtype).tiny
     far = torch.sign(torch.sigmoid(z.detach()) - t) * torch.where(near, 1.0, phi).clamp(min=floor).sqrt()
     root = far if not bool(near.any()) else torch.where(near, _near(z, least, t), far)
-    weight = node._saved_weight
     return root if weight is None else root * weight.sqrt()
 
 

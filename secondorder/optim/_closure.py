@@ -256,15 +256,27 @@ def replaced_backward(function: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def idle_backward() -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+def idle_backward(owner: str) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
     """`loss.backward()` in this thread does nothing: it would free the graph, and its gradients are not needed.
 
-    Yields the list that it adds its tensors to, with the gradients that it was given.
+    Yields the list that it adds its tensors to, with the gradients that it was given. A call with `create_graph=True` or with
+    `inputs`, whose gradients a loss may be made of, raises RuntimeError: without them the loss is another one, with them p.grad
+    changes.
     """
     called: list[tuple[Tensor, Tensor | None]] = []
     _LOCAL.roots = []
 
-    def remember(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+    def remember(
+        tensors: Any, grad_tensors: Any = None, retain_graph: bool | None = None, create_graph: bool = False,
+        grad_variables: Any = None, inputs: Any = None,
+    ) -> None:  # fmt: skip
+        if create_graph or inputs is not None:
+            raise RuntimeError(
+                f"{owner}.step(): expected a closure whose backward() leaves out create_graph and inputs, since within a step "
+                f"backward() does nothing, got {'create_graph=True' if create_graph else 'inputs'}. Take derivatives that the "
+                "loss is made of by torch.autograd.grad(u, x, torch.ones_like(u), create_graph=True), in place of x.grad; for "
+                "the loss itself call loss.backward()"
+            )
         roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         gradients = [grad_tensors] if isinstance(grad_tensors, Tensor) else list(grad_tensors or [None] * len(roots))
         _LOCAL.roots += roots

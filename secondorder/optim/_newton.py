@@ -139,7 +139,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
         """Within it backward() and zero_grad() leave the gradients alone; yields what backward() is called on."""
         self._evaluating = True
         try:
-            with idle_backward() as roots, nullcontext() if self._ddp is None else self._ddp.no_sync():
+            with idle_backward(type(self).__name__) as roots, nullcontext() if self._ddp is None else self._ddp.no_sync():
                 yield roots
         finally:
             self._evaluating = False

@@ -45,13 +45,15 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     taken where the rows drawn fall and the whole loss stays below twice its record; mu follows the reduction over the predicted
     one (Nielsen's rule), in at most 12 tries.
 
-    Where there are fewer than 4 residuals for each parameter, a tenth of them are never drawn. If 12 steps bring no new record of
-    their loss, which is a tenth above that of the others or more, the points are being interpolated or their noise is fitted:
-    the parameters go back to the record, with a hundred times the damping, and a warning says so once.
+    Where there are fewer than 4 residuals for each parameter, a tenth of them are not drawn. If 12 steps bring no new record of
+    their loss, or no step lowers that of the others, and theirs is a tenth above it or more, the points are being interpolated or
+    their noise is fitted: the parameters go back to the record, with a hundred times the damping, and a warning says so once. If
+    theirs is not, all are drawn from then on. Nothing is held out of parameters that stand for themselves, as a field's values.
 
     The first call of `step` does more, since first steps decide which minimum is reached: it takes 6 steps after 40 of
     `EigenAdam` (up to 120, until they have halved the loss), and, if the last three of the 6 have not halved it, 6 steps from
-    where it was; it goes on from the least loss, that of the beginning included.
+    where it was; it goes on from the least loss, that of the beginning included. With fewer than 20 parameters the other start is
+    the first.
 
     It does not predict noise better than others do, and shocks (Burgers' equation at small viscosity) need many residuals. In
     float32 errors end near 1e-4: use float64.
@@ -66,8 +68,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         acceleration: whether steps are bent by the geodesic acceleration, for one more call of the closure a step.
         damping: the start of mu, relative to the mean of the diagonal of J J^T, > 0.
         race: whether the first call tries two starts. Without it the first step has the damping above.
-        holdout: whether a tenth of the residuals, of terms with 100 or more, is held out. None: where
-            there are fewer than 4 residuals for each parameter.
+        holdout: whether a tenth of the residuals, of terms with 100 or more that data enter through layers, is held out. None:
+            where there are fewer than 4 residuals for each parameter.
         solver: "rows" (m numbers), "parameters" (P numbers), "nystrom" (conjugate gradients) or "auto".
         memory: bytes that J may take; where it would take more, products with it are formed from its factors.
         seed: of the generator that draws the rows.
@@ -134,7 +136,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             closure: returns the loss with its graph: a scalar, or [(residual, weight), ...], whose loss is the sum of
                 mean(weight * residual ** 2), residual a tensor of any shape and weight a number or a tensor of its shape. It may
                 call `zero_grad()` and `loss.backward()`: the latter does nothing within a step. Where it calls both it may return
-                the loss detached, as Lightning's closures do.
+                the loss detached, as Lightning's closures do. Derivatives in it are taken by `torch.autograd.grad`.
 
         Returns:
             The loss before the step, detached.
@@ -161,7 +163,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         loss = LeastSquaresLoss(name, with_graph(name, closure, parameters), parameters)
         value: Tensor | None = None
         try:
-            with idle_backward():
+            with idle_backward(name):
                 here = loss.here()
                 value = here.loss.detach().clone()
                 if not math.isfinite(value):
@@ -195,9 +197,10 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         if run.interpolates and "interpolation" not in self._told:
             self._told.add("interpolation")
             warn(
-                f"{name}: the residuals held out have not fallen for {HELD_PATIENCE} steps while the others have: the points are "
-                "being interpolated, or noise is fitted. It has gone back, with more damping. More points, or new ones in every "
-                "step, let it go on; so does holdout=False, for data without noise."
+                f"{name}: the residuals held out lie above the others, and have not fallen for {HELD_PATIENCE} steps or while "
+                "the others could: the points are being interpolated, or noise is fitted. It has gone back, with more damping. "
+                "More points, or new ones in every step, let it go on; so does holdout=False, for data without noise or where "
+                "the least loss itself is sought."
             )
         steps = state.get("step", 0) + 1
         self.state[self._first()] = {**progress._asdict(), "generator": generator.get_state(), "step": steps}

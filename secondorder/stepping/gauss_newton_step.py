@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secondorder._tape.graph import COMPILED
-from secondorder._tape.jacobian import Buffer, Jacobian, Plan, jacobian, make_plan, signature
+from secondorder._tape.jacobian import Block, Buffer, Jacobian, Plan, jacobian, make_plan, signature
 from secondorder._tape.uses import find_uses
 from secondorder.errors import NonFiniteError
 from secondorder.stepping.damped_least_squares import DampedLeastSquares
@@ -22,6 +22,7 @@ PATIENCE = 4  # steps without a new record of the whole loss, after which more r
 GROWTH = 1.5  # so many times as many
 OVER = 4  # rows for each parameter where the parameters are no more than the rows asked for: then they fix a step
 MANY = 20  # residuals: so many backward passes in a step are slow
+SUSPECT = 2.0  # a reduction over the predicted one above which the residuals are compared with those at the start anew
 SHARE = 0.5  # of an equal share of the rows that each term has at least
 LEAST_DAMPING = 1e-16
 HELD = 10  # one of so many residuals is held out
@@ -38,6 +39,7 @@ RACE_ROWS = 150
 RACE_WARM_UP = 40  # steps of a first-order optimizer before those of the first, and on until the loss has halved,
 RACE_LONGEST = 120  # but no more than these
 RACE_DAMPING = 1e-2  # and mu after them, relative to tr(J J^T)
+RACE_FEW = 20  # parameters: then the second start is the first, since it mostly ends the race, and a warm one costs most of a fit
 RACE_END = 1e-3  # of the first loss: a start that comes below ends the race,
 RACE_FALL = 0.5  # and so does one whose second half of steps brings so much less
 
@@ -56,6 +58,7 @@ class Progress(NamedTuple):
     excess: float = 0.0  # their mean loss now, over that of the others of their blocks; 0: none are held out
     held_since: int = 0  # steps since `held`
     best: Tensor | None = None  # the parameters that had it [P]
+    released: bool = False  # whether none are held out any more
     least: float = LEAST_DAMPING  # what mu does not fall below
 
 
@@ -111,14 +114,14 @@ class GaussNewtonStep:
         """One step; returns the loss where it leads, and what it leaves to the next."""
         loss, settings = self._loss, self._settings
         plan = self._plan(here)
-        rows = self._draw(plan, here, progress.rows)
-        jacobian = self._jacobian(plan, here, rows)
-        r = self._taken(here.values, rows)
-        problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator, self._buffer)
         theta, whole = loss.flat(), loss.objective(here.values, here)
         same = abs(whole - progress.whole) <= 1e-6 * whole
         if not same or (progress.best is not None and len(progress.best) != len(theta)):  # another batch, or other parameters
-            progress = progress._replace(held=math.inf, held_since=0, best=None)
+            progress = progress._replace(held=math.inf, held_since=0, best=None, released=False)
+        rows = self._draw(plan, here, progress)
+        jacobian = self._jacobian(plan, here, rows)
+        r, before = self._taken(here.values, rows), [v.detach() for v in here.values]
+        problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator, self._buffer)
         start = self._drawn_objective(r, theta, here)
         if not math.isfinite(problem.trace):
             raise NonFiniteError(f"{loss.owner}.step(): the Jacobian holds NaN or inf; no parameter and no state has changed")
@@ -143,6 +146,12 @@ class GaussNewtonStep:
             limit = whole if rows.whole else RISE * (min(whole, progress.record) if same else whole)
             if drawn < start and now < limit and predicted > 0:
                 ratio = (start - drawn) / predicted
+                if ratio > SUSPECT:
+                    reached = loss.flat()
+                    loss.move(theta)
+                    self._check_same(before, here, 1e-2)
+                    loss.move(reached)
+                    there = here._replace(values=loss.there(here))
                 least = max(HELD_DECAY * progress.least, LEAST_DAMPING)
                 mu = max(mu * max(1 / 3, 1 - (2 * ratio - 1) ** 3), least)
                 progress = self._recorded(
@@ -151,7 +160,8 @@ class GaussNewtonStep:
                 return self._held_out(there, progress, rows)
             mu, growth = mu * growth, 2 * growth
         loss.move(theta)
-        return here, progress._replace(damping=min(10 * progress.damping, 1.0), growth=2.0, ratio=0.0)
+        self._check_same(before, here, 1e-2)
+        return self._held_out(here, progress._replace(damping=min(10 * progress.damping, 1.0), growth=2.0, ratio=0.0), rows)
 
     def race(self, here: Residuals, damping: float) -> tuple[Residuals, Progress]:
         """Some steps from each of two starts; the lowest loss goes on.
@@ -164,7 +174,8 @@ class GaussNewtonStep:
         rows = min(RACE_ROWS, self._settings.rows)
         drawn = min(rows, sum(r.numel() for r in here.values))
         best: tuple[float, Tensor, Residuals, Progress] | None = None
-        for mu, warm in ((RACE_DAMPING, True), (damping / drawn, False)):
+        starts = [(RACE_DAMPING, True), (damping / drawn, False)]
+        for mu, warm in starts[::-1] if len(theta) < RACE_FEW else starts:
             progress = Progress(mu, rows)
             loss.move(theta)
             now = self._warmed_up(here) if warm else here._replace(values=loss.there(here))
@@ -204,14 +215,7 @@ class GaussNewtonStep:
         plan = None if by_value else self._plans.get(key)
         self._unchecked = plan is None
         if plan is None:
-            again = self._loss.there(here)
-            for old, new in zip(here.values, again, strict=True):
-                if not bool((old - new).detach().norm() <= 1e-4 * old.detach().norm()):
-                    raise RuntimeError(
-                        f"{self._loss.owner}.step(): expected the closure to evaluate the same residuals at every call of a "
-                        "step, but they differ at the same parameters. Draw the batch outside of the closure, or by torch's own "
-                        "generators, which start every call of a step alike."
-                    )
+            self._check_same(here.values, here, 1e-4)
             plan = make_plan(here.values, uses, self._loss.parameters)
             if len(self._plans) >= PLANS:
                 self._plans.clear()
@@ -220,14 +224,36 @@ class GaussNewtonStep:
         self._uses = uses
         return plan
 
-    def _draw(self, plan: Plan, here: Residuals, rows: float) -> _Rows:
+    def _check_same(self, values: Sequence[Tensor], here: Residuals, tolerance: float) -> None:
+        """Raises RuntimeError where the closure has other residuals now than it had at the present parameters."""
+        for old, new in zip(values, self._loss.there(here), strict=True):
+            if not bool((old - new).detach().norm() <= tolerance * old.detach().norm()):
+                raise RuntimeError(
+                    f"{self._loss.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, "
+                    "but they differ at the same parameters. Draw the batch outside of the closure, or by torch's own "
+                    "generators, which start every call of a step alike."
+                )
+
+    def _fed(self, block: Block) -> bool:
+        """Whether data, passing through layers, tell of a block's residuals what its others do not.
+
+        Where parameters stand for themselves, as a field's values do, or in penalties, no residual says what another one would.
+        """
+        if any(2 * self._loss.parameters[p].numel() > block.size for p in block.others):
+            return False
+        operands = [self._uses[block.term].uses[k].operand for k in block.uses]
+        return any(a is not None and 2 * int(a.count_nonzero()) > a.numel() for a in operands)
+
+    def _draw(self, plan: Plan, here: Residuals, progress: Progress) -> _Rows:
         """Draws residuals: of each block its share, of a small one at least half of an equal share."""
-        total = self._total = sum(block.size for block in plan.blocks)
+        rows, total = progress.rows, sum(block.size for block in plan.blocks)
+        self._total = total
         parameters = sum(p.numel() for p in self._loss.parameters)
         if parameters <= rows:
             rows = min(max(rows, OVER * parameters), self._settings.max_rows)
         whole = rows >= total
         holds = total < HELD_RATIO * parameters if self._settings.holdout is None else self._settings.holdout
+        holds &= not progress.released
         fixed = torch.Generator().manual_seed(HELD)
         offsets = [0]
         for r in here.values:
@@ -238,7 +264,7 @@ class GaussNewtonStep:
             c = here.weights[block.term].reshape(-1)
             all_elements = block.chosen(None, c.device) + offsets[block.term]
             d, kept = None, block.size
-            if holds and block.size >= HELD_BLOCK:
+            if holds and block.size >= HELD_BLOCK and self._fed(block):
                 order = torch.randperm(block.size, generator=fixed)
                 out, inside = order[: block.size // HELD], order[block.size // HELD :]
                 ordered = all_elements[order.to(c.device)]
@@ -321,9 +347,12 @@ class GaussNewtonStep:
         return float(total)
 
     def _held_out(self, there: Residuals, progress: Progress, rows: _Rows) -> tuple[Residuals, Progress]:
-        """Goes back to the least loss of the residuals held out where only the others still fall: they are interpolated."""
+        """Goes back to the least loss of the residuals held out where only the others fall, or did: they are interpolated.
+
+        At a minimum of all others those held out join them, unless they lie above.
+        """
         if not rows.held:
-            return there, progress
+            return there, progress._replace(excess=0.0)
         values = torch.cat([v.detach().flatten() for v in there.values])
         sums = [torch.zeros((), dtype=torch.float64, device=values.device)] * 2
         for out, inside, scale in rows.held:
@@ -332,9 +361,14 @@ class GaussNewtonStep:
             sums = [total + part.mean() * len(squares) for total, part in zip(sums, parts, strict=True)]
         held, others = torch.stack(sums).tolist()
         progress = progress._replace(excess=held / max(others, torch.finfo(torch.float64).tiny))
+        ended = progress.ratio == 0 and len(rows.flat) + sum(len(out) for out, _, _ in rows.held) == self._total
+        if ended and progress.excess < HELD_EXCESS and self._settings.holdout is None:
+            return there, progress._replace(released=True, best=None)
         if held < progress.held:
-            return there, progress._replace(held=held, held_since=0, best=self._loss.flat())
-        if progress.held_since + 1 < HELD_PATIENCE:
+            progress = progress._replace(held=held, held_since=0, best=self._loss.flat())
+            if not ended:
+                return there, progress
+        if progress.held_since + 1 < HELD_PATIENCE and not ended:
             return there, progress._replace(held_since=progress.held_since + 1)
         if progress.excess < HELD_EXCESS or progress.best is None:
             return there, progress._replace(held_since=0)

@@ -118,8 +118,29 @@ class LeastSquaresLoss:
             raise RuntimeError(
                 f"{self.owner}.step(): expected real residuals, got complex ones; give their parts, torch.view_as_real(residual)"
             )
+        for r, weight in result:
+            if isinstance(weight, Tensor) and not _expands(weight.shape, r.shape):
+                raise RuntimeError(
+                    f"{self.owner}.step(): expected a weight that expands to its residual's shape, {tuple(r.shape)}, got one of "
+                    f"shape {tuple(weight.shape)}; reshape it, weight.view_as(residual) for one number each"
+                )
+            if r.ndim == 0 and self._is_loss(r):
+                raise RuntimeError(
+                    f"{self.owner}.step(): expected residuals, whose squares are taken, got a scalar that is a sum of squares "
+                    "itself; give what it squares, (u - y, weight) for mse_loss(u, y), or return the scalar loss without a list"
+                )
         with torch.enable_grad():
             return torch.stack([(weight * r.square()).mean() for r, weight in result]).sum()
+
+    def _is_loss(self, r: Tensor) -> bool:
+        """Whether the graph of a scalar shows a sum of squares and nothing beside it, as it does not for |u|^2 - 1."""
+        try:
+            with torch.enable_grad():
+                terms = find_terms(r, Reach(self.parameters), self.owner)
+            coefficients(r, [*terms.squares, *terms.penalties], self.owner)
+        except RuntimeError:
+            return False
+        return not terms.constant
 
     def _penalties(self, terms: list[Term], weights: list[Tensor]) -> Tensor | None:
         if not terms:
@@ -128,6 +149,11 @@ class LeastSquaresLoss:
         for term, c in zip(terms, weights, strict=True):
             each[id(term.residual)] += c
         return torch.cat([t.flatten() for t in each.values()])
+
+
+def _expands(shape: torch.Size, target: torch.Size) -> bool:
+    """Whether a tensor of a shape expands to another one."""
+    return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape[::-1], target[::-1], strict=False))
 
 
 def _is_pair(pair: object) -> bool:

@@ -130,6 +130,20 @@ def test_no_step_is_worse_than_the_start_where_all_rows_are_drawn():
     assert all(b <= a for a, b in zip(losses, losses[1:]))
 
 
+def test_a_curve_of_few_parameters_costs_few_calls():
+    t, p = torch.linspace(0, 5, 80), nn.Parameter(torch.tensor([1.0, 0.5, 0.0]))
+    calls = 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        return mse_loss(p[0] * torch.exp(-p[1] * t) + p[2], 2 * torch.exp(-t) + 0.3)
+
+    so.LevenbergMarquardt([p]).step(closure)
+    assert calls < 20
+    assert closure() < 1e-12
+
+
 def test_a_first_call_does_not_undo_earlier_training():
     layer, x, y = nn.Linear(4, 1), torch.randn(300, 4), torch.randn(300, 1)
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(300, 1)], 1), y).solution.flatten()
@@ -330,6 +344,32 @@ def test_squares_of_parameters_are_residuals_like_any():
     torch.testing.assert_close(flat(net) - before, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("loss", "numbers"),
+    [
+        (lambda p: (p**2).sum(), 5),
+        (lambda p: [(p, 1.0)], 5),
+        (lambda p: p**2, 1),
+        (lambda p: torch.trapezoid((p - 0.5) ** 2), 5),
+    ],
+)
+def test_parameters_alone_are_residuals(loss, numbers):
+    p = nn.Parameter(torch.rand(() if numbers == 1 else numbers))
+    optimizer = so.LevenbergMarquardt([p])
+    for _ in range(10):
+        value = optimizer.step(lambda: loss(p))
+    assert value < 1e-12
+
+
+def test_two_parameters_alone_make_the_step_of_the_dense_formula():
+    x, y = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(2.0))
+    optimizer = so.LevenbergMarquardt([x, y], race=False, damping=0.1, acceleration=False)
+    optimizer.step(lambda: x**2 + 10 * y**2)
+    mu = 0.1 * (1 + 10) / 2
+    torch.testing.assert_close(x.detach(), torch.tensor(1 - 1 / (1 + mu)))
+    torch.testing.assert_close(y.detach(), torch.tensor(2 - 20 / (10 + mu)))
+
+
 def test_penalties_of_every_solver_and_form_are_the_same():
     net, x, y = regression(80, 8)
 
@@ -440,6 +480,11 @@ def test_a_value_that_is_not_that_of_its_graph_is_refused():
         (lambda u: None, "got NoneType"),
         (lambda u: [], "got list"),
         (lambda u: [(u, -1.0)], "negative coefficient"),
+        (lambda u: [(u, torch.ones(40))], r"expands to its residual's shape, \(40, 1\), got one of shape \(40,\)"),
+        (lambda u: [(u, torch.ones(3, 40, 1))], r"got one of shape \(3, 40, 1\)"),
+        (lambda u: [(u, torch.ones(7, 1))], r"got one of shape \(7, 1\)"),
+        (lambda u: [(mse_loss(u, torch.ones_like(u)), 1.0)], "a sum of squares itself"),
+        (lambda u: [(u, 1.0), (0.1 * u.square().sum(), 1.0)], "a sum of squares itself"),
         (lambda u: [u], "got list"),
     ],
 )
@@ -449,6 +494,41 @@ def test_closures_that_return_something_else_are_refused(result, message):
         so.LevenbergMarquardt(net.parameters()).step(lambda: result(net(x)))
     with pytest.raises(RuntimeError, match="expected a closure"):
         so.LevenbergMarquardt(net.parameters()).step()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "option"),
+    [("LevenbergMarquardt", "create_graph=True"), ("LevenbergMarquardt", "inputs"), ("LayerwiseNewton", "create_graph=True")],
+)
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_derivatives_by_backward_are_refused(optimizer, option):
+    net, x, y = regression()
+    x.requires_grad_()
+    criterion = nn.MSELoss()
+    optimizer = so.LayerwiseNewton(net, criterion) if optimizer == "LayerwiseNewton" else so.LevenbergMarquardt(net)
+
+    def closure():
+        optimizer.zero_grad()
+        x.grad = None
+        u = net(x)
+        more = {"create_graph": True} if option != "inputs" else {"inputs": [x], "retain_graph": True}
+        u.backward(torch.ones_like(u), **more)
+        loss = criterion(net(x), y) + (0 if x.grad is None else x.grad.square().mean())
+        loss.backward()
+        return loss
+
+    before = flat(net)
+    with pytest.raises(RuntimeError, match=f"got {option}. Take derivatives .* by torch.autograd.grad"):
+        optimizer.step(closure)
+    assert torch.equal(flat(net), before)
+
+
+def test_scalars_made_of_squares_are_residuals_where_there_is_more_to_them():
+    p = nn.Parameter(torch.tensor([0.6, 0.3]))
+    optimizer = so.LevenbergMarquardt([p])
+    for _ in range(10):
+        optimizer.step(lambda: [(p.square().sum() - 1, torch.ones(())), (p[0] ** 2 - p[1] ** 2, 1.0)])
+    torch.testing.assert_close(p.detach().square(), torch.full((2,), 0.5))
 
 
 # --- batches ---
@@ -485,6 +565,25 @@ def test_other_points_at_every_call_are_refused():
     with pytest.raises(RuntimeError, match="the same residuals at every call"):
         so.LevenbergMarquardt(net.parameters()).step(closure)
     torch.testing.assert_close(flat(net), before, rtol=0, atol=0)
+
+
+def test_points_that_change_by_a_counter_are_refused_once_steps_fail():
+    net, x, _ = regression()
+    calls = 0
+
+    def closure():
+        nonlocal calls, x
+        calls += 1
+        if calls % 50 == 0:
+            x = torch.from_numpy(np.random.default_rng(calls).normal(size=(40, 2)))
+        return ((net(x) - torch.sin(x[:, :1])) ** 2).mean()
+
+    optimizer = so.LevenbergMarquardt(net, race=False, holdout=False)
+    with pytest.raises(RuntimeError, match="they differ at the same parameters"):
+        for _ in range(60):
+            before = flat(net)
+            optimizer.step(closure)
+    assert torch.equal(flat(net), before)
 
 
 def test_sizes_and_orders_that_change_from_step_to_step():
@@ -608,6 +707,46 @@ def test_nothing_is_held_out_where_residuals_are_many():
     optimizer = so.LevenbergMarquardt(net.parameters())
     optimizer.step(lambda: mse_loss(net(x), y))
     assert optimizer.metrics()["excess"] == 0
+
+
+def fields():
+    """Parameters that stand for themselves: name, loss of [n] values and its least value's linear system A u = b."""
+    y, d = torch.sin(torch.linspace(0, 6, 120)) + 0.2 * torch.randn(120), torch.eye(120).diff(n=2, dim=0)
+    system = torch.cat([torch.eye(120), 10**0.5 * d]), torch.cat([y, torch.zeros(118)])
+    yield "slices", lambda u: ((u - y) ** 2).sum() + 10 * ((u[2:] - 2 * u[1:-1] + u[:-2]) ** 2).sum(), *system
+    yield "sparse rows", lambda u: ((u - y) ** 2).sum() + 10 * ((d @ u.view(-1, 1)) ** 2).sum(), *system
+
+
+def test_parameters_that_stand_for_themselves_are_not_held_out():
+    for name, loss, a, b in fields():
+        u = nn.Parameter(torch.zeros(120))
+        optimizer = so.LevenbergMarquardt([u])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*a backward pass for each residual")
+            for _ in range(8):
+                optimizer.step(lambda loss=loss, u=u: loss(u))
+        solution = torch.linalg.lstsq(a, b.unsqueeze(1)).solution.flatten()
+        torch.testing.assert_close(u.detach(), solution, rtol=1e-6, atol=1e-6, msg=name)
+        assert optimizer.metrics()["excess"] == 0
+
+
+def test_a_linear_problem_is_never_silently_left_above_its_minimum():
+    silent = 0
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        a = torch.randn(150, 40, generator=generator)
+        b = a @ torch.randn(40, 1, generator=generator) + torch.randn(150, 1, generator=generator)
+        least = mse_loss(a @ torch.linalg.lstsq(a, b).solution, b)
+        layer = nn.Linear(40, 1, bias=False)
+        optimizer = so.LevenbergMarquardt(layer.parameters())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(15):
+                loss = optimizer.step(lambda a=a, b=b, layer=layer: mse_loss(layer(a), b))
+        silent += not caught
+        assert caught or loss < (1 + 1e-9) * least
+        assert not caught or "noise is fitted" in str(caught[0].message)
+    assert 0 < silent < 12  # both occur
 
 
 def test_what_is_held_out_is_never_drawn():
@@ -829,6 +968,6 @@ def test_the_warm_up_goes_on_until_the_loss_has_halved(monkeypatch):
     so.LevenbergMarquardt(fast.parameters()).step(lambda: mse_loss(fast(x), y))
     assert len(steps) == gauss_newton_step.RACE_WARM_UP
     steps.clear()
-    slow = nn.Linear(1, 1)
-    so.LevenbergMarquardt(slow.parameters()).step(lambda: ((slow(torch.ones(5, 1)) - 1e6) ** 2).mean())
+    slow = nn.Linear(20, 1)
+    so.LevenbergMarquardt(slow.parameters()).step(lambda: ((slow(torch.ones(5, 20)) - 1e6) ** 2).mean())
     assert len(steps) == gauss_newton_step.RACE_LONGEST

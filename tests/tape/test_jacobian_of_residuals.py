@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, hessian, vmap
-from torch.nn.functional import binary_cross_entropy_with_logits, huber_loss, mse_loss, smooth_l1_loss, soft_margin_loss
+from torch.nn.functional import (
+    avg_pool1d,
+    avg_pool2d,
+    binary_cross_entropy_with_logits,
+    huber_loss,
+    mse_loss,
+    pad,
+    pairwise_distance,
+    smooth_l1_loss,
+    soft_margin_loss,
+)
 
 from secondorder._tape.jacobian import Buffer, jacobian, make_plan
 from secondorder._tape.residuals import Reach, coefficients, find_terms
@@ -463,6 +473,119 @@ def test_a_wide_layer_is_cheaper_by_its_factors():
     close(ours.gram().tril(), (expected @ expected.T).tril())
 
 
+def times_itself(n):
+    return n * n
+
+
+NORMS = {  # of a residual [5, 2] and a target of its shape
+    "a product": lambda r, y: times_itself(r.norm()),
+    "a square": lambda r, y: r.norm() ** 2,
+    "relative": lambda r, y: (r.norm() / y.norm()) ** 2,
+    "relative, both squared": lambda r, y: r.norm() ** 2 / y.norm() ** 2,
+    "relative rows": lambda r, y: (3 * r.norm(dim=1) / y.norm(dim=1)).pow(2).mean(),
+    "rows with their dimension": lambda r, y: (y[:, :1] * r.norm(dim=1, keepdim=True)).square().mean(),
+    "a product of rows": lambda r, y: times_itself(torch.norm(r, dim=1)).mean(),
+    "a dot product of rows": lambda r, y: torch.dot(n := r.norm(dim=1), n),
+    "columns": lambda r, y: (2 * (r.norm(dim=0) / y.norm(dim=0))).square().sum(),
+    "a matrix norm": lambda r, y: torch.linalg.matrix_norm(r).square(),
+    "pairwise distances": lambda r, y: (pairwise_distance(r, y) ** 2).mean(),
+    "a distance": lambda r, y: torch.dist(r, y) ** 2,
+    "an absolute value with weights": lambda r, y: (r.abs() * y).square().sum(),
+    "complex": lambda r, y: (torch.view_as_complex(r).abs() * y[:, 0]).square().sum(),
+    "constants with gradients of their own": lambda r, y: (r.norm() * (y.norm() + torch.ones((), requires_grad=True))) ** 2,
+    "by trapezoids": lambda r, y: torch.trapezoid(r**2, dx=0.1).sum() + torch.trapezoid(r**2)[0],
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_squared_norm_has_a_residual_for_each_number(name):
+    net, x, y = mlp(2, 2), torch.rand(5, 2), 1 + torch.rand(5, 2)
+
+    def loss():
+        return NORMS[name](net(x), y)
+
+    value = loss()
+    terms = find_terms(value, Reach(net.parameters()), "test").squares
+    assert all(t.residual.numel() == 10 for t in terms)
+    _, ours, expected = compared(lambda: (net.parameters(), loss), False)
+    close(ours.dense(), expected)
+    squares = sum((c * t.residual.square()).sum() for c, t in zip(coefficients(value, terms, "test"), terms, strict=True))
+    right, found = (torch.autograd.grad(v, list(net.parameters()), retain_graph=True) for v in (value, squares))
+    torch.testing.assert_close(found, right)
+
+
+ROWS = torch.tensor([0, 2, 1, 2, 0])
+LINEAR = {  # of squares [5, 2]
+    "sizes": lambda s: sum(w * part.sum() for w, part in zip((2.0, 5.0), s.split([2, 3]), strict=True)),
+    "scatter_add": lambda s: (torch.ones(3).scatter_add(0, ROWS, s[:, 0]) * torch.tensor([1.0, 2.0, 3.0])).sum() + s[:, 1].sum(),
+    "scatter_add of both": lambda s: (s[:, 1].scatter_add(0, ROWS, s[:, 0]) * torch.arange(1.0, 6)).sum(),
+    "index_add": lambda s: (s.index_add(0, ROWS, s, alpha=2) * torch.arange(1.0, 6).view(5, 1)).sum(),
+    "index_copy": lambda s: (torch.ones(7, 2).index_copy(0, torch.arange(5), s) * torch.arange(1.0, 8).view(7, 1)).sum(),
+    "index_put": lambda s: (torch.zeros(3, 2).index_put((ROWS,), s, True) * torch.arange(1.0, 4).view(3, 1)).sum(),
+    "scatter_reduce, mean": lambda s: (torch.zeros(3).scatter_reduce(0, ROWS, s[:, 0], "mean")).sum() + s[:, 1].sum(),
+    "scatter_reduce, sum": lambda s: (s[:, 1].scatter_reduce(0, ROWS, s[:, 0], "sum") * torch.arange(1.0, 6)).sum(),
+    "diagonal": lambda s: (s.T @ torch.ones(5, 2)).diagonal().sum(),
+    "trace": lambda s: (s.T @ torch.ones(5, 2)).trace(),
+    "flip and roll": lambda s: ((s.flip(0) + s.roll(1, 0)) * torch.arange(1.0, 6).view(5, 1)).sum(),
+    "repeat": lambda s: (s.repeat(2, 3) * torch.arange(1.0, 11).view(10, 1)).sum(),
+    "avg_pool1d": lambda s: (avg_pool1d(s.T, 2, 1) * torch.arange(1.0, 5)).sum(),
+    "avg_pool2d": lambda s: avg_pool2d(s.view(1, 1, 5, 2), 2, 1, padding=1).sum(),
+    "lerp by a number": lambda s: torch.lerp(s[:, 0], s[:, 1], 0.3).sum(),
+    "lerp by a tensor": lambda s: torch.lerp(s[:, 0], s[:, 1], torch.linspace(0.1, 0.9, 5)).sum(),
+    "lerp from a constant": lambda s: torch.lerp(torch.ones(5, 2), s, torch.full((5, 2), 0.4)).sum(),
+    "lerp's weight": lambda s: torch.lerp(torch.ones(5, 2), torch.full((5, 2), 3.0), s).sum(),
+    "pad, unfold and tril": lambda s: pad(s, (1, 1), value=2.0).unfold(0, 2, 1).sum() + s.tril(1).sum(),
+    "rot90 and take": lambda s: (s.rot90() * torch.arange(1.0, 6)).sum() + s.take(ROWS).sum(),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_what_is_linear_in_squares_gives_each_its_coefficient(name):
+    u = torch.rand(5, 2, requires_grad=True)
+    loss = LINEAR[name](u**2)
+    terms = find_terms(loss, Reach([u]), "test")
+    (c,) = coefficients(loss, terms.squares, "test")
+    s = torch.rand(5, 2)
+    difference = LINEAR[name](s) - LINEAR[name](torch.zeros(5, 2))
+    torch.testing.assert_close((c * s).sum(), difference)  # at other values, too
+    constant = loss.detach() - (c * u.detach() ** 2).sum()
+    assert terms.constant or abs(constant) < 1e-12
+
+
+def test_what_is_not_linear_is_refused_by_name():
+    u = torch.rand(5, 2, requires_grad=True)
+    for loss, name in (
+        (lambda s: torch.zeros(3).scatter_reduce(0, ROWS, s[:, 0], "amax").sum(), "ScatterReduceBackward0 is neither"),
+        (lambda s: torch.lerp(s[:, 0], torch.ones(5), s[:, 1]).sum(), "LerpBackward1 is a product"),
+    ):
+        with pytest.raises(RuntimeError, match=name):
+            find_terms(loss(u**2), Reach([u]), "test")
+
+
+@pytest.mark.parametrize(
+    ("loss", "numbers"),
+    [
+        (lambda r: ((z := torch.view_as_complex(r)).conj() * z).real.sum(), 10),
+        (lambda r: ((z := torch.view_as_complex(r)) * z.conj()).real.sum(), 10),
+        (lambda r: (r**4).mean() + 0.1 * (r**6).sum(), 20),
+    ],
+)
+def test_even_powers_and_conjugates_are_squares(loss, numbers):
+    net, x = mlp(2, 2), torch.rand(5, 2)
+    u = net(x)
+    value = loss(u)
+    terms = find_terms(value, Reach([*net.parameters()]), "test").squares
+    assert sum(t.residual.numel() for t in terms) == numbers
+    squares = sum((c * t.residual.square()).sum() for c, t in zip(coefficients(value, terms, "test"), terms, strict=True))
+    torch.testing.assert_close(squares, value)
+    torch.testing.assert_close(*(torch.autograd.grad(v, u, retain_graph=True)[0] for v in (squares, value)))
+
+
+def test_a_norm_that_constants_widen_is_a_residual():
+    net, x = mlp(2, 2), torch.rand(5, 2)
+    compared(lambda: (net.parameters(), lambda: (net(x).norm() * torch.ones(3)).square().sum()), False)
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
@@ -507,6 +630,8 @@ CRITERIA = {
     "soft margin": lambda u, t: soft_margin_loss(u, torch.sign(t - 0.5)),
     "bce": lambda u, t: binary_cross_entropy_with_logits(u, t),
     "bce, weighted": lambda u, t: binary_cross_entropy_with_logits(u, t, weight=1 + t, reduction="sum"),
+    "positives": lambda u, t: binary_cross_entropy_with_logits(u, t, pos_weight=torch.tensor(3.0).to(t)),
+    "positives, weighted": lambda u, t: binary_cross_entropy_with_logits(u, t, 1 + t, pos_weight=torch.tensor(0.2).to(t)),
 }
 
 
@@ -530,6 +655,10 @@ def test_a_criterion_is_the_square_of_its_root(name):
     if name.startswith("bce"):
         weight = 1 + t if "weighted" in name else torch.full_like(t, 1 / len(t))
         entropy = float((weight * torch.distributions.Bernoulli(t).entropy()).sum())
+    if name.startswith("positives"):
+        p, weight = (0.2, 1 + t) if "weighted" in name else (3.0, torch.ones_like(t))
+        scale = p * t + (1 - t)
+        entropy = float((weight * scale * torch.distributions.Bernoulli(p * t / scale).entropy()).mean())
     torch.testing.assert_close(squares + entropy, loss, rtol=1e-10, atol=0)
     (ours,), (right,) = (torch.autograd.grad(value, u, retain_graph=True) for value in (squares, loss))
     torch.testing.assert_close(ours, right, rtol=1e-6, atol=1e-14)
@@ -541,7 +670,8 @@ def test_a_roots_curvature_is_that_of_the_criterion_at_its_minimum(name):
         pytest.skip("it has no minimum")
     _, t = arguments()
     t = t[:30]
-    u = (t if name.startswith(("huber", "smooth")) else torch.logit(t)).clone().requires_grad_()
+    p = 1.0 if not name.startswith("positives") else 0.2 if "weighted" in name else 3.0
+    u = (t if name.startswith(("huber", "smooth")) else torch.logit(p * t / (p * t + (1 - t)))).clone().requires_grad_()
     loss, weights, terms = elementwise(CRITERIA[name], u, t)
     (slope,) = torch.autograd.grad(loss, u, create_graph=True)
     (right,) = torch.autograd.grad(slope.sum(), u)
@@ -559,13 +689,6 @@ def test_roots_in_float32_are_finite(name):
     torch.testing.assert_close(2 * weights[0] * terms[0].residual * root, right, rtol=2e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        lambda u, t: smooth_l1_loss(u, t, beta=0.0),
-        lambda u, t: binary_cross_entropy_with_logits(u, t, pos_weight=torch.tensor(2.0)),
-    ],
-)
-def test_criteria_without_a_root_are_refused(loss):
+def test_a_criterion_without_a_root_is_refused():
     with pytest.raises(RuntimeError, match="neither a square nor linear"):
-        elementwise(loss, *arguments())
+        elementwise(lambda u, t: smooth_l1_loss(u, t, beta=0.0), *arguments())
