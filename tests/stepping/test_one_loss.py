@@ -525,3 +525,34 @@ def test_few_labelled_rows_are_those_that_count(monkeypatch):
         assert local.instances == 8
         rows = (y != -100).nonzero().flatten()[offset::4]
         assert local.start == pytest.approx(criterion(model(X[rows]), y[rows]).item(), rel=1e-12)
+
+
+class OwnNorm(nn.Module):
+    """A batch norm that no module of torch's is."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, training=True)
+
+
+@pytest.mark.parametrize("make_norm", [nn.BatchNorm1d, OwnNorm])
+@pytest.mark.parametrize("make", FAMILY)
+def test_running_statistics_are_those_of_the_batches_alone(make, make_norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), make_norm(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    optimizer = make(model, CE)
+    mean, var = torch.zeros(6).double(), torch.ones(6).double()
+    for step in range(4):
+        x = X + 0.1 * step
+        with torch.no_grad():
+            z = model[0](x)
+            mean, var = 0.9 * mean + 0.1 * z.mean(0), 0.9 * var + 0.1 * z.var(0)
+        optimizer.zero_grad()
+        CE(model(x), Y).backward()
+        optimizer.step()
+        torch.testing.assert_close(model[1].running_mean, mean)
+        torch.testing.assert_close(model[1].running_var, var)
