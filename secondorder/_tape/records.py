@@ -122,6 +122,7 @@ class LossCall:
     flat: bool = False  # whether that Hessian is zero, as an absolute value's: then it is None
     instances: int | None = None  # rows of its sources, where they agree: a layer before a pooling has more rows than the loss
     arguments: CriterionArguments | None = None  # of the criterion, where evaluating it anew is provided for
+    outside: str | None = None  # what depends on a parameter in it, but not through these arguments; None: nothing
     blocks: dict[LayerCall, Tensor] = field(default_factory=dict)  # sum of delta delta^T [n_out, n_out] over its columns
     repeated: set[nn.Linear] = field(default_factory=set)  # the layers that it uses several times
     scale: Tensor | None = None  # d(what backward() was called on) / d(loss), summed over backward passes

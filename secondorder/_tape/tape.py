@@ -37,6 +37,7 @@ from secondorder._tape.graph import (
 from secondorder._tape.hooks import CallHook, EagerForward, remove_handles
 from secondorder._tape.layers import LayerRecord, connect, recursion_order
 from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossCall, ModelCall
+from secondorder._tape.roots import term_of_its_own
 from secondorder._tape.ways import find_way
 from secondorder._tensors import compute_dtype
 from secondorder.criteria import analytic_hessian, autograd_hessian
@@ -81,8 +82,8 @@ class Tape:
         self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
         self._muted = False
         self._keeps_inputs = keep_inputs
-        watched = (self._key + ".loss", list(model.parameters())) if model is not None and keep_inputs else None
-        self._log = BackwardLog(layers, watched)
+        self._watched = list(model.parameters()) if model is not None and keep_inputs else []
+        self._log = BackwardLog(layers, (self._key + ".loss", self._watched) if model is not None and keep_inputs else None)
         self._begin: ForwardState | None = None  # of the forward pass under way
         self._written: set[Tensor] | None = None  # the buffers that forward passes write to
         self._consumer: dict[nn.Linear, nn.Module] = {}  # what took each layer's output first: a layer, or the criterion
@@ -304,6 +305,8 @@ class Tape:
         call = LossCall([self._use(node, criterion) for node in nodes], None, loss.detach(), mean=reduction != "sum")
         call.instances = _instances(call.sources, args)
         if self._keeps_inputs:
+            own = term_of_its_own(loss, (args, kwargs), self._watched)
+            call.outside = own and f"parameters that the criterion takes by itself (by {own})"
             with self.muted():
                 call.arguments = self._criterion_arguments(args, kwargs, nodes)
         if self.columns is not None:

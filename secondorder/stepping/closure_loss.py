@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secondorder._distributed import RankReducer
-from secondorder._tape import ForwardState, Tape, term_outside
+from secondorder._tape import ForwardState, Tape, term_of_its_own, term_outside, upstream
 from secondorder._tensors import to_compute_dtype
 from secondorder.criteria import known_form
 from secondorder.stepping.gauss_newton_product import GraphQuadratic, differentiable_twice
@@ -138,9 +138,13 @@ class ClosureLoss(LossOverRanks):
         if self._graph is not None:
             return self._graph
         calls: list[tuple[Tensor, list[Tensor], Any]] = []
+        made: list[Tensor] = []
 
         def called(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
             if isinstance(loss, Tensor) and loss.grad_fn is not None:
+                made.append(loss)
+                if term_of_its_own(loss, (args, kwargs), self.parameters) is not None:
+                    return  # it counts as a term outside of the criterion
                 trained = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
                 known = None
                 if len(trained) == 1 and args and args[0] is trained[0]:
@@ -153,9 +157,10 @@ class ClosureLoss(LossOverRanks):
         finally:
             handle.remove()
         assert loss.grad_fn is not None
-        recorded = {node for made, _, _ in calls if (node := made.grad_fn) is not None}
+        recorded = {node for each, _, _ in calls if (node := each.grad_fn) is not None}
         outside = term_outside([loss.grad_fn], lambda node: node in recorded, self.parameters) is not None
-        now = math.fsum(float(made.detach()) for made, _, _ in calls)
+        trained = upstream(loss.grad_fn)  # a call for a log is none of them
+        now = math.fsum(float(each.detach()) for each in made if each.grad_fn in trained)
         seen = math.fsum(float(each.loss) for each in self.tape.losses)
         if abs(now - seen) > tolerance_of([loss, *self.parameters]) * (abs(now) + abs(seen)) and math.isfinite(seen):
             raise RuntimeError(

@@ -375,6 +375,56 @@ def test_terms_outside_of_the_criterion_are_an_error_or_trained_by_a_closure(ter
     assert losses[-1] < losses[0] - 0.05 * abs(losses[0])
 
 
+@pytest.mark.parametrize("make", FAMILY)
+@pytest.mark.parametrize("given", [True, False], ids=["a parameter given", "parameters read"])
+def test_a_criterion_that_takes_parameters_by_itself_is_evaluated_with_those_of_the_trial(given, make):
+    torch.manual_seed(0)
+    model = net(5, 6, 3)
+    criterion = (
+        so.criteria.FunctionCriterion(lambda z, y, w: F.cross_entropy(z, y) + 0.3 * w.square().sum())
+        if given
+        else so.criteria.FunctionCriterion(lambda z, y: F.cross_entropy(z, y) + penalty(model, 2))
+    )
+    optimizer = make(model, criterion, weight_decay=0.0, curvature="pch-abs")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = criterion(model(X), Y, model[0].weight) if given else criterion(model(X), Y)
+        loss.backward()
+        return loss
+
+    before = parameters(model)
+    closure()
+    with pytest.raises(RuntimeError, match=r"parameters that the criterion takes by itself.*optimizer.step\(closure\)"):
+        optimizer.step()
+    assert torch.equal(parameters(model), before)
+    losses = [optimizer.step(closure).item() for _ in range(8)]
+    assert all(b <= a + 1e-9 for a, b in zip(losses, losses[1:])), losses
+    assert losses[-1] < losses[0] - 0.05 * abs(losses[0])
+
+
+@pytest.mark.parametrize("make", [so.LayerwiseNewton, so.KFRA, so.KFLR])  # KFAC draws labels at every call
+def test_calls_of_the_criterion_for_a_log_are_no_part_of_the_loss(make):
+    torch.manual_seed(0)
+    model = net(5, 6, 3)
+    twin = copy.deepcopy(model)
+    optimizers = [make(m, CE, weight_decay=0.0) for m in (model, twin)]
+    log = []
+    for _ in range(4):
+        for own, optimizer in zip((model, twin), optimizers):
+
+            def closure(own=own, optimizer=optimizer):
+                optimizer.zero_grad()
+                loss = CE(own(X), Y) + penalty(own, 2)
+                loss.backward()
+                if own is model:
+                    log.append(CE(own(X[:4]), Y[:4]))
+                return loss
+
+            optimizer.step(closure)
+    assert torch.equal(parameters(model), parameters(twin))
+
+
 def test_a_quadratic_penalty_outside_has_its_own_curvature():
     """A linear model, MSE and an L2 term: the loss is its own quadratic model, and the step ends at the minimum along it."""
     torch.manual_seed(0)
