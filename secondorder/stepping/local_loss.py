@@ -1,6 +1,7 @@
 """The recorded loss as a function of the parameters, on a subsample of the batch: trial losses, and its quadratic terms."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -50,7 +51,9 @@ class LocalLoss(LossOverRanks):
 
     @property
     def faithful(self) -> bool:
-        """Whether evaluating the model again gives what was recorded."""
+        """Whether evaluating the model and the criterion again gives what was recorded."""
+        if not math.isfinite(self.start):
+            return True  # left to the step's own check
         return self._mean(lambda: float(all(piece.faithful for piece in self.pieces))) == 1.0
 
     def value(self, parameters: list[Tensor]) -> float:

@@ -606,3 +606,95 @@ def test_running_statistics_are_those_of_the_batches_alone(make, make_norm):
         optimizer.step()
         torch.testing.assert_close(model[1].running_mean, mean)
         torch.testing.assert_close(model[1].running_var, var)
+
+
+def perturbed(model, criterion, x=X):
+    """The gradient at other weights, as of SAM; they are back before the step."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    criterion(model(x), Y).backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.sub_(0.1)
+
+
+def by_other_weights(model, criterion):
+    criterion(functional_call(model, {n: p + 0.1 for n, p in model.named_parameters()}, (X,)), Y).backward()
+
+
+class Scaled(nn.Module):
+    """A criterion with a state."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()).double())
+
+    def forward(self, z, y):
+        loss = F.cross_entropy(z, y)
+        with torch.no_grad():
+            self.scale.mul_(0.9).add_(0.1 * loss.detach())
+        return loss / self.scale
+
+
+def plainly(model, criterion):
+    criterion(model(X), Y).backward()
+
+
+OTHERS = {
+    "weights moved": (lambda: CE, perturbed),
+    "functional_call": (lambda: CE, by_other_weights),
+    "noise": (lambda: so.criteria.FunctionCriterion(lambda z, y: F.cross_entropy(z + torch.randn_like(z), y)), plainly),
+    "state": (Scaled, plainly),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_chain_of_layers_is_compared_with_the_record(kind):
+    torch.manual_seed(0)
+    model, (criterion, call) = net(5, 6, 3), (OTHERS[kind][0](), OTHERS[kind][1])
+    optimizer = so.LayerwiseNewton(model, criterion)
+    call(model, criterion)
+    with pytest.warns(UserWarning, match="gives something else when it is evaluated again"):
+        local = optimizer._loss({p: n for n, p in model.named_parameters()}, 0)
+    assert type(local.pieces[0]) is ChainLoss
+
+
+def test_a_chain_under_autocast_is_its_record():
+    torch.manual_seed(0)
+    model = net(5, 6, 3).float()
+    optimizer = so.LayerwiseNewton(model, CE)
+    for whole in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=True):
+            z = model(X.float())
+            loss = CE(z, Y) if whole else None
+        (CE(z.float(), Y) if loss is None else loss).backward()
+        local = optimizer._loss({p: n for n, p in model.named_parameters()}, 0)
+        assert type(local.pieces[0]) is ChainLoss
+        assert local.faithful
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+@pytest.mark.parametrize("make", FAMILY)
+def test_trials_leave_a_criterion_with_a_state_alone(make, with_closure):
+    torch.manual_seed(0)
+    model, criterion = net(5, 6, 3), Scaled()
+    optimizer = make(model, criterion, curvature="pch-abs")
+    scale = torch.ones(()).double()
+    for _ in range(3):
+        with torch.no_grad():
+            scale = 0.9 * scale + 0.1 * F.cross_entropy(model(X), Y)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = criterion(model(X), Y)
+            loss.backward()
+            return loss
+
+        if with_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        torch.testing.assert_close(criterion.scale, scale)
