@@ -111,6 +111,10 @@ class CriterionArguments:
         return tree_unflatten(leaves, structure)
 
 
+def _alike() -> None:
+    """Stands for a criterion whose rows all count alike."""
+
+
 @dataclass(eq=False, slots=True)
 class LossCall:
     """One call of the criterion."""
@@ -125,6 +129,9 @@ class LossCall:
     outside: str | None = None  # what depends on a parameter in it, but not through these arguments; None: nothing
     blocks: dict[LayerCall, Tensor] = field(default_factory=dict)  # sum of delta delta^T [n_out, n_out] over its columns
     repeated: set[nn.Linear] = field(default_factory=set)  # the layers that it uses several times
+    masses: Callable[[], Tensor | None] = (
+        _alike  # of the target's elements; called where needed, since that may wait for the device
+    )
     scale: Tensor | None = None  # d(what backward() was called on) / d(loss), summed over backward passes
     released: bool = False
 
@@ -137,6 +144,7 @@ class LossCall:
     def clear(self, release: bool) -> None:
         """Forgets the backward passes; with `release` the forward pass, too."""
         self.scale, self.released = None, release
+        self.masses = _alike if release else self.masses
         if release and self.arguments is not None:
             if self.arguments.model is not None:
                 self.arguments.model.release()

@@ -50,8 +50,14 @@ def row_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None
         args: of the criterion, the output [m, K, ...] and the target [m, ...].
         kwargs: of the criterion.
     """
+    masses = element_masses(criterion, *args, **kwargs)
+    return None if masses is None else masses.reshape(len(masses), -1).sum(1)
+
+
+def element_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
+    """The same of every element of the target [m, ...]; waits for the device where there are no class weights."""
     if isinstance(criterion, CompositeLoss):
-        return row_masses(criterion.outer, *args, **kwargs)
+        return element_masses(criterion.outer, *args, **kwargs)
     if isinstance(criterion, FunctionCriterion):
         if criterion.function not in (F.cross_entropy, F.nll_loss):
             return None
@@ -66,8 +72,7 @@ def row_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None
     kept = target != ignored
     if weight is None and bool(kept.all()):
         return None
-    mass = kept.double() if weight is None else weight.double()[torch.where(kept, target, 0)] * kept
-    return mass.reshape(len(target), -1).sum(1)
+    return kept.double() if weight is None else weight.double()[torch.where(kept, target, 0)] * kept
 
 
 def takes_log_probabilities(criterion: nn.Module) -> bool:
