@@ -16,16 +16,22 @@ from secondorder.criteria import OutputHessian
 _RELEASED = torch.empty(0)
 
 
+def version(t: Tensor) -> int:
+    """How often a tensor has been written to, where it is counted."""
+    return 0 if t.is_inference() else t._version
+
+
 @dataclass(eq=False, slots=True)
 class LayerCall:
     """One call of a linear layer."""
 
     layer: nn.Linear
     input: Tensor  # [..., n_in]
+    input_version: int = 0
     given: bool = False  # whether the input depends on nothing that is trained
     inputs_from: list["Link"] = field(default_factory=list)  # empty: the network's own input, or one no linear layer made
     output: Tensor | None = None  # [..., n_out], kept only until what follows is known
-    version: int = 0
+    output_version: int = 0
     used: bool = False  # by another layer or by the criterion
     grad_output: Tensor | None = None  # [..., n_out], kept only where `keeps_gradient`
     keeps_gradient: bool = False
@@ -40,9 +46,14 @@ class LayerCall:
             stack += new
         return list(found)
 
+    @property
+    def overwritten(self) -> bool:
+        """Whether the input has been written to since; a frozen layer's may be."""
+        return self.layer.weight.requires_grad and version(self.input) != self.input_version
+
     def preactivation(self) -> Tensor:
         """The preactivation z = W h + b, computed anew where an in-place activation has overwritten it."""
-        if self.output is not None and self.output._version == self.version:
+        if self.output is not None and self.output._version == self.output_version:
             return self.output
         with torch.no_grad():
             return nn.functional.linear(self.input, self.layer.weight, self.layer.bias)

@@ -37,11 +37,11 @@ from secondorder._tape.graph import (
 )  # fmt: skip
 from secondorder._tape.hooks import CallHook, EagerForward, remove_handles
 from secondorder._tape.layers import LayerRecord, connect, recursion_order
-from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossCall, ModelCall
+from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossCall, ModelCall, version
 from secondorder._tape.roots import term_of_its_own
 from secondorder._tape.ways import find_way
 from secondorder._tensors import compute_dtype
-from secondorder.criteria import analytic_hessian, autograd_hessian, element_masses
+from secondorder.criteria import analytic_hessian, autograd_hessian, by_position, element_masses
 
 
 class Tape:
@@ -156,6 +156,11 @@ class Tape:
                 if call in seen:
                     continue
                 seen.add(call)
+                if call.overwritten:
+                    raise RuntimeError(
+                        f"expected the input of layer {self.names[call.layer]!r} as the forward pass has seen it, but it "
+                        "has been written to since: give each micro-batch a tensor of its own, and write to none before step()"
+                    )
                 record.calls.append(call)
                 record.origins.append(loss)
                 stack += [(link.source, link) for link in call.inputs_from]
@@ -179,7 +184,9 @@ class Tape:
         if node.name() == COMPILED:
             raise compiled_error(f"layer {self.names[layer]!r} runs")
         input = args[0] if args else kwargs["input"]
-        call = LayerCall(layer, input.detach(), input.grad_fn is None, output=output.detach(), version=output._version)
+        call = LayerCall(
+            layer, input.detach(), version(input), input.grad_fn is None, output=output.detach(), output_version=output._version
+        )
         made_by = input.grad_fn
         if made_by is not None:
             call.inputs_from = links = self._links(call, input, made_by)
@@ -302,6 +309,7 @@ class Tape:
                 f"expected the criterion {criterion} to return a scalar, got shape {tuple(loss.shape)}; "
                 "use reduction='mean' or 'sum', or pass a function that reduces"
             )
+        args, kwargs = by_position(criterion, args, kwargs)
         reduction = getattr(criterion, "reduction", kwargs.get("reduction", "mean"))
         call = LossCall([self._use(node, criterion) for node in nodes], None, loss.detach(), mean=reduction != "sum")
         call.instances = _instances(call.sources, args)

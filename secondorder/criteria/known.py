@@ -37,6 +37,29 @@ def evaluated(
         return formula(criterion, to_compute_dtype(output), args[0])
 
 
+def by_position(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A criterion's arguments with output and target by position, where they were given by name."""
+    named = dict(kwargs)
+    for name in _leading(criterion)[len(args) :] if named else ():
+        if name not in named:
+            break
+        args = (*args, named.pop(name))
+    return args, named
+
+
+def _leading(criterion: Any) -> list[str]:
+    """The names of a criterion's first two arguments, as far as they are known."""
+    if isinstance(criterion, CompositeLoss):
+        return ["output", *_leading(criterion.outer)[1:]]
+    try:
+        parameters = inspect.signature(
+            criterion.function if isinstance(criterion, FunctionCriterion) else criterion.forward
+        ).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        return []
+    return [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][:2]
+
+
 def normalizer(criterion: Any, count: int) -> float:
     """What the sum over `count` terms is divided by; NaN for a mean over none, as the loss itself is."""
     return 1.0 if criterion.reduction == "sum" else float(count) or math.nan

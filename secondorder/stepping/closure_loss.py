@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from secondorder._distributed import RankReducer
 from secondorder._tape import ForwardState, Tape, term_of_its_own, term_outside, upstream
 from secondorder._tensors import to_compute_dtype
-from secondorder.criteria import known_form
+from secondorder.criteria import by_position, known_form
 from secondorder.stepping.gauss_newton_product import GraphQuadratic, differentiable_twice
 from secondorder.stepping.over_ranks import LossOverRanks
 from secondorder.stepping.recorded_loss import tolerance_of
@@ -143,6 +143,7 @@ class ClosureLoss(LossOverRanks):
         def called(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
             if isinstance(loss, Tensor) and loss.grad_fn is not None:
                 made.append(loss)
+                args, kwargs = by_position(criterion, args, kwargs)
                 if term_of_its_own(loss, (args, kwargs), self.parameters) is not None:
                     return  # it counts as a term outside of the criterion
                 trained = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]

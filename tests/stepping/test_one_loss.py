@@ -698,3 +698,47 @@ def test_trials_leave_a_criterion_with_a_state_alone(make, with_closure):
             closure()
             optimizer.step()
         torch.testing.assert_close(criterion.scale, scale)
+
+
+def named_mse(z, goal):
+    return F.mse_loss(z, F.one_hot(goal, 3).to(z))
+
+
+CRITERIA_BY_NAME = {
+    "module": (CE, "input", "target"),
+    "class weights": (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 5.0]).double()), "input", "target"),
+    "function": (so.criteria.FunctionCriterion(F.cross_entropy), "input", "target"),
+    "own": (so.criteria.FunctionCriterion(named_mse), "z", "goal"),
+    "composite": (so.criteria.CompositeLoss(lambda z: 2 * z, CE), "output", "target"),
+}
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+@pytest.mark.parametrize("make", [so.EACG, *FAMILY])
+@pytest.mark.parametrize("kind", CRITERIA_BY_NAME)
+def test_arguments_by_name_are_those_by_position(kind, make, with_closure):
+    criterion, output, target = CRITERIA_BY_NAME[kind]
+    if make is so.KFAC and kind == "own":
+        return  # no likelihood
+    found = []
+    for way in range(3):
+        torch.manual_seed(0)
+        model = net(5, 6, 3)
+        optimizer = make(model, criterion)
+
+        def closure(way=way, model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            named = {output: model(X), target: Y}
+            loss = criterion(*[named.pop(name) for name in (output, target)[:way]], **named)
+            (loss + (penalty(model, 2) if with_closure and make is not so.EACG else 0)).backward()
+            return loss
+
+        for _ in range(2):
+            if with_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        found.append(parameters(model))
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[2])
