@@ -47,6 +47,15 @@ class ForwardState:
         return self._buffers[buffer].clone() if buffer in self._buffers else buffer
 
     @contextmanager
+    def buffers_kept(self) -> Iterator[None]:
+        """After it the buffers are as they were then."""
+        try:
+            yield
+        finally:
+            for buffer, values in self._buffers.items():
+                buffer.data.copy_(values)
+
+    @contextmanager
     def restored(self, buffers: bool = False) -> Iterator[None]:
         """Within it generators, attributes and, if asked for, buffers are as they were then; after it as before it.
 

@@ -135,11 +135,11 @@ class NewtonOptimizer(LayerwiseOptimizer):
         return closure()
 
     @contextmanager
-    def _quiet(self) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
-        """Within it backward() and zero_grad() leave the gradients alone; yields what backward() is called on."""
+    def _quiet(self, after: Callable[[], None]) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+        """Within it backward() calls `after`, and zero_grad() nothing; yields what backward() is called on."""
         self._evaluating = True
         try:
-            with idle_backward() as roots, nullcontext() if self._ddp is None else self._ddp.no_sync():
+            with idle_backward(after) as roots, nullcontext() if self._ddp is None else self._ddp.no_sync():
                 yield roots
         finally:
             self._evaluating = False

@@ -28,7 +28,8 @@ class Closure:
 
     call: Callable[[], Any]
     state: ForwardState
-    quiet: Callable[[], AbstractContextManager[Roots]]  # within it backward() does nothing but note its arguments
+    # Within it backward() does nothing but note its arguments, and call what is given.
+    quiet: Callable[[Callable[[], None]], AbstractContextManager[Roots]]
 
 
 @dataclass
@@ -176,12 +177,18 @@ class ClosureLoss(LossOverRanks):
         """What the closure calls backward() on, with its graph."""
         everything = list(dict.fromkeys([*self.model.parameters(), *self.parameters]))
         gradients = [p.grad for p in everything]
+
+        def lend() -> None:  # copies, for a closure that clips or scales what backward() has left
+            for p, gradient in zip(everything, gradients, strict=True):
+                if p.grad is None and gradient is not None:
+                    p.grad = gradient.clone()
+
         try:
             for p in everything:
                 p.grad = None
             with (
                 self._moved(values), self.tape.muted(), differentiable_twice(self.model), torch.enable_grad(),
-                self.closure.quiet() as roots, self.closure.state.restored(buffers=True),
+                self.closure.quiet(lend) as roots, self.closure.state.restored(buffers=True),
             ):  # fmt: skip
                 self.closure.call()
         finally:
