@@ -38,7 +38,13 @@ def evaluated(
 
 
 def by_position(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A criterion's arguments with output and target by position, where they were given by name."""
+    """A criterion's arguments with output and target by position, where they were given by name.
+
+    Args:
+        criterion: a module or a `FunctionCriterion`.
+        args: of its call.
+        kwargs: of its call.
+    """
     named = dict(kwargs)
     for name in _leading(criterion)[len(args) :] if named else ():
         if name not in named:
@@ -78,7 +84,13 @@ def row_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None
 
 
 def element_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
-    """The same of every element of the target [m, ...]; waits for the device where there are no class weights."""
+    """The same of every element of the target [m, ...]; waits for the device where there are no class weights.
+
+    Args:
+        criterion: as for `row_masses`.
+        args: of the criterion.
+        kwargs: of the criterion.
+    """
     if isinstance(criterion, CompositeLoss):
         return element_masses(criterion.outer, *args, **kwargs)
     if isinstance(criterion, FunctionCriterion):

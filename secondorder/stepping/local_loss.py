@@ -67,8 +67,14 @@ class LocalLoss(LossOverRanks):
 
     def _products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
         vectors = [[to_compute_dtype(t) for t in vector] for vector in vectors]
-        with self.tape.muted():
-            found = [piece.products(vectors) for piece in self.pieces]
+        try:
+            with self.tape.muted():
+                found = [piece.products(vectors) for piece in self.pieces]
+        except NotImplementedError as error:
+            raise RuntimeError(
+                f"expected a loss that autograd can differentiate twice, got {type(error).__name__}: {error}; take EACG, which "
+                "has a learning rate instead. No parameter and no state has changed."
+            ) from error
         return torch.stack([first for first, _ in found]).sum(0), torch.stack([second for _, second in found]).sum(0)
 
     def _muted_sum(self, value: Callable[[RecordedLoss], float]) -> float:

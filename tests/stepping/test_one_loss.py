@@ -742,3 +742,14 @@ def test_arguments_by_name_are_those_by_position(kind, make, with_closure):
         found.append(parameters(model))
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[2])
+
+
+def test_a_function_without_a_second_derivative_is_named_in_the_error():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.EmbeddingBag(7, 5), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    optimizer = so.LayerwiseNewton(model, CE)
+    before = parameters(model)
+    CE(model(torch.arange(48).reshape(24, 2) % 7), Y).backward()
+    with pytest.raises(RuntimeError, match="expected a loss that autograd can differentiate twice.*take EACG"):
+        optimizer.step()
+    assert torch.equal(parameters(model), before)
