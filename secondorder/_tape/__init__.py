@@ -6,12 +6,12 @@ from secondorder._tape.forward_state import ForwardState
 from secondorder._tape.graph import refuse_reentrant_checkpoint
 from secondorder._tape.layers import LayerRecord
 from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossCall, ModelCall
-from secondorder._tape.roots import term_outside
+from secondorder._tape.roots import term_of_its_own, term_outside, upstream
 from secondorder._tape.tape import Tape
 from secondorder._tape.ways import preactivation
 
 __all__ = [
     "AutogradMap", "Columns", "CriterionArguments", "ElementwiseMap", "ForwardState", "KnownActivation", "LayerCall",
     "LayerRecord", "Link", "LossCall", "ModelCall", "Tape", "activation_function", "derivatives", "preactivation",
-    "refuse_reentrant_checkpoint", "term_outside",
+    "refuse_reentrant_checkpoint", "term_of_its_own", "term_outside", "upstream",
 ]  # fmt: skip

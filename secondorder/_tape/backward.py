@@ -117,6 +117,7 @@ class BackwardLog:
             discarded = bool(self.losses or self.outside) and all(g is None or not g.any() for g, _ in gradients)
             run = self._run = _Run(torch._C._current_graph_task_id(), gradients, discarded, self._outside(node))
             torch.autograd.Variable._execution_engine.queue_callback(self._finish_run)
+        run.outside = run.outside or loss.outside
         run.losses.append(loss)
         run.events.append((loss, "scale", gradient))
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from secondorder._random import RandomState, one_at_a_time
 
@@ -27,15 +29,31 @@ class ForwardState:
         self._attributes = [(module, dict(vars(module))) for module in model.modules()]
         buffers = list(model.buffers())
         self._versions = [(buffer, buffer._version) for buffer in buffers]
+        self._by_values = written is None  # later that would wait for a GPU
+        if written is not None:  # batch_norm leaves the versions of running statistics as they are
+            norms = [module for module, _ in self._attributes if isinstance(module, _NormBase) and module.training]
+            written = written.union(*(module.buffers(recurse=False) for module in norms))
         self._buffers = {buffer: buffer.clone() for buffer in buffers if written is None or buffer in written}
 
     def written(self) -> set[Tensor]:
-        """The buffers that have been written to since."""
-        return {buffer for buffer, version in self._versions if buffer._version != version}
+        """The buffers that have been written to since; the first time also those whose versions do not tell."""
+        changed = {buffer for buffer, version in self._versions if buffer._version != version}
+        if self._by_values:
+            changed |= {buffer for buffer, values in self._buffers.items() if not torch.equal(buffer, values)}
+        return changed
 
     def buffer(self, buffer: Tensor) -> Tensor:
         """A clone of the buffer's values at that time where the pass writes to it, else the buffer itself."""
         return self._buffers[buffer].clone() if buffer in self._buffers else buffer
+
+    @contextmanager
+    def buffers_kept(self) -> Iterator[None]:
+        """After it the buffers are as they were then."""
+        try:
+            yield
+        finally:
+            for buffer, values in self._buffers.items():
+                buffer.data.copy_(values)
 
     @contextmanager
     def restored(self, buffers: bool = False) -> Iterator[None]:

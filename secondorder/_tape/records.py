@@ -16,16 +16,22 @@ from secondorder.criteria import OutputHessian
 _RELEASED = torch.empty(0)
 
 
+def version(t: Tensor) -> int:
+    """How often a tensor has been written to, where it is counted."""
+    return 0 if t.is_inference() else t._version
+
+
 @dataclass(eq=False, slots=True)
 class LayerCall:
     """One call of a linear layer."""
 
     layer: nn.Linear
     input: Tensor  # [..., n_in]
+    input_version: int = 0
     given: bool = False  # whether the input depends on nothing that is trained
     inputs_from: list["Link"] = field(default_factory=list)  # empty: the network's own input, or one no linear layer made
     output: Tensor | None = None  # [..., n_out], kept only until what follows is known
-    version: int = 0
+    output_version: int = 0
     used: bool = False  # by another layer or by the criterion
     grad_output: Tensor | None = None  # [..., n_out], kept only where `keeps_gradient`
     keeps_gradient: bool = False
@@ -40,9 +46,14 @@ class LayerCall:
             stack += new
         return list(found)
 
+    @property
+    def overwritten(self) -> bool:
+        """Whether the input has been written to since; a frozen layer's may be."""
+        return self.layer.weight.requires_grad and version(self.input) != self.input_version
+
     def preactivation(self) -> Tensor:
         """The preactivation z = W h + b, computed anew where an in-place activation has overwritten it."""
-        if self.output is not None and self.output._version == self.version:
+        if self.output is not None and self.output._version == self.output_version:
             return self.output
         with torch.no_grad():
             return nn.functional.linear(self.input, self.layer.weight, self.layer.bias)
@@ -111,6 +122,10 @@ class CriterionArguments:
         return tree_unflatten(leaves, structure)
 
 
+def _alike() -> None:
+    """Stands for a criterion whose rows all count alike."""
+
+
 @dataclass(eq=False, slots=True)
 class LossCall:
     """One call of the criterion."""
@@ -122,8 +137,12 @@ class LossCall:
     flat: bool = False  # whether that Hessian is zero, as an absolute value's: then it is None
     instances: int | None = None  # rows of its sources, where they agree: a layer before a pooling has more rows than the loss
     arguments: CriterionArguments | None = None  # of the criterion, where evaluating it anew is provided for
+    outside: str | None = None  # what depends on a parameter in it, but not through these arguments; None: nothing
     blocks: dict[LayerCall, Tensor] = field(default_factory=dict)  # sum of delta delta^T [n_out, n_out] over its columns
     repeated: set[nn.Linear] = field(default_factory=set)  # the layers that it uses several times
+    masses: Callable[[], Tensor | None] = (
+        _alike  # of the target's elements; called where needed, since that may wait for the device
+    )
     scale: Tensor | None = None  # d(what backward() was called on) / d(loss), summed over backward passes
     released: bool = False
 
@@ -136,6 +155,7 @@ class LossCall:
     def clear(self, release: bool) -> None:
         """Forgets the backward passes; with `release` the forward pass, too."""
         self.scale, self.released = None, release
+        self.masses = _alike if release else self.masses
         if release and self.arguments is not None:
             if self.arguments.model is not None:
                 self.arguments.model.release()

@@ -4,10 +4,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.utils._pytree import tree_leaves
 
 from secondorder._tape.residuals import Reach
 
@@ -48,6 +50,26 @@ def term_outside(roots: list[Node], recorded: Callable[[Node], bool], parameters
             if following is not None and following not in above and reach(following):
                 return following.name()
     return next((root.name() for root in roots if root not in above and reach(root)), None)
+
+
+def term_of_its_own(loss: Tensor, arguments: Any, parameters: Iterable[Tensor]) -> str | None:
+    """The name of a node by which a criterion's loss depends on a parameter past its arguments; None: there is none.
+
+    A parameter among the arguments is one, too: it is no function of parameters that could be evaluated at others.
+    """
+    assert loss.grad_fn is not None
+    made = {leaf.grad_fn for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.grad_fn is not None}
+    return term_outside([loss.grad_fn], lambda node: node in made, parameters)
+
+
+def upstream(start: Node) -> set[Node]:
+    """`start` and all nodes that it depends on."""
+    found, stack = {start}, [start]
+    while stack:
+        new = {node for node, _ in stack.pop().next_functions if node is not None} - found
+        found |= new
+        stack += new
+    return found
 
 
 def _started(frame: FrameType | None) -> list[Node] | None:

@@ -8,6 +8,7 @@ long as its graph: a forward pass without a backward one leaves nothing behind.
 Nothing is recorded in eval mode, without grad mode, or while `recording` is off.
 """
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -36,10 +37,11 @@ from secondorder._tape.graph import (
 )  # fmt: skip
 from secondorder._tape.hooks import CallHook, EagerForward, remove_handles
 from secondorder._tape.layers import LayerRecord, connect, recursion_order
-from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossCall, ModelCall
+from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossCall, ModelCall, version
+from secondorder._tape.roots import term_of_its_own
 from secondorder._tape.ways import find_way
 from secondorder._tensors import compute_dtype
-from secondorder.criteria import analytic_hessian, autograd_hessian
+from secondorder.criteria import analytic_hessian, autograd_hessian, by_position, element_masses
 
 
 class Tape:
@@ -81,8 +83,8 @@ class Tape:
         self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
         self._muted = False
         self._keeps_inputs = keep_inputs
-        watched = (self._key + ".loss", list(model.parameters())) if model is not None and keep_inputs else None
-        self._log = BackwardLog(layers, watched)
+        self._watched = list(model.parameters()) if model is not None and keep_inputs else []
+        self._log = BackwardLog(layers, (self._key + ".loss", self._watched) if model is not None and keep_inputs else None)
         self._begin: ForwardState | None = None  # of the forward pass under way
         self._written: set[Tensor] | None = None  # the buffers that forward passes write to
         self._consumer: dict[nn.Linear, nn.Module] = {}  # what took each layer's output first: a layer, or the criterion
@@ -154,6 +156,11 @@ class Tape:
                 if call in seen:
                     continue
                 seen.add(call)
+                if call.overwritten:
+                    raise RuntimeError(
+                        f"expected the input of layer {self.names[call.layer]!r} as the forward pass has seen it, but it "
+                        "has been written to since: give each micro-batch a tensor of its own, and write to none before step()"
+                    )
                 record.calls.append(call)
                 record.origins.append(loss)
                 stack += [(link.source, link) for link in call.inputs_from]
@@ -177,7 +184,9 @@ class Tape:
         if node.name() == COMPILED:
             raise compiled_error(f"layer {self.names[layer]!r} runs")
         input = args[0] if args else kwargs["input"]
-        call = LayerCall(layer, input.detach(), input.grad_fn is None, output=output.detach(), version=output._version)
+        call = LayerCall(
+            layer, input.detach(), version(input), input.grad_fn is None, output=output.detach(), output_version=output._version
+        )
         made_by = input.grad_fn
         if made_by is not None:
             call.inputs_from = links = self._links(call, input, made_by)
@@ -300,10 +309,17 @@ class Tape:
                 f"expected the criterion {criterion} to return a scalar, got shape {tuple(loss.shape)}; "
                 "use reduction='mean' or 'sum', or pass a function that reduces"
             )
+        args, kwargs = by_position(criterion, args, kwargs)
         reduction = getattr(criterion, "reduction", kwargs.get("reduction", "mean"))
         call = LossCall([self._use(node, criterion) for node in nodes], None, loss.detach(), mean=reduction != "sum")
         call.instances = _instances(call.sources, args)
+        if len(args) > 1:
+            call.masses = functools.cache(
+                functools.partial(element_masses, criterion, None, *_detached(args[1:]), **_detached(kwargs))
+            )
         if self._keeps_inputs:
+            own = term_of_its_own(loss, (args, kwargs), self._watched)
+            call.outside = own and f"parameters that the criterion takes by itself (by {own})"
             with self.muted():
                 call.arguments = self._criterion_arguments(args, kwargs, nodes)
         if self.columns is not None:

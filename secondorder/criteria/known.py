@@ -37,6 +37,35 @@ def evaluated(
         return formula(criterion, to_compute_dtype(output), args[0])
 
 
+def by_position(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A criterion's arguments with output and target by position, where they were given by name.
+
+    Args:
+        criterion: a module or a `FunctionCriterion`.
+        args: of its call.
+        kwargs: of its call.
+    """
+    named = dict(kwargs)
+    for name in _leading(criterion)[len(args) :] if named else ():
+        if name not in named:
+            break
+        args = (*args, named.pop(name))
+    return args, named
+
+
+def _leading(criterion: Any) -> list[str]:
+    """The names of a criterion's first two arguments, as far as they are known."""
+    if isinstance(criterion, CompositeLoss):
+        return ["output", *_leading(criterion.outer)[1:]]
+    try:
+        parameters = inspect.signature(
+            criterion.function if isinstance(criterion, FunctionCriterion) else criterion.forward
+        ).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        return []
+    return [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][:2]
+
+
 def normalizer(criterion: Any, count: int) -> float:
     """What the sum over `count` terms is divided by; NaN for a mean over none, as the loss itself is."""
     return 1.0 if criterion.reduction == "sum" else float(count) or math.nan
@@ -50,8 +79,20 @@ def row_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None
         args: of the criterion, the output [m, K, ...] and the target [m, ...].
         kwargs: of the criterion.
     """
+    masses = element_masses(criterion, *args, **kwargs)
+    return None if masses is None else masses.reshape(len(masses), -1).sum(1)
+
+
+def element_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
+    """The same of every element of the target [m, ...]; waits for the device where there are no class weights.
+
+    Args:
+        criterion: as for `row_masses`.
+        args: of the criterion.
+        kwargs: of the criterion.
+    """
     if isinstance(criterion, CompositeLoss):
-        return row_masses(criterion.outer, *args, **kwargs)
+        return element_masses(criterion.outer, *args, **kwargs)
     if isinstance(criterion, FunctionCriterion):
         if criterion.function not in (F.cross_entropy, F.nll_loss):
             return None
@@ -66,8 +107,7 @@ def row_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None
     kept = target != ignored
     if weight is None and bool(kept.all()):
         return None
-    mass = kept.double() if weight is None else weight.double()[torch.where(kept, target, 0)] * kept
-    return mass.reshape(len(target), -1).sum(1)
+    return kept.double() if weight is None else weight.double()[torch.where(kept, target, 0)] * kept
 
 
 def takes_log_probabilities(criterion: nn.Module) -> bool:

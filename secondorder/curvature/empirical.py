@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from secondorder._tape import LayerRecord
@@ -13,7 +14,8 @@ from secondorder.curvature.base import Curvature, register
 class FisherEmpirical(Curvature):
     """The empirical Fisher blocks E[delta delta^T] of the true labels' gradients.
 
-    For a mean loss of m instances, whose delta_i hold 1/m, that is m sum_i delta_i delta_i^T; for a sum it is the sum.
+    For a mean loss of m instances, whose delta_i hold 1/m, that is m sum_i delta_i delta_i^T; for a sum it is the sum. Rows that
+    are ignored do not count, and with weights w_i of the rows it is sum_i (w_i / W) g_i g_i^T, W their sum.
     """
 
     grad_outputs = True
@@ -26,7 +28,9 @@ class FisherEmpirical(Curvature):
 def empirical_fisher(record: LayerRecord) -> Tensor:
     """The outer products of the instances' own gradients, reduced as the criterion does: m sum_i delta_i delta_i^T for a mean.
 
-    m is how many the mean is of: a layer whose rows (tokens, say) are pooled later has more, and each is summed on its own.
+    m is how many the mean is of: a layer whose rows (tokens, say) are pooled later has more, and each is summed on its own. With
+    weights w_i of the rows, by class or 0 where they are ignored, delta_i holds w_i: delta_i delta_i^T / w_i stands for it, and
+    sum_i w_i for m. A layer whose rows are others takes the share of rows that count for all of that.
 
     On the scale of what backward() was called on: a factor on the loss is a factor on the block.
 
@@ -43,8 +47,16 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
         assert loss.scale is not None
         # delta_i is scale / instances times the instance's own gradient; for a sum, scale times it. A sample stands for all m
         # rows, and a negative scale maximises.
-        instances = m if loss.instances is None else loss.instances
-        factor = (m / len(delta) if m else 1) * (instances if loss.mean else 1) / loss.scale.abs()
+        instances: Tensor | float = m if loss.instances is None else loss.instances
+        masses = loss.masses()
+        if masses is not None and masses.numel() == m:
+            mass = flatten_batch([masses.reshape(-1, 1).to(delta.dtype)], record.samples)
+            delta, instances = delta * torch.where(mass > 0, mass.rsqrt(), 0), masses.sum().to(delta.dtype)
+        elif masses is not None:
+            instances = instances * (masses > 0).to(delta.dtype).mean()
+        scale = loss.scale.abs()
+        scale = scale.masked_fill(scale == 0, 1)  # a loss that counts for nothing: its delta are 0
+        factor = (m / len(delta) if m else 1) * (instances if loss.mean else 1) / scale
         if m:
             factor = factor + 0 * loss.loss  # NaN of all rows ignored, whose gradients are 0, must reach the step's own check
         block = (delta.T @ delta) * factor

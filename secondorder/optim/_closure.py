@@ -37,14 +37,16 @@ class ClosurePass:
         tied: layers that are recorded as one of these.
         sign: 1, or -1 where the loss is maximised.
         parameters: whether the gradients of parameters are computed, too.
+        lend: called after every backward pass that computes none.
     """
 
     def __init__(
-        self, layers: Mapping[nn.Linear, str], tied: Mapping[nn.Linear, nn.Linear], sign: float = 1.0, parameters: bool = True
-    ):
+        self, layers: Mapping[nn.Linear, str], tied: Mapping[nn.Linear, nn.Linear], sign: float = 1.0, parameters: bool = True,
+        lend: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
         self._layers, self._tied = layers, tied
         self.sign = sign
-        self._parameters = parameters
+        self._parameters, self._lend = parameters, lend
         self._handles: list[Any] = []
         self._anchors: list[Tensor] = []
         self._calls = 0
@@ -187,6 +189,7 @@ class ClosurePass:
         """torch.autograd.backward, but for the anchors alone."""
         if self._anchors:
             _backward(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs=self._anchors)
+        self._lend()
 
 
 def layer_input(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -210,14 +213,23 @@ def layer_second_moment(layer: nn.Linear, h: Tensor, mean: Tensor, average: Tens
 
 
 @contextmanager
-def kept_gradients(parameters: Iterable[Tensor], ddp: DistributedDataParallel | None) -> Iterator[None]:
-    """Leaves p.grad as it was before, whatever happens inside, and has no rank wait for another one's."""
+def kept_gradients(parameters: Iterable[Tensor], ddp: DistributedDataParallel | None) -> Iterator[Callable[[], None]]:
+    """Leaves p.grad as it was before, whatever happens inside, and has no rank wait for another one's.
+
+    Yields what lends copies of these gradients, to be clipped by a closure, say, after a backward() that makes none.
+    """
     before = [(p, p.grad) for p in parameters]
     for p, _ in before:
         p.grad = None
+
+    def lend() -> None:
+        for p, gradient in before:
+            if p.grad is None and gradient is not None:
+                p.grad = gradient.clone()
+
     try:
         with nullcontext() if ddp is None else ddp.no_sync():
-            yield
+            yield lend
     finally:
         for p, gradient in before:
             p.grad = gradient
@@ -256,12 +268,12 @@ def replaced_backward(function: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def idle_backward(owner: str) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+def idle_backward(owner: str, after: Callable[[], None] = lambda: None) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
     """`loss.backward()` in this thread does nothing: it would free the graph, and its gradients are not needed.
 
-    Yields the list that it adds its tensors to, with the gradients that it was given. A call with `create_graph=True` or with
-    `inputs`, whose gradients a loss may be made of, raises RuntimeError: without them the loss is another one, with them p.grad
-    changes.
+    Yields the list that it adds its tensors to, with the gradients that it was given; then it calls `after`. A call with
+    `create_graph=True` or with `inputs`, whose gradients a loss may be made of, raises RuntimeError: without them the loss is
+    another one, with them p.grad changes.
     """
     called: list[tuple[Tensor, Tensor | None]] = []
     _LOCAL.roots = []
@@ -281,6 +293,7 @@ def idle_backward(owner: str) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
         gradients = [grad_tensors] if isinstance(grad_tensors, Tensor) else list(grad_tensors or [None] * len(roots))
         _LOCAL.roots += roots
         called.extend(zip(roots, gradients, strict=True))
+        after()
 
     with replaced_backward(remember):
         yield called

@@ -131,15 +131,18 @@ class NewtonOptimizer(LayerwiseOptimizer):
             super().zero_grad(set_to_none)
 
     def _called(self, closure: Callable[[], Tensor]) -> Tensor:
-        self._closure = Closure(closure, ForwardState(self._model), self._quiet)
+        self._closure = Closure(closure, ForwardState(nn.ModuleList([self._model, self.criterion])), self._quiet)
         return closure()
 
     @contextmanager
-    def _quiet(self) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
-        """Within it backward() and zero_grad() leave the gradients alone; yields what backward() is called on."""
+    def _quiet(self, after: Callable[[], None]) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+        """Within it backward() calls `after`, and zero_grad() nothing; yields what backward() is called on."""
         self._evaluating = True
         try:
-            with idle_backward(type(self).__name__) as roots, nullcontext() if self._ddp is None else self._ddp.no_sync():
+            with (
+                idle_backward(type(self).__name__, after) as roots,
+                nullcontext() if self._ddp is None else self._ddp.no_sync(),
+            ):
                 yield roots
         finally:
             self._evaluating = False
@@ -163,9 +166,10 @@ class NewtonOptimizer(LayerwiseOptimizer):
             if not recorded.faithful and not self._told:
                 self._told = True
                 warn(
-                    "the model gives something else when it is evaluated again, though random numbers, buffers and attributes "
-                    "are those of its forward pass; steps are judged by a loss that is not the recorded one. Pass a closure "
-                    f"to {type(self).__name__}.step, or take EACG, which has a learning rate instead"
+                    "the model, or the criterion, gives something else when it is evaluated again, though the model's random "
+                    "numbers, buffers and attributes are those of its forward pass: its weights were others then, or the "
+                    "criterion draws numbers or keeps a state; steps are judged by a loss that is not the recorded one. Pass a "
+                    f"closure to {type(self).__name__}.step, or take EACG, which has a learning rate instead"
                 )
             return recorded
         if self._closure is None:

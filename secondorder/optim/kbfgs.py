@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from secondorder import ops
 from secondorder._distributed import RankTerm
 from secondorder._random import RandomState
+from secondorder._tape import ForwardState
 from secondorder._tensors import host_numbers, to_compute_dtype
 from secondorder.errors import NonFiniteError
 from secondorder.optim._base import CurvatureOptimizer, check_instances
@@ -461,17 +462,18 @@ class KBFGS(CurvatureOptimizer):
         accepted, pairs = None, {}
         try:
             everything = dict.fromkeys([*self._model.parameters(), *(p for group in self.param_groups for p in group["params"])])
-            with kept_gradients(everything, self._ddp):
+            state = ForwardState(nn.ModuleList([self._model, self.criterion]))  # as the first call leaves it
+            with kept_gradients(everything, self._ddp) as lend:
                 for halvings in range(_HALVINGS + 1):
                     for (layer, each), direction in zip(parameters.items(), directions, strict=True):
                         _move(each, before[layer], direction, [groups[p] for p in each], 0.5**halvings)
                     random.restore()
                     for p in everything if self._doubled else ():  # of a trial before; the closure need not clear them
                         p.grad = None
-                    trial = ClosurePass(self._layers, self._tape.tied, first.sign, parameters=self._doubled)
+                    trial = ClosurePass(self._layers, self._tape.tied, first.sign, parameters=self._doubled, lend=lend)
 
                     def run(trial: ClosurePass = trial) -> tuple[Tensor, Tensor | bool]:
-                        with trial:
+                        with trial, state.buffers_kept():
                             value = first.sign * trial.run(closure, name)
                         return value, trial.same_data(first)
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secondorder._distributed import RankReducer
-from secondorder._tape import ForwardState, Tape, term_outside
+from secondorder._tape import ForwardState, Tape, term_of_its_own, term_outside, upstream
 from secondorder._tensors import to_compute_dtype
-from secondorder.criteria import known_form
+from secondorder.criteria import by_position, known_form
 from secondorder.stepping.gauss_newton_product import GraphQuadratic, differentiable_twice
 from secondorder.stepping.over_ranks import LossOverRanks
 from secondorder.stepping.recorded_loss import tolerance_of
@@ -28,7 +28,8 @@ class Closure:
 
     call: Callable[[], Any]
     state: ForwardState
-    quiet: Callable[[], AbstractContextManager[Roots]]  # within it backward() does nothing but note its arguments
+    # Within it backward() does nothing but note its arguments, and call what is given.
+    quiet: Callable[[Callable[[], None]], AbstractContextManager[Roots]]
 
 
 @dataclass
@@ -138,9 +139,14 @@ class ClosureLoss(LossOverRanks):
         if self._graph is not None:
             return self._graph
         calls: list[tuple[Tensor, list[Tensor], Any]] = []
+        made: list[Tensor] = []
 
         def called(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
             if isinstance(loss, Tensor) and loss.grad_fn is not None:
+                made.append(loss)
+                args, kwargs = by_position(criterion, args, kwargs)
+                if term_of_its_own(loss, (args, kwargs), self.parameters) is not None:
+                    return  # it counts as a term outside of the criterion
                 trained = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
                 known = None
                 if len(trained) == 1 and args and args[0] is trained[0]:
@@ -153,9 +159,10 @@ class ClosureLoss(LossOverRanks):
         finally:
             handle.remove()
         assert loss.grad_fn is not None
-        recorded = {node for made, _, _ in calls if (node := made.grad_fn) is not None}
+        recorded = {node for each, _, _ in calls if (node := each.grad_fn) is not None}
         outside = term_outside([loss.grad_fn], lambda node: node in recorded, self.parameters) is not None
-        now = math.fsum(float(made.detach()) for made, _, _ in calls)
+        trained = upstream(loss.grad_fn)  # a call for a log is none of them
+        now = math.fsum(float(each.detach()) for each in made if each.grad_fn in trained)
         seen = math.fsum(float(each.loss) for each in self.tape.losses)
         if abs(now - seen) > tolerance_of([loss, *self.parameters]) * (abs(now) + abs(seen)) and math.isfinite(seen):
             raise RuntimeError(
@@ -170,12 +177,18 @@ class ClosureLoss(LossOverRanks):
         """What the closure calls backward() on, with its graph."""
         everything = list(dict.fromkeys([*self.model.parameters(), *self.parameters]))
         gradients = [p.grad for p in everything]
+
+        def lend() -> None:  # copies, for a closure that clips or scales what backward() has left
+            for p, gradient in zip(everything, gradients, strict=True):
+                if p.grad is None and gradient is not None:
+                    p.grad = gradient.clone()
+
         try:
             for p in everything:
                 p.grad = None
             with (
                 self._moved(values), self.tape.muted(), differentiable_twice(self.model), torch.enable_grad(),
-                self.closure.quiet() as roots, self.closure.state.restored(buffers=True),
+                self.closure.quiet(lend) as roots, self.closure.state.restored(buffers=True),
             ):  # fmt: skip
                 self.closure.call()
         finally:

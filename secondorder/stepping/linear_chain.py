@@ -33,9 +33,9 @@ class LinearChain:
         maps = [KnownActivation(t.activation, t.parameter, kept(t.saved)) for t in self.maps]
         return LinearChain(self.layers, self.places, [kept(h) for h in self.inputs], maps, kept(self.output))
 
-    def value(self, parameters: list[Tensor]) -> Tensor:
-        """z [m, n_out] at other parameters."""
-        h = self.inputs[0]
+    def value(self, parameters: list[Tensor], rows: slice = slice(None)) -> Tensor:
+        """z [m, n_out] at other parameters, or some of its rows."""
+        h = self.inputs[0][rows]
         for depth, (layer, (weight, bias)) in enumerate(zip(self.layers, self.places, strict=True)):
             w = layer.weight.detach() if weight is None else parameters[weight]
             b = None if layer.bias is None else layer.bias.detach() if bias is None else parameters[bias]

@@ -1,6 +1,7 @@
 """The recorded loss as a function of the parameters, on a subsample of the batch: trial losses, and its quadratic terms."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -50,7 +51,9 @@ class LocalLoss(LossOverRanks):
 
     @property
     def faithful(self) -> bool:
-        """Whether evaluating the model again gives what was recorded."""
+        """Whether evaluating the model and the criterion again gives what was recorded."""
+        if not math.isfinite(self.start):
+            return True  # left to the step's own check
         return self._mean(lambda: float(all(piece.faithful for piece in self.pieces))) == 1.0
 
     def value(self, parameters: list[Tensor]) -> float:
@@ -64,8 +67,14 @@ class LocalLoss(LossOverRanks):
 
     def _products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
         vectors = [[to_compute_dtype(t) for t in vector] for vector in vectors]
-        with self.tape.muted():
-            found = [piece.products(vectors) for piece in self.pieces]
+        try:
+            with self.tape.muted():
+                found = [piece.products(vectors) for piece in self.pieces]
+        except NotImplementedError as error:
+            raise RuntimeError(
+                f"expected a loss that autograd can differentiate twice, got {type(error).__name__}: {error}; take EACG, which "
+                "has a learning rate instead. No parameter and no state has changed."
+            ) from error
         return torch.stack([first for first, _ in found]).sum(0), torch.stack([second for _, second in found]).sum(0)
 
     def _muted_sum(self, value: Callable[[RecordedLoss], float]) -> float:

@@ -6,6 +6,7 @@ parts of the rows have the recorded loss as their mean or as their sum. Else all
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.autograd.graph import GradientEdge
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from secondorder._tape import CriterionArguments, LossCall
+from secondorder._tape import CriterionArguments, ForwardState, LossCall
 from secondorder._tensors import host_numbers
 from secondorder.criteria import OutputHessian, OutputRoot, known_form, row_masses
 from secondorder.stepping.gauss_newton_product import GraphQuadratic, OutputCurvature, differentiable_twice
@@ -25,6 +26,8 @@ from secondorder.stepping.linear_chain import LinearChain
 # hundred miss the few that are far off.
 LEAST_INSTANCES = 100
 LEAST_OUTPUTS = 500
+# So many rows of a net's output say whether its record is of the parameters at hand.
+_COMPARED_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def chosen_rows(
     parts = [Rows(keep, count, 1.0) for keep in (kept, others)]
     weights: list[Tensor | float] = [float(len(part.keep)) if masses is None else masses[part.keep].sum() for part in parts]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), undisturbed(criterion):
             found = [_called(criterion, tree_map(part.of, (args, kwargs))) for part in parts]
     except Exception:  # a criterion of one's own that takes whole batches alone
         return None
@@ -103,7 +106,7 @@ class RecordedLoss:
         rows: those that stand for all; None: all.
     """
 
-    faithful = True  # whether the evaluations give what was recorded
+    faithful = True  # whether the evaluations give what was recorded; known once `start` is
 
     def __init__(self, call: LossCall, criterion: nn.Module, rows: Rows | None):
         assert call.arguments is not None
@@ -128,7 +131,8 @@ class RecordedLoss:
     def _loss(self, tensors: list[Tensor]) -> Tensor:
         """The criterion at other trained arguments, for the kept rows of everything else."""
         args, kwargs = self.arguments.replaced(tensors, None if self.rows is None else self.rows.of)
-        loss: Tensor = self.criterion(*args, **kwargs)
+        with undisturbed(self.criterion):
+            loss: Tensor = self.criterion(*args, **kwargs)
         return loss
 
     def _known(self, tensors: list[Tensor]) -> OutputHessian | OutputRoot | None:
@@ -151,7 +155,14 @@ class ChainLoss(RecordedLoss):
         self.way = way
         self.chain = chain if self.rows is None else chain.rows(self.rows.keep, len(argument))
         # Under autocast, and with bfloat16 parameters, what was recorded is rounded more than what is evaluated.
-        self._output = self.chain.output if argument.dtype == self.chain.output.dtype else self.chain.value(here)
+        self._rounded = argument.dtype != self.chain.output.dtype
+        self._output = self.chain.value(here) if self._rounded else self.chain.output
+        some = slice(None, None, math.ceil(len(chain.output) / _COMPARED_ROWS) or 1)
+        self._compared = chain.value(here, some), chain.output[some]
+        (source,) = call.sources
+        made = [] if source.output is None else [source.output]
+        self._tolerance = tolerance_of([argument, *here, *made, *(each.input for each in source.upstream())])
+        self._recorded = call.loss
         self._curvature: OutputCurvature | None = None
         self._start = math.nan
 
@@ -187,8 +198,22 @@ class ChainLoss(RecordedLoss):
                 known = self._known([argument]) if self.way.by_rows and argument.shape[-1:] == output.shape[-1:] else None
                 assert output.grad_fn is not None
                 self._curvature = OutputCurvature(loss, [GradientEdge(output.grad_fn, 0)], known)
-                self._start = self.scale * float(loss.detach())
+            self._compare(loss.detach())
         return self._curvature
+
+    def _compare(self, loss: Tensor) -> None:
+        """Sets what the loss is at the parameters' own values, and whether output and loss are those recorded."""
+        again, recorded = (loss, self._recorded) if self.rows is None else (0.0, 0.0)
+        if self._rounded and self.rows is None:
+            with torch.no_grad():
+                again = self._loss(self.arguments.tensors())
+        output, before = self._compared
+        change = [(output - before).abs().max(), before.abs().max()] if output.numel() else [0.0, 0.0]
+        start, now, then, difference, size = host_numbers([loss, again, recorded, *change])
+        self._start = self.scale * start
+        # What is not finite is left to the step's own check.
+        other = difference > self._tolerance * size or abs(now - then) > self._tolerance * abs(then)
+        self.faithful = not other
 
 
 class ReplayedLoss(RecordedLoss):
@@ -254,6 +279,13 @@ class ReplayedLoss(RecordedLoss):
             leaves = tree_leaves(functional_call(self.model, values, *given))
             tensors = [way(leaves[position]) for position, way in self.arguments.from_model]
             return tensors, self._loss(tensors)
+
+
+def undisturbed(criterion: nn.Module) -> AbstractContextManager[None]:
+    """Within it calls of a criterion leave its buffers as they are, where it may write to them; torch's own do not."""
+    if type(criterion).__module__.startswith("torch.nn.") or next(criterion.buffers(), None) is None:
+        return nullcontext()
+    return ForwardState(criterion).restored(buffers=True)
 
 
 def _called(criterion: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:

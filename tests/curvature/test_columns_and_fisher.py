@@ -1,5 +1,6 @@
 """Gauss-Newton, KFLR and the Fisher matrices, against Jacobians and instances' gradients by autograd in float64."""
 
+import copy
 import warnings
 
 import pytest
@@ -445,3 +446,75 @@ def test_rows_of_a_composite_loss_count_as_its_criterions_do():
     outer = nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 2.0]), ignore_index=1)
     masses = row_masses(CompositeLoss(inner, outer), torch.randn(4, 3), y)
     torch.testing.assert_close(masses, torch.tensor([0.5, 2.0, 0.0, 2.0]).double())
+
+
+def rows_alone(model, x, y):
+    """The gradients dL_i/dz_i at the first layer of every row's own, unweighted loss."""
+    z = model[0](x).detach().requires_grad_()
+    losses = F.cross_entropy(model[1:](z), y, ignore_index=-100, reduction="none")
+    return torch.autograd.grad(losses.sum(), z)[0]
+
+
+@pytest.mark.parametrize("function", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_empirical_fisher_of_ignored_and_weighted_rows(factor, weighted, reduction, function):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()  # the norm has the block be empirical
+    x, y = torch.randn(60, 4).double(), torch.randint(3, (60,))
+    y[6:] = -100
+    weight = torch.tensor([1.0, 2.0, 5.0]).double() if weighted else None
+    own = {"weight": weight, "reduction": reduction}
+    criterion = FunctionCriterion(F.cross_entropy) if function else nn.CrossEntropyLoss(**own)
+    optimizer = so.EACG(model, criterion, fallback="sgd")
+    (factor * criterion(model(x), y, **(own if function else {}))).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step()
+    torch.manual_seed(0)
+    twin = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+    g, w = rows_alone(twin, x, y), torch.ones(60).double()
+    w = (w if weight is None else weight[y.clamp(min=0)]) * (y != -100)
+    expected = factor * (g.T * (w / w.sum() if reduction == "mean" else w)) @ g
+    torch.testing.assert_close(optimizer.state[model[0].weight]["factors"]["bias_hessian"], expected)
+
+
+class Transposed(nn.Module):
+    """Classes in dimension 1."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return self.body(x).transpose(1, 2)
+
+
+def test_empirical_fisher_of_ignored_elements_of_sequences():
+    torch.manual_seed(0)
+    model, criterion = network([4, 6, 3], nn.Sigmoid()), nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 5.0]).double())
+    x, y = torch.randn(5, 7, 4).double(), torch.randint(3, (5, 7))
+    y[2:, 3:] = -100
+    expected = blocks(copy.deepcopy(model), criterion, CURVATURES["fisher-empirical"], (x[y != -100], y[y != -100]))
+    transposed = Transposed(model)
+    actual = blocks(transposed, criterion, CURVATURES["fisher-empirical"], (x, y))
+    torch.testing.assert_close(list(actual.values()), list(expected.values()))
+
+
+@pytest.mark.parametrize("name", ["EACG", "LayerwiseNewton"])
+def test_a_loss_that_counts_for_nothing_has_no_block(name):
+    blocks = []
+    for both in (False, True):
+        torch.manual_seed(0)
+        first, norm, last = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+        model, criterion = nn.Sequential(first, norm, last).double(), nn.CrossEntropyLoss()
+        optimizer = getattr(so, name)(model, criterion)
+        z, y = model(torch.randn(20, 4).double()), torch.arange(20) % 3
+        loss = criterion(z, y)
+        (loss + 0.0 * criterion(z, (y + 1) % 3) if both else loss).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+        blocks.append(optimizer.state[first.weight]["factors"]["bias_hessian"])
+    torch.testing.assert_close(*blocks)

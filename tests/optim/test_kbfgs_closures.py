@@ -186,3 +186,47 @@ def test_checkpoints(cls, reentrant):
         step(plain, lambda net: net(x))
         for p, q in zip(model.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL, so.LayerwiseNewton, so.KFRA])
+def test_closures_may_clip_gradients_after_backward(cls):
+    found, (x, y) = [], data()
+    for clipped in (False, True):
+        model = network()
+        optimizer = cls(model, nn.MSELoss())
+
+        def closure(model=model, optimizer=optimizer, clipped=clipped):
+            optimizer.zero_grad()
+            model.zero_grad()
+            loss = optimizer.criterion(model(x), y) + 1e-3 * sum(p.square().sum() for p in model.parameters())
+            loss.backward()
+            for p in model.parameters() if clipped else ():
+                p.grad.clamp_(-100, 100)
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        found.append([p.detach() for p in model.parameters()] + [p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@both
+@pytest.mark.filterwarnings("ignore:secondorder")
+def test_trials_leave_buffers_as_the_first_call_does(cls):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).double()
+    optimizer, (x, y) = cls(model, nn.MSELoss()), data()
+    mean = torch.zeros(6).double()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = optimizer.criterion(model(x), y)
+        loss.backward()
+        return loss
+
+    for step in range(3):
+        with torch.no_grad():
+            mean = 0.9 * mean + 0.1 * model[0](x).mean(0)
+        optimizer.step(closure)
+        torch.testing.assert_close(model[1].running_mean, mean)
+        assert model[1].num_batches_tracked == step + 1

@@ -561,3 +561,20 @@ def test_small_noisy_batches_do_not_diverge():
         x = torch.randn(16, 6)
         losses.append(one_step(model, criterion, optimizer, x, (x @ teacher).argmax(1)))
     assert sum(losses[-50:]) / 50 < 0.6
+
+
+@pytest.mark.parametrize("name", ["EACG", "LayerwiseNewton", "KFRA", "KFLR", "KFAC"])
+def test_an_input_that_is_overwritten_before_the_step_is_an_error(name):
+    model, criterion, (x, y) = network(), nn.CrossEntropyLoss(), batch(8)
+    optimizer, buffer = getattr(so, name)(model, criterion), torch.empty(4, 5).double()
+    before = copy.deepcopy(model.state_dict())
+    for part in (slice(4), slice(4, 8)):
+        buffer.copy_(x[part])
+        (criterion(model(buffer), y[part]) / 2).backward()
+    with pytest.raises(RuntimeError, match="layer '0'.*give each micro-batch a tensor of its own"):
+        optimizer.step()
+    assert_same(before, model.state_dict())
+    optimizer.zero_grad()
+    buffer.copy_(x[:4])  # one fill a step is no fault
+    criterion(model(buffer), y[:4]).backward()
+    optimizer.step()
