@@ -99,8 +99,8 @@ class EigenAdam(SecondOrderOptimizer):
     Linear layers and convolutions show their inputs (at most 4,096 of a call, 1,024 patches of a convolution's) by a forward
     hook, which sums them up and keeps none: those of every call under autograd since the last step, whatever becomes of its
     output. Weights that are used otherwise (attention's, an LSTM's, those inside a compiled
-    graph) have V from their gradients, too; but one of which the first gradient has half of the rows zero or more, as where a
-    batch indexes it, is a table.
+    graph) have V from their gradients, too; but one of which the first gradient has half of the rows zero or more (three quarters
+    where no model is given), as where a batch indexes it, is a table.
 
     Args:
         params: a model, all of whose parameters are trained, or parameters, or param_groups, as torch's optimizers take them.
@@ -563,12 +563,15 @@ class EigenAdam(SecondOrderOptimizer):
         shared["steps"] += 1
 
     def _meet(self, matrix: Matrix) -> None:
-        """Takes a matrix that no layer multiplies with for a table where its first gradient has half of its rows zero."""
+        """Takes a matrix that no layer multiplies with for a table where its first gradient has half of its rows zero.
+
+        Without a model three quarters: every layer's is such a matrix, and one instance leaves half of its ReLUs idle.
+        """
         p = matrix.weight
         if not matrix.eigen or matrix.modules or is_sharded(p) or "basis_out" in self.state[p] or p.grad is None:
             return
         share = met_rows(p.grad) if p.dim() == 2 else 1.0
-        if 0 < share <= 0.5:
+        if 0 < share <= (0.25 if self._model is None else 0.5):
             matrix.eigen = False
             self._state(matrix, 0)["share"] = max(share, LEAST_SHARE)
 
