@@ -568,7 +568,7 @@ class EigenAdam(SecondOrderOptimizer):
         Without a model three quarters: every layer's is such a matrix, and one instance leaves half of its ReLUs idle.
         """
         p = matrix.weight
-        if not matrix.eigen or matrix.modules or is_sharded(p) or "basis_out" in self.state[p] or p.grad is None:
+        if not matrix.eigen or matrix.modules or is_sharded(p) or "basis_out" in self.state.get(p, ()) or p.grad is None:
             return
         share = met_rows(p.grad) if p.dim() == 2 else 1.0
         if 0 < share <= (0.25 if self._model is None else 0.5):
