@@ -140,9 +140,8 @@ class LossCall:
     outside: str | None = None  # what depends on a parameter in it, but not through these arguments; None: nothing
     blocks: dict[LayerCall, Tensor] = field(default_factory=dict)  # sum of delta delta^T [n_out, n_out] over its columns
     repeated: set[nn.Linear] = field(default_factory=set)  # the layers that it uses several times
-    masses: Callable[[], Tensor | None] = (
-        _alike  # of the target's elements; called where needed, since that may wait for the device
-    )
+    # Of the target's elements; called where they are needed, since that may wait for the device.
+    masses: Callable[[], Tensor | None] = _alike
     scale: Tensor | None = None  # d(what backward() was called on) / d(loss), summed over backward passes
     released: bool = False
 
