@@ -120,7 +120,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
             if max_factor_dim is not None and layer.out_features > max_factor_dim:
                 reason = f"layer {layer_name!r} has {layer.out_features} outputs, more than max_factor_dim = {max_factor_dim}"
                 self._uncovered.update({p: reason for p in layer.parameters(recurse=False) if p.requires_grad})
-        unseen = "no recorded loss depends on what its layer returns"
+        unseen = "no recorded loss depends on what its layer returns in training mode"
         reasons = {p: unseen for layer in layers for p in layer.parameters(recurse=False)} | self._uncovered
         self._fallback = Fallback(name, fallback, names | own, reasons)
         check_numbers(name, defaults, self._numbers)
@@ -315,7 +315,8 @@ def recorded_layers(owner: str, tape: Tape) -> list[LayerRecord]:
         raise RuntimeError(
             f"{owner}.step(): there are gradients, but no call of the criterion that leads to them was recorded. Compute "
             f"the loss by the criterion given to the optimizer ({tape.criterion!r}; optimizer.criterion(output, target) "
-            "where it is a function), with the model in training mode; optimizer.zero_grad() forgets the calls before it."
+            "where it is a function), which returns nothing but the loss, with the model in training mode, and the gradients by "
+            "loss.backward(); optimizer.zero_grad() forgets the calls before it."
         )
     check_instances(owner, (call.input for record in records for call in record.calls))
     return records

@@ -131,7 +131,9 @@ def test_reasons_for_what_no_recorded_loss_reaches():
         h = trunk(x)
         return criterion(heads[0](h), y) + heads[1](h).square().mean()  # with a criterion of its own
 
-    with pytest.warns(UserWarning, match=r"'1\.1\.weight', '1\.1\.bias' \(no recorded loss depends on what its layer returns\)"):
+    with pytest.warns(
+        UserWarning, match=r"'1\.1\.weight', '1\.1\.bias' \(no recorded loss depends on what its layer returns in training mode\)"
+    ):
         run(model, optimizer, loss)
 
 
