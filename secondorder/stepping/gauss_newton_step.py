@@ -349,7 +349,7 @@ class GaussNewtonStep:
     def _held_out(self, there: Residuals, progress: Progress, rows: _Rows) -> tuple[Residuals, Progress]:
         """Goes back to the least loss of the residuals held out where only the others fall, or did: they are interpolated.
 
-        At a minimum of all others those held out join them, unless they lie above and have risen.
+        At a minimum of all others those held out join them, unless holding out was asked for.
         """
         if not rows.held:
             return there, progress._replace(excess=0.0)
@@ -362,8 +362,7 @@ class GaussNewtonStep:
         held, others = torch.stack(sums).tolist()
         progress = progress._replace(excess=held / max(others, torch.finfo(torch.float64).tiny))
         ended = progress.ratio == 0 and len(rows.flat) + sum(len(out) for out, _, _ in rows.held) == self._total
-        risen = progress.excess >= HELD_EXCESS and held >= HELD_EXCESS * progress.held
-        if ended and not risen and self._settings.holdout is None:
+        if ended and self._settings.holdout is None:
             return there, progress._replace(released=True, best=None)
         if held < progress.held:
             progress = progress._replace(held=held, held_since=0, best=self._loss.flat())
