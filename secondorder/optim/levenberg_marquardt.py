@@ -46,9 +46,9 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     one (Nielsen's rule), in at most 12 tries.
 
     Where there are fewer than 4 residuals for each parameter, a tenth of them are not drawn. If 12 steps bring no new record of
-    their loss, or no step lowers that of the others, and theirs is a tenth above it or more, the points are being interpolated or
-    their noise is fitted: the parameters go back to the record, with a hundred times the damping, and a warning says so once. If
-    theirs is not, all are drawn from then on. Nothing is held out of parameters that stand for themselves, as a field's values.
+    their loss, and it is a tenth above that of the others or more, the points are being interpolated or noise is fitted: the
+    parameters go back to the record, with a hundred times the damping, and a warning says so once. Where no step lowers the loss
+    of the others, all are drawn from then on. Nothing is held out of parameters that stand for themselves, as a field's values.
 
     The first call of `step` does more, since first steps decide which minimum is reached: it takes 6 steps after 40 of
     `EigenAdam` (up to 120, until they have halved the loss), and, if the last three of the 6 have not halved it, 6 steps from
@@ -197,8 +197,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         if run.interpolates and "interpolation" not in self._told:
             self._told.add("interpolation")
             warn(
-                f"{name}: the residuals held out lie above the others, and have not fallen for {HELD_PATIENCE} steps or while "
-                "the others could: the points are being interpolated, or noise is fitted. It has gone back, with more damping. "
+                f"{name}: the residuals held out lie above the others, and have not fallen for {HELD_PATIENCE} steps: the points "
+                "are being interpolated, or noise is fitted. It has gone back, with more damping. "
                 "More points, or new ones in every step, let it go on; so does holdout=False, for data without noise or where "
                 "the least loss itself is sought."
             )

@@ -347,7 +347,7 @@ class GaussNewtonStep:
         return float(total)
 
     def _held_out(self, there: Residuals, progress: Progress, rows: _Rows) -> tuple[Residuals, Progress]:
-        """Goes back to the least loss of the residuals held out where only the others fall, or did: they are interpolated.
+        """Goes back to the least loss of the residuals held out where only the others fall: they are interpolated.
 
         At a minimum of all others those held out join them, unless holding out was asked for.
         """
