@@ -39,6 +39,7 @@ def new_bases(matrix: Matrix, rank: int) -> dict[str, Any]:
         return torch.linalg.qr(numbers)[0].T.to(device, dtype).contiguous()
 
     return {
+        **({"share": 1.0} if matrix.lookups else {}),  # of its rows that a step meets
         "step": 0, "renewals": 0, "unseen": 0, "basis_out": basis(ku, n), "basis_in": basis(kv, p),
         "scale_out": torch.zeros(ku, device=device, dtype=dtype), "scale_in": torch.zeros(kv, device=device, dtype=dtype),
         "mean": torch.zeros(p if matrix.bias is not None else 0, device=device, dtype=dtype),

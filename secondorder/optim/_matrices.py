@@ -107,9 +107,9 @@ def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matr
     return found
 
 
-def met_rows(grad: Tensor) -> float:
-    """The share of rows whose gradient is not zero: of a table, those that were looked up. Waits for the device."""
-    return float((grad != 0).any(-1).double().mean()) if grad.dim() == 2 else 1.0
+def met_rows(grad: Tensor) -> Tensor:
+    """How many rows [n, p] have a gradient that is not zero: of a table, those that were looked up."""
+    return (here(grad) != 0).any(-1).sum(dtype=torch.float32)
 
 
 def checked_dtype(owner: str, present: list[Matrix]) -> torch.dtype:

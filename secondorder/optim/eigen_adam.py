@@ -568,9 +568,12 @@ class EigenAdam(SecondOrderOptimizer):
         Without a model three quarters: every layer's is such a matrix, and one instance leaves half of its ReLUs idle.
         """
         p = matrix.weight
-        if not matrix.eigen or matrix.modules or is_sharded(p) or "basis_out" in self.state.get(p, ()) or p.grad is None:
+        if not matrix.eigen or matrix.modules or p.dim() != 2 or p.grad is None or "basis_out" in self.state.get(p, ()):
             return
-        share = met_rows(p.grad) if p.dim() == 2 else 1.0
+        met = met_rows(p.grad)
+        if is_sharded(p):
+            self._sum_(met)
+        share = float(met) / len(p)
         if 0 < share <= (0.25 if self._model is None else 0.5):
             matrix.eigen = False
             self._state(matrix, 0)["share"] = max(share, LEAST_SHARE)
