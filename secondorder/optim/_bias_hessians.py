@@ -1,6 +1,6 @@
 """The bias Hessians of a model's layers, for an optimizer that asks for them at some of its steps."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from secondorder._distributed import RankReducer
 from secondorder._layers import linear_layers, uncovered
 from secondorder._tape import LayerRecord, Tape
-from secondorder.curvature import Curvature
+from secondorder.criteria import FunctionCriterion
+from secondorder.curvature import CURVATURES, Curvature, curvature_by_name
 from secondorder.optim._base import recorded_layers
 from secondorder.optim._factors import FactorSource
 
@@ -69,3 +70,45 @@ class BiasHessians:
 
     def _records(self) -> list[LayerRecord]:
         return recorded_layers(self._owner, self.tape)
+
+
+def chosen_curvature(
+    owner: str, curvature: str | Curvature, criterion: nn.Module | Callable[..., Tensor] | None, model: nn.Module | None
+) -> tuple[Curvature | None, nn.Module | None]:
+    """The curvature, None for "gradient", and the criterion as a module, once they are known to go with each other.
+
+    Args:
+        owner: the optimizer's name, for messages.
+        curvature: a name, or a curvature.
+        criterion: what the loop computes its loss by, or None.
+        model: whose layers are to have bias Hessians, or None.
+
+    Raises:
+        TypeError: the criterion cannot be called.
+        ValueError: the name is not known; or there is a criterion without use, or none, or no model, where one is needed.
+    """
+    if isinstance(curvature, str) and curvature == "gradient":
+        if criterion is not None:
+            raise ValueError(
+                f"{owner}: expected no criterion with curvature='gradient', which has no use for it, got {criterion!r}; "
+                "curvature='pch-abs' has"
+            )
+        return None, None
+    try:
+        found = curvature_by_name(curvature)
+    except ValueError:
+        known = ", ".join(map(repr, CURVATURES))
+        raise ValueError(
+            f"{owner}: expected curvature to be one of 'gradient', {known}, or a Curvature, got {curvature!r}"
+        ) from None
+    if criterion is None:
+        raise ValueError(f"{owner}: expected a criterion with curvature={curvature!r}, got None; curvature='gradient' needs none")
+    if not callable(criterion):
+        raise TypeError(
+            f"{owner}: expected criterion to be an nn.Module or a function (output, target) -> loss, "
+            f"got {type(criterion).__name__}"
+        )
+    if model is None:
+        raise ValueError(f"{owner}: expected a model with curvature={curvature!r}, got parameters alone; give model=, too")
+    criterion = getattr(criterion, "_orig_mod", criterion)
+    return found, criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)

@@ -11,6 +11,7 @@ from secondorder.optim._matrices import Matrix
 
 LENGTH, OSCILLATIONS, SLOPE, LAST_SLOPE, STEPS, REFUSED, UNRENEWED = range(len(ops.CONTROL))
 
+FIRST_STEPS = 5  # that renew bases, and count the rows of tables that are looked up
 SAMPLED = 4096  # elements of what has no basis, whose slopes stand for all
 
 
@@ -80,3 +81,33 @@ def captured(matrix: Matrix, state: dict[str, Any]) -> Tensor:
         squares = torch.cat([squares, squares.new_zeros(n * p)])
     whole = squares.sum()
     return torch.where(whole > 0, squares[: -n * p].sum() / whole, 0.0)
+
+
+def has_no_basis(state: dict[str, Any]) -> bool:
+    """Whether it is the state of a matrix every element of which stands for itself."""
+    return "basis_in" in state and not len(state["basis_in"])
+
+
+def check_state(owner: str, matrix: Matrix | None, state: dict[str, Any]) -> None:
+    """Raises where a saved state is not one that a matrix could have, or where there should be none.
+
+    Args:
+        owner: who loads it, for the error.
+        matrix: whose weight it is for; None: it is for a bias, whose weight has its state.
+        state: as saved.
+
+    Raises:
+        ValueError: it is another optimizer's, or one of another shape, bias or basis.
+    """
+    if "basis_out" not in state or "basis_in" not in state:
+        raise ValueError(f"{owner}: expected the state of an EigenAdam, got one of {sorted(state)}")
+    shape = state["basis_out"].shape[-1], state["basis_in"].shape[-1]
+    if matrix is None or shape != matrix.shape:
+        wanted = "no state for a bias" if matrix is None else f"the state of a matrix of shape {list(matrix.shape)}"
+        named = "" if matrix is None else f" for {matrix.name!r}"
+        raise ValueError(f"{owner}: expected {wanted}{named}, got one of {list(shape)}")
+    if (state["mean"].numel() > 0) != (matrix.bias is not None) or has_no_basis(state) == matrix.eigen:
+        raise ValueError(
+            f"{owner}: expected the state of an optimizer that was made as this one is, got one for {matrix.name!r} that "
+            "knows another bias or basis; give both the model, or neither"
+        )

@@ -107,11 +107,6 @@ def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matr
     return found
 
 
-def met_rows(grad: Tensor) -> Tensor:
-    """How many rows [n, p] have a gradient that is not zero: of a table, those that were looked up."""
-    return (here(grad) != 0).any(-1).sum(dtype=torch.float32)
-
-
 def checked_dtype(owner: str, present: list[Matrix]) -> torch.dtype:
     """What all parameters are computed in, once they and their gradients are known to be what can be computed with.
 

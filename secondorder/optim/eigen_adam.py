@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,17 +14,20 @@ from secondorder._layers import linear_layers
 from secondorder._tape.hooks import remove_handles
 from secondorder._tensors import compute_dtype, here, is_sharded
 from secondorder._warnings import warn
-from secondorder.criteria import FunctionCriterion
-from secondorder.curvature import CURVATURES, Curvature, curvature_by_name
+from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
-from secondorder.optim._bias_hessians import BiasHessians
+from secondorder.optim._bias_hessians import BiasHessians, chosen_curvature
+from secondorder.optim._eigen_inputs import Sketch, Sketches
 from secondorder.optim._eigen_state import (
+    FIRST_STEPS,
     LAST_SLOPE,
     OSCILLATIONS,
     REFUSED,
     SLOPE,
     captured,
     cast_state,
+    check_state,
+    has_no_basis,
     new_control,
     new_state,
     step_length,
@@ -38,7 +40,6 @@ from secondorder.optim._matrices import (
     input_rows,
     is_plain,
     matrices,
-    met_rows,
     values,
     write_back,
 )  # fmt: skip
@@ -54,28 +55,18 @@ from secondorder.optim._sharded import (
     new_sharded_state,
     relaid,
 )  # fmt: skip
+from secondorder.optim._tables import Lookups, share_of_a_table
 
 _NUMBERS: Numbers = {
     "lr": (lambda v: 0 <= v < float("inf"), ">= 0"),
     "weight_decay": (lambda v: 0 <= v < float("inf"), ">= 0"),
     "eps": (lambda v: 0 <= v < float("inf"), ">= 0"),
 }
-FIRST = 5  # steps at each of which bases are renewed
 DECAY = 0.9  # of the averages behind a basis, from one renewal to the next
 MANY_ROWS = 256  # of a layer's inputs: from here on its bases have twice as many directions
-LEAST_SHARE = 0.1  # of a table's rows: fewer that a step meets move by no more
 PATIENCE = 5  # renewals in a row at which a layer that has shown its inputs may show none
 
 _SHARED = ("control", "steps", "refused", "first_loss")  # what one parameter's state has for all
-
-
-@dataclass
-class _Sketch:
-    """What `ops.eigen_sketch_` has made of a layer's inputs."""
-
-    sums: Tensor
-    shift: Tensor
-    rows: int = 0
 
 
 class EigenAdam(SecondOrderOptimizer):
@@ -177,7 +168,7 @@ class EigenAdam(SecondOrderOptimizer):
         self._shards: Shards | None = None  # the ranks that share the rows of DTensor parameters
         if model is not None:
             self._model, self._group = _unwrapped(model)
-        self._curvature, self.criterion = self._chosen(curvature, criterion)
+        self._curvature, self.criterion = chosen_curvature(type(self).__name__, curvature, criterion, self._model)
         self._hooked = True
         self._reset()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
@@ -186,39 +177,6 @@ class EigenAdam(SecondOrderOptimizer):
         warn_of_short_steps(type(self).__name__, lr)
         self._hook()
 
-    def _chosen(
-        self, curvature: str | Curvature, criterion: nn.Module | Callable[..., Tensor] | None
-    ) -> tuple[Curvature | None, nn.Module | None]:
-        """The curvature, None for "gradient", and the criterion as a module, once they are known to go with each other."""
-        name = type(self).__name__
-        if isinstance(curvature, str) and curvature == "gradient":
-            if criterion is not None:
-                raise ValueError(
-                    f"{name}: expected no criterion with curvature='gradient', which has no use for it, got {criterion!r}; "
-                    "curvature='pch-abs' has"
-                )
-            return None, None
-        try:
-            found = curvature_by_name(curvature)
-        except ValueError:
-            known = ", ".join(map(repr, CURVATURES))
-            raise ValueError(
-                f"{name}: expected curvature to be one of 'gradient', {known}, or a Curvature, got {curvature!r}"
-            ) from None
-        if criterion is None:
-            raise ValueError(
-                f"{name}: expected a criterion with curvature={curvature!r}, got None; curvature='gradient' needs none"
-            )
-        if not callable(criterion):
-            raise TypeError(
-                f"{name}: expected criterion to be an nn.Module or a function (output, target) -> loss, "
-                f"got {type(criterion).__name__}"
-            )
-        if self._model is None:
-            raise ValueError(f"{name}: expected a model with curvature={curvature!r}, got parameters alone; give model=, too")
-        criterion = getattr(criterion, "_orig_mod", criterion)
-        return found, criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)
-
     def _reset(self) -> None:
         """What is no part of the state."""
         self._hessians: BiasHessians | None = None
@@ -226,8 +184,7 @@ class EigenAdam(SecondOrderOptimizer):
         weakref.finalize(self, remove_handles, self._handles)
         self._matrices: list[Matrix] | None = None
         self._ids: list[int] = []  # of the parameters that these are of
-        self._sketches: dict[Matrix, _Sketch] = {}
-        self._lookups: dict[Matrix, int] = {}  # how many rows of a table have been looked up
+        self._sketches, self._lookups = Sketches(), Lookups()
         self._seeing: bool | None = None  # whether the next step renews bases; None: not known yet
         self._announced: set[str] = set()  # warnings given
         # Control on its way from the device, and the event that tells of its arrival.
@@ -289,7 +246,7 @@ class EigenAdam(SecondOrderOptimizer):
             for matrix in self._matrices:
                 if self._shards is not None:  # layers compute with other, whole weights
                     self._owner |= dict.fromkeys((*matrix.modules, *matrix.lookups), matrix)
-                if not matrix.modules and _has_no_basis(self.state.get(matrix.weight, {})):
+                if not matrix.modules and has_no_basis(self.state.get(matrix.weight, {})):
                     matrix.eigen = False  # its first gradient was that of a table
         return self._matrices
 
@@ -306,19 +263,12 @@ class EigenAdam(SecondOrderOptimizer):
         if matrix is None or not matrix.weight.requires_grad or not is_plain(inputs):
             return
         if matrix.lookups:
-            self._lookups[matrix] = self._lookups.get(matrix, 0) + inputs.numel()
+            self._lookups.add(matrix, inputs)
             return
         with torch.no_grad():
             rows = input_rows(module, inputs.detach()).to(compute_dtype(matrix.weight.dtype))
             state = self._state(matrix, len(rows))
-            sketch = self._sketches.get(matrix)
-            if sketch is None:
-                shift = state["mean"]
-                if not state["renewals"] and shift.numel() and not self._several and not shift.is_cuda:
-                    shift = rows.mean(0)  # not put into the state before it is known to be finite
-                sketch = self._sketches[matrix] = _Sketch(rows.new_zeros(len(state["basis_in"]) + 1, rows.shape[1]), shift)
-            ops.eigen_sketch_(sketch.sums, rows, state["basis_in"], sketch.shift)
-            sketch.rows += len(rows)
+            self._sketches.add(matrix, state, rows, alone=not (self._several or rows.is_cuda))
 
     # --- the state -----------------------------------------------------------------------------------------------------------
 
@@ -352,7 +302,7 @@ class EigenAdam(SecondOrderOptimizer):
     def _due(self) -> bool:
         """Whether the next step renews bases."""
         steps = next((state["steps"] for state in self.state.values() if "steps" in state), 0)
-        return bool(steps < FIRST or steps % self._renew_every == 0)
+        return bool(steps < FIRST_STEPS or steps % self._renew_every == 0)
 
     def _state(self, matrix: Matrix, rows: int) -> dict[str, Any]:
         """A matrix' state, made when its inputs or gradient are first seen; rows: how many inputs it sees at a time."""
@@ -399,20 +349,10 @@ class EigenAdam(SecondOrderOptimizer):
             state, matrix = state_dict["state"].get(i) or {}, weights.get(p)
             if state.keys() <= {*_SHARED, "step"}:
                 continue
-            if "basis_out" not in state or "basis_in" not in state:
-                raise ValueError(f"{name}: expected the state of an EigenAdam, got one of {sorted(state)}")
-            shape = state["basis_out"].shape[-1], state["basis_in"].shape[-1]
-            if matrix is not None and not matrix.modules and _has_no_basis(state):
+            if matrix is not None and not matrix.modules and has_no_basis(state):
                 matrix.eigen = False  # its first gradient was that of a table
-            if matrix is None or shape != matrix.shape:
-                wanted = "no state for a bias" if matrix is None else f"the state of a matrix of shape {list(matrix.shape)}"
-                named = "" if matrix is None else f" for {matrix.name!r}"
-                raise ValueError(f"{name}: expected {wanted}{named}, got one of {list(shape)}")
-            if (state["mean"].numel() > 0) != (matrix.bias is not None) or (len(state["basis_in"]) > 0) != matrix.eigen:
-                raise ValueError(
-                    f"{name}: expected the state of an optimizer that was made as this one is, got one for {matrix.name!r} that "
-                    "knows another bias or basis; give both the model, or neither"
-                )
+            check_state(name, matrix, state)
+            assert matrix is not None
             relaid_state[i] = relaid(matrix, state)
         super().load_state_dict({**state_dict, "state": relaid_state})
         self._seeing = None
@@ -516,9 +456,10 @@ class EigenAdam(SecondOrderOptimizer):
         self._read_report()
         nothing = torch.empty(0, device=present[0].weight.device, dtype=dtype)
         for matrix in present:
-            self._meet(matrix)
+            if "basis_out" not in self.state[matrix.weight]:
+                self._find_table(matrix)
         states = [self._state(matrix, 0) for matrix in present]
-        shares = self._shares(present, states) if due else {}
+        shares = self._lookups.shares(present, states, self._sum_ if self._several else None) if due else {}
         weights, biases, weight_grads, bias_grads = [], [], [], []
         rates, bias_rates, decays, bias_decays = [], [], [], []
         for matrix, state in zip(present, states, strict=True):
@@ -562,33 +503,16 @@ class EigenAdam(SecondOrderOptimizer):
                 state["curved"] = curved
         shared["steps"] += 1
 
-    def _meet(self, matrix: Matrix) -> None:
+    def _find_table(self, matrix: Matrix) -> None:
         """Takes a matrix that no layer multiplies with for a table where its first gradient has half of its rows zero.
 
         Without a model three quarters: every layer's is such a matrix, and one instance leaves half of its ReLUs idle.
         """
-        p = matrix.weight
-        if not matrix.eigen or matrix.modules or p.dim() != 2 or p.grad is None or "basis_out" in self.state.get(p, ()):
-            return
-        met = met_rows(p.grad)
-        if is_sharded(p):
-            self._sum_(met)
-        share = float(met) / len(p)
-        if 0 < share <= (0.25 if self._model is None else 0.5):
+        most = 0.25 if self._model is None else 0.5
+        share = share_of_a_table(matrix, most, self._sum_ if is_sharded(matrix.weight) else None)
+        if share is not None:
             matrix.eigen = False
-            self._state(matrix, 0)["share"] = max(share, LEAST_SHARE)
-
-    def _shares(self, present: list[Matrix], states: list[dict[str, Any]]) -> dict[Matrix, float]:
-        """The share of its rows that a step meets, at most, of every table, from the lookups of its first steps."""
-        pairs = zip(present, states, strict=True)
-        tables = [matrix for matrix, state in pairs if matrix.lookups and state["step"] < FIRST]
-        counts = [float(self._lookups.get(matrix, 0)) for matrix in tables]
-        if tables and self._several:  # all ranks must take the same step
-            total = torch.tensor(counts, device=tables[0].weight.device)
-            self._sum_(total)
-            counts = total.tolist()
-        shares = [count / matrix.shape[0] for matrix, count in zip(tables, counts, strict=True)]
-        return {matrix: min(max(share, LEAST_SHARE), 1.0) for matrix, share in zip(tables, shares, strict=True) if share}
+            self._state(matrix, 0)["share"] = share
 
     def _operators(self, present: list[Matrix], states: list[dict[str, Any]]) -> Any:
         """What has `eigen_renew_` and `eigen_step_` for these matrices."""
@@ -631,20 +555,20 @@ class EigenAdam(SecondOrderOptimizer):
         Returns the states that it is for, how many times in a row each has seen no inputs, and whether U is of a bias Hessian.
         A first mean that a sketch has found takes its place in `means`, and is put into the state when the step is made.
         """
-        sketches = self._averaged(present) if self._several else self._sketches
+        sketches = self._sketches.averaged(present, self.state, self._sum_) if self._several else self._sketches.of
         nothing = weight_grads[0].new_empty(0)
         given, renewed, lost = [], [], []
         for i, (matrix, state) in enumerate(zip(present, states, strict=True)):
             if not matrix.eigen:  # nothing to renew; but where its gradient is not finite no basis may turn
-                given.append((_Sketch(nothing, means[i]), nothing, 1.0))
+                given.append((Sketch(nothing, means[i]), nothing, 1.0))
                 continue
             sketch, unseen, share = sketches.get(matrix), 0, (1 - DECAY) / (1 - DECAY ** (state["renewals"] + 1))
             if sketch is None:
                 unseen, has_seen = state["unseen"] + 1, state["renewals"] > state["unseen"]
                 patience = PATIENCE if has_seen else 1  # a lazy layer has shown none at the first
-                sketch = _Sketch(weight_grads[i].new_empty(0), means[i])
+                sketch = Sketch(weight_grads[i].new_empty(0), means[i])
                 if has_seen and unseen <= PATIENCE:  # it may show some again: V stays
-                    sketch = _Sketch(weight_grads[i].new_zeros(len(state["basis_in"]) + 1, matrix.shape[1]), means[i], 1)
+                    sketch = Sketch(weight_grads[i].new_zeros(len(state["basis_in"]) + 1, matrix.shape[1]), means[i], 1)
                 elif unseen == patience + 1 and matrix.modules and matrix.weight.grad is not None:
                     lost.append(matrix.name)
                     if has_seen:
@@ -670,30 +594,6 @@ class EigenAdam(SecondOrderOptimizer):
                 [sketch.rows for sketch, _, _ in given], [share for _, _, share in given],
             )  # fmt: skip
         return renewed
-
-    def _averaged(self, present: list[Matrix]) -> dict[Matrix, "_Sketch"]:
-        """The sketches of all ranks' inputs, per input, as if one had seen them all."""
-        wanted = [matrix for matrix in present if matrix.eigen and matrix.modules]
-        if not wanted:
-            return {}
-        own = []
-        for matrix in wanted:
-            state = self.state[matrix.weight]
-            empty = state["basis_in"].new_zeros(len(state["basis_in"]) + 1, matrix.shape[1])
-            sketch = self._sketches.get(matrix) or _Sketch(empty, state["mean"])
-            own += [sketch.sums.flatten(), empty.new_full((1,), sketch.rows)]
-        flat = torch.cat(own)
-        self._sum_(flat)
-        pieces = flat.split([piece.numel() for piece in own])
-        counts = pieces[1::2]
-        if any(matrix not in self._sketches or not self._sketches[matrix].rows for matrix in wanted):
-            # Maybe no rank has inputs of one; where this rank has some of each, it need not wait for the device.
-            counts = torch.cat(counts).tolist()
-        return {
-            matrix: _Sketch((sums / rows).view(-1, matrix.shape[1]), self.state[matrix.weight]["mean"], 1)
-            for matrix, sums, rows in zip(wanted, pieces[::2], counts, strict=True)
-            if isinstance(rows, Tensor) or rows
-        }
 
     def _taken(self, control: Tensor) -> bool:
         """Whether the step was made, where that is known without waiting; raises, counts or warns where it should."""
@@ -801,10 +701,6 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
         group = inner.process_group
         inner = inner.module
     return getattr(inner, "_orig_mod", inner), group
-
-
-def _has_no_basis(state: dict[str, Any]) -> bool:
-    return "basis_in" in state and not len(state["basis_in"])
 
 
 def _finite(sums: Tensor) -> Tensor:
