@@ -111,7 +111,9 @@ def test_every_message_that_a_page_explains_is_in_the_source():
     explained = [text for row in re.findall(r"^\| (`.+?) \|", section, re.M) for text in re.findall(r"`([^`]+)`", row)]
     assert len(explained) > 20
     trees = (ast.parse(path.read_text()) for path in (ROOT / "secondorder").rglob("*.py"))
-    texts = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    texts = [
+        node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
     assert not [text for text in explained if not any(text in each for each in texts)]
 
 

@@ -111,7 +111,14 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         """One step from the gradients of the backward passes since the last one.
 
         Args:
-            closure: evaluates the model anew and returns the loss; optional.
+            closure: evaluates the model anew, calls backward() and returns the loss; optional.
+
+        Returns:
+            What the closure returned; None without one.
+
+        Raises:
+            NonFiniteError: a number is not finite, with nonfinite="error".
+            RuntimeError: gradients or records are missing. As with any error, no parameter and no state has changed.
         """
         loss = None
         if closure is not None:

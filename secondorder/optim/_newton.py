@@ -119,6 +119,14 @@ class NewtonOptimizer(LayerwiseOptimizer):
         Args:
             closure: evaluates the model anew, calls backward() and returns the loss; optional. Where the loss cannot be evaluated
                 from what was recorded, because terms stand outside of the criterion, say, it is called more than once.
+
+        Returns:
+            What the first call of the closure returned; None without one.
+
+        Raises:
+            NonFiniteError: a number is not finite, with nonfinite="error".
+            RuntimeError: gradients or records are missing, or the loss cannot be evaluated at other parameters and there is no
+                closure. As with any error, no parameter and no state has changed.
         """
         try:
             return super().step(closure)

@@ -55,7 +55,8 @@ class KBFGS(CurvatureOptimizer):
 
     Args:
         model: any module; its nn.Linear layers are covered, whatever lies between them.
-        criterion: a module, or a function (output, target) -> scalar loss; unused, since the closure computes the loss, any loss.
+        criterion: a module, or a function (output, target) -> scalar loss. The closure computes the loss, which may be any; of
+            the criterion the optimizer takes only parameters, if it has some: the fallback trains them.
         lr: step size, >= 0.
         damping: lambda in (0, 1]; read where `damping_a` or `damping_g` is None.
         damping_a: lambda_A > 0; None: sqrt(damping).
@@ -172,6 +173,9 @@ class KBFGS(CurvatureOptimizer):
 
         Args:
             inputs: what the model is called with, batch after batch; for example `(x for x, _ in loader)`.
+
+        Raises:
+            RuntimeError: the optimizer has made a step already.
         """
         if any(state.get("step", 0) > 0 for state in self.state.values()):
             raise RuntimeError(f"{type(self).__name__}.initialize(): expected no step before it")
@@ -214,6 +218,11 @@ class KBFGS(CurvatureOptimizer):
 
         Returns:
             The loss before the step.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is not finite, with nonfinite="error".
+            RuntimeError: there is no closure, it adds to gradients from before it, or it evaluates other data at a later call. As
+                with any error, no parameter and no state has changed.
         """
         name = type(self).__name__
         if closure is None:
@@ -305,12 +314,14 @@ class KBFGS(CurvatureOptimizer):
                 state["damped_y"] += bool(each & ops.DAMPED_Y)
 
     def diagnostics(self) -> dict[str, dict[str, int]]:
-        """Counts since the start, by layer.
+        """Counts since the start, layer by layer.
 
-        "step"; "halvings" of a step that the loss after it called for; "rejected" steps, given up after 10 halvings; of
-        H_g the updates made ("updated"), those with s damped ("damped_s") and with y damped ("damped_y"), and those
-        "skipped" (curvature not positive, something not finite, or a bound broken that `pairs` asks for); of H_a those skipped
-        ("input_skipped"; of exact inverses those not finite).
+        Returns:
+            `{layer name: {count: int}}`, empty before the first step. The counts are the steps ("step"); the halvings that the
+            loss after a step called for ("halvings"); the steps given up after 10 halvings ("rejected"); of H_g the updates made
+            ("updated"), those with s damped ("damped_s") and with y damped ("damped_y"), and those left out ("skipped": the
+            curvature was not positive, something not finite, or a bound broken that `pairs` asks for); of H_a those left out
+            ("input_skipped"; of exact inverses those not finite).
         """
         return {
             name: {count: self.state[layer.weight][count] for count in _COUNTS}
