@@ -33,7 +33,7 @@ def evaluated(
     if formula is None or len(args) != 1 or kwargs:
         return None
     with torch.no_grad():
-        # Rounded as half-precision outputs are, as under autocast, H would not be positive semi-definite.
+        # Not in the dtype of half-precision outputs, as under autocast: rounded so, H would not be positive semi-definite.
         return formula(criterion, to_compute_dtype(output), args[0])
 
 

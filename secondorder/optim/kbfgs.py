@@ -19,7 +19,7 @@ from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments
 
 _HALVINGS = 10  # of a step before it is given up
 _INPUT_INVERSES = ("hessian-action", "exact")
-# What the operators are told of a pair: whether it is damped, and whether it is bounded.
+# pairs -> the operators' arguments `damped` and `bounded`.
 _PAIRS = {"damped": (True, False), "damped-bounded": (True, True), "bounded": (False, True)}
 _COUNTS = ("step", "halvings", "rejected", "updated", "damped_s", "damped_y", "skipped", "input_skipped")
 
@@ -143,7 +143,7 @@ class KBFGS(CurvatureOptimizer):
             model, criterion, defaults, diagonal=False, fallback=fallback, max_factor_dim=max_factor_dim, maximize=maximize,
             decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip
-        # Means over two passes are all that is needed here, and `ClosurePass` takes them during a step.
+        # Nothing is recorded: K-BFGS needs means over two passes alone, which `ClosurePass` takes during a step.
         self._tape.recording = False
         self._curvature_name = "quasi-Newton"
         self._max_increase, self._bias_correction = max_increase, bias_correction
@@ -502,9 +502,9 @@ class KBFGS(CurvatureOptimizer):
                         layer: (trial.mean_preactivation(layer) - first.mean_preactivation(layer),
                                 trial.gradient[layer] - first.gradient[layer])
                         for layer in parameters
-                        if layer in trial.gradient and trial.instances(layer)  # else it was left out by chance
+                        if layer in trial.gradient and trial.instances(layer)  # else the model left it out
                     }  # fmt: skip
-                    # A saturated unit hides an infinite weight from the loss.
+                    # The loss may be finite though a weight is not, where the unit is saturated: so the weights are checked.
                     sizes = torch._foreach_norm([p for each in parameters.values() for p in each if p.numel()], math.inf)
                     usable = [torch.isfinite(s + y).all() for s, y in moves.values()]
                     value, same, *rest = host_numbers([value, same, *sizes, *usable])
@@ -531,7 +531,7 @@ class KBFGS(CurvatureOptimizer):
         means = []
         for layer, state in zip(layers, states, strict=True):
             mean, a = first.mean_input(layer), state["input_second_moment"]
-            if state["step"] > 1:  # the first step's A is the start's
+            if state["step"] > 1:  # at the first step A is that of the start already
                 first.second_moment(layer, a, group["decay"])
             means.append(mean if len(mean) == len(a) else torch.cat([mean, mean.new_ones(1)]))
         inverses, matrices = ([state[key] for state in states] for key in ("inverse_input", "input_second_moment"))
