@@ -1,5 +1,6 @@
 """The documentation holds: its programs run and print what they promise, and its links lead somewhere."""
 
+import ast
 import re
 import socket
 import sys
@@ -102,6 +103,18 @@ def test_the_site_has_every_page():
         *(ROOT / "bench").rglob("*.md"),
     ]
     assert listed == {str(path.relative_to(ROOT).with_suffix("")) for path in pages} - {"README"}
+
+
+def test_every_message_that_a_page_explains_is_in_the_source():
+    page = (ROOT / "docs" / "situations.md").read_text()
+    section = page.partition("## What an error or a warning means\n")[2].partition("\n## ")[0]
+    explained = [text for row in re.findall(r"^\| (`.+?) \|", section, re.M) for text in re.findall(r"`([^`]+)`", row)]
+    assert len(explained) > 20
+    trees = (ast.parse(path.read_text()) for path in (ROOT / "secondorder").rglob("*.py"))
+    texts = [
+        node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    assert not [text for text in explained if not any(text in each for each in texts)]
 
 
 def test_every_test_that_a_page_names_is_there():

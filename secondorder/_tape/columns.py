@@ -12,7 +12,8 @@ from secondorder._tape.records import LayerCall
 from secondorder._tensors import subsample
 from secondorder.criteria import OutputRoot
 
-# (criterion, loss, autograd node of the one linear layer's output it depends on, its arguments) -> where columns start, and they
+# (criterion, loss, the autograd node of the output of the one linear layer that the loss depends on, or None, the criterion's
+# arguments by position and by name) -> the edge of the graph where columns start, and the root whose columns they are.
 Columns = Callable[[nn.Module, Tensor, Node | None, tuple[Any, ...], dict[str, Any]], tuple[GradientEdge, OutputRoot]]
 
 # At most so many numbers of all layers' deltas are held at once.

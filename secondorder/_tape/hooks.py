@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-# What evaluates frames in the interpreter's place, where torch.compile is at work; else None.
+# Returns what evaluates frames in the interpreter's place where torch.compile is at work; else None.
 _compiler: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
 exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
 
@@ -135,7 +135,7 @@ def _eager_forward(module: nn.Module) -> MethodType:
     original: Any = type(module).forward
     owner: Any = weakref.ref(module)
     users: list[EagerForward] = []
-    # The function has the globals of the one that it stands for, and so none of this file's.
+    # `forward` below is given the globals of the model's own forward, and so cannot see this file's: they come by its closure.
     maybe_compiled, enabled, exports = compiling, torch.is_grad_enabled, exporting
     eager = torch.compiler.disable(original)
 

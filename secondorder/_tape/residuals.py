@@ -149,7 +149,7 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
             stack.extend(f for f in inputs if f is not None)
         else:
             raise _refused(owner, node, "neither a square nor linear")
-    if not squares:  # parameters alone are residuals, too; they move where residuals stay
+    if not squares:  # a loss of squares of parameters alone: they are its residuals
         squares, penalties = [term._replace(residual=term.residual.clone()) for term in penalties], []
     if not squares:
         raise RuntimeError(
@@ -178,7 +178,7 @@ def _square(node: Node, reach: Reach) -> Term | None:
             return _root(node, reach)
         if exponent >= 4 and exponent % 2 == 0:
             return Term(node, saved._saved_self ** (exponent / 2), False)
-    if name in ("MulBackward", "DotBackward") and len(node.next_functions) == 2:  # one for a product with a number of C++
+    if name in ("MulBackward", "DotBackward") and len(node.next_functions) == 2:  # one input: the other factor is a number
         first, second = node.next_functions
         if first == second:  # the same output of the same node
             return _root(node, reach)

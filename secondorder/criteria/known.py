@@ -33,7 +33,7 @@ def evaluated(
     if formula is None or len(args) != 1 or kwargs:
         return None
     with torch.no_grad():
-        # Rounded as half-precision outputs are, as under autocast, H would not be positive semi-definite.
+        # Not in the dtype of half-precision outputs, as under autocast: rounded so, H would not be positive semi-definite.
         return formula(criterion, to_compute_dtype(output), args[0])
 
 
@@ -42,8 +42,11 @@ def by_position(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
     Args:
         criterion: a module or a `FunctionCriterion`.
-        args: of its call.
-        kwargs: of its call.
+        args: the criterion's arguments by position, of one call.
+        kwargs: those by name.
+
+    Returns:
+        The arguments by position, and those that stay by name.
     """
     named = dict(kwargs)
     for name in _leading(criterion)[len(args) :] if named else ():
@@ -84,12 +87,17 @@ def row_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None
 
 
 def element_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
-    """The same of every element of the target [m, ...]; waits for the device where there are no class weights.
+    """The weight of every element of the target in the loss of a classifier with ignored classes or class weights.
+
+    It waits for the device where there are no class weights.
 
     Args:
-        criterion: as for `row_masses`.
-        args: of the criterion.
+        criterion: a module or a `FunctionCriterion`; cross-entropy and the negative log-likelihood have such weights.
+        args: of the criterion, the output [m, K, ...] and the target [m, ...].
         kwargs: of the criterion.
+
+    Returns:
+        The weights [m, ...] in float64, 0 where an element is ignored; None: all count alike.
     """
     if isinstance(criterion, CompositeLoss):
         return element_masses(criterion.outer, *args, **kwargs)
@@ -111,7 +119,7 @@ def element_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | 
 
 
 def takes_log_probabilities(criterion: nn.Module) -> bool:
-    """Whether it is the negative log-likelihood, whose curvature is in the log_softmax before it.
+    """Whether a criterion is the negative log-likelihood, whose curvature is in the log_softmax before it.
 
     Args:
         criterion: a module or a `FunctionCriterion`.

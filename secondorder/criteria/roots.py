@@ -52,8 +52,8 @@ class SoftmaxRoot:
 
     def sample(self) -> Tensor:
         """Categorical labels."""
-        # NaN is left to the step's own check: it stays in p, and so in the column. The label is the one that torch.multinomial
-        # draws, whose checks wait for the device.
+        # The label is drawn as torch.multinomial draws it, without its checks, which wait for the device. A NaN stays in p and so
+        # in the result, where the step's own check sees it.
         label = (self.p.nan_to_num(nan=1.0) / torch.empty_like(self.p).exponential_()).argmax(1)
         return (self.p - F.one_hot(label, self.count).to(self.p.dtype)) * self.mass.sqrt().unsqueeze(1)
 

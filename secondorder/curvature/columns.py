@@ -50,7 +50,7 @@ class FromColumns(Curvature):
         raise NotImplementedError
 
     def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
-        # A layer that the criterion sees by another way than the columns': they say that it has no curvature.
+        # No block: the criterion sees this layer by another way than the columns take, by which it has no curvature.
         n_out = record.layer.out_features
         return record.layer.weight.new_zeros(n_out, n_out) if record.block is None else record.block
 

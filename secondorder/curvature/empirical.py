@@ -45,8 +45,8 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
         m = gradient.shape[:-1].numel()
         delta = to_compute_dtype(flatten_batch([gradient], record.samples))
         assert loss.scale is not None
-        # delta_i is scale / instances times the instance's own gradient; for a sum, scale times it. A sample stands for all m
-        # rows, and a negative scale maximises.
+        # delta_i is the gradient of instance i times scale / instances for a mean loss, and times scale for a sum. The rows of a
+        # subsample stand for all m. A negative scale means that the loss is maximised.
         instances: Tensor | float = m if loss.instances is None else loss.instances
         masses = loss.masses()
         if masses is not None and masses.numel() == m:
@@ -55,18 +55,18 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
         elif masses is not None:
             instances = instances * (masses > 0).to(delta.dtype).mean()
         scale = loss.scale.abs()
-        scale = scale.masked_fill(scale == 0, 1)  # a loss that counts for nothing: its delta are 0
+        scale = scale.masked_fill(scale == 0, 1)  # a loss that is multiplied by 0, whose delta are 0
         factor = (m / len(delta) if m else 1) * (instances if loss.mean else 1) / scale
         if m:
-            factor = factor + 0 * loss.loss  # NaN of all rows ignored, whose gradients are 0, must reach the step's own check
+            factor = factor + 0 * loss.loss  # if all rows are ignored, the loss is NaN, which the step has to see
         block = (delta.T @ delta) * factor
         total = block if total is None else total + block
-    if total is None:  # no backward pass has come so far: backward(inputs=...) may stop anywhere
+    if total is None:  # no backward pass has reached this layer, as with backward(inputs=...)
         n_out = record.layer.out_features
         total = record.weight.new_zeros(n_out, n_out, dtype=record.dtype)
     kept = sum(call.input.shape[:-1].numel() for call in record.calls if call.keeps_gradient)
     if 0 < kept < record.instances:
-        # The others came before it was known that the layer has an obstacle, at the first step alone; they count as these do.
+        # In the first step, calls before the layer's obstacle was known have kept no gradient: the calls that did stand for all.
         total = total * (record.instances / kept)
     return total
 

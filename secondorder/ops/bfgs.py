@@ -15,7 +15,7 @@ from secondorder import reference
 from secondorder.ops._library import library, operator
 
 UPDATED, DAMPED_S, DAMPED_Y = 1, 2, 4
-"""The bits of an update's status: H was updated; s was damped (theta1 < 1); y was damped (theta2 != 1)."""
+"""The bits of the status of a BFGS update: H was updated; s was damped (theta1 < 1); y was damped (theta2 != 1)."""
 
 
 @overload
@@ -39,11 +39,11 @@ def double_damping(
     Then s~.y >= mu1 y.Hy and s~.y~ >= mu2 s~.s~.
 
     Args:
-        s: [n], or a list with one per layer; likewise the next two.
-        y: [n].
-        inverse_hessian: H [n, n], symmetric positive definite.
-        mu1: in (0, 1).
-        mu2: in (0, 1].
+        s: the change of the variables, [n], or a list with one per layer.
+        y: the change of the gradient, [n], or a list.
+        inverse_hessian: H [n, n], symmetric positive definite, or a list.
+        mu1: in (0, 1): the bound on s~.y, relative to y.H y.
+        mu2: in (0, 1]: the bound on s~.y~, relative to s~.s~.
 
     Returns:
         s~ and y~ [n] each, or two lists.
@@ -86,7 +86,7 @@ def bfgs_update_(
         y: [n], or a list.
 
     Returns:
-        H itself; given lists, the statuses, int64 [layers].
+        H itself; given lists, the statuses, int64 [layers]: `UPDATED` where H was updated, 0 where the update was skipped.
     """
     if isinstance(inverse_hessian, Tensor):
         library.bfgs_update_(inverse_hessian, s, y)
@@ -129,7 +129,8 @@ def damped_bfgs_update_(
             dampings the first may not hold.
 
     Returns:
-        The statuses, int64 [layers].
+        The statuses, int64 [layers], of the bits `UPDATED` (the update was made), `DAMPED_S` (theta1 < 1) and `DAMPED_Y`
+        (theta2 != 1). An update is skipped where s.y is not positive, the result not finite, or a bound asked for is broken.
     """
     return library.damped_bfgs_update_(list(inverse_hessian), list(s), list(y), mu1, mu2, damped, bounded)
 
@@ -152,12 +153,12 @@ def hessian_action_update_(
 
     Args:
         inverse: a list with one H [n, n] per layer, symmetric positive definite, contiguous, written in place.
-        matrix: A [n, n], symmetric positive semi-definite.
-        vector: a [n].
+        matrix: A [n, n] of every layer, symmetric positive semi-definite.
+        vector: a [n] of every layer.
         damping: lambda_A >= 0.
 
     Returns:
-        The statuses, int64 [layers].
+        The statuses, int64 [layers]: `UPDATED` where H was updated, 0 where the update was skipped.
     """
     return library.hessian_action_update_(list(inverse), list(matrix), list(vector), damping)
 
@@ -217,8 +218,9 @@ def damped_lbfgs_update_(
     """`damped_bfgs_update_` for an H that only its pairs represent: damps, drops the oldest pair, appends the new one.
 
     Args:
-        s_pairs: a list with one S [p, n] per layer, as in `lbfgs_product`, contiguous, written in place; likewise `y_pairs`.
-        y_pairs: Y [p, n].
+        s_pairs: a list with one S [p, n] per layer, the oldest pair first, contiguous, written in place. A pair of zero vectors
+            is an empty place.
+        y_pairs: Y [p, n] of every layer, in the same way.
         s: s [n] of every layer.
         y: y [n] of every layer.
         mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
@@ -228,7 +230,8 @@ def damped_lbfgs_update_(
             dampings the first may not hold.
 
     Returns:
-        The statuses, int64 [layers].
+        The statuses, int64 [layers], of the bits `UPDATED` (the update was made), `DAMPED_S` (theta1 < 1) and `DAMPED_Y`
+        (theta2 != 1). An update is skipped where s.y is not positive, the result not finite, or a bound asked for is broken.
     """
     return library.damped_lbfgs_update_(list(s_pairs), list(y_pairs), list(s), list(y), mu1, mu2, damped, bounded)
 

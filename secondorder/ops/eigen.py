@@ -69,8 +69,8 @@ def eigen_renew_(
 
         a <- (1 - w) a + w E[h],    V S <- qr((1 - w) V S + w M V),    M = E[(h - a) (h - a)^T], or G'^T G' without a sketch.
 
-    Of the first moments C <- A C B, R <- R B and T <- A T, with A = U'^T U and B = V^T V' but for the bias' column; E stays,
-    since what turns into the bases, or out of them, is little.
+    U' and V' are the new bases. Of the first moments' parts, which are those of `eigen_step_`, C <- A C B, R <- R B and T <- A T,
+    with A = U'^T U and B = V^T V' but for the bias' column; E stays, since what turns into the bases, or out of them, is little.
 
     The columns are orthonormalised in their order, S are their lengths before. One that depends on those before it is drawn
     anew, with S = 0. If a gradient, a sketch or a bias Hessian is not finite nothing changes but
@@ -83,7 +83,7 @@ def eigen_renew_(
         scale_out: [ku] of every matrix.
         scale_in: [kv] of every matrix.
         first: the first moments of all parts, flat, of every matrix.
-        control: [7], float64.
+        control: [7], float64, what finds the step length; `CONTROL` names its entries.
         grad_weight: G [n, p] of every matrix.
         grad_bias: g [n] of every matrix, [0] without a bias.
         sketch: what `eigen_sketch_` made with a as the shift, [kv + 1, p], of every matrix; [0] where no inputs were seen.
@@ -145,6 +145,13 @@ def eigen_step_(
 ) -> None:
     """Makes EigenAdam's step of a whole net: Adam's rule in every part x of the gradients, and its way back to the parameters.
 
+    The parts of a gradient G [n, p], with bases U [n, ku] of its outputs' side and V [p, kv] of its inputs' side, whose columns
+    are orthonormal, and with G' = G - g a^T, X = [G' V, g] where there is a bias, else G' = G, X = G V, are
+
+        C = U^T X,    R = X - U C,    T = U^T G' (I - V V^T),    E = (I - U U^T) G' (I - V V^T).
+
+    R is missing where ku = n, T where kv = p, E in both cases. A tensor of all parts is flat: C, R, T, E one after another.
+
     m = beta1 m + (1 - beta1) x,   v = beta2 v + (1 - beta2) x^2, and with Nesterov's look-ahead and t = `step` from 0
 
         d = sqrt(1 - beta2^(t+1)) (beta1 m / (1 - beta1^(t+2)) + (1 - beta1) x / (1 - beta1^(t+1)))
@@ -168,21 +175,21 @@ def eigen_step_(
         first: the first moments of all parts, flat, of every matrix.
         second: the second moments of the same parts, flat, of every matrix.
         last: the parts C, R, T of N and some rows of its E, flat, of every matrix; zero at first.
-        size: [1], float64, of every matrix; zero at first.
-        control: [7], float64.
+        size: [1], float64, of every matrix: the largest root mean square of G so far; zero at first.
+        control: [7], float64, what finds the step length; `CONTROL` names its entries.
         grad_weight: G [n, p] of every matrix.
         grad_bias: g [n] of every matrix, [0] without a bias.
         mean: a [p] of every matrix, [0] without a bias.
         basis_out: U^T [ku, n] of every matrix.
         basis_in: V^T [kv, p] of every matrix.
         lr: what multiplies the step length, of every matrix.
-        lr_bias: likewise, of its bias.
-        decay: of every matrix.
-        decay_bias: of its bias.
-        step: t of every matrix.
-        beta1: in [0, 1).
-        beta2: in (0, 1).
-        eps: at least 0.
+        lr_bias: what multiplies the step length, of every bias.
+        decay: the weight decay of every matrix, >= 0.
+        decay_bias: the weight decay of every bias, >= 0.
+        step: t of every matrix, the steps that it has made.
+        beta1: the decay of the first moments, in [0, 1).
+        beta2: the decay of the second moments, in (0, 1).
+        eps: relative to `size`, at least 0.
         renewed: whether bases were renewed since the step before: its N is then unknown.
     """
     library.eigen_step_(

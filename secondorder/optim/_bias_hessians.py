@@ -64,7 +64,7 @@ class BiasHessians:
                 records = ranks.all(self._records)
             covered = {p: each for p, each in trained.items() if p not in self._uncovered}
             factors = self._source.renewed(records, covered, {}, ranks)
-        # A layer that the criterion sees by another way than the columns' has none.
+        # A layer that the criterion sees by another way than the columns take has no block.
         missing = {record.layer for record in records if self._curvature.columns is not None and record.block is None}
         return {layer.weight: each["bias_hessian"] for layer, each in factors.items() if layer not in missing}
 

@@ -53,11 +53,11 @@ class ClosurePass:
         self._uses: dict[nn.Linear, list[_Use]] = {}
         self._instances: dict[nn.Linear, int] = {}
         self._mean_inputs: dict[nn.Linear, Tensor] = {}
-        # Over all ranks, once they are averaged.
+        # Means over all ranks, once the ranks have been averaged.
         self._mean_preactivations: dict[nn.Linear, Tensor] = {}
         self._second_moments: dict[nn.Linear, Tensor] = {}
-        self.weight_gradients: dict[nn.Linear, Tensor] = {}  # of [W | b], of sign times the loss; put here by who needs them
-        # [n_out], summed over the instances, of sign times the loss: for a mean loss it is a mean.
+        self.weight_gradients: dict[nn.Linear, Tensor] = {}  # of sign times the loss w.r.t. [W | b]; the caller fills it
+        # [n_out] of every layer: dL/dz summed over the instances, L being sign times the loss; a mean where the loss is one.
         self.gradient: dict[nn.Linear, Tensor] = {}
 
     def __enter__(self) -> "ClosurePass":

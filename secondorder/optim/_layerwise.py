@@ -23,11 +23,12 @@ from secondorder.solvers import Factors, Solver, SolverOptions, solver_by_name
 
 Groups = dict[Tensor, dict[str, Any]]  # the param_group of every parameter
 
-# Ranks share the layers' solutions out where these cost so many multiplications, n^3 for a factor [n, n], and so many for each
-# number that they then exchange: some ten milliseconds of a core, and about what a number takes from one machine to another.
+# Each rank solves some of the layers only where all solutions cost at least SHARED_FROM multiplications, counted as n^3 for a
+# factor [n, n] (some ten milliseconds of a core), and at least SHARED_PER_NUMBER for each number of the directions, which the
+# ranks then exchange (about what sending a number from one machine to another takes).
 SHARED_FROM, SHARED_PER_NUMBER = 1e8, 100.0
 
-# Keys of the factors in `state[weight]`, when each had an entry of its own: before version 0.2.
+# Before version 0.2 each factor had a key of its own in `state[weight]`; these are the keys.
 _FACTORS_BEFORE = ("bias_hessian", "mean_input", "input_second_moment", "mean_square_input")
 
 
@@ -111,7 +112,14 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         """One step from the gradients of the backward passes since the last one.
 
         Args:
-            closure: evaluates the model anew and returns the loss; optional.
+            closure: evaluates the model anew, calls backward() and returns the loss; optional.
+
+        Returns:
+            What the closure returned; None without one.
+
+        Raises:
+            NonFiniteError: a number is not finite, with nonfinite="error".
+            RuntimeError: gradients or records are missing. As with any error, no parameter and no state has changed.
         """
         loss = None
         if closure is not None:
@@ -245,7 +253,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             NonFiniteError: a direction is not finite.
             RuntimeError: the solver raised an error; this one names the layer.
         """
-        # What is kept over steps all ranks have; then factorisations are a tenth of the steps, and not worth an exchange.
+        # Factorisations that are kept over several steps are a tenth of these steps' time, and not worth an exchange.
         ranks = self._ranks if self._inverse_every == 1 and self._solver.factorises else None
         owner: dict[Tensor, nn.Linear] = {p: layer for layer in covered for p in layer.parameters(recurse=False) if p in grads}
         costs = [sum(len(t) ** 3.0 for t in factors.values() if t.dim() == 2) for factors in covered.values()]
@@ -263,7 +271,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         systems: dict[nn.Linear, tuple[float, float]],
         fresh: bool,
     ) -> tuple[dict[Tensor, Tensor], dict[nn.Linear, Factors]]:
-        """The same by this rank alone."""
+        """All directions, by this rank alone."""
         arguments = (covered, grads, systems, fresh)
         with unchecked() as doubts:
             try:
@@ -273,7 +281,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                     raise
                 solved = None
         if solved is None or solved[2] or not all_finite(list(solved[0].values()), doubts):
-            # Whichever matrix was not positive definite, or not finite: with a look at each.
+            # Once more with a check of every matrix, to tell which one was not positive definite or not finite.
             directions, prepared, bad = self._solutions(*arguments) if doubts or solved is None else solved
             if not all_finite(list(directions.values())):
                 own = {layer: [directions[p] for p in layer.parameters(recurse=False) if p in directions] for layer in prepared}

@@ -16,10 +16,10 @@ from secondorder._tensors import cast, compute_dtype, here, is_sharded
 # Modules whose weight [n_out, n_in, ...] multiplies their one input, as rows.
 _LINEAR = (nn.Linear,)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# Modules whose weight's rows are looked up, each by itself: there is nothing to rotate.
+# Modules whose weight's rows are looked up, each by itself, so that the weight has no bases.
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 
-# That are looked at, at most:
+# At most so many are looked at in a call:
 ROWS = 4096  # of a linear layer's input
 PATCHES = 1024  # of a convolution's input
 
@@ -234,7 +234,7 @@ def _patches(module: Any, inputs: Tensor) -> Tensor:
     size = len(module.kernel_size)
     x = inputs if inputs.dim() == size + 2 else inputs.unsqueeze(0)
     geometry = (*map(tuple, (module.kernel_size, module.stride, module.dilation)), _padding(module))
-    # Nothing is kept of a mode in which tensors are no tensors, as FakeTensorMode.
+    # Not from the cache in a mode such as FakeTensorMode, whose tensors must not stay in it.
     found = _patch_places if type(inputs) in (Tensor, nn.Parameter) else _patch_places.__wrapped__
     places, inside = found(len(x), tuple(x.shape[2:]), *geometry, x.device)
     patches = x.movedim(1, -1)[places] * inside  # [m, *kernel, c_in]
@@ -243,7 +243,7 @@ def _patches(module: Any, inputs: Tensor) -> Tensor:
     return patches.reshape(len(patches) * groups, -1)
 
 
-@lru_cache(32)  # 66 KB each for 3 x 3
+@lru_cache(32)  # an entry takes 66 KB for a kernel of 3 x 3
 def _patch_places(
     instances: int,
     lengths: tuple[int, ...],

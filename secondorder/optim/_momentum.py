@@ -30,5 +30,5 @@ def apply(p: Tensor, v: Tensor, group: Group, state: Mapping[Tensor, dict[str, A
     else:
         p.copy_(torch.add(p.to(v.dtype) * shrink, v, alpha=sign * lr))  # rounded once
     if group["momentum"] != 0:
-        # A gradient itself is the user's.
+        # The gradient itself belongs to the user: the buffer must not be it.
         state[p]["momentum"] = v.clone() if v is p.grad else v

@@ -20,7 +20,7 @@ from secondorder.stepping import CannotReplay, ClosureLoss, Damping, DampingSche
 from secondorder.stepping.closure_loss import Closure
 from secondorder.stepping.local_loss import instances
 
-# The mean square of a net's inputs below which the damping of its first layers is less; that of images and of tables is above.
+# Where the mean square of a net's inputs is below this, its first layers have less damping. That of images and tables is above.
 _SMALL_INPUTS = 0.01
 
 
@@ -75,7 +75,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
         self._loop, self._subsample = LevenbergMarquardtLoop(schedule), subsample
         self._closure: Closure | None = None  # of the step under way
         self._evaluating = False  # whether a closure is being called for a trial
-        self._told = False  # whether it has been said that the model gives something else when it is evaluated again
+        self._told = False  # whether the warning that the model does not repeat itself has been given
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every torch optimizer's; also takes what an optimizer with lr=None has saved before version 0.2.
@@ -119,6 +119,14 @@ class NewtonOptimizer(LayerwiseOptimizer):
         Args:
             closure: evaluates the model anew, calls backward() and returns the loss; optional. Where the loss cannot be evaluated
                 from what was recorded, because terms stand outside of the criterion, say, it is called more than once.
+
+        Returns:
+            What the first call of the closure returned; None without one.
+
+        Raises:
+            NonFiniteError: a number is not finite, with nonfinite="error".
+            RuntimeError: gradients or records are missing, or the loss cannot be evaluated at other parameters and there is no
+                closure. As with any error, no parameter and no state has changed.
         """
         try:
             return super().step(closure)
@@ -254,7 +262,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
                 )  # fmt: skip
         for p, change in zip(gradients, delta, strict=True):
             p.add_(change)
-            if momentum and lr > 0:  # a step of zero, of a scheduler that begins anew, says nothing of the direction
+            if momentum and lr > 0:  # with lr = 0, as of a scheduler that restarts, the step before stays
                 self.state[p]["momentum"] = change
         self._commit(covered, factors, prepared or {})
 

@@ -18,7 +18,8 @@ from secondorder.optim._matrices import Matrix
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "last")
 
-Rows = Generator[list[Tensor], list[Tensor], Any]  # what is done with a matrix' rows here: yields what is summed over all rows
+# Works on this rank's rows of a matrix: yields terms, and is sent their sums over all ranks.
+Rows = Generator[list[Tensor], list[Tensor], Any]
 
 
 class Shards:

@@ -19,7 +19,7 @@ from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments
 
 _HALVINGS = 10  # of a step before it is given up
 _INPUT_INVERSES = ("hessian-action", "exact")
-# What the operators are told of a pair: whether it is damped, and whether it is bounded.
+# pairs -> the operators' arguments `damped` and `bounded`.
 _PAIRS = {"damped": (True, False), "damped-bounded": (True, True), "bounded": (False, True)}
 _COUNTS = ("step", "halvings", "rejected", "updated", "damped_s", "damped_y", "skipped", "input_skipped")
 
@@ -55,7 +55,8 @@ class KBFGS(CurvatureOptimizer):
 
     Args:
         model: any module; its nn.Linear layers are covered, whatever lies between them.
-        criterion: a module, or a function (output, target) -> scalar loss; unused, since the closure computes the loss, any loss.
+        criterion: a module, or a function (output, target) -> scalar loss. The closure computes the loss, which may be any; of
+            the criterion the optimizer takes only parameters, if it has some: the fallback trains them.
         lr: step size, >= 0.
         damping: lambda in (0, 1]; read where `damping_a` or `damping_g` is None.
         damping_a: lambda_A > 0; None: sqrt(damping).
@@ -142,7 +143,7 @@ class KBFGS(CurvatureOptimizer):
             model, criterion, defaults, diagonal=False, fallback=fallback, max_factor_dim=max_factor_dim, maximize=maximize,
             decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip
-        # Means over two passes are all that is needed here, and `ClosurePass` takes them during a step.
+        # Nothing is recorded: K-BFGS needs means over two passes alone, which `ClosurePass` takes during a step.
         self._tape.recording = False
         self._curvature_name = "quasi-Newton"
         self._max_increase, self._bias_correction = max_increase, bias_correction
@@ -172,6 +173,9 @@ class KBFGS(CurvatureOptimizer):
 
         Args:
             inputs: what the model is called with, batch after batch; for example `(x for x, _ in loader)`.
+
+        Raises:
+            RuntimeError: the optimizer has made a step already.
         """
         if any(state.get("step", 0) > 0 for state in self.state.values()):
             raise RuntimeError(f"{type(self).__name__}.initialize(): expected no step before it")
@@ -214,6 +218,11 @@ class KBFGS(CurvatureOptimizer):
 
         Returns:
             The loss before the step.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is not finite, with nonfinite="error".
+            RuntimeError: there is no closure, it adds to gradients from before it, or it evaluates other data at a later call. As
+                with any error, no parameter and no state has changed.
         """
         name = type(self).__name__
         if closure is None:
@@ -305,12 +314,14 @@ class KBFGS(CurvatureOptimizer):
                 state["damped_y"] += bool(each & ops.DAMPED_Y)
 
     def diagnostics(self) -> dict[str, dict[str, int]]:
-        """Counts since the start, by layer.
+        """Counts since the start, layer by layer.
 
-        "step"; "halvings" of a step that the loss after it called for; "rejected" steps, given up after 10 halvings; of
-        H_g the updates made ("updated"), those with s damped ("damped_s") and with y damped ("damped_y"), and those
-        "skipped" (curvature not positive, something not finite, or a bound broken that `pairs` asks for); of H_a those skipped
-        ("input_skipped"; of exact inverses those not finite).
+        Returns:
+            `{layer name: {count: int}}`, empty before the first step. The counts are the steps ("step"); the halvings that the
+            loss after a step called for ("halvings"); the steps given up after 10 halvings ("rejected"); of H_g the updates made
+            ("updated"), those with s damped ("damped_s") and with y damped ("damped_y"), and those left out ("skipped": the
+            curvature was not positive, something not finite, or a bound broken that `pairs` asks for); of H_a those left out
+            ("input_skipped"; of exact inverses those not finite).
         """
         return {
             name: {count: self.state[layer.weight][count] for count in _COUNTS}
@@ -491,9 +502,9 @@ class KBFGS(CurvatureOptimizer):
                         layer: (trial.mean_preactivation(layer) - first.mean_preactivation(layer),
                                 trial.gradient[layer] - first.gradient[layer])
                         for layer in parameters
-                        if layer in trial.gradient and trial.instances(layer)  # else it was left out by chance
+                        if layer in trial.gradient and trial.instances(layer)  # else the model left it out
                     }  # fmt: skip
-                    # A saturated unit hides an infinite weight from the loss.
+                    # The loss may be finite though a weight is not, where the unit is saturated: so the weights are checked.
                     sizes = torch._foreach_norm([p for each in parameters.values() for p in each if p.numel()], math.inf)
                     usable = [torch.isfinite(s + y).all() for s, y in moves.values()]
                     value, same, *rest = host_numbers([value, same, *sizes, *usable])
@@ -520,7 +531,7 @@ class KBFGS(CurvatureOptimizer):
         means = []
         for layer, state in zip(layers, states, strict=True):
             mean, a = first.mean_input(layer), state["input_second_moment"]
-            if state["step"] > 1:  # the first step's A is the start's
+            if state["step"] > 1:  # at the first step A is that of the start already
                 first.second_moment(layer, a, group["decay"])
             means.append(mean if len(mean) == len(a) else torch.cat([mean, mean.new_ones(1)]))
         inverses, matrices = ([state[key] for state in states] for key in ("inverse_input", "input_second_moment"))

@@ -33,7 +33,8 @@ class KBFGSL(KBFGS):
 
     Args:
         model: any module; its nn.Linear layers are covered, whatever lies between them.
-        criterion: a module, or a function (output, target) -> scalar loss; unused, since the closure computes the loss, any loss.
+        criterion: a module, or a function (output, target) -> scalar loss. The closure computes the loss, which may be any; of
+            the criterion the optimizer takes only parameters, if it has some: the fallback trains them.
         lr: step size, >= 0.
         damping: lambda in (0, 1]; read where `damping_a` or `damping_g` is None.
         damping_a: lambda_A > 0; None: sqrt(damping).

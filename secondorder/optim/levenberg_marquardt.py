@@ -45,15 +45,16 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     taken where the rows drawn fall and the whole loss stays below twice its record; mu follows the reduction over the predicted
     one (Nielsen's rule), in at most 12 tries.
 
-    Where there are fewer than 4 residuals for each parameter, a tenth of them are not drawn. If 12 steps bring no new record of
-    their loss, and it is a tenth above that of the others or more, the points are being interpolated or noise is fitted: the
-    parameters go back to the record, with a hundred times the damping, and a warning says so once. Where no step lowers the loss
-    of the others, all are drawn from then on. Nothing is held out of parameters that stand for themselves, as a field's values.
+    Where there are fewer than 4 residuals for each parameter, a tenth of each term with 100 or more is not drawn. If 12 steps
+    bring no new record of their loss, and it is a tenth above that of the others or more, the points are being interpolated or
+    noise is fitted: the parameters go back to the record, with a hundred times the damping, and a warning says so once. Where no
+    step lowers the loss of the others, all are drawn from then on. Nothing is held out of parameters that stand for themselves,
+    as a field's values.
 
-    The first call of `step` does more, since first steps decide which minimum is reached: it takes 6 steps after 40 of
-    `EigenAdam` (up to 120, until they have halved the loss), and, if the last three of the 6 have not halved it, 6 steps from
-    where it was; it goes on from the least loss, that of the beginning included. With fewer than 20 parameters the other start is
-    the first.
+    The first call of `step` does more, since first steps decide which minimum is reached. It takes 6 steps from each of two
+    starts, and goes on from the least loss, that of the beginning included. One start is the net after 40 steps of `EigenAdam`
+    (up to 120, until they have halved the loss), the other the net as it is. The second is left out where the first ends below
+    a thousandth of the first loss, or has halved it in its last three steps. With fewer than 20 parameters the order is reversed.
 
     It does not predict noise better than others do, and shocks (Burgers' equation at small viscosity) need many residuals. In
     float32 errors end near 1e-4: use float64.
@@ -70,7 +71,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         race: whether the first call tries two starts. Without it the first step has the damping above.
         holdout: whether a tenth of the residuals, of terms with 100 or more that data enter through layers, is held out. None:
             where there are fewer than 4 residuals for each parameter.
-        solver: "rows" (m numbers), "parameters" (P numbers), "nystrom" (conjugate gradients) or "auto".
+        solver: which system is solved, and how: "rows" (m x m, by Cholesky), "parameters" (P x P, by Cholesky), "nystrom" (m x m,
+            by conjugate gradients), or "auto", which chooses by m and P.
         memory: bytes that J may take; where it would take more, products with it are formed from its factors.
         seed: of the generator that draws the rows.
         nonfinite: what a step does that meets NaN or inf: "error" raises `NonFiniteError`, "skip" counts it in `skipped_steps`.
@@ -217,8 +219,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         Returns:
             "damping": mu relative to tr(J J^T); "rows": how many residuals the next step draws, inf for all; "ratio": the last
             step's reduction over the predicted one, near 1 where the linear model holds, 0 where no step was accepted;
-            "excess": the mean loss of the residuals held out over that of all, far above 1 where points are interpolated, 0 where
-            none are held out; "skipped_steps". All are 0 before the first step.
+            "excess": the mean loss of the residuals held out over that of the others, far above 1 where points are interpolated,
+            0 where none are held out; "skipped_steps". All are 0 before the first step.
         """
         state = self.state.get(self._first(), {})
         found = {key: float(state.get(key, 0.0)) for key in ("damping", "rows", "ratio", "excess")}

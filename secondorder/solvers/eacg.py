@@ -37,8 +37,8 @@ class EACGSolver(Solver):
 
     def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """P [n_out, n_in] and d [n_out] (None without `grad_bias`) for a layer's gradients B and g."""
-        # The operator has (1 - alpha) H P a a^T + alpha P = -B: of alpha = l / (c + l) where l <= c. Above, where that may round
-        # to 1, of alpha = 1/2, with the rest of c / l in H.
+        # The operator solves (1 - alpha) H P a a^T + alpha P = -B. Divided by c + l this solver's system has that form, with
+        # alpha = l / (c + l). Where l > c, alpha might round to 1: then H takes the factor c / l, and alpha is 1/2.
         scale, damping = prepared["shift"].tolist()
         h, alpha, total = prepared["bias_hessian"], damping / (scale + damping), scale + damping
         if damping > scale:

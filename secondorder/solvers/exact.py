@@ -11,7 +11,12 @@ from secondorder.solvers.base import Factors, Solver, register, second_moment
 
 @dataclass(frozen=True)
 class Exact(Solver):
-    """The solver `exact`: P = -Q_H [(Q_H^T B Q_A) / (c l_H l_A^T + l)] Q_A^T by both eigendecompositions (docs/math.md)."""
+    """The solver `exact`: c H P A + l P = -B with A = E[h h^T], by the eigendecompositions of both factors.
+
+        P = -Q_H [(Q_H^T B Q_A) / (c l_H l_A^T + l)] Q_A^T,   H = Q_H diag(l_H) Q_H^T,   A = Q_A diag(l_A) Q_A^T,
+
+    the quotient being elementwise.
+    """
 
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
         """The expectations that the solver needs of every layer's input [m, n_in]."""

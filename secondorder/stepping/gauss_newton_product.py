@@ -18,7 +18,8 @@ from secondorder._tensors import to_compute_dtype
 from secondorder.criteria import OutputHessian, OutputRoot, autograd_hessian
 from secondorder.errors import second_derivatives
 
-# The mean Hessian takes as many backward passes through the criterion as there are outputs; with more, the span's own is taken.
+# The mean Hessian takes a backward pass through the criterion for each output. With more outputs than this the form over the
+# vectors alone is made positive instead.
 _MOST_OUTPUTS = 512
 # At most so many numbers of a root's columns are held at once.
 _COLUMNS = 2**24

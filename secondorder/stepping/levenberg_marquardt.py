@@ -17,15 +17,15 @@ from secondorder.stepping.quadratic_model import QuadraticTerms, Step, best_step
 
 Prepared = TypeVar("Prepared")
 
-# A first loss of more than so many times the curvature along its gradient says nothing of the curvature's scale, by which a
-# damping has to be measured: targets far from zero add a constant to it. On nets and losses of the usual scales it is below 100.
+# Dampings are relative to the first loss, which usually is on the curvature's scale: below 100 times the curvature along its
+# gradient. Above so many times it is not, since targets far from zero add a constant to the loss.
 _LARGEST_LOSS = 1000.0
-# What tries that fail raise tau to is at most so many times the curvature along the direction.
+# Tries that fail raise tau to at most so many times the curvature along the direction.
 _LARGEST_DAMPING = 1e4
-# A change of a loss by less than so many units of its rounding says nothing.
+# A change of the loss by less than so many units of its rounding is no evidence for or against a step.
 _ROUNDING = 8
 
-# (damping, whether what was prepared at an earlier one may not be used) -> a direction for every parameter, what was prepared
+# (damping, whether factorisations of an earlier damping must not be used) -> a direction for every parameter, the factorisations
 Directions = Callable[[float, bool], tuple[list[Tensor], Prepared]]
 
 
@@ -180,7 +180,7 @@ class LevenbergMarquardtLoop:
                 accepted = prepared
                 break
             moved = [(p + d).to(p.dtype) for p, d in zip(loss.here, step.delta, strict=True)]
-            # How far the loss is off its model, on the subsample, is an estimate of the same for the whole batch.
+            # By how much the loss misses the model on the subsample estimates by how much it does on the whole batch.
             change = loss.value(moved) - loss.start if all_finite(moved) else math.inf
             found = float(step.coefficients[0]), 0.0 if previous is None else float(step.coefficients[1])
             if max(abs(change), -step.predicted) <= noise:

@@ -22,11 +22,11 @@ from secondorder.criteria import OutputHessian, OutputRoot, known_form, row_mass
 from secondorder.stepping.gauss_newton_product import GraphQuadratic, OutputCurvature, differentiable_twice
 from secondorder.stepping.linear_chain import LinearChain
 
-# Fewer say too little about a batch's loss for a step to be judged by them; where an instance has one output, as in regression, a
-# hundred miss the few that are far off.
+# A subsample has at least so many instances, and instances with so many outputs: fewer say too little about a batch's loss for a
+# step to be judged by them. Of regression's instances, with one output each, a hundred would miss the few that are far off.
 LEAST_INSTANCES = 100
 LEAST_OUTPUTS = 500
-# So many rows of a net's output say whether its record is of the parameters at hand.
+# So many rows of a net's output are evaluated again to see whether its record is of the present parameters.
 _COMPARED_ROWS = 16
 
 
@@ -70,7 +70,7 @@ def chosen_rows(
         return None
     first = offset % stride
     kept = counted[first::stride]
-    # The others that count: each block of stride - 1 lies one further on than the block before it.
+    # The others that count, place by place: after every stride - 1 of them, one that is kept is skipped.
     places = torch.arange(len(counted) - len(kept), device=device)
     others = counted[places + (places - first).div(stride - 1, rounding_mode="floor") + 1]
     parts = [Rows(keep, count, 1.0) for keep in (kept, others)]
