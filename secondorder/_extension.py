@@ -1,6 +1,7 @@
 """The compiled part of the package; where there is none, plain PyTorch stands in for it."""
 
 import os
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -20,11 +21,13 @@ def _load() -> ModuleType | None:
     try:
         from secondorder import _C
     except ImportError as error:
+        source = Path(__file__).parents[1]
+        hides = f" {source} is the source folder, and hides a package that is installed: to use that, run elsewhere."
         warn(
             f"its compiled extension is missing or does not fit this torch ({torch.__version__}): {error}. Plain PyTorch stands "
             "in for it: the same steps, several times as slow (docs/install.md). Compile it against the installed torch, "
             "`pip install --no-build-isolation --force-reinstall --no-deps .` in the source folder, or set "
-            f"{VARIABLE}=1 to go without it and without this warning."
+            f"{VARIABLE}=1 to go without it and without this warning.{hides if (source / 'setup.py').exists() else ''}"
         )
         return None
     built = _C.build_info()["torch"]

@@ -55,6 +55,7 @@ def test_a_missing_extension_is_warned_of_once_at_the_import():
     assert done.stdout.startswith("1 <string> secondorder: its compiled extension is missing or does not fit this torch")
     assert "several times as slow" in done.stdout
     assert "SECONDORDER_PURE_PYTHON=1" in done.stdout
+    assert f"{ROOT} is the source folder, and hides a package that is installed" in done.stdout
 
 
 @pytest.mark.skipif(_extension.compiled is None, reason="there is no extension")
