@@ -24,6 +24,11 @@ def here(t: Tensor) -> Tensor:
     return t.detach().to_local() if is_sharded(t) else t  # type: ignore[attr-defined]
 
 
+def captured_now() -> bool:
+    """Whether a CUDA graph is being captured, whose replays launch the same kernels again and call nothing in Python."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """`t.to(dtype)`, but free where it is `t` itself: with small layers, calls of torch are what a step costs."""
     return t if t.dtype == dtype else t.to(dtype)

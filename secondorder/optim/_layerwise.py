@@ -119,8 +119,10 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
         Raises:
             NonFiniteError: a number is not finite, with nonfinite="error".
-            RuntimeError: gradients or records are missing. As with any error, no parameter and no state has changed.
+            RuntimeError: gradients or records are missing, or a CUDA graph is being captured. As with any error, no parameter and
+                no state has changed.
         """
+        self._refuse_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():

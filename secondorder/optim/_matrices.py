@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from secondorder._tensors import cast, compute_dtype, here, is_sharded
+from secondorder._tensors import captured_now, cast, compute_dtype, here, is_sharded
 
 # Modules whose weight [n_out, n_in, ...] multiplies their one input, as rows.
 _LINEAR = (nn.Linear,)
@@ -191,7 +191,7 @@ class InputHook:
         self.optimizer = None if optimizer is None else weakref.ref(optimizer)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or captured_now():
             return
         optimizer = None if self.optimizer is None else self.optimizer()
         if optimizer is not None and args:

@@ -125,8 +125,8 @@ class NewtonOptimizer(LayerwiseOptimizer):
 
         Raises:
             NonFiniteError: a number is not finite, with nonfinite="error".
-            RuntimeError: gradients or records are missing, or the loss cannot be evaluated at other parameters and there is no
-                closure. As with any error, no parameter and no state has changed.
+            RuntimeError: gradients or records are missing, a CUDA graph is being captured, or the loss cannot be evaluated at
+                other parameters and there is no closure. As with any error, no parameter and no state has changed.
         """
         try:
             return super().step(closure)

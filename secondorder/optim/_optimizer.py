@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from secondorder._tensors import device_for, is_sharded
+from secondorder._tensors import captured_now, device_for, is_sharded
 
 WHOLE = (
     "expected whole parameters on every rank, as under DistributedDataParallel, since the curvature of a layer needs its whole "
@@ -102,6 +102,14 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                     lambda leaf, p=p: leaf.to(device_for(leaf.dtype, p), copy=True) if isinstance(leaf, Tensor) else leaf,
                     state_dict["state"][i],
                 )
+
+    def _refuse_capture(self) -> None:
+        """Raises where a step is captured in a CUDA graph: each replay would repeat what Python decides and counts in it."""
+        if captured_now():
+            raise RuntimeError(
+                f"{type(self).__name__}.step(): expected no capture of a CUDA graph, whose replays would repeat this step's "
+                "count, learning rate and decisions; capture forward and backward passes alone, and call step() after each replay"
+            )
 
     def _maximize(self) -> bool:
         """Whether the loss is maximised: one answer for all groups, for one loss."""

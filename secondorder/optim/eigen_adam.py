@@ -418,9 +418,10 @@ class EigenAdam(SecondOrderOptimizer):
 
         Raises:
             NonFiniteError: a gradient is NaN or inf, or so large that its square is (nonfinite="error"). Nothing has changed.
-            RuntimeError: there is no gradient, or a sparse one; or, with the bias Hessian's bases, no call of the criterion was
-                recorded that leads to the gradients.
+            RuntimeError: there is no gradient, or a sparse one; a CUDA graph is being captured; or, with the bias Hessian's
+                bases, no call of the criterion was recorded that leads to the gradients.
         """
+        self._refuse_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -221,10 +221,11 @@ class KBFGS(CurvatureOptimizer):
 
         Raises:
             NonFiniteError: the loss or a gradient is not finite, with nonfinite="error".
-            RuntimeError: there is no closure, it adds to gradients from before it, or it evaluates other data at a later call. As
-                with any error, no parameter and no state has changed.
+            RuntimeError: there is no closure, it adds to gradients from before it, it evaluates other data at a later call, or a
+                CUDA graph is being captured. As with any error, no parameter and no state has changed.
         """
         name = type(self).__name__
+        self._refuse_capture()
         if closure is None:
             raise RuntimeError(
                 f"{name}.step(): expected a closure, since the loss is needed at two points: a function that calls "

@@ -144,11 +144,12 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             The loss before the step, detached.
 
         Raises:
-            RuntimeError: the loss is no sum of squares, a coefficient is negative, or the closure's residuals are not the same at
-                every call. As with any error, no parameter and no state has changed.
+            RuntimeError: the loss is no sum of squares, a coefficient is negative, the closure's residuals are not the same at
+                every call, or a CUDA graph is being captured. As with any error, no parameter and no state has changed.
             NonFiniteError: the loss or the Jacobian holds NaN or inf, with nonfinite="error".
         """
         name = type(self).__name__
+        self._refuse_capture()
         if closure is None:
             raise RuntimeError(
                 f"{name}.step(): expected a closure, since the loss is needed at several points: a function that computes "

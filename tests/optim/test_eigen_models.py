@@ -225,6 +225,20 @@ def test_forward_passes_that_show_nothing(change):
     train(model, optimizer, range(3, 9), dtype=torch.float32)
 
 
+def test_passes_that_a_cuda_graph_captures_show_nothing(monkeypatch):
+    model = network()
+    optimizer = so.EigenAdam(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        loss = model(torch.randn(9, 25, dtype=torch.float64)).square().mean()
+    loss.backward()
+    optimizer.step()  # at the first, a lazy layer has shown none
+    with pytest.warns(UserWarning, match="sees no inputs of"):
+        optimizer.step()
+    assert optimizer.metrics()["seen"] == 0
+
+
 def test_frozen_layers_have_no_state():
     model = network()
     model[2].requires_grad_(False)

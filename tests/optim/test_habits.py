@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import kinds
 from helpers.optimizers import ALL, FIXED, OTHERS, parameters
 from helpers.training import assert_same
 from torch import nn
@@ -417,6 +418,19 @@ def test_eacg_without_a_learning_rate_names_the_optimizer_that_finds_it():
 def test_arguments_that_would_do_nothing_are_refused(name, argument):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{argument}'"):
         ALL[name](network(), nn.CrossEntropyLoss(), **{argument: True})
+
+
+@pytest.mark.parametrize("name", kinds.NAMES)
+def test_a_step_within_the_capture_of_a_cuda_graph_is_refused(name, monkeypatch):
+    model, optimizer, step = kinds.made(name)
+    step()
+    before = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=rf"{name}.step\(\): expected no capture of a CUDA graph"):
+        optimizer.step(lambda: pytest.fail("the closure was called"))
+    monkeypatch.undo()
+    assert_same([model.state_dict(), optimizer.state_dict()], before)
 
 
 @every
