@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from secondorder._tensors import all_finite, compute_dtype
+from secondorder._tensors import Later, Transfer, compute_dtype
 from secondorder.stepping.quadratic_model import QuadraticTerms, Step, best_step
 
 Prepared = TypeVar("Prepared")
@@ -25,8 +25,10 @@ _LARGEST_DAMPING = 1e4
 # A change of a loss by less than so many units of its rounding says nothing.
 _ROUNDING = 8
 
-# (damping, whether what was prepared at an earlier one may not be used) -> a direction for every parameter, what was prepared
-Directions = Callable[[float, bool], tuple[list[Tensor], Prepared]]
+# (damping, whether what was prepared at an earlier one may not be used, what is brought to the host with the model's numbers)
+# -> a direction for every parameter, what was prepared, and what gives both once more where they turn out to be wrong, else None
+Revised = Later[tuple[list[Tensor], Prepared] | None]
+Directions = Callable[[float, bool, Transfer], tuple[list[Tensor], Prepared, Revised[Prepared]]]
 
 
 class TrialLoss(QuadraticTerms, Protocol):
@@ -43,7 +45,7 @@ class TrialLoss(QuadraticTerms, Protocol):
         """How many instances it is of."""
 
     def value(self, parameters: list[Tensor]) -> float:
-        """The loss at other values."""
+        """The loss at other values; inf where they are not finite."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,18 @@ class LevenbergMarquardtLoop:
             previous = None
 
         def proposal(tau: float, gamma: float | None, fresh: bool) -> tuple[Step, Prepared]:
-            direction, prepared = directions(tau if gamma is None else gamma, fresh)
-            vectors = [direction] if previous is None else [direction, previous]
-            return best_step(loss, gradients, vectors, tau, eta, lr, metric), prepared
+            transfer = Transfer()
+            direction, prepared, revised = directions(tau if gamma is None else gamma, fresh, transfer)
+
+            def modelled(direction: list[Tensor]) -> Later[Step]:
+                vectors = [direction] if previous is None else [direction, previous]
+                return best_step(loss, gradients, vectors, tau, eta, lr, metric, transfer)
+
+            step = modelled(direction)
+            if (other := revised()) is not None:
+                direction, prepared = other
+                step = modelled(direction)
+            return step(), prepared
 
         noise = _ROUNDING * torch.finfo(compute_dtype(loss.here[0].dtype)).eps * abs(loss.start)
         delta: list[Tensor] | None = None
@@ -181,7 +192,7 @@ class LevenbergMarquardtLoop:
                 break
             moved = [(p + d).to(p.dtype) for p, d in zip(loss.here, step.delta, strict=True)]
             # How far the loss is off its model, on the subsample, is an estimate of the same for the whole batch.
-            change = loss.value(moved) - loss.start if all_finite(moved) else math.inf
+            change = loss.value(moved) - loss.start
             found = float(step.coefficients[0]), 0.0 if previous is None else float(step.coefficients[1])
             if max(abs(change), -step.predicted) <= noise:
                 delta, accepted, coefficients = step.delta, prepared, found
@@ -218,8 +229,11 @@ class LevenbergMarquardtLoop:
 
 def _scale(loss: TrialLoss, gradients: list[Tensor]) -> float:
     """What dampings are relative to: the first loss, or the curvature along its gradient where that loss says nothing of it."""
-    square = math.fsum(float(g.double().square().sum()) for g in gradients)
-    curvature = float(loss.products([gradients])[1][0, 0]) / square if square > 0 else 0.0
+    transfer = Transfer()
+    squares = transfer.numbers([g.double().square().sum() for g in gradients])
+    terms = loss.products([gradients], transfer)
+    square = math.fsum(squares())
+    curvature = float(terms()[1][0, 0]) / square if square > 0 else 0.0
     if curvature > 0 and not torch.finfo(torch.float32).tiny < abs(loss.start) <= _LARGEST_LOSS * curvature:
         return curvature
     return max(abs(loss.start), torch.finfo(torch.float32).tiny)
