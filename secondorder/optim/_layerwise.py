@@ -257,7 +257,9 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         owner: dict[Tensor, nn.Linear] = {p: layer for layer in covered for p in layer.parameters(recurse=False) if p in grads}
         costs = [sum(len(t) ** 3.0 for t in factors.values() if t.dim() == 2) for factors in covered.values()]
         if ranks is None or sum(costs) < max(SHARED_FROM, SHARED_PER_NUMBER * sum(p.numel() for p in owner)):
-            return self._solved(covered, grads, systems, fresh, transfer)
+            found, revised = self._solved(covered, grads, systems, fresh, transfer)
+            # With other ranks at once: what they exchange next none may leave.
+            return (found, revised) if self._ranks is None else (revised() or found, lambda: None)
         mine = {layer: factors for (layer, factors), own in zip(covered.items(), ranks.dealt(costs), strict=True) if own}
 
         def solved() -> Directions:

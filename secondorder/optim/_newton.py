@@ -24,6 +24,7 @@ from secondorder.stepping.local_loss import instances
 # The mean square of a net's inputs below which the damping of its first layers is less; that of images and of tables is above.
 _SMALL_INPUTS = 0.01
 _TINY = torch.finfo(torch.float32).tiny
+_InOrder = tuple[list[Tensor], dict[nn.Linear, Factors]]  # `Directions`, in the order of the gradients
 
 
 class NewtonOptimizer(LayerwiseOptimizer):
@@ -229,22 +230,20 @@ class NewtonOptimizer(LayerwiseOptimizer):
             raise NonFiniteError(self._not_finite({}, covered))
         metric = read_metric()
 
-        def in_order(found: Directions) -> tuple[list[Tensor], dict[nn.Linear, Factors]]:
+        def in_order(found: Directions) -> _InOrder:
             by_parameter, prepared = found
             if others:
-                covered_norm = _norm(gradients[p] for p in by_parameter)
-                gain = _norm(by_parameter.values()) / covered_norm.clamp(min=_TINY) if by_parameter else 0.0
+                of_covered = [gradients[p] for p in by_parameter]
+                gain = _norm(by_parameter.values()) / _norm(of_covered).clamp(min=_TINY) if of_covered else 0.0
                 by_parameter |= {p: -gradients[p] * gain for p in others}
             return [by_parameter[p] for p in gradients], prepared
 
-        def directions(
-            damping: float, fresh: bool, transfer: Transfer
-        ) -> tuple[list[Tensor], dict[nn.Linear, Factors], Later[tuple[list[Tensor], dict[nn.Linear, Factors]] | None]]:
+        def directions(damping: float, fresh: bool, transfer: Transfer) -> tuple[_InOrder, Later[_InOrder | None]]:
             # eta is the first group's.
             eta = float(group["weight_decay"])
             systems = {layer: (1.0, damping * metric.get(layer.weight, 1.0) + eta) for layer in covered}
             found, revised = self._directions(covered, gradients, systems, fresh, transfer)
-            return *in_order(found), lambda: None if (other := revised()) is None else in_order(other)
+            return in_order(found), lambda: None if (other := revised()) is None else in_order(other)
 
         momentum = self._loop.schedule.momentum
         previous = None

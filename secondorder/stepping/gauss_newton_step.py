@@ -274,7 +274,7 @@ class GaussNewtonStep:
             if holds and block.size >= HELD_BLOCK and self._fed(block):
                 order = torch.randperm(block.size, generator=fixed)
                 out, inside = order[: block.size // HELD], order[block.size // HELD :]
-                ordered = all_elements[order.to(c.device)]
+                ordered = all_elements[order.to(c.device, non_blocking=True)]
                 held.append((*ordered.split([len(out), len(inside)]), c[ordered - offsets[block.term]].sqrt()))
                 kept, d = len(inside), inside
             if not whole:
@@ -283,7 +283,7 @@ class GaussNewtonStep:
                 chosen = torch.randperm(kept, generator=self._generator)[:m]
                 d = chosen if d is None else d[chosen]
             if d is not None:
-                d = d.sort()[0].to(c.device)
+                d = d.sort()[0].to(c.device, non_blocking=True)
                 c = c * (block.size / len(d))
             elements = block.chosen(d, c.device)
             drawn.append(d)

@@ -25,10 +25,11 @@ _LARGEST_DAMPING = 1e4
 # A change of a loss by less than so many units of its rounding says nothing.
 _ROUNDING = 8
 
-# (damping, whether what was prepared at an earlier one may not be used, what is brought to the host with the model's numbers)
-# -> a direction for every parameter, what was prepared, and what gives both once more where they turn out to be wrong, else None
-Revised = Later[tuple[list[Tensor], Prepared] | None]
-Directions = Callable[[float, bool, Transfer], tuple[list[Tensor], Prepared, Revised[Prepared]]]
+# A direction for every parameter, and what was prepared.
+Found = tuple[list[Tensor], Prepared]
+# (damping, whether what was prepared at an earlier one may not be used, what the model's numbers come to the host with)
+# -> what was found, and what is to be called once they are there: it gives what replaces it, mostly None, or raises.
+Directions = Callable[[float, bool, Transfer], tuple[Found[Prepared], Later[Found[Prepared] | None]]]
 
 
 class TrialLoss(QuadraticTerms, Protocol):
@@ -163,7 +164,7 @@ class LevenbergMarquardtLoop:
 
         def proposal(tau: float, gamma: float | None, fresh: bool) -> tuple[Step, Prepared]:
             transfer = Transfer()
-            direction, prepared, revised = directions(tau if gamma is None else gamma, fresh, transfer)
+            (direction, prepared), revised = directions(tau if gamma is None else gamma, fresh, transfer)
 
             def modelled(direction: list[Tensor]) -> Later[Step]:
                 vectors = [direction] if previous is None else [direction, previous]

@@ -152,7 +152,7 @@ class RecordedLoss:
         factor = self.at_start.factor
         return factor * first, abs(factor) * second  # a loss that is maximised has a negative factor
 
-    def _look(self, loss: Tensor, pairs: list[tuple[Tensor, Tensor]], tolerance: float, transfer: Transfer) -> None:
+    def _compare(self, loss: Tensor, pairs: list[tuple[Tensor, Tensor]], tolerance: float, transfer: Transfer) -> None:
         """Has those numbers brought that `at_start` takes.
 
         Args:
@@ -205,8 +205,8 @@ class ChainLoss(RecordedLoss):
         rounded = argument.dtype != self.chain.output.dtype
         output = self.chain.value(here) if rounded else self.chain.output
         with torch.enable_grad():
-            self._leaf = output.detach().requires_grad_()
-            self._output = self._leaf.view_as(self._leaf)
+            leaf = output.detach().requires_grad_()
+            self._output = leaf.view_as(leaf)
             self._argument = self._to_argument(self._output)
             self._graph = self._loss([self._argument])
         some = slice(None, None, math.ceil(len(chain.output) / _COMPARED_ROWS) or 1)
@@ -217,7 +217,7 @@ class ChainLoss(RecordedLoss):
         (source,) = call.sources
         made = [] if source.output is None else [source.output]
         tolerance = tolerance_of([argument, *here, *made, *(each.input for each in source.upstream())])
-        self._look(self._graph, pairs, tolerance, transfer)
+        self._compare(self._graph, pairs, tolerance, transfer)
 
     def value(self, parameters: list[Tensor]) -> Tensor:
         """The loss at these, [] in float64."""
@@ -278,7 +278,7 @@ class ReplayedLoss(RecordedLoss):
         self._same_shapes = all(again.shape == before.shape for again, before in pairs)
         if rows is None:
             pairs.append((loss, call.loss))
-        self._look(loss, pairs if self._same_shapes else [], tolerance_of([*recorded, *self._leaves]), transfer)
+        self._compare(loss, pairs if self._same_shapes else [], tolerance_of([*recorded, *self._leaves]), transfer)
         self._tensors, self._graph = tensors, loss
         self._quadratic: GraphQuadratic | None = None
 

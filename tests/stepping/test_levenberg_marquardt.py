@@ -63,14 +63,14 @@ def newton(loss, seen=None):
         if seen is not None:
             seen.append((damping, fresh))
         shifted = loss.matrix + damping * torch.eye(6).double()
-        return [-torch.linalg.solve(shifted, loss.gradient())], damping, lambda: None
+        return ([-torch.linalg.solve(shifted, loss.gradient())], damping), lambda: None
 
     return directions
 
 
 def along(direction):
     """The same direction at every damping."""
-    return lambda damping, fresh, transfer: ([direction], None, lambda: None)
+    return lambda damping, fresh, transfer: (([direction], None), lambda: None)
 
 
 def test_a_step_minimises_the_damped_model_along_its_direction():
@@ -79,7 +79,7 @@ def test_a_step_minimises_the_damped_model_along_its_direction():
     delta, prepared, damping = loop.step(loss, newton(loss), [loss.gradient()], [0.0], None, None, 0)
     tau = 0.1 * abs(loss.start)
     assert prepared == pytest.approx(tau)
-    d = newton(loss)(tau, False)[0][0]
+    d = newton(loss)(tau, False)[0][0][0]
     c = loss.matrix + tau * torch.eye(6).double()
     torch.testing.assert_close(delta[0], -(d @ loss.gradient()) / (d @ c @ d) * d)
     # The loss is its own model, and falls by more than the damped model says: rho > 3/4, and tau falls.
@@ -96,7 +96,7 @@ def test_the_learning_rate_multiplies_the_step(lr):
     )
     torch.testing.assert_close(part[0][0], lr * whole[0][0])
     # What is predicted is q at the step taken.
-    vectors = newton(loss)(1.0, False)[0]
+    vectors = newton(loss)(1.0, False)[0][0]
     step = best_step(loss, [loss.gradient()], [vectors], 1.0, [0.0], lr)()
     d, c = step.delta[0], loss.matrix + torch.eye(6).double()
     assert step.predicted == pytest.approx(float(d @ loss.gradient() + 0.5 * d @ c @ d))

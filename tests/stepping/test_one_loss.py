@@ -1,6 +1,7 @@
 """What the quadratic model, its trials and its checks look at: whatever backward() was called on, or an error says so."""
 
 import copy
+import math
 import random
 import warnings
 
@@ -559,6 +560,30 @@ def test_a_model_that_cannot_repeat_itself_is_told_of_once():
             CE(model(X), Y).backward()
             optimizer.step()
     assert sum("gives something else when it is evaluated again" in str(w.message) for w in caught) == 1
+
+
+class Watchful(Normed):
+    """Looks at what it computes."""
+
+    def forward(self, x):
+        z = super().forward(x)
+        if not z.abs().max() < 1e100:
+            raise ValueError("the outputs are too large")
+        return z
+
+
+@pytest.mark.parametrize("make", [PLAIN, Watchful])
+def test_the_loss_at_parameters_that_are_not_finite_is_infinite(make):
+    torch.manual_seed(0)
+    model = make().double()
+    tape = Tape(linear_layers(model), CE, diagonal=False, model=model, keep_inputs=True)
+    CE(model(X), Y).backward()
+    local = LocalLoss(model, CE, tape.losses, {p: n for n, p in model.named_parameters()}, 1.0, 0, tape)
+    overflowing = [p + math.inf for p in local.here]
+    assert local.value(overflowing) == math.inf
+    if make is Watchful:  # an error at finite ones is the user's to see
+        with pytest.raises(ValueError, match="too large"):
+            local.value([1e300 * p for p in local.here])
 
 
 def test_few_labelled_rows_are_those_that_count(monkeypatch):

@@ -37,7 +37,7 @@ class Shifted:
     def step(self, schedule, damping=None, steps=0):
         loop = LevenbergMarquardtLoop(schedule)
         return loop.step(
-            self, lambda t, f, transfer: ([-self.here[0]], None, lambda: None), self.here, [0.0], None, damping, steps
+            self, lambda t, f, transfer: (([-self.here[0]], None), lambda: None), self.here, [0.0], None, damping, steps
         )
 
 
