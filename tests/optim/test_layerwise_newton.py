@@ -440,6 +440,25 @@ def test_overflowing_curvature_names_the_layer_and_the_factor(solver, curvature,
     assert_same(snapshot(model, optimizer), before)
 
 
+@pytest.mark.parametrize("lr", [None, 0.1])
+def test_what_cholesky_cannot_factorise_is_inverted_otherwise(lr, monkeypatch):
+    """Which is known once the quadratic model is: the step is that of the true inverses."""
+
+    def failing(matrix):
+        return torch.eye(matrix.shape[-1]).to(matrix).expand(matrix.shape), torch.ones(matrix.shape[:-2], dtype=torch.int32)
+
+    moved = []
+    for fails in (False, True):
+        model, criterion = network(), nn.CrossEntropyLoss()
+        optimizer = stepping(model, criterion, lr, solver="kfi")
+        with monkeypatch.context() as patch:
+            if fails:
+                patch.setattr(torch.linalg, "cholesky_ex", failing)
+            one_step(model, criterion, optimizer, *batch(20))
+        moved.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*moved)
+
+
 def test_the_solvers_own_damping_is_the_best_of_three_under_the_model(monkeypatch):
     proposals = []
 
