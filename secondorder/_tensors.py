@@ -75,8 +75,12 @@ class Transfer:
 
     def later(self, tensor: Tensor) -> Later[Tensor]:
         """Gives the tensor in float64 on the CPU, once it is asked for."""
+        tensor = tensor.detach()
+        if tensor.is_cpu:
+            here = tensor.double()
+            return lambda: here
         place = len(self._here) + len(self._given)
-        self._given.append(tensor.detach())
+        self._given.append(tensor)
 
         def arrived() -> Tensor:
             if place >= len(self._here):
@@ -87,15 +91,21 @@ class Transfer:
 
     def numbers(self, numbers: Sequence[Tensor | float]) -> Later[list[float]]:
         """The same for tensors of one element; what is a number already is given as it is."""
-        found = [self.later(number.reshape(())) if isinstance(number, Tensor) else number for number in numbers]
+        found: list[float | Later[Tensor]] = []
+        for number in numbers:
+            if not isinstance(number, Tensor):
+                found.append(number)
+            else:
+                found.append(number.item() if number.is_cpu else self.later(number.reshape(())))
         return lambda: [number().item() if callable(number) else number for number in found]
 
     def _bring(self) -> None:
         given, self._given = self._given, []
-        flat: dict[torch.device, list[Tensor]] = {}
+        by_device: dict[torch.device, list[Tensor]] = {}
         for t in given:
-            flat.setdefault(t.device, []).append(t.reshape(-1).double())
-        parts = {device: iter(torch.cat(own).cpu().split([len(t) for t in own])) for device, own in flat.items()}
+            by_device.setdefault(t.device, []).append(t.reshape(-1))
+        flat = {device: torch.cat(own).double().cpu() for device, own in by_device.items()}
+        parts = {device: iter(flat[device].split([len(t) for t in own])) for device, own in by_device.items()}
         self._here += [next(parts[t.device]).view(t.shape) for t in given]
 
 
