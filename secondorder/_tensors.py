@@ -1,10 +1,13 @@
 """Helpers on tensors: batches as rows, subsamples of them, and the dtype that numbers are computed in."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
+Later = Callable[[], T]  # gives what takes numbers of the device to know
 
 _WHOLE = (Tensor, nn.Parameter)  # types that are no DTensor, told at once
 
@@ -68,19 +71,59 @@ def irregular(like: Tensor) -> Tensor:
     return ((0.5 + fraction) * signs).to(like.dtype).reshape(like.shape)
 
 
+class Transfer:
+    """Brings numbers to the host together: the first that are asked for bring all that were given until then, by one wait."""
+
+    def __init__(self) -> None:
+        self._given: list[Tensor] = []
+        self._here: list[Tensor] = []
+
+    def later(self, tensor: Tensor) -> Later[Tensor]:
+        """Gives the tensor in float64 on the CPU, once it is asked for."""
+        tensor = tensor.detach()
+        if tensor.is_cpu:
+            here = tensor.double()
+            return lambda: here
+        place = len(self._here) + len(self._given)
+        self._given.append(tensor)
+
+        def arrived() -> Tensor:
+            if place >= len(self._here):
+                self._bring()
+            return self._here[place]
+
+        return arrived
+
+    def numbers(self, numbers: Sequence[Tensor | float]) -> Later[list[float]]:
+        """The same for tensors of one element; what is a number already is given as it is."""
+        found: list[float | Later[Tensor]] = []
+        for number in numbers:
+            if not isinstance(number, Tensor):
+                found.append(number)
+            else:
+                found.append(number.item() if number.is_cpu else self.later(number.reshape(())))
+        return lambda: [number().item() if callable(number) else number for number in found]
+
+    def _bring(self) -> None:
+        given, self._given = self._given, []
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for t in given:
+            by_device.setdefault(t.device, []).append(t.reshape(-1))
+        flat = {device: torch.cat(own).double().cpu() for device, own in by_device.items()}
+        parts = {device: iter(flat[device].split([len(t) for t in own])) for device, own in by_device.items()}
+        self._here += [next(parts[t.device]).view(t.shape) for t in given]
+
+
 def host_numbers(numbers: Sequence[Tensor | float]) -> list[float]:
     """The values of tensors of one element, and of what is a number already; waits for the device once."""
-    tensors = [number.detach().reshape(()).double() for number in numbers if isinstance(number, Tensor)]
-    values = iter(torch.stack(tensors).tolist() if tensors else [])
-    return [next(values) if isinstance(number, Tensor) else number for number in numbers]
+    return Transfer().numbers(numbers)()
 
 
-def all_finite(tensors: list[Tensor], zeros: Sequence[Tensor] = ()) -> bool:
-    """Whether no tensor holds NaN or inf, nor so large numbers that their sum does, and `zeros` nothing but 0.
+def finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether no tensor of some holds NaN or inf, nor so large numbers that their sum does: []."""
+    return torch.stack([t.sum() for t in tensors]).isfinite().all()
 
-    Waits for the device once.
-    """
-    if not tensors:
-        return not any(map(bool, zeros))
-    finite = torch.stack([t.sum() for t in tensors]).isfinite().all()
-    return bool(finite & ~torch.stack([t.any() for t in zeros]).any() if zeros else finite)
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """The same of any number of tensors; waits for the device once."""
+    return not tensors or bool(finite(tensors))

@@ -26,6 +26,7 @@ from torch.func import functional_call, grad, hessian, jacrev
 from secondorder._layers import linear_layers
 from secondorder._random import preserved_generators
 from secondorder._tape import Tape
+from secondorder._tensors import Transfer
 from secondorder.criteria import CompositeLoss, FunctionCriterion, takes_log_probabilities
 from secondorder.curvature import Curvature, curvature_by_name
 from secondorder.linalg import conjugate_gradient
@@ -370,7 +371,7 @@ def reduction_ratio(
     _record(whole, loss, x, y)
     local = LocalLoss(whole, loss, tape.losses, {p: f"0.{name}" for name, p in parameters.items()}, 1.0, 0, tape)
     deltas = [step[name].to(p) if name in step else torch.zeros_like(p) for name, p in parameters.items()]
-    first, second = local.products([deltas])
+    first, second = local.products([deltas], Transfer())()
     predicted = float(first + second / 2) + damping / 2 * sum(float(d.double().square().sum()) for d in deltas)
     moved = [p.detach() + d for p, d in zip(parameters.values(), deltas, strict=True)]
     return (local.value(moved) - local.start) / predicted

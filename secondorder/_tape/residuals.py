@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder._tape.square_roots import ROOTS
+from secondorder._tensors import host_numbers
 
 # What a loss may be made of above its squares: each is linear in every input, with constants that autograd knows.
 _LINEAR = {
@@ -255,21 +256,37 @@ def _unsqueezed(t: Tensor, summed: tuple[int, ...]) -> Tensor:
 
 
 def coefficients(loss: Tensor, terms: list[Term], owner: str) -> list[Tensor]:
-    """c of each term, of the residual's shape: the gradient that arrives at its node.
+    """c of each term, of the residual's shape, once none is known to be negative.
 
     Raises:
         RuntimeError: a coefficient is negative.
     """
+    found = arriving(loss, terms)
+    check_signs(host_numbers(negative(found)), owner)
+    return found
+
+
+def arriving(loss: Tensor, terms: list[Term]) -> list[Tensor]:
+    """c of each term, of the residual's shape: the gradient that arrives at its node."""
     edges = [GradientEdge(term.node, 0) for term in terms]
-    arriving = torch.autograd.grad(loss, edges, retain_graph=True)
+    gradients = torch.autograd.grad(loss, edges, retain_graph=True)
     found = []
-    for term, c in zip(terms, arriving, strict=True):
+    for term, c in zip(terms, gradients, strict=True):
         c = c.detach().real  # of z times its conjugate, which is real
         c = c / term.residual.numel() if term.mean else c
         found.append(_unsqueezed(c, term.summed).expand(term.residual.shape))
-    if any(bool((c < 0).any()) for c in found):
+    return found
+
+
+def negative(found: list[Tensor]) -> list[Tensor]:
+    """Whether any c of each term is negative."""
+    return [(c < 0).any() for c in found]
+
+
+def check_signs(negative: list[float], owner: str) -> None:
+    """Raises RuntimeError where one of these, of `negative`, is true."""
+    if any(negative):
         raise RuntimeError(
             f"{owner}.step(): expected a sum of squares, got a negative coefficient; a loss that is unbounded below has no "
             "Gauss-Newton step"
         )
-    return found

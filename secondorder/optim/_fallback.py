@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from secondorder._tensors import Later, Transfer
 from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
 from secondorder.optim import _momentum
@@ -61,13 +62,19 @@ class Fallback:
             warn(f"no curvature covers the parameters {names}{why}; they are updated by the fallback, SGD.")
         return found
 
-    def check(self, p: Tensor, velocity: Tensor, lr: float) -> None:
-        """Raises NonFiniteError where an update by lr times the velocity is not finite."""
-        if not _momentum.bounded(p, velocity, lr):
-            raise NonFiniteError(
-                f"{self.owner}.step(): the gradient of {self.names[p]!r} holds NaN or inf, or is too large; "
-                "no parameter and no state has changed"
-            )
+    def check(self, updates: Sequence[tuple[Tensor, Tensor, float]], transfer: Transfer) -> Later[None]:
+        """Raises NonFiniteError, once it is called, where an update (p, velocity, lr) by lr times the velocity is not finite."""
+        bounded = _momentum.bounded(updates, transfer)
+
+        def checked() -> None:
+            for (p, _, _), good in zip(updates, bounded(), strict=True):
+                if not good:
+                    raise NonFiniteError(
+                        f"{self.owner}.step(): the gradient of {self.names[p]!r} holds NaN or inf, or is too large; "
+                        "no parameter and no state has changed"
+                    )
+
+        return checked
 
     def updates(
         self, param_groups: list[dict[str, Any]], gradients: dict[Tensor, Tensor], covered: Sequence[Tensor],
@@ -79,11 +86,9 @@ class Fallback:
             NonFiniteError: one is not finite.
             RuntimeError: there are some, and the kind is "error".
         """
-        updates = []
-        for p, group in self.parameters(param_groups, gradients, covered):
-            velocity = _momentum.velocity(p, gradients[p], group, state)
-            self.check(p, velocity, float(group["lr"]))
-            updates.append(Update(p, velocity, group))
+        found = self.parameters(param_groups, gradients, covered)
+        updates = [Update(p, _momentum.velocity(p, gradients[p], group, state), group) for p, group in found]
+        self.check([(p, velocity, float(group["lr"])) for p, velocity, group in updates], Transfer())()
         return updates
 
     def apply(self, updates: list[Update], state: Mapping[Tensor, dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secondorder._layers import parameters_of
 from secondorder._tape import LayerRecord
-from secondorder._tensors import all_finite
+from secondorder._tensors import Later, Transfer, all_finite, finite
 from secondorder._warnings import warn
 from secondorder.curvature import Curvature, curvature_by_name
 from secondorder.errors import NonFiniteError
@@ -22,6 +22,7 @@ from secondorder.optim._numbers import check_arguments
 from secondorder.solvers import Factors, Solver, SolverOptions, solver_by_name
 
 Groups = dict[Tensor, dict[str, Any]]  # the param_group of every parameter
+Directions = tuple[dict[Tensor, Tensor], dict[nn.Linear, Factors]]  # P and d by parameter, and what the solver prepared for them
 
 # Each rank solves some of the layers only where all solutions cost at least SHARED_FROM multiplications, counted as n^3 for a
 # factor [n, n] (some ten milliseconds of a core), and at least SHARED_PER_NUMBER for each number of the directions, which the
@@ -239,9 +240,10 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         covered: dict[nn.Linear, Factors],
         grads: dict[Tensor, Tensor],
         systems: dict[nn.Linear, tuple[float, float]],
-        fresh: bool = False,
-    ) -> tuple[dict[Tensor, Tensor], dict[nn.Linear, Factors]]:
-        """P and d of every covered layer by parameter, and what the solver prepared for it.
+        fresh: bool,
+        transfer: Transfer,
+    ) -> tuple[Directions, Later[Directions | None]]:
+        """P and d of every covered layer by parameter, and what the solver prepared for it; not yet known to be finite.
 
         Where several ranks train and it pays, each solves some of the layers; what they have prepared is then theirs alone.
 
@@ -250,6 +252,11 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             grads: the gradients by parameter.
             systems: every layer's scale c and damping l.
             fresh: prepare in any case, not only every `inverse_every` steps.
+            transfer: what whether they are finite comes to the host with.
+
+        Returns:
+            They, and what is to be called before they are used: it gives what replaces them, mostly None, and raises
+            NonFiniteError where that is not finite.
 
         Raises:
             NonFiniteError: a direction is not finite.
@@ -260,19 +267,27 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         owner: dict[Tensor, nn.Linear] = {p: layer for layer in covered for p in layer.parameters(recurse=False) if p in grads}
         costs = [sum(len(t) ** 3.0 for t in factors.values() if t.dim() == 2) for factors in covered.values()]
         if ranks is None or sum(costs) < max(SHARED_FROM, SHARED_PER_NUMBER * sum(p.numel() for p in owner)):
-            return self._finite_directions(covered, grads, systems, fresh)
+            found, revised = self._solved(covered, grads, systems, fresh, transfer)
+            # With other ranks at once: what they exchange next none may leave.
+            return (found, revised) if self._ranks is None else (revised() or found, lambda: None)
         mine = {layer: factors for (layer, factors), own in zip(covered.items(), ranks.dealt(costs), strict=True) if own}
-        directions, prepared = ranks.all(lambda: self._finite_directions(mine, grads, systems, fresh))
-        own = {p: direction for p, direction in directions.items() if owner[p] in mine}
-        return ranks.joined(own, {p: grads[p] for p in owner}), prepared
 
-    def _finite_directions(
+        def solved() -> Directions:
+            found, revised = self._solved(mine, grads, systems, fresh, transfer)
+            return revised() or found
+
+        directions, prepared = ranks.all(solved)
+        own = {p: direction for p, direction in directions.items() if owner[p] in mine}
+        return (ranks.joined(own, {p: grads[p] for p in owner}), prepared), lambda: None
+
+    def _solved(
         self,
         covered: dict[nn.Linear, Factors],
         grads: dict[Tensor, Tensor],
         systems: dict[nn.Linear, tuple[float, float]],
         fresh: bool,
-    ) -> tuple[dict[Tensor, Tensor], dict[nn.Linear, Factors]]:
+        transfer: Transfer,
+    ) -> tuple[Directions, Later[Directions | None]]:
         """All directions, by this rank alone."""
         arguments = (covered, grads, systems, fresh)
         with unchecked() as doubts:
@@ -282,8 +297,9 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 if not doubts:
                     raise
                 solved = None
-        if solved is None or solved[2] or not all_finite(list(solved[0].values()), doubts):
-            # Once more with a check of every matrix, to tell which one was not positive definite or not finite.
+
+        def looked_at() -> Directions:
+            """Once more with a check of every matrix, to tell which one was not positive definite or not finite."""
             directions, prepared, bad = self._solutions(*arguments) if doubts or solved is None else solved
             if not all_finite(list(directions.values())):
                 own = {layer: [directions[p] for p in layer.parameters(recurse=False) if p in directions] for layer in prepared}
@@ -291,7 +307,15 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             if bad:
                 raise NonFiniteError(self._not_finite(dict(bad), covered))
             return directions, prepared
-        return solved[:2]
+
+        if solved is None or solved[2]:
+            return looked_at(), lambda: None
+        directions, prepared, _ = solved
+        if not directions:
+            return (directions, prepared), lambda: None
+        good = finite(list(directions.values()))
+        known = transfer.later(good & ~torch.stack([t.any() for t in doubts]).any() if doubts else good)
+        return (directions, prepared), lambda: None if known() else looked_at()
 
     def _solutions(
         self,

@@ -1,10 +1,12 @@
 """The update with momentum and decoupled weight decay: v <- momentum v + d, p <- (1 - lr weight_decay) p + lr v."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from secondorder._tensors import Later, Transfer
 
 Group = Mapping[str, Any]
 
@@ -15,10 +17,10 @@ def velocity(p: Tensor, direction: Tensor, group: Group, state: Mapping[Tensor, 
     return direction if before is None else torch.add(direction, before, alpha=float(group["momentum"]))
 
 
-def bounded(p: Tensor, v: Tensor, lr: float) -> bool:
-    """Whether an update by lr v overflows in no way; NaN fails the comparison."""
-    reach = v.abs().amax() * max(1.0, lr) if v.numel() else 0.0
-    return bool(reach <= torch.finfo(p.dtype).max / 8)
+def bounded(updates: Sequence[tuple[Tensor, Tensor, float]], transfer: Transfer) -> Later[list[bool]]:
+    """Gives for each (p, v, lr) whether an update by lr v overflows in no way; NaN fails the comparison."""
+    reaches = transfer.numbers([v.abs().amax() * max(1.0, lr) if v.numel() else 0.0 for _, v, lr in updates])
+    return lambda: [reach <= torch.finfo(p.dtype).max / 8 for (p, _, _), reach in zip(updates, reaches(), strict=True)]
 
 
 def apply(p: Tensor, v: Tensor, group: Group, state: Mapping[Tensor, dict[str, Any]], sign: float = 1.0) -> None:

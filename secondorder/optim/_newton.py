@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from secondorder._tape import ForwardState
+from secondorder._tensors import Later, Transfer
 from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
 from secondorder.optim._closure import idle_backward
-from secondorder.optim._layerwise import Groups, LayerwiseOptimizer
+from secondorder.optim._layerwise import Directions, Groups, LayerwiseOptimizer
 from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments, warn_of_short_steps
 from secondorder.solvers import Factors
 from secondorder.stepping import CannotReplay, ClosureLoss, Damping, DampingSchedule, LevenbergMarquardtLoop, LocalLoss, LossTrend
@@ -22,6 +23,8 @@ from secondorder.stepping.local_loss import instances
 
 # Where the mean square of a net's inputs is below this, its first layers have less damping. That of images and tables is above.
 _SMALL_INPUTS = 0.01
+_TINY = torch.finfo(torch.float32).tiny
+_InOrder = tuple[list[Tensor], dict[nn.Linear, Factors]]  # `Directions`, in the order of the gradients
 
 
 class NewtonOptimizer(LayerwiseOptimizer):
@@ -155,8 +158,10 @@ class NewtonOptimizer(LayerwiseOptimizer):
         finally:
             self._evaluating = False
 
-    def _loss(self, parameters: dict[Tensor, str], steps: int) -> LocalLoss | ClosureLoss:
+    def _loss(self, parameters: dict[Tensor, str], steps: int, transfer: Transfer) -> LocalLoss | ClosureLoss:
         """The loss that backward() was called on, from what was recorded or by the closure.
+
+        Its numbers come to the host by the transfer.
 
         Raises:
             RuntimeError: neither gives it.
@@ -166,8 +171,9 @@ class NewtonOptimizer(LayerwiseOptimizer):
         if obstacle is None:
             try:
                 recorded = LocalLoss(
-                    self._model, self.criterion, self._tape.losses, parameters, self._subsample, steps, self._tape, self._ranks
-                )
+                    self._model, self.criterion, self._tape.losses, parameters, self._subsample, steps, self._tape, self._ranks,
+                    transfer,
+                )  # fmt: skip
             except CannotReplay as error:
                 obstacle = str(error)
         if recorded is not None and (recorded.faithful or self._closure is None):
@@ -193,18 +199,21 @@ class NewtonOptimizer(LayerwiseOptimizer):
             -1.0 if self._maximize() else 1.0, self._ranks,
         )  # fmt: skip
 
-    def _metric(self, covered: dict[nn.Linear, Factors]) -> dict[Tensor, float]:
-        """D of the layers whose inputs are given and small: their mean square over 0.01, where that is below 1.
+    def _metric(self, covered: dict[nn.Linear, Factors], transfer: Transfer) -> Later[dict[Tensor, float]]:
+        """Gives D of the layers whose inputs are given and small: their mean square over 0.01, where that is below 1.
 
         The curvature of a weight is on the scale of its inputs' squares, and so has to be what is added to it.
         """
         given = {call.layer for loss in self._tape.losses for call in loss.calls() if call.given}
-        metric: dict[Tensor, float] = {}
-        for layer, factors in covered.items():
-            square = _mean_square(factors, layer.in_features) if layer in given else 1.0
-            if 0 < square < _SMALL_INPUTS:
-                metric |= {p: square / _SMALL_INPUTS for p in (layer.weight, layer.bias) if p is not None}
-        return metric
+        squares = {layer: _mean_square(factors, layer.in_features) for layer, factors in covered.items() if layer in given}
+        found = transfer.numbers(list(squares.values()))
+        return lambda: {
+            p: square / _SMALL_INPUTS
+            for layer, square in zip(squares, found(), strict=True)
+            if 0 < square < _SMALL_INPUTS
+            for p in (layer.weight, layer.bias)
+            if p is not None
+        }
 
     def _schedule(self) -> None:
         """Every forward pass is recorded: the loss is evaluated anew at every step."""
@@ -220,23 +229,29 @@ class NewtonOptimizer(LayerwiseOptimizer):
         gradients = self._gradients()
         own = [p for layer in covered for p in layer.parameters(recurse=False)]
         others = [p for p, _ in self._fallback.parameters(self.param_groups, gradients, own)]
-        for p in others:
-            self._fallback.check(p, gradients[p], 1.0)
-        loss = self._loss({p: self._parameter_names[p] for p in gradients}, steps)
+        transfer = Transfer()
+        checked = self._fallback.check([(p, gradients[p], 1.0) for p in others], transfer)
+        read_metric = self._metric(covered, transfer)
+        loss = self._loss({p: self._parameter_names[p] for p in gradients}, steps, transfer)
+        checked()
         if not math.isfinite(loss.start):
             raise NonFiniteError(self._not_finite({}, covered))
+        metric = read_metric()
 
-        metric = self._metric(covered)
+        def in_order(found: Directions) -> _InOrder:
+            by_parameter, prepared = found
+            if others:
+                of_covered = [gradients[p] for p in by_parameter]
+                gain = _norm(by_parameter.values()) / _norm(of_covered).clamp(min=_TINY) if of_covered else 0.0
+                by_parameter |= {p: -gradients[p] * gain for p in others}
+            return [by_parameter[p] for p in gradients], prepared
 
-        def directions(damping: float, fresh: bool) -> tuple[list[Tensor], dict[nn.Linear, Factors]]:
+        def directions(damping: float, fresh: bool, transfer: Transfer) -> tuple[_InOrder, Later[_InOrder | None]]:
             # eta is the first group's.
             eta = float(group["weight_decay"])
             systems = {layer: (1.0, damping * metric.get(layer.weight, 1.0) + eta) for layer in covered}
-            found, prepared = self._directions(covered, gradients, systems, fresh)
-            if others:
-                gain = _norm(found.values()) / max(_norm(gradients[p] for p in found), torch.finfo(torch.float32).tiny)
-                found |= {p: -gradients[p] * gain for p in others}
-            return [found[p] for p in gradients], prepared
+            found, revised = self._directions(covered, gradients, systems, fresh, transfer)
+            return in_order(found), lambda: None if (other := revised()) is None else in_order(other)
 
         momentum = self._loop.schedule.momentum
         previous = None
@@ -267,13 +282,13 @@ class NewtonOptimizer(LayerwiseOptimizer):
         self._commit(covered, factors, prepared or {})
 
 
-def _mean_square(factors: Factors, width: int) -> float:
+def _mean_square(factors: Factors, width: int) -> Tensor | float:
     """The mean square of a layer's inputs, from whichever statistic of them there is; 1 where there is none."""
     if "input_second_moment" in factors:
-        return float(factors["input_second_moment"].diagonal().mean())
+        return factors["input_second_moment"].diagonal().mean()
     if "mean_square_input" in factors:
-        return float(factors["mean_square_input"]) / width
-    return float(factors["mean_input"].square().mean()) if "mean_input" in factors else 1.0
+        return factors["mean_square_input"].double() / width
+    return factors["mean_input"].square().mean() if "mean_input" in factors else 1.0
 
 
 def _damping(group: dict[str, Any]) -> Damping | None:
@@ -293,5 +308,5 @@ def _renamed(group: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "loss_trend": group["watch"], "lr": 1.0}
 
 
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(t.square().sum()) for t in tensors))
+def _norm(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack([t.square().sum() for t in tensors]).double().sum().sqrt()

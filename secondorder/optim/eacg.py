@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from secondorder import ops
 from secondorder._layers import parameters_of
+from secondorder._tensors import Transfer
 from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
 from secondorder.optim import _momentum
@@ -175,14 +176,15 @@ class EACG(LayerwiseOptimizer):
         """A step by any solver."""
         gradients = self._gradients()
         alphas = {layer: float(groups[layer.weight]["alpha"]) for layer in covered}
-        directions, prepared = self._directions(covered, gradients, {n: (1 - alpha, alpha) for n, alpha in alphas.items()})
+        systems = {layer: (1 - alpha, alpha) for layer, alpha in alphas.items()}
+        found, revised = self._directions(covered, gradients, systems, False, Transfer())
+        directions, prepared = revised() or found
         self._shorten(directions, covered, groups)
         others = self._fallback.updates(self.param_groups, gradients, list(directions), self.state)
         velocities = {p: _momentum.velocity(p, d, groups[p], self.state) for p, d in directions.items()}
-        bad = {
-            layer: "the solution overflows" for layer in covered for p in layer.parameters(recurse=False)
-            if p in velocities and not _momentum.bounded(p, velocities[p], float(groups[p]["lr"]))
-        }  # fmt: skip
+        moved = [(layer, p) for layer in covered for p in layer.parameters(recurse=False) if p in velocities]
+        bounded = _momentum.bounded([(p, velocities[p], float(groups[p]["lr"])) for _, p in moved], Transfer())
+        bad = {layer: "the solution overflows" for (layer, _), good in zip(moved, bounded(), strict=True) if not good}
         if bad:
             raise NonFiniteError(self._not_finite(bad, covered))
         self._fallback.apply(others, self.state)

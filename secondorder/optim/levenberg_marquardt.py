@@ -169,8 +169,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             with idle_backward(name):
                 here = loss.here()
                 value = here.loss.detach().clone()
-                if not math.isfinite(value):
-                    raise NonFiniteError(f"{name}.step(): the loss is {float(value)}; no parameter and no state has changed")
+                if not math.isfinite(here.value):
+                    raise NonFiniteError(f"{name}.step(): the loss is {here.value}; no parameter and no state has changed")
                 run = GaussNewtonStep(
                     loss, self._settings, self._plans, generator, self._lr(parameters), self._slow, self._buffer, EigenAdam
                 )

@@ -1,5 +1,6 @@
 """What a closure calls backward() on, as a function of the parameters: any loss, also terms outside of the criterion."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from secondorder._distributed import RankReducer
 from secondorder._tape import ForwardState, Tape, term_of_its_own, term_outside, upstream
-from secondorder._tensors import to_compute_dtype
+from secondorder._tensors import Later, Transfer, all_finite, host_numbers, to_compute_dtype
 from secondorder.criteria import by_position, known_form
-from secondorder.stepping.gauss_newton_product import GraphQuadratic, differentiable_twice
+from secondorder.stepping.gauss_newton_product import GraphQuadratic, differentiable_twice, inner
 from secondorder.stepping.over_ranks import LossOverRanks
 from secondorder.stepping.recorded_loss import tolerance_of
 
@@ -37,6 +38,7 @@ class _Graph:
     """The loss with its graph, and the criterion's calls in it."""
 
     loss: Tensor
+    value: float
     calls: list[tuple[Tensor, list[Tensor], Any]]  # the criterion's loss, its trained arguments, its known form
     outside: bool  # whether anything else depends on parameters
 
@@ -64,7 +66,7 @@ class ClosureLoss(LossOverRanks):
         tape: Tape, sign: float = 1.0, ranks: RankReducer | None = None,
     ):  # fmt: skip
         self.owner, self.closure, self.model, self.criterion = owner, closure, model, criterion
-        super().__init__(ranks, instances)
+        super().__init__(ranks, lambda: instances)
         self.parameters, self.tape, self.sign = parameters, tape, sign
         self.here = [p.detach().clone() for p in parameters]
         self._graph: _Graph | None = None
@@ -72,33 +74,47 @@ class ClosureLoss(LossOverRanks):
         self._gradients: list[Tensor] = []
         self._curved: list[tuple[Tensor, Tensor]] = []  # of the terms outside: gradients with their graph, and the parameters
 
-    @property
+    @functools.cached_property
     def start(self) -> float:
         """The loss at the parameters' own values."""
-        return self._mean(lambda: self.sign * float(self._at_start().loss.detach()))
+        return self._mean(lambda: self.sign * self._at_start().value)
 
     def value(self, parameters: list[Tensor]) -> float:
-        """The loss at these values."""
+        """The loss at these values; inf where they are not finite."""
+        if not all_finite(parameters):
+            return math.inf
         return self._mean(lambda: self.sign * float(self._evaluated(parameters).detach()))
 
-    def _products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    def _products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
         graph, vectors = self._at_start(), [[to_compute_dtype(t) for t in vector] for vector in vectors]
+        with self._differentiating():
+            self._differentiate(graph)
+            terms = [(abs(scale), term.products(vectors, transfer)) for scale, term in self._terms]
+            outside = self._outside(vectors, transfer)
+        first = transfer.later(
+            torch.stack(
+                [torch.stack([(g * t.to(g.dtype)).sum().double() for g, t in zip(self._gradients, v, strict=True)]).sum()
+                 for v in vectors]
+            )
+        )  # fmt: skip
+
+        def sums() -> tuple[Tensor, Tensor]:
+            with self._differentiating():
+                zero = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+                return self.sign * first(), sum((scale * found()[1] for scale, found in terms), zero) + outside()
+
+        return sums
+
+    @contextmanager
+    def _differentiating(self) -> Iterator[None]:
+        """Around what differentiates the loss twice."""
         try:
             with self.tape.muted():
-                self._differentiate(graph)
-                second = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-                for scale, term in self._terms:
-                    second += abs(scale) * term.products(vectors)[1]
-                second += self._outside(vectors)
+                yield
         except (NotImplementedError, RuntimeError) as error:
             raise RuntimeError(
                 f"{self.owner}.step(): expected a loss that autograd can differentiate twice, got {type(error).__name__}: {error}"
             ) from error
-        first = torch.stack(
-            [torch.stack([(g * t.to(g.dtype)).sum().double().cpu() for g, t in zip(self._gradients, v, strict=True)]).sum()
-             for v in vectors]
-        )  # fmt: skip
-        return self.sign * first, second
 
     def _differentiate(self, graph: _Graph) -> None:
         """Sets what products are taken of, once."""
@@ -106,7 +122,7 @@ class ClosureLoss(LossOverRanks):
             return
         losses = [loss for loss, _, _ in graph.calls]
         scales = torch.autograd.grad(graph.loss, losses, retain_graph=True, allow_unused=True) if losses else ()
-        factors = [0.0 if scale is None else float(scale) for scale in scales]
+        factors = host_numbers([0.0 if scale is None else scale for scale in scales])
         for (loss, arguments, known), factor in zip(graph.calls, factors, strict=True):
             if factor:
                 self._terms.append((factor, GraphQuadratic(loss, arguments, self.parameters, known)))
@@ -119,21 +135,26 @@ class ClosureLoss(LossOverRanks):
             pairs = zip(gradients, self.parameters, strict=True)
             self._curved = [(g, p) for g, p in pairs if g is not None and g.requires_grad]
 
-    def _outside(self, vectors: list[list[Tensor]]) -> Tensor:
-        """The positive part of the form of the Hessian of the terms outside of the criterion."""
-        form = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    def _outside(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[Tensor]:
+        """Gives the positive part of the form of the Hessian of the terms outside of the criterion."""
         if not self._curved:
-            return form
-        for k, vector in enumerate(vectors):
+            return lambda: torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+        columns = []
+        for vector in vectors:
             by_parameter = dict(zip(self.parameters, vector, strict=True))
             products = torch.autograd.grad(
                 [g for g, _ in self._curved], self.parameters, [by_parameter[p].to(g.dtype) for g, p in self._curved],
                 retain_graph=True, allow_unused=True, materialize_grads=True,
             )  # fmt: skip
-            for j, other in enumerate(vectors):
-                form[j, k] = sum(float((t.double() * h.double()).sum()) for t, h in zip(other, products, strict=True))
-        values, basis = torch.linalg.eigh(self.sign * (form + form.T) / 2)
-        return (basis * values.clamp(min=0)) @ basis.T
+            columns.append(torch.stack([inner(other, products) for other in vectors]))
+        found = transfer.later(torch.stack(columns, 1))
+
+        def positive() -> Tensor:
+            form = found()
+            values, basis = torch.linalg.eigh(self.sign * (form + form.T) / 2)
+            return (basis * values.clamp(min=0)) @ basis.T
+
+        return positive
 
     def _at_start(self) -> _Graph:
         if self._graph is not None:
@@ -162,15 +183,16 @@ class ClosureLoss(LossOverRanks):
         recorded = {node for each, _, _ in calls if (node := each.grad_fn) is not None}
         outside = term_outside([loss.grad_fn], lambda node: node in recorded, self.parameters) is not None
         trained = upstream(loss.grad_fn)  # a call for a log is none of them
-        now = math.fsum(float(each.detach()) for each in made if each.grad_fn in trained)
-        seen = math.fsum(float(each.loss) for each in self.tape.losses)
+        own = [each for each in made if each.grad_fn in trained]
+        value, *values = host_numbers([loss, *own, *(each.loss for each in self.tape.losses)])
+        now, seen = math.fsum(values[: len(own)]), math.fsum(values[len(own) :])
         if abs(now - seen) > tolerance_of([loss, *self.parameters]) * (abs(now) + abs(seen)) and math.isfinite(seen):
             raise RuntimeError(
                 f"{self.owner}.step(): expected the closure to evaluate the same loss at every call of a step, got {now:.9g} "
                 f"after {seen:.9g} for the criterion at the same parameters. Draw the batch outside of the closure, and random "
                 "numbers by torch's, NumPy's or Python's generators. No parameter and no state has changed."
             )
-        self._graph = _Graph(loss, calls, outside)
+        self._graph = _Graph(loss, value, calls, outside)
         return self._graph
 
     def _evaluated(self, values: list[Tensor] | None) -> Tensor:

@@ -45,26 +45,26 @@ class DampedLeastSquares:
         self._nystrom = _nystrom(jacobian, generator) if solver == "nystrom" else None
         self.solver = "rows" if solver == "nystrom" and self._nystrom is None else solver
         #: tr(J J^T), the scale of mu.
-        self.trace: float
+        self.trace: Tensor
         if self.solver == "nystrom" or (self.solver == "rows" and penalties is not None):
-            self.trace = float(jacobian.squared_norm())
+            self.trace = jacobian.squared_norm()
             return
         if self.solver == "rows":
             self._matrix = jacobian.gram()
         else:
             self._matrix = gram(jacobian.dense().T, buffer.matrix("gram", n, n, jacobian.like))
         self._diagonal = self._matrix.diagonal().clone()
-        self.trace = float(self._diagonal.sum())
+        self.trace = self._diagonal.sum()
         if self.solver == "parameters" and penalties is not None:
             self._diagonal += penalties
 
-    def at(self, mu: float) -> "Callable[[Tensor], Tensor] | None":
-        """b [m] -> x [P] at a damping; None: the matrix is not positive definite within rounding."""
+    def at(self, mu: Tensor | float) -> "tuple[Callable[[Tensor], Tensor], Tensor | float]":
+        """b [m] -> x [P] at a damping, and not 0 where the matrix is not positive definite within rounding: then x is nothing."""
         jacobian = self._jacobian
         if self.solver == "nystrom":
             assert self._nystrom is not None
             vectors, values = self._nystrom
-            return lambda b: jacobian.rmv(_conjugate_gradients(jacobian, vectors, values, mu, b))
+            return lambda b: jacobian.rmv(_conjugate_gradients(jacobian, vectors, values, mu, b)), 0.0
         scale = None
         if self.solver == "rows" and self._penalties is not None:  # by columns divided by the root of t + mu
             scale = 1 / (self._penalties + mu)
@@ -75,18 +75,16 @@ class DampedLeastSquares:
             matrix = self._matrix
             matrix.diagonal().copy_(self._diagonal + mu)
         factor, info = torch.linalg.cholesky_ex(matrix)
-        if info.item():
-            return None
         if self.solver == "parameters":
-            return lambda b: torch.cholesky_solve(jacobian.rmv(b).unsqueeze(1), factor).squeeze(1)
+            return lambda b: torch.cholesky_solve(jacobian.rmv(b).unsqueeze(1), factor).squeeze(1), info
 
         def solve(b: Tensor) -> Tensor:
             x = jacobian.rmv(torch.cholesky_solve(b.unsqueeze(1), factor).squeeze(1))
             return x if scale is None else scale * x
 
-        return solve
+        return solve, info
 
-    def step(self, solve: Callable[[Tensor], Tensor], r: Tensor, theta: Tensor, mu: float) -> Tensor:
+    def step(self, solve: Callable[[Tensor], Tensor], r: Tensor, theta: Tensor, mu: Tensor | float) -> Tensor:
         """The minimum d [P], with the solve of this mu."""
         if self._penalties is None:
             return -solve(r)
@@ -118,7 +116,7 @@ def _nystrom(jacobian: Jacobian, generator: torch.Generator) -> tuple[Tensor, Te
     return basis, (values - shift).clamp_min(0)
 
 
-def _conjugate_gradients(jacobian: Jacobian, vectors: Tensor, values: Tensor, mu: float, b: Tensor) -> Tensor:
+def _conjugate_gradients(jacobian: Jacobian, vectors: Tensor, values: Tensor, mu: Tensor | float, b: Tensor) -> Tensor:
     """(J J^T + mu I)^-1 b to `RESIDUAL`, preconditioned by U diag(l) U^T."""
     weights = (values.min() + mu) / (values + mu) - 1
 

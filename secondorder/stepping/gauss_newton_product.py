@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secondorder._tape import preactivation
-from secondorder._tensors import to_compute_dtype
+from secondorder._tensors import Later, Transfer, to_compute_dtype
 from secondorder.criteria import OutputHessian, OutputRoot, autograd_hessian
 from secondorder.errors import second_derivatives
 
@@ -46,14 +46,17 @@ class OutputCurvature:
             )
         self.gradients = [g.detach() for g in self._gradients]
 
-    def form(self, tangents: list[list[Tensor]]) -> Tensor:
+    def form(self, tangents: list[list[Tensor]], transfer: Transfer) -> Later[Tensor]:
         """t_k^T H t_l [k, k] in float64 on the CPU, for tangents that have one tensor of each output's shape."""
         if isinstance(self._known, OutputHessian):
-            return self._by_mean(tangents, self._known)
+            return transfer.later(self._by_mean(tangents, self._known))
         if self._known is not None:
-            return self._by_root(tangents, self._known)
-        curved = [self._product(t) for t in tangents]
-        form, by_rows = _forms(tangents, curved)
+            return transfer.later(self._by_root(tangents, self._known))
+        form, by_rows = map(transfer.later, _forms(tangents, [self._product(t) for t in tangents]))
+        return lambda: self._semidefinite(form(), by_rows(), tangents)
+
+    def _semidefinite(self, form: Tensor, by_rows: Tensor, tangents: list[list[Tensor]]) -> Tensor:
+        """The form of what stands for H, from that of H."""
         values = torch.linalg.eigvalsh(form) if len(form) > 1 and form.isfinite().all() else form.flatten()
         tolerance = torch.finfo(self.gradients[0].dtype).eps ** 0.5
         lowest, highest, total = by_rows.tolist()
@@ -64,7 +67,7 @@ class OutputCurvature:
             if row >= -tolerance * total and (sign * values).min() >= -tolerance * values.abs().max():
                 return sign * form
         if len(self._outputs) == 1 and self.gradients[0].shape[-1:].numel() <= _MOST_OUTPUTS:
-            return self._by_mean(tangents, autograd_hessian(self._loss, self._outputs[0].node))
+            return self._by_mean(tangents, autograd_hessian(self._loss, self._outputs[0].node)).double().cpu()
         values, vectors = torch.linalg.eigh(form)
         return (vectors * values.abs()) @ vectors.T
 
@@ -72,7 +75,7 @@ class OutputCurvature:
         (gradient,) = self.gradients
         matrix = to_compute_dtype(mean.positive(-1.0)) * (gradient.shape[-1] / gradient.numel())
         flat = torch.stack([t.reshape(-1, gradient.shape[-1]) for (t,) in tangents]).to(matrix.dtype)
-        return (flat.flatten(1) @ (flat @ matrix).flatten(1).T).double().cpu()
+        return flat.flatten(1) @ (flat @ matrix).flatten(1).T
 
     def _by_root(self, tangents: list[list[Tensor]], root: OutputRoot) -> Tensor:
         (gradient,) = self.gradients
@@ -83,7 +86,7 @@ class OutputCurvature:
             columns = root.columns(begin, min(begin + chunk, root.count)).to(flat.dtype)
             along = torch.einsum("c...j,k...j->kc...", columns, flat).flatten(1)  # s_ic . t_ki
             form += along @ along.T
-        return form.double().cpu()
+        return form
 
     def _product(self, tangent: list[Tensor]) -> list[Tensor]:
         """H t."""
@@ -119,11 +122,12 @@ class GraphQuadratic:
             self._u = [torch.zeros(m.shape, dtype=m.dtype, device=m.device, requires_grad=True) for m in made]
             self._transposed = torch.autograd.grad(outputs, parameters, self._u, create_graph=True, allow_unused=True)
 
-    def products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    def products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
         """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
         tangents = [self._tangent(vector) for vector in vectors]
-        first = torch.stack([_inner(t, self._curvature.gradients) for t in tangents])
-        return first, self._curvature.form(tangents)
+        first = transfer.later(torch.stack([inner(t, self._curvature.gradients) for t in tangents]))
+        form = self._curvature.form(tangents, transfer)
+        return lambda: (first(), form())
 
     def _tangent(self, vector: list[Tensor]) -> list[Tensor]:
         """J x."""
@@ -150,14 +154,15 @@ def differentiable_twice(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(x.double() * y.double()).sum().cpu() for x, y in zip(a, b, strict=True)]).sum()
+def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """The sum of the elements' products in float64, []."""
+    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()
 
 
 def _forms(tangents: list[list[Tensor]], curved: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
     """t_k^T c_l [k, k], symmetric, and of t_ki^T c_ki over the rows i the least, the largest and the sum of absolute values.
 
-    Both in float64 on the CPU; where the outputs have as many rows, a row is that of all of them together.
+    Where the outputs have as many rows, a row is that of all of them together.
     """
     pairs = [
         (torch.stack(t), torch.stack(c)) for t, c in zip(zip(*tangents, strict=True), zip(*curved, strict=True), strict=True)
@@ -166,5 +171,4 @@ def _forms(tangents: list[list[Tensor]], curved: list[list[Tensor]]) -> tuple[Te
     rows = [(t * c).reshape(len(t), t.shape[1] if t.dim() > 1 else 1, -1).sum(2) for t, c in pairs]
     together = torch.stack(rows).sum(0) if len({r.shape for r in rows}) == 1 else torch.cat(rows, 1)
     low, high = (together.min(), together.max()) if together.numel() else (together.sum(), together.sum())
-    packed = torch.cat([((form + form.T) / 2).flatten(), torch.stack([low, high, together.abs().sum()])]).double().cpu()
-    return packed[:-3].view(len(tangents), -1), packed[-3:]
+    return (form + form.T) / 2, torch.stack([low, high, together.abs().sum()])

@@ -10,6 +10,7 @@ from torch import Tensor
 from secondorder._tape.graph import COMPILED
 from secondorder._tape.jacobian import Block, Buffer, Jacobian, Plan, jacobian, make_plan, signature
 from secondorder._tape.uses import find_uses
+from secondorder._tensors import host_numbers
 from secondorder.errors import NonFiniteError
 from secondorder.stepping.damped_least_squares import DampedLeastSquares
 from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals
@@ -114,7 +115,7 @@ class GaussNewtonStep:
         """One step; returns the loss where it leads, and what it leaves to the next."""
         loss, settings = self._loss, self._settings
         plan = self._plan(here)
-        theta, whole = loss.flat(), loss.objective(here.values, here)
+        theta, whole = loss.flat(), here.objective
         same = abs(whole - progress.whole) <= 1e-6 * whole
         if not same or (progress.best is not None and len(progress.best) != len(theta)):  # another batch, or other parameters
             progress = progress._replace(held=math.inf, held_since=0, best=None, released=False)
@@ -122,27 +123,30 @@ class GaussNewtonStep:
         jacobian = self._jacobian(plan, here, rows)
         r, before = self._taken(here.values, rows), [v.detach() for v in here.values]
         problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator, self._buffer)
-        start = self._drawn_objective(r, theta, here)
-        if not math.isfinite(problem.trace):
-            raise NonFiniteError(f"{loss.owner}.step(): the Jacobian holds NaN or inf; no parameter and no state has changed")
-        if problem.trace == 0 and here.penalties is None:
-            return here, progress
+        at_start = self._drawn_objective(r, theta, here)
         mu, growth = progress.damping, progress.growth
         for _ in range(TRIES):
-            damping = mu * problem.trace
-            solve = problem.at(damping)
-            if solve is None:
+            damping = (mu * problem.trace.double()).to(theta.dtype)
+            solve, failed = problem.at(damping)
+            delta = problem.step(solve, r, theta, damping)
+            linear = self._drawn_objective(r + jacobian.mv(self._lr * delta), theta + self._lr * delta, here)
+            trace, start, end, fails = host_numbers([problem.trace, at_start, linear, failed])
+            if not math.isfinite(trace):
+                raise NonFiniteError(f"{loss.owner}.step(): the Jacobian holds NaN or inf; no parameter and no state has changed")
+            if trace == 0 and here.penalties is None:
+                return here, progress
+            if fails:
                 mu = max(10 * mu, LEAST_DAMPING)
                 continue
-            delta = problem.step(solve, r, theta, damping)
-            predicted = start - self._drawn_objective(r + jacobian.mv(self._lr * delta), theta + self._lr * delta, here)
+            predicted = start - end
             moved = theta + self._lr * delta
             if settings.acceleration:
                 moved = moved + self._lr**2 * self._acceleration(here, rows, jacobian, solve, r, theta, delta)
             loss.move(moved)
-            there = here._replace(values=loss.there(here))
-            now = loss.objective(there.values, here)
-            drawn = now if rows.whole else self._drawn_objective(self._taken(there.values, rows), loss.flat(), here)
+            values = loss.there(here)
+            all_of_them = loss.objective(values, here)
+            of_drawn = all_of_them if rows.whole else self._drawn_objective(self._taken(values, rows), loss.flat(), here)
+            now, drawn, *held = host_numbers([all_of_them, of_drawn, *self._held(values, rows)])
             limit = whole if rows.whole else RISE * (min(whole, progress.record) if same else whole)
             if drawn < start and now < limit and predicted > 0:
                 ratio = (start - drawn) / predicted
@@ -151,17 +155,18 @@ class GaussNewtonStep:
                     loss.move(theta)
                     self._check_same(before, here, 1e-2)
                     loss.move(reached)
-                    there = here._replace(values=loss.there(here))
+                    values = loss.there(here)
                 least = max(HELD_DECAY * progress.least, LEAST_DAMPING)
                 mu = max(mu * max(1 / 3, 1 - (2 * ratio - 1) ** 3), least)
                 progress = self._recorded(
                     progress._replace(damping=mu, least=least, growth=2.0, ratio=ratio, whole=now), now, rows.whole
                 )
-                return self._held_out(there, progress, rows)
+                return self._held_out(here._replace(values=values, objective=now), progress, rows, held)
             mu, growth = mu * growth, 2 * growth
         loss.move(theta)
         self._check_same(before, here, 1e-2)
-        return self._held_out(here, progress._replace(damping=min(10 * progress.damping, 1.0), growth=2.0, ratio=0.0), rows)
+        progress = progress._replace(damping=min(10 * progress.damping, 1.0), growth=2.0, ratio=0.0)
+        return self._held_out(here, progress, rows, host_numbers(self._held(here.values, rows)))
 
     def race(self, here: Residuals, damping: float) -> tuple[Residuals, Progress]:
         """Some steps from each of two starts; the lowest loss goes on.
@@ -170,7 +175,7 @@ class GaussNewtonStep:
         times the mean of the diagonal.
         """
         loss = self._loss
-        theta, first = loss.flat(), loss.objective(here.values, here)
+        theta, first = loss.flat(), here.objective
         rows = min(RACE_ROWS, self._settings.rows)
         drawn = min(rows, sum(r.numel() for r in here.values))
         best: tuple[float, Tensor, Residuals, Progress] | None = None
@@ -178,13 +183,13 @@ class GaussNewtonStep:
         for mu, warm in starts[::-1] if len(theta) < RACE_FEW else starts:
             progress = Progress(mu, rows)
             loss.move(theta)
-            now = self._warmed_up(here) if warm else here._replace(values=loss.there(here))
+            now = self._warmed_up(here) if warm else loss.again(here)
             values = []
             for _ in range(RACE_STEPS):
                 now, progress = self.step(now, progress)
                 if progress.ratio == 0:  # it was taken back, and has left the graph behind
-                    now = here._replace(values=loss.there(here))
-                values.append(loss.objective(now.values, here))
+                    now = loss.again(here)
+                values.append(now.objective)
             value = values[-1]
             if best is None or value < best[0] or math.isnan(best[0]):
                 best = value, loss.flat(), now, progress
@@ -226,8 +231,10 @@ class GaussNewtonStep:
 
     def _check_same(self, values: Sequence[Tensor], here: Residuals, tolerance: float) -> None:
         """Raises RuntimeError where the closure has other residuals now than it had at the present parameters."""
-        for old, new in zip(values, self._loss.there(here), strict=True):
-            if not bool((old - new).detach().norm() <= tolerance * old.detach().norm()):
+        pairs = zip(values, self._loss.there(here), strict=True)
+        norms = host_numbers([norm for old, new in pairs for norm in ((old - new).norm(), old.norm())])
+        for difference, size in zip(norms[::2], norms[1::2], strict=True):
+            if not difference <= tolerance * size:
                 raise RuntimeError(
                     f"{self._loss.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, "
                     "but they differ at the same parameters. Draw the batch outside of the closure, or by torch's own "
@@ -267,7 +274,7 @@ class GaussNewtonStep:
             if holds and block.size >= HELD_BLOCK and self._fed(block):
                 order = torch.randperm(block.size, generator=fixed)
                 out, inside = order[: block.size // HELD], order[block.size // HELD :]
-                ordered = all_elements[order.to(c.device)]
+                ordered = all_elements[order.to(c.device, non_blocking=True)]
                 held.append((*ordered.split([len(out), len(inside)]), c[ordered - offsets[block.term]].sqrt()))
                 kept, d = len(inside), inside
             if not whole:
@@ -276,7 +283,7 @@ class GaussNewtonStep:
                 chosen = torch.randperm(kept, generator=self._generator)[:m]
                 d = chosen if d is None else d[chosen]
             if d is not None:
-                d = d.sort()[0].to(c.device)
+                d = d.sort()[0].to(c.device, non_blocking=True)
                 c = c * (block.size / len(d))
             elements = block.chosen(d, c.device)
             drawn.append(d)
@@ -337,29 +344,40 @@ class GaussNewtonStep:
         probed = self._taken(self._loss.there(here), rows)
         bend = (2 / PROBE) * ((probed - r) / PROBE - jacobian.mv(delta))
         acceleration = -0.5 * solve(bend)
-        small = 2 * acceleration.norm() < BEND * delta.norm()
-        return acceleration if bool(small) else torch.zeros_like(delta)
+        return torch.where(2 * acceleration.norm() < BEND * delta.norm(), acceleration, 0.0)
 
-    def _drawn_objective(self, r: Tensor, theta: Tensor, here: Residuals) -> float:
+    def _drawn_objective(self, r: Tensor, theta: Tensor, here: Residuals) -> Tensor:
         total = r.square().sum(dtype=torch.float64)
         if here.penalties is not None:
             total = total + (here.penalties * theta.square()).sum(dtype=torch.float64)
-        return float(total)
+        return total
 
-    def _held_out(self, there: Residuals, progress: Progress, rows: _Rows) -> tuple[Residuals, Progress]:
+    def _held(self, values: Sequence[Tensor], rows: _Rows) -> list[Tensor]:
+        """The mean loss of the residuals held out, and of the others of their blocks; nothing where none are held out."""
+        if not rows.held:
+            return []
+        flat = torch.cat([v.detach().flatten() for v in values])
+        sums = [torch.zeros((), dtype=torch.float64, device=flat.device)] * 2
+        for out, inside, scale in rows.held:
+            squares = (flat[torch.cat([out, inside])] * scale).square().double()
+            parts = squares.split([len(out), len(inside)])
+            sums = [total + part.mean() * len(squares) for total, part in zip(sums, parts, strict=True)]
+        return sums
+
+    def _held_out(self, there: Residuals, progress: Progress, rows: _Rows, means: list[float]) -> tuple[Residuals, Progress]:
         """Goes back to the least loss of the residuals held out where only the others fall: they are interpolated.
 
         At a minimum of all others those held out join them, unless holding out was asked for.
+
+        Args:
+            there: where the step has led.
+            progress: so far.
+            rows: those of the step.
+            means: of `_held`.
         """
-        if not rows.held:
+        if not means:
             return there, progress._replace(excess=0.0)
-        values = torch.cat([v.detach().flatten() for v in there.values])
-        sums = [torch.zeros((), dtype=torch.float64, device=values.device)] * 2
-        for out, inside, scale in rows.held:
-            squares = (values[torch.cat([out, inside])] * scale).square().double()
-            parts = squares.split([len(out), len(inside)])
-            sums = [total + part.mean() * len(squares) for total, part in zip(sums, parts, strict=True)]
-        held, others = torch.stack(sums).tolist()
+        held, others = means
         progress = progress._replace(excess=held / max(others, torch.finfo(torch.float64).tiny))
         ended = progress.ratio == 0 and len(rows.flat) + sum(len(out) for out, _, _ in rows.held) == self._total
         if ended and self._settings.holdout is None:
@@ -374,9 +392,8 @@ class GaussNewtonStep:
             return there, progress._replace(held_since=0)
         self.interpolates = True
         self._loss.move(progress.best)
-        there = there._replace(values=self._loss.there(there))
-        whole = self._loss.objective(there.values, there)
-        mu = min(HELD_DAMPING * progress.damping, 1.0)
+        there = self._loss.again(there)
+        mu, whole = min(HELD_DAMPING * progress.damping, 1.0), there.objective
         return there, progress._replace(damping=mu, least=mu, held_since=0, whole=whole, record=whole)
 
     def _recorded(self, progress: Progress, now: float, whole: bool) -> Progress:
@@ -396,10 +413,9 @@ class GaussNewtonStep:
         kept = [p.grad for p in parameters]
         optimizer = self._first_order(parameters)
         try:
-            first = loss.objective(here.values, here)
             for step in range(RACE_LONGEST):
                 values = loss.there(here)
-                if step >= RACE_WARM_UP and loss.objective(values, here) < first / 2:
+                if step >= RACE_WARM_UP and loss.objective(values, here) < here.objective / 2:
                     break
                 with torch.enable_grad():
                     total = sum((c * r.square()).sum() for c, r in zip(here.weights, values, strict=True))
@@ -413,4 +429,4 @@ class GaussNewtonStep:
         finally:
             for p, gradient in zip(parameters, kept, strict=True):
                 p.grad = gradient
-        return here._replace(values=loss.there(here))
+        return loss.again(here)

@@ -1,5 +1,7 @@
 """A closure's loss as sum_k c_k r_k^2 + sum_j t_j theta_j^2 + constant, at as many parameters as are asked for."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +9,8 @@ import torch
 from torch import Tensor
 
 from secondorder._random import RandomState
-from secondorder._tape.residuals import Reach, Term, coefficients, find_terms
+from secondorder._tape.residuals import Reach, Term, arriving, check_signs, coefficients, find_terms, negative
+from secondorder._tensors import host_numbers
 
 Closure = Callable[[], Any]
 
@@ -19,6 +22,8 @@ class Residuals(NamedTuple):
     values: list[Tensor]  # r of each term, with its graph
     weights: list[Tensor]  # c of each term, of r's shape
     penalties: Tensor | None  # t [P]; None: zero
+    value: float = math.nan  # of `loss`
+    objective: float = math.nan  # of `values` and the parameters: the loss without its constant
 
 
 class LeastSquaresLoss:
@@ -45,18 +50,19 @@ class LeastSquaresLoss:
         reach = Reach(self.parameters)
         with torch.enable_grad():
             terms = find_terms(result, reach, self.owner)
-        weights = coefficients(result, [*terms.squares, *terms.penalties], self.owner)
+        weights = arriving(result, [*terms.squares, *terms.penalties])
         values = [term.residual for term in terms.squares]
         penalties = self._penalties(terms.penalties, weights[len(values) :])
         found = Residuals(result, values, weights[: len(values)], penalties)
-        missing = float(result.detach()) - self.objective(values, found)
-        bound = (1e-9 if result.dtype == torch.float64 else 1e-4) * (abs(float(result.detach())) + self.objective(values, found))
-        if abs(missing) > bound and not terms.constant:
+        value, objective, *signs = host_numbers([result, self.objective(values, found), *negative(weights)])
+        check_signs(signs, self.owner)
+        bound = (1e-9 if result.dtype == torch.float64 else 1e-4) * (abs(value) + objective)
+        if abs(value - objective) > bound and not terms.constant:
             raise RuntimeError(
                 f"{self.owner}.step(): expected the loss to be the sum of the squares that its graph shows, which is "
-                f"{self.objective(values, found):.9g}, got {float(result.detach()):.9g}; return [(residual, weight), ...] instead"
+                f"{objective:.9g}, got {value:.9g}; return [(residual, weight), ...] instead"
             )
-        return found
+        return found._replace(value=value, objective=objective)
 
     def there(self, start: Residuals) -> list[Tensor]:
         """The residuals at the parameters' present values, each of the shape that it had at the start."""
@@ -70,12 +76,17 @@ class LeastSquaresLoss:
             )
         return values
 
-    def objective(self, values: Sequence[Tensor], start: Residuals) -> float:
-        """The loss without its constant, with the coefficients of the start."""
-        total = sum((c * r.detach().square()).sum(dtype=torch.float64) for c, r in zip(start.weights, values, strict=True))
+    def again(self, start: Residuals) -> Residuals:
+        """The loss at the parameters' present values, with the coefficients of the start."""
+        values = self.there(start)
+        return start._replace(values=values, objective=float(self.objective(values, start)))
+
+    def objective(self, values: Sequence[Tensor], start: Residuals) -> Tensor:
+        """The loss without its constant, [], with the coefficients of the start."""
+        terms = [(c * r.detach().square()).sum(dtype=torch.float64) for c, r in zip(start.weights, values, strict=True)]
         if start.penalties is not None:
-            total = total + (start.penalties * self.flat().square()).sum(dtype=torch.float64)
-        return float(total)
+            terms.append((start.penalties * self.flat().square()).sum(dtype=torch.float64))
+        return functools.reduce(torch.add, terms)
 
     def flat(self) -> Tensor:
         """The parameters' present values [P]."""

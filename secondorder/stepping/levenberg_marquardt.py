@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from secondorder._tensors import all_finite, compute_dtype
+from secondorder._tensors import Later, Transfer, compute_dtype
 from secondorder.stepping.quadratic_model import QuadraticTerms, Step, best_step
 
 Prepared = TypeVar("Prepared")
@@ -25,8 +25,11 @@ _LARGEST_DAMPING = 1e4
 # A change of the loss by less than so many units of its rounding is no evidence for or against a step.
 _ROUNDING = 8
 
-# (damping, whether factorisations of an earlier damping must not be used) -> a direction for every parameter, the factorisations
-Directions = Callable[[float, bool], tuple[list[Tensor], Prepared]]
+# A direction for every parameter, and what was prepared.
+Found = tuple[list[Tensor], Prepared]
+# (damping, whether what was prepared at an earlier one may not be used, what the model's numbers come to the host with)
+# -> what was found, and what is to be called once they are there: it gives what replaces it, mostly None, or raises.
+Directions = Callable[[float, bool, Transfer], tuple[Found[Prepared], Later[Found[Prepared] | None]]]
 
 
 class TrialLoss(QuadraticTerms, Protocol):
@@ -43,7 +46,7 @@ class TrialLoss(QuadraticTerms, Protocol):
         """How many instances it is of."""
 
     def value(self, parameters: list[Tensor]) -> float:
-        """The loss at other values."""
+        """The loss at other values; inf where they are not finite."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +163,18 @@ class LevenbergMarquardtLoop:
             previous = None
 
         def proposal(tau: float, gamma: float | None, fresh: bool) -> tuple[Step, Prepared]:
-            direction, prepared = directions(tau if gamma is None else gamma, fresh)
-            vectors = [direction] if previous is None else [direction, previous]
-            return best_step(loss, gradients, vectors, tau, eta, lr, metric), prepared
+            transfer = Transfer()
+            (direction, prepared), revised = directions(tau if gamma is None else gamma, fresh, transfer)
+
+            def modelled(direction: list[Tensor]) -> Later[Step]:
+                vectors = [direction] if previous is None else [direction, previous]
+                return best_step(loss, gradients, vectors, tau, eta, lr, metric, transfer)
+
+            step = modelled(direction)
+            if (other := revised()) is not None:
+                direction, prepared = other
+                step = modelled(direction)
+            return step(), prepared
 
         noise = _ROUNDING * torch.finfo(compute_dtype(loss.here[0].dtype)).eps * abs(loss.start)
         delta: list[Tensor] | None = None
@@ -181,7 +193,7 @@ class LevenbergMarquardtLoop:
                 break
             moved = [(p + d).to(p.dtype) for p, d in zip(loss.here, step.delta, strict=True)]
             # By how much the loss misses the model on the subsample estimates by how much it does on the whole batch.
-            change = loss.value(moved) - loss.start if all_finite(moved) else math.inf
+            change = loss.value(moved) - loss.start
             found = float(step.coefficients[0]), 0.0 if previous is None else float(step.coefficients[1])
             if max(abs(change), -step.predicted) <= noise:
                 delta, accepted, coefficients = step.delta, prepared, found
@@ -218,8 +230,11 @@ class LevenbergMarquardtLoop:
 
 def _scale(loss: TrialLoss, gradients: list[Tensor]) -> float:
     """What dampings are relative to: the first loss, or the curvature along its gradient where that loss says nothing of it."""
-    square = math.fsum(float(g.double().square().sum()) for g in gradients)
-    curvature = float(loss.products([gradients])[1][0, 0]) / square if square > 0 else 0.0
+    transfer = Transfer()
+    squares = transfer.numbers([g.double().square().sum() for g in gradients])
+    terms = loss.products([gradients], transfer)
+    square = math.fsum(squares())
+    curvature = float(terms()[1][0, 0]) / square if square > 0 else 0.0
     if curvature > 0 and not torch.finfo(torch.float32).tiny < abs(loss.start) <= _LARGEST_LOSS * curvature:
         return curvature
     return max(abs(loss.start), torch.finfo(torch.float32).tiny)

@@ -2,18 +2,19 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from secondorder._distributed import RankReducer
 from secondorder._tape import LossCall, Tape
-from secondorder._tensors import to_compute_dtype
+from secondorder._tensors import Later, Transfer, all_finite, finite, to_compute_dtype
 from secondorder.criteria import row_masses
 from secondorder.stepping.linear_chain import linear_chain
 from secondorder.stepping.over_ranks import LossOverRanks
-from secondorder.stepping.recorded_loss import ChainLoss, RecordedLoss, ReplayedLoss, chosen_rows
+from secondorder.stepping.recorded_loss import ChainLoss, RecordedLoss, ReplayedLoss, Rows, chosen_rows
 
 
 class CannotReplay(RuntimeError):
@@ -34,6 +35,7 @@ class LocalLoss(LossOverRanks):
         offset: which instances: every (1 / fraction)-th from this one on.
         tape: muted during the evaluations.
         ranks: whose losses' mean it is; None: this process's alone.
+        transfer: what its numbers come to the host with; None: they come alone.
 
     Raises:
         CannotReplay: how the criterion's arguments come from the model is not seen, or the model cannot be evaluated again.
@@ -41,13 +43,18 @@ class LocalLoss(LossOverRanks):
 
     def __init__(
         self, model: nn.Module, criterion: nn.Module, losses: list[LossCall], parameters: dict[Tensor, str], fraction: float,
-        offset: int, tape: Tape, ranks: RankReducer | None = None,
+        offset: int, tape: Tape, ranks: RankReducer | None = None, transfer: Transfer | None = None,
     ):  # fmt: skip
         self.model, self.criterion, self.parameters, self.tape = model, criterion, parameters, tape
         self.here = [p.detach() for p in parameters]
+        self._transfer = Transfer() if transfer is None else transfer
         with tape.muted():
-            self.pieces = [self._piece(loss, fraction, offset) for loss in losses]
-        super().__init__(ranks, sum(instances(loss, criterion) for loss in losses))
+            of_rows = [self._piece_of_rows(loss, fraction, offset) if fraction < 1 else None for loss in losses]
+            self.pieces = [
+                piece if piece is not None and piece.stands else self._piece(loss, None)
+                for loss, piece in zip(losses, of_rows, strict=True)
+            ]
+        super().__init__(ranks, lambda: sum(instances(loss, criterion) for loss in losses))
 
     @property
     def faithful(self) -> bool:
@@ -57,53 +64,72 @@ class LocalLoss(LossOverRanks):
         return self._mean(lambda: float(all(piece.faithful for piece in self.pieces))) == 1.0
 
     def value(self, parameters: list[Tensor]) -> float:
-        """The loss at these values."""
-        return self._mean(lambda: self._muted_sum(lambda piece: piece.value(parameters)))
+        """The loss at these values; inf where they are not finite."""
+        return self._mean(lambda: self._value(parameters))
 
     @functools.cached_property
     def start(self) -> float:
         """The loss at the parameters' own values."""
-        return self._mean(lambda: self._muted_sum(lambda piece: piece.start()))
+        return self._mean(lambda: sum(piece.start for piece in self.pieces))
 
-    def _products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        vectors = [[to_compute_dtype(t) for t in vector] for vector in vectors]
+    def _value(self, parameters: list[Tensor]) -> float:
         try:
             with self.tape.muted():
-                found = [piece.products(vectors) for piece in self.pieces]
+                total = torch.stack([piece.value(parameters) for piece in self.pieces]).sum()
+        except Exception:  # of a model that looks at what it computes
+            if all_finite(parameters):
+                raise
+            return math.inf
+        return float(torch.where(finite(parameters), total, math.inf))
+
+    def _products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
+        vectors = [[to_compute_dtype(t) for t in vector] for vector in vectors]
+        with self._differentiating():
+            found = [piece.products(vectors, transfer) for piece in self.pieces]
+
+        def sums() -> tuple[Tensor, Tensor]:
+            with self._differentiating():
+                first, second = zip(*(each() for each in found), strict=True)
+            return torch.stack(first).sum(0), torch.stack(second).sum(0)
+
+        return sums
+
+    @contextmanager
+    def _differentiating(self) -> Iterator[None]:
+        """Around what differentiates a loss twice."""
+        try:
+            with self.tape.muted():
+                yield
         except NotImplementedError as error:
             raise RuntimeError(
                 f"expected a loss that autograd can differentiate twice, got {type(error).__name__}: {error}; take EACG, which "
                 "has a learning rate instead. No parameter and no state has changed."
             ) from error
-        return torch.stack([first for first, _ in found]).sum(0), torch.stack([second for _, second in found]).sum(0)
 
-    def _muted_sum(self, value: Callable[[RecordedLoss], float]) -> float:
-        with self.tape.muted():
-            return sum(value(piece) for piece in self.pieces)
+    def _piece_of_rows(self, loss: LossCall, fraction: float, offset: int) -> RecordedLoss | None:
+        """The loss of some rows; None: there are too few, or it cannot be evaluated on them."""
+        rows = None if loss.arguments is None else chosen_rows(self.criterion, loss.arguments, fraction, offset)
+        try:
+            return None if rows is None else self._piece(loss, rows)
+        except Exception:  # of a criterion of one's own that takes whole batches alone
+            return None
 
-    def _piece(self, loss: LossCall, fraction: float, offset: int) -> RecordedLoss:
+    def _piece(self, loss: LossCall, rows: Rows | None) -> RecordedLoss:
         arguments = loss.arguments
         if arguments is None:
             raise CannotReplay("the criterion's arguments were not recorded")
-        rows = chosen_rows(self.criterion, arguments, loss.loss, fraction, offset) if fraction < 1 else None
         chain = linear_chain(loss, list(self.parameters))
         if chain is not None:
-            return ChainLoss(loss, self.criterion, rows, chain, self.here)
+            return ChainLoss(loss, self.criterion, rows, chain, self.here, self._transfer)
         if arguments.model is None:
             raise CannotReplay(
                 "how the criterion's arguments come from what the model returned is not seen (by reshapes, selections and common "
                 "functions it would be)"
             )
-        for chosen in [rows, None] if rows is not None else [None]:
-            try:
-                piece = ReplayedLoss(loss, self.criterion, chosen, self.model, self.parameters, self.tape.muted)
-            except Exception as error:
-                if chosen is None:
-                    raise CannotReplay(f"evaluating the model again failed with {type(error).__name__}: {error}") from error
-                continue
-            if piece.faithful or chosen is None:
-                return piece
-        raise AssertionError
+        try:
+            return ReplayedLoss(loss, self.criterion, rows, self.model, self.parameters, self.tape.muted, self._transfer)
+        except Exception as error:
+            raise CannotReplay(f"evaluating the model again failed with {type(error).__name__}: {error}") from error
 
 
 def instances(loss: LossCall, criterion: nn.Module) -> float:

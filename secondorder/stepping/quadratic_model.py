@@ -14,12 +14,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from secondorder._tensors import Later, Transfer
+
 
 class QuadraticTerms(Protocol):
     """What the model needs of a loss."""
 
-    def products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
+    def products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
+        """Gives x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
 
 
 @dataclass
@@ -36,8 +38,8 @@ class Step:
 
 def best_step(
     loss: QuadraticTerms, gradients: list[Tensor], vectors: list[list[Tensor]], tau: float, eta: list[float], lr: float = 1.0,
-    metric: list[float] | None = None,
-) -> Step:  # fmt: skip
+    metric: list[float] | None = None, transfer: Transfer | None = None,
+) -> Later[Step]:  # fmt: skip
     """Minimises q over the span of `vectors`: step size, and momentum with two (Botev et al., Eq. 39 to 41).
 
     Args:
@@ -48,9 +50,21 @@ def best_step(
         eta: a weight decay for each parameter.
         lr: the step is this multiple of the minimiser, in [0, 2); what it predicts is then q there.
         metric: D, a number for each parameter; None: ones.
+        transfer: what the numbers come to the host with; None: they come alone.
+
+    Returns:
+        What gives the step, once it is asked for.
     """
-    first, gram = loss.products(vectors)
-    slope, inner, decay = _dots(vectors, gradients, eta, metric)
+    transfer = Transfer() if transfer is None else transfer
+    terms, dots = loss.products(vectors, transfer), _dots(vectors, gradients, eta, metric, transfer)
+    return lambda: _minimum(vectors, terms(), dots(), tau, lr)
+
+
+def _minimum(
+    vectors: list[list[Tensor]], terms: tuple[Tensor, Tensor], dots: tuple[Tensor, Tensor, Tensor], tau: float, lr: float
+) -> Step:
+    """The step, from `QuadraticTerms.products` and `_dots`."""
+    (first, gram), (slope, inner, decay) = terms, dots
     c = gram + tau * inner + decay
     # Two nearly parallel vectors make C singular; scaled to a unit diagonal, what is below rounding is left out.
     unit = c.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
@@ -71,20 +85,24 @@ def best_step(
 
 
 def _dots(
-    vectors: list[list[Tensor]], gradients: list[Tensor], eta: list[float], metric: list[float] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x_k^T g [k], x_k^T D x_l and x_k^T diag(eta) x_l [k, k], in float64 on the CPU, after one wait for the device."""
+    vectors: list[list[Tensor]], gradients: list[Tensor], eta: list[float], metric: list[float] | None, transfer: Transfer
+) -> Later[tuple[Tensor, Tensor, Tensor]]:
+    """Gives x_k^T g [k], x_k^T D x_l and x_k^T diag(eta) x_l [k, k], in float64 on the CPU."""
     flat = [[t.reshape(-1) for t in vector] for vector in [*vectors, gradients]]
     rows, columns = torch.triu_indices(len(vectors), len(flat), offset=0)
     pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
-    products = torch.stack([torch.dot(a, b) for i, j in pairs for a, b in zip(flat[i], flat[j], strict=True)])
-    products = products.double().cpu().view(len(pairs), len(eta))
+    dots = [torch.dot(a, b) for i, j in pairs for a, b in zip(flat[i], flat[j], strict=True)]
+    found = transfer.later(torch.stack(dots).view(len(pairs), len(eta)))
 
     def matrix(sums: Tensor) -> Tensor:
         upper = sums.new_zeros(len(vectors), len(flat)).index_put((rows, columns), sums)
         upper[:, :-1] += upper[:, :-1].triu(1).T
         return upper
 
-    plain, decay = matrix(products.sum(1)), matrix(products @ torch.tensor(eta, dtype=torch.float64))
-    inner = plain if metric is None else matrix(products @ torch.tensor(metric, dtype=torch.float64))
-    return plain[:, -1], inner[:, :-1], decay[:, :-1]
+    def sums() -> tuple[Tensor, Tensor, Tensor]:
+        products = found()
+        plain, decay = matrix(products.sum(1)), matrix(products @ torch.tensor(eta, dtype=torch.float64))
+        inner = plain if metric is None else matrix(products @ torch.tensor(metric, dtype=torch.float64))
+        return plain[:, -1], inner[:, :-1], decay[:, :-1]
+
+    return sums

@@ -4,11 +4,12 @@ Some rows stand for all where that has been seen to hold: the model gives them w
 parts of the rows have the recorded loss as their mean or as their sum. Else all rows are taken.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from secondorder._tape import CriterionArguments, ForwardState, LossCall
-from secondorder._tensors import host_numbers
+from secondorder._tensors import Later, Transfer
 from secondorder.criteria import OutputHessian, OutputRoot, known_form, row_masses
 from secondorder.stepping.gauss_newton_product import GraphQuadratic, OutputCurvature, differentiable_twice
 from secondorder.stepping.linear_chain import LinearChain
@@ -32,28 +33,33 @@ _COMPARED_ROWS = 16
 
 @dataclass(frozen=True)
 class Rows:
-    """Some of the rows of a criterion's arguments."""
+    """Some of the rows of a criterion's arguments, and the others."""
 
     keep: Tensor  # their indices
+    others: Tensor  # those of the others that count
     count: int  # of all
-    scale: float  # the loss of these rows times this estimates that of all
+    weights: list[Tensor | float]  # of these and of the others in a mean
 
     def of(self, leaf: Any) -> Any:
         """The rows of a tensor that has as many; anything else as it is."""
-        return leaf[self.keep] if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == self.count else leaf
+        return self._taken(leaf, self.keep)
+
+    def not_of(self, leaf: Any) -> Any:
+        """The others, likewise."""
+        return self._taken(leaf, self.others)
+
+    def _taken(self, leaf: Any, places: Tensor) -> Any:
+        return leaf[places] if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == self.count else leaf
 
 
-def chosen_rows(
-    criterion: nn.Module, arguments: CriterionArguments, recorded: Tensor, fraction: float, offset: int
-) -> Rows | None:
-    """Rows whose loss stands for that of all; None: there are too few to choose from, or they do not make up the loss.
+def chosen_rows(criterion: nn.Module, arguments: CriterionArguments, fraction: float, offset: int) -> Rows | None:
+    """Rows whose loss may stand for that of all; None: there are too few to choose from.
 
-    Waits for the device once; for cross-entropy twice, and three times where targets are ignored.
+    Waits for the device for cross-entropy alone: once, and once more where targets are ignored.
 
     Args:
-        criterion: evaluated on the chosen rows and on the others.
+        criterion: called on them.
         arguments: of its recorded call.
-        recorded: what it gave.
         fraction: of the rows that count, in (0, 1]; but at least 100, and as many as have 500 outputs, or all.
         offset: which: every (1 / fraction)-th from this one on.
     """
@@ -61,8 +67,7 @@ def chosen_rows(
     if not tensors or tensors[0].dim() == 0 or any(len(t) != len(tensors[0]) for t in tensors if t.dim() > 0):
         return None
     count, device = len(tensors[0]), tensors[0].device
-    args, kwargs = arguments.args, arguments.kwargs
-    masses = row_masses(criterion, *args, **kwargs)
+    masses = row_masses(criterion, *arguments.args, **arguments.kwargs)
     counted = torch.arange(count, device=device) if masses is None else masses.nonzero().flatten()
     least = max(LEAST_INSTANCES, math.ceil(LEAST_OUTPUTS * count / max(1, tensors[0].numel())))
     stride = max(1, min(round(1 / fraction), len(counted) // least))
@@ -73,28 +78,22 @@ def chosen_rows(
     # The others that count, place by place: after every stride - 1 of them, one that is kept is skipped.
     places = torch.arange(len(counted) - len(kept), device=device)
     others = counted[places + (places - first).div(stride - 1, rounding_mode="floor") + 1]
-    parts = [Rows(keep, count, 1.0) for keep in (kept, others)]
-    weights: list[Tensor | float] = [float(len(part.keep)) if masses is None else masses[part.keep].sum() for part in parts]
-    try:
-        with torch.no_grad(), undisturbed(criterion):
-            found = [_called(criterion, tree_map(part.of, (args, kwargs))) for part in parts]
-    except Exception:  # a criterion of one's own that takes whole batches alone
-        return None
-    own, other, loss, w, v = host_numbers([*found, recorded, *weights])
-    total = w + v
-    if not total > 0:
-        return None
-    tolerance = tolerance_of(tensors) * (abs(own) + abs(other) + abs(loss))
-    if abs((w * own + v * other) / total - loss) <= tolerance:
-        return parts[0]
-    if abs(own + other - loss) <= tolerance:
-        return Rows(parts[0].keep, count, total / w)
-    return None
+    weights: list[Tensor | float] = [float(len(part)) if masses is None else masses[part].sum() for part in (kept, others)]
+    return Rows(kept, others, count, weights)
 
 
 def tolerance_of(tensors: list[Tensor]) -> float:
     """What rounding may change in a loss of these tensors, relative to its terms."""
     return max((10 * torch.finfo(t.dtype).eps ** 0.75 for t in tensors if t.is_floating_point()), default=0.0)
+
+
+class AtStart(NamedTuple):
+    """What a recorded loss is at the parameters' own values."""
+
+    value: float  # of the rows, or of all
+    factor: float  # by which values are multiplied
+    stands: bool  # whether the rows, if it is of some, stand for all
+    same: bool  # whether the evaluations give what was recorded
 
 
 class RecordedLoss:
@@ -103,30 +102,75 @@ class RecordedLoss:
     Args:
         call: the record.
         criterion: of the call.
-        rows: those that stand for all; None: all.
+        rows: those that are to stand for all; None: all.
     """
 
-    faithful = True  # whether the evaluations give what was recorded; known once `start` is
+    _numbers: Later[list[float]]
+    _tolerance: float
 
     def __init__(self, call: LossCall, criterion: nn.Module, rows: Rows | None):
         assert call.arguments is not None
-        self.arguments, self.criterion, self.rows = call.arguments, criterion, rows
-        self.scale = (1.0 if call.scale is None else float(call.scale)) * (1.0 if rows is None else rows.scale)
+        self.call, self.arguments, self.criterion, self.rows = call, call.arguments, criterion, rows
 
+    @functools.cached_property
+    def at_start(self) -> AtStart:
+        """What it is at the parameters' own values."""
+        value, factor, *numbers = self._numbers()
+        share: float | None = 1.0
+        if self.rows is not None:
+            rest, recorded, own_weight, other_weight, *numbers = numbers
+            share = _share((value, rest), (own_weight, other_weight), recorded, tolerance_of(self.arguments.tensors()))
+        # What is not finite is left to the step's own check.
+        pairs = zip(numbers[::2], numbers[1::2], strict=True)
+        same = all(difference <= self._tolerance * size for difference, size in pairs if math.isfinite(size))
+        return AtStart(value, factor * (1.0 if share is None else share), share is not None, same)
+
+    @property
     def start(self) -> float:
         """The loss at the parameters' own values."""
+        return self.at_start.factor * self.at_start.value
+
+    @property
+    def faithful(self) -> bool:
+        """Whether the evaluations give what was recorded."""
+        return self.at_start.same
+
+    @property
+    def stands(self) -> bool:
+        """Whether its rows stand for all."""
+        return self.at_start.stands
+
+    def value(self, parameters: list[Tensor]) -> Tensor:
+        """The loss at these, [] in float64."""
         raise NotImplementedError
 
-    def value(self, parameters: list[Tensor]) -> float:
-        """The loss at these."""
-        raise NotImplementedError
-
-    def products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
+    def products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
+        """Gives x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
         raise NotImplementedError
 
     def _scaled(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        return self.scale * first, abs(self.scale) * second  # a loss that is maximised has a negative factor
+        factor = self.at_start.factor
+        return factor * first, abs(factor) * second  # a loss that is maximised has a negative factor
+
+    def _compare(self, loss: Tensor, pairs: list[tuple[Tensor, Tensor]], tolerance: float, transfer: Transfer) -> None:
+        """Has those numbers brought that `at_start` takes.
+
+        Args:
+            loss: at the parameters' own values.
+            pairs: what has been evaluated again, with its record.
+            tolerance: what rounding may change in it.
+            transfer: what they are brought with.
+        """
+        numbers: list[Tensor | float] = [loss, 1.0 if self.call.scale is None else self.call.scale]
+        if self.rows is not None:
+            with torch.no_grad(), undisturbed(self.criterion):
+                args, kwargs = tree_map(self.rows.not_of, (self.arguments.args, self.arguments.kwargs))
+                rest = self.criterion(*args, **kwargs)
+            numbers += [rest, self.call.loss, *self.rows.weights]
+        for again, before in pairs:
+            if before.numel():
+                numbers += [(again.detach() - before).abs().max(), before.abs().max()]
+        self._numbers, self._tolerance = transfer.numbers(numbers), tolerance
 
     def _loss(self, tensors: list[Tensor]) -> Tensor:
         """The criterion at other trained arguments, for the kept rows of everything else."""
@@ -146,7 +190,10 @@ class RecordedLoss:
 class ChainLoss(RecordedLoss):
     """One whose net is a `LinearChain`: nothing but the criterion is evaluated again."""
 
-    def __init__(self, call: LossCall, criterion: nn.Module, rows: Rows | None, chain: LinearChain, here: list[Tensor]):
+    def __init__(
+        self, call: LossCall, criterion: nn.Module, rows: Rows | None, chain: LinearChain, here: list[Tensor],
+        transfer: Transfer,
+    ):  # fmt: skip
         assert call.arguments is not None
         assert call.arguments.from_layer is not None
         way, (argument,) = call.arguments.from_layer, call.arguments.tensors()
@@ -155,65 +202,47 @@ class ChainLoss(RecordedLoss):
         self.way = way
         self.chain = chain if self.rows is None else chain.rows(self.rows.keep, len(argument))
         # Under autocast, and with bfloat16 parameters, what was recorded is rounded more than what is evaluated.
-        self._rounded = argument.dtype != self.chain.output.dtype
-        self._output = self.chain.value(here) if self._rounded else self.chain.output
+        rounded = argument.dtype != self.chain.output.dtype
+        output = self.chain.value(here) if rounded else self.chain.output
+        with torch.enable_grad():
+            leaf = output.detach().requires_grad_()
+            self._output = leaf.view_as(leaf)
+            self._argument = self._to_argument(self._output)
+            self._graph = self._loss([self._argument])
         some = slice(None, None, math.ceil(len(chain.output) / _COMPARED_ROWS) or 1)
-        self._compared = chain.value(here, some), chain.output[some]
+        pairs = [(chain.value(here, some), chain.output[some])]
+        if self.rows is None:
+            with torch.no_grad():
+                pairs.append((self._loss(self.arguments.tensors()) if rounded else self._graph, call.loss))
         (source,) = call.sources
         made = [] if source.output is None else [source.output]
-        self._tolerance = tolerance_of([argument, *here, *made, *(each.input for each in source.upstream())])
-        self._recorded = call.loss
-        self._curvature: OutputCurvature | None = None
-        self._start = math.nan
+        tolerance = tolerance_of([argument, *here, *made, *(each.input for each in source.upstream())])
+        self._compare(self._graph, pairs, tolerance, transfer)
 
-    def start(self) -> float:
-        """The loss at the parameters' own values."""
-        self._at_output()
-        return self._start
-
-    def value(self, parameters: list[Tensor]) -> float:
-        """The loss at these."""
+    def value(self, parameters: list[Tensor]) -> Tensor:
+        """The loss at these, [] in float64."""
         with torch.no_grad():
-            return self.scale * float(self._loss([self._argument(self.chain.value(parameters))]))
+            return self.at_start.factor * self._loss([self._to_argument(self.chain.value(parameters))]).reshape(()).double()
 
-    def products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
-        curvature, tangents = self._at_output(), self.chain.tangents(vectors)
+    def products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
+        """Gives x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
+        curvature, tangents = self._curvature, self.chain.tangents(vectors)
         (gradient,) = curvature.gradients
-        first = tangents.flatten(1) @ gradient.flatten()
-        return self._scaled(first.double().cpu(), curvature.form([[t.reshape(gradient.shape)] for t in tangents]))
+        first = transfer.later(tangents.flatten(1) @ gradient.flatten())
+        form = curvature.form([[t.reshape(gradient.shape)] for t in tangents], transfer)
+        return lambda: self._scaled(first(), form())
 
-    def _argument(self, z: Tensor) -> Tensor:
+    def _to_argument(self, z: Tensor) -> Tensor:
         if not self.way.by_rows:  # a piece of a graph knows the shape that the output had
             z = z.reshape(self.way.input_shape)
         return self.way(z)
 
-    def _at_output(self) -> OutputCurvature:
-        if self._curvature is None:
-            with torch.enable_grad():
-                leaf = self._output.detach().requires_grad_()
-                output = leaf.view_as(leaf)
-                argument = self._argument(output)
-                loss = self._loss([argument])
-                known = self._known([argument]) if self.way.by_rows and argument.shape[-1:] == output.shape[-1:] else None
-                assert output.grad_fn is not None
-                self._curvature = OutputCurvature(loss, [GradientEdge(output.grad_fn, 0)], known)
-            self._compare(loss.detach())
-        return self._curvature
-
-    def _compare(self, loss: Tensor) -> None:
-        """Sets what the loss is at the parameters' own values, and whether output and loss are those recorded."""
-        again, recorded = (loss, self._recorded) if self.rows is None else (0.0, 0.0)
-        if self._rounded and self.rows is None:
-            with torch.no_grad():
-                again = self._loss(self.arguments.tensors())
-        output, before = self._compared
-        change = [(output - before).abs().max(), before.abs().max()] if output.numel() else [0.0, 0.0]
-        start, now, then, difference, size = host_numbers([loss, again, recorded, *change])
-        self._start = self.scale * start
-        # What is not finite is left to the step's own check.
-        other = difference > self._tolerance * size or abs(now - then) > self._tolerance * abs(then)
-        self.faithful = not other
+    @functools.cached_property
+    def _curvature(self) -> OutputCurvature:
+        output, argument = self._output, self._argument
+        known = self._known([argument]) if self.way.by_rows and argument.shape[-1:] == output.shape[-1:] else None
+        assert output.grad_fn is not None
+        return OutputCurvature(self._graph, [GradientEdge(output.grad_fn, 0)], known)
 
 
 class ReplayedLoss(RecordedLoss):
@@ -223,6 +252,7 @@ class ReplayedLoss(RecordedLoss):
         model: the recorded model.
         here: the parameters, with their names in the model.
         muted: within it the tape records nothing.
+        transfer: what its numbers come to the host with.
 
     Raises:
         RuntimeError: the model cannot be evaluated again.
@@ -230,7 +260,7 @@ class ReplayedLoss(RecordedLoss):
 
     def __init__(
         self, call: LossCall, criterion: nn.Module, rows: Rows | None, model: nn.Module, here: dict[Tensor, str],
-        muted: Callable[[], Any],
+        muted: Callable[[], Any], transfer: Transfer,
     ):  # fmt: skip
         super().__init__(call, criterion, rows)
         self.model, self.names, self.muted = model, list(here.values()), muted
@@ -244,29 +274,37 @@ class ReplayedLoss(RecordedLoss):
         self._leaves = [p.detach().requires_grad_() for p in here]
         with torch.enable_grad():
             tensors, loss = self._evaluated(self._leaves)
-        expected = [t if rows is None else rows.of(t) for t in recorded]
-        tolerance = tolerance_of([*recorded, *self._leaves])
-        same = all(a.shape == b.shape and _close(a.detach(), b, tolerance) for a, b in zip(tensors, expected, strict=True))
-        self.faithful = same and (rows is not None or _close(loss.detach(), call.loss, tolerance))
+        pairs = list(zip(tensors, recorded if rows is None else map(rows.of, recorded), strict=True))
+        self._same_shapes = all(again.shape == before.shape for again, before in pairs)
+        if rows is None:
+            pairs.append((loss, call.loss))
+        self._compare(loss, pairs if self._same_shapes else [], tolerance_of([*recorded, *self._leaves]), transfer)
         self._tensors, self._graph = tensors, loss
         self._quadratic: GraphQuadratic | None = None
 
-    def start(self) -> float:
-        """The loss at the parameters' own values."""
-        return self.scale * float(self._graph.detach())
+    @property
+    def faithful(self) -> bool:
+        """Whether the evaluations give what was recorded."""
+        return self._same_shapes and super().faithful
 
-    def value(self, parameters: list[Tensor]) -> float:
-        """The loss at these."""
+    @property
+    def stands(self) -> bool:
+        """Whether its rows stand for all: those of the model's input, too."""
+        return self.faithful and super().stands
+
+    def value(self, parameters: list[Tensor]) -> Tensor:
+        """The loss at these, [] in float64."""
         with torch.no_grad():
-            return self.scale * float(self._evaluated(parameters)[1])
+            return self.at_start.factor * self._evaluated(parameters)[1].reshape(()).double()
 
-    def products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
+    def products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
+        """Gives x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
         if self._quadratic is None:
             with self.muted():
                 self._quadratic = GraphQuadratic(self._graph, self._tensors, self._leaves, self._known(self._tensors))
         with self.muted():
-            return self._scaled(*self._quadratic.products(vectors))
+            found = self._quadratic.products(vectors, transfer)
+        return lambda: self._scaled(*found())
 
     def _evaluated(self, parameters: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The criterion's trained arguments, and the loss."""
@@ -288,19 +326,26 @@ def undisturbed(criterion: nn.Module) -> AbstractContextManager[None]:
     return ForwardState(criterion).restored(buffers=True)
 
 
-def _called(criterion: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-    loss: Tensor = criterion(*arguments[0], **arguments[1])
-    if loss.numel() != 1:
-        raise ValueError(f"expected a loss of one element, got {list(loss.shape)}")
-    return loss
+def _share(values: tuple[float, float], weights: tuple[float, float], whole: float, relative_tolerance: float) -> float | None:
+    """By what the loss of some rows is to be multiplied to stand for that of all; None: they do not make it up.
+
+    Args:
+        values: the loss of these rows, and that of the others.
+        weights: theirs in a mean.
+        whole: the loss of all.
+        relative_tolerance: what rounding may change in a term.
+    """
+    (own, other), (own_weight, other_weight) = values, weights
+    total = own_weight + other_weight
+    if not total > 0:
+        return None
+    tolerance = relative_tolerance * (abs(own) + abs(other) + abs(whole))
+    if abs((own_weight * own + other_weight * other) / total - whole) <= tolerance:
+        return 1.0
+    if abs(own + other - whole) <= tolerance:
+        return total / own_weight
+    return None
 
 
 def _has_rows(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > 0
-
-
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether they differ by no more than rounding; what is not finite is left to the step's own check."""
-    if not bool(b.isfinite().all()):
-        return True
-    return float((a.double() - b.double()).abs().max()) <= tolerance * float(b.double().abs().max()) if b.numel() else True

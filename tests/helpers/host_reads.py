@@ -58,7 +58,7 @@ class HostReads(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """Calls that read a CPU tensor without going through the dispatcher."""
+    """Calls that read a CPU tensor without going through the dispatcher, and whether a tensor is on the CPU."""
 
     def __init__(self, reads: HostReads):
         super().__init__()
@@ -71,6 +71,8 @@ class _Calls(TorchFunctionMode):
                 copy = args[0].detach().clone()
                 del copy._on_device
                 return copy
+        if func == Tensor.is_cpu.__get__ and is_on_device(args[0]):
+            return False
         result = func(*args, **(kwargs or {}))
         if (kwargs or {}).get("device") is not None and isinstance(result, Tensor):
             result._on_device = True

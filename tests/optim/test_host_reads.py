@@ -1,6 +1,7 @@
 """How often a step reads a tensor on the host: on a GPU each time it waits for the device. Whatever the number of layers."""
 
 import statistics
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,19 +9,22 @@ from helpers.host_reads import HostReads
 from torch import nn
 
 import secondorder as so
+from secondorder._tensors import Transfer
 
 # Reads of a step, once the first is over. A loss that a step decides by is one of them.
 STEPS = {
     "EACG": (so.EACG, 1),  # whether every layer's solution is finite
     "KBFGS": (so.KBFGS, 3),  # the loss before; the trial's loss and what it stands for; what became of the updates
     "KBFGSL": (so.KBFGSL, 3),
-    # The loss, its factor, and whether rows stand for all; the inputs' scale; the factorisations and the solutions; the quadratic
-    # model, in three; the trial's parameters and loss.
-    "LayerwiseNewton": (so.LayerwiseNewton, 12),
-    "KFAC": (so.KFAC, 12),
-    "KFRA": (so.KFRA, 11),
-    "KFLR": (so.KFLR, 10),
-    "LevenbergMarquardt": (lambda model, criterion: so.LevenbergMarquardt(model.parameters()), 13),
+    # Whether cross-entropy ignores targets, by which rows are chosen; the loss of these, the inputs' scale and all else that the
+    # dampings come from; whether the solutions are finite, with the quadratic model; the trial's loss.
+    "LayerwiseNewton": (so.LayerwiseNewton, 4),
+    "KFAC": (so.KFAC, 4),
+    # It chooses no rows. Whether the loss' factor leaves the criterion's Hessian positive; and the last three.
+    "KFRA": (so.KFRA, 4),
+    "KFLR": (so.KFLR, 3),
+    # The loss and its coefficients; the factorisation and what the step is to bring; the loss after it.
+    "LevenbergMarquardt": (lambda model, criterion: so.LevenbergMarquardt(model.parameters()), 3),
     # At once, on the CPU; on a GPU with one of the next steps, when it no longer waits.
     "EigenAdam": (lambda model, criterion: so.EigenAdam(model), 1),
 }
@@ -47,10 +51,16 @@ def test_reads_of_a_step(name: str, layers: int) -> None:
         loss.backward()
         return loss
 
+    assert_reads(optimizer, closure, [*model.parameters(), x, target], expected)
+
+
+def assert_reads(
+    optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor], tensors: list[torch.Tensor], expected: int
+) -> None:
     counts = []
     for _ in range(6):
-        with HostReads([*model.parameters(), x, target]) as reads:
-            if name == "EigenAdam":
+        with HostReads(tensors) as reads:
+            if isinstance(optimizer, so.EigenAdam):
                 closure()
                 optimizer.step()
             else:
@@ -59,6 +69,89 @@ def test_reads_of_a_step(name: str, layers: int) -> None:
         counts.append(sum(found.values()))
     # A step that tries again, or more dampings than one, reads more.
     assert statistics.median(counts[1:]) == expected, (counts, found)
+
+
+class Convolved(nn.Module):
+    """A net that is evaluated anew, with parameters that no curvature covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(nn.Conv1d(1, 3, 3), nn.Tanh(), nn.Conv1d(3, 3, 3), nn.Tanh(), nn.Flatten())
+        self.layers = nn.Sequential(nn.Linear(15, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(self.convolutions(x.unsqueeze(1)))
+
+
+@pytest.mark.filterwarnings("ignore:secondorder")
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("parts", "expected"), [(1, 3), (3, 6)])
+def test_reads_of_a_step_on_any_model(parts: int, expected: int, reduction: str) -> None:
+    """Neither what the fallback updates nor an evaluation of the model adds to them.
+
+    A batch in parts does: backward() looks whether the gradients of the parts before have been set to zero, twice for three
+    parts, and the curvature whether all losses' factors are positive.
+    """
+    torch.manual_seed(0)
+    model, criterion, x, target = Convolved(), nn.MSELoss(reduction=reduction), torch.randn(750, 9), torch.randn(750, 4)
+    optimizer = so.LayerwiseNewton(model, criterion)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        losses = [criterion(model(h), y) for h, y in zip(x.chunk(parts), target.chunk(parts), strict=True)]
+        for loss in losses:
+            (loss / parts).backward()
+        return torch.stack(losses).mean()
+
+    assert_reads(optimizer, closure, [*model.parameters(), x, target], expected)
+
+
+@pytest.mark.filterwarnings("ignore:secondorder")
+def test_reads_of_a_step_by_a_closure() -> None:
+    torch.manual_seed(0)
+    model, criterion, x, target = (
+        nn.Sequential(nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 4)),
+        nn.MSELoss(),
+        *torch.randn(2, 250, 9),
+    )
+    optimizer = so.LayerwiseNewton(model, criterion)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = criterion(model(x), target[:, :4]) + 1e-3 * sum(p.pow(4).sum() for p in model.parameters())
+        loss.backward()
+        return loss
+
+    # The inputs' scale; the loss, and that of the criterion alone; by what its calls enter the loss; whether the solutions are
+    # finite, with the quadratic model; whether the trial's parameters are finite, before the closure sees them; the trial's loss.
+    assert_reads(optimizer, closure, [*model.parameters(), x, target], 6)
+
+
+def test_reads_of_a_step_that_draws_and_holds_out_residuals() -> None:
+    torch.manual_seed(0)
+    model, x, target = nn.Sequential(nn.Linear(3, 20), nn.Tanh(), nn.Linear(20, 1)), torch.randn(900, 3), torch.randn(900, 1)
+    optimizer = so.LevenbergMarquardt(model.parameters(), holdout=True)
+
+    def closure() -> torch.Tensor:
+        return nn.functional.mse_loss(model(x), target)
+
+    # One more, for the block of residuals: whether its data pass through layers.
+    assert_reads(optimizer, closure, [*model.parameters(), x, target], 4)
+
+
+def test_a_transfer_brings_all_that_was_given_until_then() -> None:
+    x = torch.arange(6.0).view(2, 3)
+    with HostReads([x]) as reads:
+        transfer = Transfer()
+        matrix, numbers = transfer.later(2 * x), transfer.numbers([x.sum(), 7, (x > 2).any()])
+        assert sum(reads.found.values()) == 0
+        assert numbers() == [15.0, 7, 1.0]
+        torch.testing.assert_close(matrix(), 2.0 * torch.arange(6.0).view(2, 3).double())
+        assert sum(reads.found.values()) == 1
+        late = transfer.later(x[0])
+        assert late().tolist() == [0.0, 1.0, 2.0]
+        assert numbers() == [15.0, 7, 1.0]
+    assert sum(reads.found.values()) == 2
 
 
 def test_reads_are_counted() -> None:

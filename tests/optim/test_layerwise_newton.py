@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import secondorder as so
 from secondorder._layers import linear_layers
 from secondorder._tape import Tape
+from secondorder._tensors import Transfer
 from secondorder.criteria import BoundedClassificationLoss
 from secondorder.curvature import CURVATURES
 from secondorder.solvers import SOLVERS
@@ -125,7 +126,7 @@ def test_the_quadratic_model_is_the_explicit_one(case):
     y = target(y)
     local, parameters, gradients = local_loss(model, criterion, x, y)
     vectors = [[torch.randn_like(p) for p in parameters] for _ in range(2)]
-    first, gram = local.products(vectors)
+    first, gram = local.products(vectors, Transfer())()
     matrix = dense_gauss_newton(model, criterion, x, y, gamma)
     v = torch.stack([torch.cat([t.reshape(-1) for t in vector]) for vector in vectors])
     g = torch.cat([t.reshape(-1) for t in gradients])
@@ -134,7 +135,7 @@ def test_the_quadratic_model_is_the_explicit_one(case):
     torch.testing.assert_close(gram, v @ matrix @ v.T)
     # The minimum of the damped and decayed model over the span, and what it predicts there.
     tau, eta = 0.3, 0.05
-    step = best_step(local, gradients, vectors, tau, [eta] * len(parameters))
+    step = best_step(local, gradients, vectors, tau, [eta] * len(parameters))()
     c = matrix + (tau + eta) * torch.eye(len(g)).double()
     expected = -torch.linalg.solve(v @ c @ v.T, v @ g)
     torch.testing.assert_close(step.coefficients, expected)
@@ -198,7 +199,7 @@ def test_forward_products_of_chains_and_of_other_nets(net):
     local = LocalLoss(model, criterion, tape.losses, names, 1.0, 0, tape)
     assert [isinstance(piece, ChainLoss) for piece in local.pieces] == [is_chain]
     vectors = [[torch.randn_like(p) for p in names] for _ in range(2)]
-    first, gram = local.products(vectors)
+    first, gram = local.products(vectors, Transfer())()
     jx = [
         jvp(lambda *p: functional_call(model, dict(zip(names.values(), p, strict=True)), (x,)), tuple(names), tuple(v))[1]
         for v in vectors
@@ -232,7 +233,7 @@ def test_random_layers_and_buffers_are_left_alone():
     buffers, generator = copy.deepcopy(list(model.buffers())), torch.get_rng_state()
     values = {local.value(parameters) for _ in range(3)}
     assert len(values) == 1  # the same mask each time
-    local.products([[torch.ones_like(p) for p in parameters]])
+    local.products([[torch.ones_like(p) for p in parameters]], Transfer())()
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
 
@@ -439,12 +440,32 @@ def test_overflowing_curvature_names_the_layer_and_the_factor(solver, curvature,
     assert_same(snapshot(model, optimizer), before)
 
 
+@pytest.mark.parametrize("lr", [None, 0.1])
+def test_what_cholesky_cannot_factorise_is_inverted_otherwise(lr, monkeypatch):
+    """Which is known once the quadratic model is: the step is that of the true inverses."""
+
+    def failing(matrix):
+        return torch.eye(matrix.shape[-1]).to(matrix).expand(matrix.shape), torch.ones(matrix.shape[:-2], dtype=torch.int32)
+
+    moved = []
+    for fails in (False, True):
+        model, criterion = network(), nn.CrossEntropyLoss()
+        optimizer = stepping(model, criterion, lr, solver="kfi")
+        with monkeypatch.context() as patch:
+            if fails:
+                patch.setattr(torch.linalg, "cholesky_ex", failing)
+            one_step(model, criterion, optimizer, *batch(20))
+        moved.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*moved)
+
+
 def test_the_solvers_own_damping_is_the_best_of_three_under_the_model(monkeypatch):
     proposals = []
 
     def recorded(local, gradients, vectors, *args):
-        proposals.append((vectors, step := best_step(local, gradients, vectors, *args)))
-        return step
+        step = best_step(local, gradients, vectors, *args)()
+        proposals.append((vectors, step))
+        return lambda: step
 
     monkeypatch.setattr(levenberg_marquardt, "best_step", recorded)
     model, criterion, chosen = network(), nn.CrossEntropyLoss(), []

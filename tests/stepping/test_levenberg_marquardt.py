@@ -30,9 +30,9 @@ class Quadratic:
     def gradient(self):
         return self.matrix @ self.here[0] - self.b
 
-    def products(self, vectors):
+    def products(self, vectors, transfer):
         stacked = torch.stack([v[0] for v in vectors])
-        return stacked @ self.gradient(), stacked @ self.matrix @ stacked.T
+        return lambda: (stacked @ self.gradient(), stacked @ self.matrix @ stacked.T)
 
 
 class Misjudged(Quadratic):
@@ -59,13 +59,18 @@ def problem(kind=Quadratic, **kwargs):
 def newton(loss, seen=None):
     """Directions of damped Newton steps, prepared: the damping."""
 
-    def directions(damping, fresh):
+    def directions(damping, fresh, transfer=None):
         if seen is not None:
             seen.append((damping, fresh))
         shifted = loss.matrix + damping * torch.eye(6).double()
-        return [-torch.linalg.solve(shifted, loss.gradient())], damping
+        return ([-torch.linalg.solve(shifted, loss.gradient())], damping), lambda: None
 
     return directions
+
+
+def along(direction):
+    """The same direction at every damping."""
+    return lambda damping, fresh, transfer: (([direction], None), lambda: None)
 
 
 def test_a_step_minimises_the_damped_model_along_its_direction():
@@ -74,7 +79,7 @@ def test_a_step_minimises_the_damped_model_along_its_direction():
     delta, prepared, damping = loop.step(loss, newton(loss), [loss.gradient()], [0.0], None, None, 0)
     tau = 0.1 * abs(loss.start)
     assert prepared == pytest.approx(tau)
-    d = newton(loss)(tau, False)[0][0]
+    d = newton(loss)(tau, False)[0][0][0]
     c = loss.matrix + tau * torch.eye(6).double()
     torch.testing.assert_close(delta[0], -(d @ loss.gradient()) / (d @ c @ d) * d)
     # The loss is its own model, and falls by more than the damped model says: rho > 3/4, and tau falls.
@@ -91,8 +96,8 @@ def test_the_learning_rate_multiplies_the_step(lr):
     )
     torch.testing.assert_close(part[0][0], lr * whole[0][0])
     # What is predicted is q at the step taken.
-    vectors = newton(loss)(1.0, False)[0]
-    step = best_step(loss, [loss.gradient()], [vectors], 1.0, [0.0], lr)
+    vectors = newton(loss)(1.0, False)[0][0]
+    step = best_step(loss, [loss.gradient()], [vectors], 1.0, [0.0], lr)()
     d, c = step.delta[0], loss.matrix + torch.eye(6).double()
     assert step.predicted == pytest.approx(float(d @ loss.gradient() + 0.5 * d @ c @ d))
 
@@ -100,13 +105,13 @@ def test_the_learning_rate_multiplies_the_step(lr):
 def test_momentum_reaches_the_minimum_over_two_directions():
     loss, previous = problem(), [torch.randn(6, generator=torch.Generator().manual_seed(1)).double()]
     loop = LevenbergMarquardtLoop(DampingSchedule(tau=1e-9, momentum=True))
-    (delta,), _, damping = loop.step(loss, lambda t, f: ([-loss.gradient()], None), [loss.gradient()], [0.0], previous, None, 0)
+    (delta,), _, damping = loop.step(loss, along(-loss.gradient()), [loss.gradient()], [0.0], previous, None, 0)
     plane = torch.stack([-loss.gradient(), previous[0]])
     best = torch.linalg.solve(plane @ loss.matrix @ plane.T, -plane @ loss.gradient())
     torch.testing.assert_close(delta, best @ plane, rtol=1e-6, atol=1e-8)
     assert damping.coefficients == pytest.approx(best.tolist(), rel=1e-6)
     without = LevenbergMarquardtLoop(DampingSchedule(tau=1e-9))
-    (other,), _, _ = without.step(loss, lambda t, f: ([-loss.gradient()], None), [loss.gradient()], [0.0], previous, None, 0)
+    (other,), _, _ = without.step(loss, along(-loss.gradient()), [loss.gradient()], [0.0], previous, None, 0)
     assert loss.value([loss.here[0] + delta]) < loss.value([loss.here[0] + other])
 
 
@@ -142,7 +147,7 @@ def test_at_the_minimum_there_is_nothing_to_follow():
     loss = problem()
     loss.here = [torch.linalg.solve(loss.matrix, loss.b)]
     delta, _, damping = LevenbergMarquardtLoop(DampingSchedule(tau=0.1, every=1)).step(
-        loss, lambda t, f: ([torch.zeros(6).double()], None), [torch.zeros(6).double()], [0.0], None, None, 0
+        loss, along(torch.zeros(6).double()), [torch.zeros(6).double()], [0.0], None, None, 0
     )
     assert delta[0].abs().max() == 0
     assert damping.rho is None
@@ -179,6 +184,6 @@ def test_rising_losses_raise_the_damping_and_drop_the_previous_step():
     damping = type(damping)(damping.tau, None, low, damping.rho)
     previous = [torch.ones(6).double()]
     d = -loss.gradient()  # no Newton direction, to which a second one could add nothing
-    (delta,), _, after = loop.step(loss, lambda t, f: ([d], None), [loss.gradient()], [0.0], previous, damping, 1)
+    (delta,), _, after = loop.step(loss, along(d), [loss.gradient()], [0.0], previous, damping, 1)
     assert after.trend.floor == pytest.approx(4 * damping.tau)
     assert torch.linalg.vector_norm(delta - (delta @ d) / (d @ d) * d) < 1e-9  # along the new direction alone

@@ -1,6 +1,7 @@
 """What the quadratic model, its trials and its checks look at: whatever backward() was called on, or an error says so."""
 
 import copy
+import math
 import random
 import warnings
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 import secondorder as so
 from secondorder._layers import linear_layers
 from secondorder._tape import Tape
+from secondorder._tensors import Transfer
 from secondorder.stepping import LocalLoss, recorded_loss
 from secondorder.stepping.recorded_loss import ChainLoss, ReplayedLoss
 
@@ -223,7 +225,7 @@ def test_the_loss_that_backward_was_called_on_at_other_parameters(use):
     generators, attributes = (torch.get_rng_state(), random.getstate()), [dict(vars(m)) for m in model.modules()]
     buffers = [b.clone() for b in model.buffers()]
     value, start = local.value(list(moved.values())), local.start
-    first, form = local.products([list(gradients.values())])
+    first, form = local.products([list(gradients.values())], Transfer())()
     # Nothing is left of the evaluations.
     assert torch.equal(torch.get_rng_state(), generators[0])
     assert random.getstate() == generators[1]
@@ -249,8 +251,8 @@ def test_rows_stand_for_the_batch_only_where_they_are_instances(use, monkeypatch
     vector = [[torch.ones_like(p) for p in whole.parameters]]
     # The four subsamples make up the batch.
     assert sum(local.start for local in locals_) / 4 == pytest.approx(whole.start, rel=1e-9)
-    first = sum(local.products([[torch.ones_like(p) for p in local.parameters]])[0] for local in locals_) / 4
-    torch.testing.assert_close(first, whole.products(vector)[0])
+    first = sum(local.products([[torch.ones_like(p) for p in local.parameters]], Transfer())()[0] for local in locals_) / 4
+    torch.testing.assert_close(first, whole.products(vector, Transfer())()[0])
 
 
 @pytest.mark.parametrize("use", ["log_softmax", "log_softmax, no chain", "classes second", "recurrent", "attention"])
@@ -259,7 +261,7 @@ def test_the_form_is_that_of_the_logits(use):
     local, model, _, tape = recorded(use, 1.0)
     torch.manual_seed(4)
     vector = [torch.randn_like(p) for p in local.parameters]
-    _, form = local.products([vector])
+    _, form = local.products([vector], Transfer())()
     x = SEQUENCES if use in ("classes second", "recurrent", "attention") else X
     y = LABELS.reshape(-1) if use == "classes second" else Y
     names = list(local.parameters.values())
@@ -287,7 +289,7 @@ def test_a_convex_function_has_every_instances_own_hessian():
     criterion(model(X), 2 * X[:, :3]).backward()
     local = LocalLoss(model, criterion, tape.losses, {p: n for n, p in model.named_parameters()}, 1.0, 0, tape)
     vector = [torch.randn_like(p) for p in model.parameters()]
-    _, form = local.products([vector])
+    _, form = local.products([vector], Transfer())()
     tape.remove()
     names = [n for n, _ in model.named_parameters()]
     _, tangent = torch.func.jvp(
@@ -560,6 +562,30 @@ def test_a_model_that_cannot_repeat_itself_is_told_of_once():
     assert sum("gives something else when it is evaluated again" in str(w.message) for w in caught) == 1
 
 
+class Watchful(Normed):
+    """Looks at what it computes."""
+
+    def forward(self, x):
+        z = super().forward(x)
+        if not z.abs().max() < 1e100:
+            raise ValueError("the outputs are too large")
+        return z
+
+
+@pytest.mark.parametrize("make", [PLAIN, Watchful])
+def test_the_loss_at_parameters_that_are_not_finite_is_infinite(make):
+    torch.manual_seed(0)
+    model = make().double()
+    tape = Tape(linear_layers(model), CE, diagonal=False, model=model, keep_inputs=True)
+    CE(model(X), Y).backward()
+    local = LocalLoss(model, CE, tape.losses, {p: n for n, p in model.named_parameters()}, 1.0, 0, tape)
+    overflowing = [p + math.inf for p in local.here]
+    assert local.value(overflowing) == math.inf
+    if make is Watchful:  # an error at finite ones is the user's to see
+        with pytest.raises(ValueError, match="too large"):
+            local.value([1e300 * p for p in local.here])
+
+
 def test_few_labelled_rows_are_those_that_count(monkeypatch):
     monkeypatch.setattr(recorded_loss, "LEAST_INSTANCES", 1)
     monkeypatch.setattr(recorded_loss, "LEAST_OUTPUTS", 1)
@@ -656,7 +682,7 @@ def test_a_chain_of_layers_is_compared_with_the_record(kind):
     optimizer = so.LayerwiseNewton(model, criterion)
     call(model, criterion)
     with pytest.warns(UserWarning, match="gives something else when it is evaluated again"):
-        local = optimizer._loss({p: n for n, p in model.named_parameters()}, 0)
+        local = optimizer._loss({p: n for n, p in model.named_parameters()}, 0, Transfer())
     assert type(local.pieces[0]) is ChainLoss
 
 
@@ -669,7 +695,7 @@ def test_a_chain_under_autocast_is_its_record():
             z = model(X.float())
             loss = CE(z, Y) if whole else None
         (CE(z.float(), Y) if loss is None else loss).backward()
-        local = optimizer._loss({p: n for n, p in model.named_parameters()}, 0)
+        local = optimizer._loss({p: n for n, p in model.named_parameters()}, 0, Transfer())
         assert type(local.pieces[0]) is ChainLoss
         assert local.faithful
         optimizer.zero_grad()

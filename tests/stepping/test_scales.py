@@ -30,13 +30,15 @@ class Shifted:
         off = (x - self.here[0]).double().square().sum()
         return float((torch.tensor(self.shift) + x.square().sum() / 2).float()) + float((self.steepness - 1) * off)
 
-    def products(self, vectors):
+    def products(self, vectors, transfer):
         stacked = torch.stack([v[0] for v in vectors]).double()
-        return stacked @ self.here[0].double(), stacked @ stacked.T
+        return lambda: (stacked @ self.here[0].double(), stacked @ stacked.T)
 
     def step(self, schedule, damping=None, steps=0):
         loop = LevenbergMarquardtLoop(schedule)
-        return loop.step(self, lambda t, f: ([-self.here[0]], None), self.here, [0.0], None, damping, steps)
+        return loop.step(
+            self, lambda t, f, transfer: (([-self.here[0]], None), lambda: None), self.here, [0.0], None, damping, steps
+        )
 
 
 @pytest.mark.parametrize(("shift", "scale"), [(0.0, 2.0), (100.0, 102.0), (1e6, 1.0), (-1e6, 1.0), (-2.0, 1.0)])
