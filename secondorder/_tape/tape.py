@@ -11,7 +11,7 @@ Nothing is recorded in eval mode, without grad mode, or while `recording` is off
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -41,7 +41,10 @@ from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossC
 from secondorder._tape.roots import term_of_its_own
 from secondorder._tape.ways import find_way
 from secondorder._tensors import compute_dtype
-from secondorder.criteria import analytic_hessian, autograd_hessian, by_position, element_masses
+from secondorder.criteria import OutputHessian, analytic_hessian, autograd_hessian, by_position, element_masses
+
+# (criterion, loss, autograd node of the one linear layer's output that it depends on, its arguments) -> the recursion's start
+OutputHessianOf = Callable[[nn.Module, Tensor, Node, tuple[Any, ...], dict[str, Any]], OutputHessian]
 
 
 class Tape:
@@ -62,6 +65,7 @@ class Tape:
             backward where no formula gives them.
         samples: of every forward pass at most so many instances, evenly spaced, enter the curvature's expectations; None: all.
         widest: layers with more outputs have no record, and the recursion starts anew where one leads there; None: no limit.
+        output_hessian: gives the recursion's start where no formula does, of the arguments of `columns`; None: the Hessian.
 
     `recording` may be switched off and on at any time; `tied` are the layers that are recorded as another one.
     """
@@ -69,7 +73,7 @@ class Tape:
     def __init__(
         self, layers: dict[nn.Linear, str], criterion: nn.Module, *, diagonal: bool, grad_outputs: bool = False,
         columns: Columns | None = None, model: nn.Module | None = None, keep_inputs: bool = False, recursive: bool = True,
-        samples: int | None = None, widest: int | None = None,
+        samples: int | None = None, widest: int | None = None, output_hessian: OutputHessianOf | None = None,
     ):  # fmt: skip
         self.names = layers
         self.criterion = criterion
@@ -77,6 +81,7 @@ class Tape:
         self.grad_outputs = grad_outputs
         self.columns = columns
         self.recursive = recursive
+        self.output_hessian = output_hessian or (lambda criterion, loss, source, *_: autograd_hessian(loss, source))
         self.samples = samples
         self.wide = {layer for layer in layers if widest is not None and layer.out_features > widest}
         self.recording = True
@@ -331,11 +336,16 @@ class Tape:
         elif len(nodes) == 1:
             output = args[0] if args else None
             width = call.sources[0].layer.out_features
-            if isinstance(output, Tensor) and output.dim() > 0 and output.shape[-1] == width and is_view_of(output, nodes[0]):
+            if (
+                isinstance(output, Tensor)
+                and output.dim() > 0
+                and output.shape[-1] == width
+                and is_view_of(output.grad_fn, nodes[0])
+            ):
                 call.hessian = analytic_hessian(criterion, output.detach(), *args[1:], **kwargs)
             if call.hessian is None:
                 with self.muted():
-                    hessian = autograd_hessian(loss, nodes[0])
+                    hessian = self.output_hessian(criterion, loss, nodes[0], args, kwargs)
                 call.flat = not bool(hessian.values.any())
                 call.hessian = None if call.flat else hessian
                 if call.flat:

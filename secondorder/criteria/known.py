@@ -17,7 +17,10 @@ _FUNCTIONS: dict[Callable[..., Tensor], type[nn.Module]] = {
     F.nll_loss: nn.NLLLoss,
     F.mse_loss: nn.MSELoss,
     F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    F.binary_cross_entropy: nn.BCELoss,
 }
+# Convex in their first argument, whatever it is; those of probabilities or their logarithms are in what these come from.
+_CONVEX = (nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
 
 
 def evaluated(
@@ -110,10 +113,26 @@ def element_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | 
     return kept.double() if weight is None else weight.double()[torch.where(kept, target, 0)] * kept
 
 
-def takes_log_probabilities(criterion: nn.Module) -> bool:
-    """Whether it is the negative log-likelihood, whose curvature is in the log_softmax before it.
+def is_convex(criterion: nn.Module) -> bool:
+    """Whether it is known to be convex in its first argument.
 
     Args:
         criterion: a module or a `FunctionCriterion`.
     """
-    return isinstance(criterion, nn.NLLLoss) or (isinstance(criterion, FunctionCriterion) and criterion.function is F.nll_loss)
+    return _kind(criterion) in _CONVEX
+
+
+def link_of(criterion: nn.Module) -> str | None:
+    """The name of the autograd node of what a likelihood's first argument is to be made by of its logits; None: it takes these.
+
+    The curvature of NLLLoss is in the log_softmax before it, and that of BCELoss in the sigmoid.
+
+    Args:
+        criterion: a module or a `FunctionCriterion`.
+    """
+    return {nn.NLLLoss: "LogSoftmaxBackward", nn.BCELoss: "SigmoidBackward"}.get(_kind(criterion))
+
+
+def _kind(criterion: nn.Module) -> type[nn.Module]:
+    """A criterion's type, or that of the module that its function stands for."""
+    return _FUNCTIONS.get(criterion.function, type(criterion)) if isinstance(criterion, FunctionCriterion) else type(criterion)

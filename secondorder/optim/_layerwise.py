@@ -100,6 +100,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             model, criterion, defaults, diagonal=self._curvature.diagonal, fallback=fallback, max_factor_dim=max_factor_dim,
             recursive=self._curvature.recursive,
             grad_outputs=self._curvature.grad_outputs, columns=self._curvature.columns, keep_inputs=keep_inputs,
+            output_hessian=self._curvature.output_hessian,
             samples=curvature_samples, maximize=maximize, decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip
         self._curvature_name = f"{curvature} by {solver}"

@@ -10,12 +10,12 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from secondorder._tape import preactivation
+from secondorder._tape import is_affine, preactivation
 from secondorder._tensors import to_compute_dtype
-from secondorder.criteria import OutputHessian, OutputRoot, autograd_hessian
+from secondorder.criteria import KnownForm, OutputHessian, OutputRoot, autograd_hessian, tangent_map
 from secondorder.errors import second_derivatives
 
 # The mean Hessian takes as many backward passes through the criterion as there are outputs; with more, the span's own is taken.
@@ -28,17 +28,22 @@ class OutputCurvature:
     """The positive semi-definite Hessian of a loss w.r.t. some tensors z of its graph, on tangents; and the gradient there.
 
     It is the Hessian itself, or its negative, where its form has one sign on every row of z for the tangents at hand, as for a
-    criterion that is convex. Else, for one tensor z, every row has Pos-Eig_{-1} of the mean over rows; for several, Pos-Eig_{-1}
+    criterion that is convex. Else it is J_u^T H_u J_u, where that is so for the Hessian H_u at the criterion's arguments u(z), as
+    for MSE behind a sigmoid. Else, for one tensor z, every row has Pos-Eig_{-1} of the mean over rows; for several, Pos-Eig_{-1}
     acts on the form itself.
 
     Args:
         loss: a scalar with its graph.
         outputs: z.
-        known: for a criterion that is known not to be convex, the mean's values, or a root of what stands for every row's.
+        known: for a criterion that is known not to be convex, the mean's values, or a root of what stands for every row's;
+            "convex": it is known to be convex in its one argument, and H_u is taken.
+        arguments: u, where they are functions of z that are not affine.
     """
 
-    def __init__(self, loss: Tensor, outputs: Sequence[GradientEdge], known: OutputHessian | OutputRoot | None = None):
-        self._loss, self._outputs, self._known = loss, list(outputs), known
+    def __init__(
+        self, loss: Tensor, outputs: Sequence[GradientEdge], known: KnownForm = None, arguments: Sequence[GradientEdge] = ()
+    ):
+        self._loss, self._outputs, self._known, self._arguments = loss, list(outputs), known, list(arguments)
         with torch.enable_grad():
             self._gradients = torch.autograd.grad(
                 loss, self._outputs, create_graph=True, allow_unused=True, materialize_grads=True
@@ -49,8 +54,26 @@ class OutputCurvature:
         """t_k^T H t_l [k, k] in float64 on the CPU, for tangents that have one tensor of each output's shape."""
         if isinstance(self._known, OutputHessian):
             return self._by_mean(tangents, self._known)
-        if self._known is not None:
+        if self._known is not None and self._known != "convex":
             return self._by_root(tangents, self._known)
+        found = None
+        if self._known is None or not self._arguments:
+            found = self._signed(tangents)
+        if found is None and self._arguments:
+            tangent = tangent_map(self._arguments, self._outputs)
+            with second_derivatives():
+                tangents_there = [tangent(t) for t in tangents]
+            found = OutputCurvature(self._loss, self._arguments)._signed(tangents_there)
+        if found is not None:
+            return found
+        if len(self._outputs) == 1 and self.gradients[0].shape[-1:].numel() <= _MOST_OUTPUTS:
+            return self._by_mean(tangents, autograd_hessian(self._loss, self._outputs[0].node))
+        form, _ = _forms(tangents, [self._product(t) for t in tangents])
+        values, vectors = torch.linalg.eigh(form)
+        return (vectors * values.abs()) @ vectors.T
+
+    def _signed(self, tangents: list[list[Tensor]]) -> Tensor | None:
+        """The form of the Hessian or of its negative, whichever is positive on every row; None: neither is."""
         curved = [self._product(t) for t in tangents]
         form, by_rows = _forms(tangents, curved)
         values = torch.linalg.eigvalsh(form) if len(form) > 1 and form.isfinite().all() else form.flatten()
@@ -62,10 +85,7 @@ class OutputCurvature:
         ):  # a convex criterion, or the negative of one, which is to be maximised
             if row >= -tolerance * total and (sign * values).min() >= -tolerance * values.abs().max():
                 return sign * form
-        if len(self._outputs) == 1 and self.gradients[0].shape[-1:].numel() <= _MOST_OUTPUTS:
-            return self._by_mean(tangents, autograd_hessian(self._loss, self._outputs[0].node))
-        values, vectors = torch.linalg.eigh(form)
-        return (vectors * values.abs()) @ vectors.T
+        return None
 
     def _by_mean(self, tangents: list[list[Tensor]], mean: OutputHessian) -> Tensor:
         (gradient,) = self.gradients
@@ -103,38 +123,26 @@ class GraphQuadratic:
         loss: a scalar with its graph.
         arguments: the tensors through which it depends on parameters.
         parameters: the graph's leaves.
-        known: as in `OutputCurvature`, where there is one argument.
+        known: as for `OutputCurvature`, where there is one argument.
     """
 
     def __init__(
         self, loss: Tensor, arguments: Sequence[Tensor], parameters: Sequence[Tensor],
-        known: OutputHessian | OutputRoot | None = None,
+        known: KnownForm = None,
     ):  # fmt: skip
         edges = [GradientEdge(node, a.output_nr) for a in arguments if (node := a.grad_fn) is not None]
-        outputs = edges if known is not None else list(dict.fromkeys(preactivation(edge) for edge in edges))
-        self._curvature = OutputCurvature(loss, outputs, known)
-        made = [edge.node._input_metadata[edge.output_nr] for edge in outputs]
-        with torch.enable_grad():
-            self._u = [torch.zeros(m.shape, dtype=m.dtype, device=m.device, requires_grad=True) for m in made]
-            self._transposed = torch.autograd.grad(outputs, parameters, self._u, create_graph=True, allow_unused=True)
+        before = [preactivation(edge) for edge in edges]
+        curved = not all(is_affine(edge, z.node) for edge, z in zip(edges, before, strict=True))
+        outputs = list(dict.fromkeys(before)) if known is None or known == "convex" else edges
+        self._curvature = OutputCurvature(loss, outputs, known, edges if curved else ())
+        leaves = [get_gradient_edge(p) for p in parameters]
+        self._tangent = tangent_map(outputs, leaves)
 
     def products(self, vectors: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
         """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
         tangents = [self._tangent(vector) for vector in vectors]
         first = torch.stack([_inner(t, self._curvature.gradients) for t in tangents])
         return first, self._curvature.form(tangents)
-
-    def _tangent(self, vector: list[Tensor]) -> list[Tensor]:
-        """J x."""
-        pairs = [(w, v) for w, v in zip(self._transposed, vector, strict=True) if w is not None and w.requires_grad]
-        if not pairs:
-            return [torch.zeros_like(u) for u in self._u]
-        return list(
-            torch.autograd.grad(
-                [w for w, _ in pairs], self._u, [v.to(w.dtype) for w, v in pairs], retain_graph=True, materialize_grads=True,
-                allow_unused=True,
-            )
-        )  # fmt: skip
 
 
 @contextmanager
