@@ -7,7 +7,8 @@ from secondorder.criteria.losses import BoundedClassificationLoss, CompositeLoss
 from secondorder.criteria.roots import LikelihoodRoot, OutputRoot, SampledRoot, likelihood_root
 
 __all__ = [
-    "BoundedClassificationLoss", "CompositeLoss", "FunctionCriterion", "KnownForm", "LikelihoodRoot", "OutputHessian", "OutputRoot",
+    "BoundedClassificationLoss", "CompositeLoss", "FunctionCriterion", "KnownForm", "LikelihoodRoot", "OutputHessian",
+    "OutputRoot",
     "SampledRoot", "TukeyBiweightLoss", "analytic_hessian", "autograd_hessian", "autograd_root", "by_position",
     "element_masses", "is_convex", "known_form", "likelihood_root", "link_of", "row_masses", "tangent_map",
 ]  # fmt: skip
