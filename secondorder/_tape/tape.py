@@ -8,7 +8,6 @@ long as its graph: a forward pass without a backward one leaves nothing behind.
 Nothing is recorded in eval mode, without grad mode, or while `recording` is off.
 """
 
-import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -41,7 +40,7 @@ from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossC
 from secondorder._tape.roots import term_of_its_own
 from secondorder._tape.ways import find_way
 from secondorder._tensors import compute_dtype
-from secondorder.criteria import OutputHessian, analytic_hessian, autograd_hessian, by_position, element_masses
+from secondorder.criteria import LateMasses, OutputHessian, analytic_hessian, autograd_hessian, by_position
 
 # (criterion, loss, autograd node of the one linear layer's output that it depends on, its arguments) -> the recursion's start
 OutputHessianOf = Callable[[nn.Module, Tensor, Node, tuple[Any, ...], dict[str, Any]], OutputHessian]
@@ -319,9 +318,7 @@ class Tape:
         call = LossCall([self._use(node, criterion) for node in nodes], None, loss.detach(), mean=reduction != "sum")
         call.instances = _instances(call.sources, args)
         if len(args) > 1:
-            call.masses = functools.cache(
-                functools.partial(element_masses, criterion, None, *_detached(args[1:]), **_detached(kwargs))
-            )
+            call.masses = LateMasses(criterion, (None, *_detached(args[1:])), _detached(kwargs))
         if self._keeps_inputs:
             own = term_of_its_own(loss, (args, kwargs), self._watched)
             call.outside = own and f"parameters that the criterion takes by itself (by {own})"

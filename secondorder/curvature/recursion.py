@@ -107,7 +107,7 @@ class Recursion(Curvature):
         moment = ops.bias_hessian(one, one.expand(1, d1.shape[1]), d1, None, None, 0.0)
         grad = record.grad_activation() if self.diagonal else None
         diagonal = d1.new_zeros(d1.shape[1]) if d2 is None or grad is None else (d2 * grad.to(dtype)).sum(0)
-        return [RankTerm("E[d1 d1^T]", moment, record.instances), RankTerm("diagonal", diagonal)]
+        return [RankTerm("E[d1 d1^T]", moment, record.counted), RankTerm("diagonal", diagonal)]
 
     def _averaged(self, record: LayerRecord, above: dict[nn.Linear, Tensor], terms: dict[str, Tensor]) -> Tensor:
         if record.losses:
