@@ -61,9 +61,14 @@ def compiled_parameters(start: Node, key: str) -> set[Tensor]:
 
 def is_view_of(node: Node | None, source: Node) -> bool:
     """Whether the tensor of `node` is that of `source`, at most reshaped."""
-    while node is not None and node is not source and node.name().rstrip("0123456789") in RESHAPING:
+    while node is not None and node is not source and is_reshaping(node):
         node = node.next_functions[0][0]
     return node is source
+
+
+def is_reshaping(node: Node) -> bool:
+    """Whether a node keeps the numbers in their order, and at most changes the shape."""
+    return node.name().rstrip("0123456789") in RESHAPING
 
 
 def compiled_error(what: str) -> RuntimeError:

@@ -45,6 +45,8 @@ from secondorder.criteria import LateMasses, OutputHessian, analytic_hessian, au
 # (criterion, loss, autograd node of the one linear layer's output that it depends on, its arguments) -> the recursion's start
 OutputHessianOf = Callable[[nn.Module, Tensor, Node, tuple[Any, ...], dict[str, Any]], OutputHessian]
 
+_NOT_CALLED = "the criterion has not been called since the last step or zero_grad()"
+
 
 class Tape:
     """Records the calls of `layers` and of `criterion`.
@@ -66,7 +68,8 @@ class Tape:
         widest: layers with more outputs have no record, and the recursion starts anew where one leads there; None: no limit.
         output_hessian: gives the recursion's start where no formula does, of the arguments of `columns`; None: the Hessian.
 
-    `recording` may be switched off and on at any time; `tied` are the layers that are recorded as another one.
+    `recording` may be switched off and on at any time; `tied` are the layers that are recorded as another one; `missing` says why
+    there are no records, where there are none.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Tape:
         self.samples = samples
         self.wide = {layer for layer in layers if widest is not None and layer.out_features > widest}
         self.recording = True
+        self.missing = _NOT_CALLED  # why there may be no records
         self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
         self._muted = False
         self._keeps_inputs = keep_inputs
@@ -114,6 +118,7 @@ class Tape:
         A graph that somebody still holds (by its loss, say) then keeps none of the tape's tensors alive.
         """
         self._log.clear(release)
+        self.missing = _NOT_CALLED
 
     def rescaled(self, factor: float) -> AbstractContextManager[None]:
         """Within it the records are those of a backward pass from `factor` times what backward() was called on."""
@@ -301,10 +306,13 @@ class Tape:
     def _on_criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor) -> None:
         made_by = loss.grad_fn if isinstance(loss, Tensor) else None
         if made_by is None:
+            kind = "a tensor without a graph" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            self.missing = f"the criterion returned {kind} where the loss alone is expected"
             return
         nodes, passed = source_nodes(made_by, self._key)
         self._refuse_compiled_layers(made_by, passed)
         if not nodes:
+            self.missing = "the criterion was called, but not on what linear layers returned in training mode"
             return
         if COMPILED in passed:
             raise compiled_error("the criterion, or what comes before it, runs")
@@ -350,6 +358,10 @@ class Tape:
         else:
             for node in nodes:
                 self._keep_gradient(node)
+        self.missing = (
+            "the criterion was called, but no backward() has gone through what it returned: gradients that are set by hand, as "
+            "from torch.autograd.grad, do not say of which loss they are"
+        )
         self._see_repeats(call, made_by)
         self._log.watch_loss(call, made_by, loss.output_nr)
 

@@ -147,7 +147,7 @@ def check_semidefinite(eigenvalues: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(
             "expected a criterion whose Hessian with respect to the network output is positive semi-definite, got the eigenvalue "
             f"{lowest:.3g}; the Gauss-Newton matrix is then indefinite: use the positive-curvature Hessian, curvature='pch-abs' "
-            "or 'pch-clip'"
+            "or 'pch-clip', as LayerwiseNewton and EACG do"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder._tape import LayerRecord, is_view_of
+from secondorder._tape import LayerRecord, is_reshaping, is_view_of
 from secondorder.criteria import (
     CompositeLoss,
     LikelihoodRoot,
@@ -27,12 +27,15 @@ from secondorder.curvature.base import Curvature, convex_argument, register
 def logits_edge(criterion: nn.Module, output: Tensor) -> GradientEdge | None:
     """Where the tensor that a likelihood's root is taken at stands in the graph; None: it is not there.
 
-    For a likelihood of log-probabilities or probabilities that is what log_softmax, or the sigmoid, was taken of.
+    For a likelihood of log-probabilities or probabilities that is what log_softmax, or the sigmoid, was taken of; its numbers are
+    the output's, and its shape may be another one for the sigmoid.
     """
     node, link = output.grad_fn, link_of(criterion)
     assert node is not None
     if link is None:
         return GradientEdge(node, output.output_nr)
+    while link == "SigmoidBackward" and is_reshaping(node) and node.next_functions[0][0] is not None:
+        node = node.next_functions[0][0]
     if not node.name().startswith(link):
         return None
     before, number = node.next_functions[0]
@@ -55,9 +58,12 @@ def gauss_newton_root(
         if root is not None and edge is not None:
             composite = isinstance(criterion, CompositeLoss)  # at its inner value alone: the Hessian at the source may not be
             if source is None or composite or (is_view_of(edge.node, source) and output.shape[-1:] == _shape(source)[-1:]):
-                return edge, root
+                return edge, _Reshaped(root, _shape(edge.node, edge.output_nr))
     if source is None:
-        raise ValueError(f"expected one linear layer's output to enter {criterion}, got several; use curvature='pch-abs'")
+        raise ValueError(
+            f"expected one linear layer's output to enter {criterion}, got several; use curvature='pch-abs', "
+            "as LayerwiseNewton does"
+        )
     z, inner = GradientEdge(source, 0), convex_argument(source, args)
     if inner is not None and is_convex(criterion):
         return z, autograd_root(loss, source, inner)
@@ -72,8 +78,24 @@ def gauss_newton_root(
         raise error from None
 
 
-def _shape(node: Any) -> torch.Size:
-    return torch.Size(node._input_metadata[0].shape)
+@dataclass(frozen=True)
+class _Reshaped:
+    """A root whose columns have the shape of where they start."""
+
+    root: OutputRoot
+    shape: torch.Size
+
+    @property
+    def count(self) -> int:
+        return self.root.count
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        found = self.root.columns(begin, end)
+        return found.reshape(len(found), *self.shape)
+
+
+def _shape(node: Any, number: int = 0) -> torch.Size:
+    return torch.Size(node._input_metadata[number].shape)
 
 
 class FromColumns(Curvature):
@@ -118,10 +140,10 @@ class FisherExact(FromColumns):
                 "expected a criterion that is a likelihood the Fisher matrix's labels can be drawn from, called with the "
                 "network's output first: cross-entropy, NLL of log_softmax, MSE, BCE with logits or of a sigmoid, a "
                 f"secondorder.criteria.CompositeLoss of these{self._others}; got {criterion}: use curvature='pch-abs' or "
-                "'fisher-empirical'"
+                "'fisher-empirical', which LayerwiseNewton and EACG take"
             )
         if isinstance(root, _Samples):
-            return edge, root
+            return edge, _Reshaped(root, _shape(edge.node, edge.output_nr))
         return gauss_newton_root(criterion, loss, source, args, kwargs)  # the same for these, and its rows are the layer's
 
     _others: ClassVar[str] = ""  # what else it takes

@@ -319,7 +319,7 @@ def recorded_layers(owner: str, tape: Tape) -> list[LayerRecord]:
             f"{owner}.step(): there are gradients, but no call of the criterion that leads to them was recorded. Compute "
             f"the loss by the criterion given to the optimizer ({tape.criterion!r}; optimizer.criterion(output, target) "
             "where it is a function), which returns nothing but the loss, with the model in training mode, and the gradients by "
-            "loss.backward(); optimizer.zero_grad() forgets the calls before it."
+            f"loss.backward(); optimizer.zero_grad() forgets the calls before it. Here {tape.missing}."
         )
     check_instances(owner, (call.input for record in records for call in record.calls))
     return records

@@ -259,6 +259,12 @@ class KBFGS(CurvatureOptimizer):
                 "(accumulate_grad_batches=1 in Lightning)"
             )
         self._check_gradients()
+        if not first.gradient:
+            raise RuntimeError(
+                f"{name}.step(): expected a closure that calls loss.backward() on what linear layers of the model have computed, "
+                "got gradients, but none w.r.t. their outputs. Gradients that are set by hand, as from torch.autograd.grad, do "
+                "not give these"
+            )
         with self._whole_or_nothing():
             value: float | Tensor = sign * loss
             if self._ranks is not None:
