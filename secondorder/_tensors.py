@@ -114,6 +114,23 @@ class Transfer:
         self._here += [next(parts[t.device]).view(t.shape) for t in given]
 
 
+class Arriving:
+    """A tensor of one boolean on its way to the host: to read it waits for what was queued on a GPU before it, and no longer."""
+
+    def __init__(self, flag: Tensor):
+        self._flag, self._event = flag, None
+        if flag.is_cuda:
+            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> bool:
+        """Its value."""
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._flag)
+
+
 def host_numbers(numbers: Sequence[Tensor | float]) -> list[float]:
     """The values of tensors of one element, and of what is a number already; waits for the device once."""
     return Transfer().numbers(numbers)()

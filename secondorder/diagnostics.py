@@ -27,7 +27,7 @@ from secondorder._layers import linear_layers
 from secondorder._random import preserved_generators
 from secondorder._tape import Tape
 from secondorder._tensors import Transfer
-from secondorder.criteria import CompositeLoss, FunctionCriterion, takes_log_probabilities
+from secondorder.criteria import CompositeLoss, FunctionCriterion, link_of
 from secondorder.curvature import Curvature, curvature_by_name
 from secondorder.linalg import conjugate_gradient
 from secondorder.stepping import LocalLoss
@@ -379,7 +379,7 @@ def reduction_ratio(
 
 def _of_logits(criterion: nn.Module) -> nn.Module:
     """The same; for the negative log-likelihood cross-entropy, which has its value at log-probabilities, and a Hessian."""
-    if not takes_log_probabilities(criterion):
+    if link_of(criterion) != "LogSoftmaxBackward":
         return criterion
     if isinstance(criterion, FunctionCriterion):
         return FunctionCriterion(nn.functional.cross_entropy)
@@ -451,8 +451,9 @@ def bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, 
     model, loss = _copies(model, criterion)
     layers = linear_layers(model)
     tape = Tape(
-        layers, loss, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns, model=model
-    )
+        layers, loss, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns, model=model,
+        output_hessian=curvature.output_hessian,
+    )  # fmt: skip
     _record(model, loss, x, y)
     return {layers[layer]: h for layer, h in curvature.bias_hessians(tape.records()).items()}
 

@@ -15,6 +15,7 @@ import statistics
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,10 @@ SIZES = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
 BATCH = 1000
 PUBLISHED = {1: 169.018, 2: 109.642, 3: 85.177, 10: 59.808}  # the authors' Demo.ipynb, training loss
 BCE = nn.BCEWithLogitsLoss(reduction="sum")
+PAPERS: dict[str, Any] = {"scale": None, "max_step": None}  # its own units, steps of any length
 OPTIMIZERS = {
-    "K-BFGS": lambda model: so.KBFGS(model, criterion, lr=0.3, damping=0.3, weight_decay=1e-5),
-    "K-BFGS(L)": lambda model: so.KBFGSL(model, criterion, lr=0.3, damping=0.3, weight_decay=1e-5, memory=100),
+    "K-BFGS": lambda model: so.KBFGS(model, criterion, lr=0.3, damping=0.3, weight_decay=1e-5, **PAPERS),
+    "K-BFGS(L)": lambda model: so.KBFGSL(model, criterion, lr=0.3, damping=0.3, weight_decay=1e-5, memory=100, **PAPERS),
     "KFAC": lambda model: so.KFAC(model, BCE),
     "Adam": lambda model: torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5),
 }

@@ -49,11 +49,11 @@ def _rmsprop(model: nn.Module, _: nn.Module, lr: float) -> torch.optim.Optimizer
 
 
 def _kbfgs(model: nn.Module, criterion: nn.Module, lr: float, damping: float) -> torch.optim.Optimizer:
-    return so.KBFGS(model, criterion, lr, damping=damping)
+    return so.KBFGS(model, criterion, lr, damping=damping, scale=None, max_step=None)
 
 
 def _kbfgsl(model: nn.Module, criterion: nn.Module, lr: float, damping: float) -> torch.optim.Optimizer:
-    return so.KBFGSL(model, criterion, lr, damping=damping)
+    return so.KBFGSL(model, criterion, lr, damping=damping, scale=None, max_step=None)
 
 
 def _chen(curvature: str, solver: str) -> Method:

@@ -152,6 +152,17 @@ def merge(maps: list[ElementwiseMap], samples: int | None = None) -> Elementwise
     return AutogradMap(d1, flatten_batch([torch.zeros_like(p.d1) if p.d2 is None else p.d2 for p in probed], samples))
 
 
+def of_rows(function: ElementwiseMap, rows: Tensor) -> ElementwiseMap:
+    """The same of some rows, [m, n]."""
+
+    def kept(t: Tensor) -> Tensor:
+        return flatten_batch([t]).index_select(0, rows)
+
+    if isinstance(function, KnownActivation):
+        return KnownActivation(function.activation, function.parameter, kept(function.saved))
+    return AutogradMap(kept(function.d1), None if function.d2 is None else kept(function.d2))
+
+
 def derivatives(function: ElementwiseMap) -> tuple[Tensor, Tensor | None]:
     """d1 and d2 (None: identically 0) of either form."""
     if isinstance(function, AutogradMap):

@@ -59,12 +59,16 @@ def compiled_parameters(start: Node, key: str) -> set[Tensor]:
     return found
 
 
-def is_view_of(output: Tensor, source: Node) -> bool:
-    """Whether `output` is the tensor of `source`, at most reshaped."""
-    node = output.grad_fn
-    while node is not None and node is not source and node.name().rstrip("0123456789") in RESHAPING:
+def is_view_of(node: Node | None, source: Node) -> bool:
+    """Whether the tensor of `node` is that of `source`, at most reshaped."""
+    while node is not None and node is not source and is_reshaping(node):
         node = node.next_functions[0][0]
     return node is source
+
+
+def is_reshaping(node: Node) -> bool:
+    """Whether a node keeps the numbers in their order, and at most changes the shape."""
+    return node.name().rstrip("0123456789") in RESHAPING
 
 
 def compiled_error(what: str) -> RuntimeError:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from secondorder._tape import elementwise
 from secondorder._tape.elementwise import ElementwiseMap
-from secondorder._tape.records import LayerCall, Link, LossCall
+from secondorder._tape.records import LayerCall, Link, LossCall, counting_rows
 from secondorder._tensors import flatten_batch
 
 
@@ -27,15 +27,21 @@ class LayerRecord:
     obstacle: str = ""  # or neither, for this reason
     block: Tensor | None = None  # sum of the losses' blocks, each with its factor
     samples: int | None = None  # the curvature's expectations take at most so many instances of each call
+    _kept_rows: list[Tensor | None] | None = None
 
     @property
     def instances(self) -> int:
         """How many rows the calls have together."""
-        return sum(call.input.shape[:-1].numel() for call in self.calls)
+        return sum(self._rows())
 
     def input(self, samples: int | None = None) -> Tensor:
-        """The inputs h [m, n_in], or those of at most `samples` instances of each call."""
-        return flatten_batch([call.input for call in self.calls], samples)
+        """The inputs h [m, n_in] of the rows that count, or those of at most `samples` of them of each call."""
+        return flatten_batch(self._counting([call.input for call in self.calls]), samples)
+
+    @property
+    def counted(self) -> int:
+        """How many rows count."""
+        return sum(n if kept is None else len(kept) for n, kept in zip(self._rows(), self._kept(), strict=True))
 
     def grad_outputs(self) -> list[tuple[Tensor, LossCall]]:
         """Each call's delta [..., n_out], with its loss; recorded only with an obstacle, or where the tape was told to."""
@@ -43,13 +49,36 @@ class LayerRecord:
         return [(call.grad_output, loss) for call, loss in pairs if call.grad_output is not None]
 
     def map(self) -> ElementwiseMap:
-        """What lies between this layer and `next`, over the instances [m, n_out]."""
-        return elementwise.merge([link.map for link in self.links if link.map is not None], self.samples)
+        """What lies between this layer and `next`, over the rows that count [m, n_out]."""
+        maps = [link.map for link in self.links if link.map is not None]
+        if any(kept is not None for kept in self._kept()):
+            maps = [
+                each if kept is None else elementwise.of_rows(each, kept) for each, kept in zip(maps, self._kept(), strict=True)
+            ]
+        return elementwise.merge(maps, self.samples)
 
     def grad_activation(self) -> Tensor | None:
         """Gradient w.r.t. the input of `next` [m, n_out], its sum over the instances standing for all; None where sigma'' = 0."""
         grads = [link.grad for link in self.links if link.grad is not None]
-        return flatten_batch([_for_all(grad, self.samples) for grad in grads]) if len(grads) == len(self.links) else None
+        if len(grads) < len(self.links):
+            return None
+        return flatten_batch([_for_all(grad, self.samples) for grad in self._counting(grads)])
+
+    def _rows(self) -> list[int]:
+        """How many rows every call has."""
+        return [call.input.shape[:-1].numel() for call in self.calls]
+
+    def _kept(self) -> list[Tensor | None]:
+        """Which rows of every call count, those of no ignored target; None: all of them."""
+        if self._kept_rows is None:
+            pairs = zip(self.calls, self.origins, strict=True)
+            self._kept_rows = [counting_rows(loss.row_masses(call.input.shape[:-1])) for call, loss in pairs]
+        return self._kept_rows
+
+    def _counting(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Of a tensor [..., n] of every call the rows that count."""
+        pairs = zip(tensors, self._kept(), strict=True)
+        return [t if kept is None else flatten_batch([t]).index_select(0, kept) for t, kept in pairs]
 
 
 def connect(record: LayerRecord, records: dict[nn.Linear, LayerRecord], repeated: bool) -> None:

@@ -122,6 +122,22 @@ class CriterionArguments:
         return tree_unflatten(leaves, structure)
 
 
+def aligned(masses: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """The weights of a target's elements as those of the rows of a tensor [*shape, n], [m]; None: its rows are others.
+
+    Rows that one of them has flattened are in order.
+    """
+    if masses is None or masses.numel() != shape.numel() or not (masses.shape == shape or 1 in (masses.dim(), len(shape))):
+        return None
+    return masses.reshape(-1)
+
+
+def counting_rows(masses: Tensor | None) -> Tensor | None:
+    """The indices of the rows that count, of their weights [m]; None: all do, or none, which is an error of the loss's own."""
+    kept = None if masses is None else masses.nonzero().flatten()
+    return None if kept is None or masses is None or len(kept) in (0, len(masses)) else kept
+
+
 def _alike() -> None:
     """Stands for a criterion whose rows all count alike."""
 
@@ -144,6 +160,13 @@ class LossCall:
     masses: Callable[[], Tensor | None] = _alike
     scale: Tensor | None = None  # d(what backward() was called on) / d(loss), summed over backward passes
     released: bool = False
+
+    def row_masses(self, shape: torch.Size) -> Tensor | None:
+        """The weights [m] of the rows of a tensor [*shape, n], where they are those of the target's elements.
+
+        None: all count alike, or its rows are others, as before a pooling.
+        """
+        return aligned(self.masses(), shape)
 
     def calls(self) -> list[LayerCall]:
         """All calls of layers that it depends on."""

@@ -8,10 +8,9 @@ long as its graph: a forward pass without a backward one leaves nothing behind.
 Nothing is recorded in eval mode, without grad mode, or while `recording` is off.
 """
 
-import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -41,7 +40,12 @@ from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossC
 from secondorder._tape.roots import term_of_its_own
 from secondorder._tape.ways import find_way
 from secondorder._tensors import compute_dtype
-from secondorder.criteria import analytic_hessian, autograd_hessian, by_position, element_masses
+from secondorder.criteria import LateMasses, OutputHessian, analytic_hessian, autograd_hessian, by_position
+
+# (criterion, loss, autograd node of the one linear layer's output that it depends on, its arguments) -> the recursion's start
+OutputHessianOf = Callable[[nn.Module, Tensor, Node, tuple[Any, ...], dict[str, Any]], OutputHessian]
+
+_NOT_CALLED = "the criterion has not been called since the last step or zero_grad()"
 
 
 class Tape:
@@ -62,14 +66,16 @@ class Tape:
             backward where no formula gives them.
         samples: of every forward pass at most so many instances, evenly spaced, enter the curvature's expectations; None: all.
         widest: layers with more outputs have no record, and the recursion starts anew where one leads there; None: no limit.
+        output_hessian: gives the recursion's start where no formula does, of the arguments of `columns`; None: the Hessian.
 
-    `recording` may be switched off and on at any time; `tied` are the layers that are recorded as another one.
+    `recording` may be switched off and on at any time; `tied` are the layers that are recorded as another one; `missing` says why
+    there are no records, where there are none.
     """
 
     def __init__(
         self, layers: dict[nn.Linear, str], criterion: nn.Module, *, diagonal: bool, grad_outputs: bool = False,
         columns: Columns | None = None, model: nn.Module | None = None, keep_inputs: bool = False, recursive: bool = True,
-        samples: int | None = None, widest: int | None = None,
+        samples: int | None = None, widest: int | None = None, output_hessian: OutputHessianOf | None = None,
     ):  # fmt: skip
         self.names = layers
         self.criterion = criterion
@@ -77,9 +83,11 @@ class Tape:
         self.grad_outputs = grad_outputs
         self.columns = columns
         self.recursive = recursive
+        self.output_hessian = output_hessian or (lambda criterion, loss, source, *_: autograd_hessian(loss, source))
         self.samples = samples
         self.wide = {layer for layer in layers if widest is not None and layer.out_features > widest}
         self.recording = True
+        self.missing = _NOT_CALLED  # why there may be no records
         self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
         self._muted = False
         self._keeps_inputs = keep_inputs
@@ -110,6 +118,7 @@ class Tape:
         A graph that somebody still holds (by its loss, say) then keeps none of the tape's tensors alive.
         """
         self._log.clear(release)
+        self.missing = _NOT_CALLED
 
     def rescaled(self, factor: float) -> AbstractContextManager[None]:
         """Within it the records are those of a backward pass from `factor` times what backward() was called on."""
@@ -297,10 +306,13 @@ class Tape:
     def _on_criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor) -> None:
         made_by = loss.grad_fn if isinstance(loss, Tensor) else None
         if made_by is None:
+            kind = "a tensor without a graph" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            self.missing = f"the criterion returned {kind} where the loss alone is expected"
             return
         nodes, passed = source_nodes(made_by, self._key)
         self._refuse_compiled_layers(made_by, passed)
         if not nodes:
+            self.missing = "the criterion was called, but not on what linear layers returned in training mode"
             return
         if COMPILED in passed:
             raise compiled_error("the criterion, or what comes before it, runs")
@@ -314,9 +326,7 @@ class Tape:
         call = LossCall([self._use(node, criterion) for node in nodes], None, loss.detach(), mean=reduction != "sum")
         call.instances = _instances(call.sources, args)
         if len(args) > 1:
-            call.masses = functools.cache(
-                functools.partial(element_masses, criterion, None, *_detached(args[1:]), **_detached(kwargs))
-            )
+            call.masses = LateMasses(criterion, (None, *_detached(args[1:])), _detached(kwargs))
         if self._keeps_inputs:
             own = term_of_its_own(loss, (args, kwargs), self._watched)
             call.outside = own and f"parameters that the criterion takes by itself (by {own})"
@@ -331,11 +341,16 @@ class Tape:
         elif len(nodes) == 1:
             output = args[0] if args else None
             width = call.sources[0].layer.out_features
-            if isinstance(output, Tensor) and output.dim() > 0 and output.shape[-1] == width and is_view_of(output, nodes[0]):
+            if (
+                isinstance(output, Tensor)
+                and output.dim() > 0
+                and output.shape[-1] == width
+                and is_view_of(output.grad_fn, nodes[0])
+            ):
                 call.hessian = analytic_hessian(criterion, output.detach(), *args[1:], **kwargs)
             if call.hessian is None:
                 with self.muted():
-                    hessian = autograd_hessian(loss, nodes[0])
+                    hessian = self.output_hessian(criterion, loss, nodes[0], args, kwargs)
                 call.flat = not bool(hessian.values.any())
                 call.hessian = None if call.flat else hessian
                 if call.flat:
@@ -343,6 +358,10 @@ class Tape:
         else:
             for node in nodes:
                 self._keep_gradient(node)
+        self.missing = (
+            "the criterion was called, but no backward() has gone through what it returned: gradients that are set by hand, as "
+            "from torch.autograd.grad, do not say of which loss they are"
+        )
         self._see_repeats(call, made_by)
         self._log.watch_loss(call, made_by, loss.output_nr)
 

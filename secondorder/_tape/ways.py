@@ -69,6 +69,11 @@ class Way:
         """Whether it may be applied to some rows alone."""
         return not self.pieces
 
+    @property
+    def affine(self) -> bool:
+        """Whether it is linear but for a constant."""
+        return all(isinstance(piece, LinearPiece) for piece in self.pieces)
+
     def __call__(self, t: Tensor) -> Tensor:
         """The argument, for a tensor of all rows or, where it is `by_rows`, of fewer."""
         for piece in self.pieces:
@@ -107,6 +112,15 @@ def preactivation(output: GradientEdge) -> GradientEdge:
             break
         node, number = following[0]  # type: ignore[assignment]
     return GradientEdge(node, number)
+
+
+def is_affine(output: GradientEdge, source: Node) -> bool:
+    """Whether a tensor is linear in that of `source` alone, or so but for a constant."""
+    node: Node | None = output.node
+    while node is not None and node is not source:
+        following = [each for each, _ in node.next_functions if each is not None]
+        node = following[0] if len(following) == 1 and linear_node(node) else None
+    return node is source
 
 
 def _pieces(

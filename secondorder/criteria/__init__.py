@@ -1,13 +1,13 @@
 """The papers' criteria, and the Hessians of any criterion with respect to the network's output."""
 
-from secondorder.criteria.autograd import autograd_hessian, autograd_root
-from secondorder.criteria.hessians import OutputHessian, analytic_hessian, known_form
-from secondorder.criteria.known import by_position, element_masses, row_masses, takes_log_probabilities
+from secondorder.criteria.autograd import autograd_hessian, autograd_root, tangent_map
+from secondorder.criteria.hessians import KnownForm, OutputHessian, analytic_hessian, known_form
+from secondorder.criteria.known import LateMasses, by_position, element_masses, is_convex, link_of, row_masses
 from secondorder.criteria.losses import BoundedClassificationLoss, CompositeLoss, FunctionCriterion, TukeyBiweightLoss
 from secondorder.criteria.roots import LikelihoodRoot, OutputRoot, SampledRoot, likelihood_root
 
 __all__ = [
-    "BoundedClassificationLoss", "CompositeLoss", "FunctionCriterion", "LikelihoodRoot", "OutputHessian", "OutputRoot",
-    "SampledRoot", "TukeyBiweightLoss", "analytic_hessian", "autograd_hessian", "autograd_root", "by_position",
-    "element_masses", "known_form", "likelihood_root", "row_masses", "takes_log_probabilities",
+    "BoundedClassificationLoss", "CompositeLoss", "FunctionCriterion", "KnownForm", "LateMasses", "LikelihoodRoot",
+    "OutputHessian", "OutputRoot", "SampledRoot", "TukeyBiweightLoss", "analytic_hessian", "autograd_hessian", "autograd_root",
+    "by_position", "element_masses", "is_convex", "known_form", "likelihood_root", "link_of", "row_masses", "tangent_map",
 ]  # fmt: skip

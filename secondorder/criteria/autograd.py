@@ -1,19 +1,20 @@
 """The Hessian of any criterion with respect to a tensor of the graph, by double backward."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder._tensors import irregular
-from secondorder.criteria.hessians import OutputHessian, check_semidefinite, symmetrized
+from secondorder.criteria.hessians import OutputHessian, check_semidefinite, lowest_eigenvalue, symmetrized
 from secondorder.criteria.roots import DenseRoot, GaussianRoot, OutputRoot
 from secondorder.errors import second_derivatives
 
 
-def autograd_hessian(loss: Tensor, source: Node) -> OutputHessian:
-    """H = sum_i d^2 L / dz_i dz_i^T [K, K] of any scalar loss L, by double backward.
+def autograd_hessian(loss: Tensor, source: Node, inner: GradientEdge | None = None) -> OutputHessian:
+    """H = sum_i d^2 L / dz_i dz_i^T [K, K] of any scalar loss L, by double backward; with u = u(z), sum_i J_i^T H_u J_i.
 
     Needs K backward passes through the criterion, or two where it acts on every element of z on its own. Instances must not
     be coupled by the criterion; a coupling enters as if it stood within the instances.
@@ -21,25 +22,28 @@ def autograd_hessian(loss: Tensor, source: Node) -> OutputHessian:
     Args:
         loss: L, a scalar with its graph.
         source: the node of the graph whose tensor is z [..., K].
+        inner: where u stands in the graph, between z and L: H_u is then the Hessian there, J_i = du/dz_i; None: it is z itself.
     """
-    diagonal, rows = _rows_of(loss, source)
+    diagonal, rows = _rows_of(loss, source, inner)
     k = diagonal.shape[-1]
     if rows is None:
-        return OutputHessian(diagonal.reshape(-1, k).sum(0), convex=not bool(diagonal.any()))
+        convex = not diagonal.numel() or lowest_eigenvalue(diagonal, diagonal.dtype) is None
+        return OutputHessian((diagonal.clamp(min=0) if convex else diagonal).reshape(-1, k).sum(0), convex)
     return OutputHessian(torch.stack([row.reshape(-1, k).sum(0) for row in rows]), convex=False)
 
 
-def autograd_root(loss: Tensor, source: Node) -> OutputRoot:
-    """A square root of every instance's H_i = d^2 L / dz_i dz_i^T [K, K], by double backward.
+def autograd_root(loss: Tensor, source: Node, inner: GradientEdge | None = None) -> OutputRoot:
+    """A square root of every instance's H_i = d^2 L / dz_i dz_i^T [K, K], by double backward; with u = u(z), of J_i^T H_u J_i.
 
     Args:
         loss: L, a scalar with its graph.
         source: the node of the graph whose tensor is z [..., K].
+        inner: as for `autograd_hessian`.
 
     Raises:
         ValueError: an H_i is not positive semi-definite.
     """
-    diagonal, rows = _rows_of(loss, source)
+    diagonal, rows = _rows_of(loss, source, inner)
     if rows is None:
         check_semidefinite(diagonal, diagonal.dtype)
         return GaussianRoot(diagonal.clamp(min=0).sqrt())
@@ -51,27 +55,61 @@ def autograd_root(loss: Tensor, source: Node) -> OutputRoot:
     return DenseRoot((vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)).to(diagonal.dtype))
 
 
-def _rows_of(loss: Tensor, source: Node) -> tuple[Tensor, Iterator[Tensor] | None]:
+def tangent_map(outer: Sequence[GradientEdge], inner: Sequence[GradientEdge]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """t -> J t, J the derivative of the tensors at `outer` by those at `inner`, by double backward.
+
+    Args:
+        outer: where the values stand in the graph.
+        inner: where what they are functions of stands, before them.
+    """
+    made = [edge.node._input_metadata[edge.output_nr] for edge in outer]
+    with torch.enable_grad():
+        u = [torch.zeros(m.shape, dtype=m.dtype, device=m.device, requires_grad=True) for m in made]
+        transposed = torch.autograd.grad(outer, inner, u, create_graph=True, allow_unused=True)
+
+    def tangent(t: Sequence[Tensor]) -> list[Tensor]:
+        pairs = [(w, each.to(w.dtype)) for w, each in zip(transposed, t, strict=True) if w is not None and w.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(each) for each in u]
+        return list(
+            torch.autograd.grad(
+                [w for w, _ in pairs], u, [each for _, each in pairs], retain_graph=True, materialize_grads=True,
+                allow_unused=True,
+            )
+        )  # fmt: skip
+
+    return tangent
+
+
+def _rows_of(loss: Tensor, source: Node, inner: GradientEdge | None) -> tuple[Tensor, Iterator[Tensor] | None]:
     """Every instance's H_i: its diagonal [..., K] and None, or its row sums and its rows, K tensors [..., K]."""
-    edge = GradientEdge(source, 0)
+    z = GradientEdge(source, 0)
+    edge = z if inner is None else inner
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(loss, edge, create_graph=True)
-    if not gradient.requires_grad:  # a loss that is linear in z
-        return torch.zeros_like(gradient), None
+    tangent = None if inner is None else tangent_map([edge], [z])
+    made: Any = source._input_metadata[0]
+    zero = torch.zeros(made.shape, dtype=made.dtype, device=made.device)
+    if not gradient.requires_grad:  # a loss that is linear there
+        return zero, None
 
     def product(v: Tensor) -> Tensor:
         with second_derivatives():
-            (hv,) = torch.autograd.grad(gradient, edge, v, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(gradient) if hv is None else hv.detach()
+            (hv,) = torch.autograd.grad(
+                gradient, edge, v if tangent is None else tangent([v])[0], retain_graph=True, allow_unused=True
+            )
+            if tangent is not None and hv is not None:
+                (hv,) = torch.autograd.grad([edge], [z], [hv], retain_graph=True, allow_unused=True)
+        return zero if hv is None else hv.detach()
 
     # A diagonal Hessian has H v = (H 1) * v for every v.
-    diagonal, v = product(torch.ones_like(gradient)), irregular(gradient)
+    diagonal, v = product(torch.ones_like(zero)), irregular(zero)
     if ((product(v) - diagonal * v).abs() <= 1e-4 * diagonal.abs().max()).all():
         return diagonal, None
 
     def unit(k: int) -> Tensor:
-        v = torch.zeros_like(gradient)
+        v = torch.zeros_like(zero)
         v[..., k] = 1
         return v
 
-    return diagonal, (product(unit(k)) for k in range(gradient.shape[-1]))
+    return diagonal, (product(unit(k)) for k in range(zero.shape[-1]))

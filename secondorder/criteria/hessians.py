@@ -12,14 +12,14 @@ Criteria whose Hessian is diagonal give it as a vector [K].
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secondorder import ops
-from secondorder.criteria.known import evaluated, normalizer
+from secondorder.criteria.known import evaluated, is_convex, normalizer
 from secondorder.criteria.losses import BoundedClassificationLoss, CompositeLoss, TukeyBiweightLoss
 from secondorder.criteria.roots import OutputRoot, bce_with_logits_root, cross_entropy_root, likelihood_root
 from secondorder.errors import NonFiniteError
@@ -69,6 +69,14 @@ class OutputHessian:
         eigenvalues, vectors = torch.linalg.eigh(symmetrized(self.values).double())
         return ((vectors * pos_eig(eigenvalues, gamma)) @ vectors.T).to(self.values.dtype)
 
+    def is_semidefinite(self) -> bool:
+        """Whether H is known to be positive semi-definite, or dense and seen to be; where it is not finite the step says so."""
+        if self.convex or not self.values.isfinite().all():
+            return True
+        if self.values.dim() == 1:  # some instance's is not
+            return False
+        return lowest_eigenvalue(torch.linalg.eigvalsh(symmetrized(self.values).double()), self.values.dtype) is None
+
     def semidefinite(self) -> Tensor:
         """H itself, dense [K, K], a new tensor, which Gauss-Newton needs to be positive semi-definite.
 
@@ -98,10 +106,15 @@ def analytic_hessian(criterion: nn.Module, output: Tensor, *args: Any, **kwargs:
     return evaluated(_FORMULAS, criterion, output, args, kwargs) if output.dim() >= 2 else None
 
 
-def known_form(criterion: nn.Module, output: Any, *args: Any, **kwargs: Any) -> OutputHessian | OutputRoot | None:
-    """What the quadratic model of a step takes for the Hessian of a criterion that is not convex in the output.
+# What the quadratic model of a step is told of a criterion.
+KnownForm = OutputHessian | OutputRoot | Literal["convex"] | None
 
-    H for the criteria that are known not to be convex; the root of J_i^T H_i J_i for a `CompositeLoss`; None for every other.
+
+def known_form(criterion: nn.Module, output: Any, *args: Any, **kwargs: Any) -> KnownForm:
+    """What the quadratic model of a step takes for the Hessian of a criterion.
+
+    H for the criteria that are known not to be convex; the root of J_i^T H_i J_i for a `CompositeLoss`; "convex" for those known
+    to be so in the output; None for every other.
 
     Args:
         criterion: a module or a `FunctionCriterion`.
@@ -112,7 +125,7 @@ def known_form(criterion: nn.Module, output: Any, *args: Any, **kwargs: Any) -> 
     if isinstance(criterion, CompositeLoss):
         return likelihood_root(criterion, output.detach(), *args, **kwargs)
     if not isinstance(criterion, BoundedClassificationLoss | TukeyBiweightLoss):
-        return None
+        return "convex" if is_convex(criterion) else None
     return analytic_hessian(criterion, output, *args, **kwargs)
 
 
@@ -129,13 +142,19 @@ def symmetrized(hessian: Tensor) -> Tensor:
 
 def check_semidefinite(eigenvalues: Tensor, dtype: torch.dtype) -> None:
     """Raises ValueError where an eigenvalue is negative by more than rounding in `dtype` explains."""
-    lowest, tolerance = eigenvalues.min(), torch.finfo(dtype).eps ** 0.5 * eigenvalues.abs().max()
-    if lowest < -tolerance:  # NaN is left to the step's own check
+    lowest = lowest_eigenvalue(eigenvalues, dtype)
+    if lowest is not None:
         raise ValueError(
             "expected a criterion whose Hessian with respect to the network output is positive semi-definite, got the eigenvalue "
             f"{lowest:.3g}; the Gauss-Newton matrix is then indefinite: use the positive-curvature Hessian, curvature='pch-abs' "
-            "or 'pch-clip'"
+            "or 'pch-clip', as LayerwiseNewton and EACG do"
         )
+
+
+def lowest_eigenvalue(eigenvalues: Tensor, dtype: torch.dtype) -> float | None:
+    """The least eigenvalue, where it is negative by more than rounding in `dtype` explains; NaN never is."""
+    lowest = eigenvalues.min()
+    return float(lowest) if lowest < -(torch.finfo(dtype).eps ** 0.5) * eigenvalues.abs().max() else None
 
 
 def _cross_entropy(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> OutputHessian | None:

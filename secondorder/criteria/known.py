@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secondorder._tensors import to_compute_dtype
+from secondorder._tensors import Arriving, to_compute_dtype
 from secondorder.criteria.losses import CompositeLoss, FunctionCriterion
 
 _FUNCTIONS: dict[Callable[..., Tensor], type[nn.Module]] = {
@@ -17,7 +17,10 @@ _FUNCTIONS: dict[Callable[..., Tensor], type[nn.Module]] = {
     F.nll_loss: nn.NLLLoss,
     F.mse_loss: nn.MSELoss,
     F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    F.binary_cross_entropy: nn.BCELoss,
 }
+# Convex in their first argument, whatever it is; those of probabilities or their logarithms are in what these come from.
+_CONVEX = (nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
 
 
 def evaluated(
@@ -99,8 +102,50 @@ def element_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | 
     Returns:
         The weights [m, ...] in float64, 0 where an element is ignored; None: all count alike.
     """
+    found = _target_weights(criterion, args, kwargs)
+    if found is None:
+        return None
+    target, weight, ignored = found
+    kept = target != ignored
+    if weight is None and bool(kept.all()):
+        return None
+    return kept.double() if weight is None else weight.double()[torch.where(kept, target, 0)] * kept
+
+
+class LateMasses:
+    """`element_masses` of a criterion's call, computed when they are asked for, without a wait where nothing is ignored.
+
+    Args:
+        criterion: as for `row_masses`.
+        args: of the call.
+        kwargs: of the call.
+    """
+
+    def __init__(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self._of = (criterion, args, kwargs)
+        found = _target_weights(criterion, args, kwargs)
+        self._found = found is not None
+        self._masses: Tensor | None = None
+        self._all_count = None if found is None or found[1] is not None else Arriving((found[0] != found[2]).all())
+
+    def __call__(self) -> Tensor | None:
+        """The weights, or None where all count alike."""
+        if not self._found:
+            return None
+        if self._all_count is not None and self._all_count.read():
+            self._found = False
+        elif self._masses is None:
+            criterion, args, kwargs = self._of
+            self._masses = element_masses(criterion, *args, **kwargs)
+        return self._masses
+
+
+def _target_weights(
+    criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, int] | None:
+    """A classifier's target, its class weights and the class that it ignores; None: it has no such target."""
     if isinstance(criterion, CompositeLoss):
-        return element_masses(criterion.outer, *args, **kwargs)
+        return _target_weights(criterion.outer, args, kwargs)
     if isinstance(criterion, FunctionCriterion):
         if criterion.function not in (F.cross_entropy, F.nll_loss):
             return None
@@ -111,17 +156,29 @@ def element_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | 
         return None
     if not isinstance(target, Tensor) or target.is_floating_point() or target.dim() == 0:
         return None
-    target = target.long()
-    kept = target != ignored
-    if weight is None and bool(kept.all()):
-        return None
-    return kept.double() if weight is None else weight.double()[torch.where(kept, target, 0)] * kept
+    return target.long(), weight, ignored
 
 
-def takes_log_probabilities(criterion: nn.Module) -> bool:
-    """Whether a criterion is the negative log-likelihood, whose curvature is in the log_softmax before it.
+def is_convex(criterion: nn.Module) -> bool:
+    """Whether it is known to be convex in its first argument.
 
     Args:
         criterion: a module or a `FunctionCriterion`.
     """
-    return isinstance(criterion, nn.NLLLoss) or (isinstance(criterion, FunctionCriterion) and criterion.function is F.nll_loss)
+    return _kind(criterion) in _CONVEX
+
+
+def link_of(criterion: nn.Module) -> str | None:
+    """The name of the autograd node of what a likelihood's first argument is to be made by of its logits; None: it takes these.
+
+    The curvature of NLLLoss is in the log_softmax before it, and that of BCELoss in the sigmoid.
+
+    Args:
+        criterion: a module or a `FunctionCriterion`.
+    """
+    return {nn.NLLLoss: "LogSoftmaxBackward", nn.BCELoss: "SigmoidBackward"}.get(_kind(criterion))
+
+
+def _kind(criterion: nn.Module) -> type[nn.Module]:
+    """A criterion's type, or that of the module that its function stands for."""
+    return _FUNCTIONS.get(criterion.function, type(criterion)) if isinstance(criterion, FunctionCriterion) else type(criterion)

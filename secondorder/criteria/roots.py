@@ -179,7 +179,8 @@ def likelihood_root(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: 
     """The root for the criteria known to be a negative log-likelihood, at `output` [..., K]; None for every other.
 
     They are nn.CrossEntropyLoss (categorical), nn.NLLLoss (the same, of the logits that log_softmax was taken of), nn.MSELoss
-    (Gaussian) and nn.BCEWithLogitsLoss (Bernoulli) and their functions. For them it is a root of the Hessian itself: the Fisher
+    (Gaussian), nn.BCEWithLogitsLoss (Bernoulli) and nn.BCELoss (the same, of the logits that the sigmoid was taken of), and their
+    functions. For them it is a root of the Hessian itself: the Fisher
     matrix is the Gauss-Newton matrix. For a `CompositeLoss` of one of them it is a root of J_i^T H_i J_i.
 
     Args:
@@ -239,10 +240,20 @@ def _mse_root(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> Gaussian
 
 def bce_with_logits_root(criterion: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor) -> BernoulliRoot:
     """The root of binary cross-entropy with weights, at logits [..., K]."""
-    p = output.sigmoid()
-    mass = torch.full_like(p, 1 / normalizer(criterion, output.numel()))
-    if criterion.pos_weight is not None:
-        mass = mass * (1 + (criterion.pos_weight - 1) * target)
+    return _bernoulli_root(criterion, output.sigmoid(), target, criterion.pos_weight)
+
+
+def _bce_root(criterion: nn.BCELoss, output: Tensor, target: Tensor) -> BernoulliRoot:
+    return _bernoulli_root(criterion, output, target, None)
+
+
+def _bernoulli_root(
+    criterion: nn.BCEWithLogitsLoss | nn.BCELoss, p: Tensor, target: Tensor, pos_weight: Tensor | None
+) -> BernoulliRoot:
+    """At the logits of the probabilities p [..., K]."""
+    mass = torch.full_like(p, 1 / normalizer(criterion, p.numel()))
+    if pos_weight is not None:
+        mass = mass * (1 + (pos_weight - 1) * target)
     if criterion.weight is not None:
         mass = mass * criterion.weight
     return BernoulliRoot((mass * p * (1 - p)).sqrt(), p, mass)
@@ -253,4 +264,5 @@ _ROOTS: dict[type, Callable[..., LikelihoodRoot | None]] = {
     nn.NLLLoss: _nll_root,
     nn.MSELoss: _mse_root,
     nn.BCEWithLogitsLoss: bce_with_logits_root,
+    nn.BCELoss: _bce_root,
 }

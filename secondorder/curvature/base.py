@@ -1,9 +1,12 @@
 """What a curvature is, and the names by which optimizers take one."""
 
+from typing import Any
+
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
 
 from secondorder._distributed import RankTerm
-from secondorder._tape import Columns, LayerRecord
+from secondorder._tape import Columns, LayerRecord, OutputHessianOf, is_affine
 from secondorder._tensors import cast
 
 
@@ -16,6 +19,8 @@ class Curvature:
         columns: what the tape must take back to every layer, or None. A function of the criterion, the loss, the node of the one
             layer that the criterion sees (else None), and the criterion's arguments; it returns the edge of the graph
             where columns start, and a root whose columns they are.
+        output_hessian: where the recursion starts, if not from the criterion's Hessian: a function of the same arguments; asked
+            where no formula gives that Hessian of the last layer's output itself.
         recursive: whether the tape must know the criterion's Hessian and what stands between layers, both by double backward
             where no formula gives them.
         restarts: whether a layer behind an obstacle starts anew from its empirical Fisher block.
@@ -24,6 +29,7 @@ class Curvature:
     diagonal = False
     grad_outputs = False
     columns: Columns | None = None
+    output_hessian: OutputHessianOf | None = None
     recursive = True
     restarts = False
 
@@ -101,3 +107,17 @@ def curvature_by_name(name: str | Curvature) -> Curvature:
     if not isinstance(name, str) or name not in CURVATURES:
         raise ValueError(f"expected curvature to be one of {', '.join(map(repr, CURVATURES))}, or a Curvature, got {name!r}")
     return CURVATURES[name]
+
+
+def convex_argument(source: Node, args: tuple[Any, ...]) -> GradientEdge | None:
+    """Where a criterion's first argument stands in the graph, if it is a function of the last layer's output that is not affine.
+
+    Args:
+        source: the node of that output.
+        args: the criterion's.
+    """
+    node = args[0].grad_fn if args and isinstance(args[0], Tensor) else None
+    if node is None:
+        return None
+    edge = GradientEdge(node, args[0].output_nr)
+    return None if is_affine(edge, source) else edge

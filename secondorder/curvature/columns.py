@@ -10,32 +10,92 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder._tape import LayerRecord
+from secondorder._tape import LayerRecord, is_reshaping, is_view_of
 from secondorder.criteria import (
     CompositeLoss,
     LikelihoodRoot,
     OutputRoot,
     SampledRoot,
     autograd_root,
+    is_convex,
     likelihood_root,
-    takes_log_probabilities,
+    link_of,
 )
-from secondorder.curvature.base import Curvature, register
+from secondorder.curvature.base import Curvature, convex_argument, register
 
 
 def logits_edge(criterion: nn.Module, output: Tensor) -> GradientEdge | None:
     """Where the tensor that a likelihood's root is taken at stands in the graph; None: it is not there.
 
-    For the negative log-likelihood of log-probabilities that is what log_softmax was taken of, which is them but for a constant.
+    For a likelihood of log-probabilities or probabilities that is what log_softmax, or the sigmoid, was taken of; its numbers are
+    the output's, and its shape may be another one for the sigmoid.
     """
-    node = output.grad_fn
+    node, link = output.grad_fn, link_of(criterion)
     assert node is not None
-    if not takes_log_probabilities(criterion):
+    if link is None:
         return GradientEdge(node, output.output_nr)
-    if not node.name().startswith("LogSoftmaxBackward"):
+    while link == "SigmoidBackward" and is_reshaping(node) and node.next_functions[0][0] is not None:
+        node = node.next_functions[0][0]
+    if not node.name().startswith(link):
         return None
     before, number = node.next_functions[0]
     return None if before is None else GradientEdge(before, number)
+
+
+def gauss_newton_root(
+    criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[GradientEdge, OutputRoot]:
+    """A root of every instance's Gauss-Newton matrix at the last linear layer's output z, and where it stands in the graph.
+
+    It is of the criterion's Hessian at z, or of J_u^T H_u J_u, for a criterion that is convex in its argument u(z) alone.
+
+    Raises:
+        ValueError: the criterion is convex in neither, or several linear layers enter it and no root is known of it.
+    """
+    output = args[0] if args else None
+    if isinstance(output, Tensor) and output.grad_fn is not None:
+        root, edge = likelihood_root(criterion, output.detach(), *args[1:], **kwargs), logits_edge(criterion, output)
+        if root is not None and edge is not None:
+            composite = isinstance(criterion, CompositeLoss)  # at its inner value alone: the Hessian at the source may not be
+            if source is None or composite or (is_view_of(edge.node, source) and output.shape[-1:] == _shape(source)[-1:]):
+                return edge, _Reshaped(root, _shape(edge.node, edge.output_nr))
+    if source is None:
+        raise ValueError(
+            f"expected one linear layer's output to enter {criterion}, got several; use curvature='pch-abs', "
+            "as LayerwiseNewton does"
+        )
+    z, inner = GradientEdge(source, 0), convex_argument(source, args)
+    if inner is not None and is_convex(criterion):
+        return z, autograd_root(loss, source, inner)
+    try:
+        return z, autograd_root(loss, source)
+    except ValueError as error:
+        try:
+            if inner is not None:
+                return z, autograd_root(loss, source, inner)
+        except ValueError:
+            pass  # the first error is of what everybody knows, the last layer
+        raise error from None
+
+
+@dataclass(frozen=True)
+class _Reshaped:
+    """A root whose columns have the shape of where they start."""
+
+    root: OutputRoot
+    shape: torch.Size
+
+    @property
+    def count(self) -> int:
+        return self.root.count
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        found = self.root.columns(begin, end)
+        return found.reshape(len(found), *self.shape)
+
+
+def _shape(node: Any, number: int = 0) -> torch.Size:
+    return torch.Size(node._input_metadata[number].shape)
 
 
 class FromColumns(Curvature):
@@ -73,16 +133,18 @@ class FisherExact(FromColumns):
         root, edge = None, None
         if isinstance(output, Tensor) and output.grad_fn is not None:
             root = self._root(criterion, output.detach(), *args[1:], **kwargs)
-            sampled = isinstance(root, _Samples) and isinstance(root.root, SampledRoot)  # its gradients are at the output itself
-            edge = GradientEdge(output.grad_fn, output.output_nr) if sampled else logits_edge(criterion, output)
+            drawn = isinstance(root, _Samples) and isinstance(root.root, SampledRoot)  # its gradients are at the output itself
+            edge = GradientEdge(output.grad_fn, output.output_nr) if drawn else logits_edge(criterion, output)
         if root is None or edge is None:
             raise ValueError(
                 "expected a criterion that is a likelihood the Fisher matrix's labels can be drawn from, called with the "
-                "network's output first: cross-entropy, NLL of log_softmax, MSE or BCE with logits, a "
+                "network's output first: cross-entropy, NLL of log_softmax, MSE, BCE with logits or of a sigmoid, a "
                 f"secondorder.criteria.CompositeLoss of these{self._others}; got {criterion}: use curvature='pch-abs' or "
-                "'fisher-empirical'"
+                "'fisher-empirical', which LayerwiseNewton and EACG take"
             )
-        return edge, root
+        if isinstance(root, _Samples):
+            return edge, _Reshaped(root, _shape(edge.node, edge.output_nr))
+        return gauss_newton_root(criterion, loss, source, args, kwargs)  # the same for these, and its rows are the layer's
 
     _others: ClassVar[str] = ""  # what else it takes
 
@@ -135,26 +197,19 @@ class KFLRCurvature(FromColumns):
 
         H = E[J^T H_out J],
 
-    J the Jacobian of the network's output with respect to the layer's, H_out the criterion's Hessian.
+    J the Jacobian of the last linear layer's output z with respect to the layer's, H_out the criterion's Hessian there, or of
+    its argument u(z), J_u^T H_u J_u, for a criterion that is convex in u alone: MSE behind a sigmoid, say.
 
     Raises:
-        ValueError: in the forward pass, where an instance's Hessian of the criterion is not positive semi-definite, or several
-            linear layers enter the criterion and it is not one that `likelihood_root` knows.
+        ValueError: in the forward pass, where an instance's Hessian of the criterion is positive semi-definite neither there nor
+            at its argument, or several linear layers enter the criterion and it is not one that `likelihood_root` knows.
     """
 
     def columns(
         self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[GradientEdge, OutputRoot]:
         """Where the columns start, and a root of which they are the columns."""
-        output = args[0] if args else None
-        if isinstance(output, Tensor) and output.grad_fn is not None:
-            root, edge = likelihood_root(criterion, output.detach(), *args[1:], **kwargs), logits_edge(criterion, output)
-            convex = isinstance(criterion, CompositeLoss)  # at its inner value alone: the Hessian at the source may not be
-            if root is not None and edge is not None and (source is None or edge.node is source or convex):
-                return edge, root
-        if source is None:
-            raise ValueError(f"expected one linear layer's output to enter {criterion}, got several; use curvature='pch-abs'")
-        return GradientEdge(source, 0), autograd_root(loss, source)
+        return gauss_newton_root(criterion, loss, source, args, kwargs)
 
 
 register("kflr", KFLRCurvature())

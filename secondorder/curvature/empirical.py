@@ -49,9 +49,10 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
         # subsample stand for all m. A negative scale means that the loss is maximised.
         instances: Tensor | float = m if loss.instances is None else loss.instances
         masses = loss.masses()
-        if masses is not None and masses.numel() == m:
-            mass = flatten_batch([masses.reshape(-1, 1).to(delta.dtype)], record.samples)
-            delta, instances = delta * torch.where(mass > 0, mass.rsqrt(), 0), masses.sum().to(delta.dtype)
+        own = loss.row_masses(gradient.shape[:-1])
+        if own is not None:
+            mass = flatten_batch([own.unsqueeze(1).to(delta.dtype)], record.samples)
+            delta, instances = delta * torch.where(mass > 0, mass.rsqrt(), 0), own.sum().to(delta.dtype)
         elif masses is not None:
             instances = instances * (masses > 0).to(delta.dtype).mean()
         scale = loss.scale.abs()

@@ -7,16 +7,18 @@ places) the layer starts anew from its empirical Fisher block, and the recursion
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from secondorder import ops
 from secondorder._distributed import RankTerm
 from secondorder._tape import AutogradMap, KnownActivation, LayerRecord, derivatives
 from secondorder._tensors import cast, host_numbers
-from secondorder.criteria import OutputHessian
-from secondorder.curvature.base import Curvature, register
+from secondorder.criteria import OutputHessian, autograd_hessian, is_convex
+from secondorder.curvature.base import Curvature, convex_argument, register
 from secondorder.curvature.empirical import empirical_fisher
 from secondorder.linalg import pos_eig
 
@@ -105,7 +107,7 @@ class Recursion(Curvature):
         moment = ops.bias_hessian(one, one.expand(1, d1.shape[1]), d1, None, None, 0.0)
         grad = record.grad_activation() if self.diagonal else None
         diagonal = d1.new_zeros(d1.shape[1]) if d2 is None or grad is None else (d2 * grad.to(dtype)).sum(0)
-        return [RankTerm("E[d1 d1^T]", moment, record.instances), RankTerm("diagonal", diagonal)]
+        return [RankTerm("E[d1 d1^T]", moment, record.counted), RankTerm("diagonal", diagonal)]
 
     def _averaged(self, record: LayerRecord, above: dict[nn.Linear, Tensor], terms: dict[str, Tensor]) -> Tensor:
         if record.losses:
@@ -171,13 +173,27 @@ class GaussNewton(Recursion):
 
         H^k = E[d^2 xi / dz^2]  of the last layer,     H^{t-1} = (W^T H^t W) * E[d1 d1^T]  of the layers below,
 
-    z the network's output, d1 the derivative of the activation, and * elementwise.
+    z the last layer's output, d1 the derivative of the activation, and * elementwise. Where the criterion is convex in a function
+    u(z) of it alone, as MSE is behind a sigmoid, H^k = E[J^T (d^2 xi / du^2) J] with J = du/dz.
 
     Raises:
         ValueError: from `bias_hessians`, where the criterion's Hessian is not positive semi-definite.
     """
 
     gamma = 0.0
+
+    def output_hessian(  # a method here, None in the base
+        self, criterion: nn.Module, loss: Tensor, source: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> OutputHessian:
+        """H^k on the scale of the loss."""
+        inner = convex_argument(source, args)
+        if inner is None:
+            return autograd_hessian(loss, source)
+        if is_convex(criterion):
+            found = autograd_hessian(loss, source, inner)
+            return OutputHessian(found.values, convex=True)
+        hessian = autograd_hessian(loss, source)
+        return hessian if hessian.is_semidefinite() else autograd_hessian(loss, source, inner)
 
     def _top(self, hessian: OutputHessian) -> Tensor:
         return hessian.semidefinite()

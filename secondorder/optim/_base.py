@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from secondorder._distributed import RankReducer
 from secondorder._layers import linear_layers, uncovered
-from secondorder._tape import Columns, LayerRecord, Tape
+from secondorder._tape import Columns, LayerRecord, OutputHessianOf, Tape
 from secondorder._tensors import to_compute_dtype
 from secondorder._warnings import warn
 from secondorder.criteria import FunctionCriterion
@@ -42,6 +42,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         columns: gives columns at the network's output that the tape takes back to every layer, or None.
         keep_inputs: whether the tape keeps the model's and the criterion's arguments.
         recursive: whether the curvature needs the criterion's Hessian and derivatives of what stands between layers.
+        output_hessian: gives the recursion's start where no formula does; None: the criterion's Hessian.
         samples: of every forward pass at most so many instances enter the curvature's expectations; None: all.
         max_factor_dim: layers with more outputs are left to the fallback, >= 1; None: there is no limit.
         maximize: whether the loss is to be maximised: everything is then as for its negative.
@@ -74,6 +75,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         columns: Columns | None = None,
         keep_inputs: bool = False,
         recursive: bool = True,
+        output_hessian: OutputHessianOf | None = None,
         samples: int | None = None,
         max_factor_dim: int | None = None,
         maximize: bool = False,
@@ -143,6 +145,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
             "model": called,
             "keep_inputs": keep_inputs,
             "recursive": recursive,
+            "output_hessian": output_hessian,
             "samples": samples,
             "widest": max_factor_dim,
         }
@@ -316,7 +319,7 @@ def recorded_layers(owner: str, tape: Tape) -> list[LayerRecord]:
             f"{owner}.step(): there are gradients, but no call of the criterion that leads to them was recorded. Compute "
             f"the loss by the criterion given to the optimizer ({tape.criterion!r}; optimizer.criterion(output, target) "
             "where it is a function), which returns nothing but the loss, with the model in training mode, and the gradients by "
-            "loss.backward(); optimizer.zero_grad() forgets the calls before it."
+            f"loss.backward(); optimizer.zero_grad() forgets the calls before it. Here {tape.missing}."
         )
     check_instances(owner, (call.input for record in records for call in record.calls))
     return records

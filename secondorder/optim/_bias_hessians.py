@@ -41,7 +41,7 @@ class BiasHessians:
         self._source = FactorSource(curvature, None, None, layers)
         self.tape = Tape(
             layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns,
-            model=model,
+            model=model, output_hessian=curvature.output_hessian,
         )  # fmt: skip
 
     def of_step(self, trained: Mapping[Tensor, Any], sign: int, group: dist.ProcessGroup | None) -> dict[Tensor, Tensor]:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from secondorder._distributed import RankReducer, RankTerm
-from secondorder._tape import refuse_reentrant_checkpoint
+from secondorder._tape import aligned, counting_rows, refuse_reentrant_checkpoint
 from secondorder._tensors import compute_dtype, flatten_batch
+from secondorder.criteria import LateMasses, by_position
 from secondorder.solvers import second_moment
 
 
@@ -21,6 +22,7 @@ class _Use:
     """One call of a layer."""
 
     order: int  # among all calls of layers
+    shape: torch.Size  # of its rows, before they were flattened
     input: Tensor  # [m, n_in]
     mean_preactivation: Tensor  # [n_out]
 
@@ -38,15 +40,17 @@ class ClosurePass:
         sign: 1, or -1 where the loss is maximised.
         parameters: whether the gradients of parameters are computed, too.
         lend: called after every backward pass that computes none.
+        criterion: whose ignored targets' rows are no instances of a layer, where its rows are the targets'; None: all rows are.
     """
 
     def __init__(
         self, layers: Mapping[nn.Linear, str], tied: Mapping[nn.Linear, nn.Linear], sign: float = 1.0, parameters: bool = True,
-        lend: Callable[[], None] = lambda: None,
+        lend: Callable[[], None] = lambda: None, criterion: nn.Module | None = None,
     ):  # fmt: skip
         self._layers, self._tied = layers, tied
         self.sign = sign
-        self._parameters, self._lend = parameters, lend
+        self._parameters, self._lend, self._criterion = parameters, lend, criterion
+        self._masses: list[LateMasses] = []  # of the criterion's calls
         self._handles: list[Any] = []
         self._anchors: list[Tensor] = []
         self._calls = 0
@@ -63,6 +67,8 @@ class ClosurePass:
     def __enter__(self) -> "ClosurePass":
         layers = [*self._layers, *self._tied]
         self._handles = [layer.register_forward_hook(self._forward, with_kwargs=True) for layer in layers]
+        if self._criterion is not None:
+            self._handles.append(self._criterion.register_forward_hook(self._see_targets, with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -76,7 +82,28 @@ class ClosurePass:
             loss = closure()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise RuntimeError(f"{name}.step(): expected the closure to return the scalar loss, got {type(loss).__name__}")
+        if len(self._masses) == 1:  # of several calls nobody knows which rows are whose
+            self._leave_out_ignored(self._masses[0]())
         return loss.detach()
+
+    def _see_targets(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
+        if torch.is_grad_enabled():
+            args, kwargs = by_position(criterion, args, kwargs)
+            self._masses.append(LateMasses(criterion, (None, *args[1:]), kwargs))
+
+    def _leave_out_ignored(self, masses: Tensor | None) -> None:
+        """Takes the rows that do not count out of the uses, before the weights move: E[z] = W E[h] + b then is of the others."""
+        if masses is None:
+            return
+        for layer, uses in self._uses.items():
+            for use in uses:
+                kept = counting_rows(aligned(masses, use.shape))
+                if kept is not None:
+                    use.input = use.input.index_select(0, kept)
+                    bias = None if layer.bias is None else layer.bias.detach().to(use.input.dtype)
+                    use.mean_preactivation = nn.functional.linear(
+                        use.input.mean(0), layer.weight.detach().to(use.input.dtype), bias
+                    )
 
     def input(self, layer: nn.Linear) -> Tensor:
         """The instances' h [m, n_in]."""
@@ -165,7 +192,7 @@ class ClosurePass:
         input, layer = layer_input(layer, args, kwargs), self._tied.get(layer, layer)
         refuse_reentrant_checkpoint(self._layers[layer])
         dtype = compute_dtype(layer.weight.dtype)
-        use = _Use(self._calls, input, flatten_batch([output.detach()]).mean(0, dtype=dtype))
+        use = _Use(self._calls, output.shape[:-1], input, flatten_batch([output.detach()]).mean(0, dtype=dtype))
         self._calls += 1
         anchor = output.new_zeros(()).expand(output.shape).requires_grad_()
 

@@ -94,7 +94,7 @@ class FactorSource:
             for record in trained:
                 for name, value in self._statistics_of([record])[0].items():
                     local.append((record.layer, True, name))
-                    found.append(RankTerm(f"{self.names[record.layer]}: {name}", value, record.instances))
+                    found.append(RankTerm(f"{self.names[record.layer]}: {name}", value, record.counted))
             return found
 
         averaged: dict[nn.Linear, dict[str, Tensor]] = {record.layer: {} for record in records}

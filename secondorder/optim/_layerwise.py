@@ -102,6 +102,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             model, criterion, defaults, diagonal=self._curvature.diagonal, fallback=fallback, max_factor_dim=max_factor_dim,
             recursive=self._curvature.recursive,
             grad_outputs=self._curvature.grad_outputs, columns=self._curvature.columns, keep_inputs=keep_inputs,
+            output_hessian=self._curvature.output_hessian,
             samples=curvature_samples, maximize=maximize, decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip
         self._curvature_name = f"{curvature} by {solver}"
@@ -137,10 +138,14 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                     records = self._records() if ranks is None else ranks.all(self._records)
                 curved = {p: group for p, group in groups.items() if p not in self._uncovered} if self._uncovered else groups
                 factors, idle = {}, [record for record in records if ranks is None and not record.instances]
-                if self._renewing():
+                # A layer may be new: frozen before, or an expert that had no instance.
+                if self._renewing() or any(self._lacks_factors(record.weight, curved) for record in records):
                     factors = self._factors.renewed(records, curved, self.state, ranks)
                     idle = [record for record in records if record.layer not in factors and record.weight in curved]
                 self._idle = {p for record in idle for p in record.layer.parameters(recurse=False)}
+                if not records:  # it waits for the next renewal, then
+                    new = [layer for layer in self._layers if self._lacks_factors(layer._parameters.get("weight"), curved)]
+                    self._idle |= {p for layer in new for p in layer.parameters(recurse=False)}
                 self._advance(self._covered(factors, groups), factors, groups)
                 if self._average:
                     update_averages([p for group in self.param_groups for p in group["params"]], self.state, self._steps())
@@ -151,6 +156,12 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         self._tape.clear(release=True)
         self._schedule()
         return loss
+
+    def _lacks_factors(self, weight: Tensor | None, curved: Groups) -> bool:
+        """Whether a layer is to be trained by a curvature, which it has never had."""
+        if weight is None or weight.grad is None or weight not in curved or weight in self._fallback.warned:
+            return False
+        return "factors" not in self.state.get(weight, {})
 
     def _called(self, closure: Callable[[], Tensor]) -> Tensor:
         """The closure's loss."""

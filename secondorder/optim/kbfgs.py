@@ -18,9 +18,14 @@ from secondorder.optim._closure import ClosurePass, kept_gradients, layer_input,
 from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments
 
 _HALVINGS = 10  # of a step before it is given up
+_FIRST_STEP = 0.1  # rows' root mean square of a direction while a layer's curvature is not known
+# A pair's curvature s.y / s.s is at least this share of |y| / |s|: y is also of what the other layers have done, and may be
+# across s, or against it.
+_LEAST_CURVATURE = 0.3
 _INPUT_INVERSES = ("hessian-action", "exact")
 # pairs -> the operators' arguments `damped` and `bounded`.
 _PAIRS = {"damped": (True, False), "damped-bounded": (True, True), "bounded": (False, True)}
+Pair = tuple[Tensor, Tensor, list[float]]  # s, y and s.s, s.y, y.y
 _COUNTS = ("step", "halvings", "rejected", "updated", "damped_s", "damped_y", "skipped", "input_skipped")
 
 
@@ -30,14 +35,15 @@ class KBFGS(CurvatureOptimizer):
     For each layer z = W h + b, with [W | b] [n_out, n_in + 1] and h extended by a 1 (neither without a bias), per step
 
         M <- decay M + (1 - decay) (gradient of the loss + weight_decay [W | b])
-        [W | b] <- [W | b] - lr H_g M H_a                                                  Eq. 4
+        [W | b] <- [W | b] - lr H_g M H_a / c                                              Eq. 4
         s <- decay s + (1 - decay) (E[z+] - E[z]),   y <- likewise with dL/dz              Eq. 5; z+: after the step
-        H_g <- BFGS update of H_g by the double damping of (s, y)                          Algorithm 3, Eq. 6
+        H_g <- BFGS update of H_g by the double damping of (s, y / c)                      Algorithm 3, Eq. 6
         A <- decay A + (1 - decay) E[h h^T]
         H_a <- BFGS update of H_a by s_a = H_a E[h], y_a = (A + lambda_A I) s_a            Section 4
 
     from s = y = 0, H_g = I, A = E[h h^T] (`initialize`), H_a = (A + lambda_A I)^-1; lambda_A = mu2 = sqrt(damping), unless
-    `damping_a` and `damping_g` say otherwise.
+    `damping_a` and `damping_g` say otherwise. c is the layer's `scale`, which the paper does not have: its own method is
+    `scale=None, max_step=None, max_increase=math.inf`.
 
         optimizer = secondorder.KBFGS(model, criterion)
         for x, y in loader:
@@ -55,8 +61,8 @@ class KBFGS(CurvatureOptimizer):
 
     Args:
         model: any module; its nn.Linear layers are covered, whatever lies between them.
-        criterion: a module, or a function (output, target) -> scalar loss. The closure computes the loss, which may be any; of
-            the criterion the optimizer takes only parameters, if it has some: the fallback trains them.
+        criterion: a module, or a function (output, target) -> scalar loss. The closure computes the loss, any loss; where that is
+            one call of this criterion (of `optimizer.criterion` for a function), rows whose targets it ignores do not count.
         lr: step size, >= 0.
         damping: lambda in (0, 1]; read where `damping_a` or `damping_g` is None.
         damping_a: lambda_A > 0; None: sqrt(damping).
@@ -69,6 +75,12 @@ class KBFGS(CurvatureOptimizer):
         doubled_batch: whether M takes, beside a mini-batch's gradient, that of the mini-batch before at the same parameters,
             from the second call of the closure, which then computes it (end of Section 6); their mean, for mini-batches of one
             size. Parameters of the fallback have the first call's gradients alone, and move only after the second call.
+        scale: "curvature": every layer takes the loss in units of its own curvature c, which its pairs tell, so that training
+            does not depend on the loss's scale, nor on the layers': M / c and y / c for M and y, and until there is a pair a step
+            whose rows' root mean square is 0.1 lr. None: as the paper has it, c = 1, which suits losses that are summed over
+            some hundred outputs.
+        max_step: > 0: the rows of H_g M H_a are shortened to this root mean square over a layer where they are longer, before lr
+            multiplies them; None: as the paper has it, there is no bound.
         decay: of all moving averages (beta in the paper), in [0, 1).
         weight_decay: >= 0, of the kind that `decoupled_weight_decay` says.
         bias_correction: M is the average over the steps so far, as in Adam. False starts from M = 0 without correction,
@@ -119,6 +131,8 @@ class KBFGS(CurvatureOptimizer):
         pairs: str = "damped",
         input_inverse: str = "hessian-action",
         doubled_batch: bool = False,
+        scale: str | None = "curvature",
+        max_step: float | None = 0.25,
         decay: float = 0.9,
         weight_decay: float = 0.0,
         bias_correction: bool = True,
@@ -133,6 +147,8 @@ class KBFGS(CurvatureOptimizer):
             ("max_increase", max_increase, max_increase >= 0, ">= 0"),
             ("pairs", pairs, pairs in _PAIRS, "to be one of " + ", ".join(map(repr, _PAIRS))),
             ("input_inverse", input_inverse, input_inverse in _INPUT_INVERSES, "'hessian-action' or 'exact'"),
+            ("scale", scale, scale in ("curvature", None), "'curvature' or None"),
+            ("max_step", max_step, max_step is None or max_step > 0, "> 0 or None"),
         ]
         check_arguments(type(self).__name__, checks)
         defaults = {
@@ -148,6 +164,7 @@ class KBFGS(CurvatureOptimizer):
         self._curvature_name = "quasi-Newton"
         self._max_increase, self._bias_correction = max_increase, bias_correction
         self._pairs, self._exact_inverse, self._doubled = _PAIRS[pairs], input_inverse == "exact", doubled_batch
+        self._scaled, self._max_step = scale == "curvature", max_step
         self._zeroed = [False]  # whether zero_grad was called in a closure; a list, since Lightning calls it on a shallow copy
 
     def _shapes(self, p: Tensor) -> dict[str, tuple[int, ...] | None]:
@@ -157,7 +174,8 @@ class KBFGS(CurvatureOptimizer):
         n, k = p.shape
         k += layer.bias is not None and layer.bias.requires_grad
         return {
-            **dict.fromkeys(("step", *_COUNTS)), "momentum": tuple(p.shape), "gradient": (n, k), "second_gradient": (n, k),
+            **dict.fromkeys(("step", "scale", "scale_pairs", *_COUNTS)), "momentum": tuple(p.shape), "gradient": (n, k),
+            "second_gradient": (n, k),
             "input_second_moment": (k, k), "inverse_input": (k, k), "s": (n,), "y": (n,), **self._output_shapes(n),
         }  # fmt: skip
 
@@ -240,7 +258,7 @@ class KBFGS(CurvatureOptimizer):
         sign = -1.0 if self._maximize() else 1.0
         before = [p.grad for group in self.param_groups for p in group["params"]]
         self._zeroed[0] = False
-        with ClosurePass(self._layers, self._tape.tied, sign) as first:
+        with ClosurePass(self._layers, self._tape.tied, sign, criterion=self.criterion) as first:
             loss = first.run(closure, name)
         after = [p.grad for group in self.param_groups for p in group["params"]]
         if not self._zeroed[0] and any(g is not None and g is old for g, old in zip(after, before, strict=True)):
@@ -250,6 +268,12 @@ class KBFGS(CurvatureOptimizer):
                 "(accumulate_grad_batches=1 in Lightning)"
             )
         self._check_gradients()
+        if not first.gradient:
+            raise RuntimeError(
+                f"{name}.step(): expected a closure that calls loss.backward() on what linear layers of the model have computed, "
+                "got gradients, but none w.r.t. their outputs. Gradients that are set by hand, as from torch.autograd.grad, do "
+                "not give these"
+            )
         with self._whole_or_nothing():
             value: float | Tensor = sign * loss
             if self._ranks is not None:
@@ -357,6 +381,7 @@ class KBFGS(CurvatureOptimizer):
             )
         return {
             **dict.fromkeys(_COUNTS, 0),
+            **({"scale": 0.0, "scale_pairs": 0} if self._scaled else {}),  # c, 0 while it is not known, and of how many pairs
             "gradient": zeros(n_out, n),
             "input_second_moment": second_moment,
             "inverse_input": inverse,
@@ -370,13 +395,14 @@ class KBFGS(CurvatureOptimizer):
         return {"inverse_output": torch.eye(len(zero), dtype=zero.dtype, device=zero.device)}
 
     def _preconditioned(self, states: list[dict[str, Any]], gradients: list[Tensor]) -> list[Tensor]:
-        """H_g M H_a of every layer."""
+        """H_g M H_a of every layer, c times the direction."""
         pairs = zip(states, gradients, strict=True)
         return [ops.precondition(state["inverse_output"], m, state["inverse_input"]) for state, m in pairs]
 
     def _damped_update(self, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
-        """Updates H_g by the damped (s, y) of every layer."""
-        s, y, h = ([state[key] for state in states] for key in ("s", "y", "inverse_output"))
+        """Updates H_g by the damped (s, y / c) of every layer."""
+        s, h = ([state[key] for state in states] for key in ("s", "inverse_output"))
+        y = scaled_gradients(states)
         return ops.damped_bfgs_update_(h, s, y, group["mu1"], damping_of(group, "damping_g"), *self._pairs)
 
     def _check_finite(
@@ -403,7 +429,7 @@ class KBFGS(CurvatureOptimizer):
         first: ClosurePass,
         groups: dict[Tensor, dict[str, Any]],
     ) -> tuple[list[Tensor], dict[nn.Linear, dict[str, Any]]]:
-        """H_g M H_a of every layer, and what its state becomes after the step."""
+        """H_g M H_a / c of every layer, bounded, and what its state becomes after the step."""
         states, updates = [], {}
         for layer, each in parameters.items():
             state, group = self.state.get(layer.weight, {}), groups[layer.weight]
@@ -414,7 +440,17 @@ class KBFGS(CurvatureOptimizer):
             batch = self._batch_gradients(layer, state, {p: gradients[p] for p in each}, groups)
             average = self._averaged_gradient(layer, state, batch, group["decay"])
             updates[layer] = {**state, "gradient": average}
-        return self._preconditioned(states, [update["gradient"] for update in updates.values()]), updates
+        found = self._preconditioned(states, [update["gradient"] for update in updates.values()])
+        return [self._bounded(direction, state) for direction, state in zip(found, states, strict=True)], updates
+
+    def _bounded(self, direction: Tensor, state: dict[str, Any]) -> Tensor:
+        """H_g M H_a in units of c, and no longer than the bound."""
+        c, bound = state.get("scale", 1.0), self._max_step
+        if bound is None and c == 1:
+            return direction
+        length = direction.norm() / math.sqrt(len(direction))
+        factor = torch.where(length > 0, _FIRST_STEP / length, 0) if c == 0 else torch.full_like(length, 1 / c)
+        return direction * (factor if bound is None else torch.where(factor * length > bound, bound / length, factor))
 
     def _batch_gradients(
         self, layer: nn.Linear, state: dict[str, Any], gradients: dict[Tensor, Tensor], groups: dict[Tensor, dict[str, Any]]
@@ -462,10 +498,11 @@ class KBFGS(CurvatureOptimizer):
         directions: list[Tensor],
         first: ClosurePass,
         random: RandomState,
-    ) -> tuple[ClosurePass | None, dict[nn.Linear, tuple[Tensor, Tensor]], int]:
+    ) -> tuple[ClosurePass | None, dict[nn.Linear, Pair], int]:
         """Takes the step, halved until the loss is acceptable.
 
-        Returns the pass after it (None: no step), the layers' (s, y) of both passes where they are finite, and the halvings.
+        Returns the pass after it (None: no step), the layers' (s, y) of both passes, where they are finite, with their products
+        s.s, s.y and y.y, and the halvings.
         """
         name, groups, ranks = type(self).__name__, self._groups(), self._ranks
         before = {layer: [p.clone() for p in each] for layer, each in parameters.items()}
@@ -482,7 +519,9 @@ class KBFGS(CurvatureOptimizer):
                     random.restore()
                     for p in everything if self._doubled else ():  # of a trial before; the closure need not clear them
                         p.grad = None
-                    trial = ClosurePass(self._layers, self._tape.tied, first.sign, parameters=self._doubled, lend=lend)
+                    trial = ClosurePass(
+                        self._layers, self._tape.tied, first.sign, parameters=self._doubled, lend=lend, criterion=self.criterion
+                    )
 
                     def run(trial: ClosurePass = trial) -> tuple[Tensor, Tensor | bool]:
                         with trial, state.buffers_kept():
@@ -508,14 +547,16 @@ class KBFGS(CurvatureOptimizer):
                     # The loss may be finite though a weight is not, where the unit is saturated: so the weights are checked.
                     sizes = torch._foreach_norm([p for each in parameters.values() for p in each if p.numel()], math.inf)
                     usable = [torch.isfinite(s + y).all() for s, y in moves.values()]
-                    value, same, *rest = host_numbers([value, same, *sizes, *usable])
+                    products = [number for s, y in moves.values() for number in _products(s, y)]
+                    value, same, *rest = host_numbers([value, same, *sizes, *usable, *products])
                     trial.check_same_data(bool(same), name)
                     if math.isfinite(value) and value <= limit and all(map(math.isfinite, rest[: len(sizes)])):
                         if self._doubled:
                             trial.weight_gradients = self._second_gradients(parameters, first.sign)
                         accepted = trial
+                        good, numbers = rest[len(sizes) :][: len(moves)], rest[len(sizes) + len(moves) :]
                         pairs = {
-                            layer: pair for (layer, pair), good in zip(moves.items(), rest[len(sizes) :], strict=True) if good
+                            layer: (*pair, numbers[3 * k : 3 * k + 3]) for k, (layer, pair) in enumerate(moves.items()) if good[k]
                         }
                         break
         finally:
@@ -545,15 +586,18 @@ class KBFGS(CurvatureOptimizer):
         return valid * ops.UPDATED
 
     def _averaged_pairs(
-        self, layers: list[nn.Linear], pairs: dict[nn.Linear, tuple[Tensor, Tensor]], group: dict[str, Any]
+        self, layers: list[nn.Linear], pairs: dict[nn.Linear, Pair], group: dict[str, Any]
     ) -> list[dict[str, Any]]:
         """Updates s and y of the layers of a group that have a new pair; returns the states of these."""
         states = []
         for layer in layers:
             state = self.state[layer.weight]
             if layer in pairs:
-                for key, new in zip(("s", "y"), pairs[layer], strict=True):
+                s, y, products = pairs[layer]
+                for key, new in (("s", s), ("y", y)):
                     state[key].lerp_(new, 1 - group["decay"])
+                if "scale" in state:
+                    _see_curvature(state, group["decay"], *products)
                 states.append(state)
             else:
                 state["skipped"] += 1
@@ -563,6 +607,28 @@ class KBFGS(CurvatureOptimizer):
 def damping_of(group: dict[str, Any], name: str) -> float:
     """The damping of this name in a param_group, lambda_A or mu2: the square root of the common one where it has none."""
     return math.sqrt(group["damping"]) if group.get(name) is None else float(group[name])
+
+
+def scaled_gradients(states: list[dict[str, Any]]) -> list[Tensor]:
+    """y / c of every layer."""
+    return [state["y"] / (state.get("scale", 1.0) or 1.0) for state in states]
+
+
+def _products(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """s.s, s.y and y.y in float64 where there is one: their squares may be too small for a float32."""
+    s, y = (t.to(torch.float32 if t.device.type == "mps" else torch.float64) for t in (s, y))
+    return s @ s, s @ y, y @ y
+
+
+def _see_curvature(state: dict[str, Any], decay: float, ss: float, sy: float, yy: float) -> None:
+    """c after a pair: the geometric mean of the pairs' curvatures, bias-corrected, of this decay."""
+    if not (0 < ss < math.inf and 0 < yy < math.inf):
+        return  # nothing has moved, or it has made no difference
+    curvature = math.log(max(sy / ss, _LEAST_CURVATURE * math.sqrt(yy / ss)))
+    state["scale_pairs"] += 1
+    share = (1 - decay) / (1 - decay ** state["scale_pairs"])
+    before = math.log(state["scale"]) if state["scale"] else 0.0
+    state["scale"] = math.exp(before + share * (curvature - before))
 
 
 def _damped_inverse(a: Tensor, damping: float) -> Tensor:

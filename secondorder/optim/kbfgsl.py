@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 from secondorder import ops
 from secondorder.optim._numbers import check_arguments
-from secondorder.optim.kbfgs import KBFGS, damping_of
+from secondorder.optim.kbfgs import KBFGS, damping_of, scaled_gradients
 
 
 class KBFGSL(KBFGS):
     """K-BFGS(L): K-BFGS with H_g in limited memory, the last `memory` damped pairs (s, y) of each layer.
 
-        [W | b] <- [W | b] - lr H_g M H_a,   H_g by the compact form of the pairs' BFGS updates of I.
+        [W | b] <- [W | b] - lr H_g M H_a / c,   H_g by the compact form of the pairs' BFGS updates of I.
 
-    H_a is the BFGS estimate of (E[h h^T] + lambda_A I)^-1 and M the averaged gradient, as in `KBFGS`; while no pair has been
-    dropped the steps are the same. Less arithmetic where memory < n_out / 2, roughly.
+    H_a is the BFGS estimate of (E[h h^T] + lambda_A I)^-1, M the averaged gradient and c the scale, as in `KBFGS`; while no
+    pair has been dropped the steps are the same. Less arithmetic where memory < n_out / 2, roughly.
 
         optimizer = secondorder.KBFGSL(model, criterion)
         for x, y in loader:
@@ -33,8 +33,8 @@ class KBFGSL(KBFGS):
 
     Args:
         model: any module; its nn.Linear layers are covered, whatever lies between them.
-        criterion: a module, or a function (output, target) -> scalar loss. The closure computes the loss, which may be any; of
-            the criterion the optimizer takes only parameters, if it has some: the fallback trains them.
+        criterion: a module, or a function (output, target) -> scalar loss. The closure computes the loss, any loss; where that is
+            one call of this criterion (of `optimizer.criterion` for a function), rows whose targets it ignores do not count.
         lr: step size, >= 0.
         damping: lambda in (0, 1]; read where `damping_a` or `damping_g` is None.
         damping_a: lambda_A > 0; None: sqrt(damping).
@@ -48,6 +48,12 @@ class KBFGSL(KBFGS):
         doubled_batch: whether M takes, beside a mini-batch's gradient, that of the mini-batch before at the same parameters,
             from the second call of the closure, which then computes it (end of Section 6); their mean, for mini-batches of one
             size. Parameters of the fallback have the first call's gradients alone, and move only after the second call.
+        scale: "curvature": every layer takes the loss in units of its own curvature c, which its pairs tell, so that training
+            does not depend on the loss's scale, nor on the layers': M / c and y / c for M and y, and until there is a pair a step
+            whose rows' root mean square is 0.1 lr. None: as the paper has it, c = 1, which suits losses that are summed over
+            some hundred outputs.
+        max_step: > 0: the rows of H_g M H_a are shortened to this root mean square over a layer where they are longer, before lr
+            multiplies them; None: as the paper has it, there is no bound.
         decay: of all moving averages (beta in the paper), in [0, 1).
         weight_decay: >= 0, of the kind that `decoupled_weight_decay` says.
         bias_correction: M is the average over the steps so far, as in Adam. False starts from M = 0 without correction,
@@ -87,6 +93,8 @@ class KBFGSL(KBFGS):
         pairs: str = "damped",
         input_inverse: str = "hessian-action",
         doubled_batch: bool = False,
+        scale: str | None = "curvature",
+        max_step: float | None = 0.25,
         decay: float = 0.9,
         weight_decay: float = 0.0,
         bias_correction: bool = True,
@@ -99,7 +107,8 @@ class KBFGSL(KBFGS):
         check_arguments(type(self).__name__, [("memory", memory, memory >= 1, ">= 1")])
         super().__init__(
             model, criterion, lr, damping=damping, damping_a=damping_a, damping_g=damping_g, mu1=mu1, pairs=pairs,
-            input_inverse=input_inverse, doubled_batch=doubled_batch, decay=decay, weight_decay=weight_decay,
+            input_inverse=input_inverse, doubled_batch=doubled_batch, scale=scale, max_step=max_step, decay=decay,
+            weight_decay=weight_decay,
             bias_correction=bias_correction, max_increase=max_increase, max_factor_dim=None, fallback=fallback, maximize=maximize,
             decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip
@@ -117,5 +126,6 @@ class KBFGSL(KBFGS):
         return [ops.precondition(None, half, state["inverse_input"]) for state, half in zip(states, halves, strict=True)]
 
     def _damped_update(self, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
-        s, y, s_pairs, y_pairs = ([state[key] for state in states] for key in ("s", "y", "s_pairs", "y_pairs"))
+        s, s_pairs, y_pairs = ([state[key] for state in states] for key in ("s", "s_pairs", "y_pairs"))
+        y = scaled_gradients(states)
         return ops.damped_lbfgs_update_(s_pairs, y_pairs, s, y, group["mu1"], damping_of(group, "damping_g"), *self._pairs)

@@ -10,12 +10,12 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from secondorder._tape import preactivation
+from secondorder._tape import is_affine, preactivation
 from secondorder._tensors import Later, Transfer, to_compute_dtype
-from secondorder.criteria import OutputHessian, OutputRoot, autograd_hessian
+from secondorder.criteria import KnownForm, OutputHessian, OutputRoot, autograd_hessian, tangent_map
 from secondorder.errors import second_derivatives
 
 # The mean Hessian takes a backward pass through the criterion for each output. With more outputs than this the form over the
@@ -29,17 +29,22 @@ class OutputCurvature:
     """The positive semi-definite Hessian of a loss w.r.t. some tensors z of its graph, on tangents; and the gradient there.
 
     It is the Hessian itself, or its negative, where its form has one sign on every row of z for the tangents at hand, as for a
-    criterion that is convex. Else, for one tensor z, every row has Pos-Eig_{-1} of the mean over rows; for several, Pos-Eig_{-1}
+    criterion that is convex. Else it is J_u^T H_u J_u, where that is so for the Hessian H_u at the criterion's arguments u(z), as
+    for MSE behind a sigmoid. Else, for one tensor z, every row has Pos-Eig_{-1} of the mean over rows; for several, Pos-Eig_{-1}
     acts on the form itself.
 
     Args:
         loss: a scalar with its graph.
         outputs: z.
-        known: for a criterion that is known not to be convex, the mean's values, or a root of what stands for every row's.
+        known: for a criterion that is known not to be convex, the mean's values, or a root of what stands for every row's;
+            "convex": it is known to be convex in its one argument, and H_u is taken.
+        arguments: u, where they are functions of z that are not affine.
     """
 
-    def __init__(self, loss: Tensor, outputs: Sequence[GradientEdge], known: OutputHessian | OutputRoot | None = None):
-        self._loss, self._outputs, self._known = loss, list(outputs), known
+    def __init__(
+        self, loss: Tensor, outputs: Sequence[GradientEdge], known: KnownForm = None, arguments: Sequence[GradientEdge] = ()
+    ):
+        self._loss, self._outputs, self._known, self._arguments = loss, list(outputs), known, list(arguments)
         with torch.enable_grad():
             self._gradients = torch.autograd.grad(
                 loss, self._outputs, create_graph=True, allow_unused=True, materialize_grads=True
@@ -50,13 +55,41 @@ class OutputCurvature:
         """t_k^T H t_l [k, k] in float64 on the CPU, for tangents that have one tensor of each output's shape."""
         if isinstance(self._known, OutputHessian):
             return transfer.later(self._by_mean(tangents, self._known))
-        if self._known is not None:
+        if self._known is not None and self._known != "convex":
             return transfer.later(self._by_root(tangents, self._known))
-        form, by_rows = map(transfer.later, _forms(tangents, [self._product(t) for t in tangents]))
-        return lambda: self._semidefinite(form(), by_rows(), tangents)
+        if self._known == "convex" and self._arguments:
+            forms = self._forms_at_arguments(tangents, transfer)
+            return lambda: self._semidefinite(tangents, forms(), at_arguments=True)
+        forms = self._forms(tangents, transfer)
+        return lambda: self._semidefinite(tangents, forms(), at_arguments=False)
 
-    def _semidefinite(self, form: Tensor, by_rows: Tensor, tangents: list[list[Tensor]]) -> Tensor:
-        """The form of what stands for H, from that of H."""
+    def _forms(self, tangents: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
+        """Gives the Hessian's form, and the lowest, highest and total of its rows."""
+        form, by_rows = map(transfer.later, _forms(tangents, [self._product(t) for t in tangents]))
+        return lambda: (form(), by_rows())
+
+    def _forms_at_arguments(self, tangents: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
+        """The same of J_u^T H_u J_u."""
+        tangent = tangent_map(self._arguments, self._outputs)
+        with second_derivatives():
+            tangents_there = [tangent(t) for t in tangents]
+        return OutputCurvature(self._loss, self._arguments)._forms(tangents_there, transfer)
+
+    def _semidefinite(self, tangents: list[list[Tensor]], forms: tuple[Tensor, Tensor], at_arguments: bool) -> Tensor:
+        """The form of what stands for H, from the forms of H or of J_u^T H_u J_u."""
+        found = self._signed(*forms)
+        if found is None and self._arguments and not at_arguments:
+            found = self._signed(*self._forms_at_arguments(tangents, Transfer())())
+        if found is not None:
+            return found
+        if len(self._outputs) == 1 and self.gradients[0].shape[-1:].numel() <= _MOST_OUTPUTS:
+            return self._by_mean(tangents, autograd_hessian(self._loss, self._outputs[0].node)).double().cpu()
+        form = self._forms(tangents, Transfer())()[0] if at_arguments else forms[0]
+        values, vectors = torch.linalg.eigh(form)
+        return (vectors * values.abs()) @ vectors.T
+
+    def _signed(self, form: Tensor, by_rows: Tensor) -> Tensor | None:
+        """The form of a Hessian or of its negative, whichever is positive on every row; None: neither is."""
         values = torch.linalg.eigvalsh(form) if len(form) > 1 and form.isfinite().all() else form.flatten()
         tolerance = torch.finfo(self.gradients[0].dtype).eps ** 0.5
         lowest, highest, total = by_rows.tolist()
@@ -66,10 +99,7 @@ class OutputCurvature:
         ):  # a convex criterion, or the negative of one, which is to be maximised
             if row >= -tolerance * total and (sign * values).min() >= -tolerance * values.abs().max():
                 return sign * form
-        if len(self._outputs) == 1 and self.gradients[0].shape[-1:].numel() <= _MOST_OUTPUTS:
-            return self._by_mean(tangents, autograd_hessian(self._loss, self._outputs[0].node)).double().cpu()
-        values, vectors = torch.linalg.eigh(form)
-        return (vectors * values.abs()) @ vectors.T
+        return None
 
     def _by_mean(self, tangents: list[list[Tensor]], mean: OutputHessian) -> Tensor:
         (gradient,) = self.gradients
@@ -107,20 +137,20 @@ class GraphQuadratic:
         loss: a scalar with its graph.
         arguments: the tensors through which it depends on parameters.
         parameters: the graph's leaves.
-        known: as in `OutputCurvature`, where there is one argument.
+        known: as for `OutputCurvature`, where there is one argument.
     """
 
     def __init__(
         self, loss: Tensor, arguments: Sequence[Tensor], parameters: Sequence[Tensor],
-        known: OutputHessian | OutputRoot | None = None,
+        known: KnownForm = None,
     ):  # fmt: skip
         edges = [GradientEdge(node, a.output_nr) for a in arguments if (node := a.grad_fn) is not None]
-        outputs = edges if known is not None else list(dict.fromkeys(preactivation(edge) for edge in edges))
-        self._curvature = OutputCurvature(loss, outputs, known)
-        made = [edge.node._input_metadata[edge.output_nr] for edge in outputs]
-        with torch.enable_grad():
-            self._u = [torch.zeros(m.shape, dtype=m.dtype, device=m.device, requires_grad=True) for m in made]
-            self._transposed = torch.autograd.grad(outputs, parameters, self._u, create_graph=True, allow_unused=True)
+        before = [preactivation(edge) for edge in edges]
+        curved = not all(is_affine(edge, z.node) for edge, z in zip(edges, before, strict=True))
+        outputs = list(dict.fromkeys(before)) if known is None or known == "convex" else edges
+        self._curvature = OutputCurvature(loss, outputs, known, edges if curved else ())
+        leaves = [get_gradient_edge(p) for p in parameters]
+        self._tangent = tangent_map(outputs, leaves)
 
     def products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
         """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
@@ -128,18 +158,6 @@ class GraphQuadratic:
         first = transfer.later(torch.stack([inner(t, self._curvature.gradients) for t in tangents]))
         form = self._curvature.form(tangents, transfer)
         return lambda: (first(), form())
-
-    def _tangent(self, vector: list[Tensor]) -> list[Tensor]:
-        """J x."""
-        pairs = [(w, v) for w, v in zip(self._transposed, vector, strict=True) if w is not None and w.requires_grad]
-        if not pairs:
-            return [torch.zeros_like(u) for u in self._u]
-        return list(
-            torch.autograd.grad(
-                [w for w, _ in pairs], self._u, [v.to(w.dtype) for w, v in pairs], retain_graph=True, materialize_grads=True,
-                allow_unused=True,
-            )
-        )  # fmt: skip
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from secondorder._tape import CriterionArguments, ForwardState, LossCall
 from secondorder._tensors import Later, Transfer
-from secondorder.criteria import OutputHessian, OutputRoot, known_form, row_masses
+from secondorder.criteria import KnownForm, known_form, row_masses
 from secondorder.stepping.gauss_newton_product import GraphQuadratic, OutputCurvature, differentiable_twice
 from secondorder.stepping.linear_chain import LinearChain
 
@@ -179,8 +179,8 @@ class RecordedLoss:
             loss: Tensor = self.criterion(*args, **kwargs)
         return loss
 
-    def _known(self, tensors: list[Tensor]) -> OutputHessian | OutputRoot | None:
-        """What is known of the Hessian of a criterion that is not convex."""
+    def _known(self, tensors: list[Tensor]) -> KnownForm:
+        """What is known of the criterion's Hessian at its one trained argument."""
         if len(tensors) != 1 or self.arguments.trained != [0]:
             return None
         args, kwargs = self.arguments.replaced([tensors[0].detach()], None if self.rows is None else self.rows.of)
@@ -240,9 +240,13 @@ class ChainLoss(RecordedLoss):
     @functools.cached_property
     def _curvature(self) -> OutputCurvature:
         output, argument = self._output, self._argument
-        known = self._known([argument]) if self.way.by_rows and argument.shape[-1:] == output.shape[-1:] else None
+        known = self._known([argument])
+        if known != "convex" and not (self.way.by_rows and argument.shape[-1:] == output.shape[-1:]):
+            known = None
         assert output.grad_fn is not None
-        return OutputCurvature(self._graph, [GradientEdge(output.grad_fn, 0)], known)
+        assert argument.grad_fn is not None
+        inner = [] if self.way.affine else [GradientEdge(argument.grad_fn, argument.output_nr)]
+        return OutputCurvature(self._graph, [GradientEdge(output.grad_fn, 0)], known, inner)
 
 
 class ReplayedLoss(RecordedLoss):

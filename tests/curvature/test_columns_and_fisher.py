@@ -25,9 +25,9 @@ def gauss_newton_blocks(model, criterion, x, y):
     for name in linear_layers(model).values():
         key, total = f"{name}.bias", 0
         for i in range(len(x)):
-            output = lambda b, i=i, key=key: functional_call(model, {**fixed, key: b}, (x[i : i + 1],))[0]  # noqa: E731
-            jacobian = jacrev(output)(fixed[key])
-            top = hessian(lambda z, i=i: criterion(z[None], y[i : i + 1]))(output(fixed[key]))
+            output = lambda b, i=i, key=key: functional_call(model, {**fixed, key: b}, (x[i : i + 1],)).flatten()  # noqa: E731
+            jacobian, shape = jacrev(output)(fixed[key]), model(x[i : i + 1]).shape
+            top = hessian(lambda z, i=i, shape=shape: criterion(z.view(shape), y[i : i + 1]))(output(fixed[key]))
             total = total + jacobian.T @ top @ jacobian / len(x)
         result[name] = total
     return result
@@ -197,6 +197,90 @@ def test_a_criterion_that_is_not_convex_is_refused_by_name_of_what_to_use(name, 
         model[-1].weight *= 20
     with pytest.raises(ValueError, match="positive semi-definite, got the eigenvalue -.*curvature='pch-abs'"):
         blocks(model, criterion, CURVATURES[curvature], (torch.randn(9, 4).double(), target(9, 3)))
+
+
+class Behind(nn.Module):
+    """A net [m, 4] -> [m, 3] whose last layer is followed by a function of its rows."""
+
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(1)
+        self.body, self.function = network([4, 6, 3], nn.Tanh()), function
+
+    def forward(self, x):
+        return self.function(self.body(x))
+
+
+FUNCTIONS = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "softmax": lambda z: z.softmax(-1),
+    "pairs": lambda z: (z.view(-1, 1, 3) * z.view(-1, 3, 1)).view(-1, 3, 3),  # an instance has several rows
+    "one number": lambda z: torch.sigmoid(z[:, 0] * z[:, 1] - z[:, 2]),
+}
+CONVEX_IN_ITS_ARGUMENT = {
+    "mse": nn.MSELoss(),
+    "mse, a function": FunctionCriterion(F.mse_loss),
+    "log-cosh": FunctionCriterion(lambda u, y: (3 * (u - y)).cosh().log().mean()),
+    "huber": nn.SmoothL1Loss(beta=0.5),
+}
+
+
+@pytest.mark.parametrize("criterion", CONVEX_IN_ITS_ARGUMENT)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_criterion_that_is_convex_behind_a_final_function_has_gauss_newton_blocks(function, criterion):
+    """J^T H J with H at what the function returns: at the last layer's output the Hessian is not positive semi-definite."""
+    model, criterion = Behind(FUNCTIONS[function]), CONVEX_IN_ITS_ARGUMENT[criterion]
+    x = torch.randn(9, 4).double()
+    y = 2 * torch.randn_like(model(x)).detach()
+    expected = gauss_newton_blocks(model, criterion, x, y)
+    assert_blocks(blocks(model, criterion, CURVATURES["kflr"], (x, y)), expected)
+    if isinstance(criterion, nn.MSELoss) or function != "one number":  # else the mean's being semi-definite will do
+        top = blocks(model, criterion, CURVATURES["gauss-newton"], (x, y))["body.2"]
+        torch.testing.assert_close(top, expected["body.2"])
+    if isinstance(criterion, nn.MSELoss):
+        assert_blocks(blocks(model, criterion, CURVATURES["fisher-exact"], (x, y)), expected)
+
+
+def test_cross_entropy_of_probabilities_is_convex_in_them():
+    model, criterion = Behind(FUNCTIONS["softmax"]), nn.CrossEntropyLoss()
+    x, y = torch.randn(9, 4).double(), torch.arange(9) % 3
+    expected = gauss_newton_blocks(model, criterion, x, y)
+    for name in ("kflr", "fisher-exact"):
+        assert_blocks(blocks(model, criterion, CURVATURES[name], (x, y)), expected)
+
+
+@pytest.mark.parametrize(
+    "criterion", [nn.BCELoss(), nn.BCELoss(reduction="sum"), FunctionCriterion(F.binary_cross_entropy)], ids=str
+)
+def test_bce_of_a_sigmoid_is_bce_with_logits(criterion):
+    model, reduction = Behind(torch.sigmoid), getattr(criterion, "reduction", "mean")
+    x, y = torch.randn(9, 4).double(), (torch.rand(9, 3) < 0.5).double()
+    expected = gauss_newton_blocks(model.body, nn.BCEWithLogitsLoss(), x, y)
+    scale = 27 if reduction == "sum" else 1
+    for name in ("kflr", "fisher-exact"):
+        actual = blocks(model, criterion, CURVATURES[name], (x, y))
+        for layer, block in expected.items():
+            torch.testing.assert_close(actual[f"body.{layer}"], scale * block)
+    so.KFAC(model, criterion)
+    with pytest.raises(ValueError, match="of a sigmoid"):
+        blocks(Behind(lambda z: z.softmax(1)), criterion, CURVATURES["fisher-mc"], (x, y))
+
+
+@pytest.mark.parametrize("optimizer", [so.KFLR, so.KFRA, so.KFAC, so.LayerwiseNewton])
+@pytest.mark.parametrize("function", ["sigmoid", "tanh", "softmax"])
+def test_nets_with_a_final_activation_are_trained(function, optimizer):
+    model, criterion = Behind(FUNCTIONS[function]).float(), nn.MSELoss()
+    torch.manual_seed(2)
+    x, y = torch.randn(60, 4), F.one_hot(torch.arange(60) % 3, 3).float()
+    trained, losses = optimizer(model, criterion), []
+    for _ in range(60):
+        trained.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        trained.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_criterion_that_is_no_likelihood_is_refused():

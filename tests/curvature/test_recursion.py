@@ -11,6 +11,7 @@ from oracles import hessian_block, linear_names, pch_by_loops, pos_eig_matrix
 from torch import nn
 from torch.nn import functional as F
 
+import secondorder as so
 from secondorder import ops
 from secondorder._layers import linear_layers
 from secondorder._tape import Tape, elementwise
@@ -392,3 +393,30 @@ def test_no_warnings():
         warnings.simplefilter("error")
         model = network([4, 6, 3], nn.Tanh())
         blocks(model, nn.MSELoss(), (torch.randn(9, 4).double(), torch.randn(9, 3).double()))
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("curvature", ["pch-abs", "gauss-newton", "kflr", "fisher-empirical"])
+@pytest.mark.parametrize("solver", ["ea-cg", "kfi", "ea-isotropic"])
+def test_factors_are_those_of_the_batch_without_ignored_rows(solver, curvature, batches, sequences):
+    found = []
+    for whole in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Softplus(), nn.Linear(6, 5), nn.ELU(), nn.Linear(5, 3)).double()
+        criterion = nn.CrossEntropyLoss()
+        optimizer = so.EACG(model, criterion, curvature=curvature, solver=solver)
+        for batch in range(batches):
+            x, y = torch.randn(24, 4).double(), torch.arange(24) % 3
+            y[2 + batch : 15] = -100
+            x[2 + batch : 15] += 2  # of another mean
+            if not whole:
+                x, y = x[y != -100], y[y != -100]
+            shape = (-1, 6) if sequences and whole else (len(x),)
+            z = model(x.view(*shape, 4))
+            criterion(z.view(-1, 3), y.view(-1)).backward()
+        optimizer.step()
+        found.append([optimizer.state[p]["factors"] for p in model.parameters() if p.dim() == 2])
+    for actual, expected in zip(*found, strict=True):
+        for name, factor in expected.items():
+            torch.testing.assert_close(actual[name], factor, msg=lambda m, name=name: f"{name}: {m}")

@@ -60,7 +60,7 @@ def blocks(model, criterion, curvature, *batches, scale=1.0, samples=None):
     layers = linear_layers(model)
     tape = Tape(
         layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns,
-        samples=samples,
+        samples=samples, output_hessian=curvature.output_hessian,
     )  # fmt: skip
     for x, y in batches:
         (scale * criterion(model(x), y)).backward()

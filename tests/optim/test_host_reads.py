@@ -28,8 +28,9 @@ STEPS = {
     # At once, on the CPU; on a GPU with one of the next steps, when it no longer waits.
     "EigenAdam": (lambda model, criterion: so.EigenAdam(model), 1),
 }
-# On a GPU `one_hot` with a number of classes looks at nothing, and a loss that is watched is read when it has arrived.
-ON_THE_CPU_ALONE = ("F.one_hot(", "self._arrived(")
+# On a GPU `one_hot` with a number of classes looks at nothing; a loss that is watched, and whether targets are ignored, is read
+# when it has arrived.
+ON_THE_CPU_ALONE = ("F.one_hot(", "self._arrived(", "return bool(self._flag)")
 
 
 @pytest.mark.parametrize("layers", [2, 5])

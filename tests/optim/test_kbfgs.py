@@ -142,9 +142,11 @@ def test_steps_are_the_papers(bias, activation, memory, bias_correction):
     options = {"damping": 0.3, "mu1": 0.2, "decay": 0.9, "weight_decay": 1e-3, "bias_correction": bias_correction}
     paper = Paper(twin, nn.MSELoss(), 0.3, memory=memory, **options)
     if memory is None:
-        optimizer = so.KBFGS(model, nn.MSELoss(), 0.3, max_increase=math.inf, **options)
+        optimizer = so.KBFGS(model, nn.MSELoss(), 0.3, max_increase=math.inf, scale=None, max_step=None, **options)
     else:
-        optimizer = so.KBFGSL(model, nn.MSELoss(), 0.3, memory=memory, max_increase=math.inf, **options)
+        optimizer = so.KBFGSL(
+            model, nn.MSELoss(), 0.3, memory=memory, max_increase=math.inf, scale=None, max_step=None, **options
+        )
     for step in range(12):
         torch.manual_seed(step)
         x = torch.randn(16, 7, dtype=torch.float64)
@@ -174,7 +176,7 @@ def test_steps_of_the_papers_variants(variant, memory):
     options = {"damping": 0.3, "mu1": 0.2, "decay": 0.9, "weight_decay": 1e-3, "bias_correction": True, **variant}
     paper = Paper(twin, nn.MSELoss(), 0.3, memory=memory, **options)
     cls, room = (so.KBFGS, {}) if memory is None else (so.KBFGSL, {"memory": memory})
-    optimizer = cls(model, nn.MSELoss(), 0.3, max_increase=math.inf, **room, **options)
+    optimizer = cls(model, nn.MSELoss(), 0.3, max_increase=math.inf, scale=None, max_step=None, **room, **options)
     for step in range(12):
         torch.manual_seed(step)
         x = torch.randn(16, 7, dtype=torch.float64)
@@ -651,3 +653,86 @@ def test_a_closure_that_adds_to_gradients_from_before_it_is_refused(set_to_none)
     torch.testing.assert_close(model[0].weight.grad, gradient)
     model.zero_grad()
     optimizer.step(accumulates)
+
+
+# Scales
+
+
+def losses_of(cls, factor, steps=25, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
+    x, y = torch.randn(80, 6, dtype=dtype), torch.arange(80) % 3
+    criterion = nn.CrossEntropyLoss()
+    optimizer = cls(model, criterion, **options)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = factor * criterion(model(x), y)
+        loss.backward()
+        return loss
+
+    return [optimizer.step(closure).item() / factor for _ in range(steps)]
+
+
+@pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
+@pytest.mark.parametrize("factor", [1e-6, 1e6, 1e-20, 1e20])
+def test_training_does_not_depend_on_the_scale_of_the_loss(factor, cls):
+    assert losses_of(cls, factor) == pytest.approx(losses_of(cls, 1.0), rel=1e-5)
+    single = losses_of(cls, factor, dtype=torch.float32)
+    assert single[-1] == pytest.approx(losses_of(cls, 1.0)[-1], rel=0.05)
+
+
+def test_a_mean_loss_of_few_outputs_is_trained_faster_than_in_the_papers_units():
+    assert losses_of(so.KBFGS, 1.0, 40)[-1] < 0.9 * losses_of(so.KBFGS, 1.0, 40, scale=None, max_step=None)[-1]
+
+
+def test_the_scale_is_the_mean_curvature_of_the_pairs():
+    """A quadratic loss z.D z / 2 of one layer's outputs has y = D s, on which c is bounded by D's eigenvalues."""
+    torch.manual_seed(0)
+    model, d = nn.Sequential(nn.Linear(4, 3)).double(), torch.tensor([2.0, 2.0, 2.0]).double()
+    optimizer = so.KBFGS(model, lambda z, _: (z * d * z).mean(0).sum() / 2)
+    x = torch.randn(30, 4).double()
+    for _ in range(6):
+        optimizer.step(closure_of(optimizer, model, optimizer.criterion, x, x))
+    assert optimizer.state[model[0].weight]["scale"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
+def test_steps_are_no_longer_than_max_step(cls):
+    model = autoencoder()
+    optimizer = cls(model, nn.MSELoss(), lr=1.0, max_step=0.01)
+    x = torch.randn(40, 7, dtype=torch.float64)
+    for _ in range(8):
+        before = [p.clone() for p in model.parameters()]
+        optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x))
+        moved = [(p - q).square().sum(-1) for p, q in zip(model.parameters(), before, strict=True)]
+        for rows, biases in zip(moved[::2], [model[i].bias.numel() for i in (0, 2, 3, 5)], strict=True):
+            assert rows.sum().sqrt() <= 0.01 * biases**0.5 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("options", [{"scale": "loss"}, {"max_step": 0.0}], ids=str)
+def test_scales_and_bounds_that_are_none(options):
+    with pytest.raises(ValueError, match=f"expected {next(iter(options))}"):
+        so.KBFGS(autoencoder(), nn.MSELoss(), **options)
+
+
+@pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
+@pytest.mark.parametrize("function", [False, True])
+def test_rows_of_ignored_targets_do_not_count(function, cls):
+    """As without them, for layers whose rows are the targets'."""
+    models = []
+    for whole in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        criterion = torch.nn.functional.cross_entropy if function else nn.CrossEntropyLoss()
+        optimizer = cls(model, criterion)
+        x, y = torch.randn(40, 5).double(), torch.arange(40) % 3
+        y[7:30] = -100
+        x[7:30] += 3
+        kept = slice(None) if whole else y != -100
+        closure = closure_of(optimizer, model, optimizer.criterion, x[kept], y[kept])
+        for _ in range(6):
+            optimizer.step(closure)
+        models.append(model)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q)

@@ -309,3 +309,112 @@ def test_beside_a_criterion_with_curvature_one_without_adds_nothing():
         return squares + weight * values if weight else squares
 
     torch.testing.assert_close(*(last_block(model, criterion, lambda w=w: loss(w), "pch-abs") for w in (0.0, 0.3)))
+
+
+# What a step has not seen, and why
+
+X, LABELS = torch.linspace(-1, 1, 60).view(12, 5), torch.arange(12) % 3
+
+
+def by_hand(model, criterion):
+    loss, parameters = criterion(model(X), LABELS), list(model.parameters())
+    for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        p.grad = gradient
+    return loss
+
+
+def by_another(model, criterion):
+    loss = nn.functional.cross_entropy(model(X), LABELS)
+    loss.backward()
+    return loss
+
+
+def in_eval_mode(model, criterion):
+    model.eval()
+    loss = criterion(model(X), LABELS)
+    loss.backward()
+    return loss
+
+
+def by_a_part(model, criterion):
+    loss = criterion(model(X), LABELS)[0]
+    loss.backward()
+    return loss
+
+
+class WithNumbers(nn.Module):
+    def forward(self, output, target):
+        return nn.functional.cross_entropy(output, target), {"rows": len(target)}
+
+
+MISSED = [
+    (by_hand, nn.CrossEntropyLoss(), r"no backward\(\) has gone through what it returned: .*torch.autograd.grad"),
+    (by_another, nn.CrossEntropyLoss(), "has not been called since the last step"),
+    (in_eval_mode, nn.CrossEntropyLoss(), "not on what linear layers returned in training mode"),
+    (by_a_part, WithNumbers(), "the criterion returned a tuple where the loss alone is expected"),
+]
+
+
+@pytest.mark.parametrize("optimizer", [so.EACG, so.LayerwiseNewton, so.KFAC, so.KFRA, so.KFLR])
+@pytest.mark.parametrize(("use", "criterion", "reason"), MISSED, ids=lambda each: getattr(each, "__name__", ""))
+def test_the_reason_why_nothing_was_recorded_is_named(use, criterion, reason, optimizer):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    made, before = optimizer(model, criterion), [p.clone() for p in model.parameters()]
+    use(model, criterion)
+    with pytest.raises(RuntimeError, match=f"no call of the criterion .*{reason}"):
+        made.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", [so.KBFGS, so.KBFGSL])
+def test_gradients_by_hand_in_a_closure_are_refused(optimizer):
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), nn.CrossEntropyLoss()
+    made, before = optimizer(model, criterion), [p.clone() for p in model.parameters()]
+
+    def closure():
+        made.zero_grad()
+        return by_hand(model, criterion)
+
+    with pytest.raises(RuntimeError, match=r"expected a closure that calls loss.backward\(\) .*torch.autograd.grad"):
+        made.step(closure)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [(so.EACG, {"curvature_every": 4}), (so.LayerwiseNewton, {"curvature_every": 4}), (so.KFAC, {})],
+)
+def test_a_layer_that_is_unfrozen_between_renewals_gets_its_curvature(optimizer, options):
+    """Without a word, and never the fallback: at once where steps are recorded, else with the next renewal."""
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), nn.CrossEntropyLoss()
+    model[0].requires_grad_(False)
+    made = optimizer(model, criterion, fallback="error", **options)
+    start = model[0].weight.clone()
+    for step in range(13):
+        if step == 6:
+            model[0].requires_grad_(True)
+            made.add_param_group({"params": list(model[0].parameters())})
+        made.zero_grad()
+        criterion(model(X), LABELS).backward()
+        made.step()
+        if step >= 8:
+            assert "factors" in made.state[model[0].weight]
+    assert not torch.equal(model[0].weight, start)
+
+
+@pytest.mark.parametrize("optimizer", [so.KFAC, so.KFLR, so.KFRA])
+@pytest.mark.parametrize("squeeze", [lambda p: p.squeeze(-1), lambda p: p.view(-1)], ids=["squeeze", "view"])
+def test_probabilities_of_one_output_are_those_of_the_logits(squeeze, optimizer):
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1)), nn.BCELoss()
+    made, losses, y = optimizer(model, criterion), [], (X[:, 0] > 0).float()
+    for _ in range(12):
+        made.zero_grad()
+        loss = criterion(squeeze(model(X).sigmoid()), y)
+        loss.backward()
+        made.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]

@@ -299,6 +299,27 @@ def test_a_convex_function_has_every_instances_own_hessian():
     assert float(form) == pytest.approx(float((curvature * tangent.detach() ** 2).sum()), rel=1e-9)
 
 
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), so.criteria.FunctionCriterion(convex)], ids=["mse", "log-cosh"])
+@pytest.mark.parametrize("chain", [True, False])
+@pytest.mark.parametrize("final", [nn.Sigmoid(), nn.Softmax(1)], ids=["sigmoid", "softmax"])
+def test_a_criterion_that_is_convex_behind_a_final_function_has_its_form_there(final, chain, criterion):
+    model = nn.Sequential(*([] if chain else [nn.Unflatten(1, (5,)), nn.LayerNorm(5).double()]), *net(5, 6, 3), final)
+    target = 3 * X[:, :3]
+    tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
+    criterion(model(X), target).backward()
+    local = LocalLoss(model, criterion, tape.losses, {p: n for n, p in model.named_parameters()}, 1.0, 0, tape)
+    assert isinstance(local.pieces[0], ChainLoss if chain else ReplayedLoss)
+    vector = [torch.randn_like(p) for p in model.parameters()]
+    _, form = local.products([vector])
+    tape.remove()
+    names = [n for n, _ in model.named_parameters()]
+    u, tangent = torch.func.jvp(
+        lambda *p: functional_call(model, dict(zip(names, p, strict=True)), (X,)), tuple(model.parameters()), tuple(vector)
+    )
+    _, product = torch.autograd.functional.hvp(lambda u: criterion(u, target), u.detach(), tangent.detach())
+    assert float(form) == pytest.approx(float((product * tangent.detach()).sum()), rel=1e-9)
+
+
 # --- terms outside of the criterion -------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ def _adam(model: nn.Module, _: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def _kbfgs(model: nn.Module, criterion: nn.Module, lr: float, damping: float) -> torch.optim.Optimizer:
-    return so.KBFGS(model, criterion, lr, damping=damping)
+    return so.KBFGS(model, criterion, lr, damping=damping, scale=None, max_step=None)
 
 
 FALLING = grid(lr=[1e-3, 3e-3, 1e-2, 3e-2], linear=[1.0])
