@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from secondorder import ops
 from secondorder._layers import linear_layers
 from secondorder._tape.hooks import remove_handles
-from secondorder._tensors import compute_dtype, here, is_sharded
+from secondorder._tensors import here, is_sharded
 from secondorder._warnings import warn
 from secondorder.criteria import FunctionCriterion
 from secondorder.curvature import CURVATURES, Curvature, curvature_by_name
@@ -34,6 +34,7 @@ from secondorder.optim._matrices import (
     InputHook,
     Matrix,
     checked_dtype,
+    computed_in,
     gradient_of,
     input_rows,
     is_plain,
@@ -64,6 +65,7 @@ FIRST = 5  # steps at each of which bases are renewed
 DECAY = 0.9  # of the averages behind a basis, from one renewal to the next
 MANY_ROWS = 256  # of a layer's inputs: from here on its bases have twice as many directions
 LEAST_SHARE = 0.1  # of a table's rows: fewer that a step meets move by no more
+SLOW = 100  # steps, after which an lr of groups or a schedule that has always been another optimizer's is told of
 PATIENCE = 5  # renewals in a row at which a layer that has shown its inputs may show none
 
 _SHARED = ("control", "steps", "refused", "first_loss")  # what one parameter's state has for all
@@ -125,7 +127,6 @@ class EigenAdam(SecondOrderOptimizer):
             Nothing else changes. On CUDA, where no step waits for the device, the error comes with one of the next steps.
 
     Raises:
-        TypeError: a parameter is not of a floating dtype.
         ValueError: an argument is out of its range; or DTensors are sharded otherwise than by rows, over one dimension of a mesh.
 
     Parameters may be DTensors whose rows ranks share, as `torch.distributed.fsdp.fully_shard` has it. A step is then that of one
@@ -159,7 +160,10 @@ class EigenAdam(SecondOrderOptimizer):
             check_arguments(type(self).__name__, [("model", model, model in (None, params), "to be given once")])
             model, params = params, list(params.parameters())
         elif not (model is None or isinstance(model, nn.Module)):
-            raise TypeError(f"EigenAdam: expected model to be an nn.Module, got {type(model).__name__}")
+            raise TypeError(
+                f"{type(self).__name__}: expected model to be an nn.Module, got {type(model).__name__}; several models go into "
+                "an nn.ModuleList"
+            )
         checks: list[tuple[str, Any, bool, str]] = [
             ("rank", rank, rank is None or (type(rank) is int and rank >= 1), "to be an int >= 1, or None"),
             ("renew_every", renew_every, type(renew_every) is int and renew_every >= 1, "to be an int >= 1"),
@@ -184,6 +188,12 @@ class EigenAdam(SecondOrderOptimizer):
         _check_group(type(self).__name__, defaults)
         super().__init__(params, defaults)
         warn_of_short_steps(type(self).__name__, lr)
+        own = {p for group in self.param_groups for p in group["params"]}
+        if model is not None and own.isdisjoint(model.parameters()):
+            warn(
+                f"{type(self).__name__}: no parameter is one of model's, so that it shows no inputs of theirs. Give the model "
+                "whose parameters these are, or leave model out."
+            )
         self._hook()
 
     def _chosen(
@@ -230,6 +240,7 @@ class EigenAdam(SecondOrderOptimizer):
         self._lookups: dict[Matrix, int] = {}  # how many rows of a table have been looked up
         self._seeing: bool | None = None  # whether the next step renews bases; None: not known yet
         self._announced: set[str] = set()  # warnings given
+        self._highest = 0.0  # lr so far
         # Control on its way from the device, and the event that tells of its arrival.
         self._report: tuple[Tensor, Any] | None = None
 
@@ -309,7 +320,7 @@ class EigenAdam(SecondOrderOptimizer):
             self._lookups[matrix] = self._lookups.get(matrix, 0) + inputs.numel()
             return
         with torch.no_grad():
-            rows = input_rows(module, inputs.detach()).to(compute_dtype(matrix.weight.dtype))
+            rows = input_rows(module, inputs.detach()).to(computed_in(matrix.weight))
             state = self._state(matrix, len(rows))
             sketch = self._sketches.get(matrix)
             if sketch is None:
@@ -357,7 +368,7 @@ class EigenAdam(SecondOrderOptimizer):
     def _state(self, matrix: Matrix, rows: int) -> dict[str, Any]:
         """A matrix' state, made when its inputs or gradient are first seen; rows: how many inputs it sees at a time."""
         state = self.state[matrix.weight]
-        device, dtype = matrix.weight.device, compute_dtype(matrix.weight.dtype)
+        device, dtype = matrix.weight.device, computed_in(matrix.weight)
         if "basis_out" in state:
             if state["basis_out"].dtype is not dtype or state["basis_out"].device != device:
                 self.state[matrix.weight] = state = cast_state(state, matrix.weight)
@@ -438,9 +449,6 @@ class EigenAdam(SecondOrderOptimizer):
             super().add_param_group(param_group)
             group = self.param_groups[-1]
             _check_group(type(self).__name__, group)
-            for p in group["params"]:
-                if not p.is_floating_point():
-                    raise TypeError(f"{type(self).__name__}: expected parameters of a floating dtype, got {p.dtype}")
             found_shards(type(self).__name__, [p for each in self.param_groups for p in each["params"]], self._model)
         except BaseException:
             self.param_groups[:] = before
@@ -478,7 +486,7 @@ class EigenAdam(SecondOrderOptimizer):
 
         Raises:
             NonFiniteError: a gradient is NaN or inf, or so large that its square is (nonfinite="error"). Nothing has changed.
-            RuntimeError: there is no gradient, or a sparse one; or, with the bias Hessian's bases, no call of the criterion was
+            RuntimeError: a gradient is sparse; or there is none at the first step, while later that is a warning; or, with the bias Hessian's bases, no call of the criterion was
                 recorded that leads to the gradients.
         """
         loss = None
@@ -502,6 +510,7 @@ class EigenAdam(SecondOrderOptimizer):
         self._lookups.clear()
         self._seeing = None
 
+    @torch.compiler.disable  # its bookkeeping has nothing to compile
     def _step(self) -> None:
         groups = self._groups()
         sign, recorded = -1 if self._maximize() else 1, self._hessians
@@ -509,7 +518,8 @@ class EigenAdam(SecondOrderOptimizer):
             self._hook()  # also where a group's list of parameters was changed by hand
         present = [m for m in self._table() if m.weight.grad is not None or (m.bias is not None and m.bias.grad is not None)]
         if not present:
-            raise RuntimeError(f"{type(self).__name__}.step(): expected gradients, found none; call loss.backward() first")
+            self._find_none()
+            return
         dtype = checked_dtype(f"{type(self).__name__}.step()", present)
         shared, due = self._shared(), self._renewing()
         control = shared["control"]
@@ -561,6 +571,23 @@ class EigenAdam(SecondOrderOptimizer):
             if curved or "curved" in state:
                 state["curved"] = curved
         shared["steps"] += 1
+        if shared["steps"] == SLOW and not ("max_lr" in self._announced or self.defaults["lr"] <= 0.01):  # not told yet
+            warn_of_short_steps(type(self).__name__, self._highest)
+
+    def _find_none(self) -> None:
+        """Raises where no step has found a gradient yet; later, as where a batch has nothing to learn from, it is said once."""
+        problem = f"{type(self).__name__}.step(): expected gradients, found none"
+        if not self._shared()["steps"]:
+            raise RuntimeError(
+                f"{problem}; call loss.backward() first. The parameters must be those of the loss: a model may have got new ones "
+                "since, as by to_empty() or load_state_dict(assign=True)"
+            )
+        if "none" not in self._announced:
+            self._announced.add("none")
+            warn(
+                f"{problem}, and left all parameters as they are. If the model has got new ones since, as by "
+                "load_state_dict(assign=True), make a new optimizer."
+            )
 
     def _meet(self, matrix: Matrix) -> None:
         """Takes a matrix that no layer multiplies with for a table where its first gradient has half of its rows zero.
@@ -608,6 +635,7 @@ class EigenAdam(SecondOrderOptimizer):
             if "max_lr" in group and "max_lr" not in self._announced:  # OneCycleLR's
                 self._announced.add("max_lr")
                 warn_of_short_steps(type(self).__name__, group["max_lr"], "max_lr")
+            self._highest = max(self._highest, float(group["lr"]))
             for name in ("betas", "eps"):
                 if tuple(group["betas"]) != tuple(first["betas"]) or group["eps"] != first["eps"]:
                     raise ValueError(
