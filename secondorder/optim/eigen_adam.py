@@ -486,8 +486,8 @@ class EigenAdam(SecondOrderOptimizer):
 
         Raises:
             NonFiniteError: a gradient is NaN or inf, or so large that its square is (nonfinite="error"). Nothing has changed.
-            RuntimeError: a gradient is sparse; or there is none at the first step, while later that is a warning; or, with the bias Hessian's bases, no call of the criterion was
-                recorded that leads to the gradients.
+            RuntimeError: a gradient is sparse; or there is none at the first step, while later that is a warning; or, with the
+                bias Hessian's bases, no call of the criterion was recorded that leads to the gradients.
         """
         loss = None
         if closure is not None:
