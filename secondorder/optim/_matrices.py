@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from secondorder._tensors import cast, compute_dtype, here, is_sharded, real_view
+from secondorder._tensors import cast, compute_dtype, device_for, here, is_sharded, real_view
 
 # Modules whose weight [n_out, n_in, ...] multiplies their one input, as rows.
 _LINEAR = (nn.Linear,)
@@ -115,9 +115,14 @@ def computed_in(p: Tensor) -> torch.dtype:
     return compute_dtype(p.dtype.to_real() if p.is_complex() else p.dtype)
 
 
-def met_rows(grad: Tensor) -> Tensor:
-    """How many rows [n, p] have a gradient that is not zero: of a table, those that were looked up."""
-    return (here(grad) != 0).any(-1).sum(dtype=torch.float32)
+def first_sight(grad: Tensor) -> Tensor:
+    """What a gradient [n, ...] tells here of its parameter, [3], to be summed over its rows.
+
+    How many rows are not zero: of a table, those that were looked up; the sum of its elements, and that of their squares.
+    """
+    g = real_view(here(grad))
+    g = g.to(device_for(torch.float64, g), torch.float64).flatten(1)
+    return torch.stack([(g != 0).any(1).sum().to(g.dtype), g.sum(), g.square().sum()])
 
 
 def checked_dtype(owner: str, present: list[Matrix]) -> torch.dtype:

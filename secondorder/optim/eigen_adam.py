@@ -1,5 +1,6 @@
 """EigenAdam: Adam in the eigenbasis of the expectation-approximated curvature."""
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -35,11 +36,11 @@ from secondorder.optim._matrices import (
     Matrix,
     checked_dtype,
     computed_in,
+    first_sight,
     gradient_of,
     input_rows,
     is_plain,
     matrices,
-    met_rows,
     values,
     write_back,
 )  # fmt: skip
@@ -102,7 +103,8 @@ class EigenAdam(SecondOrderOptimizer):
     hook, which sums them up and keeps none: those of every call under autograd since the last step, whatever becomes of its
     output. Weights that are used otherwise (attention's, an LSTM's, those inside a compiled
     graph) have V from their gradients, too; but one of which the first gradient has half of the rows zero or more (three quarters
-    where no model is given), as where a batch indexes it, is a table.
+    where no model is given), as where a batch indexes it, is a table, and one of which it is much the same everywhere (half of
+    its mean square is its mean's), as of deviations, gates or an image's pixels, follows Adam's rule.
 
     Args:
         params: a model, all of whose parameters are trained, or parameters, or param_groups, as torch's optimizers take them.
@@ -301,7 +303,7 @@ class EigenAdam(SecondOrderOptimizer):
                 if self._shards is not None:  # layers compute with other, whole weights
                     self._owner |= dict.fromkeys((*matrix.modules, *matrix.lookups), matrix)
                 if not matrix.modules and _has_no_basis(self.state.get(matrix.weight, {})):
-                    matrix.eigen = False  # its first gradient was that of a table
+                    matrix.eigen = False  # its first gradient was no map's
         return self._matrices
 
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -414,7 +416,7 @@ class EigenAdam(SecondOrderOptimizer):
                 raise ValueError(f"{name}: expected the state of an EigenAdam, got one of {sorted(state)}")
             shape = state["basis_out"].shape[-1], state["basis_in"].shape[-1]
             if matrix is not None and not matrix.modules and _has_no_basis(state):
-                matrix.eigen = False  # its first gradient was that of a table
+                matrix.eigen = False  # its first gradient was no map's
             if matrix is None or shape != matrix.shape:
                 wanted = "no state for a bias" if matrix is None else f"the state of a matrix of shape {list(matrix.shape)}"
                 named = "" if matrix is None else f" for {matrix.name!r}"
@@ -590,20 +592,26 @@ class EigenAdam(SecondOrderOptimizer):
             )
 
     def _meet(self, matrix: Matrix) -> None:
-        """Takes a matrix that no layer multiplies with for a table where its first gradient has half of its rows zero.
+        """Tells by its first gradient whether a matrix that no layer multiplies with is a map.
 
-        Without a model three quarters: every layer's is such a matrix, and one instance leaves half of its ReLUs idle.
+        A table has half of its rows zero, or without a model three quarters: every layer's is such a matrix then, and one
+        instance leaves half of its ReLUs idle. Numbers that stand for themselves, as deviations, gates or pixels, have much the
+        same gradient: half of its mean square is its mean's. In a basis that is one coordinate, and a short step; maps hardly
+        ever have it.
         """
         p = matrix.weight
-        if not matrix.eigen or matrix.modules or p.dim() != 2 or p.grad is None or "basis_out" in self.state.get(p, ()):
+        if not matrix.eigen or matrix.modules or p.grad is None or "basis_out" in self.state.get(p, ()):
             return
-        met = met_rows(p.grad)
+        sight = first_sight(p.grad)
         if is_sharded(p):
-            self._sum_(met)
-        share = float(met) / len(p)
-        if 0 < share <= (0.25 if self._model is None else 0.5):
+            self._sum_(sight)
+        met, total, squares = sight.tolist()
+        table = p.dim() == 2 and 0 < met <= len(p) * (0.25 if self._model is None else 0.5)
+        if table or total**2 > 0.5 * math.prod(matrix.shape) * squares:
             matrix.eigen = False
-            self._state(matrix, 0)["share"] = max(share, LEAST_SHARE)
+            state = self._state(matrix, 0)
+            if table:
+                state["share"] = max(met / len(p), LEAST_SHARE)
 
     def _shares(self, present: list[Matrix], states: list[dict[str, Any]]) -> dict[Matrix, float]:
         """The share of its rows that a step meets, at most, of every table, from the lookups of its first steps."""
