@@ -37,6 +37,11 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+def real_view(t: Tensor) -> Tensor:
+    """The real and imaginary parts [..., 2] of complex numbers, in their memory; real numbers as they are."""
+    return torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What numbers of this dtype are computed with: at least float32."""
     return dtype if dtype is torch.float32 else torch.promote_types(dtype, torch.float32)

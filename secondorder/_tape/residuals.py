@@ -165,7 +165,7 @@ def _refused(owner: str, node: Node, what: str) -> RuntimeError:
         f"{owner}.step(): expected the loss to be a sum of means or sums of squares, each times a constant, but {node.name()} "
         f"is {what}. Take squares of residuals (r ** 2, nn.functional.mse_loss), Huber's loss, smooth L1, the soft margin, "
         "binary cross-entropy with logits or cross-entropy; detach weights that are computed from residuals; or return "
-        "[(residual, weight), ...] from the closure."
+        "[(residual, weight), ...] from the closure. EigenAdam takes any loss."
     )
 
 

@@ -330,8 +330,8 @@ def with_graph(owner: str, closure: Callable[[], Any], parameters: list[Tensor])
     """The closure, for `idle_backward`; where it returns its loss detached, as Lightning's does: what it has called backward on.
 
     Raises, when it is called then:
-        RuntimeError: the two values differ, or, at the first call, there are gradients of other batches for that loss' to be
-            added to.
+        RuntimeError: it writes to a parameter, the two values differ, or, at the first call, there are gradients of other
+            batches for that loss' to be added to.
     """
     calls = 0
 
@@ -339,7 +339,14 @@ def with_graph(owner: str, closure: Callable[[], Any], parameters: list[Tensor])
         nonlocal calls
         calls += 1
         _LOCAL.roots = []
+        before = [(p._version, p.detach().clone()) for p in parameters]
         value = closure()
+        for p, (version, old) in zip(parameters, before, strict=True):
+            if p._version != version or bool(((p != old) & (old == old)).any()):  # writes to p.data are not counted
+                raise RuntimeError(
+                    f"{owner}.step(): expected the closure to leave the parameters as they are, got one that writes to the "
+                    f"parameter of shape {list(p.shape)}; clamp or normalise it after step()"
+                )
         roots = [root for root in _LOCAL.roots if root.numel() == 1 and root.requires_grad]
         _LOCAL.roots = []
         if not (isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad and roots):

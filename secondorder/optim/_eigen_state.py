@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from secondorder import ops
-from secondorder._tensors import compute_dtype, device_for
-from secondorder.optim._matrices import Matrix
+from secondorder._tensors import device_for
+from secondorder.optim._matrices import Matrix, computed_in
 
 LENGTH, OSCILLATIONS, SLOPE, LAST_SLOPE, STEPS, REFUSED, UNRENEWED = range(len(ops.CONTROL))
 
@@ -30,7 +30,7 @@ def step_length(entries: list[float]) -> float:
 def new_bases(matrix: Matrix, rank: int) -> dict[str, Any]:
     """The state of a matrix without moments; random bases of `rank` directions, all where a side has at most 2 rank + 1."""
     n, p = matrix.shape
-    device, dtype = matrix.weight.device, compute_dtype(matrix.weight.dtype)
+    device, dtype = matrix.weight.device, computed_in(matrix.weight)
     k = rank if matrix.eigen else 0
     ku, kv = (length if matrix.eigen and length <= 2 * k + 1 else k for length in (n, p))
     generator = torch.Generator("cpu").manual_seed(n * 1_000_003 + p)
@@ -68,7 +68,7 @@ def cast_state(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
     """A matrix' state on its parameter's device, in the dtype that this is computed in."""
 
     def own(key: str, value: Tensor) -> Tensor:
-        dtype = torch.float64 if key in ("control", "size") else compute_dtype(p.dtype)
+        dtype = torch.float64 if key in ("control", "size") else computed_in(p)
         return value.to(device_for(dtype, p), dtype)
 
     return {key: own(key, value) if isinstance(value, Tensor) else value for key, value in state.items()}

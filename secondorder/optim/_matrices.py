@@ -1,6 +1,7 @@
 """Parameters as matrices [n, p]: the bias that belongs to each, its values, and the inputs that it is multiplied with."""
 
 import math
+import string
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from secondorder._tensors import captured_now, cast, compute_dtype, here, is_sharded
+from secondorder._tensors import captured_now, cast, compute_dtype, here, is_sharded, real_view
 
 # Modules whose weight [n_out, n_in, ...] multiplies their one input, as rows.
 _LINEAR = (nn.Linear,)
@@ -26,7 +27,7 @@ PATCHES = 1024  # of a convolution's input
 
 @dataclass(eq=False)
 class Matrix:
-    """A parameter, or a weight with the bias that is added to its product.
+    """A parameter, or a weight with the bias that is added to its product. A complex number counts as two.
 
     Attributes:
         weight: its values, [n, ...].
@@ -47,10 +48,11 @@ class Matrix:
     @cached_property
     def shape(self) -> tuple[int, int]:
         """[n, p]."""
+        numel = self.weight.numel() * (1 + self.weight.is_complex())
         if self.weight.dim() < 2:
-            return 1, self.weight.numel()
+            return 1, numel
         n = self.weight.shape[0]
-        return n, self.weight.numel() // max(n, 1)
+        return n, numel // max(n, 1)
 
     @cached_property
     def shape_here(self) -> tuple[int, int]:
@@ -71,16 +73,18 @@ def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matr
 
     Without a model, every parameter with two or more dimensions is a matrix of its own. With one, its linear layers and
     convolutions give each weight its bias and its inputs, and what they do not know, as attention's or an LSTM's weights, is a
-    matrix of its own; the tables of embeddings, vectors, and what has a single row or column, are no matrices.
+    matrix of its own; the tables of embeddings, vectors, and what has a single row or column, are no matrices. Integers, as of
+    frozen layers that are quantized, are left alone.
     """
-    wanted = {p: f"parameter {i}" for i, p in enumerate(parameters)}
+    wanted = {p: f"parameter {i}" for i, p in enumerate(parameters) if p.is_floating_point() or p.is_complex()}
     if model is not None:
         wanted |= {p: name for name, p in model.named_parameters() if p in wanted}
     users: dict[Tensor, list[nn.Module]] = {}
     tables: dict[Tensor, list[nn.Module]] = {}
     for module in model.modules() if model is not None else ():
-        own = module._parameters.get("weight")
-        if own is None or own not in wanted:
+        # TorchScript's modules are of no type that is known here. A complex weight multiplies pairs of numbers.
+        own = None if isinstance(module, torch.jit.ScriptModule) else module._parameters.get("weight")
+        if own is None or own not in wanted or own.is_complex():
             continue
         if _multiplies(module):
             users.setdefault(own, []).append(module)
@@ -101,10 +105,14 @@ def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matr
     for p, name in wanted.items():
         if p in taken or not p.numel():
             continue
-        n, width = Matrix(p, None, name, False).shape
-        eigen = p.dim() >= 2 and (p in users or (min(n, width) > 1 and p not in tables))
+        eigen = p.dim() >= 2 and (p in users or (1 < p.shape[0] < p.numel() and p not in tables))
         found.append(Matrix(p, biases.get(p), name, eigen, users.get(p, []), [] if eigen else tables.get(p, [])))
     return found
+
+
+def computed_in(p: Tensor) -> torch.dtype:
+    """What a parameter is computed in: at least float32, and of complex numbers the parts."""
+    return compute_dtype(p.dtype.to_real() if p.is_complex() else p.dtype)
 
 
 def checked_dtype(owner: str, present: list[Matrix]) -> torch.dtype:
@@ -119,7 +127,7 @@ def checked_dtype(owner: str, present: list[Matrix]) -> torch.dtype:
     """
     first = present[0]
     device, own = first.weight.device, first.weight.dtype
-    dtype = compute_dtype(own)
+    dtype = computed_in(first.weight)
     for matrix in present:
         for p in (matrix.weight, matrix.bias):
             if p is None:
@@ -129,9 +137,10 @@ def checked_dtype(owner: str, present: list[Matrix]) -> torch.dtype:
                     f"{owner}: expected all parameters on one device, got {first.name!r} on {device} and "
                     f"{matrix.name!r} on {p.device}"
                 )
-            if p.dtype is not own and compute_dtype(p.dtype) is not dtype:
+            if p.dtype is not own and computed_in(p) is not dtype:
                 raise RuntimeError(
-                    f"{owner}: expected all parameters of one dtype, 16-bit ones counting as float32, got {own} and {p.dtype}"
+                    f"{owner}: expected all parameters of one dtype, 16-bit ones counting as float32, got {own} and {p.dtype} "
+                    f"for {matrix.name!r}; give those of each dtype an optimizer of their own"
                 )
             if not p.is_contiguous() and any(
                 stride == 0 < length - 1 for stride, length in zip(p.stride(), p.shape, strict=True)
@@ -144,7 +153,7 @@ def checked_dtype(owner: str, present: list[Matrix]) -> torch.dtype:
 
 def values(p: Tensor, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
     """A parameter's values here as a contiguous matrix or vector that is written to: itself, or else a copy."""
-    p = here(p)
+    p = real_view(here(p))
     if p.dtype is dtype and p.is_contiguous():
         return p if p.shape == shape else p.detach().view(*shape)
     return p.detach().to(dtype).contiguous().view(*shape)
@@ -152,7 +161,7 @@ def values(p: Tensor, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
 
 def write_back(p: Tensor, copy: Tensor) -> None:
     """Gives a parameter the values that a copy of it was given."""
-    p = here(p)
+    p = real_view(here(p))
     if copy is not p and copy.data_ptr() != p.data_ptr():
         p.copy_(copy.view(p.shape))
 
@@ -161,7 +170,7 @@ def gradient_of(p: Tensor, shape: Iterable[int], dtype: torch.dtype, sign: int) 
     """The gradient here of what is minimised, as a matrix or vector; zeros where there is none."""
     if p.grad is None:
         return torch.zeros(*shape, dtype=dtype, device=p.device)
-    g = cast(here(p.grad), dtype)
+    g = cast(real_view(here(p.grad)), dtype)
     g = g if g.shape == shape else g.reshape(*shape)
     return -g if sign < 0 else g
 
@@ -181,30 +190,37 @@ def _multiplies(module: nn.Module) -> bool:
 class InputHook:
     """A forward hook that shows a module's input to an optimizer, which it does not keep alive.
 
-    Copies of the module are another net's: there it does nothing.
+    Copies of the module are another net's, and its files are read without this package: there it is a method of Python's own
+    that does nothing.
 
     Args:
-        optimizer: has methods `_see(module, input, output)` and `_hook()`; None in a copy.
+        optimizer: has methods `_see(module, input, output)` and `_hook()`.
     """
 
     def __init__(self, optimizer: Any):
-        self.optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self.optimizer = weakref.ref(optimizer)
+
+    @property
+    def __name__(self) -> str:  # what torch.jit.script asks for
+        raise AttributeError(
+            "the optimizer's forward hooks cannot be scripted: call optimizer.remove_hooks() before torch.jit.script(model)"
+        )
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or captured_now():
             return
-        optimizer = None if self.optimizer is None else self.optimizer()
+        optimizer = self.optimizer()
         if optimizer is not None and args:
             optimizer._see(module, args[0], output)
 
     def lay(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook of a model with lazy layers: lays the hooks once its parameters are known."""
-        optimizer = None if self.optimizer is None else self.optimizer()
+        optimizer = self.optimizer()
         if optimizer is not None:
             optimizer._hook()
 
-    def __reduce__(self) -> tuple[type, tuple[None]]:  # also what copy.deepcopy goes by
-        return InputHook, (None,)
+    def __reduce__(self) -> tuple[Any, ...]:  # also what copy.deepcopy goes by
+        return getattr, (string.Formatter(), "check_unused_args")
 
 
 def is_plain(inputs: Any) -> bool:

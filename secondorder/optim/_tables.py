@@ -1,12 +1,13 @@
-"""Tables: parameters of which a step meets some rows, each by itself, and how much farther these move."""
+"""Parameters that are no maps: tables, of which a step meets some rows, and numbers that each stand for themselves."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secondorder._tensors import here
+from secondorder._tensors import device_for, here, real_view
 from secondorder.optim._eigen_state import FIRST_STEPS
 from secondorder.optim._matrices import Matrix
 
@@ -46,24 +47,30 @@ class Lookups:
         return {m: _bounded(count / m.shape[0]) for m, count in zip(tables, counts, strict=True) if count}
 
 
-def share_of_a_table(matrix: Matrix, most: float, sum_: Sum | None) -> float | None:
-    """The share of its rows that a gradient meets, of a matrix whose gradient is that of a table; None where it is not.
+def share_of_numbers(matrix: Matrix, most: float, sum_: Sum | None) -> float | None:
+    """The share of its rows that a step meets, of a matrix whose first gradient is no map's; None where it may be a map's.
 
-    A batch that indexes a parameter leaves its other rows' gradients zero.
+    A table is met where a batch indexes it: its other rows' gradients are zero. Numbers that stand for themselves, as deviations,
+    gates or pixels, have much the same gradient: half of its mean square is that of its mean. In a basis this would be one
+    coordinate, and so a short step; the gradients of maps are hardly ever so. Their share is 1.
 
     Args:
-        matrix: one that no layer is known to multiply with, [n, p].
-        most: of its rows with a gradient, by which it is a table.
+        matrix: one that no layer is known to multiply with, [n, ...].
+        most: a table's share at most.
         sum_: over all processes that have rows; None: this one has them all.
     """
     p = matrix.weight
-    if not matrix.eigen or matrix.modules or p.dim() != 2 or p.grad is None:
+    if not matrix.eigen or matrix.modules or p.grad is None:
         return None
-    met = (here(p.grad) != 0).any(-1).sum(dtype=torch.float32)
+    g = real_view(here(p.grad))
+    g = g.to(device_for(torch.float64, g), torch.float64).flatten(1)
+    sums = torch.stack([(g != 0).any(1).sum().to(g.dtype), g.sum(), g.square().sum()])
     if sum_ is not None:
-        sum_(met)
-    share = float(met) / len(p)
-    return _bounded(share) if 0 < share <= most else None
+        sum_(sums)
+    met, total, squares = sums.tolist()
+    if p.dim() == 2 and 0 < met <= most * len(p):
+        return _bounded(met / len(p))
+    return 1.0 if total**2 > 0.5 * math.prod(matrix.shape) * squares else None
 
 
 def _bounded(share: float) -> float:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from secondorder import ops
 from secondorder._layers import linear_layers
 from secondorder._tape.hooks import remove_handles
-from secondorder._tensors import compute_dtype, here, is_sharded
+from secondorder._tensors import here, is_sharded
 from secondorder._warnings import warn
 from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
@@ -36,6 +36,7 @@ from secondorder.optim._matrices import (
     InputHook,
     Matrix,
     checked_dtype,
+    computed_in,
     gradient_of,
     input_rows,
     is_plain,
@@ -55,7 +56,7 @@ from secondorder.optim._sharded import (
     new_sharded_state,
     relaid,
 )  # fmt: skip
-from secondorder.optim._tables import Lookups, share_of_a_table
+from secondorder.optim._tables import Lookups, share_of_numbers
 
 _NUMBERS: Numbers = {
     "lr": (lambda v: 0 <= v < float("inf"), ">= 0"),
@@ -64,6 +65,7 @@ _NUMBERS: Numbers = {
 }
 DECAY = 0.9  # of the averages behind a basis, from one renewal to the next
 MANY_ROWS = 256  # of a layer's inputs: from here on its bases have twice as many directions
+SLOW = 100  # steps, after which an lr of groups or a schedule that has always been another optimizer's is told of
 PATIENCE = 5  # renewals in a row at which a layer that has shown its inputs may show none
 
 _SHARED = ("control", "steps", "refused", "first_loss")  # what one parameter's state has for all
@@ -91,7 +93,8 @@ class EigenAdam(SecondOrderOptimizer):
     hook, which sums them up and keeps none: those of every call under autograd since the last step, whatever becomes of its
     output. Weights that are used otherwise (attention's, an LSTM's, those inside a compiled
     graph) have V from their gradients, too; but one of which the first gradient has half of the rows zero or more (three quarters
-    where no model is given), as where a batch indexes it, is a table.
+    where no model is given), as where a batch indexes it, is a table, and one of which it is much the same everywhere (half of
+    its mean square is its mean's), as of deviations, gates or an image's pixels, follows Adam's rule.
 
     Args:
         params: a model, all of whose parameters are trained, or parameters, or param_groups, as torch's optimizers take them.
@@ -116,7 +119,6 @@ class EigenAdam(SecondOrderOptimizer):
             Nothing else changes. On CUDA, where no step waits for the device, the error comes with one of the next steps.
 
     Raises:
-        TypeError: a parameter is not of a floating dtype.
         ValueError: an argument is out of its range; or DTensors are sharded otherwise than by rows, over one dimension of a mesh.
 
     Parameters may be DTensors whose rows ranks share, as `torch.distributed.fsdp.fully_shard` has it. A step is then that of one
@@ -150,7 +152,10 @@ class EigenAdam(SecondOrderOptimizer):
             check_arguments(type(self).__name__, [("model", model, model in (None, params), "to be given once")])
             model, params = params, list(params.parameters())
         elif not (model is None or isinstance(model, nn.Module)):
-            raise TypeError(f"EigenAdam: expected model to be an nn.Module, got {type(model).__name__}")
+            raise TypeError(
+                f"{type(self).__name__}: expected model to be an nn.Module, got {type(model).__name__}; several models go into "
+                "an nn.ModuleList"
+            )
         checks: list[tuple[str, Any, bool, str]] = [
             ("rank", rank, rank is None or (type(rank) is int and rank >= 1), "to be an int >= 1, or None"),
             ("renew_every", renew_every, type(renew_every) is int and renew_every >= 1, "to be an int >= 1"),
@@ -175,6 +180,12 @@ class EigenAdam(SecondOrderOptimizer):
         _check_group(type(self).__name__, defaults)
         super().__init__(params, defaults)
         warn_of_short_steps(type(self).__name__, lr)
+        own = {p for group in self.param_groups for p in group["params"]}
+        if model is not None and own.isdisjoint(model.parameters()):
+            warn(
+                f"{type(self).__name__}: no parameter is one of model's, so that it shows no inputs of theirs. Give the model "
+                "whose parameters these are, or leave model out."
+            )
         self._hook()
 
     def _reset(self) -> None:
@@ -187,6 +198,7 @@ class EigenAdam(SecondOrderOptimizer):
         self._sketches, self._lookups = Sketches(), Lookups()
         self._seeing: bool | None = None  # whether the next step renews bases; None: not known yet
         self._announced: set[str] = set()  # warnings given
+        self._highest = 0.0  # lr so far
         # Control on its way from the device, and the event that tells of its arrival.
         self._report: tuple[Tensor, Any] | None = None
 
@@ -247,7 +259,7 @@ class EigenAdam(SecondOrderOptimizer):
                 if self._shards is not None:  # layers compute with other, whole weights
                     self._owner |= dict.fromkeys((*matrix.modules, *matrix.lookups), matrix)
                 if not matrix.modules and has_no_basis(self.state.get(matrix.weight, {})):
-                    matrix.eigen = False  # its first gradient was that of a table
+                    matrix.eigen = False  # its first gradient was no map's
         return self._matrices
 
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -266,7 +278,7 @@ class EigenAdam(SecondOrderOptimizer):
             self._lookups.add(matrix, inputs)
             return
         with torch.no_grad():
-            rows = input_rows(module, inputs.detach()).to(compute_dtype(matrix.weight.dtype))
+            rows = input_rows(module, inputs.detach()).to(computed_in(matrix.weight))
             state = self._state(matrix, len(rows))
             self._sketches.add(matrix, state, rows, alone=not (self._several or rows.is_cuda))
 
@@ -307,7 +319,7 @@ class EigenAdam(SecondOrderOptimizer):
     def _state(self, matrix: Matrix, rows: int) -> dict[str, Any]:
         """A matrix' state, made when its inputs or gradient are first seen; rows: how many inputs it sees at a time."""
         state = self.state[matrix.weight]
-        device, dtype = matrix.weight.device, compute_dtype(matrix.weight.dtype)
+        device, dtype = matrix.weight.device, computed_in(matrix.weight)
         if "basis_out" in state:
             if state["basis_out"].dtype is not dtype or state["basis_out"].device != device:
                 self.state[matrix.weight] = state = cast_state(state, matrix.weight)
@@ -350,7 +362,7 @@ class EigenAdam(SecondOrderOptimizer):
             if state.keys() <= {*_SHARED, "step"}:
                 continue
             if matrix is not None and not matrix.modules and has_no_basis(state):
-                matrix.eigen = False  # its first gradient was that of a table
+                matrix.eigen = False  # its first gradient was no map's
             check_state(name, matrix, state)
             assert matrix is not None
             relaid_state[i] = relaid(matrix, state)
@@ -378,9 +390,6 @@ class EigenAdam(SecondOrderOptimizer):
             super().add_param_group(param_group)
             group = self.param_groups[-1]
             _check_group(type(self).__name__, group)
-            for p in group["params"]:
-                if not p.is_floating_point():
-                    raise TypeError(f"{type(self).__name__}: expected parameters of a floating dtype, got {p.dtype}")
             found_shards(type(self).__name__, [p for each in self.param_groups for p in each["params"]], self._model)
         except BaseException:
             self.param_groups[:] = before
@@ -418,8 +427,8 @@ class EigenAdam(SecondOrderOptimizer):
 
         Raises:
             NonFiniteError: a gradient is NaN or inf, or so large that its square is (nonfinite="error"). Nothing has changed.
-            RuntimeError: there is no gradient, or a sparse one; a CUDA graph is being captured; or, with the bias Hessian's
-                bases, no call of the criterion was recorded that leads to the gradients.
+            RuntimeError: a gradient is sparse; there is none at the first step (later that is a warning); a CUDA graph is being
+                captured; or, with the bias Hessian's bases, no call of the criterion was recorded that leads to the gradients.
         """
         self._refuse_capture()
         loss = None
@@ -443,6 +452,7 @@ class EigenAdam(SecondOrderOptimizer):
         self._lookups.clear()
         self._seeing = None
 
+    @torch.compiler.disable  # its bookkeeping has nothing to compile
     def _step(self) -> None:
         groups = self._groups()
         sign, recorded = -1 if self._maximize() else 1, self._hessians
@@ -450,7 +460,8 @@ class EigenAdam(SecondOrderOptimizer):
             self._hook()  # also where a group's list of parameters was changed by hand
         present = [m for m in self._table() if m.weight.grad is not None or (m.bias is not None and m.bias.grad is not None)]
         if not present:
-            raise RuntimeError(f"{type(self).__name__}.step(): expected gradients, found none; call loss.backward() first")
+            self._find_none()
+            return
         dtype = checked_dtype(f"{type(self).__name__}.step()", present)
         shared, due = self._shared(), self._renewing()
         control = shared["control"]
@@ -458,7 +469,7 @@ class EigenAdam(SecondOrderOptimizer):
         nothing = torch.empty(0, device=present[0].weight.device, dtype=dtype)
         for matrix in present:
             if "basis_out" not in self.state[matrix.weight]:
-                self._find_table(matrix)
+                self._find_numbers(matrix)
         states = [self._state(matrix, 0) for matrix in present]
         shares = self._lookups.shares(present, states, self._sum_ if self._several else None) if due else {}
         weights, biases, weight_grads, bias_grads = [], [], [], []
@@ -503,17 +514,34 @@ class EigenAdam(SecondOrderOptimizer):
             if curved or "curved" in state:
                 state["curved"] = curved
         shared["steps"] += 1
+        if shared["steps"] == SLOW and not ("max_lr" in self._announced or self.defaults["lr"] <= 0.01):  # not told yet
+            warn_of_short_steps(type(self).__name__, self._highest)
 
-    def _find_table(self, matrix: Matrix) -> None:
-        """Takes a matrix that no layer multiplies with for a table where its first gradient has half of its rows zero.
+    def _find_none(self) -> None:
+        """Raises where no step has found a gradient yet; later, as where a batch has nothing to learn from, it is said once."""
+        problem = f"{type(self).__name__}.step(): expected gradients, found none"
+        if not self._shared()["steps"]:
+            raise RuntimeError(
+                f"{problem}; call loss.backward() first. The parameters must be those of the loss: a model may have got new ones "
+                "since, as by to_empty() or load_state_dict(assign=True)"
+            )
+        if "none" not in self._announced:
+            self._announced.add("none")
+            warn(
+                f"{problem}, and left all parameters as they are. If the model has got new ones since, as by "
+                "load_state_dict(assign=True), make a new optimizer."
+            )
 
-        Without a model three quarters: every layer's is such a matrix, and one instance leaves half of its ReLUs idle.
-        """
+    def _find_numbers(self, matrix: Matrix) -> None:
+        """Tells by the first gradient of a matrix that no layer multiplies with whether its numbers stand for themselves."""
+        # Without a model every layer's weight is looked at, and one instance leaves half of its ReLUs idle.
         most = 0.25 if self._model is None else 0.5
-        share = share_of_a_table(matrix, most, self._sum_ if is_sharded(matrix.weight) else None)
+        share = share_of_numbers(matrix, most, self._sum_ if is_sharded(matrix.weight) else None)
         if share is not None:
             matrix.eigen = False
-            self._state(matrix, 0)["share"] = share
+            state = self._state(matrix, 0)
+            if share < 1:
+                state["share"] = share
 
     def _operators(self, present: list[Matrix], states: list[dict[str, Any]]) -> Any:
         """What has `eigen_renew_` and `eigen_step_` for these matrices."""
@@ -533,6 +561,7 @@ class EigenAdam(SecondOrderOptimizer):
             if "max_lr" in group and "max_lr" not in self._announced:  # OneCycleLR's
                 self._announced.add("max_lr")
                 warn_of_short_steps(type(self).__name__, group["max_lr"], "max_lr")
+            self._highest = max(self._highest, float(group["lr"]))
             for name in ("betas", "eps"):
                 if tuple(group["betas"]) != tuple(first["betas"]) or group["eps"] != first["eps"]:
                     raise ValueError(

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import math
 import os
 import pickle
@@ -345,11 +346,11 @@ def test_closures_may_give_anything(value):
 
 
 def test_bad_parameters_and_gradients():
-    with pytest.raises(TypeError, match="expected parameters of a floating dtype, got torch.complex64"):
-        so.EigenAdam([nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))])
     model = network()
     with pytest.raises(RuntimeError, match="expected gradients, found none"):
         so.EigenAdam(model).step()
+    with pytest.raises(TypeError, match=r"expected model to be an nn.Module, got list; several models go into an nn.ModuleList"):
+        so.EigenAdam(model.parameters(), model=[model])
     mixed = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3).double()])
     (mixed[0](torch.ones(3)).sum() + mixed[1](torch.ones(3).double()).sum()).backward()
     with pytest.raises(RuntimeError, match="expected all parameters of one dtype"):
@@ -449,3 +450,195 @@ def test_one_cycle_with_the_rate_of_another_optimizer_is_warned_of():
 def test_a_criterion_or_a_model_in_the_place_of_lr(given):
     with pytest.raises(TypeError, match="expected lr to be a number, got .*; EigenAdam.model. needs no criterion, and takes"):
         so.EigenAdam(nn.Linear(2, 2).parameters(), given)
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed", "conjugate"])
+@pytest.mark.parametrize("shape", [(6, 5), (7, 3, 2), (9,), (4, 1), ()])
+def test_complex_parameters_are_pairs_of_numbers(shape, layout):
+    """The steps are those of real parameters [..., 2]; of a vector where there is but a single row or column."""
+    torch.manual_seed(0)
+    start, matrix = torch.randn(shape, dtype=torch.complex64), torch.randn(math.prod(shape), 12, dtype=torch.complex64)
+    if layout == "transposed" and len(shape) > 1:
+        start = start.transpose(0, 1).contiguous().transpose(0, 1)
+    real = torch.view_as_real(start.clone()).contiguous()
+    pairs = nn.Parameter(start.clone())
+    numbers = nn.Parameter(real if len(shape) > 1 and shape[1] > 1 else real.flatten())
+    one, other = so.EigenAdam([pairs], weight_decay=0.1), so.EigenAdam([numbers], weight_decay=0.1)
+
+    def step(p, optimizer, values):
+        optimizer.zero_grad()
+        ((values.reshape(-1) @ matrix - 1).abs() ** 2).sum().backward()
+        if layout == "conjugate" and p.is_complex():
+            p.grad = p.grad.conj().resolve_conj().conj()
+        optimizer.step()
+
+    for t in range(12):
+        if t == 7:
+            state = one.state_dict()
+            one = so.EigenAdam([pairs], weight_decay=0.1)
+            one.load_state_dict(state)
+        step(pairs, one, pairs)
+        step(numbers, other, torch.view_as_complex(numbers.view_as(real)))
+    torch.testing.assert_close(torch.view_as_real(pairs), numbers.view_as(real), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(pairs, start)
+
+
+def test_a_net_with_complex_weights_trains():
+    """Fourier neural operators: a layer's inputs are complex, too, and show nothing."""
+
+    class Spectral(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.modes = nn.Parameter(0.1 * torch.randn(4, 4, 5, dtype=torch.complex64))
+            self.mix, self.head = nn.Linear(9, 9, dtype=torch.complex64), nn.Linear(4, 1)
+
+        def forward(self, x):  # [B, 4, 16]
+            spectrum = self.mix(torch.fft.rfft(x))
+            low = torch.einsum("bim,iom->bom", spectrum[..., :5], self.modes)
+            return self.head(torch.fft.irfft(low, n=16).transpose(1, 2)).squeeze(2)
+
+    torch.manual_seed(0)
+    model, x = Spectral(), torch.randn(64, 4, 16)
+    y = x.sum(1).roll(3, 1)
+    optimizer, losses = so.EigenAdam(model), []
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert optimizer.metrics()["coverage"] > 0.9
+
+
+def test_frozen_integers_are_left_alone():
+    """As weights of quantized layers below an adapter, also where one is the first parameter, and in a layer's place."""
+
+    class Quantized(nn.Linear):
+        def __init__(self):
+            super().__init__(25, 25, bias=False)
+            self.weight = nn.Parameter(torch.randint(-5, 5, (25, 25), dtype=torch.int8), requires_grad=False)
+
+        def forward(self, x):
+            return F.linear(x, 0.1 * self.weight.to(x.dtype))
+
+    model = nn.Sequential(Quantized(), network())
+    optimizer = so.EigenAdam(model)
+    train(model, optimizer, range(3))
+    other = copy.deepcopy(model)
+    resumed = so.EigenAdam(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in range(3, 8):
+        train(model, optimizer, [seed])
+        train(other, resumed, [seed])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert torch.equal(values(model[1]), values(other[1]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("made", [torch.jit.script, lambda model: torch.jit.trace(model, batch()[0])], ids=["script", "trace"])
+def test_scripted_models_train_from_their_gradients(made):
+    plain = network()
+    model = made(copy.deepcopy(plain))
+    train(plain, so.EigenAdam(plain.parameters()), range(8))
+    train(model, so.EigenAdam(model), range(8))
+    torch.testing.assert_close(values(model), values(plain), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_files_of_the_model_need_no_package_and_scripts_need_no_hooks():
+    model = network()
+    optimizer = so.EigenAdam(model)
+    train(model, optimizer, range(2))
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert b"secondorder" not in file.getvalue()
+    file.seek(0)
+    for clone in (torch.load(file, weights_only=False), copy.deepcopy(model)):
+        assert torch.equal(clone(batch()[0]), model(batch()[0]))
+    with pytest.raises(AttributeError, match=r"call optimizer.remove_hooks\(\) before torch.jit.script"):
+        torch.jit.script(model)
+    optimizer.remove_hooks()
+    assert torch.equal(torch.jit.script(model)(batch()[0]), model(batch()[0]))
+
+
+def by_group(model):
+    return so.EigenAdam([{"params": layer.parameters(), "lr": 1e-3} for layer in model], model=model), None
+
+
+def by_hand(model):
+    optimizer = so.EigenAdam(model)
+    optimizer.param_groups[0]["lr"] = 1e-3
+    return optimizer, None
+
+
+def cyclic(model):
+    optimizer = so.EigenAdam(model)
+    return optimizer, lr_scheduler.CyclicLR(optimizer, 1e-4, 1e-3)
+
+
+def noam(model):
+    optimizer = so.EigenAdam(model)
+    return optimizer, lr_scheduler.LambdaLR(optimizer, lambda t: 512**-0.5 * min((t + 1) ** -0.5, (t + 1) * 400**-1.5))
+
+
+def warm_up(model):
+    optimizer = so.EigenAdam(model)
+    return optimizer, lr_scheduler.LinearLR(optimizer, 1e-3, total_iters=4000)
+
+
+def one_small_group(model):
+    return so.EigenAdam([{"params": model[0].parameters(), "lr": 1e-3}, {"params": model[2].parameters()}], model=model), None
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [(by_group, True), (by_hand, True), (cyclic, True), (noam, True), (warm_up, False), (one_small_group, False)],
+)
+def test_the_lr_of_another_optimizer_is_told_of_after_100_steps(made, told):
+    model = network()
+    optimizer, scheduler = made(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(110):
+            train(model, optimizer, [seed])
+            if scheduler is not None:
+                scheduler.step()
+    assert [("multiplies the step that EigenAdam finds" in str(each.message)) for each in caught] == [True] * told
+
+
+def test_a_compiled_step_is_the_plain_one():
+    model, other = network(), network()
+    optimizer, compiled = so.EigenAdam(model), so.EigenAdam(other)
+    step = torch.compile(lambda: compiled.step(), backend="eager")
+    for seed in range(7):
+        train(model, optimizer, [seed])
+        compiled.zero_grad()
+        F.cross_entropy(other(batch(seed)[0]), batch(seed)[1]).backward()
+        step()
+    assert torch.equal(values(model), values(other))
+
+
+def test_a_batch_without_gradients_is_told_of_once_and_changes_nothing():
+    model = network()
+    optimizer = so.EigenAdam(model)
+    train(model, optimizer, range(3))
+    before, state = values(model), copy.deepcopy(optimizer.state_dict())
+    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="expected gradients, found none, and left all parameters as they are"):
+        optimizer.step()
+    optimizer.step()
+    assert torch.equal(values(model), before)
+    after = optimizer.state_dict()["state"]
+    assert all(
+        torch.equal(value, after[i][key]) if isinstance(value, torch.Tensor) else value == after[i][key]
+        for i, each in state["state"].items()
+        for key, value in each.items()
+    )
+    train(model, optimizer, [3])
+    assert not torch.equal(values(model), before)
+
+
+def test_another_model_is_told_of():
+    with pytest.warns(UserWarning, match="no parameter is one of model's"):
+        so.EigenAdam(network().parameters(), model=network())

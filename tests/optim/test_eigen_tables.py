@@ -1,4 +1,4 @@
-"""Tables of embeddings: a row that a step meets now and then moves by more, and what is indexed is no map."""
+"""Tables of embeddings: a row that a step meets now and then moves by more; what is indexed, or has one gradient, is no map."""
 
 import copy
 
@@ -114,3 +114,65 @@ def test_parameters_that_are_exchanged_in_a_group_are_trained():
         step()
     assert (model[2].weight != before).all()
     assert torch.equal(old, kept)
+
+
+class Deviations(nn.Module):
+    """A linear layer whose every weight has a normal distribution: a mean, and what a deviation is the softplus of."""
+
+    def __init__(self, n_in, n_out, flat):
+        super().__init__()
+        self.mean, self.shape = nn.Linear(n_in, n_out), (n_out, n_in)
+        self.rho = nn.Parameter(torch.full((n_in * n_out,) if flat else (n_out, n_in), -4.0))
+
+    def forward(self, x):
+        deviation = nn.functional.softplus(self.rho.view(self.shape))
+        return self.mean(x) + torch.randn(len(x), self.shape[0]) * (x.square() @ deviation.square().T + 1e-8).sqrt()
+
+    def divergence(self):
+        deviation = nn.functional.softplus(self.rho)
+        return 0.5 * (deviation.square() - 2 * deviation.log()).sum() + 0.5 * self.mean.weight.square().sum()
+
+
+@pytest.mark.parametrize("given", ["model", "parameters"])
+def test_numbers_that_have_much_the_same_gradient_follow_adams_rule(given):
+    """As they do where they are a vector, to the last digits."""
+    x, losses = torch.randn(400, 12, generator=torch.Generator().manual_seed(0)), []
+    y = (x @ torch.randn(12, 4, generator=torch.Generator().manual_seed(1))).argmax(1)
+    for flat in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(Deviations(12, 25, flat), nn.ReLU(), Deviations(25, 4, flat))
+        optimizer = so.EigenAdam(model if given == "model" else model.parameters())
+        for _ in range(40):
+            rows = torch.randint(400, (50,))
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x[rows]), y[rows]) + (model[0].divergence() + model[2].divergence()) / 400
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+        state = optimizer.state[model[0].rho]
+        assert not len(state["basis_out"])
+        assert "share" not in state
+        assert len(optimizer.state[model[0].mean.weight]["basis_out"]) > 0
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    other = so.EigenAdam(model if given == "model" else model.parameters())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert not len(other.state[model[0].rho]["basis_out"])
+    assert other.metrics()["coverage"] == optimizer.metrics()["coverage"] < 0.6
+
+
+@pytest.mark.parametrize(("scale", "basis"), [(0.5, False), (2.0, True)])
+def test_the_mean_of_a_gradient_tells_maps_from_numbers(scale, basis):
+    """Of four dimensions and of complex numbers, too; whatever the scale."""
+    torch.manual_seed(0)
+    for shape, dtype, size in (
+        ((20, 3, 4, 4), torch.float32, 1e-25),
+        ((20, 30), torch.float64, 1.0),
+        ((30, 20), torch.complex64, 1e8),
+    ):
+        p = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        optimizer = so.EigenAdam([p])
+        noise = torch.randn(*shape, 2, dtype=torch.float64) if dtype.is_complex else torch.randn(shape, dtype=torch.float64)
+        grad = size * (1 + scale * noise)
+        p.grad = (torch.view_as_complex(grad) if dtype.is_complex else grad).to(dtype)
+        optimizer.step()
+        assert bool(len(optimizer.state[p]["basis_out"])) == basis

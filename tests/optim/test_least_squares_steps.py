@@ -966,3 +966,21 @@ def test_the_warm_up_goes_on_until_the_loss_has_halved(monkeypatch):
     slow = nn.Linear(20, 1)
     so.LevenbergMarquardt(slow.parameters()).step(lambda: ((slow(torch.ones(5, 20)) - 1e6) ** 2).mean())
     assert len(steps) == gauss_newton_step.RACE_LONGEST
+
+
+@pytest.mark.parametrize("write", [lambda p: p.clamp_(-10, 10), lambda p: p.clamp_(0, 1), lambda p: p.data.clamp_(0, 1)])
+def test_a_closure_that_writes_to_a_parameter_is_refused(write):
+    """As one that keeps an image's pixels in their range; where it changes no number, too, since graphs would not hold."""
+    x = torch.linspace(0, 5, 60)
+    p = nn.Parameter(torch.tensor([1.0, 1.0]))
+
+    def closure():
+        with torch.no_grad():
+            write(p)
+        return (p[0] * (-p[1] * x).exp() - 2.5 * (-1.3 * x).exp()).square().sum()
+
+    optimizer = so.LevenbergMarquardt([p])
+    with pytest.raises(RuntimeError, match=r"writes to the parameter of shape \[2\]; clamp or normalise it after step\(\)"):
+        for _ in range(3):
+            optimizer.step(closure)
+    assert torch.equal(p, torch.ones(2))
