@@ -33,6 +33,7 @@ _SUMS = {
 }  # fmt: skip
 
 LEAF = "torch::autograd::AccumulateGrad"
+_NEITHER = "neither a square nor linear"
 
 
 class Term(NamedTuple):
@@ -149,7 +150,7 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
             constant |= name in _SUMS and (None in inputs or len(inputs) == 1)
             stack.extend(f for f in inputs if f is not None)
         else:
-            raise _refused(owner, node, "neither a square nor linear")
+            raise _refused(owner, node, _NEITHER)
     if not squares:  # a loss of squares of parameters alone: they are its residuals
         squares, penalties = [term._replace(residual=term.residual.clone()) for term in penalties], []
     if not squares:
@@ -160,10 +161,23 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
     return Terms(squares[::-1], penalties[::-1], constant)
 
 
+# What to write in place of nodes that are met often, by the beginnings of their names.
+_INSTEAD = {
+    ("Abs", "L1Loss"): "In place of absolute values take nn.HuberLoss with a small delta",
+    ("Sqrt", "Log", "LinalgVectorNorm", "Norm", "Dist", "Pow"): (
+        "Leave out the root, norm or logarithm around a sum of squares: the squares, as norm(u - y) ** 2, have the same minimum"
+    ),
+    ("Addmm", "Mm", "Bmm"): "For an energy, which has terms that are linear in u, take the equation's residual, or L-BFGS",
+    (LEAF,): "Give trained weights of the terms to another optimizer",
+    ("CompiledFunction",): "Compile the net, and leave the loss out of torch.compile",
+}
+
+
 def _refused(owner: str, node: Node, what: str) -> RuntimeError:
+    hint = next((text + ". " for names, text in _INSTEAD.items() if node.name().startswith(names) and what == _NEITHER), "")
     return RuntimeError(
         f"{owner}.step(): expected the loss to be a sum of means or sums of squares, each times a constant, but {node.name()} "
-        f"is {what}. Take squares of residuals (r ** 2, nn.functional.mse_loss), Huber's loss, smooth L1, the soft margin, "
+        f"is {what}. {hint}Take squares of residuals (r ** 2, nn.functional.mse_loss), Huber's loss, smooth L1, the soft margin, "
         "binary cross-entropy with logits or cross-entropy; detach weights that are computed from residuals; or return "
         "[(residual, weight), ...] from the closure. EigenAdam takes any loss."
     )

@@ -327,11 +327,13 @@ def idle_backward(owner: str, after: Callable[[], None] = lambda: None) -> Itera
 
 
 def with_graph(owner: str, closure: Callable[[], Any], parameters: list[Tensor]) -> Callable[[], Any]:
-    """The closure, for `idle_backward`; where it returns its loss detached, as Lightning's does: what it has called backward on.
+    """The closure, for `idle_backward`; where it returns no graph: the loss that it has called backward on.
 
-    Raises, when it is called then:
-        RuntimeError: it writes to a parameter, the two values differ, or, at the first call, there are gradients of other
-            batches for that loss' to be added to.
+    Lightning's closures return their loss detached, others a number.
+
+    Raises, when it is called:
+        RuntimeError: it writes to a parameter, the two values differ, or, at the first call with such a loss, there are gradients
+            of other batches for its own to be added to.
     """
     calls = 0
 
@@ -347,16 +349,23 @@ def with_graph(owner: str, closure: Callable[[], Any], parameters: list[Tensor])
                     f"{owner}.step(): expected the closure to leave the parameters as they are, got one that writes to the "
                     f"parameter of shape {list(p.shape)}; clamp or normalise it after step()"
                 )
-        roots = [root for root in _LOCAL.roots if root.numel() == 1 and root.requires_grad]
+        roots = list({id(root): root for root in _LOCAL.roots if root.numel() == 1 and root.requires_grad}.values())
         _LOCAL.roots = []
-        if not (isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad and roots):
+        is_loss = isinstance(value, Tensor) and value.numel() == 1
+        if not roots or not (is_loss or isinstance(value, float)) or (len(roots) == 1 and roots[0] is value):
+            return value
+        with_own_graph = is_loss and value.requires_grad
+        if with_own_graph and calls > 1:  # seen at the first call
             return value
         loss = torch.stack([root.reshape(()) for root in roots]).sum()
-        if not torch.allclose(loss.detach(), value.to(loss), equal_nan=True):
+        if not torch.allclose(loss.detach(), torch.as_tensor(value).detach().to(loss), equal_nan=True):
             raise RuntimeError(
                 f"{owner}.step(): expected the closure to return the loss that it calls backward on, {float(loss.detach()):.6g}, "
-                f"got {float(value):.6g}: neither a part of it nor scaled; a GradScaler is not supported"
+                f"got {float(torch.as_tensor(value).detach()):.6g}: neither a part of it nor scaled; a GradScaler is not "
+                "supported"
             )
+        if with_own_graph:
+            return value
         if calls == 1 and any(p.grad is not None and bool(p.grad.any()) for p in parameters):
             raise RuntimeError(
                 f"{owner}.step(): expected no gradients beside those of the closure's loss, since the residuals of other batches "

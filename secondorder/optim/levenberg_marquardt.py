@@ -155,7 +155,10 @@ class LevenbergMarquardt(SecondOrderOptimizer):
                 f"{name}.step(): expected a closure, since the loss is needed at several points: a function that computes "
                 "and returns the loss; it may call optimizer.zero_grad() and loss.backward(), which do nothing here"
             )
-        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if not callable(closure):
+            raise TypeError(f"{name}.step(): expected a closure, a function that returns the loss, got {type(closure).__name__}")
+        # torch warns of a parameter that is given twice, and takes it.
+        parameters = list(dict.fromkeys(p for group in self.param_groups for p in group["params"] if p.requires_grad))
         if not parameters:
             raise RuntimeError(f"{name}.step(): expected a parameter that requires a gradient, got none")
         state = self.state.get(self._first(), {})
@@ -190,6 +193,15 @@ class LevenbergMarquardt(SecondOrderOptimizer):
                     f"{name}.step(): expected a graph that can be run backward more than once, got a compiled one that cannot. "
                     "Call the model itself rather than the compiled one, or set torch._functorch.config.donated_buffer = False "
                     "before it is compiled."
+                ) from error
+            if (
+                isinstance(error, AttributeError | TypeError)
+                and "NoneType" in str(error)
+                and any(p.grad is None for p in parameters)
+            ):
+                raise RuntimeError(
+                    f"{name}.step(): the closure failed: {error}. Where it reads p.grad: within a step backward() computes no "
+                    "gradients. Take them by torch.autograd.grad(loss, parameters, retain_graph=True), or after the step"
                 ) from error
             if not isinstance(error, NonFiniteError) or self._nonfinite == "error" or value is None:
                 raise
@@ -259,6 +271,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
                 if p.dtype != like.dtype or p.dtype not in (torch.float32, torch.float64):
                     raise TypeError(
                         f"{name}: expected parameters of one dtype, float32 or float64, got {p.dtype} and {like.dtype}"
+                        + ("; store complex ones as pairs of real ones, torch.view_as_complex(p)" if p.is_complex() else "")
                     )
                 if p.device != like.device:
                     raise ValueError(f"{name}: expected parameters on one device, got {p.device} and {like.device}")

@@ -208,13 +208,7 @@ class GaussNewtonStep:
     def _plan(self, here: Residuals) -> Plan:
         """Which rows of the graph's products are of which residuals; new for a new structure, which is then checked."""
         uses = [find_uses(r, self._index) for r in here.values]
-        operands = [use.operand for each in uses for use in each.uses if use.operand is not None]
-        if half := [t.dtype for t in (*here.values, *operands) if t.dtype in (torch.bfloat16, torch.float16)]:
-            raise RuntimeError(
-                f"{self._loss.owner}.step(): expected a loss that is computed in the parameters' dtype, "
-                f"{self._loss.parameters[0].dtype}, got {half[0]} on the way: steps are exact. Leave torch.autocast out "
-                "(mixed_precision, bf16-mixed, bf16=True)"
-            )
+        self._loss.check_dtypes(use.operand for each in uses for use in each.uses if use.operand is not None)
         key = signature(uses)
         by_value = any(u.by_value for u in uses)
         plan = None if by_value else self._plans.get(key)
@@ -238,7 +232,8 @@ class GaussNewtonStep:
                 raise RuntimeError(
                     f"{self._loss.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, "
                     "but they differ at the same parameters. Draw the batch outside of the closure, or by torch's own "
-                    "generators, which start every call of a step alike."
+                    "generators, which start every call of a step alike; layers that change with every call, as spectral_norm "
+                    "does, belong in eval mode."
                 )
 
     def _fed(self, block: Block) -> bool:

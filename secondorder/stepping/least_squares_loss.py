@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,12 +51,13 @@ class LeastSquaresLoss:
         with torch.enable_grad():
             terms = find_terms(result, reach, self.owner)
         weights = arriving(result, [*terms.squares, *terms.penalties])
-        values = [term.residual for term in terms.squares]
+        rounding = max(torch.finfo(t.dtype).eps for t in (result, self.parameters[0], *(term.residual for term in terms.squares)))
+        values, weights = self._in_own_dtype(terms.squares), [c.to(self.parameters[0].dtype) for c in weights]
         penalties = self._penalties(terms.penalties, weights[len(values) :])
         found = Residuals(result, values, weights[: len(values)], penalties)
         value, objective, *signs = host_numbers([result, self.objective(values, found), *negative(weights)])
         check_signs(signs, self.owner)
-        bound = (1e-9 if result.dtype == torch.float64 else 1e-4) * (abs(value) + objective)
+        bound = (1e-4 if rounding > torch.finfo(torch.float64).eps else 1e-9) * (abs(value) + objective)
         if abs(value - objective) > bound and not terms.constant:
             raise RuntimeError(
                 f"{self.owner}.step(): expected the loss to be the sum of the squares that its graph shows, which is "
@@ -68,7 +69,7 @@ class LeastSquaresLoss:
         """The residuals at the parameters' present values, each of the shape that it had at the start."""
         result = self._call()
         with torch.enable_grad():
-            values = [term.residual for term in find_terms(result, Reach(self.parameters), self.owner).squares]
+            values = self._in_own_dtype(find_terms(result, Reach(self.parameters), self.owner).squares)
         if [v.shape for v in values] != [v.shape for v in start.values]:
             raise RuntimeError(
                 f"{self.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, got shapes "
@@ -80,6 +81,23 @@ class LeastSquaresLoss:
         """The loss at the parameters' present values, with the coefficients of the start."""
         values = self.there(start)
         return start._replace(values=values, objective=float(self.objective(values, start)))
+
+    def _in_own_dtype(self, terms: Sequence[Term]) -> list[Tensor]:
+        """Residuals in the parameters' dtype: targets in float64 make those of a float32 net float64."""
+        self.check_dtypes(term.residual for term in terms)
+        with torch.enable_grad():
+            return [term.residual.to(self.parameters[0].dtype) for term in terms]
+
+    def check_dtypes(self, computed: Iterable[Tensor]) -> None:
+        """Raises RuntimeError where something has fewer digits than the parameters."""
+        own = self.parameters[0].dtype
+        for t in computed:
+            if t.dtype.is_floating_point and torch.finfo(t.dtype).eps > torch.finfo(own).eps:
+                raise RuntimeError(
+                    f"{self.owner}.step(): expected a loss that is computed in the parameters' dtype, {own}, got {t.dtype} on "
+                    "the way: steps are exact. Leave out torch.autocast (mixed_precision, bf16-mixed, bf16=True), .half() and "
+                    ".float()"
+                )
 
     def objective(self, values: Sequence[Tensor], start: Residuals) -> Tensor:
         """The loss without its constant, [], with the coefficients of the start."""
@@ -109,8 +127,15 @@ class LeastSquaresLoss:
         """The closure's scalar loss."""
         if self._after is not None:
             self._random.restore()
+        versions = [p._version for p in self.parameters]
         with torch.enable_grad():
             result = self._closure()
+        if written := [p for p, v in zip(self.parameters, versions, strict=True) if p._version != v]:
+            raise RuntimeError(
+                f"{self.owner}.step(): expected a closure that leaves the parameters as they are, but it writes to the one of "
+                f"shape {tuple(written[0].shape)}. Clamp or project it after the step, or compute what it has to be, as k.exp() "
+                "for a positive one"
+            )
         if self._after is None:
             self._after = RandomState.now()
         if isinstance(result, Tensor):
@@ -123,7 +148,7 @@ class LeastSquaresLoss:
         if not (isinstance(result, list | tuple) and result and all(_is_pair(pair) for pair in result)):
             raise RuntimeError(
                 f"{self.owner}.step(): expected the closure to return a scalar loss or [(residual, weight), ...], got "
-                f"{type(result).__name__}"
+                f"{type(result).__name__}; {_instead(result)}"
             )
         if any(r.is_complex() for r, _ in result):
             raise RuntimeError(
@@ -165,6 +190,15 @@ class LeastSquaresLoss:
 def _expands(shape: torch.Size, target: torch.Size) -> bool:
     """Whether a tensor of a shape expands to another one."""
     return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape[::-1], target[::-1], strict=False))
+
+
+def _instead(result: object) -> str:
+    """What to return in place of what is no loss."""
+    if isinstance(result, int | float):
+        return "return the loss with its graph, not loss.item()"
+    if result is None:
+        return "end the closure with return loss"
+    return "return the loss alone, and hand other values on by nonlocal names or a list"
 
 
 def _is_pair(pair: object) -> bool:

@@ -291,7 +291,7 @@ def test_autocast_is_refused(loss):
         with torch.autocast("cpu", torch.bfloat16):
             return loss(net(x), y)
 
-    with pytest.raises(RuntimeError, match=r"parameters' dtype, torch.float32, got torch.bfloat16 .* Leave torch.autocast out"):
+    with pytest.raises(RuntimeError, match=r"parameters' dtype, torch.float32, got torch.bfloat16 .* Leave out torch.autocast"):
         so.LevenbergMarquardt(net.parameters()).step(closure)
     assert torch.equal(flat(net), before)
 
@@ -984,3 +984,153 @@ def test_a_closure_that_writes_to_a_parameter_is_refused(write):
         for _ in range(3):
             optimizer.step(closure)
     assert torch.equal(p, torch.ones(2))
+
+
+# --- what strangers' scripts do with L-BFGS ---
+
+
+def after_steps(net, loss, steps=5, **options):
+    optimizer = so.LevenbergMarquardt(net.parameters(), **options)
+    for _ in range(steps):
+        optimizer.step(lambda: loss(net))
+    return flat(net)
+
+
+def test_targets_in_float64_train_a_net_in_float32():
+    net, x, y = regression()
+    net = net.float()
+    other = copy.deepcopy(net)
+    x = x.float()
+    found, expected = (
+        after_steps(n, lambda n, t=t: mse_loss(n(x), t), 1, race=False, damping=1.0) for n, t in ((net, y), (other, y.float()))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    k = nn.Parameter(torch.ones(2, dtype=torch.float32))
+    matrix = nn.Parameter(torch.ones(2, 1, dtype=torch.float32))
+    optimizer, inputs = so.LevenbergMarquardt([k, matrix]), torch.rand(50, 2)
+    right = torch.tensor([3.0, -1.0])
+    for _ in range(5):  # parameters that act on float64 themselves
+        optimizer.step(
+            lambda: mse_loss((k * inputs).sum(1), inputs @ right) + mse_loss(inputs @ matrix.double(), -inputs @ right[:, None])
+        )
+    torch.testing.assert_close(k.detach().double(), right, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(matrix.detach().flatten().double(), -right, rtol=1e-5, atol=1e-5)
+
+
+def test_fewer_digits_than_the_parameters_have_are_refused():
+    net, x, y = regression()
+    with pytest.raises(RuntimeError, match=r"parameters' dtype, torch.float64, got torch.float32 .* and .float\(\)"):
+        so.LevenbergMarquardt(net.parameters()).step(lambda: mse_loss(net(x).float(), y.float()))
+
+
+def test_a_number_is_that_of_the_backward_passes():
+    net, x, y = regression()
+    other = copy.deepcopy(net)
+
+    def in_parts(net):
+        total = 0.0
+        for half in (slice(20), slice(20, 40)):
+            loss = mse_loss(net(x[half]), y[half]) / 2
+            loss.backward()
+            total += loss.item()
+        return total
+
+    whole = after_steps(other, lambda net: (mse_loss(net(x[:20]), y[:20]) + mse_loss(net(x[20:]), y[20:])) / 2)
+    torch.testing.assert_close(after_steps(net, in_parts), whole)
+
+
+def test_a_loss_beside_other_backward_passes_is_refused():
+    net, x, y = regression()
+    before = flat(net)
+
+    def closure():
+        u = net(x)
+        loss = mse_loss(u, y)
+        loss.backward(retain_graph=True)
+        (0.1 * u.square().mean()).backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="expected the closure to return the loss that it calls backward on"):
+        so.LevenbergMarquardt(net.parameters()).step(closure)
+    assert torch.equal(flat(net), before)
+
+
+def test_messages_say_what_to_do():
+    net, x, y = regression()
+    k = nn.Parameter(torch.tensor(2.0))
+    optimizer = so.LevenbergMarquardt([*net.parameters(), k])
+    before = flat(net)
+
+    def reads_gradients():
+        loss = mse_loss(k * net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        assert k.grad.norm() >= 0
+        return loss
+
+    def projects():
+        with torch.no_grad():
+            k.clamp_(0, 1)
+        return mse_loss(k * net(x), y)
+
+    for closure, error, message in [
+        (reads_gradients, RuntimeError, "computes no gradients. Take them by torch.autograd.grad"),
+        (projects, RuntimeError, r"writes to the one of shape \(\). Clamp or project it after the step"),
+        (lambda: (mse_loss(net(x), y), 1.0), RuntimeError, "return the loss alone"),
+        (lambda: None, RuntimeError, "end the closure with return loss"),
+        (lambda: mse_loss(net(x), y).item(), RuntimeError, "not loss.item"),
+        (lambda: (net(x) - y).norm() / y.norm(), RuntimeError, "the squares, as .* have the same minimum"),
+        (lambda: mse_loss(net(x), y).log(), RuntimeError, "Leave out the root, norm or logarithm"),
+        (lambda: (net(x) - y).abs().mean(), RuntimeError, "take nn.HuberLoss"),
+        (lambda: (net(x).square() - net(x)).mean(), RuntimeError, "For an energy"),
+        (lambda: (-k).exp() * mse_loss(net(x), y) + k, RuntimeError, "another optimizer|detach weights"),
+        (mse_loss(net(x), y), TypeError, "expected a closure, a function"),
+    ]:
+        k.data.fill_(2.0)
+        with pytest.raises(error, match=message):
+            optimizer.step(closure)
+        assert torch.equal(flat(net), before)
+    with pytest.raises(TypeError, match=r"torch.view_as_complex\(p\)"):
+        so.LevenbergMarquardt([k, nn.Parameter(torch.ones(2, dtype=torch.complex128))])
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_a_parameter_that_is_given_twice_counts_once():
+    net, x, y = regression()
+    other = copy.deepcopy(net)
+    expected = after_steps(other, lambda net: mse_loss(net(x), y))
+    optimizer = so.LevenbergMarquardt(2 * list(net.parameters()))
+    for _ in range(5):
+        optimizer.step(lambda: mse_loss(net(x), y))
+    assert torch.equal(flat(net), expected)
+
+
+@pytest.mark.filterwarnings("ignore:secondorder. LevenbergMarquardt needs a backward pass")
+def test_backward_passes_for_residuals_are_the_same_one_by_one(monkeypatch):
+    torch.manual_seed(0)
+    net, _, _ = regression()
+    start = torch.randn(3, 2)
+
+    def loss(net):
+        y, path = start, []
+        for _ in range(10):
+            y = y + 0.1 * torch.cat([net(y), -net(-y)], 1)
+            path.append(y)
+        return (torch.stack(path) - 1).square().mean()
+
+    nets = [copy.deepcopy(net) for _ in range(3)]
+    found = [after_steps(nets[0], loss, 1)]
+    grad = torch.autograd.grad
+
+    def no_vmap(*args, is_grads_batched=False, **kwargs):
+        if is_grads_batched:
+            raise RuntimeError("no batching rule")
+        return grad(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", no_vmap)
+    found.append(after_steps(nets[1], loss, 1))
+    monkeypatch.undo()
+    monkeypatch.setattr("secondorder._tape.jacobian.BATCH", 1)
+    found.append(after_steps(nets[2], loss, 1))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-7)
