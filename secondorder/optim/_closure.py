@@ -332,8 +332,8 @@ def with_graph(owner: str, closure: Callable[[], Any], parameters: list[Tensor])
     Lightning's closures return their loss detached, others a number.
 
     Raises, when it is called:
-        RuntimeError: it writes to a parameter, the two values differ, or, at the first call with such a loss, there are gradients
-            of other batches for its own to be added to.
+        RuntimeError: the two values differ, or, at the first call with such a loss, there are gradients of other batches for its
+            own to be added to.
     """
     calls = 0
 
@@ -341,14 +341,7 @@ def with_graph(owner: str, closure: Callable[[], Any], parameters: list[Tensor])
         nonlocal calls
         calls += 1
         _LOCAL.roots = []
-        before = [(p._version, p.detach().clone()) for p in parameters]
         value = closure()
-        for p, (version, old) in zip(parameters, before, strict=True):
-            if p._version != version or bool(((p != old) & (old == old)).any()):  # writes to p.data are not counted
-                raise RuntimeError(
-                    f"{owner}.step(): expected the closure to leave the parameters as they are, got one that writes to the "
-                    f"parameter of shape {list(p.shape)}; clamp or normalise it after step()"
-                )
         roots = list({id(root): root for root in _LOCAL.roots if root.numel() == 1 and root.requires_grad}.values())
         _LOCAL.roots = []
         is_loss = isinstance(value, Tensor) and value.numel() == 1

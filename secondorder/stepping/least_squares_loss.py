@@ -127,10 +127,10 @@ class LeastSquaresLoss:
         """The closure's scalar loss."""
         if self._after is not None:
             self._random.restore()
-        versions = [p._version for p in self.parameters]
+        before = [(p._version, p.detach().clone() if p.is_cpu else None) for p in self.parameters]
         with torch.enable_grad():
             result = self._closure()
-        if written := [p for p, v in zip(self.parameters, versions, strict=True) if p._version != v]:
+        if written := [p for p, (v, old) in zip(self.parameters, before, strict=True) if p._version != v or _differs(p, old)]:
             raise RuntimeError(
                 f"{self.owner}.step(): expected a closure that leaves the parameters as they are, but it writes to the one of "
                 f"shape {tuple(written[0].shape)}. Clamp or project it after the step, or compute what it has to be, as k.exp() "
@@ -203,3 +203,11 @@ def _instead(result: object) -> str:
 
 def _is_pair(pair: object) -> bool:
     return isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], Tensor)
+
+
+def _differs(p: Tensor, old: Tensor | None) -> bool:
+    """Whether a parameter has other numbers than before, as by a write to p.data, which no version counts.
+
+    Not seen on other devices than the CPU (None), where to look would be a wait.
+    """
+    return old is not None and not torch.equal(p.detach().nan_to_num(), old.nan_to_num())

@@ -980,7 +980,7 @@ def test_a_closure_that_writes_to_a_parameter_is_refused(write):
         return (p[0] * (-p[1] * x).exp() - 2.5 * (-1.3 * x).exp()).square().sum()
 
     optimizer = so.LevenbergMarquardt([p])
-    with pytest.raises(RuntimeError, match=r"writes to the parameter of shape \[2\]; clamp or normalise it after step\(\)"):
+    with pytest.raises(RuntimeError, match=r"writes to the one of shape \(2,\). Clamp or project it after the step"):
         for _ in range(3):
             optimizer.step(closure)
     assert torch.equal(p, torch.ones(2))

@@ -310,7 +310,7 @@ def test_a_criterion_that_is_convex_behind_a_final_function_has_its_form_there(f
     local = LocalLoss(model, criterion, tape.losses, {p: n for n, p in model.named_parameters()}, 1.0, 0, tape)
     assert isinstance(local.pieces[0], ChainLoss if chain else ReplayedLoss)
     vector = [torch.randn_like(p) for p in model.parameters()]
-    _, form = local.products([vector])
+    _, form = local.products([vector], Transfer())()
     tape.remove()
     names = [n for n, _ in model.named_parameters()]
     u, tangent = torch.func.jvp(
