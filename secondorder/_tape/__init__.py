@@ -8,11 +8,11 @@ from secondorder._tape.layers import LayerRecord
 from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossCall, ModelCall, aligned, counting_rows
 from secondorder._tape.roots import term_of_its_own, term_outside, upstream
 from secondorder._tape.tape import OutputHessianOf, Tape
-from secondorder._tape.ways import is_affine, preactivation
+from secondorder._tape.ways import is_affine, keeps_rows, preactivation
 
 __all__ = [
     "AutogradMap", "Columns", "CriterionArguments", "ElementwiseMap", "ForwardState", "KnownActivation", "LayerCall",
     "LayerRecord", "Link", "LossCall", "ModelCall", "OutputHessianOf", "Tape", "activation_function", "aligned",
-    "counting_rows", "derivatives", "is_affine", "is_reshaping", "is_view_of", "preactivation", "refuse_reentrant_checkpoint",
-    "term_of_its_own", "term_outside", "upstream",
+    "counting_rows", "derivatives", "is_affine", "is_reshaping", "is_view_of", "keeps_rows", "preactivation",
+    "refuse_reentrant_checkpoint", "term_of_its_own", "term_outside", "upstream",
 ]  # fmt: skip

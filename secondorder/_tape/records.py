@@ -158,14 +158,17 @@ class LossCall:
     repeated: set[nn.Linear] = field(default_factory=set)  # the layers that it uses several times
     # Of the target's elements; called where they are needed, since that may wait for the device.
     masses: Callable[[], Tensor | None] = _alike
+    ordered: bool = True  # whether the rows of its sources come to the criterion in their order
     scale: Tensor | None = None  # d(what backward() was called on) / d(loss), summed over backward passes
     released: bool = False
 
     def row_masses(self, shape: torch.Size) -> Tensor | None:
         """The weights [m] of the rows of a tensor [*shape, n], where they are those of the target's elements.
 
-        None: all count alike, or its rows are others, as before a pooling.
+        None: all count alike, or its rows are others, as before a pooling or a transposition.
         """
+        if not self.ordered or any(source.input.shape[:-1] != shape for source in self.sources):
+            return None
         return aligned(self.masses(), shape)
 
     def calls(self) -> list[LayerCall]:

@@ -38,7 +38,7 @@ from secondorder._tape.hooks import CallHook, EagerForward, remove_handles
 from secondorder._tape.layers import LayerRecord, connect, recursion_order
 from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossCall, ModelCall, version
 from secondorder._tape.roots import term_of_its_own
-from secondorder._tape.ways import find_way
+from secondorder._tape.ways import find_way, keeps_rows
 from secondorder._tensors import compute_dtype
 from secondorder.criteria import LateMasses, OutputHessian, analytic_hessian, autograd_hessian, by_position
 
@@ -326,6 +326,7 @@ class Tape:
         call = LossCall([self._use(node, criterion) for node in nodes], None, loss.detach(), mean=reduction != "sum")
         call.instances = _instances(call.sources, args)
         if len(args) > 1:
+            call.ordered = keeps_rows(args[0])
             call.masses = LateMasses(criterion, (None, *_detached(args[1:])), _detached(kwargs))
         if self._keeps_inputs:
             own = term_of_its_own(loss, (args, kwargs), self._watched)

@@ -103,6 +103,27 @@ def find_way(argument: Tensor, begins: Callable[[Node, int], tuple[Start, Tensor
     return None
 
 
+_PRODUCTS = {"AddmmBackward", "MmBackward", "BmmBackward", "LinearBackward"}
+_REORDERING = {
+    "PermuteBackward", "TransposeBackward", "TBackward", "IndexBackward", "IndexSelectBackward", "GatherBackward", "FlipBackward",
+    "RollBackward", "SortBackward", "TakeBackward", "TakeAlongDimBackward", "UnfoldBackward",
+}  # fmt: skip
+
+
+def keeps_rows(argument: Any) -> bool:
+    """Whether nothing between an argument and the matrix products before it takes rows in another order."""
+    waiting, seen = [argument.grad_fn if isinstance(argument, Tensor) else None], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or kind(node) in _PRODUCTS:
+            continue
+        if kind(node) in _REORDERING:
+            return False
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return True
+
+
 def preactivation(output: GradientEdge) -> GradientEdge:
     """Where the last function with parameters before an output ends: what follows it is of one tensor, linear or known."""
     node, number = output.node, output.output_nr

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from secondorder._distributed import RankReducer, RankTerm
-from secondorder._tape import aligned, counting_rows, refuse_reentrant_checkpoint
+from secondorder._tape import aligned, counting_rows, keeps_rows, refuse_reentrant_checkpoint
 from secondorder._tensors import compute_dtype, flatten_batch
 from secondorder.criteria import LateMasses, by_position
 from secondorder.solvers import second_moment
@@ -50,7 +50,7 @@ class ClosurePass:
         self._layers, self._tied = layers, tied
         self.sign = sign
         self._parameters, self._lend, self._criterion = parameters, lend, criterion
-        self._masses: list[LateMasses] = []  # of the criterion's calls
+        self._masses: list[LateMasses | None] = []  # of the criterion's calls; None: its rows are in another order
         self._handles: list[Any] = []
         self._anchors: list[Tensor] = []
         self._calls = 0
@@ -82,14 +82,15 @@ class ClosurePass:
             loss = closure()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise RuntimeError(f"{name}.step(): expected the closure to return the scalar loss, got {type(loss).__name__}")
-        if len(self._masses) == 1:  # of several calls nobody knows which rows are whose
-            self._leave_out_ignored(self._masses[0]())
+        if len(self._masses) == 1 and (masses := self._masses[0]) is not None:  # of several nobody knows which rows are whose
+            self._leave_out_ignored(masses())
         return loss.detach()
 
     def _see_targets(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
         if torch.is_grad_enabled():
             args, kwargs = by_position(criterion, args, kwargs)
-            self._masses.append(LateMasses(criterion, (None, *args[1:]), kwargs))
+            ordered = bool(args) and keeps_rows(args[0])
+            self._masses.append(LateMasses(criterion, (None, *args[1:]), kwargs) if ordered else None)
 
     def _leave_out_ignored(self, masses: Tensor | None) -> None:
         """Takes the rows that do not count out of the uses, before the weights move: E[z] = W E[h] + b then is of the others."""

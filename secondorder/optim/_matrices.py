@@ -45,6 +45,11 @@ class Matrix:
     modules: list[nn.Module] = field(default_factory=list)
     lookups: list[nn.Module] = field(default_factory=list)
 
+    @property
+    def could_be_numbers(self) -> bool:
+        """Whether it may turn out to be no map: no module is known that uses it, and it has two sides."""
+        return not (self.modules or self.lookups) and self.weight.dim() >= 2 and min(self.shape) > 1
+
     @cached_property
     def shape(self) -> tuple[int, int]:
         """[n, p]."""

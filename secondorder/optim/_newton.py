@@ -232,8 +232,10 @@ class NewtonOptimizer(LayerwiseOptimizer):
         transfer = Transfer()
         checked = self._fallback.check([(p, gradients[p], 1.0) for p in others], transfer)
         read_metric = self._metric(covered, transfer)
-        loss = self._loss({p: self._parameter_names[p] for p in gradients}, steps, transfer)
-        checked()
+        try:
+            loss = self._loss({p: self._parameter_names[p] for p in gradients}, steps, transfer)
+        finally:  # whether numbers are finite comes first
+            checked()
         if not math.isfinite(loss.start):
             raise NonFiniteError(self._not_finite({}, covered))
         metric = read_metric()
@@ -243,7 +245,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
             if others:
                 of_covered = [gradients[p] for p in by_parameter]
                 gain = _norm(by_parameter.values()) / _norm(of_covered).clamp(min=_TINY) if of_covered else 0.0
-                by_parameter |= {p: -gradients[p] * gain for p in others}
+                by_parameter = by_parameter | {p: -gradients[p] * gain for p in others}
             return [by_parameter[p] for p in gradients], prepared
 
         def directions(damping: float, fresh: bool, transfer: Transfer) -> tuple[_InOrder, Later[_InOrder | None]]:

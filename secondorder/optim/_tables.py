@@ -60,7 +60,7 @@ def share_of_numbers(matrix: Matrix, most: float, sum_: Sum | None) -> float | N
         sum_: over all processes that have rows; None: this one has them all.
     """
     p = matrix.weight
-    if not matrix.eigen or matrix.modules or p.grad is None:
+    if p.grad is None:
         return None
     g = real_view(here(p.grad))
     g = g.to(device_for(torch.float64, g), torch.float64).flatten(1)

@@ -311,10 +311,13 @@ class EigenAdam(SecondOrderOptimizer):
         else:
             dist.all_reduce(t, group=self._group)
 
+    def _steps(self) -> int:
+        """How many steps have been made."""
+        return next((state["steps"] for state in self.state.values() if "steps" in state), 0)
+
     def _due(self) -> bool:
         """Whether the next step renews bases."""
-        steps = next((state["steps"] for state in self.state.values() if "steps" in state), 0)
-        return bool(steps < FIRST_STEPS or steps % self._renew_every == 0)
+        return self._steps() < FIRST_STEPS or self._steps() % self._renew_every == 0
 
     def _state(self, matrix: Matrix, rows: int) -> dict[str, Any]:
         """A matrix' state, made when its inputs or gradient are first seen; rows: how many inputs it sees at a time."""
@@ -356,16 +359,21 @@ class EigenAdam(SecondOrderOptimizer):
         own = [p for group in self.param_groups for p in group["params"]]
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         weights = {matrix.weight: matrix for matrix in self._table()}
-        relaid_state = dict(state_dict["state"])
-        for i, p in zip(saved, own, strict=False):
-            state, matrix = state_dict["state"].get(i) or {}, weights.get(p)
-            if state.keys() <= {*_SHARED, "step"}:
-                continue
-            if matrix is not None and not matrix.modules and has_no_basis(state):
-                matrix.eigen = False  # its first gradient was no map's
-            check_state(name, matrix, state)
-            assert matrix is not None
-            relaid_state[i] = relaid(matrix, state)
+        relaid_state, before = dict(state_dict["state"]), [matrix.eigen for matrix in self._table()]
+        try:
+            for i, p in zip(saved, own, strict=False):
+                state, matrix = state_dict["state"].get(i) or {}, weights.get(p)
+                if state.keys() <= {*_SHARED, "step"}:
+                    continue
+                if matrix is not None and matrix.could_be_numbers and "basis_in" in state:
+                    matrix.eigen = not has_no_basis(state)  # as its first gradient has shown
+                check_state(name, matrix, state)
+                assert matrix is not None
+                relaid_state[i] = relaid(matrix, state)
+        except ValueError:
+            for matrix, eigen in zip(self._table(), before, strict=True):
+                matrix.eigen = eigen
+            raise
         super().load_state_dict({**state_dict, "state": relaid_state})
         self._seeing = None
         self._schedule()
@@ -468,7 +476,7 @@ class EigenAdam(SecondOrderOptimizer):
         self._read_report()
         nothing = torch.empty(0, device=present[0].weight.device, dtype=dtype)
         for matrix in present:
-            if "basis_out" not in self.state[matrix.weight]:
+            if not self.state[matrix.weight].get("step"):
                 self._find_numbers(matrix)
         states = [self._state(matrix, 0) for matrix in present]
         shares = self._lookups.shares(present, states, self._sum_ if self._several else None) if due else {}
@@ -520,7 +528,7 @@ class EigenAdam(SecondOrderOptimizer):
     def _find_none(self) -> None:
         """Raises where no step has found a gradient yet; later, as where a batch has nothing to learn from, it is said once."""
         problem = f"{type(self).__name__}.step(): expected gradients, found none"
-        if not self._shared()["steps"]:
+        if not self._steps():
             raise RuntimeError(
                 f"{problem}; call loss.backward() first. The parameters must be those of the loss: a model may have got new ones "
                 "since, as by to_empty() or load_state_dict(assign=True)"
@@ -536,12 +544,16 @@ class EigenAdam(SecondOrderOptimizer):
         """Tells by the first gradient of a matrix that no layer multiplies with whether its numbers stand for themselves."""
         # Without a model every layer's weight is looked at, and one instance leaves half of its ReLUs idle.
         most = 0.25 if self._model is None else 0.5
+        if not matrix.could_be_numbers:
+            return
         share = share_of_numbers(matrix, most, self._sum_ if is_sharded(matrix.weight) else None)
-        if share is not None:
-            matrix.eigen = False
-            state = self._state(matrix, 0)
-            if share < 1:
-                state["share"] = share
+        if matrix.eigen != (share is None):
+            matrix.eigen = share is None
+            state = self.state[matrix.weight]
+            for key in state.keys() - set(_SHARED):  # of a step that was refused
+                del state[key]
+        if share is not None and share < 1:
+            self._state(matrix, 0)["share"] = share
 
     def _operators(self, present: list[Matrix], states: list[dict[str, Any]]) -> Any:
         """What has `eigen_renew_` and `eigen_step_` for these matrices."""

@@ -5,7 +5,8 @@ differentiate twice will do. The outputs z are where the last functions with par
 softmax, say, is part of the criterion.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -52,7 +53,7 @@ class OutputCurvature:
         self.gradients = [g.detach() for g in self._gradients]
 
     def form(self, tangents: list[list[Tensor]], transfer: Transfer) -> Later[Tensor]:
-        """t_k^T H t_l [k, k] in float64 on the CPU, for tangents that have one tensor of each output's shape."""
+        """Gives t_k^T H t_l [k, k] in float64 on the CPU, for tangents that have one tensor of each output's shape."""
         if isinstance(self._known, OutputHessian):
             return transfer.later(self._by_mean(tangents, self._known))
         if self._known is not None and self._known != "convex":
@@ -70,10 +71,15 @@ class OutputCurvature:
 
     def _forms_at_arguments(self, tangents: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
         """The same of J_u^T H_u J_u."""
-        tangent = tangent_map(self._arguments, self._outputs)
+        tangent, curvature = self._at_arguments
         with second_derivatives():
             tangents_there = [tangent(t) for t in tangents]
-        return OutputCurvature(self._loss, self._arguments)._forms(tangents_there, transfer)
+        return curvature._forms(tangents_there, transfer)
+
+    @functools.cached_property
+    def _at_arguments(self) -> "tuple[Callable[[list[Tensor]], list[Tensor]], OutputCurvature]":
+        """J_u t of a tangent t, and H_u."""
+        return tangent_map(self._arguments, self._outputs), OutputCurvature(self._loss, self._arguments)
 
     def _semidefinite(self, tangents: list[list[Tensor]], forms: tuple[Tensor, Tensor], at_arguments: bool) -> Tensor:
         """The form of what stands for H, from the forms of H or of J_u^T H_u J_u."""
@@ -82,7 +88,8 @@ class OutputCurvature:
             found = self._signed(*self._forms_at_arguments(tangents, Transfer())())
         if found is not None:
             return found
-        if len(self._outputs) == 1 and self.gradients[0].shape[-1:].numel() <= _MOST_OUTPUTS:
+        alone = len(self._outputs) == 1 and self._outputs[0].output_nr == 0  # of a node with several the others stay together
+        if alone and self.gradients[0].shape[-1:].numel() <= _MOST_OUTPUTS:
             return self._by_mean(tangents, autograd_hessian(self._loss, self._outputs[0].node)).double().cpu()
         form = self._forms(tangents, Transfer())()[0] if at_arguments else forms[0]
         values, vectors = torch.linalg.eigh(form)
@@ -153,7 +160,7 @@ class GraphQuadratic:
         self._tangent = tangent_map(outputs, leaves)
 
     def products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
-        """x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
+        """Gives x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
         tangents = [self._tangent(vector) for vector in vectors]
         first = transfer.later(torch.stack([inner(t, self._curvature.gradients) for t in tangents]))
         form = self._curvature.form(tangents, transfer)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secondorder._distributed import RankReducer
 from secondorder._tape import LossCall, Tape
-from secondorder._tensors import Later, Transfer, all_finite, finite, to_compute_dtype
+from secondorder._tensors import Later, Transfer, finite, to_compute_dtype
 from secondorder.criteria import row_masses
 from secondorder.stepping.linear_chain import linear_chain
 from secondorder.stepping.over_ranks import LossOverRanks
@@ -73,14 +73,12 @@ class LocalLoss(LossOverRanks):
         return self._mean(lambda: sum(piece.start for piece in self.pieces))
 
     def _value(self, parameters: list[Tensor]) -> float:
-        try:
-            with self.tape.muted():
-                total = torch.stack([piece.value(parameters) for piece in self.pieces]).sum()
-        except Exception:  # of a model that looks at what it computes
-            if all_finite(parameters):
-                raise
-            return math.inf
-        return float(torch.where(finite(parameters), total, math.inf))
+        good = finite(parameters)
+        # A criterion or an index that meets NaN on a GPU ends the process: there the loss is evaluated where the step began.
+        moved = [torch.where(good, p, own) for p, own in zip(parameters, self.here, strict=True)]
+        with self.tape.muted():
+            total = torch.stack([piece.value(moved) for piece in self.pieces]).sum()
+        return float(torch.where(good, total, math.inf))
 
     def _products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
         vectors = [[to_compute_dtype(t) for t in vector] for vector in vectors]

@@ -420,3 +420,16 @@ def test_factors_are_those_of_the_batch_without_ignored_rows(solver, curvature, 
     for actual, expected in zip(*found, strict=True):
         for name, factor in expected.items():
             torch.testing.assert_close(actual[name], factor, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_rows_that_come_to_the_criterion_in_another_order_all_count():
+    """Which of them the ignored targets belong to is not known."""
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(4, 7), nn.CrossEntropyLoss()
+    x, y = torch.randn(5, 3, 4), torch.randint(7, (3, 5))
+    y[0, :2] = -100
+    optimizer = so.EACG(model, criterion)
+    criterion(model(x).transpose(0, 1).reshape(-1, 7), y.reshape(-1)).backward()
+    optimizer.step()
+    mean = optimizer.state[model.weight]["factors"]["mean_input"]
+    torch.testing.assert_close(mean, x.reshape(-1, 4).mean(0))

@@ -176,3 +176,42 @@ def test_the_mean_of_a_gradient_tells_maps_from_numbers(scale, basis):
         p.grad = (torch.view_as_complex(grad) if dtype.is_complex else grad).to(dtype)
         optimizer.step()
         assert bool(len(optimizer.state[p]["basis_out"])) == basis
+
+
+@pytest.mark.parametrize("first", [float("nan"), None], ids=["a step that is refused", "none"])
+def test_a_step_that_is_refused_decides_nothing(first):
+    p = nn.Parameter(torch.zeros(6, 4))
+    optimizer = so.EigenAdam([p], nonfinite="skip")
+    if first is not None:
+        p.grad = torch.full_like(p, first)
+        p.grad[0] = 1.0
+        optimizer.step()
+        assert not p.any()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert len(optimizer.state[p]["basis_in"]) == 0
+    assert optimizer.skipped_steps == (first is not None)
+
+
+def test_a_state_says_whether_its_parameter_is_a_map():
+    """Whatever the optimizer that loads it has found; and a state that is refused leaves that as it is."""
+    torch.manual_seed(0)
+    states = {}
+    for name, gradient in (("numbers", torch.ones(6, 4)), ("map", torch.randn(6, 4))):
+        p = nn.Parameter(torch.zeros(6, 4))
+        optimizer = so.EigenAdam([p])
+        p.grad = gradient
+        optimizer.step()
+        states[name] = optimizer.state_dict()
+        for other in states.values():
+            optimizer.load_state_dict(other)
+            optimizer.step()
+            assert len(optimizer.state[p]["basis_in"]) == len(other["state"][0]["basis_in"])
+    q = nn.Parameter(torch.zeros(6, 5))
+    optimizer = so.EigenAdam([q])
+    q.grad = torch.randn(6, 5)
+    optimizer.step()
+    with pytest.raises(ValueError, match="expected the state of a matrix of shape"):
+        optimizer.load_state_dict(states["numbers"])
+    optimizer.step()
+    assert len(optimizer.state[q]["basis_in"]) > 0
