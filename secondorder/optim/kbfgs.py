@@ -174,10 +174,20 @@ class KBFGS(CurvatureOptimizer):
         n, k = p.shape
         k += layer.bias is not None and layer.bias.requires_grad
         return {
-            **dict.fromkeys(("step", "scale", "scale_pairs", *_COUNTS)), "momentum": tuple(p.shape), "gradient": (n, k),
+            **dict.fromkeys(("scale", "scale_pairs", *_COUNTS)), "momentum": tuple(p.shape), "gradient": (n, k),
             "second_gradient": (n, k),
             "input_second_moment": (k, k), "inverse_input": (k, k), "s": (n,), "y": (n,), **self._output_shapes(n),
         }  # fmt: skip
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super()._check_state_dict(state_dict)
+        scaled = {"scale" in state for state in state_dict["state"].values() if "inverse_input" in state}
+        if scaled - {self._scaled}:
+            other, own = ("None", "'curvature'") if self._scaled else ("'curvature'", "None")
+            raise ValueError(
+                f"{type(self).__name__}.load_state_dict(): expected the state of an optimizer with scale={own}, got one with "
+                f"scale={other}; make this one with scale={other}{', max_step=None' if self._scaled else ''}, as that was"
+            )
 
     def _output_shapes(self, n: int) -> dict[str, tuple[int, ...]]:
         """The shapes of what `_start_output` makes."""

@@ -742,7 +742,7 @@ CONTINUED = {
     "LayerwiseNewton, exact": lambda m, c: so.LayerwiseNewton(m, c, solver="exact", average=True),
     "KFRA": so.KFRA,
     "KFLR": so.KFLR,
-    "KBFGS": so.KBFGS,
+    "KBFGS": lambda m, c: so.KBFGS(m, c, scale=None, max_step=None),
 }
 
 

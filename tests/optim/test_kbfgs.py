@@ -736,3 +736,24 @@ def test_rows_of_ignored_targets_do_not_count(function, cls):
         models.append(model)
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
+def test_a_state_in_other_units_is_refused(cls):
+    model, criterion = nn.Linear(3, 2), nn.MSELoss()
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+    states = {}
+    for scale in ("curvature", None):
+        optimizer = cls(model, criterion, scale=scale)
+
+        def closure(optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        states[scale] = optimizer.state_dict()
+    for scale, other in (("curvature", None), (None, "curvature")):
+        with pytest.raises(ValueError, match=f"make this one with scale={other!r}"):
+            cls(model, criterion, scale=scale).load_state_dict(states[other])
