@@ -111,13 +111,17 @@ _REORDERING = {
 
 
 def keeps_rows(argument: Any) -> bool:
-    """Whether nothing between an argument and the matrix products before it takes rows in another order."""
+    """Whether nothing between an argument and the matrix products before it takes rows in another order.
+
+    In an argument of three dimensions or more a transposition puts the classes into dimension 1.
+    """
+    moves = {"PermuteBackward", "TransposeBackward"} if isinstance(argument, Tensor) and argument.dim() > 2 else set()
     waiting, seen = [argument.grad_fn if isinstance(argument, Tensor) else None], set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen or kind(node) in _PRODUCTS:
             continue
-        if kind(node) in _REORDERING:
+        if kind(node) in _REORDERING - moves:
             return False
         seen.add(node)
         waiting += [following for following, _ in node.next_functions]

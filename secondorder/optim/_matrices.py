@@ -48,7 +48,8 @@ class Matrix:
     @property
     def could_be_numbers(self) -> bool:
         """Whether it may turn out to be no map: no module is known that uses it, and it has two sides."""
-        return not (self.modules or self.lookups) and self.weight.dim() >= 2 and min(self.shape) > 1
+        p = self.weight
+        return not (self.modules or self.lookups) and p.dim() >= 2 and 1 < len(p) < p.numel()
 
     @cached_property
     def shape(self) -> tuple[int, int]:
