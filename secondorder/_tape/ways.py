@@ -104,6 +104,7 @@ def find_way(argument: Tensor, begins: Callable[[Node, int], tuple[Start, Tensor
 
 
 _PRODUCTS = {"AddmmBackward", "MmBackward", "BmmBackward", "LinearBackward"}
+# Nodes that take rows in another order, or may.
 _REORDERING = {
     "PermuteBackward", "TransposeBackward", "TBackward", "IndexBackward", "IndexSelectBackward", "GatherBackward", "FlipBackward",
     "RollBackward", "SortBackward", "TakeBackward", "TakeAlongDimBackward", "UnfoldBackward",

@@ -542,10 +542,10 @@ class EigenAdam(SecondOrderOptimizer):
 
     def _find_numbers(self, matrix: Matrix) -> None:
         """Tells by the first gradient of a matrix that no layer multiplies with whether its numbers stand for themselves."""
-        # Without a model every layer's weight is looked at, and one instance leaves half of its ReLUs idle.
-        most = 0.25 if self._model is None else 0.5
         if not matrix.could_be_numbers:
             return
+        # Without a model every layer's weight is looked at, and one instance leaves half of its ReLUs idle.
+        most = 0.25 if self._model is None else 0.5
         share = share_of_numbers(matrix, most, self._sum_ if is_sharded(matrix.weight) else None)
         if matrix.eigen != (share is None):
             matrix.eigen = share is None
