@@ -200,7 +200,7 @@ class InputHook:
     that does nothing.
 
     Args:
-        optimizer: has methods `_see(module, input, output)` and `_hook()`.
+        optimizer: has methods `_see(module, input, output)` and `_hook()`, and `_seeing`, False where nothing is to be seen.
     """
 
     def __init__(self, optimizer: Any):
@@ -213,11 +213,13 @@ class InputHook:
         )
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or captured_now():
+        if torch.compiler.is_compiling():
             return
         optimizer = self.optimizer()
-        if optimizer is not None and args:
-            optimizer._see(module, args[0], output)
+        # Before most steps nothing is to be seen, and small layers cost no more than these questions.
+        if optimizer is None or optimizer._seeing is False or not args or torch.jit.is_tracing() or captured_now():
+            return
+        optimizer._see(module, args[0], output)
 
     def lay(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook of a model with lazy layers: lays the hooks once its parameters are known."""

@@ -1,5 +1,6 @@
 """EigenAdam: Adam in the eigenbasis of the expectation-approximated curvature."""
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -264,14 +265,16 @@ class EigenAdam(SecondOrderOptimizer):
 
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Takes a sketch of a layer's inputs where the next step renews bases."""
-        ddp = DistributedDataParallel._get_active_ddp_module()
-        if ddp is not None:
-            self._group = ddp.process_group
         if not (isinstance(output, Tensor) and output.requires_grad):
             return
         if self._seeing is None:
             self._seeing = self._renewing()
-        matrix = self._owner.get(module, self._owner.get(module._parameters.get("weight"))) if self._seeing else None
+        if not self._seeing:
+            return
+        ddp = DistributedDataParallel._get_active_ddp_module()
+        if ddp is not None:
+            self._group = ddp.process_group
+        matrix = self._owner.get(module, self._owner.get(module._parameters.get("weight")))
         if matrix is None or not matrix.weight.requires_grad or not is_plain(inputs):
             return
         if matrix.lookups:
@@ -747,4 +750,8 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
 
 def _finite(sums: Tensor) -> Tensor:
     """A sketch or bias Hessian; or zeros, which leave the basis alone, where it is not finite, though the gradients may be."""
-    return torch.where(sums.isfinite().all(), sums, 0.0) if sums.numel() else sums
+    if not sums.numel():
+        return sums
+    if sums.is_cuda:  # no step waits for it
+        return torch.where(sums.isfinite().all(), sums, 0.0)
+    return sums if math.isfinite(sums.norm().item()) else torch.zeros_like(sums)
