@@ -25,8 +25,8 @@ SECONDORDER_INLINE double sqrt_of(double x) { return __builtin_sqrt(x); }
 #endif
 #endif
 
-// In every namespace: load_part(p, count) reads the first lanes of a vector alone, the others are zero; store_part(p, v,
-// count) writes them alone.
+// In every namespace: load_part(p, count) reads the first lanes of a vector alone, the others are zero; store_part(p,
+// v, count) writes them alone.
 namespace baseline {
 constexpr const char* kName = "baseline";
 constexpr int kBytes = 16, kMR = 4;
@@ -64,11 +64,15 @@ SECONDORDER_INLINE __m256i first_floats(int64_t count) {
 SECONDORDER_INLINE __m256i first_doubles(int64_t count) {
   return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
 }
-SECONDORDER_INLINE __m256 load_part(const float* p, int64_t count) { return _mm256_maskload_ps(p, first_floats(count)); }
+SECONDORDER_INLINE __m256 load_part(const float* p, int64_t count) {
+  return _mm256_maskload_ps(p, first_floats(count));
+}
 SECONDORDER_INLINE __m256d load_part(const double* p, int64_t count) {
   return _mm256_maskload_pd(p, first_doubles(count));
 }
-SECONDORDER_INLINE void store_part(float* p, __m256 v, int64_t count) { _mm256_maskstore_ps(p, first_floats(count), v); }
+SECONDORDER_INLINE void store_part(float* p, __m256 v, int64_t count) {
+  _mm256_maskstore_ps(p, first_floats(count), v);
+}
 SECONDORDER_INLINE void store_part(double* p, __m256d v, int64_t count) {
   _mm256_maskstore_pd(p, first_doubles(count), v);
 }
