@@ -29,24 +29,26 @@ def conjugate_gradient(matrix: Callable[[Tensor], Tensor], rhs: Tensor, max_iter
         x, NaN where a residual was, and the iterations done. x is the last iterate before a p with p^T A p <= 0, which
         comes of an indefinite matrix, or of a p too small for its square.
     """
-    x = torch.zeros_like(rhs)
-    r, p = rhs.clone(), rhs.clone()
+    size = rhs.abs().max() if rhs.numel() else rhs.new_ones(())
+    size = torch.where(size > 0, size, 1)  # so that a small rhs has squares
+    x, r = torch.zeros_like(rhs), rhs / size
+    p = r.clone()
     rr = first = (r * r).sum()
     for iteration in range(max_iter):
         if math.isnan(rr):
             return torch.full_like(rhs, math.nan), iteration
         if rr <= tol**2 * first:
-            return x, iteration
+            return x * size, iteration
         ap = matrix(p)
         curvature = (p * ap).sum()
         if curvature <= 0:  # an indefinite matrix, or p has become too small for its square
-            return x, iteration
+            return x * size, iteration
         step = rr / curvature
         x += step * p
         r -= step * ap
         rr, previous = (r * r).sum(), rr
         p = r + (rr / previous) * p
-    return x, max_iter
+    return x * size, max_iter
 
 
 _UNCHECKED: ContextVar[list[Tensor] | None] = ContextVar("_UNCHECKED", default=None)

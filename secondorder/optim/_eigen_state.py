@@ -31,8 +31,7 @@ def new_bases(matrix: Matrix, rank: int) -> dict[str, Any]:
     """The state of a matrix without moments; random bases of `rank` directions, all where a side has at most 2 rank + 1."""
     n, p = matrix.shape
     device, dtype = matrix.weight.device, computed_in(matrix.weight)
-    k = rank if matrix.eigen else 0
-    ku, kv = (length if matrix.eigen and length <= 2 * k + 1 else k for length in (n, p))
+    ku, kv = directions(matrix, rank) if matrix.eigen else (0, 0)
     generator = torch.Generator("cpu").manual_seed(n * 1_000_003 + p)
 
     def basis(k: int, length: int) -> Tensor:
@@ -48,6 +47,12 @@ def new_bases(matrix: Matrix, rank: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def directions(matrix: Matrix, rank: int) -> tuple[int, int]:
+    """How many directions the bases of a map have: `rank`, or all of a side that has at most 2 rank + 1."""
+    ku, kv = (length if length <= 2 * rank + 1 else rank for length in matrix.shape)
+    return ku, kv
+
+
 def sampled_rows(n: int, p: int, ku: int) -> int:
     """How many rows of E [n, p] the slopes are taken from."""
     return max(1, min(n, ku or SAMPLED // p))
@@ -55,13 +60,18 @@ def sampled_rows(n: int, p: int, ku: int) -> int:
 
 def new_state(matrix: Matrix, rank: int) -> dict[str, Any]:
     """The state of a matrix, with all parts of a moment in one flat tensor."""
-    state, (n, p) = new_bases(matrix, rank), matrix.shape
-    ku, kv = len(state["basis_out"]), len(state["basis_in"])
-    columns = kv + (matrix.bias is not None)
+    state = new_bases(matrix, rank)
+    lengths = moment_lengths(*matrix.shape, len(state["basis_out"]), len(state["basis_in"]), matrix.bias is not None)
+    return state | {name: state["mean"].new_zeros(length) for name, length in lengths.items()}
+
+
+def moment_lengths(n: int, p: int, ku: int, kv: int, bias: bool) -> dict[str, int]:
+    """How many numbers each moment of a matrix [n, p] has with bases of these sizes."""
+    columns = kv + bias
     rest = ku * columns + (n * columns if ku < n else 0) + (ku * p if kv < p else 0)
     residual = ku < n and kv < p
     moments = {"exp_avg": n * p, "exp_avg_sq": n * p, "last": sampled_rows(n, p, ku) * p}
-    return state | {name: state["mean"].new_zeros(rest + residual * more) for name, more in moments.items()}
+    return {name: rest + residual * more for name, more in moments.items()}
 
 
 def cast_state(state: dict[str, Any], p: Tensor) -> dict[str, Any]:

@@ -109,13 +109,13 @@ def _copies(matrix: Matrix, shards: Shards) -> int:
 def new_sharded_state(matrix: Matrix, rank: int) -> dict[str, Any]:
     """The state of a matrix, with a tensor for each part of a moment: "exp_avg_C" and so on, of which R and E are DTensors."""
     state = new_bases(matrix, rank)
-    zero, shapes = state["mean"].new_zeros(()), _shapes(matrix, state)
+    zero, shapes = state["mean"].new_zeros(()), part_shapes(matrix, state)
     for name in MOMENTS:
         for part, (rows, columns) in shapes.items():
             if name == "last" and part == "E":
                 rows = _sampled(matrix, state)
             if rows and columns:
-                state[f"{name}_{part}"] = _placed(zero.expand(rows, columns), matrix, part)
+                state[f"{name}_{part}"] = placed(zero.expand(rows, columns), matrix, part)
     return state
 
 
@@ -125,10 +125,10 @@ def relaid(matrix: Matrix, state: dict[str, Any]) -> dict[str, Any]:
         state = dict(state)
         for name in MOMENTS:
             if name in state:
-                parts = reference.eigen_split(state.pop(name), _shapes(matrix, state))
+                parts = reference.eigen_split(state.pop(name), part_shapes(matrix, state))
                 state |= {f"{name}_{part}": value for part, value in parts.items() if value.numel()}
             keys = {f"{name}_{part}": part for part in "CRTE"}
-            state |= {key: _placed(state[key], matrix, part) for key, part in keys.items() if key in state}
+            state |= {key: placed(state[key], matrix, part) for key, part in keys.items() if key in state}
     elif MOMENTS[0] not in state:
         state = dict(state)
         for name in MOMENTS:
@@ -139,7 +139,7 @@ def relaid(matrix: Matrix, state: dict[str, Any]) -> dict[str, Any]:
 
 def moments_here(matrix: Matrix, state: dict[str, Any], name: str) -> dict[str, Tensor]:
     """The parts of a moment, those of their rows that are here, to be written to."""
-    shapes = _shapes(matrix, state)
+    shapes = part_shapes(matrix, state)
     if name in state:
         return reference.eigen_split(state[name], shapes)
     rows, empty = matrix.shape_here[0], state["mean"]
@@ -163,7 +163,7 @@ def captured_here(matrix: Matrix, state: dict[str, Any]) -> Tensor | None:
     return torch.where(whole > 0, 1 - sums.get("E", torch.zeros_like(whole)) / whole, 0.0)
 
 
-def _shapes(matrix: Matrix, state: dict[str, Any]) -> dict[str, tuple[int, int]]:
+def part_shapes(matrix: Matrix, state: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """The shapes of the whole parts."""
     return reference.eigen_shapes(*_all_rows(matrix), len(state["basis_out"]), len(state["basis_in"]), matrix.bias is not None)
 
@@ -174,7 +174,7 @@ def _sampled(matrix: Matrix, state: dict[str, Any]) -> int:
     return n if matrix.weight.dim() < 2 else sampled_rows(n, p, len(state["basis_out"]))
 
 
-def _placed(whole: Tensor, matrix: Matrix, part: str) -> Tensor:
+def placed(whole: Tensor, matrix: Matrix, part: str) -> Tensor:
     """A part as it is kept: where it has a row for each of the matrix, these rows as a DTensor, placed as they are."""
     if part in "CT" or len(whole) != _all_rows(matrix)[0] or is_sharded(whole):
         return whole if is_sharded(whole) else whole.clone(memory_format=torch.contiguous_format)

@@ -19,6 +19,7 @@ from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
 from secondorder.optim._bias_hessians import BiasHessians, chosen_curvature
 from secondorder.optim._eigen_inputs import Sketch, Sketches
+from secondorder.optim._eigen_saved import with_room, without_room
 from secondorder.optim._eigen_state import (
     FIRST_STEPS,
     LAST_SLOPE,
@@ -333,10 +334,14 @@ class EigenAdam(SecondOrderOptimizer):
         # Ranks must agree, though one of them may see no inputs; and a checkpoint's tensors have the shapes of a new optimizer's.
         many = rows >= MANY_ROWS or self._several
         new = new_sharded_state if is_sharded(matrix.weight) else new_state
-        state.update(new(matrix, self._rank or (16 if many else 8)))
+        state.update(new(matrix, self._directions(many)))
         if matrix.bias is not None:
             self.state[matrix.bias].setdefault("step", 0)  # every parameter has a state, as DCP demands
         return state
+
+    def _directions(self, many: bool) -> int:
+        """How many a basis has; many: whether it is of many inputs."""
+        return self._rank or (16 if many else 8)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state and what it was made with; not the hooks."""
@@ -350,6 +355,15 @@ class EigenAdam(SecondOrderOptimizer):
             self._group = self._shards = None
             self._reset()
             self._hook()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every torch optimizer's; what may turn out to be no map has the same shapes whichever it is, as DCP demands."""
+        found, weights = super().state_dict(), {matrix.weight: matrix for matrix in self._table()}
+        for group, own in zip(found["param_groups"], self.param_groups, strict=True):
+            for i, p in zip(group["params"], own["params"], strict=True):
+                if p in weights and i in found["state"]:
+                    found["state"][i] = with_room(weights[p], found["state"][i], self._directions(self._several))
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every torch optimizer's; the state has the dtype that its parameter is computed in.
@@ -368,6 +382,8 @@ class EigenAdam(SecondOrderOptimizer):
                 state, matrix = state_dict["state"].get(i) or {}, weights.get(p)
                 if state.keys() <= {*_SHARED, "step"}:
                     continue
+                if matrix is not None:
+                    state = without_room(matrix, state)
                 if matrix is not None and matrix.could_be_numbers and "basis_in" in state:
                     matrix.eigen = not has_no_basis(state)  # as its first gradient has shown
                 check_state(name, matrix, state)

@@ -75,11 +75,16 @@ def uneven(ranks, rank):
     return [(sizes[rank], sizes[rank] * ranks / sum(sizes))]
 
 
+def means(ranks, rank):
+    """As DDP has it where nothing is weighted: the mean of the ranks' means, each of its own number of instances."""
+    return [(1 + 6 * rank, 1.0)]
+
+
 def accumulated(ranks, rank):
     return [(4, 0.5), (4, 0.5)]
 
 
-LAYOUTS = {"even": even, "uneven": uneven, "no_sync": accumulated}
+LAYOUTS = {"even": even, "uneven": uneven, "means": means, "no_sync": accumulated}
 
 
 def micro_batches(layout, step, ranks, rank):
@@ -100,8 +105,21 @@ def rank_step(model, optimizer, batches):
     optimizer.step(closure)
 
 
+def step_in_turn(model, optimizer, batches, ranks):
+    """All ranks' batches in turn, each loss over their number."""
+
+    def closure():
+        optimizer.zero_grad()
+        losses = [factor / ranks * optimizer.criterion(model(x), y) for x, y, factor in batches]
+        for loss in losses:
+            loss.backward()
+        return sum(losses)
+
+    optimizer.step(closure)
+
+
 def union_step(model, optimizer, batches):
-    """All ranks' batches as one: every instance counts alike in all layouts."""
+    """All ranks' batches as one: every instance counts alike in all layouts but "means"."""
     x, y = (torch.cat(parts) for parts in zip(*[(x, y) for x, y, _ in batches], strict=True))
 
     def closure():
@@ -256,9 +274,13 @@ def test_ranks_equal_one_process(run, case):
     optimizers[1].load_state_dict(run[0][case][1][1])
     for step in range(STEPS):
         batches = [b for rank in range(ranks) for b in micro_batches(LAYOUTS[layout], step, ranks, rank)]
-        union_step(straight, optimizers[0], batches)
-        if step >= STEPS // 2:
-            union_step(resumed, optimizers[1], batches)
+        for model, optimizer in zip((straight, resumed), optimizers, strict=True):
+            if model is resumed and step < STEPS // 2:
+                continue
+            if layout == "means":
+                step_in_turn(model, optimizer, batches, ranks)
+            else:
+                union_step(model, optimizer, batches)
     assert (parameters(straight) - parameters(network(norm))).abs().max() > 1e-3
     for model in (straight, resumed):
         torch.testing.assert_close(run[0][case][0], parameters(model), rtol=1e-6, atol=1e-8)

@@ -196,17 +196,18 @@ def test_a_step_that_is_refused_decides_nothing(first):
 def test_a_state_says_whether_its_parameter_is_a_map():
     """Whatever the optimizer that loads it has found; and a state that is refused leaves that as it is."""
     torch.manual_seed(0)
-    states = {}
+    states, bases = {}, {"numbers": 0, "map": 4}
     for name, gradient in (("numbers", torch.ones(6, 4)), ("map", torch.randn(6, 4))):
         p = nn.Parameter(torch.zeros(6, 4))
         optimizer = so.EigenAdam([p])
         p.grad = gradient
         optimizer.step()
         states[name] = optimizer.state_dict()
-        for other in states.values():
-            optimizer.load_state_dict(other)
+        assert len(optimizer.state[p]["basis_in"]) == bases[name]
+        for other, state in states.items():
+            optimizer.load_state_dict(state)
             optimizer.step()
-            assert len(optimizer.state[p]["basis_in"]) == len(other["state"][0]["basis_in"])
+            assert len(optimizer.state[p]["basis_in"]) == bases[other]
     q = nn.Parameter(torch.zeros(6, 5))
     optimizer = so.EigenAdam([q])
     q.grad = torch.randn(6, 5)

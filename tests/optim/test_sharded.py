@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -46,9 +47,25 @@ class Net(nn.Module):
         return self.short(torch.tanh(self.frozen(self.block(h)))) * self.scale
 
 
-def network(dtype=torch.float64):
+class NoLayers(nn.Module):
+    """Parameters that no layer has: maps, a table that batches index, and numbers that all have the same gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(40, 11))
+        self.map, self.narrow_map = nn.Parameter(torch.randn(11, 21) / 4), nn.Parameter(torch.randn(21, 3) / 4)
+        self.numbers = nn.ParameterList(torch.ones(shape) for shape in ((30, 12), (500, 11), (30, 3), (6, 11), (6, 4)))
+
+    def forward(self, x):
+        h = torch.tanh(self.table[x].mean(1) @ self.map) @ self.narrow_map
+        for numbers in self.numbers:
+            h = h * numbers.mean()
+        return h
+
+
+def network(dtype=torch.float64, kind=Net):
     torch.manual_seed(3)
-    return Net().to(dtype)
+    return kind().to(dtype)
 
 
 def batch(step, rank=0, ranks=1):
@@ -76,7 +93,7 @@ def train(model, optimizer, steps, rank=0, ranks=1):
         x, y = batch(step, rank, ranks)
         optimizer.zero_grad()
         loss(model(x), y).backward()
-        if ranks > 1 and not isinstance(model.scale, DTensor):  # ignored by fully_shard
+        if ranks > 1 and isinstance(model, Net) and not isinstance(model.scale, DTensor):  # ignored by fully_shard
             dist.all_reduce(model.scale.grad.div_(ranks))
         optimizer.step()
 
@@ -162,6 +179,7 @@ def worker(rank, ranks, folder):
     results["faults"] = faults(line, rank, ranks)
     results["refused"] = refused(line)
     results["checkpoints"] = checkpoints(line, rank, ranks, folder)
+    results["no layers"] = without_layers(line, rank, ranks, folder)
     torch.save(results, f"{folder}/{ranks}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -254,9 +272,7 @@ def checkpoints(mesh, rank, ranks, folder):
     optimizer = MAKERS["model"](model)
     if ranks == 2:
         train(model, optimizer, range(SAVED), rank, ranks)
-        dcp.save(
-            {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=path
-        )
+        saved_by_dcp(model, optimizer, path)
         full = get_model_state_dict(model, options=EVERY), get_optimizer_state_dict(model, optimizer, options=EVERY)
         if rank == 0:
             torch.save(full, f"{folder}/full.pt")
@@ -271,13 +287,39 @@ def checkpoints(mesh, rank, ranks, folder):
         results["from one"] = whole(model)
         model = sharded(mesh)
         optimizer = MAKERS["model"](model)
-    loaded = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(loaded, checkpoint_id=path)
-    set_model_state_dict(model, loaded["model"])
-    set_optimizer_state_dict(model, optimizer, loaded["optimizer"])
+    loaded_by_dcp(model, optimizer, path)
     train(model, optimizer, range(SAVED, STEPS), rank, ranks)
     results["continued"] = whole(model)
     return results
+
+
+def saved_by_dcp(model, optimizer, path):
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state, checkpoint_id=path)
+
+
+def loaded_by_dcp(model, optimizer, path):
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=path)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def without_layers(mesh, rank, ranks, folder):
+    """2 ranks save what the first gradients have shown to be maps or not; 2 and 4 load."""
+    path = f"{folder}/without_layers"
+    for steps in (range(SAVED), range(SAVED, STEPS)) if ranks == 2 else (range(SAVED, STEPS),):
+        model = fully_shard(network(kind=NoLayers), mesh=mesh)
+        optimizer = MAKERS["model"](model)
+        if steps.start:
+            loaded_by_dcp(model, optimizer, path)
+        train(model, optimizer, steps, rank, ranks)
+        if not steps.start:
+            saved_by_dcp(model, optimizer, path)
+            full = get_model_state_dict(model, options=EVERY), get_optimizer_state_dict(model, optimizer, options=EVERY)
+            if rank == 0:
+                torch.save(full, f"{folder}/without_layers.pt")
+    return whole(model)
 
 
 @pytest.fixture(scope="module")
@@ -355,6 +397,56 @@ def test_a_full_checkpoint_goes_on_in_one_process(ranks_of, folder):
     set_optimizer_state_dict(model, optimizer, state)
     train(model, optimizer, range(SAVED, STEPS))
     torch.testing.assert_close(whole(model), alone("model")[0], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_says_what_is_no_map(ranks_of, folder):
+    """Of one process and of shards, by torch.distributed.checkpoint into a new optimizer, and whole."""
+    straight = network(kind=NoLayers)
+    optimizer = MAKERS["model"](straight)
+    train(straight, optimizer, range(SAVED))
+    assert [len(optimizer.state[p]["basis_in"]) > 0 for p in straight.parameters()] == [False, True, True, *[False] * 5]
+    saved_by_dcp(straight, optimizer, folder / "alone")
+    train(straight, optimizer, range(SAVED, STEPS))
+    for way in ("alone", "whole"):
+        model = network(kind=NoLayers)
+        optimizer = MAKERS["model"](model)
+        if way == "alone":
+            loaded_by_dcp(model, optimizer, folder / "alone")
+        else:
+            weights, state = torch.load(folder / "without_layers.pt")
+            model.load_state_dict(weights)
+            set_optimizer_state_dict(model, optimizer, state)
+        train(model, optimizer, range(SAVED, STEPS))
+        tight = {"rtol": 0, "atol": 0} if way == "alone" else {"rtol": 1e-6, "atol": 1e-8}
+        torch.testing.assert_close(whole(model), whole(straight), **tight, msg=way)
+    for ranks, results in ranks_of.items():
+        for result in results:
+            torch.testing.assert_close(result["no layers"], whole(straight), rtol=1e-6, atol=1e-8, msg=f"{ranks} ranks")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("rank", [None, 16])
+def test_a_rank_that_is_given_is_that_of_every_checkpoint(rank, tmp_path):
+    """In one process layers that see 256 inputs have bases of 16 directions, and those of a new optimizer 8."""
+    saving, loading = nn.Linear(40, 50), nn.Linear(40, 50)
+    one, other = so.EigenAdam(saving, rank=rank), so.EigenAdam(loading, rank=rank)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(torch.linspace(-1, 1, 256 * 40).sin().view(256, 40)).square().mean().backward()
+        optimizer.step()
+
+    step(saving, one)
+    saved_by_dcp(saving, one, tmp_path)
+    if rank is None:
+        with pytest.raises(CheckpointException, match="Size mismatch"):
+            loaded_by_dcp(loading, other, tmp_path)
+        return
+    loaded_by_dcp(loading, other, tmp_path)
+    step(saving, one)
+    step(loading, other)
+    assert torch.equal(whole(saving), whole(loading))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

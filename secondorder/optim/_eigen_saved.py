@@ -1,0 +1,71 @@
+"""EigenAdam's state of what may turn out to be no map, as it is saved.
+
+torch.distributed.checkpoint reads into tensors of a new optimizer, which has seen no gradient yet. So what is saved has room for
+both, bases and moments of a map as well as those of numbers, and says which of them it is; what the other one would have is zero.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secondorder._tensors import is_sharded
+from secondorder.optim._eigen_state import directions, moment_lengths, sampled_rows
+from secondorder.optim._matrices import Matrix
+from secondorder.optim._sharded import MOMENTS, part_shapes, placed
+
+
+def with_room(matrix: Matrix, state: dict[str, Any], rank: int) -> dict[str, Any]:
+    """A matrix' state as it is saved; rank: how many directions its bases would have if it were a map."""
+    if not matrix.could_be_numbers or "basis_out" not in state:
+        return state
+    (n, p), mean = matrix.shape, state["mean"]
+    ku, kv = (len(state["basis_out"]), len(state["basis_in"])) if matrix.eigen else directions(matrix, rank)
+    saved = {**state, "map": matrix.eigen, "share": state.get("share", 1.0)}
+    if not matrix.eigen:
+        saved |= {"basis_out": mean.new_zeros(ku, n), "basis_in": mean.new_zeros(kv, p)}
+        saved |= {"scale_out": mean.new_zeros(ku), "scale_in": mean.new_zeros(kv)}
+    if not is_sharded(matrix.weight):
+        rooms = [moment_lengths(n, p, *bases, False) for bases in ((ku, kv), (0, 0))]
+        return saved | {name: _longer(state[name], max(room[name] for room in rooms)) for name in MOMENTS}
+    sampled = max(_sampled(n, p, ku, kv), _sampled(n, p, 0, 0))
+    for name in MOMENTS:
+        for part, (rows, columns) in {**part_shapes(matrix, saved), "E": (n, p)}.items():
+            if rows and columns:
+                key, length = f"{name}_{part}", sampled if (name, part) == ("last", "E") else rows
+                value = state.get(key, mean.new_zeros(()).expand(0, columns))
+                saved[key] = placed(_longer(value, length), matrix, part) if len(value) < length else value
+    return saved
+
+
+def without_room(matrix: Matrix, state: dict[str, Any]) -> dict[str, Any]:
+    """A state as it is kept of a matrix, of one that may have been saved with room."""
+    if not {"map", "basis_out", "basis_in"} <= state.keys():
+        return state
+    state = dict(state)
+    n, p = state["basis_out"].shape[-1], state["basis_in"].shape[-1]
+    if not state.pop("map"):
+        state |= {key: state[key][:0] for key in ("basis_out", "basis_in", "scale_out", "scale_in")}
+    if state["share"] == 1:
+        del state["share"]
+    ku, kv = len(state["basis_out"]), len(state["basis_in"])
+    if MOMENTS[0] in state:
+        return state | {name: state[name][:length] for name, length in moment_lengths(n, p, ku, kv, False).items()}
+    shapes = part_shapes(matrix, state)
+    for part in (part for part in "CRTE" if not all(shapes.get(part, (0, 0)))):
+        for name in MOMENTS:
+            state.pop(f"{name}_{part}", None)
+    last, length = state.get("last_E"), _sampled(n, p, ku, kv)
+    if last is not None and len(last) > length:
+        state["last_E"] = (last.full_tensor() if is_sharded(last) else last)[:length]
+    return state
+
+
+def _sampled(n: int, p: int, ku: int, kv: int) -> int:
+    """How many rows of E there are in `last`."""
+    return sampled_rows(n, p, ku) if ku < n and kv < p else 0
+
+
+def _longer(t: Tensor, length: int) -> Tensor:
+    """Zeros at the end of its first dimension make a tensor so long."""
+    return t if len(t) == length else torch.cat([t, t.new_zeros(length - len(t), *t.shape[1:])])
