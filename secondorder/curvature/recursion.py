@@ -200,12 +200,12 @@ class GaussNewton(Recursion):
 
 
 def _is_copied(record: LayerRecord) -> bool:
-    """Whether the operands of the recursion's step to this layer are copies of what was recorded, joined or cast.
+    """Whether the operands of the recursion's step to this layer are copies of what was recorded: joined, cast or weighted.
 
     Such a step is taken alone, so that there are one layer's copies at a time.
     """
     first = record.links[0].map
-    return len(record.links) > 1 or not isinstance(first, KnownActivation) or first.saved.dtype != record.dtype
+    return len(record.links) > 1 or not isinstance(first, KnownActivation) or first.saved.dtype != record.dtype or record.weighted
 
 
 def _dense_sum(x: Tensor, y: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from secondorder._distributed import RankReducer, RankTerm
-from secondorder._tape import aligned, counting_rows, keeps_rows, refuse_reentrant_checkpoint
+from secondorder._tape import Counting, aligned, as_weighted, keeps_rows, refuse_reentrant_checkpoint
 from secondorder._tensors import compute_dtype, flatten_batch
 from secondorder.criteria import LateMasses, by_position
 from secondorder.solvers import second_moment
@@ -25,6 +25,7 @@ class _Use:
     shape: torch.Size  # of its rows, before they were flattened
     input: Tensor  # [m, n_in]
     mean_preactivation: Tensor  # [n_out]
+    weight: float  # of its means among those of all ranks: how many rows, or the sum of their weights
 
 
 class ClosurePass:
@@ -40,7 +41,8 @@ class ClosurePass:
         sign: 1, or -1 where the loss is maximised.
         parameters: whether the gradients of parameters are computed, too.
         lend: called after every backward pass that computes none.
-        criterion: whose ignored targets' rows are no instances of a layer, where its rows are the targets'; None: all rows are.
+        criterion: whose targets' weights, 0 where they are ignored, are those of a layer's rows, where these are the targets';
+            None: all rows count alike.
     """
 
     def __init__(
@@ -83,24 +85,26 @@ class ClosurePass:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise RuntimeError(f"{name}.step(): expected the closure to return the scalar loss, got {type(loss).__name__}")
         if len(self._masses) == 1 and (masses := self._masses[0]) is not None:  # of several nobody knows which rows are whose
-            self._leave_out_ignored(masses())
+            self._weigh(masses())
         return loss.detach()
 
     def _see_targets(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
         if torch.is_grad_enabled():
             args, kwargs = by_position(criterion, args, kwargs)
-            ordered = bool(args) and keeps_rows(args[0])
-            self._masses.append(LateMasses(criterion, (None, *args[1:]), kwargs) if ordered else None)
+            self._masses.append(late_masses(criterion, args, kwargs))
 
-    def _leave_out_ignored(self, masses: Tensor | None) -> None:
-        """Takes the rows that do not count out of the uses, before the weights move: E[z] = W E[h] + b then is of the others."""
+    def _weigh(self, masses: Tensor | None) -> None:
+        """Has the uses' rows count as their targets do, before the weights move: E[z] is W E[h] + b of these rows."""
         if masses is None:
             return
         for layer, uses in self._uses.items():
             for use in uses:
-                kept = counting_rows(aligned(masses, use.shape))
-                if kept is not None:
-                    use.input = use.input.index_select(0, kept)
+                own = aligned(masses, use.shape)
+                counting = Counting.of(own)
+                if own is not None and not own.any():
+                    use.weight = 0.0
+                elif counting.kept is not None or counting.weights is not None:
+                    use.input, use.weight = weighed(use.input, counting)
                     bias = None if layer.bias is None else layer.bias.detach().to(use.input.dtype)
                     use.mean_preactivation = nn.functional.linear(
                         use.input.mean(0), layer.weight.detach().to(use.input.dtype), bias
@@ -113,6 +117,10 @@ class ClosurePass:
     def instances(self, layer: nn.Linear) -> int:
         """How many rows the layer's calls have together."""
         return self._instances[layer] if layer in self._instances else sum(len(use.input) for use in self._uses[layer])
+
+    def weight(self, layer: nn.Linear) -> float:
+        """How much the rows of the layer's calls count together."""
+        return sum(use.weight for use in self._uses[layer])
 
     def mean_input(self, layer: nn.Linear) -> Tensor:
         """E[h] [n_in]."""
@@ -148,7 +156,7 @@ class ClosurePass:
             for layer, gradient in self.gradient.items():
                 found.append(RankTerm(names[layer], gradient))
                 found.append(RankTerm(names[layer], torch.tensor(float(self.instances(layer)), dtype=torch.float64)))
-                found += [RankTerm(names[layer], mean(layer), self.instances(layer)) for _, mean in stores]
+                found += [RankTerm(names[layer], mean(layer), self.weight(layer)) for _, mean in stores]
             return found
 
         mean_loss, *rest = ranks.average(terms)
@@ -193,7 +201,8 @@ class ClosurePass:
         input, layer = layer_input(layer, args, kwargs), self._tied.get(layer, layer)
         refuse_reentrant_checkpoint(self._layers[layer])
         dtype = compute_dtype(layer.weight.dtype)
-        use = _Use(self._calls, output.shape[:-1], input, flatten_batch([output.detach()]).mean(0, dtype=dtype))
+        mean = flatten_batch([output.detach()]).mean(0, dtype=dtype)
+        use = _Use(self._calls, output.shape[:-1], input, mean, len(input))
         self._calls += 1
         anchor = output.new_zeros(()).expand(output.shape).requires_grad_()
 
@@ -224,6 +233,20 @@ def layer_input(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any])
     """The h [m, n_in] of a call, in the state's dtype."""
     h: Tensor = args[0] if args else kwargs["input"]
     return flatten_batch([h.detach()]).to(compute_dtype(layer.weight.dtype))
+
+
+def late_masses(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LateMasses | None:
+    """The weights of the targets of a criterion's call, whose arguments have their graphs; None: rows come in another order."""
+    masses = LateMasses(criterion, (None, *args[1:]), kwargs)
+    return masses if not masses.possible or keeps_rows(args[0]) else None
+
+
+def weighed(rows: Tensor, counting: Counting) -> tuple[Tensor, float]:
+    """Rows whose plain mean and second moment are those of the rows [m, n] that count, and how much they count together."""
+    rows = counting.of_rows(rows)
+    if counting.weights is None:
+        return rows, len(rows)
+    return as_weighted(rows, counting.weights), float(counting.weights.sum())
 
 
 def layer_second_moment(layer: nn.Linear, h: Tensor, mean: Tensor, average: Tensor | None = None, decay: float = 0.0) -> Tensor:

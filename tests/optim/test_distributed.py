@@ -30,7 +30,11 @@ OPTIMIZERS = {
     "KBFGSL": lambda m, c: so.KBFGSL(m, c, memory=3),
 }
 FAILING = [name for name in OPTIMIZERS if name != "EACG-every"]  # whose second step records nothing that could fail
-CRITERIA = {"cross-entropy": nn.CrossEntropyLoss, "eq14": so.criteria.BoundedClassificationLoss}
+CRITERIA = {
+    "cross-entropy": nn.CrossEntropyLoss,
+    "eq14": so.criteria.BoundedClassificationLoss,
+    "weighted": lambda: nn.CrossEntropyLoss(torch.tensor([0.001, 0.02, 0.05]).double()),
+}
 STEPS = 4
 
 
@@ -124,6 +128,9 @@ def cases():
     for layout in LAYOUTS:
         yield "EACG", layout, "eq14", False
         yield "EACG", layout, "cross-entropy", True
+        yield "EACG", layout, "weighted", False
+    for name in ("EACG-kfi", "EACG-empirical", "KFLR", "KBFGS"):
+        yield name, "even", "weighted", False
     for name in ("EACG", "LayerwiseNewton", "EACG-kfi", "EACG-empirical", "KFLR", "KBFGS"):
         yield name, "even", "cross-entropy", "experts"
     for name in ("KFRA-shared", "EACG-kfi-shared"):  # fewer layers than ranks
