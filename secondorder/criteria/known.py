@@ -41,7 +41,7 @@ def evaluated(
 
 
 def by_position(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A criterion's arguments with output and target by position, where they were given by name.
+    """A criterion's arguments with output and target by position and, for functions that are known, all others by name.
 
     Args:
         criterion: a module or a `FunctionCriterion`.
@@ -52,6 +52,9 @@ def by_position(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         The arguments by position, and those that stay by name.
     """
     named = dict(kwargs)
+    if len(args) > 2 and isinstance(criterion, FunctionCriterion) and criterion.function in _FUNCTIONS:
+        args, others = args[:2], args[2:]
+        named |= zip(list(inspect.signature(criterion.function).parameters)[2:], others, strict=False)
     for name in _leading(criterion)[len(args) :] if named else ():
         if name not in named:
             break
