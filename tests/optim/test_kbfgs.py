@@ -758,6 +758,37 @@ def test_rows_of_ignored_targets_do_not_count(function, cls):
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
+def test_weights_in_micro_batches_of_a_closure_are_those_of_their_union(cls, reduction):
+    models = []
+    for parts in (1, 3):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        criterion = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 5.0]).double(), reduction=reduction)
+        optimizer = cls(model, criterion)
+        x, y = torch.randn(45, 5).double(), torch.arange(45) % 3
+        y[[4, 5, 19, 20, 34, 35]] = -100  # every part has the same weights together, so that its mean is that of the union
+        x[y == -100] += 3
+
+        def closure(optimizer=optimizer, model=model, criterion=criterion, x=x, y=y, parts=parts):
+            optimizer.zero_grad()
+            with torch.no_grad():
+                criterion(model(x[:7]), y[:7])  # for a log
+            total = 0.0
+            for own_x, own_y in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                loss = criterion(model(own_x), own_y) / (parts if reduction == "mean" else 1)
+                loss.backward()
+                total += loss.detach()
+            return total
+
+        for _ in range(5):
+            optimizer.step(closure)
+        models.append(model)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 @pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
 def test_a_state_in_other_units_is_refused(cls):
     model, criterion = nn.Linear(3, 2), nn.MSELoss()
