@@ -29,7 +29,7 @@ class RankTerm(NamedTuple):
 
     name: str
     value: Tensor
-    instances: int | None = None  # that it is the mean of; None: every rank counts alike
+    instances: float | None = None  # that it is the mean of, or the sum of their weights; None: every rank counts alike
 
 
 class RankReducer:
@@ -91,7 +91,7 @@ class RankReducer:
         dist.all_reduce(flat, group=self.group)
         *sums, totals = flat.split([*(term.value.numel() for term in terms), len(terms)])
         return [
-            (total / weight.clamp(min=1)).to(term.value.device, term.value.dtype).reshape(term.value.shape)
+            (total / torch.where(weight > 0, weight, 1)).to(term.value.device, term.value.dtype).reshape(term.value.shape)
             for term, total, weight in zip(terms, sums, totals, strict=True)
         ]
 

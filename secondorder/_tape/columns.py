@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder._tape.graph import metadata, source_nodes
-from secondorder._tape.records import LayerCall
+from secondorder._tape.records import Counting, LayerCall
 from secondorder._tensors import subsample
 from secondorder.criteria import OutputRoot
 
@@ -21,7 +21,12 @@ _BUDGET = 2**25
 
 
 def column_blocks(
-    edge: GradientEdge, root: OutputRoot, key: str, samples: int | None, left_out: Container[nn.Linear] = ()
+    edge: GradientEdge,
+    root: OutputRoot,
+    key: str,
+    samples: int | None,
+    counting: Callable[[torch.Size], Counting],
+    left_out: Container[nn.Linear] = (),
 ) -> dict[LayerCall, Tensor]:
     """The sums over columns of delta delta^T [n_out, n_out] for every recorded layer upstream of `edge`, in chunks of columns.
 
@@ -29,7 +34,8 @@ def column_blocks(
         edge: where the columns start.
         root: gives them.
         key: of the layers' calls in the nodes' metadata.
-        samples: the sums are over at most so many instances, and stand for all; None: over all.
+        samples: the sums are over at most so many instances that count, and stand for all; None: over all.
+        counting: which rows of a tensor [*shape, n] count.
         left_out: layers without a block.
     """
     nodes = [n for n in source_nodes(edge.node, key, nearest=False)[0] if metadata(n)[key].layer not in left_out]
@@ -46,8 +52,12 @@ def column_blocks(
         )
         for call, delta in zip(calls, deltas, strict=True):
             flat = delta.reshape(len(delta), delta.shape[1:-1].numel(), delta.shape[-1])
-            chosen = subsample(flat, samples)
-            weight = flat.shape[1] / max(1, chosen.shape[1])  # as if they were all
-            chosen = chosen.flatten(0, 1)
-            blocks[call] = chosen.T @ chosen * weight + blocks.get(call, 0)
+            share: Tensor | float = 1.0
+            if samples is not None and flat.shape[1] > samples:
+                rows = counting(call.input.shape[:-1])
+                flat = flat if rows.kept is None else flat.index_select(1, rows.kept)
+                share = rows.share(flat.shape[1], samples)
+                flat = subsample(flat, samples)
+            chosen = flat.flatten(0, 1)
+            blocks[call] = chosen.T @ chosen * share + blocks.get(call, 0)
     return blocks

@@ -163,6 +163,13 @@ def of_rows(function: ElementwiseMap, rows: Tensor) -> ElementwiseMap:
     return AutogradMap(kept(function.d1), None if function.d2 is None else kept(function.d2))
 
 
+def weighted(function: ElementwiseMap, weights: Tensor) -> AutogradMap:
+    """The same with rows of d1 so scaled that E[d1 d1^T] is the mean with these weights [m]; d2 is left as it is."""
+    d1, d2 = derivatives(function)
+    d1, d2 = flatten_batch([d1]), None if d2 is None else flatten_batch([d2])
+    return AutogradMap(d1 * (weights * (len(weights) / weights.sum())).sqrt().to(d1.dtype).unsqueeze(1), d2)
+
+
 def derivatives(function: ElementwiseMap) -> tuple[Tensor, Tensor | None]:
     """d1 and d2 (None: identically 0) of either form."""
     if isinstance(function, AutogradMap):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from secondorder._tape import elementwise
 from secondorder._tape.elementwise import ElementwiseMap
-from secondorder._tape.records import LayerCall, Link, LossCall, counting_rows
+from secondorder._tape.records import Counting, LayerCall, Link, LossCall, as_weighted
 from secondorder._tensors import flatten_batch
 
 
@@ -27,7 +27,7 @@ class LayerRecord:
     obstacle: str = ""  # or neither, for this reason
     block: Tensor | None = None  # sum of the losses' blocks, each with its factor
     samples: int | None = None  # the curvature's expectations take at most so many instances of each call
-    _kept_rows: list[Tensor | None] | None = None
+    _counting: list[Counting] | None = None
 
     @property
     def instances(self) -> int:
@@ -35,13 +35,26 @@ class LayerRecord:
         return sum(self._rows())
 
     def input(self, samples: int | None = None) -> Tensor:
-        """The inputs h [m, n_in] of the rows that count, or those of at most `samples` of them of each call."""
-        return flatten_batch(self._counting([call.input for call in self.calls]), samples)
+        """The inputs h [m, n_in] of the rows that count, or those of at most `samples` of them of each call.
+
+        Where rows have weights, other rows whose plain mean and second moment are the weighted ones of these.
+        """
+        rows, weights = flatten_batch(self._of_rows([call.input for call in self.calls]), samples), self._weights(samples)
+        return rows if weights is None else as_weighted(rows, weights)
 
     @property
-    def counted(self) -> int:
-        """How many rows count."""
-        return sum(n if kept is None else len(kept) for n, kept in zip(self._rows(), self._kept(), strict=True))
+    def counted(self) -> float:
+        """How many rows count, or the sum of their weights."""
+        pairs = zip(self._rows(), self.counting(), strict=True)
+        return sum(
+            float(each.weights.sum()) if each.weights is not None else n if each.kept is None else len(each.kept)
+            for n, each in pairs
+        )
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the rows that count do not all count alike."""
+        return any(each.weights is not None for each in self.counting())
 
     def grad_outputs(self) -> list[tuple[Tensor, LossCall]]:
         """Each call's delta [..., n_out], with its loss; recorded only with an obstacle, or where the tape was told to."""
@@ -49,36 +62,49 @@ class LayerRecord:
         return [(call.grad_output, loss) for call, loss in pairs if call.grad_output is not None]
 
     def map(self) -> ElementwiseMap:
-        """What lies between this layer and `next`, over the rows that count [m, n_out]."""
+        """What lies between this layer and `next`, over the rows that count [m, n_out].
+
+        Where these have weights, E[d1 d1^T] is the weighted one; d2 stands with gradients, which hold the weights.
+        """
         maps = [link.map for link in self.links if link.map is not None]
-        if any(kept is not None for kept in self._kept()):
-            maps = [
-                each if kept is None else elementwise.of_rows(each, kept) for each, kept in zip(maps, self._kept(), strict=True)
-            ]
-        return elementwise.merge(maps, self.samples)
+        pairs = zip(maps, self.counting(), strict=True)
+        maps = [each if rows.kept is None else elementwise.of_rows(each, rows.kept) for each, rows in pairs]
+        merged, weights = elementwise.merge(maps, self.samples), self._weights(self.samples)
+        return merged if weights is None else elementwise.weighted(merged, weights)
 
     def grad_activation(self) -> Tensor | None:
         """Gradient w.r.t. the input of `next` [m, n_out], its sum over the instances standing for all; None where sigma'' = 0."""
         grads = [link.grad for link in self.links if link.grad is not None]
         if len(grads) < len(self.links):
             return None
-        return flatten_batch([_for_all(grad, self.samples) for grad in self._counting(grads)])
+        pairs = zip(self._of_rows(grads), self.counting(), strict=True)
+        return flatten_batch([_for_all(grad, rows, self.samples) for grad, rows in pairs])
 
     def _rows(self) -> list[int]:
         """How many rows every call has."""
         return [call.input.shape[:-1].numel() for call in self.calls]
 
-    def _kept(self) -> list[Tensor | None]:
-        """Which rows of every call count, those of no ignored target; None: all of them."""
-        if self._kept_rows is None:
+    def counting(self) -> list[Counting]:
+        """Which rows of every call count, those of no ignored target, and how much."""
+        if self._counting is None:
             pairs = zip(self.calls, self.origins, strict=True)
-            self._kept_rows = [counting_rows(loss.row_masses(call.input.shape[:-1])) for call, loss in pairs]
-        return self._kept_rows
+            self._counting = [loss.counting(call.input.shape[:-1]) for call, loss in pairs]
+        return self._counting
 
-    def _counting(self, tensors: list[Tensor]) -> list[Tensor]:
+    def _of_rows(self, tensors: list[Tensor]) -> list[Tensor]:
         """Of a tensor [..., n] of every call the rows that count."""
-        pairs = zip(tensors, self._kept(), strict=True)
-        return [t if kept is None else flatten_batch([t]).index_select(0, kept) for t, kept in pairs]
+        return [rows.of_rows(t) for t, rows in zip(tensors, self.counting(), strict=True)]
+
+    def _weights(self, samples: int | None) -> Tensor | None:
+        """The weights [m] of the rows that count, or of at most `samples` of them of each call; None: all count alike."""
+        if not self.weighted:
+            return None
+        own = [
+            torch.ones(n if rows.kept is None else len(rows.kept), dtype=torch.float64, device=call.input.device)
+            if rows.weights is None else rows.weights
+            for n, call, rows in zip(self._rows(), self.calls, self.counting(), strict=True)
+        ]  # fmt: skip
+        return flatten_batch([each.unsqueeze(1) for each in own], samples).squeeze(1)
 
 
 def connect(record: LayerRecord, records: dict[nn.Linear, LayerRecord], repeated: bool) -> None:
@@ -120,10 +146,10 @@ def recursion_order(records: dict[nn.Linear, LayerRecord]) -> list[LayerRecord]:
     return list(ordered)
 
 
-def _for_all(gradient: Tensor, samples: int | None) -> Tensor:
-    """The `subsample` of a gradient [..., n], so scaled that its sum stands for the sum over all instances."""
+def _for_all(gradient: Tensor, counting: Counting, samples: int | None) -> Tensor:
+    """The `subsample` of a gradient [..., n] of rows that count, so scaled that its sum stands for the sum over all of them."""
     if samples is None:
         return gradient
+    factor = counting.share(gradient.shape[:-1].numel(), samples)
     chosen = flatten_batch([gradient], samples)
-    factor = gradient.numel() / chosen.numel() if chosen.numel() else 1.0
-    return chosen if factor == 1 else chosen * factor
+    return chosen if isinstance(factor, float) and factor == 1 else chosen * factor

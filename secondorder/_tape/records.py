@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from secondorder._tape.elementwise import ElementwiseMap
 from secondorder._tape.forward_state import ForwardState
 from secondorder._tape.ways import Way
+from secondorder._tensors import flatten_batch, subsample
 from secondorder.criteria import OutputHessian
 
 _RELEASED = torch.empty(0)
@@ -125,17 +126,61 @@ class CriterionArguments:
 def aligned(masses: Tensor | None, shape: torch.Size) -> Tensor | None:
     """The weights of a target's elements as those of the rows of a tensor [*shape, n], [m]; None: its rows are others.
 
-    Rows that one of them has flattened are in order.
+    Rows that one of them has flattened are in order. A row with several elements has the mean of theirs.
     """
+    if masses is not None and masses.dim() > 1 and masses.numel() != shape.numel() == masses.shape[:-1].numel():
+        masses = masses.mean(-1)
     if masses is None or masses.numel() != shape.numel() or not (masses.shape == shape or 1 in (masses.dim(), len(shape))):
         return None
     return masses.reshape(-1)
 
 
-def counting_rows(masses: Tensor | None) -> Tensor | None:
-    """The indices of the rows that count, of their weights [m]; None: all do, or none, which is an error of the loss's own."""
-    kept = None if masses is None else masses.nonzero().flatten()
-    return None if kept is None or masses is None or len(kept) in (0, len(masses)) else kept
+@dataclass(frozen=True, eq=False, slots=True)
+class Counting:
+    """Which rows of a tensor [..., n] count, and how much.
+
+    Args:
+        kept: their indices; None: all.
+        weights: of these, in float64; None: 1 each.
+    """
+
+    kept: Tensor | None = None
+    weights: Tensor | None = None
+
+    @classmethod
+    def of(cls, masses: Tensor | None) -> "Counting":
+        """From the weights [m] of all rows. All count alike where none does, which is an error of the loss's own."""
+        kept = None if masses is None else masses.nonzero().flatten()
+        if masses is None or kept is None or len(kept) == 0:
+            return cls()
+        weights = masses.index_select(0, kept)
+        alike = bool((weights == 1).all() | (weights < 0).any())  # negative ones are of no expectation
+        return cls(None if len(kept) == len(masses) else kept, None if alike else weights)
+
+    def of_rows(self, t: Tensor) -> Tensor:
+        """The rows of a tensor [..., n] that count."""
+        return t if self.kept is None else flatten_batch([t]).index_select(0, self.kept)
+
+    def share(self, rows: int, samples: int | None) -> Tensor | float:
+        """What the weights of all are to those of at most so many rows, evenly spaced; `rows` is how many count."""
+        if samples is None or rows <= samples:
+            return 1.0
+        if self.weights is None:
+            return rows / samples
+        return self.weights.sum() / subsample(self.weights.unsqueeze(1), samples).sum()
+
+
+def as_weighted(rows: Tensor, weights: Tensor) -> Tensor:
+    """Rows [m, n] whose plain mean and second moment are the weighted ones of some rows h_i, sum_i w_i h_i / W and likewise.
+
+    With v_i = sqrt(m w_i / W) the rows v_i h_i have that second moment, and so has every orthogonal transformation of them. That
+    which takes v to (1, ..., 1), a reflection and a change of sign, gives them that mean, too.
+    """
+    v = (weights * (len(weights) / weights.sum())).sqrt()
+    u = v + 1
+    scaled = rows * v.to(rows.dtype).unsqueeze(1)
+    along = (2 / u.dot(u) * u).to(rows.dtype) @ scaled
+    return torch.addr(scaled.neg(), u.to(rows.dtype), along)
 
 
 def _alike() -> None:
@@ -158,9 +203,11 @@ class LossCall:
     repeated: set[nn.Linear] = field(default_factory=set)  # the layers that it uses several times
     # Of the target's elements; called where they are needed, since that may wait for the device.
     masses: Callable[[], Tensor | None] = _alike
+    normalized: bool = True  # whether a mean is divided by the sum of these, rather than by their number
     ordered: bool = True  # whether the rows of its sources come to the criterion in their order
     scale: Tensor | None = None  # d(what backward() was called on) / d(loss), summed over backward passes
     released: bool = False
+    _counting: Counting | None = None
 
     def row_masses(self, shape: torch.Size) -> Tensor | None:
         """The weights [m] of the rows of a tensor [*shape, n], where they are those of the target's elements.
@@ -171,6 +218,15 @@ class LossCall:
             return None
         return aligned(self.masses(), shape)
 
+    def counting(self, shape: torch.Size) -> Counting:
+        """Which rows of a tensor [*shape, n] count, by `row_masses`."""
+        masses = self.row_masses(shape)
+        if masses is None:
+            return Counting()
+        if self._counting is None:  # the same for all shapes
+            self._counting = Counting.of(masses)
+        return self._counting
+
     def calls(self) -> list[LayerCall]:
         """All calls of layers that it depends on."""
         if len(self.sources) == 1:
@@ -180,7 +236,8 @@ class LossCall:
     def clear(self, release: bool) -> None:
         """Forgets the backward passes; with `release` the forward pass, too."""
         self.scale, self.released = None, release
-        self.masses = _alike if release else self.masses
+        if release:
+            self.masses, self._counting = _alike, None
         if release and self.arguments is not None:
             if self.arguments.model is not None:
                 self.arguments.model.release()

@@ -40,7 +40,7 @@ from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossC
 from secondorder._tape.roots import term_of_its_own
 from secondorder._tape.ways import find_way, keeps_rows
 from secondorder._tensors import compute_dtype
-from secondorder.criteria import LateMasses, OutputHessian, analytic_hessian, autograd_hessian, by_position
+from secondorder.criteria import LateMasses, OutputHessian, analytic_hessian, autograd_hessian, by_position, divides_by_masses
 
 # (criterion, loss, autograd node of the one linear layer's output that it depends on, its arguments) -> the recursion's start
 OutputHessianOf = Callable[[nn.Module, Tensor, Node, tuple[Any, ...], dict[str, Any]], OutputHessian]
@@ -326,8 +326,10 @@ class Tape:
         call = LossCall([self._use(node, criterion) for node in nodes], None, loss.detach(), mean=reduction != "sum")
         call.instances = _instances(call.sources, args)
         if len(args) > 1:
-            call.ordered = keeps_rows(args[0])
-            call.masses = LateMasses(criterion, (None, *_detached(args[1:])), _detached(kwargs))
+            masses = LateMasses(criterion, (None, *_detached(args[1:])), _detached(kwargs))
+            if masses.possible:
+                call.masses, call.normalized = masses, divides_by_masses(criterion, args)
+                call.ordered = keeps_rows(args[0])
         if self._keeps_inputs:
             own = term_of_its_own(loss, (args, kwargs), self._watched)
             call.outside = own and f"parameters that the criterion takes by itself (by {own})"
@@ -336,7 +338,7 @@ class Tape:
         if self.columns is not None:
             with self.muted():
                 edge, root = self.columns(criterion, loss, nodes[0] if len(nodes) == 1 else None, args, kwargs)
-                call.blocks = column_blocks(edge, root, self._key, self.samples, self.wide)
+                call.blocks = column_blocks(edge, root, self._key, self.samples, call.counting, self.wide)
         elif len(nodes) == 1 and (not self.recursive or call.sources[0].layer in self.wide):
             pass
         elif len(nodes) == 1:

@@ -172,14 +172,21 @@ def _pieces(
             input = function(input)
         else:
             last = position + 1 == len(runs)
+            output = argument if last else None
             if not last and any(adds_constant(node) for node, _ in run):
-                return None  # the constant is not known, for the graph keeps no tensor of what it makes
+                output = getattr(runs[position + 1][0][0], "_saved_self", None)
+                if output is None:
+                    return None  # the constant is not known, for the graph keeps no tensor of what it makes
             made = end[0]._input_metadata[end[1]]
             with torch.enable_grad():
                 u = torch.zeros(made.shape, dtype=made.dtype, device=made.device, requires_grad=True)
                 (transposed,) = torch.autograd.grad(GradientEdge(*end), GradientEdge(*begin), u, create_graph=True)
             zero = torch.zeros_like(input)
-            piece = LinearPiece(transposed, u, input, argument) if last else LinearPiece(transposed, u, zero, zero.new_zeros(()))
+            piece = (
+                LinearPiece(transposed, u, zero, zero.new_zeros(()))
+                if output is None
+                else LinearPiece(transposed, u, input, output.detach())
+            )
             pieces.append(piece)
             input = piece(input)
         begin = end

@@ -2,12 +2,13 @@
 
 from secondorder.criteria.autograd import autograd_hessian, autograd_root, tangent_map
 from secondorder.criteria.hessians import KnownForm, OutputHessian, analytic_hessian, known_form
-from secondorder.criteria.known import LateMasses, by_position, element_masses, is_convex, link_of, row_masses
+from secondorder.criteria.known import LateMasses, by_position, divides_by_masses, element_masses, is_convex, link_of, row_masses
 from secondorder.criteria.losses import BoundedClassificationLoss, CompositeLoss, FunctionCriterion, TukeyBiweightLoss
 from secondorder.criteria.roots import LikelihoodRoot, OutputRoot, SampledRoot, likelihood_root
 
 __all__ = [
     "BoundedClassificationLoss", "CompositeLoss", "FunctionCriterion", "KnownForm", "LateMasses", "LikelihoodRoot",
     "OutputHessian", "OutputRoot", "SampledRoot", "TukeyBiweightLoss", "analytic_hessian", "autograd_hessian", "autograd_root",
-    "by_position", "element_masses", "is_convex", "known_form", "likelihood_root", "link_of", "row_masses", "tangent_map",
+    "by_position", "divides_by_masses", "element_masses", "is_convex", "known_form", "likelihood_root", "link_of", "row_masses",
+    "tangent_map",
 ]  # fmt: skip

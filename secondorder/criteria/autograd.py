@@ -32,26 +32,30 @@ def autograd_hessian(loss: Tensor, source: Node, inner: GradientEdge | None = No
     return OutputHessian(torch.stack([row.reshape(-1, k).sum(0) for row in rows]), convex=False)
 
 
-def autograd_root(loss: Tensor, source: Node, inner: GradientEdge | None = None) -> OutputRoot:
+def autograd_root(loss: Tensor, source: Node, inner: GradientEdge | None = None, convex: bool = False) -> OutputRoot:
     """A square root of every instance's H_i = d^2 L / dz_i dz_i^T [K, K], by double backward; with u = u(z), of J_i^T H_u J_i.
 
     Args:
         loss: L, a scalar with its graph.
         source: the node of the graph whose tensor is z [..., K].
         inner: as for `autograd_hessian`.
+        convex: whether every H_i is known to be positive semi-definite: negative eigenvalues are rounding then, however large
+            they are beside the others, as where a classifier is certain of every label.
 
     Raises:
         ValueError: an H_i is not positive semi-definite.
     """
     diagonal, rows = _rows_of(loss, source, inner)
     if rows is None:
-        check_semidefinite(diagonal, diagonal.dtype)
+        if not convex:
+            check_semidefinite(diagonal, diagonal.dtype)
         return GaussianRoot(diagonal.clamp(min=0).sqrt())
     hessians = torch.stack(list(rows), -1)
     if not torch.isfinite(hessians).all():
         return DenseRoot(hessians)  # NaN is left to the step's own check
     eigenvalues, vectors = torch.linalg.eigh(symmetrized(hessians).double())
-    check_semidefinite(eigenvalues, diagonal.dtype)
+    if not convex:
+        check_semidefinite(eigenvalues, diagonal.dtype)
     return DenseRoot((vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)).to(diagonal.dtype))
 
 

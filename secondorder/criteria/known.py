@@ -41,7 +41,7 @@ def evaluated(
 
 
 def by_position(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A criterion's arguments with output and target by position, where they were given by name.
+    """A criterion's arguments with output and target by position and, for functions that are known, all others by name.
 
     Args:
         criterion: a module or a `FunctionCriterion`.
@@ -52,6 +52,9 @@ def by_position(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         The arguments by position, and those that stay by name.
     """
     named = dict(kwargs)
+    if len(args) > 2 and isinstance(criterion, FunctionCriterion) and criterion.function in _FUNCTIONS:
+        args, others = args[:2], args[2:]
+        named |= zip(list(inspect.signature(criterion.function).parameters)[2:], others, strict=False)
     for name in _leading(criterion)[len(args) :] if named else ():
         if name not in named:
             break
@@ -78,30 +81,49 @@ def normalizer(criterion: Any, count: int) -> float:
 
 
 def row_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
-    """The weight [m] of every row in the loss of a classifier with ignored classes or class weights; None: all count alike.
+    """The weight [m] of every row in what a mean is divided by; None: it is divided by a number of rows, or of their elements.
 
     Args:
-        criterion: a module or a `FunctionCriterion`; cross-entropy and the negative log-likelihood have such weights.
+        criterion: a module or a `FunctionCriterion`; cross-entropy and the negative log-likelihood of class indices have such
+            weights, 0 for ignored ones, and `F.mse_loss` with `weight`.
         args: of the criterion, the output [m, K, ...] and the target [m, ...].
         kwargs: of the criterion.
     """
+    if not divides_by_masses(criterion, args):
+        return None
     masses = element_masses(criterion, *args, **kwargs)
     return None if masses is None else masses.reshape(len(masses), -1).sum(1)
 
 
-def element_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
-    """The weight of every element of the target in the loss of a classifier with ignored classes or class weights.
-
-    It waits for the device where there are no class weights.
+def divides_by_masses(criterion: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Whether a mean of the criterion is divided by the sum of its `element_masses`, rather than by their number.
 
     Args:
-        criterion: a module or a `FunctionCriterion`; cross-entropy and the negative log-likelihood have such weights.
-        args: of the criterion, the output [m, K, ...] and the target [m, ...].
+        criterion: a module or a `FunctionCriterion`.
+        args: of its call.
+    """
+    kind = _kind(criterion.outer if isinstance(criterion, CompositeLoss) else criterion)
+    return kind not in (nn.BCEWithLogitsLoss, nn.BCELoss) and not (kind is nn.CrossEntropyLoss and _has_probabilities(args))
+
+
+def element_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
+    """The weight of every element of the target in a loss with ignored classes, or with weights of classes or elements.
+
+    It waits for the device where there are ignored classes alone.
+
+    Args:
+        criterion: a module or a `FunctionCriterion`; such weights are known of cross-entropy, the negative log-likelihood, binary
+            cross-entropy with and without logits (`weight`, `pos_weight`) and `F.mse_loss` (`weight`).
+        args: of the criterion, the output [m, K, ...] and the target, [m, ...] where it is of class indices.
         kwargs: of the criterion.
 
     Returns:
-        The weights [m, ...] in float64, 0 where an element is ignored; None: all count alike.
+        The weights in float64, 0 where an element is ignored, of the target's shape, or without its dimension of classes where
+        it is of probabilities; None: all count alike.
     """
+    own = _own_weights(criterion, args, kwargs)
+    if own is not None:
+        return own()
     found = _target_weights(criterion, args, kwargs)
     if found is None:
         return None
@@ -124,9 +146,14 @@ class LateMasses:
     def __init__(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self._of = (criterion, args, kwargs)
         found = _target_weights(criterion, args, kwargs)
-        self._found = found is not None
+        self._found = found is not None or _own_weights(criterion, args, kwargs) is not None
         self._masses: Tensor | None = None
         self._all_count = None if found is None or found[1] is not None else Arriving((found[0] != found[2]).all())
+
+    @property
+    def possible(self) -> bool:
+        """Whether there may be any."""
+        return self._found
 
     def __call__(self) -> Tensor | None:
         """The weights, or None where all count alike."""
@@ -157,6 +184,37 @@ def _target_weights(
     if not isinstance(target, Tensor) or target.is_floating_point() or target.dim() == 0:
         return None
     return target.long(), weight, ignored
+
+
+def _own_weights(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Tensor] | None:
+    """Gives the weights of a target's elements that are given with them, or of classes by probabilities; None: there are none."""
+    if isinstance(criterion, CompositeLoss):
+        return _own_weights(criterion.outer, args, kwargs)
+    target = args[1] if len(args) > 1 else None
+    kind, function = _kind(criterion), isinstance(criterion, FunctionCriterion)
+
+    def setting(name: str, default: Any = None) -> Any:
+        return kwargs.get(name, default) if function else getattr(criterion, name, default)
+
+    weight, positive = setting("weight"), setting("pos_weight")
+    if not isinstance(target, Tensor) or (weight is None and positive is None):
+        return None
+    if kind is nn.CrossEntropyLoss and _has_probabilities(args):
+        smoothing, dim = setting("label_smoothing", 0.0), min(1, target.dim() - 1)
+        smoothed = target.double() * (1 - smoothing) + smoothing / target.shape[dim]
+        return lambda: torch.tensordot(smoothed, weight.double(), ([dim], [0]))
+    if kind not in (nn.BCEWithLogitsLoss, nn.BCELoss, nn.MSELoss):
+        return None
+
+    def masses() -> Tensor:
+        own = torch.ones_like(target, dtype=torch.float64) if positive is None else 1 + (positive - 1) * target.double()
+        return own if weight is None else own * weight
+
+    return masses
+
+
+def _has_probabilities(args: tuple[Any, ...]) -> bool:
+    return len(args) > 1 and isinstance(args[1], Tensor) and args[1].is_floating_point()
 
 
 def is_convex(criterion: nn.Module) -> bool:

@@ -185,7 +185,7 @@ def likelihood_root(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: 
 
     Args:
         criterion: a module.
-        output: what it is called on, [..., K].
+        output: what it is called on, [..., K]; by cross-entropy and NLL [m, K, ...], or [K] for one instance.
         *args: what else it is called with, the target first.
         **kwargs: the same by name.
     """
@@ -203,6 +203,43 @@ def likelihood_root(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: 
         return rows
 
     return None if root is None else PulledBackRoot(root, transposed)
+
+
+@dataclass(frozen=True)
+class ClassesElsewhere:
+    """Of logits of another shape than [m, K]: of one instance, [K], or with the classes in dimension 1, [m, K, ...]."""
+
+    root: SoftmaxRoot  # of the logits as rows [.., K]
+    shape: torch.Size  # of the logits with the classes last
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return self.root.count
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        """The columns from `begin` to before `end`, [end - begin, *output.shape]."""
+        return self._placed(self.root.columns(begin, end))
+
+    def sample(self) -> Tensor:
+        """Categorical labels."""
+        return self._placed(self.root.sample().unsqueeze(0)).squeeze(0)
+
+    def _placed(self, columns: Tensor) -> Tensor:
+        columns = columns.reshape(len(columns), *self.shape)
+        return columns.movedim(-1, 2) if len(self.shape) > 2 else columns
+
+
+def _cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> SoftmaxRoot | ClassesElsewhere | None:
+    if output.dim() == 2:
+        return cross_entropy_root(criterion, output, target)
+    if output.dim() == 0:
+        return None
+    logits, probabilities = output.movedim(1 if output.dim() > 1 else 0, -1), target.is_floating_point()
+    labels = target.movedim(1 if target.dim() > 1 else 0, -1) if probabilities else target
+    rows = logits.reshape(-1, logits.shape[-1])
+    root = cross_entropy_root(criterion, rows, labels.reshape(rows.shape if probabilities else -1))
+    return None if root is None else ClassesElsewhere(root, logits.shape)
 
 
 def cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> SoftmaxRoot | None:
@@ -227,9 +264,9 @@ def cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: T
     return SoftmaxRoot(output.softmax(1), mass if criterion.reduction == "sum" else mass / count)
 
 
-def _nll_root(criterion: nn.NLLLoss, output: Tensor, target: Tensor) -> SoftmaxRoot | None:
+def _nll_root(criterion: nn.NLLLoss, output: Tensor, target: Tensor) -> SoftmaxRoot | ClassesElsewhere | None:
     same = nn.CrossEntropyLoss(criterion.weight, ignore_index=criterion.ignore_index, reduction=criterion.reduction)
-    return cross_entropy_root(same, output, target)  # softmax of log-probabilities gives the probabilities
+    return _cross_entropy_root(same, output, target)  # softmax of log-probabilities gives the probabilities
 
 
 def _mse_root(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> GaussianRoot | None:
@@ -260,7 +297,7 @@ def _bernoulli_root(
 
 
 _ROOTS: dict[type, Callable[..., LikelihoodRoot | None]] = {
-    nn.CrossEntropyLoss: cross_entropy_root,
+    nn.CrossEntropyLoss: _cross_entropy_root,
     nn.NLLLoss: _nll_root,
     nn.MSELoss: _mse_root,
     nn.BCEWithLogitsLoss: bce_with_logits_root,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder._tape import LayerRecord, is_reshaping, is_view_of
+from secondorder._tape import LayerRecord, is_affine, is_reshaping, is_view_of
 from secondorder.criteria import (
     CompositeLoss,
     LikelihoodRoot,
@@ -42,6 +42,15 @@ def logits_edge(criterion: nn.Module, output: Tensor) -> GradientEdge | None:
     return None if before is None else GradientEdge(before, number)
 
 
+def convex_at(criterion: nn.Module, source: Node, args: tuple[Any, ...]) -> bool:
+    """Whether a criterion is known to be convex in the output of `source`: a likelihood's logits are affine in it."""
+    output = args[0] if args else None
+    if not isinstance(output, Tensor) or output.grad_fn is None or not (is_convex(criterion) or link_of(criterion)):
+        return False
+    edge = logits_edge(criterion, output)
+    return edge is not None and is_affine(edge, source)
+
+
 def gauss_newton_root(
     criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[GradientEdge, OutputRoot]:
@@ -66,9 +75,9 @@ def gauss_newton_root(
         )
     z, inner = GradientEdge(source, 0), convex_argument(source, args)
     if inner is not None and is_convex(criterion):
-        return z, autograd_root(loss, source, inner)
+        return z, autograd_root(loss, source, inner, convex=True)
     try:
-        return z, autograd_root(loss, source)
+        return z, autograd_root(loss, source, convex=convex_at(criterion, source, args))
     except ValueError as error:
         try:
             if inner is not None:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from secondorder._tape import LayerRecord
@@ -43,21 +42,22 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
     total: Tensor | None = None
     for gradient, loss in record.grad_outputs():
         m = gradient.shape[:-1].numel()
-        delta = to_compute_dtype(flatten_batch([gradient], record.samples))
+        counting = loss.counting(gradient.shape[:-1])
+        rows = counting.of_rows(gradient)
+        share = counting.share(rows.shape[:-1].numel(), record.samples)
+        delta = to_compute_dtype(flatten_batch([rows], record.samples))
         assert loss.scale is not None
         # delta_i is the gradient of instance i times scale / instances for a mean loss, and times scale for a sum. The rows of a
         # subsample stand for all m. A negative scale means that the loss is maximised.
         instances: Tensor | float = m if loss.instances is None else loss.instances
-        masses = loss.masses()
-        own = loss.row_masses(gradient.shape[:-1])
-        if own is not None:
-            mass = flatten_batch([own.unsqueeze(1).to(delta.dtype)], record.samples)
-            delta, instances = delta * torch.where(mass > 0, mass.rsqrt(), 0), own.sum().to(delta.dtype)
-        elif masses is not None:
-            instances = instances * (masses > 0).to(delta.dtype).mean()
+        if counting.weights is not None:
+            delta = delta * flatten_batch([counting.weights.unsqueeze(1)], record.samples).rsqrt().to(delta.dtype)
+        if loss.normalized and (masses := loss.masses()) is not None:
+            own = loss.row_masses(gradient.shape[:-1])
+            instances = instances * (masses > 0).to(delta.dtype).mean() if own is None else own.sum().to(delta.dtype)
         scale = loss.scale.abs()
         scale = scale.masked_fill(scale == 0, 1)  # a loss that is multiplied by 0, whose delta are 0
-        factor = (m / len(delta) if m else 1) * (instances if loss.mean else 1) / scale
+        factor = share * (instances if loss.mean else 1) / scale
         if m:
             factor = factor + 0 * loss.loss  # if all rows are ignored, the loss is NaN, which the step has to see
         block = (delta.T @ delta) * factor

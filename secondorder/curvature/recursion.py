@@ -19,6 +19,7 @@ from secondorder._tape import AutogradMap, KnownActivation, LayerRecord, derivat
 from secondorder._tensors import cast, host_numbers
 from secondorder.criteria import OutputHessian, autograd_hessian, is_convex
 from secondorder.curvature.base import Curvature, convex_argument, register
+from secondorder.curvature.columns import convex_at
 from secondorder.curvature.empirical import empirical_fisher
 from secondorder.linalg import pos_eig
 
@@ -187,6 +188,8 @@ class GaussNewton(Recursion):
     ) -> OutputHessian:
         """H^k on the scale of the loss."""
         inner = convex_argument(source, args)
+        if convex_at(criterion, source, args):
+            return OutputHessian(autograd_hessian(loss, source).values, convex=True)
         if inner is None:
             return autograd_hessian(loss, source)
         if is_convex(criterion):
@@ -200,12 +203,12 @@ class GaussNewton(Recursion):
 
 
 def _is_copied(record: LayerRecord) -> bool:
-    """Whether the operands of the recursion's step to this layer are copies of what was recorded, joined or cast.
+    """Whether the operands of the recursion's step to this layer are copies of what was recorded: joined, cast or weighted.
 
     Such a step is taken alone, so that there are one layer's copies at a time.
     """
     first = record.links[0].map
-    return len(record.links) > 1 or not isinstance(first, KnownActivation) or first.saved.dtype != record.dtype
+    return len(record.links) > 1 or not isinstance(first, KnownActivation) or first.saved.dtype != record.dtype or record.weighted
 
 
 def _dense_sum(x: Tensor, y: Tensor) -> Tensor:

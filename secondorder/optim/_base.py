@@ -123,7 +123,11 @@ class CurvatureOptimizer(SecondOrderOptimizer):
                 reason = f"layer {layer_name!r} has {layer.out_features} outputs, more than max_factor_dim = {max_factor_dim}"
                 self._uncovered.update({p: reason for p in layer.parameters(recurse=False) if p.requires_grad})
         unseen = "no recorded loss depends on what its layer returns in training mode"
-        reasons = {p: unseen for layer in layers for p in layer.parameters(recurse=False)} | self._uncovered
+        reasons = {
+            p: unseen if layer.weight.requires_grad else f"the weight of layer {layer_name!r} is frozen"
+            for layer, layer_name in layers.items()
+            for p in layer.parameters(recurse=False)
+        } | self._uncovered
         self._fallback = Fallback(name, fallback, names | own, reasons)
         check_numbers(name, defaults, self._numbers)
         defaults |= {"maximize": maximize, "skipped_steps": 0}
@@ -345,9 +349,11 @@ def _supported_layers(owner: str, model: nn.Module) -> dict[nn.Linear, str]:
     trainable = [layer for layer in layers if layer.weight.requires_grad and layer.weight not in reasons]
     if not trainable:
         why = "".join(f"; {reason}" for reason in dict.fromkeys(reasons.values()))
+        if any(p.requires_grad for layer in layers for p in layer.parameters(recurse=False)):
+            why += "; the weights of its nn.Linear layers are frozen, and their biases alone have no curvature"
         raise ValueError(
-            f"{owner}: expected a model with at least one trainable nn.Linear, got {type(model).__name__} with none"
-            + (f"{why}. secondorder.EigenAdam trains any model" if why else "")
+            f"{owner}: expected a model with at least one trainable nn.Linear, got {type(model).__name__} with none{why}. "
+            "secondorder.EigenAdam trains any model"
         )
     for layer in trainable:
         if not layer.weight.is_contiguous():

@@ -1,6 +1,7 @@
 """Closures that a step calls more than once: what a call leaves behind at the layers, and calls without parameter gradients."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from secondorder._distributed import RankReducer, RankTerm
-from secondorder._tape import aligned, counting_rows, keeps_rows, refuse_reentrant_checkpoint
+from secondorder._tape import Counting, aligned, as_weighted, keeps_rows, metadata, refuse_reentrant_checkpoint, source_nodes
 from secondorder._tensors import compute_dtype, flatten_batch
 from secondorder.criteria import LateMasses, by_position
 from secondorder.solvers import second_moment
@@ -23,8 +24,15 @@ class _Use:
 
     order: int  # among all calls of layers
     shape: torch.Size  # of its rows, before they were flattened
+    layer: nn.Linear
     input: Tensor  # [m, n_in]
     mean_preactivation: Tensor  # [n_out]
+    weights: Tensor | None = None  # of the rows, [m]; None: 1 each
+
+    @property
+    def weight(self) -> float:
+        """How much its rows count together."""
+        return float(len(self.input) if self.weights is None else self.weights.sum())
 
 
 class ClosurePass:
@@ -40,7 +48,8 @@ class ClosurePass:
         sign: 1, or -1 where the loss is maximised.
         parameters: whether the gradients of parameters are computed, too.
         lend: called after every backward pass that computes none.
-        criterion: whose ignored targets' rows are no instances of a layer, where its rows are the targets'; None: all rows are.
+        criterion: whose targets' weights, 0 where they are ignored, are those of a layer's rows, where these are the targets';
+            None: all rows count alike.
     """
 
     def __init__(
@@ -50,12 +59,15 @@ class ClosurePass:
         self._layers, self._tied = layers, tied
         self.sign = sign
         self._parameters, self._lend, self._criterion = parameters, lend, criterion
-        self._masses: list[LateMasses | None] = []  # of the criterion's calls; None: its rows are in another order
+        # Of the criterion's calls whose targets may have weights; None: its rows are in another order.
+        self._weighed: list[tuple[LateMasses | None, list[_Use]]] = []
+        self._key = f"secondorder.pass.{id(self)}"  # of the uses in the metadata of their outputs' autograd nodes
         self._handles: list[Any] = []
         self._anchors: list[Tensor] = []
         self._calls = 0
         self._uses: dict[nn.Linear, list[_Use]] = {}
         self._instances: dict[nn.Linear, int] = {}
+        self._inputs: dict[nn.Linear, Tensor] = {}
         self._mean_inputs: dict[nn.Linear, Tensor] = {}
         # Means over all ranks, once the ranks have been averaged.
         self._mean_preactivations: dict[nn.Linear, Tensor] = {}
@@ -82,37 +94,38 @@ class ClosurePass:
             loss = closure()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise RuntimeError(f"{name}.step(): expected the closure to return the scalar loss, got {type(loss).__name__}")
-        if len(self._masses) == 1 and (masses := self._masses[0]) is not None:  # of several nobody knows which rows are whose
-            self._leave_out_ignored(masses())
+        seen = Counter(use for _, uses in self._weighed for use in uses)
+        for masses, uses in self._weighed:
+            if masses is not None and (found := masses()) is not None:
+                _weigh([use for use in uses if seen[use] == 1], found)  # in several calls a row has several weights
         return loss.detach()
 
     def _see_targets(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and isinstance(loss, Tensor) and loss.grad_fn is not None:
             args, kwargs = by_position(criterion, args, kwargs)
-            ordered = bool(args) and keeps_rows(args[0])
-            self._masses.append(LateMasses(criterion, (None, *args[1:]), kwargs) if ordered else None)
-
-    def _leave_out_ignored(self, masses: Tensor | None) -> None:
-        """Takes the rows that do not count out of the uses, before the weights move: E[z] = W E[h] + b then is of the others."""
-        if masses is None:
-            return
-        for layer, uses in self._uses.items():
-            for use in uses:
-                kept = counting_rows(aligned(masses, use.shape))
-                if kept is not None:
-                    use.input = use.input.index_select(0, kept)
-                    bias = None if layer.bias is None else layer.bias.detach().to(use.input.dtype)
-                    use.mean_preactivation = nn.functional.linear(
-                        use.input.mean(0), layer.weight.detach().to(use.input.dtype), bias
-                    )
+            masses = LateMasses(criterion, (None, *args[1:]), kwargs)
+            if masses.possible:
+                nodes, _ = source_nodes(loss.grad_fn, self._key, nearest=False)
+                self._weighed.append((masses if keeps_rows(args[0]) else None, [metadata(node)[self._key] for node in nodes]))
 
     def input(self, layer: nn.Linear) -> Tensor:
-        """The instances' h [m, n_in]."""
-        return flatten_batch([use.input for use in self._uses[layer]])
+        """The instances' h [m, n_in]; where they have weights, other rows whose plain mean and second moment are the weighted."""
+        if layer not in self._inputs:
+            uses = self._uses[layer]
+            rows, weights = flatten_batch([use.input for use in uses]), [use.weights for use in uses]
+            if any(own is not None for own in weights) and self.weight(layer):  # none counts: an error of the loss's own
+                pairs = zip(uses, weights, strict=True)
+                rows = as_weighted(rows, torch.cat([_ones(use.input) if own is None else own for use, own in pairs]))
+            self._inputs[layer] = rows
+        return self._inputs[layer]
 
     def instances(self, layer: nn.Linear) -> int:
         """How many rows the layer's calls have together."""
         return self._instances[layer] if layer in self._instances else sum(len(use.input) for use in self._uses[layer])
+
+    def weight(self, layer: nn.Linear) -> float:
+        """How much the rows of the layer's calls count together."""
+        return sum(use.weight for use in self._uses[layer])
 
     def mean_input(self, layer: nn.Linear) -> Tensor:
         """E[h] [n_in]."""
@@ -134,8 +147,11 @@ class ClosurePass:
         uses = self._uses[layer]
         if not self.instances(layer):
             return torch.zeros_like(uses[0].mean_preactivation)
-        total = sum(len(use.input) for use in uses)
-        return torch.stack([use.mean_preactivation * (len(use.input) / total) for use in uses if len(use.input)]).sum(0)
+        if len(uses) == 1:
+            return uses[0].mean_preactivation
+        shares = [use.weight for use in uses] if self.weight(layer) else [float(len(use.input)) for use in uses]
+        pairs = [(use, share / sum(shares)) for use, share in zip(uses, shares, strict=True) if len(use.input)]
+        return torch.stack([use.mean_preactivation * share for use, share in pairs]).sum(0)
 
     def average(self, ranks: RankReducer, names: dict[nn.Linear, str], loss: float, inputs: bool = False) -> float:
         """Makes all means, those of the inputs if asked for, and the gradients those over all ranks; returns the mean loss."""
@@ -148,7 +164,7 @@ class ClosurePass:
             for layer, gradient in self.gradient.items():
                 found.append(RankTerm(names[layer], gradient))
                 found.append(RankTerm(names[layer], torch.tensor(float(self.instances(layer)), dtype=torch.float64)))
-                found += [RankTerm(names[layer], mean(layer), self.instances(layer)) for _, mean in stores]
+                found += [RankTerm(names[layer], mean(layer), self.weight(layer)) for _, mean in stores]
             return found
 
         mean_loss, *rest = ranks.average(terms)
@@ -170,7 +186,7 @@ class ClosurePass:
             after = min(self._uses[layer], key=lambda use: use.order)
             new, old = after.input.mean(0), before.input.mean(0)
             # Equal but for the rounding of whatever comes before that layer.
-            if len(self.input(layer)) == len(first.input(layer)):
+            if sum(len(use.input) for use in self._uses[layer]) == sum(len(use.input) for use in first._uses[layer]):
                 return (new - old).norm() <= 1e-3 * old.norm()
         return False
 
@@ -193,7 +209,8 @@ class ClosurePass:
         input, layer = layer_input(layer, args, kwargs), self._tied.get(layer, layer)
         refuse_reentrant_checkpoint(self._layers[layer])
         dtype = compute_dtype(layer.weight.dtype)
-        use = _Use(self._calls, output.shape[:-1], input, flatten_batch([output.detach()]).mean(0, dtype=dtype))
+        mean = flatten_batch([output.detach()]).mean(0, dtype=dtype)
+        use = _Use(self._calls, output.shape[:-1], layer, input, mean)
         self._calls += 1
         anchor = output.new_zeros(()).expand(output.shape).requires_grad_()
 
@@ -209,6 +226,8 @@ class ClosurePass:
         anchor.register_post_accumulate_grad_hook(arrived)
         self._anchors.append(anchor)
         output.add_(anchor)
+        if self._criterion is not None and output.grad_fn is not None:
+            metadata(output.grad_fn)[self._key] = use
 
     def _backward_to_anchors(
         self, tensors: Any, grad_tensors: Any = None, retain_graph: bool | None = None, create_graph: bool = False,
@@ -224,6 +243,28 @@ def layer_input(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any])
     """The h [m, n_in] of a call, in the state's dtype."""
     h: Tensor = args[0] if args else kwargs["input"]
     return flatten_batch([h.detach()]).to(compute_dtype(layer.weight.dtype))
+
+
+def _weigh(uses: list[_Use], masses: Tensor) -> None:
+    """Has the uses' rows count as their targets do, before the weights move: E[z] is W E[h] + b of these rows."""
+    for use in uses:
+        own = aligned(masses, use.shape)
+        if own is not None and not own.any():
+            use.weights = own
+            continue
+        counting = Counting.of(own)
+        if counting.kept is None and counting.weights is None:
+            continue
+        use.input, use.weights = counting.of_rows(use.input), counting.weights
+        h, weights, layer = use.input, _ones(use.input) if use.weights is None else use.weights, use.layer
+        mean = (weights / weights.sum()).to(h.dtype) @ h
+        bias = None if layer.bias is None else layer.bias.detach().to(h.dtype)
+        use.mean_preactivation = nn.functional.linear(mean, layer.weight.detach().to(h.dtype), bias)
+
+
+def _ones(rows: Tensor) -> Tensor:
+    """A weight of 1 for every row."""
+    return torch.ones(len(rows), dtype=torch.float64, device=rows.device)
 
 
 def layer_second_moment(layer: nn.Linear, h: Tensor, mean: Tensor, average: Tensor | None = None, decay: float = 0.0) -> Tensor:

@@ -1,7 +1,7 @@
 """KBFGS: a Kronecker-factored quasi-Newton method (Goldfarb, Ren & Bahamou, 2020)."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -62,7 +62,8 @@ class KBFGS(CurvatureOptimizer):
     Args:
         model: any module; its nn.Linear layers are covered, whatever lies between them.
         criterion: a module, or a function (output, target) -> scalar loss. The closure computes the loss, any loss; where that is
-            one call of this criterion (of `optimizer.criterion` for a function), rows whose targets it ignores do not count.
+            made by this criterion (by `optimizer.criterion` for a function), rows count by the weights of their targets, ignored
+            ones not.
         lr: step size, >= 0.
         damping: lambda in (0, 1]; read where `damping_a` or `damping_g` is None.
         damping_a: lambda_A > 0; None: sqrt(damping).
@@ -194,47 +195,76 @@ class KBFGS(CurvatureOptimizer):
         return {"inverse_output": (n, n)}
 
     @torch.no_grad()
-    def initialize(self, inputs: Iterable[Any]) -> None:
+    def initialize(self, inputs: Iterable[Any], loss: Callable[[Any], Tensor] | None = None) -> None:
         """Sets A = E[h h^T] over all the given batches, as the paper does, and H_a = (A + lambda_A I)^-1 from it.
 
         Before the first step, and optional: without it the first mini-batch alone gives A.
 
         Args:
             inputs: what the model is called with, batch after batch; for example `(x for x, _ in loader)`.
+            loss: called with every batch instead of the model, computes the loss as the closure of a step does; with `loader` for
+                the inputs, for example `lambda batch: criterion(model(batch[0]), batch[1])`. Rows count as their targets do then,
+                those of ignored ones not. None: all rows count alike.
 
         Raises:
             RuntimeError: the optimizer has made a step already.
+            TypeError: `loss` is no function.
         """
         if any(state.get("step", 0) > 0 for state in self.state.values()):
             raise RuntimeError(f"{type(self).__name__}.initialize(): expected no step before it")
+        if loss is not None and not callable(loss):
+            raise TypeError(
+                f"{type(self).__name__}.initialize(): expected loss to be a function of a batch, got {type(loss).__name__}"
+            )
         moments: dict[nn.Linear, Tensor] = {}
-        counts: dict[nn.Linear, int] = {}
+        weights: dict[nn.Linear, float] = {}
 
-        def add(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            h, layer = layer_input(layer, args, kwargs), self._tape.tied.get(layer, layer)
-            if len(h) == 0:
-                return
-            counts[layer] = counts.get(layer, 0) + len(h)
-            moments[layer] = layer_second_moment(layer, h, h.mean(0), moments.get(layer), 1 - len(h) / counts[layer])
+        def add(layer: nn.Linear, h: Tensor, weight: float) -> None:
+            if weight:
+                weights[layer] = weights.get(layer, 0.0) + weight
+                moments[layer] = layer_second_moment(layer, h, h.mean(0), moments.get(layer), 1 - weight / weights[layer])
+
+        def called(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            h = layer_input(layer, args, kwargs)
+            add(self._tape.tied.get(layer, layer), h, len(h))
 
         groups = self._groups()
         layers = [layer for layer in self._layers if layer.weight in groups and layer.weight not in self._uncovered]
         tied = [other for other, layer in self._tape.tied.items() if layer in layers]
-        handles = [layer.register_forward_hook(add, with_kwargs=True) for layer in [*layers, *tied]]
+        hooked = [*layers, *tied] if loss is None else []
+        handles = [layer.register_forward_hook(called, with_kwargs=True) for layer in hooked]
         try:
             for batch in inputs:
-                self._model(batch)
+                if loss is None:
+                    self._model(batch)
+                else:
+                    for layer, h, weight in self._inputs_of(loss, batch):
+                        if layer in layers:
+                            add(layer, h, weight)
         finally:
             for handle in handles:
                 handle.remove()
         if self._ranks is not None:
-            terms = [RankTerm(self._layers[layer], moment, counts[layer]) for layer, moment in moments.items()]
+            terms = [RankTerm(self._layers[layer], moment, weights[layer]) for layer, moment in moments.items()]
             moments = dict(zip(moments, self._ranks.average(lambda: terms), strict=True))
         starts = {
             layer: self._start(layer, moment, damping_of(groups[layer.weight], "damping_a")) for layer, moment in moments.items()
         }
         for layer, start in starts.items():
             self.state[layer.weight].update(start)
+
+    def _inputs_of(self, loss: Callable[[Any], Tensor], batch: Any) -> Iterator[tuple[nn.Linear, Tensor, float]]:
+        """Every layer's h [m, n_in] in a batch, so that its plain means are those over the loss, and how much it counts."""
+
+        def closure() -> Tensor:
+            value = loss(batch)
+            value.backward()
+            return value
+
+        seen = ClosurePass(self._layers, self._tape.tied, parameters=False, criterion=self.criterion)
+        with seen:
+            seen.run(closure, type(self).__name__)
+        return ((layer, seen.input(layer), seen.weight(layer)) for layer in seen.gradient)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]

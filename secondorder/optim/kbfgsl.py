@@ -34,7 +34,8 @@ class KBFGSL(KBFGS):
     Args:
         model: any module; its nn.Linear layers are covered, whatever lies between them.
         criterion: a module, or a function (output, target) -> scalar loss. The closure computes the loss, any loss; where that is
-            one call of this criterion (of `optimizer.criterion` for a function), rows whose targets it ignores do not count.
+            made by this criterion (by `optimizer.criterion` for a function), rows count by the weights of their targets, ignored
+            ones not.
         lr: step size, >= 0.
         damping: lambda in (0, 1]; read where `damping_a` or `damping_g` is None.
         damping_a: lambda_A > 0; None: sqrt(damping).

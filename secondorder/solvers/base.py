@@ -30,7 +30,8 @@ class Solver(ABC):
         An optimizer averages them over steps and keeps them in its state, whatever their names are.
 
         Args:
-            inputs: h [m, n_in] of every layer, float32 or float64.
+            inputs: h [m, n_in] of every layer, float32 or float64. Where the loss gives rows weights, these are other rows, whose
+                plain mean and second moment are the weighted ones.
             samples: some of each input's rows, or all of them, for expectations that cost m n_in^2.
 
         Returns:

@@ -564,6 +564,9 @@ def test_empirical_fisher_of_ignored_and_weighted_rows(factor, weighted, reducti
     torch.testing.assert_close(optimizer.state[model[0].weight]["factors"]["bias_hessian"], expected)
 
 
+WEIGHTS = torch.tensor([1.0, 2.0, 5.0]).double()
+
+
 class Transposed(nn.Module):
     """Classes in dimension 1."""
 
@@ -584,6 +587,50 @@ def test_empirical_fisher_of_ignored_elements_of_sequences():
     transposed = Transposed(model)
     actual = blocks(transposed, criterion, CURVATURES["fisher-empirical"], (x, y))
     torch.testing.assert_close(list(actual.values()), list(expected.values()))
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(WEIGHTS, label_smoothing=0.1), nn.NLLLoss(WEIGHTS)])
+@pytest.mark.parametrize("curvature", [FisherMC(4000), CURVATURES["fisher-exact"], CURVATURES["kflr"]])
+def test_classes_in_dimension_1_and_one_instance_without_a_batch(curvature, criterion, probabilities):
+    """As the same rows [m, K] have them."""
+    nll = isinstance(criterion, nn.NLLLoss)
+    if probabilities and nll:
+        pytest.skip("NLLLoss has class indices")
+    log = nn.LogSoftmax(1) if nll else nn.Identity()
+    body, x, y = network([4, 6, 3], nn.Sigmoid()), torch.randn(5, 7, 4).double(), torch.randint(3, (5, 7))
+    target = F.one_hot(y, 3).double() if probabilities else y
+    tolerance = 0.1 if isinstance(curvature, FisherMC) else 1e-10
+    plain = blocks(
+        body if nn.Identity is type(log) else nn.Sequential(*body, log),
+        criterion,
+        CURVATURES["kflr"],
+        (x.flatten(0, 1), target.flatten(0, 1)),
+    )
+    moved = target.transpose(1, 2) if probabilities else target
+    actual = blocks(nn.Sequential(Transposed(body), log), criterion, curvature, (x, moved))
+    assert all((actual[f"0.body.{n}"] - block).norm() < tolerance * block.norm() for n, block in plain.items())
+    log = nn.LogSoftmax(-1) if nll else nn.Identity()
+    expected = blocks(nn.Sequential(body, log), criterion, CURVATURES["kflr"], (x[0, :1], target[0, :1]))
+    actual = blocks(nn.Sequential(body, log), criterion, curvature, (x[0, 0], target[0, 0]))
+    assert all((actual[n] - block).norm() < tolerance * block.norm() for n, block in expected.items())
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("name", ["KFRA", "KFLR"])
+def test_a_classifier_that_is_certain_of_its_labels_trains_on(name, log):
+    """In float32 its Hessian is rounding, with negative eigenvalues as large as any."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Transposed(nn.Linear(3, 3)), *([nn.LogSoftmax(1)] if log else []))
+    criterion = nn.NLLLoss() if log else nn.CrossEntropyLoss()
+    with torch.no_grad():
+        model[0].body.weight.copy_(torch.eye(3))
+    optimizer = getattr(so, name)(model, criterion)
+    for margin in (8.0, 12.0, 15.0):
+        y = torch.randint(3, (20, 4))
+        optimizer.zero_grad()
+        criterion(model(margin * F.one_hot(y, 3).float() + torch.rand(20, 4, 3)), y).backward()
+        optimizer.step()
 
 
 @pytest.mark.parametrize("name", ["EACG", "LayerwiseNewton"])

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import secondorder as so
+from secondorder._distributed import RankReducer, RankTerm
 from secondorder.optim import _layerwise
 
 OPTIMIZERS = {
@@ -312,6 +313,17 @@ def test_ranks_share_out_the_solutions(run):
 def test_an_optimizer_that_does_not_know_of_ddp(run):
     for results in run:
         assert "the model is called by DistributedDataParallel" in results["refused"]
+
+
+def test_means_of_little_weight(tmp_path):
+    """Rows count by their classes' weights, whose sum may be below 1."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        ranks = RankReducer(dist.group.WORLD, torch.device("cpu"))
+        (mean, none) = ranks.average(lambda: [RankTerm("a", torch.tensor([3.0]), 0.02), RankTerm("b", torch.tensor([3.0]), 0.0)])
+    finally:
+        dist.destroy_process_group()
+    assert (float(mean), float(none)) == pytest.approx((3.0, 0.0))
 
 
 def test_fsdp_and_data_parallel_are_refused():

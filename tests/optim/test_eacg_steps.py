@@ -976,3 +976,15 @@ def test_the_defaults_train_whatever_the_inputs(activation, reduction, loss):
             rows = torch.arange(64) + 64 * (step % 4)
             one_step(model, criterion, optimizer, x[rows], y[rows])
         assert measure(model(x), y).item() < (0.999 if scale < 1 else 0.9) * first, (mean, scale)
+
+
+def test_a_layer_whose_weight_is_frozen_is_named_as_the_reason():
+    model, criterion = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), nn.CrossEntropyLoss()
+    model[0].weight.requires_grad_(False)
+    optimizer = so.EACG(model, criterion)
+    criterion(model(torch.randn(8, 4)), torch.arange(8) % 3).backward()
+    with pytest.warns(UserWarning, match=r"'0.bias' \(the weight of layer '0' is frozen\)"):
+        optimizer.step()
+    model[2].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="weights of its nn.Linear layers are frozen.*EigenAdam trains any model"):
+        so.EACG(model, criterion)

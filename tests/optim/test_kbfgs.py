@@ -310,6 +310,26 @@ def test_initialize_takes_the_moments_of_all_batches():
     torch.testing.assert_close(state["input_second_moment"], h.T @ h / 50)  # the first step's A is the start's
 
 
+@pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
+@pytest.mark.parametrize("weight", [None, [1.0, 2.0, 5.0]])
+def test_initialize_with_a_loss_counts_rows_as_their_targets(weight, cls):
+    """A = E[h h^T] of [h | 1], against sums over the rows themselves."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    criterion = nn.CrossEntropyLoss(weight and torch.tensor(weight).double())
+    optimizer = cls(model, criterion)
+    x, y = torch.randn(50, 5).double(), torch.arange(50) % 3
+    y[7:30] = -100
+    optimizer.initialize(zip(x.split(15), y.split(15), strict=True), lambda batch: criterion(model(batch[0]), batch[1]))
+    w = (y != -100) * (torch.ones(3) if weight is None else torch.tensor(weight))[y.clamp(min=0)].double()
+    h = torch.cat([x, torch.ones(50, 1)], 1)
+    for layer in (model[0], model[2]):
+        torch.testing.assert_close(optimizer.state[layer.weight]["input_second_moment"], (h.T * w) @ h / w.sum())
+        h = torch.cat([torch.tanh(model[0](x)), torch.ones(50, 1)], 1).detach()
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(TypeError, match="expected loss to be a function of a batch, got Tensor"):
+        optimizer.initialize(x.split(15), y)
+
+
 def test_gradients_after_a_step_are_those_of_the_first_call():
     model = autoencoder()
     optimizer = so.KBFGS(model, nn.MSELoss())
@@ -732,6 +752,37 @@ def test_rows_of_ignored_targets_do_not_count(function, cls):
         kept = slice(None) if whole else y != -100
         closure = closure_of(optimizer, model, optimizer.criterion, x[kept], y[kept])
         for _ in range(6):
+            optimizer.step(closure)
+        models.append(model)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
+def test_weights_in_micro_batches_of_a_closure_are_those_of_their_union(cls, reduction):
+    models = []
+    for parts in (1, 3):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        criterion = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 5.0]).double(), reduction=reduction)
+        optimizer = cls(model, criterion)
+        x, y = torch.randn(45, 5).double(), torch.arange(45) % 3
+        y[[4, 5, 19, 20, 34, 35]] = -100  # every part has the same weights together, so that its mean is that of the union
+        x[y == -100] += 3
+
+        def closure(optimizer=optimizer, model=model, criterion=criterion, x=x, y=y, parts=parts):
+            optimizer.zero_grad()
+            with torch.no_grad():
+                criterion(model(x[:7]), y[:7])  # for a log
+            total = 0.0
+            for own_x, own_y in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                loss = criterion(model(own_x), own_y) / (parts if reduction == "mean" else 1)
+                loss.backward()
+                total += loss.detach()
+            return total
+
+        for _ in range(5):
             optimizer.step(closure)
         models.append(model)
     for p, q in zip(*(model.parameters() for model in models), strict=True):

@@ -141,6 +141,7 @@ USES = {
     "squeeze, no chain": (lambda: Normed(1), nn.MSELoss(), lambda m, c: c(m(X).squeeze(-1), X.sum(1)), ReplayedLoss, True),
     "dictionary": (lambda: Wrapped(Normed(), lambda z: {"z": z}), CE, lambda m, c: c(m(X)["z"], Y), ReplayedLoss, True),
     "tuple": (lambda: Wrapped(Normed(), lambda z: (1, z)), CE, lambda m, c: c(m(X)[1], Y), ReplayedLoss, True),
+    "log of a sum": (PLAIN, nn.NLLLoss(), lambda m, c: c(torch.log(m(X).softmax(1) + 1e-3), Y), ChainLoss, None),
     "gather": (PLAIN, nn.SmoothL1Loss(), lambda m, c: c(m(X).gather(1, Y[:, None]).squeeze(1), X.sum(1)), ChainLoss, False),
     "gather, no chain": (Normed, nn.MSELoss(), lambda m, c: c(m(X).gather(1, Y[:, None]), X[:, :1]), ReplayedLoss, False),
     "scaled and shifted": (Normed, nn.MSELoss(), lambda m, c: c(2 * m(X)[:, 1:] / 3 - 1, X[:, :2]), ReplayedLoss, False),
@@ -749,6 +750,22 @@ def test_trials_leave_a_criterion_with_a_state_alone(make, with_closure):
 
 def named_mse(z, goal):
     return F.mse_loss(z, F.one_hot(goal, 3).to(z))
+
+
+@pytest.mark.parametrize("make", [so.EACG, *FAMILY])
+def test_settings_of_a_function_by_position_are_those_by_name(make):
+    found, weight = [], torch.tensor([1.0, 2.0, 5.0]).double()
+    for by_name in (False, True):
+        torch.manual_seed(0)
+        model = net(5, 6, 3)
+        optimizer = make(model, F.cross_entropy)
+        for _ in range(2):
+            optimizer.zero_grad()
+            settings = {"weight": weight} if by_name else {}
+            optimizer.criterion(model(X), Y, *([] if by_name else [weight]), **settings).backward()
+            optimizer.step()
+        found.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 CRITERIA_BY_NAME = {
