@@ -24,7 +24,7 @@ _LINEAR = {
     "IndexPutBackward", "ViewAsRealBackward", "LerpBackward",
 }  # fmt: skip
 # Products: linear in one factor, if the others do not depend on the parameters.
-_PRODUCTS = {"MulBackward", "DivBackward", "DotBackward", "MvBackward", "MmBackward", "BmmBackward"}
+_PRODUCTS = {"MulBackward", "DivBackward", "DotBackward", "VdotBackward", "MvBackward", "MmBackward", "BmmBackward"}
 # Additive ones: an input without a node is a constant that the graph does not hold.
 _SUMS = {
     "AddBackward", "SubBackward", "RsubBackward", "StackBackward", "CatBackward", "WhereBackward", "MaskedFillBackward",
@@ -34,6 +34,7 @@ _SUMS = {
 
 LEAF = "torch::autograd::AccumulateGrad"
 _NEITHER = "neither a square nor linear"
+_COMPLEX = "a power of complex numbers, whose real part has no sign: write z.abs() ** 2 for the square of their absolute value"
 
 
 class Term(NamedTuple):
@@ -131,6 +132,8 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
         if not reach(node):
             constant = True
             continue
+        if _complex_power(node):
+            raise _refused(owner, node, _COMPLEX)
         square = _square(node, reach)
         if square is not None:
             constant |= kind(node) == "BinaryCrossEntropyWithLogitsBackward"  # the entropy of its targets
@@ -165,16 +168,22 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
 _INSTEAD = {
     ("Abs", "L1Loss"): "In place of absolute values take nn.HuberLoss with a small delta",
     ("Sqrt", "Log", "LinalgVectorNorm", "Norm", "Dist", "Pow"): (
-        "Leave out the root, norm or logarithm around a sum of squares: the squares, as norm(u - y) ** 2, have the same minimum"
+        "Leave out the root, norm or logarithm around a sum of squares: the squares, as norm(u - y) ** 2, have the same minimum; "
+        "in place of log(cosh(r)) take smooth L1"
     ),
-    ("Addmm", "Mm", "Bmm"): "For an energy, which has terms that are linear in u, take the equation's residual, or L-BFGS",
+    ("Addmm", "Mm", "Bmm"): (
+        "A term is linear in u. In an energy take the equation's residual, or L-BFGS; beside a multiplier m complete the square, "
+        "(r + m / 2) ** 2 in place of r ** 2 + m * r"
+    ),
     (LEAF,): "Give trained weights of the terms to another optimizer",
     ("CompiledFunction",): "Compile the net, and leave the loss out of torch.compile",
 }
 
 
 def _refused(owner: str, node: Node, what: str) -> RuntimeError:
-    hint = next((text + ". " for names, text in _INSTEAD.items() if node.name().startswith(names) and what == _NEITHER), "")
+    trained = [f for f, _ in node.next_functions if f is not None and f.name() == LEAF]  # factors that are parameters
+    names = [node.name()] if what == _NEITHER else [f.name() for f in trained]
+    hint = next((text + ". " for starts, text in _INSTEAD.items() for name in names if name.startswith(starts)), "")
     return RuntimeError(
         f"{owner}.step(): expected the loss to be a sum of means or sums of squares, each times a constant, but {node.name()} "
         f"is {what}. {hint}Take squares of residuals (r ** 2, nn.functional.mse_loss), Huber's loss, smooth L1, the soft margin, "
@@ -193,11 +202,16 @@ def _square(node: Node, reach: Reach) -> Term | None:
             return _root(node, reach)
         if exponent >= 4 and exponent % 2 == 0:
             return Term(node, saved._saved_self ** (exponent / 2), False)
-    if name in ("MulBackward", "DotBackward") and len(node.next_functions) == 2:  # one input: the other factor is a number
+    if name == "VdotBackward" and len(set(node.next_functions)) == 1 and saved._saved_self.is_complex():
+        return Term(node, torch.view_as_real(saved._saved_self), False)
+    if (
+        name in ("MulBackward", "DotBackward", "VdotBackward") and len(node.next_functions) == 2
+    ):  # one input: the other is a number
         first, second = node.next_functions
         if first == second:  # the same output of the same node
             return _root(node, reach)
-        for one, other, z in ((first, second, "_saved_self"), (second, first, "_saved_other")):
+        factors = {"MulBackward": ("_saved_self", "_saved_other"), "DotBackward": ("_saved_self", "_saved_tensor")}.get(name, ())
+        for one, other, z in zip((first, second), (second, first), factors, strict=False):
             if (
                 other[0] is not None and kind(other[0]) == "ConjBackward" and other[0].next_functions[0] == one
             ):  # z times its conjugate
@@ -207,6 +221,15 @@ def _square(node: Node, reach: Reach) -> Term | None:
         root = ROOTS[name](node)
         return None if root is None else Term(node, root, saved._saved_reduction == 1)
     return None
+
+
+def _complex_power(node: Any) -> bool:
+    """Whether a node squares complex numbers themselves rather than their absolute values."""
+    inputs = node.next_functions
+    power = kind(node) == "PowBackward" or (
+        kind(node) in ("MulBackward", "DotBackward") and len(inputs) == 2 == inputs.count(inputs[0])
+    )
+    return power and isinstance(node._saved_self, Tensor) and node._saved_self.is_complex()
 
 
 def _exponent(node: Any) -> float:

@@ -183,7 +183,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
                     progress = run.race(here, self._damping)[1]
                 else:
                     rows = sum(r.numel() for r in here.values)
-                    start = Progress(self._damping / min(rows, self._settings.rows), self._settings.rows)
+                    start = Progress(self._damping / min(rows, self._settings.rows), self._settings.rows, first=here.objective)
                     progress = run.step(here, start)[1]
         except BaseException as error:
             for p, old in zip(parameters, before, strict=True):

@@ -33,6 +33,7 @@ HELD_PATIENCE = 12  # steps without a new record of the residuals held out
 HELD_EXCESS = 1.1  # and how much larger than the others they then are
 HELD_DAMPING = 100.0  # what mu is multiplied by on the way back; it does not fall below
 HELD_DECAY = 0.9  # but this bound falls in every step
+HELD_NOISE = 1e-5  # of the first loss: residuals held out that come below have too little noise to be held out for
 PLANS = 16  # kept for graphs of as many structures
 
 RACE_STEPS = 6  # of each start
@@ -61,6 +62,7 @@ class Progress(NamedTuple):
     best: Tensor | None = None  # the parameters that had it [P]
     released: bool = False  # whether none are held out any more
     least: float = LEAST_DAMPING  # what mu does not fall below
+    first: float = 0.0  # the whole loss where training began
 
 
 class Settings(NamedTuple):
@@ -181,7 +183,7 @@ class GaussNewtonStep:
         best: tuple[float, Tensor, Residuals, Progress] | None = None
         starts = [(RACE_DAMPING, True), (damping / drawn, False)]
         for mu, warm in starts[::-1] if len(theta) < RACE_FEW else starts:
-            progress = Progress(mu, rows)
+            progress = Progress(mu, rows, first=first)
             loss.move(theta)
             now = self._warmed_up(here) if warm else loss.again(here)
             values = []
@@ -198,7 +200,7 @@ class GaussNewtonStep:
         assert best is not None
         if not best[0] < first:  # the parameters were trained before
             loss.move(theta)
-            return here, Progress(damping / drawn, self._settings.rows)
+            return here, Progress(damping / drawn, self._settings.rows, first=first)
         value, theta, now, progress = best
         loss.move(theta)
         return now, progress._replace(rows=self._settings.rows, growth=2.0, record=value, since=0)
@@ -375,7 +377,8 @@ class GaussNewtonStep:
         held, others = means
         progress = progress._replace(excess=held / max(others, torch.finfo(torch.float64).tiny))
         ended = progress.ratio == 0 and len(rows.flat) + sum(len(out) for out, _, _ in rows.held) == self._total
-        if ended and self._settings.holdout is None:
+        clean = held < HELD_NOISE * progress.first
+        if (ended or clean) and self._settings.holdout is None:
             return there, progress._replace(released=True, best=None)
         if held < progress.held:
             progress = progress._replace(held=held, held_since=0, best=self._loss.flat())

@@ -744,6 +744,20 @@ def test_a_linear_problem_ends_at_its_minimum():
         assert loss < (1 + 1e-9) * least
 
 
+@pytest.mark.parametrize("holdout", [None, True])
+def test_data_without_noise_are_all_drawn_in_the_end(holdout):
+    net = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1))
+    x = torch.rand(300, 2)
+    y = torch.sin(3 * x[:, :1]) * x[:, 1:]
+    optimizer = so.LevenbergMarquardt(net.parameters(), holdout=holdout)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if holdout is None else "ignore")
+        for _ in range(60):
+            loss = optimizer.step(lambda: mse_loss(net(x), y))
+    assert loss < 1e-7
+    assert (optimizer.metrics()["excess"] == 0) == (holdout is None)
+
+
 def test_what_is_held_out_is_never_drawn():
     net, loss, _ = noisy()
     optimizer = so.LevenbergMarquardt(net.parameters(), rows=100, race=False)

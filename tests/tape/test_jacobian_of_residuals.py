@@ -567,6 +567,11 @@ def test_what_is_not_linear_is_refused_by_name():
     [
         (lambda r: ((z := torch.view_as_complex(r)).conj() * z).real.sum(), 10),
         (lambda r: ((z := torch.view_as_complex(r)) * z.conj()).real.sum(), 10),
+        (lambda r: ((z := torch.view_as_complex(r)).conj() @ z).real, 10),
+        (lambda r: ((z := torch.view_as_complex(r)) @ z.conj()).real, 10),
+        (lambda r: torch.vdot(z := torch.view_as_complex(r), z).real, 10),
+        (lambda r: torch.vdot(z := r.flatten(), z), 10),
+        (lambda r: torch.linalg.vecdot(r, r).sum(), 10),
         (lambda r: (r**4).mean() + 0.1 * (r**6).sum(), 20),
     ],
 )
@@ -599,6 +604,11 @@ def test_a_norm_that_constants_widen_is_a_residual():
         (lambda u: (u**2).mean() / (u**2).mean(), "DivBackward0"),
         (lambda u: (u**2).mean() - 2 * (u[:, 0] ** 2).mean(), "negative coefficient"),
         (lambda u: -(u**2).mean(), "negative coefficient"),
+        (lambda u: torch.vdot(u[:, 0], u[:, 1]), "VdotBackward0"),
+        (lambda u: torch.vdot((z := torch.view_as_complex(u)).conj(), z).real, "VdotBackward0"),
+        (lambda u: 1 + ((z := torch.view_as_complex(u)) * z).real.mean(), "a power of complex numbers"),
+        (lambda u: 1 + ((z := torch.view_as_complex(u)) @ z).real, "a power of complex numbers"),
+        (lambda u: 1 + (torch.view_as_complex(u) ** 2).real.mean(), "a power of complex numbers"),
     ],
 )
 def test_what_is_no_sum_of_squares_is_refused(loss, message):
