@@ -174,7 +174,7 @@ def eacg_solve(
     else:
         s, u = a @ a, grad_weight @ a
         q, iterations = conjugate_gradient(lambda p: (1 - alpha) * s * (h @ p) + alpha * p, u, max_iter, tol)
-        z = torch.where(s > 0, (u - alpha * q) / s, 0)
+        z = torch.where(s > 0, (u - alpha * q) / s, 0 * q)
         direction = -(grad_weight - torch.outer(z, a)) / alpha
     count = torch.tensor(iterations, device=h.device)
     if grad_bias is None or not len(grad_bias):
@@ -233,6 +233,8 @@ def conjugate_gradient(matrix: Callable[[Tensor], Tensor], rhs: Tensor, max_iter
     x, r = torch.zeros_like(rhs), rhs / size
     p = r.clone()
     rr = first = (r * r).sum()
+    if first == 0:
+        return matrix(p), 0  # 0, or NaN of a matrix that is not finite
     for iteration in range(max_iter):
         if math.isnan(rr):
             return torch.full_like(rhs, math.nan), iteration

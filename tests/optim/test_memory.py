@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import secondorder as so
 from bench.micro.memory import peak
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.skipif(not so.build_info()["extension"], reason="plain PyTorch needs more")
 def test_eacg_holds_no_more_than_bias_hessians_and_vectors():
     sizes, batch = [40000, 512, 256, 128, 10], 50
     megabyte = 2**20 / 4
