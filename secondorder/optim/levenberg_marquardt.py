@@ -48,7 +48,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     Where there are fewer than 4 residuals for each parameter, a tenth of each term with 100 or more is not drawn. If 12 steps
     bring no new record of their loss, and it is a tenth above that of the others or more, the points are being interpolated or
     noise is fitted: the parameters go back to the record, with a hundred times the damping, and a warning says so once. Where no
-    step lowers the loss of the others, all are drawn from then on. Nothing is held out of parameters that stand for themselves,
+    step lowers the loss of the others, or that of those held out comes below 1e-5 of the first loss, which leaves no room for
+    noise, all are drawn from then on, unless `holdout` is True. Nothing is held out of parameters that stand for themselves,
     as a field's values.
 
     The first call of `step` does more, since first steps decide which minimum is reached. It takes 6 steps from each of two
