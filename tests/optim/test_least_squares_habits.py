@@ -1,0 +1,216 @@
+"""What users of torch's optimizers expect of LevenbergMarquardt: states, copies, schedulers, frozen parameters, errors."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers.least_squares import flat, float64, noisy, poisson, regression  # noqa: F401
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import secondorder as so
+from secondorder.stepping import gauss_newton_step
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
+    net, loss = poisson()
+    optimizer = so.LevenbergMarquardt(net.parameters(), rows=30)
+    for _ in range(3):
+        optimizer.step(loss)
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
+    for _ in range(5):
+        optimizer.step(loss)
+    expected = flat(net)
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    again = so.LevenbergMarquardt(net.parameters(), rows=30)
+    net.load_state_dict(saved["net"])
+    again.load_state_dict(saved["optimizer"])
+    for _ in range(5):
+        again.step(loss)
+    torch.testing.assert_close(flat(net), expected, rtol=0, atol=0)
+
+
+def test_a_foreign_state_is_refused():
+    net, x, y = regression()
+    adam = torch.optim.Adam(net.parameters())
+    mse_loss(net(x), y).backward()
+    adam.step()
+    with pytest.raises(ValueError, match="expected a state with"):
+        so.LevenbergMarquardt(net.parameters()).load_state_dict(adam.state_dict())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_of_model_and_optimizer_train_alike(copied):
+    net, x, y = regression()
+    optimizer = so.LevenbergMarquardt(net.parameters(), rows=20)
+    optimizer.step(lambda: mse_loss(net(x), y))
+    other, theirs = copied((net, optimizer))
+    for _ in range(3):
+        optimizer.step(lambda: mse_loss(net(x), y))
+        theirs.step(lambda: mse_loss(other(x), y))
+    torch.testing.assert_close(flat(other), flat(net), rtol=0, atol=0)
+
+
+def test_lr_multiplies_the_step_and_its_square_the_acceleration():
+    net, x, y = regression()
+    before, moves = flat(net), {}
+    for lr in (0.5, 1.0, 1.5):
+        model = copy.deepcopy(net)
+        so.LevenbergMarquardt(model.parameters(), lr=lr, race=False, damping=10.0).step(lambda model=model: mse_loss(model(x), y))
+        moves[lr] = flat(model) - before
+    # With lr d + lr^2 b, d and b from two of them give the third.
+    b = 2 * moves[1.0] - 4 * moves[0.5]
+    d = moves[1.0] - b
+    torch.testing.assert_close(moves[1.5], 1.5 * d + 2.25 * b, rtol=1e-6, atol=1e-9)
+    assert b.norm() > 1e-3 * d.norm()
+
+
+def test_lr_multiplies_the_step_of_its_group_and_schedulers_change_it():
+    net, x, y = regression()
+    before = flat(net)
+
+    def moved(params, lr):
+        model = copy.deepcopy(net)
+        params = params(model)
+        optimizer = so.LevenbergMarquardt(params, lr=lr, race=False, acceleration=False, damping=10.0)
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.5, total_iters=1)
+        optimizer.step(lambda: mse_loss(model(x), y))
+        scheduler.step()
+        return flat(model) - before
+
+    whole = moved(lambda m: m.parameters(), 1.0)
+    torch.testing.assert_close(moved(lambda m: m.parameters(), 0.5), whole / 2)
+    halves = moved(lambda m: [{"params": m[0].parameters(), "lr": 1.0}, {"params": m[2].parameters()}], 0.5)
+    n = sum(p.numel() for p in net[0].parameters())
+    torch.testing.assert_close(halves[:n], whole[:n])
+    torch.testing.assert_close(halves[n:], whole[n:] / 2)
+
+
+def test_frozen_parameters_stay_and_may_be_unfrozen():
+    net, x, y = regression(40, 12)
+    net[0].requires_grad_(False)
+    optimizer = so.LevenbergMarquardt(net.parameters())
+    first = net[0].weight.detach().clone()
+    for _ in range(3):
+        optimizer.step(lambda: mse_loss(net(x), y))
+    assert torch.equal(net[0].weight, first)
+    frozen = mse_loss(net(x), y).item()
+    net[0].requires_grad_(True)
+    for _ in range(30):
+        optimizer.step(lambda: mse_loss(net(x), y))
+    assert mse_loss(net(x), y).item() < 0.1 * frozen
+    net.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="requires a gradient"):
+        optimizer.step(lambda: mse_loss(net(x), y))
+
+
+def test_what_is_held_out_begins_anew_with_other_parameters():
+    net, loss, _ = noisy()
+    net[0].requires_grad_(False)
+    optimizer = so.LevenbergMarquardt(net.parameters(), holdout=True, race=False)
+    for _ in range(3):
+        optimizer.step(loss)
+    frozen = len(optimizer.state[net[0].weight]["best"])
+    net[0].requires_grad_(True)
+    optimizer.step(loss)
+    assert len(optimizer.state[net[0].weight]["best"]) == frozen + 60
+
+
+@pytest.mark.parametrize("nonfinite", ["error", "skip"])
+def test_what_is_not_finite_changes_nothing(nonfinite):
+    net, x, y = regression()
+    optimizer = so.LevenbergMarquardt(net.parameters(), nonfinite=nonfinite)
+    optimizer.step(lambda: mse_loss(net(x), y))
+    before, state = flat(net), copy.deepcopy(optimizer.state_dict()["state"])
+    bad = y.clone()
+    bad[3] = float("inf")
+    if nonfinite == "error":
+        with pytest.raises(so.NonFiniteError, match="the loss is inf"):
+            optimizer.step(lambda: mse_loss(net(x), bad))
+    else:
+        assert float(optimizer.step(lambda: mse_loss(net(x), bad))) == float("inf")
+        assert optimizer.skipped_steps == 1
+    torch.testing.assert_close(flat(net), before, rtol=0, atol=0)
+    assert str(optimizer.state_dict()["state"]) == str(state)
+    optimizer.step(lambda: mse_loss(net(x), y))
+
+
+def test_an_error_in_a_trial_takes_the_step_back():
+    net, x, y = regression()
+    optimizer = so.LevenbergMarquardt(net.parameters())
+    optimizer.step(lambda: mse_loss(net(x), y))
+    before, calls = flat(net), []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return mse_loss(net(x), y)
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    torch.testing.assert_close(flat(net), before, rtol=0, atol=0)
+    assert torch.autograd.backward.__module__ == "torch.autograd"
+
+
+def test_float32():
+    net, x, y = regression()
+    net, x, y = net.float(), x.float(), y.float()
+    optimizer = so.LevenbergMarquardt(net.parameters(), rows=20)
+    first = float(optimizer.step(lambda: mse_loss(net(x), y)))
+    for _ in range(30):
+        last = float(optimizer.step(lambda: mse_loss(net(x), y)))
+    assert last < 1e-2 * first
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"lr": 0.0}, ValueError), ({"lr": 2.0}, ValueError), ({"lr": "a"}, TypeError), ({"rows": 0}, ValueError),
+        ({"rows": 2.5}, ValueError), ({"max_rows": -1}, ValueError), ({"damping": 0.0}, ValueError),
+        ({"solver": "cg"}, ValueError), ({"memory": -1}, ValueError), ({"nonfinite": "no"}, ValueError),
+        ({"seed": None}, ValueError), ({"holdout": 0.1}, ValueError),
+    ],
+)  # fmt: skip
+def test_arguments_out_of_range_are_refused(options, error):
+    with pytest.raises(error, match=f"LevenbergMarquardt: expected {next(iter(options))}"):
+        so.LevenbergMarquardt(nn.Linear(2, 1).parameters(), **options)
+
+
+def test_parameters_of_several_dtypes_are_refused():
+    with pytest.raises(TypeError, match="of one dtype, float32 or float64"):
+        so.LevenbergMarquardt([*nn.Linear(2, 1).parameters(), *nn.Linear(2, 1).float().parameters()])
+    with pytest.raises(TypeError, match="of one dtype, float32 or float64"):
+        so.LevenbergMarquardt(nn.Linear(2, 1).bfloat16().parameters())
+
+
+def test_the_warm_up_goes_on_until_the_loss_has_halved(monkeypatch):
+    steps = []
+    own = so.EigenAdam.step
+    monkeypatch.setattr(so.EigenAdam, "step", lambda self, closure=None: steps.append(1) or own(self, closure))
+    fast, x, y = regression()
+    so.LevenbergMarquardt(fast.parameters()).step(lambda: mse_loss(fast(x), y))
+    assert len(steps) == gauss_newton_step.RACE_WARM_UP
+    steps.clear()
+    slow = nn.Linear(20, 1)
+    so.LevenbergMarquardt(slow.parameters()).step(lambda: ((slow(torch.ones(5, 20)) - 1e6) ** 2).mean())
+    assert len(steps) == gauss_newton_step.RACE_LONGEST
+
+
+@pytest.mark.parametrize("write", [lambda p: p.clamp_(-10, 10), lambda p: p.clamp_(0, 1), lambda p: p.data.clamp_(0, 1)])
+def test_a_closure_that_writes_to_a_parameter_is_refused(write):
+    """As one that keeps an image's pixels in their range; where it changes no number, too, since graphs would not hold."""
+    x = torch.linspace(0, 5, 60)
+    p = nn.Parameter(torch.tensor([1.0, 1.0]))
+
+    def closure():
+        with torch.no_grad():
+            write(p)
+        return (p[0] * (-p[1] * x).exp() - 2.5 * (-1.3 * x).exp()).square().sum()
+
+    optimizer = so.LevenbergMarquardt([p])
+    with pytest.raises(RuntimeError, match=r"writes to the one of shape \(2,\). Clamp or project it after the step"):
+        for _ in range(3):
+            optimizer.step(closure)
+    assert torch.equal(p, torch.ones(2))
