@@ -41,7 +41,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     r'' the second derivative of r along d (geodesic acceleration, left out where a is large beside d). `rows` residuals drawn at
     random for each step stand for all, or four for each parameter where the parameters are no more than `rows`. After 4 steps
     without a new record of the whole loss they become 1.5 times as many. The system is solved in m or P dimensions, whichever are
-    fewer, by Cholesky's method, and beyond 500 rows by conjugate gradients with a Nystrom preconditioner of rank 200. A step is
+    fewer, by Cholesky's method, and beyond 1500 rows by conjugate gradients with a Nystrom preconditioner of rank 200. A step is
     taken where the rows drawn fall and the whole loss stays below twice its record; mu follows the reduction over the predicted
     one (Nielsen's rule), in at most 12 tries.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from secondorder._tape.jacobian import Buffer, Jacobian
 from secondorder.linalg import gram
 
+DIRECT = 1500  # rows up to which J J^T is formed and factorised: beyond, that costs more than an approximation
 RANK = 200  # of Nystrom's approximation
 ITERATIONS = 30  # of conjugate gradients with it, at most
 RESIDUAL = 1e-2  # where they end, relative to the right-hand side
@@ -19,7 +20,7 @@ class DampedLeastSquares:
 
     By "rows": J^T (J J^T + mu I)^-1 b, m numbers; by "parameters", P numbers: the smaller system of both is solved by Cholesky's
     method. By "nystrom": the system of the rows by conjugate gradients, preconditioned by an approximation of J J^T of rank 200
-    (Frangella et al., 2021) that serves all mu; "auto" takes it beyond 500 rows. With penalties it gives way to "rows".
+    (Frangella et al., 2021) that serves all mu; "auto" takes it beyond 1500 rows. With penalties it gives way to "rows".
 
     Args:
         jacobian: J [m, P].
@@ -35,7 +36,7 @@ class DampedLeastSquares:
     ):
         m, n = jacobian.rows, jacobian.columns
         if solver == "auto":
-            solver = "parameters" if n < m else "nystrom" if m > 2.5 * RANK and penalties is None else "rows"
+            solver = "parameters" if n < m else "nystrom" if m > DIRECT and penalties is None else "rows"
         if solver == "nystrom" and penalties is not None:
             solver = "rows"
         fits = m * n * jacobian.like.element_size() <= memory
