@@ -60,7 +60,7 @@ def test_nystrom_solves_to_its_tolerance_at_every_damping(memory, monkeypatch):
 
 
 def test_nystrom_is_taken_beyond_some_rows(monkeypatch):
-    monkeypatch.setattr(damped_least_squares, "RANK", 20)
+    monkeypatch.setattr(damped_least_squares, "DIRECT", 50)
     assert solved(problem(51)[0], None, "auto").solver == "nystrom"
     assert solved(problem(50)[0], None, "auto").solver == "rows"
     assert solved(problem(140)[0], None, "auto").solver == "parameters"
