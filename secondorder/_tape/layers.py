@@ -46,10 +46,7 @@ class LayerRecord:
     def counted(self) -> float:
         """How many rows count, or the sum of their weights."""
         pairs = zip(self._rows(), self.counting(), strict=True)
-        return sum(
-            float(each.weights.sum()) if each.weights is not None else n if each.kept is None else len(each.kept)
-            for n, each in pairs
-        )
+        return sum(n if each.total is None else each.total for n, each in pairs)
 
     @property
     def weighted(self) -> bool:
@@ -85,10 +82,11 @@ class LayerRecord:
         return [call.input.shape[:-1].numel() for call in self.calls]
 
     def counting(self) -> list[Counting]:
-        """Which rows of every call count, those of no ignored target, and how much."""
+        """Which rows of every call count, those of no ignored target, and how much; all alike where none of any call does."""
         if self._counting is None:
             pairs = zip(self.calls, self.origins, strict=True)
-            self._counting = [loss.counting(call.input.shape[:-1]) for call, loss in pairs]
+            found = [loss.counting(call.input.shape[:-1]) for call, loss in pairs]
+            self._counting = [Counting(total=0.0)] * len(found) if all(each.total == 0 for each in found) else found
         return self._counting
 
     def _of_rows(self, tensors: list[Tensor]) -> list[Tensor]:

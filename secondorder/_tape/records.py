@@ -142,20 +142,25 @@ class Counting:
     Args:
         kept: their indices; None: all.
         weights: of these, in float64; None: 1 each.
+        total: what all of them count together; None: their number.
     """
 
     kept: Tensor | None = None
     weights: Tensor | None = None
+    total: float | None = None
 
     @classmethod
     def of(cls, masses: Tensor | None) -> "Counting":
-        """From the weights [m] of all rows. All count alike where none does, which is an error of the loss's own."""
-        kept = None if masses is None else masses.nonzero().flatten()
-        if masses is None or kept is None or len(kept) == 0:
+        """From the weights [m] of all rows; waits for the device once, and once more where some are 0."""
+        if masses is None:
             return cls()
-        weights = masses.index_select(0, kept)
-        alike = bool((weights == 1).all() | (weights < 0).any())  # negative ones are of no expectation
-        return cls(None if len(kept) == len(masses) else kept, None if alike else weights)
+        ones = masses == 1
+        sums = torch.stack([masses, masses == 0, ones, masses < 0]).sum(1, dtype=torch.float64)
+        total, zero, one, negative = sums.tolist()
+        kept = masses.nonzero().flatten() if zero else None
+        if negative or zero + one == len(masses):  # negative ones are of no expectation
+            return cls(kept, None, len(masses) - zero)
+        return cls(kept, masses if kept is None else masses.index_select(0, kept), total)
 
     def of_rows(self, t: Tensor) -> Tensor:
         """The rows of a tensor [..., n] that count."""

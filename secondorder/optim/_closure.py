@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 
 from secondorder._distributed import RankReducer, RankTerm
@@ -28,11 +29,12 @@ class _Use:
     input: Tensor  # [m, n_in]
     mean_preactivation: Tensor  # [n_out]
     weights: Tensor | None = None  # of the rows, [m]; None: 1 each
+    total: float | None = None  # of these; None: m
 
     @property
     def weight(self) -> float:
         """How much its rows count together."""
-        return float(len(self.input) if self.weights is None else self.weights.sum())
+        return float(len(self.input)) if self.total is None else self.total
 
 
 class ClosurePass:
@@ -59,8 +61,8 @@ class ClosurePass:
         self._layers, self._tied = layers, tied
         self.sign = sign
         self._parameters, self._lend, self._criterion = parameters, lend, criterion
-        # Of the criterion's calls whose targets may have weights; None: its rows are in another order.
-        self._weighed: list[tuple[LateMasses | None, list[_Use]]] = []
+        # Of the criterion's calls whose targets may have weights, None where its rows are in another order, and the loss's nodes.
+        self._weighed: list[tuple[LateMasses | None, Node]] = []
         self._key = f"secondorder.pass.{id(self)}"  # of the uses in the metadata of their outputs' autograd nodes
         self._handles: list[Any] = []
         self._anchors: list[Tensor] = []
@@ -94,10 +96,15 @@ class ClosurePass:
             loss = closure()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise RuntimeError(f"{name}.step(): expected the closure to return the scalar loss, got {type(loss).__name__}")
-        seen = Counter(use for _, uses in self._weighed for use in uses)
-        for masses, uses in self._weighed:
-            if masses is not None and (found := masses()) is not None:
-                _weigh([use for use in uses if seen[use] == 1], found)  # in several calls a row has several weights
+        found = [None if masses is None else masses() for masses, _ in self._weighed]
+        if any(masses is not None for masses in found):
+            graphs = [source_nodes(node, self._key, nearest=False)[0] for _, node in self._weighed]
+            uses: list[list[_Use]] = [[metadata(node)[self._key] for node in nodes] for nodes in graphs]
+            seen = Counter(use for own in uses for use in own)
+            for masses, own in zip(found, uses, strict=True):
+                if masses is not None:
+                    _weigh([use for use in own if seen[use] == 1], masses)  # in several calls a row has several weights
+        self._weighed.clear()
         return loss.detach()
 
     def _see_targets(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
@@ -105,8 +112,7 @@ class ClosurePass:
             args, kwargs = by_position(criterion, args, kwargs)
             masses = LateMasses(criterion, (None, *args[1:]), kwargs)
             if masses.possible:
-                nodes, _ = source_nodes(loss.grad_fn, self._key, nearest=False)
-                self._weighed.append((masses if keeps_rows(args[0]) else None, [metadata(node)[self._key] for node in nodes]))
+                self._weighed.append((masses if keeps_rows(args[0]) else None, loss.grad_fn))
 
     def input(self, layer: nn.Linear) -> Tensor:
         """The instances' h [m, n_in]; where they have weights, other rows whose plain mean and second moment are the weighted."""
@@ -247,13 +253,18 @@ def layer_input(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _weigh(uses: list[_Use], masses: Tensor) -> None:
     """Has the uses' rows count as their targets do, before the weights move: E[z] is W E[h] + b of these rows."""
+    known: dict[int, Counting] = {}
     for use in uses:
         own = aligned(masses, use.shape)
-        if own is not None and not own.any():
-            use.weights = own
+        if own is None:
             continue
-        counting = Counting.of(own)
-        if counting.kept is None and counting.weights is None:
+        if len(own) not in known:
+            known[len(own)] = Counting.of(own)
+        counting = known[len(own)]
+        use.total = counting.total
+        if use.total == 0:
+            use.weights = own
+        if use.total == 0 or (counting.kept is None and counting.weights is None):
             continue
         use.input, use.weights = counting.of_rows(use.input), counting.weights
         h, weights, layer = use.input, _ones(use.input) if use.weights is None else use.weights, use.layer

@@ -119,14 +119,18 @@ def test_some_rows_stand_for_those_that_count_by_their_weights(curvature, weight
     torch.testing.assert_close(*found)
 
 
-def test_weights_of_micro_batches_are_those_of_their_union():
+@pytest.mark.parametrize("ignored", [-100, 1])
+@pytest.mark.parametrize("weight", [None, WEIGHT])
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_weights_of_micro_batches_are_those_of_their_union(curvature, weight, ignored):
+    """Also where all targets of one are ignored."""
     factors = []
     for parts in (1, 3):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.Softplus(), nn.Linear(6, 3)).double()
-        criterion = nn.CrossEntropyLoss(WEIGHT, reduction="sum")
+        criterion = nn.CrossEntropyLoss(weight, reduction="sum", ignore_index=ignored)
         x, y = torch.randn(30, 4).double(), (torch.arange(30) % 3).sort().values  # a part of one class each
-        optimizer = so.EACG(model, criterion, solver="kfi")
+        optimizer = so.EACG(model, criterion, curvature=curvature, solver="kfi")
         for own_x, own_y in zip(x.chunk(parts), y.chunk(parts), strict=True):
             criterion(model(own_x), own_y).backward()
         optimizer.step()

@@ -57,6 +57,33 @@ def test_reads_of_a_step(name: str, layers: int) -> None:
     assert_reads(optimizer, closure, [*model.parameters(), x, target], expected)
 
 
+# Beside STEPS, once for each evaluation that records layers: for class weights what they sum up to; for ignored targets whether
+# there are any, what the others sum up to, and which rows these are. LayerwiseNewton asks twice whether there are any.
+WEIGHTED = {"EACG": (1, 3), "KBFGS": (2, 6), "LayerwiseNewton": (1, 4)}
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_reads_of_a_step_with_weights_of_rows(name: str, ignored: bool, layers: int) -> None:
+    make, expected = STEPS[name]
+    torch.manual_seed(0)
+    modules = [module for k in range(layers) for module in (nn.Linear(9 - k, 8 - k), nn.Tanh())]
+    model, x, target = nn.Sequential(*modules[:-1]), torch.randn(250, 9), torch.randint(9 - layers, (250,))
+    if ignored:
+        target[::5] = -100
+    criterion = nn.CrossEntropyLoss(None if ignored else torch.rand(9 - layers) + 0.5)
+    optimizer = make(model, criterion)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = criterion(model(x), target)
+        loss.backward()
+        return loss
+
+    assert_reads(optimizer, closure, [*model.parameters(), x, target], expected + WEIGHTED[name][ignored])
+
+
 def assert_reads(
     optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor], tensors: list[torch.Tensor], expected: int
 ) -> None:
