@@ -207,7 +207,7 @@ class KBFGS(CurvatureOptimizer):
                 those of ignored ones not. None: all rows count alike.
 
         Raises:
-            RuntimeError: the optimizer has made a step already.
+            RuntimeError: the optimizer has made a step already, or `loss` gives no scalar with its graph.
             TypeError: `loss` is no function.
         """
         if any(state.get("step", 0) > 0 for state in self.state.values()):
@@ -258,6 +258,15 @@ class KBFGS(CurvatureOptimizer):
 
         def closure() -> Tensor:
             value = loss(batch)
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                got = (
+                    f"shape {list(value.shape)}, requires_grad={value.requires_grad}"
+                    if isinstance(value, Tensor)
+                    else type(value).__name__
+                )
+                raise RuntimeError(
+                    f"{type(self).__name__}.initialize(): expected loss to return the scalar loss with its graph, got {got}"
+                )
             value.backward()
             return value
 

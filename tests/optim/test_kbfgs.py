@@ -328,6 +328,13 @@ def test_initialize_with_a_loss_counts_rows_as_their_targets(weight, cls):
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(TypeError, match="expected loss to be a function of a batch, got Tensor"):
         optimizer.initialize(x.split(15), y)
+    for wrong, got in (
+        (lambda h: (model(h).sum(), 1), "tuple"),
+        (model, r"shape \[15, 3\]"),
+        (lambda h: h.sum(), "requires_grad=False"),
+    ):
+        with pytest.raises(RuntimeError, match=f"expected loss to return the scalar loss with its graph, got .*{got}"):
+            optimizer.initialize(x.split(15), wrong)
 
 
 def test_gradients_after_a_step_are_those_of_the_first_call():
