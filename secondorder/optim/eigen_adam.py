@@ -765,9 +765,8 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
 
 
 def _finite(sums: Tensor) -> Tensor:
-    """A sketch or bias Hessian; or zeros, which leave the basis alone, where it is not finite, though the gradients may be."""
-    if not sums.numel():
-        return sums
-    if sums.is_cuda:  # no step waits for it
-        return torch.where(sums.isfinite().all(), sums, 0.0)
-    return sums if math.isfinite(sums.norm().item()) else torch.zeros_like(sums)
+    """A sketch or bias Hessian; or zeros, which leave the basis alone, where its squares overflow, though gradients are finite."""
+    norm = sums.norm()
+    if sums.is_cpu:
+        return sums if math.isfinite(norm.item()) else torch.zeros_like(sums)
+    return torch.where(norm.isfinite(), sums, 0.0)  # waits for no device

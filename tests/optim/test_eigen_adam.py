@@ -190,6 +190,21 @@ def test_what_is_not_finite_raises_or_is_skipped(poison):
         assert not torch.equal(values(model), before)
 
 
+def test_inputs_whose_second_moments_have_no_squares_leave_the_basis():
+    torch.manual_seed(0)
+    model, x = nn.Linear(40, 30), 2.0**33 * torch.randn(50, 40)
+    optimizer = so.EigenAdam(model)
+    bases = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        before = values(model)
+        (model(x) / 2**33).square().mean().backward()
+        optimizer.step()
+        bases.append(optimizer.state[model.weight]["basis_in"].clone())
+        assert (values(model) - before).abs().max() > 0
+    assert all(torch.equal(bases[0], basis) for basis in bases)
+
+
 def test_a_loss_that_grows_a_thousandfold_is_told_of_once():
     """Where it is known: as the closure's value."""
     torch.manual_seed(0)
