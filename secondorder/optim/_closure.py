@@ -264,13 +264,12 @@ def _weigh(uses: list[_Use], masses: Tensor) -> None:
         use.total = counting.total
         if use.total == 0:
             use.weights = own
-        if use.total == 0 or (counting.kept is None and counting.weights is None):
-            continue
-        use.input, use.weights = counting.of_rows(use.input), counting.weights
-        h, weights, layer = use.input, _ones(use.input) if use.weights is None else use.weights, use.layer
-        mean = (weights / weights.sum()).to(h.dtype) @ h
-        bias = None if layer.bias is None else layer.bias.detach().to(h.dtype)
-        use.mean_preactivation = nn.functional.linear(mean, layer.weight.detach().to(h.dtype), bias)
+        elif counting.kept is not None or counting.weights is not None:
+            use.input, use.weights = counting.of_rows(use.input), counting.weights
+            h, weights, layer = use.input, _ones(use.input) if use.weights is None else use.weights, use.layer
+            mean = (weights / weights.sum()).to(h.dtype) @ h
+            bias = None if layer.bias is None else layer.bias.detach().to(h.dtype)
+            use.mean_preactivation = nn.functional.linear(mean, layer.weight.detach().to(h.dtype), bias)
 
 
 def _ones(rows: Tensor) -> Tensor:

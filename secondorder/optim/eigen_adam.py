@@ -765,7 +765,7 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
 
 
 def _finite(sums: Tensor) -> Tensor:
-    """A sketch or bias Hessian; or zeros, which leave the basis alone, where its squares overflow, though gradients are finite."""
+    """A sketch or bias Hessian; or zeros, which leave the basis alone, where its squares overflow, though no gradient does."""
     norm = sums.norm()
     if sums.is_cpu:
         return sums if math.isfinite(norm.item()) else torch.zeros_like(sums)
