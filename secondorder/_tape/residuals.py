@@ -204,9 +204,8 @@ def _square(node: Node, reach: Reach) -> Term | None:
             return Term(node, saved._saved_self ** (exponent / 2), False)
     if name == "VdotBackward" and len(set(node.next_functions)) == 1 and saved._saved_self.is_complex():
         return Term(node, torch.view_as_real(saved._saved_self), False)
-    if (
-        name in ("MulBackward", "DotBackward", "VdotBackward") and len(node.next_functions) == 2
-    ):  # one input: the other is a number
+    # One input: the other is a number.
+    if name in ("MulBackward", "DotBackward", "VdotBackward") and len(node.next_functions) == 2:
         first, second = node.next_functions
         if first == second:  # the same output of the same node
             return _root(node, reach)

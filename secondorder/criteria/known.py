@@ -201,8 +201,12 @@ def _own_weights(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         return None
     if kind is nn.CrossEntropyLoss and _has_probabilities(args):
         smoothing, dim = setting("label_smoothing", 0.0), min(1, target.dim() - 1)
-        smoothed = target.double() * (1 - smoothing) + smoothing / target.shape[dim]
-        return lambda: torch.tensordot(smoothed, weight.double(), ([dim], [0]))
+
+        def of_classes() -> Tensor:
+            smoothed = target.double() * (1 - smoothing) + smoothing / target.shape[dim]
+            return torch.tensordot(smoothed, weight.double(), ([dim], [0]))
+
+        return of_classes
     if kind not in (nn.BCEWithLogitsLoss, nn.BCELoss, nn.MSELoss):
         return None
 

@@ -61,9 +61,8 @@ class KBFGS(CurvatureOptimizer):
 
     Args:
         model: any module; its nn.Linear layers are covered, whatever lies between them.
-        criterion: a module, or a function (output, target) -> scalar loss. The closure computes the loss, any loss; where that is
-            made by this criterion (by `optimizer.criterion` for a function), rows count by the weights of their targets, ignored
-            ones not.
+        criterion: a module, or a function (output, target) -> scalar loss. The closure computes any loss; where it calls
+            it (`optimizer.criterion` for a function), rows count by the weights of their targets, ignored ones not.
         lr: step size, >= 0.
         damping: lambda in (0, 1]; read where `damping_a` or `damping_g` is None.
         damping_a: lambda_A > 0; None: sqrt(damping).
@@ -202,9 +201,9 @@ class KBFGS(CurvatureOptimizer):
 
         Args:
             inputs: what the model is called with, batch after batch; for example `(x for x, _ in loader)`.
-            loss: called with every batch instead of the model, computes the loss as the closure of a step does; with `loader` for
-                the inputs, for example `lambda batch: criterion(model(batch[0]), batch[1])`. Rows count as their targets do then,
-                those of ignored ones not. None: all rows count alike.
+            loss: a function of a batch that gives the loss as a step's closure does, called instead of the model; for example
+                `lambda batch: criterion(model(batch[0]), batch[1])`, with `loader` for `inputs`. Rows then count by the weights of
+                their targets, ignored ones not. None: all rows count alike.
 
         Raises:
             RuntimeError: the optimizer has made a step already, or `loss` gives no scalar with its graph.

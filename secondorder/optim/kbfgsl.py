@@ -33,9 +33,8 @@ class KBFGSL(KBFGS):
 
     Args:
         model: any module; its nn.Linear layers are covered, whatever lies between them.
-        criterion: a module, or a function (output, target) -> scalar loss. The closure computes the loss, any loss; where that is
-            made by this criterion (by `optimizer.criterion` for a function), rows count by the weights of their targets, ignored
-            ones not.
+        criterion: a module, or a function (output, target) -> scalar loss. The closure computes any loss; where it calls
+            it (`optimizer.criterion` for a function), rows count by the weights of their targets, ignored ones not.
         lr: step size, >= 0.
         damping: lambda in (0, 1]; read where `damping_a` or `damping_g` is None.
         damping_a: lambda_A > 0; None: sqrt(damping).
