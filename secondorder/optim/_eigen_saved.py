@@ -40,7 +40,7 @@ def with_room(matrix: Matrix, state: dict[str, Any], rank: int) -> dict[str, Any
 
 def without_room(matrix: Matrix, state: dict[str, Any]) -> dict[str, Any]:
     """A state as it is kept of a matrix, of one that may have been saved with room."""
-    if not {"map", "basis_out", "basis_in"} <= state.keys():
+    if not {"map", "share", "basis_out", "basis_in", "scale_out", "scale_in"} <= state.keys():
         return state
     state = dict(state)
     n, p = state["basis_out"].shape[-1], state["basis_in"].shape[-1]

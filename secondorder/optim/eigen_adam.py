@@ -376,7 +376,7 @@ class EigenAdam(SecondOrderOptimizer):
         own = [p for group in self.param_groups for p in group["params"]]
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         weights = {matrix.weight: matrix for matrix in self._table()}
-        relaid_state, before = dict(state_dict["state"]), [matrix.eigen for matrix in self._table()]
+        relaid_state, before = dict(state_dict["state"]), [matrix.eigen for matrix in weights.values()]
         try:
             for i, p in zip(saved, own, strict=False):
                 state, matrix = state_dict["state"].get(i) or {}, weights.get(p)
@@ -389,11 +389,11 @@ class EigenAdam(SecondOrderOptimizer):
                 check_state(name, matrix, state)
                 assert matrix is not None
                 relaid_state[i] = relaid(matrix, state)
-        except ValueError:
-            for matrix, eigen in zip(self._table(), before, strict=True):
+            super().load_state_dict({**state_dict, "state": relaid_state})
+        except BaseException:
+            for matrix, eigen in zip(weights.values(), before, strict=True):
                 matrix.eigen = eigen
             raise
-        super().load_state_dict({**state_dict, "state": relaid_state})
         self._seeing = None
         self._schedule()
 

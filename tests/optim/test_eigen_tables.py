@@ -208,6 +208,10 @@ def test_a_state_says_whether_its_parameter_is_a_map():
             optimizer.load_state_dict(state)
             optimizer.step()
             assert len(optimizer.state[p]["basis_in"]) == bases[other]
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict({**states["numbers"], "param_groups": 2 * states["numbers"]["param_groups"]})
+    optimizer.step()
+    assert optimizer.state_dict()["state"][0]["map"] and optimizer.metrics()["coverage"] == 1
     q = nn.Parameter(torch.zeros(6, 5))
     optimizer = so.EigenAdam([q])
     q.grad = torch.randn(6, 5)
