@@ -202,8 +202,8 @@ class KBFGS(CurvatureOptimizer):
         Args:
             inputs: what the model is called with, batch after batch; for example `(x for x, _ in loader)`.
             loss: a function of a batch that gives the loss as a step's closure does, called instead of the model; for example
-                `lambda batch: criterion(model(batch[0]), batch[1])`, with `loader` for `inputs`. Rows count by the weights of their
-                targets then, ignored ones not. None: all rows count alike.
+                `lambda batch: criterion(model(batch[0]), batch[1])`, with `loader` for `inputs`. Rows count by the weights of
+                their targets then, ignored ones not. None: all rows count alike.
 
         Raises:
             RuntimeError: the optimizer has made a step already, or `loss` gives no scalar with its graph.
