@@ -36,9 +36,8 @@ class LiteralEACG:
         loss.backward()
         with torch.no_grad():
             for layer, hessian, h in zip(self.layers, self.bias_hessians(inputs, z), inputs, strict=True):
-                p, d, _ = reference.eacg_solve(
-                    hessian, h.mean(0), layer.weight.grad, layer.bias.grad, self.alpha, self.max_cg, self.eps_cg, truncated=True
-                )
+                gradients, truncated = (layer.weight.grad, layer.bias.grad), True
+                p, d, _ = reference.eacg_solve(hessian, h.mean(0), *gradients, self.alpha, self.max_cg, self.eps_cg, truncated)
                 layer.weight += self.lr * p
                 layer.bias += self.lr * d
         return loss
