@@ -40,21 +40,11 @@ ON_THE_CPU_ALONE = ("F.one_hot(", "self._arrived(", "return bool(self._flag)")
 def test_reads_of_a_step(name: str, layers: int) -> None:
     make, expected = STEPS[name]
     torch.manual_seed(0)
-    modules = [module for k in range(layers) for module in (nn.Linear(9 - k, 8 - k), nn.Tanh())]
-    model, squares = nn.Sequential(*modules[:-1]), name == "LevenbergMarquardt"
+    squares = name == "LevenbergMarquardt"
     rows = 40 if squares else 250  # where some stand for all
     x, target = torch.randn(rows, 9), torch.randint(9 - layers, (rows,))
     target = nn.functional.one_hot(target).float() if squares else target
-    criterion = nn.MSELoss() if squares else nn.CrossEntropyLoss()
-    optimizer = make(model, criterion)
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = criterion(model(x), target)
-        loss.backward()
-        return loss
-
-    assert_reads(optimizer, closure, [*model.parameters(), x, target], expected)
+    assert_reads_of_net(make, nn.MSELoss() if squares else nn.CrossEntropyLoss(), layers, x, target, expected)
 
 
 # Beside STEPS, once for each evaluation that records layers: for class weights what they sum up to; for ignored targets whether
@@ -68,11 +58,24 @@ WEIGHTED = {"EACG": (1, 3), "KBFGS": (2, 6), "LayerwiseNewton": (1, 4)}
 def test_reads_of_a_step_with_weights_of_rows(name: str, ignored: bool, layers: int) -> None:
     make, expected = STEPS[name]
     torch.manual_seed(0)
-    modules = [module for k in range(layers) for module in (nn.Linear(9 - k, 8 - k), nn.Tanh())]
-    model, x, target = nn.Sequential(*modules[:-1]), torch.randn(250, 9), torch.randint(9 - layers, (250,))
+    x, target = torch.randn(250, 9), torch.randint(9 - layers, (250,))
     if ignored:
         target[::5] = -100
     criterion = nn.CrossEntropyLoss(None if ignored else torch.rand(9 - layers) + 0.5)
+    assert_reads_of_net(make, criterion, layers, x, target, expected + WEIGHTED[name][ignored])
+
+
+def assert_reads_of_net(
+    make: Callable[..., torch.optim.Optimizer],
+    criterion: nn.Module,
+    layers: int,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    expected: int,
+) -> None:
+    """Of a step of what is made for a net of so many layers, from 9 inputs on."""
+    modules = [module for k in range(layers) for module in (nn.Linear(9 - k, 8 - k), nn.Tanh())]
+    model = nn.Sequential(*modules[:-1])
     optimizer = make(model, criterion)
 
     def closure() -> torch.Tensor:
@@ -81,7 +84,7 @@ def test_reads_of_a_step_with_weights_of_rows(name: str, ignored: bool, layers: 
         loss.backward()
         return loss
 
-    assert_reads(optimizer, closure, [*model.parameters(), x, target], expected + WEIGHTED[name][ignored])
+    assert_reads(optimizer, closure, [*model.parameters(), x, target], expected)
 
 
 def assert_reads(
