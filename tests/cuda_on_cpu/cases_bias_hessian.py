@@ -8,6 +8,7 @@ from case_tools import PARAMETERS, assert_accurate, case, double, exact_size, no
 from harness import Kernels
 
 from secondorder import reference
+from secondorder.reference.activation import ACTIVATIONS
 
 
 @case
@@ -15,7 +16,7 @@ def activation_derivatives(kernels: Kernels) -> None:
     rng = np.random.default_rng(0)
     for activation in case_tools.ACTIVATIONS:
         parameter = PARAMETERS.get(activation, 1.0)
-        function, _ = reference._ACTIVATIONS[activation]
+        function, _ = ACTIVATIONS[activation]
         for dtype in case_tools.DTYPES:
             for n, offset in ((1, 0), (2, 1), (3, 0), (17, 1), (129, 0), (1028, 0), (1028, 1)):
                 z = normal(rng, n, dtype=dtype, offset=offset)

@@ -5,6 +5,7 @@ import torch
 from helpers.eigen_operators import DTYPES, SIZES, STEP, cast, compare, controls, coordinates, lengths, matrix, step
 
 from secondorder import ops, reference
+from secondorder.reference.eigen_rows import gradient_of_rows, parts_of_rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,9 +39,9 @@ def test_parts_are_the_gradient_in_other_coordinates(size):
     each = matrix(*size)
     g, x, u, v = coordinates(each)
     shapes = reference.eigen_shapes(*size)
-    parts = {part: value for part, value in reference._parts(g, x, u.T @ x, u.T @ g, u, v).items() if part in shapes}
+    parts = {part: value for part, value in parts_of_rows(g, x, u.T @ x, u.T @ g, u, v).items() if part in shapes}
     assert [part.numel() for part in parts.values()] == [length for length in lengths(*size) if length]
-    s, y = reference._whole(parts, {part: u.T @ value for part, value in parts.items() if len(value) == size[0]}, u, v)
+    s, y = gradient_of_rows(parts, {part: u.T @ value for part, value in parts.items() if len(value) == size[0]}, u, v)
     centred = each["grad_weight"]
     if size[4]:
         centred = centred - torch.outer(each["grad_bias"], each["mean"])

@@ -1,0 +1,139 @@
+"""EigenAdam's operators: sketches of inputs, renewals of bases, and the step of a whole net with its step length."""
+
+import math
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secondorder.reference.eigen_rows import (
+    eigen_renew_rows_,
+    eigen_shapes,
+    eigen_split,
+    eigen_step_rows_,
+    to_float64,
+)
+
+# The entries of `control`: see `secondorder.ops.CONTROL`.
+LENGTH, OSCILLATIONS, _SLOPE, _LAST_SLOPE, STEPS, REFUSED, UNRENEWED = range(7)
+
+
+def eigen_sketch_(sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor) -> None:
+    """Adds V^T sum x x^T and sum x over the rows x of the shifted inputs."""
+    x = inputs - shift if shift.numel() else inputs
+    sketch += torch.cat([(x @ basis.T).T @ x, x.sum(0, keepdim=True)])
+
+
+def eigen_renew_(
+    mean: Sequence[Tensor],
+    basis_out: Sequence[Tensor],
+    basis_in: Sequence[Tensor],
+    scale_out: Sequence[Tensor],
+    scale_in: Sequence[Tensor],
+    first: Sequence[Tensor],
+    control: Tensor,
+    grad_weight: Sequence[Tensor],
+    grad_bias: Sequence[Tensor],
+    sketch: Sequence[Tensor],
+    bias_hessian: Sequence[Tensor],
+    rows: Sequence[int],
+    share: Sequence[float],
+) -> None:
+    """Renews the bases of every matrix by one power iteration on the averaged second moments of both sides."""
+    if not _squares_are_finite([*grad_weight, *grad_bias, *sketch, *bias_hessian], control):
+        control[UNRENEWED] = 1
+        return
+    for i, w in enumerate(share):
+        (n, p), ku, kv = grad_weight[i].shape, len(basis_out[i]), len(basis_in[i])
+        moments = eigen_split(first[i], eigen_shapes(n, p, ku, kv, grad_bias[i].numel() > 0))
+        _in_one_process(
+            eigen_renew_rows_(
+                mean[i], basis_out[i], basis_in[i], scale_out[i], scale_in[i], moments, grad_weight[i], grad_bias[i], sketch[i],
+                bias_hessian[i], rows[i], w, 0,
+            )
+        )  # fmt: skip
+
+
+def eigen_step_(
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    last: Sequence[Tensor],
+    size: Sequence[Tensor],
+    control: Tensor,
+    grad_weight: Sequence[Tensor],
+    grad_bias: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    basis_out: Sequence[Tensor],
+    basis_in: Sequence[Tensor],
+    lr: Sequence[float],
+    lr_bias: Sequence[float],
+    decay: Sequence[float],
+    decay_bias: Sequence[float],
+    step: Sequence[int],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    renewed: bool,
+) -> None:
+    """Applies Adam's rule to every part of every gradient, and adapts the step length by the slopes."""
+    if control[UNRENEWED] or not _squares_are_finite([*grad_weight, *grad_bias], control):
+        control[REFUSED] += 1
+        control[UNRENEWED] = 0
+        return
+    length, slopes = eigen_length(control), control.new_zeros(2)
+    for i, t in enumerate(step):
+        (n, p), ku, kv = grad_weight[i].shape, len(basis_out[i]), len(basis_in[i])
+        shapes = eigen_shapes(n, p, ku, kv, grad_bias[i].numel() > 0)
+        one, two, before = (eigen_split(flat[i], shapes) for flat in (first, second, last))
+        slopes += _in_one_process(
+            eigen_step_rows_(
+                weight[i], bias[i], one, two, before, size[i], grad_weight[i], grad_bias[i], mean[i], basis_out[i], basis_in[i],
+                length, lr[i], lr_bias[i], decay[i], decay_bias[i], t, beta1, beta2, eps, 0, len(before.get("E", ())),
+            )
+        )  # fmt: skip
+    slope, last_slope = slopes.tolist()
+    eigen_control_(control, slope, last_slope, renewed)
+
+
+def eigen_length(control: Tensor) -> float:
+    """Returns the step length that `control` gives, without lr."""
+    return float(control[LENGTH] / (1 + control[OSCILLATIONS] / 25).sqrt() * ((control[STEPS] + 2) / 14).clamp(max=1))
+
+
+def eigen_control_(control: Tensor, slope: float, last_slope: float, renewed: bool) -> None:
+    """Updates `control` after a step with these slopes: its step length, averages and counts."""
+    length, oscillations, average, last_average, t, refused, unrenewed = control.tolist()
+    if t == 0:
+        average = slope
+    else:
+        average += 0.2 * (slope - average)
+        if not renewed:
+            last_average += 0.2 * (last_slope - last_average)
+            oscillations += last_slope < 0
+    if t > 14 and average != 0:
+        r = last_average / abs(average)
+        if r > 0.1 and oscillations < 25:
+            length *= math.exp(0.05 * min(1.0, r - 0.1))
+        elif r < -0.6:
+            length *= math.exp(0.05 * max(-1.0, r + 0.6))
+        length = min(max(length, 1e-6), 0.1)
+    entries = [length, oscillations, average, last_average, t + 1, refused, unrenewed]
+    control.copy_(torch.tensor(entries, dtype=control.dtype))
+
+
+def _in_one_process(rows: Generator[list[Tensor], list[Tensor], Any]) -> Any:
+    """Runs a generator of `eigen_rows` where one process has all rows: the sums are what it yields. Returns its result."""
+    sums = next(rows)
+    while True:
+        try:
+            sums = rows.send(sums)
+        except StopIteration as end:
+            return end.value
+
+
+def _squares_are_finite(tensors: Sequence[Tensor], control: Tensor) -> bool:
+    """Tells whether the sum of squares of every tensor is finite, with some room, in the tensor's own dtype."""
+    return all(to_float64(t, control).square().sum() < torch.finfo(t.dtype).max / 4 for t in tensors)
