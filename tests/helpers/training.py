@@ -5,7 +5,10 @@ import copy
 import torch
 from torch import nn
 
+from secondorder.criteria import BoundedClassificationLoss
+
 WIDTHS = [5, 7, 4, 3]
+CRITERIA = [nn.CrossEntropyLoss(), BoundedClassificationLoss()]  # a convex and a non-convex one
 
 
 def network(bias=True, activation=nn.Sigmoid):

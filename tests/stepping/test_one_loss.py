@@ -1,13 +1,12 @@
-"""What the quadratic model, its trials and its checks look at: whatever backward() was called on, or an error says so."""
+"""The recorded loss at other parameters: its value, its rows that stand for all, and its quadratic form."""
 
 import copy
 import math
 import random
-import warnings
 
 import pytest
 import torch
-from helpers.optimizers import parameters
+from helpers.losses import CE, Normed, X, Y, net
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -22,13 +21,6 @@ from secondorder.stepping.recorded_loss import ChainLoss, ReplayedLoss
 pytestmark = pytest.mark.filterwarnings("ignore:secondorder")
 
 
-def net(*widths, activation=nn.Tanh):
-    layers = []
-    for n_in, n_out in zip(widths, widths[1:]):
-        layers += [nn.Linear(n_in, n_out), activation()]
-    return nn.Sequential(*layers[:-1]).double()
-
-
 class Wrapped(nn.Module):
     """A net with something before and after it."""
 
@@ -38,17 +30,6 @@ class Wrapped(nn.Module):
 
     def forward(self, *args):
         return self.after(self.body(*args))
-
-
-class Normed(nn.Module):
-    """No chain of linear layers."""
-
-    def __init__(self, n_out=3):
-        super().__init__()
-        self.first, self.norm, self.second = nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, n_out)
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.norm(self.first(x))))
 
 
 class Recurrent(nn.Module):
@@ -117,8 +98,6 @@ def flat_nce(z, _=None):
     return F.cross_entropy(similarity, torch.cat([torch.arange(n) + n, torch.arange(n)]))
 
 
-CE = nn.CrossEntropyLoss()
-X, Y = torch.randn(24, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(24) % 3
 SEQUENCES = torch.randn(24, 4, 5, generator=torch.Generator().manual_seed(1)).double()
 LABELS = torch.arange(96).view(24, 4) % 3
 
@@ -321,269 +300,6 @@ def test_a_criterion_that_is_convex_behind_a_final_function_has_its_form_there(f
     assert float(form) == pytest.approx(float((product * tangent.detach()).sum()), rel=1e-9)
 
 
-# --- terms outside of the criterion -------------------------------------------------------------------------------------
-
-
-def penalty(model, power):
-    return 0.1 * sum(p.abs().pow(power).sum() for p in model.parameters())
-
-
-class WithHidden(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3)
-
-    def forward(self, x):
-        self.hidden = torch.tanh(self.first(x))
-        return self.second(self.hidden)
-
-
-def generator_step(m, c):
-    torch.manual_seed(5)
-    judge = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-    return c(judge(m(X)), torch.ones(24, 1).double())
-
-
-def actor_critic(m, c):
-    z = m(X)
-    value, log_p = z[:, 0], F.log_softmax(z[:, 1:], 1)
-    advantage = (X.sum(1) - value).detach()
-    return c(value, X.sum(1)) - (log_p[:, 0] * advantage).mean() + 0.1 * (log_p * log_p.exp()).sum(1).mean()
-
-
-OUTSIDE = {
-    "L2": (lambda: net(5, 6, 3), CE, lambda m, c: c(m(X), Y) + penalty(m, 2)),
-    "L1": (lambda: net(5, 6, 3), CE, lambda m, c: c(m(X), Y) + penalty(m, 1)),
-    "KL": (lambda: net(5, 6, 3), CE, lambda m, c: c(z := m(X), Y) + F.kl_div(z.log_softmax(1), X[:, :3].softmax(1))),
-    "auxiliary": (WithHidden, CE, lambda m, c: c(m(X), Y) + m.hidden.square().mean()),
-    "generator": (lambda: net(5, 6, 3), nn.BCEWithLogitsLoss(), generator_step),
-    "actor-critic": (lambda: net(5, 6, 3), nn.MSELoss(), actor_critic),
-    "two modules": (Normed, CE, lambda m, c: c(m.second(torch.tanh(m.norm(m.first(X)))), Y)),
-    "two backward passes": (lambda: net(5, 6, 3), CE, lambda m, c: (c(m(X), Y), penalty(m, 2))),
-}
-FAMILY = [so.LayerwiseNewton, so.KFAC, so.KFRA, so.KFLR]
-
-
-def backward(losses):
-    total = 0.0
-    for loss in losses if isinstance(losses, tuple) else (losses,):
-        loss.backward()
-        total += loss.detach()
-    return total
-
-
-@pytest.mark.parametrize("make", FAMILY)
-@pytest.mark.parametrize("term", OUTSIDE)
-@pytest.mark.filterwarnings("ignore:reduction")
-def test_terms_outside_of_the_criterion_are_an_error_or_trained_by_a_closure(term, make):
-    build, criterion, loss_of = OUTSIDE[term]
-    torch.manual_seed(0)
-    model = build().double()
-    # KFAC's and KFLR's curvatures want the criterion to be a likelihood, or convex, in the last layer's output.
-    kwargs = {"curvature": "pch-abs"} if term in ("generator", "actor-critic") else {}
-    optimizer = make(model, criterion, weight_decay=0.0, **kwargs)
-    before = parameters(model)
-    optimizer.zero_grad()
-    backward(loss_of(model, criterion))
-    with pytest.raises(RuntimeError, match=r"optimizer.step\(closure\).*No parameter and no state has changed"):
-        optimizer.step()
-    assert torch.equal(parameters(model), before)
-    assert not optimizer.state
-
-    def closure():
-        optimizer.zero_grad()
-        return backward(loss_of(model, criterion))
-
-    losses = [float(optimizer.step(closure)) for _ in range(12)]
-    assert all(b <= a + 1e-9 for a, b in zip(losses, losses[1:])), losses  # one batch: no step raises what is trained
-    assert losses[-1] < losses[0] - 0.05 * abs(losses[0])
-
-
-@pytest.mark.parametrize("make", FAMILY)
-@pytest.mark.parametrize("given", [True, False], ids=["a parameter given", "parameters read"])
-def test_a_criterion_that_takes_parameters_by_itself_is_evaluated_with_those_of_the_trial(given, make):
-    torch.manual_seed(0)
-    model = net(5, 6, 3)
-    criterion = (
-        so.criteria.FunctionCriterion(lambda z, y, w: F.cross_entropy(z, y) + 0.3 * w.square().sum())
-        if given
-        else so.criteria.FunctionCriterion(lambda z, y: F.cross_entropy(z, y) + penalty(model, 2))
-    )
-    optimizer = make(model, criterion, weight_decay=0.0, curvature="pch-abs")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = criterion(model(X), Y, model[0].weight) if given else criterion(model(X), Y)
-        loss.backward()
-        return loss
-
-    before = parameters(model)
-    closure()
-    with pytest.raises(RuntimeError, match=r"parameters that the criterion takes by itself.*optimizer.step\(closure\)"):
-        optimizer.step()
-    assert torch.equal(parameters(model), before)
-    losses = [optimizer.step(closure).item() for _ in range(8)]
-    assert all(b <= a + 1e-9 for a, b in zip(losses, losses[1:])), losses
-    assert losses[-1] < losses[0] - 0.05 * abs(losses[0])
-
-
-@pytest.mark.parametrize("make", [so.LayerwiseNewton, so.KFRA, so.KFLR])  # KFAC draws labels at every call
-def test_calls_of_the_criterion_for_a_log_are_no_part_of_the_loss(make):
-    torch.manual_seed(0)
-    model = net(5, 6, 3)
-    twin = copy.deepcopy(model)
-    optimizers = [make(m, CE, weight_decay=0.0) for m in (model, twin)]
-    log = []
-    for _ in range(4):
-        for own, optimizer in zip((model, twin), optimizers):
-
-            def closure(own=own, optimizer=optimizer):
-                optimizer.zero_grad()
-                loss = CE(own(X), Y) + penalty(own, 2)
-                loss.backward()
-                if own is model:
-                    log.append(CE(own(X[:4]), Y[:4]))
-                return loss
-
-            optimizer.step(closure)
-    assert torch.equal(parameters(model), parameters(twin))
-
-
-def test_a_quadratic_penalty_outside_has_its_own_curvature():
-    """A linear model, MSE and an L2 term: the loss is its own quadratic model, and the step ends at the minimum along it."""
-    torch.manual_seed(0)
-    model, criterion = nn.Linear(5, 3).double(), nn.MSELoss()
-    optimizer = so.LayerwiseNewton(model, criterion, damping=1e-12)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = criterion(model(X), X[:, :3]) + 0.3 * sum(p.square().sum() for p in model.parameters())
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    assert optimizer.param_groups[0]["rho"] == pytest.approx(1.0, rel=1e-6)
-
-
-def test_penalties_of_frozen_parameters_and_of_other_nets_are_no_terms():
-    torch.manual_seed(0)
-    model, other = net(5, 6, 3), nn.Linear(2, 2)
-    model[0].requires_grad_(False)
-    optimizer = so.LayerwiseNewton(model, CE)
-    (CE(model(X), Y) + model[0].weight.square().sum() + other.weight.square().sum()).backward()
-    optimizer.step()
-
-
-def test_a_backward_pass_before_zero_grad_does_not_count():
-    torch.manual_seed(0)
-    model = net(5, 6, 3)
-    optimizer = so.LayerwiseNewton(model, CE)
-    for forget in (optimizer.zero_grad, model.zero_grad):
-        penalty(model, 2).backward()
-        forget()
-        CE(model(X), Y).backward()
-        optimizer.step()
-
-
-def test_clipped_and_noisy_gradients_are_the_users_own():
-    torch.manual_seed(0)
-    model = net(5, 6, 3)
-    optimizer = so.LayerwiseNewton(model, CE)
-    CE(model(X), Y).backward()
-    nn.utils.clip_grad_value_(model.parameters(), 1e-2)
-    for p in model.parameters():
-        p.grad += 1e-4 * torch.randn_like(p)
-    optimizer.step()
-
-
-# --- closures -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_closure_that_draws_its_batch_is_refused():
-    torch.manual_seed(0)
-    model = net(5, 6, 3)
-    optimizer, batches = so.LayerwiseNewton(model, CE), iter(range(100))
-
-    def closure():
-        optimizer.zero_grad()
-        x = X * (1 + next(batches))
-        loss = CE(model(x), Y) + penalty(model, 2)
-        loss.backward()
-        return loss
-
-    before = parameters(model)
-    with pytest.raises(RuntimeError, match="Draw the batch outside of the closure"):
-        optimizer.step(closure)
-    assert torch.equal(parameters(model), before)
-
-
-def test_an_error_within_a_trial_takes_the_step_back():
-    torch.manual_seed(0)
-    model, calls = net(5, 6, 3), []
-    optimizer = so.LayerwiseNewton(model, CE)
-
-    def closure():
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyError("interrupted")
-        optimizer.zero_grad()
-        loss = CE(model(X), Y) + penalty(model, 2)
-        loss.backward()
-        return loss
-
-    before = parameters(model)
-    with pytest.raises(KeyError, match="interrupted"):
-        optimizer.step(closure)
-    assert torch.equal(parameters(model), before)
-    assert not optimizer.state
-    gradients = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    (CE(model(X), Y) + penalty(model, 2)).backward()
-    torch.testing.assert_close([p.grad for p in model.parameters()], gradients)
-
-
-def test_a_closure_draws_the_same_numbers_in_a_step_and_leaves_buffers_as_one_call_does():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
-    twin = copy.deepcopy(model)
-    optimizer = so.LayerwiseNewton(model, CE)
-
-    def closure(own=model, zero=optimizer.zero_grad):
-        zero()
-        loss = CE(own(X), Y) + penalty(own, 2)
-        loss.backward()
-        return loss
-
-    state = torch.get_rng_state()
-    loss = optimizer.step(closure)
-    after = torch.get_rng_state()
-    torch.set_rng_state(state)
-    assert closure(twin, twin.zero_grad).item() == loss.item()
-    assert torch.equal(torch.get_rng_state(), after)
-    torch.testing.assert_close(list(model.buffers()), list(twin.buffers()))
-    torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
-
-
-def test_a_model_that_cannot_repeat_itself_is_told_of_once():
-    torch.manual_seed(0)
-
-    counts = iter(range(1000))
-
-    class Counting(Normed):
-        def forward(self, x):
-            return super().forward(x) * (1 + 0.1 * (next(counts) % 3))  # a state that no module has
-
-    model = Counting().double()
-    optimizer = so.LayerwiseNewton(model, CE)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(3):
-            optimizer.zero_grad()
-            CE(model(X), Y).backward()
-            optimizer.step()
-    assert sum("gives something else when it is evaluated again" in str(w.message) for w in caught) == 1
-
-
 class Watchful(Normed):
     """Looks at what it computes."""
 
@@ -625,89 +341,6 @@ def test_few_labelled_rows_are_those_that_count(monkeypatch):
         assert local.start == pytest.approx(criterion(model(X[rows]), y[rows]).item(), rel=1e-12)
 
 
-class OwnNorm(nn.Module):
-    """A batch norm that no module of torch's is."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
-
-    def forward(self, x):
-        return F.batch_norm(x, self.running_mean, self.running_var, training=True)
-
-
-@pytest.mark.parametrize("make_norm", [nn.BatchNorm1d, OwnNorm])
-@pytest.mark.parametrize("make", FAMILY)
-def test_running_statistics_are_those_of_the_batches_alone(make, make_norm):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 6), make_norm(6), nn.Tanh(), nn.Linear(6, 3)).double()
-    optimizer = make(model, CE)
-    mean, var = torch.zeros(6).double(), torch.ones(6).double()
-    for step in range(4):
-        x = X + 0.1 * step
-        with torch.no_grad():
-            z = model[0](x)
-            mean, var = 0.9 * mean + 0.1 * z.mean(0), 0.9 * var + 0.1 * z.var(0)
-        optimizer.zero_grad()
-        CE(model(x), Y).backward()
-        optimizer.step()
-        torch.testing.assert_close(model[1].running_mean, mean)
-        torch.testing.assert_close(model[1].running_var, var)
-
-
-def perturbed(model, criterion, x=X):
-    """The gradient at other weights, as of SAM; they are back before the step."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1)
-    criterion(model(x), Y).backward()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.sub_(0.1)
-
-
-def by_other_weights(model, criterion):
-    criterion(functional_call(model, {n: p + 0.1 for n, p in model.named_parameters()}, (X,)), Y).backward()
-
-
-class Scaled(nn.Module):
-    """A criterion with a state."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("scale", torch.ones(()).double())
-
-    def forward(self, z, y):
-        loss = F.cross_entropy(z, y)
-        with torch.no_grad():
-            self.scale.mul_(0.9).add_(0.1 * loss.detach())
-        return loss / self.scale
-
-
-def plainly(model, criterion):
-    criterion(model(X), Y).backward()
-
-
-OTHERS = {
-    "weights moved": (lambda: CE, perturbed),
-    "functional_call": (lambda: CE, by_other_weights),
-    "noise": (lambda: so.criteria.FunctionCriterion(lambda z, y: F.cross_entropy(z + torch.randn_like(z), y)), plainly),
-    "state": (Scaled, plainly),
-}
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_a_chain_of_layers_is_compared_with_the_record(kind):
-    torch.manual_seed(0)
-    model, (criterion, call) = net(5, 6, 3), (OTHERS[kind][0](), OTHERS[kind][1])
-    optimizer = so.LayerwiseNewton(model, criterion)
-    call(model, criterion)
-    with pytest.warns(UserWarning, match="gives something else when it is evaluated again"):
-        local = optimizer._loss({p: n for n, p in model.named_parameters()}, 0, Transfer())
-    assert type(local.pieces[0]) is ChainLoss
-
-
 def test_a_chain_under_autocast_is_its_record():
     torch.manual_seed(0)
     model = net(5, 6, 3).float()
@@ -721,99 +354,3 @@ def test_a_chain_under_autocast_is_its_record():
         assert type(local.pieces[0]) is ChainLoss
         assert local.faithful
         optimizer.zero_grad()
-
-
-@pytest.mark.parametrize("with_closure", [False, True])
-@pytest.mark.parametrize("make", FAMILY)
-def test_trials_leave_a_criterion_with_a_state_alone(make, with_closure):
-    torch.manual_seed(0)
-    model, criterion = net(5, 6, 3), Scaled()
-    optimizer = make(model, criterion, curvature="pch-abs")
-    scale = torch.ones(()).double()
-    for _ in range(3):
-        with torch.no_grad():
-            scale = 0.9 * scale + 0.1 * F.cross_entropy(model(X), Y)
-
-        def closure():
-            optimizer.zero_grad()
-            loss = criterion(model(X), Y)
-            loss.backward()
-            return loss
-
-        if with_closure:
-            optimizer.step(closure)
-        else:
-            closure()
-            optimizer.step()
-        torch.testing.assert_close(criterion.scale, scale)
-
-
-def named_mse(z, goal):
-    return F.mse_loss(z, F.one_hot(goal, 3).to(z))
-
-
-@pytest.mark.parametrize("make", [so.EACG, *FAMILY])
-def test_settings_of_a_function_by_position_are_those_by_name(make):
-    found, weight = [], torch.tensor([1.0, 2.0, 5.0]).double()
-    for by_name in (False, True):
-        torch.manual_seed(0)
-        model = net(5, 6, 3)
-        optimizer = make(model, F.cross_entropy)
-        for _ in range(2):
-            optimizer.zero_grad()
-            settings = {"weight": weight} if by_name else {}
-            optimizer.criterion(model(X), Y, *([] if by_name else [weight]), **settings).backward()
-            optimizer.step()
-        found.append([p.detach() for p in model.parameters()])
-    torch.testing.assert_close(*found, rtol=0, atol=0)
-
-
-CRITERIA_BY_NAME = {
-    "module": (CE, "input", "target"),
-    "class weights": (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 5.0]).double()), "input", "target"),
-    "function": (so.criteria.FunctionCriterion(F.cross_entropy), "input", "target"),
-    "own": (so.criteria.FunctionCriterion(named_mse), "z", "goal"),
-    "composite": (so.criteria.CompositeLoss(lambda z: 2 * z, CE), "output", "target"),
-}
-
-
-@pytest.mark.parametrize("with_closure", [False, True])
-@pytest.mark.parametrize("make", [so.EACG, *FAMILY])
-@pytest.mark.parametrize("kind", CRITERIA_BY_NAME)
-def test_arguments_by_name_are_those_by_position(kind, make, with_closure):
-    criterion, output, target = CRITERIA_BY_NAME[kind]
-    if make is so.KFAC and kind == "own":
-        return  # no likelihood
-    found = []
-    for way in range(3):
-        torch.manual_seed(0)
-        model = net(5, 6, 3)
-        optimizer = make(model, criterion)
-
-        def closure(way=way, model=model, optimizer=optimizer):
-            optimizer.zero_grad()
-            named = {output: model(X), target: Y}
-            loss = criterion(*[named.pop(name) for name in (output, target)[:way]], **named)
-            (loss + (penalty(model, 2) if with_closure and make is not so.EACG else 0)).backward()
-            return loss
-
-        for _ in range(2):
-            if with_closure:
-                optimizer.step(closure)
-            else:
-                closure()
-                optimizer.step()
-        found.append(parameters(model))
-    assert torch.equal(found[0], found[2])
-    assert torch.equal(found[1], found[2])
-
-
-def test_a_function_without_a_second_derivative_is_named_in_the_error():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.EmbeddingBag(7, 5), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
-    optimizer = so.LayerwiseNewton(model, CE)
-    before = parameters(model)
-    CE(model(torch.arange(48).reshape(24, 2) % 7), Y).backward()
-    with pytest.raises(RuntimeError, match="expected a loss that autograd can differentiate twice.*take EACG"):
-        optimizer.step()
-    assert torch.equal(parameters(model), before)
