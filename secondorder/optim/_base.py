@@ -211,8 +211,8 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         """Numbers worth logging.
 
         Returns:
-            "coverage": the share of all trained numbers that a curvature covers, rather than the fallback, by the steps so far;
-            "skipped_steps".
+            "coverage": the share of all trained numbers that a curvature has covered, rather than the fallback.
+            "skipped_steps": how many steps NaN or inf has prevented.
         """
         trained = {p for group in self.param_groups for p in group["params"] if p.requires_grad}
         stepped = [layer for layer in self._layers if self.state.get(layer.weight, {}).get("step")]

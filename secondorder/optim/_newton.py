@@ -97,12 +97,12 @@ class NewtonOptimizer(LayerwiseOptimizer):
         """Numbers worth logging.
 
         Returns:
-            "step_size" and "momentum": c and c', what the last step has multiplied its direction and the step before by, lr
-            included, 0 where it was taken back; "ratio": the last step's reduction of the loss over the one that the quadratic
-            model predicted, near 1 where the model holds, 0 where the step was taken back; "damping": tau of the next step;
-            "gamma": the solver's own damping, which is tau where it has none; "floor": what tau does not fall below, 0 but for
-            LayerwiseNewton; "coverage": the share of all trained numbers that a curvature covers, rather than the fallback, by
-            the steps so far; "skipped_steps". All are 0 before the first step.
+            "step_size" and "momentum": c and c' of the last step, lr included; 0 if the step was taken back. "ratio": the last
+            step's reduction of the loss over the reduction that the quadratic model predicted; near 1 where the model holds, 0 if
+            the step was taken back. "damping": tau of the next step. "gamma": the solver's own damping, or tau where it has none.
+            "floor": the lower bound of tau, 0 except for LayerwiseNewton. "coverage": the share of all trained numbers that a
+            curvature has covered, rather than the fallback. "skipped_steps": how many steps NaN or inf has prevented. All are 0
+            before the first step.
         """
         group = self.param_groups[0]
         damping = _damping(group) or Damping(0.0, 0.0, LossTrend(0.0, 0.0, 0.0, 0.0))
@@ -120,8 +120,8 @@ class NewtonOptimizer(LayerwiseOptimizer):
         """One step from the gradients of the backward passes since the last one.
 
         Args:
-            closure: evaluates the model anew, calls backward() and returns the loss; optional. Where the loss cannot be evaluated
-                from what was recorded, because terms stand outside of the criterion, say, it is called more than once.
+            closure: evaluates the model anew, calls backward() and returns the loss. It is needed, and called more than once,
+                where the loss has terms outside of the criterion, or cannot be evaluated again from the tape's records.
 
         Returns:
             What the first call of the closure returned; None without one.

@@ -34,52 +34,59 @@ class EACG(LayerwiseOptimizer):
 
         (1 - alpha) H P a a^T + alpha P = -B     and     ((1 - alpha) H + alpha I) d = -g,
 
-    and the update is V <- momentum V + P, W <- (1 - lr weight_decay) W + lr V, likewise for b. Where the n_out rows of [P, d]
-    are longer than `max_step` in the root mean square, |[P, d]| > max_step sqrt(n_out), both are shortened to that length;
-    elsewhere they are the paper's, to the bit. A step costs little more than one of SGD. The paper's own method is
-    `momentum=0, factor_decay=0, max_step=None, solver="ea-cg-truncated"`. `LayerwiseNewton` finds step size, momentum and
-    damping itself.
+    and the update is V <- momentum V + P, W <- (1 - lr weight_decay) W + lr V, and the same for b with d. Where |[P, d]| exceeds
+    max_step sqrt(n_out), that is, where the n_out rows of [P, d] have a root mean square length above `max_step`, both are scaled
+    down to that bound; otherwise they are the paper's, to the bit.
+
+    With large batches a step costs little more than one of SGD. The paper's own method is `momentum=0, factor_decay=0,
+    max_step=None, solver="ea-cg-truncated"`. `LayerwiseNewton` takes the same curvature, and finds step size, momentum and
+    damping by itself.
 
     Args:
         model: any module; its nn.Linear layers are covered wherever elementwise functions connect them (docs/design.md).
-        criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`.
+        criterion: a module, or a function (output, target) -> scalar loss. The loop must compute its loss by it, and call a
+            function as `optimizer.criterion`.
         lr: step size, >= 0.
         curvature: "pch-abs" (PCH-1: absolute values), "pch-clip" (PCH-2: clips in Eq. 8b, absolute values in Eq. 8a),
             "pch-clip-all" (clips in both), "gauss-newton", "kflr", "fisher-mc", "fisher-empirical", "fisher-exact", or a
             `secondorder.curvature.Curvature`, such as PCH(gamma).
-        alpha: damping, in (0, 1): the weight of the identity against H.
-        max_cg: the CG solvers do at most this many iterations, >= 1.
-        eps_cg: the CG solvers stop at this residual, relative to the first one, >= 0.
+        alpha: damping, in (0, 1): the weight of the identity, against 1 - alpha of H.
+        max_cg: the most iterations of the solvers that use conjugate gradients, >= 1.
+        eps_cg: these solvers stop once the residual is at most this times the first one, >= 0.
         solver: "ea-cg" (exact across the mean input, CG along it), "ea-cg-truncated" (the paper's iterates), "kron-cg", "kfi",
             "kfi-rank-one", "exact", "ea-isotropic", "auto", or a `secondorder.solvers.Solver`, which has its own settings.
-        momentum: in [0, 1).
-        weight_decay: >= 0, of the kind that `decoupled_weight_decay` says.
-        factor_decay: in [0, 1); H and a are bias-corrected exponential averages with this decay over their renewals; 0: the last
-            one alone.
-        curvature_every: H and a are renewed every so many steps, >= 1, and at each of the first so many; nothing is recorded in
-            between.
-        curvature_samples: H (but for the criterion's part) and E[h h^T] are estimated from at most so many instances of every
-            forward pass, >= 1; None: from all. a is the whole batch's.
-        inverse_every: the solver's factorisations are renewed every so many steps, >= 1, and at each of the first so many.
-        max_factor_elements: for a layer with n_in^2 above this, >= 0, "kfi" takes "kfi-rank-one" and "auto" "ea-isotropic".
-        max_factor_dim: layers with more outputs than this have no curvature, since H has so many rows: the fallback updates them,
-            which is said once, and a layer that leads there gets its empirical Fisher block; >= 1, None: there is no limit.
-        max_step: > 0, the largest root mean square of the lengths of a layer's rows of [P, d], which lr then multiplies and
-            momentum adds up; None: no bound, as in the paper.
-        average: whether averages of the parameters are kept, for `averaged_parameters`.
-        fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error".
-        maximize: whether the loss is maximised: everything, the curvature too, is then as for its negative.
-        decoupled_weight_decay: True: W <- (1 - lr weight_decay) W as in AdamW; False: weight_decay W is part of the gradient, as
-            in SGD and Adam.
-        nonfinite: what a step does that meets NaN or inf: "error" raises `secondorder.NonFiniteError`, "skip" leaves everything
-            as it is and counts in `skipped_steps`.
+        momentum: of V, in [0, 1).
+        weight_decay: >= 0; `decoupled_weight_decay` says of which kind.
+        factor_decay: decay of the exponential averages of H and a over their renewals, in [0, 1); they are bias-corrected. 0: the
+            last renewal alone.
+        curvature_every: H and a are renewed at the first curvature_every steps, and then at every curvature_every-th; >= 1.
+            Between renewals no forward pass is recorded.
+        curvature_samples: at most so many instances of each forward pass are used for E[h h^T] and for the curvature, except the
+            criterion's Hessian, which uses all; >= 1. None: all are used. a = E[h] always uses all.
+        inverse_every: the solver's factorisations are renewed at the first inverse_every steps, and then at every
+            inverse_every-th; >= 1.
+        max_factor_elements: limit on n_in^2 of a layer, >= 0. Above it "kfi" uses "kfi-rank-one", and "auto" uses "ea-isotropic".
+        max_factor_dim: limit on n_out of a layer, >= 1, since H has n_out^2 numbers; None: no limit. The fallback updates wider
+            layers, and a warning names them once. A layer whose output they take gets its empirical Fisher block.
+        max_step: bound on the root mean square of the lengths of a layer's rows of [P, d], before lr and momentum, > 0; None: no
+            bound, as in the paper.
+        average: whether to keep averages of the parameters, for `averaged_parameters`.
+        fallback: what happens to parameters that no curvature covers. "sgd": SGD updates them, and a warning names them once.
+            "error": `step` raises an error.
+        maximize: whether to maximise the loss: the whole step, with its curvature, is then that of the negative loss.
+        decoupled_weight_decay: True: W <- (1 - lr weight_decay) W, as in AdamW. False: weight_decay W is added to the gradient,
+            as in SGD and Adam.
+        nonfinite: what a step does when it meets NaN or inf: "error" raises `secondorder.NonFiniteError`; "skip" changes nothing
+            and counts the step in `skipped_steps`.
 
-    lr, alpha, momentum, weight_decay, factor_decay, max_step, maximize and decoupled_weight_decay are read from `param_groups`
-    at every step; alpha, factor_decay and max_step of a layer from its weight's group, maximize must be the same in all.
+    Every step reads lr, alpha, momentum, weight_decay, factor_decay, max_step, maximize and decoupled_weight_decay from
+    `param_groups`. A layer uses the alpha, factor_decay and max_step of its weight's group. maximize must be the same in all
+    groups.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
-        RuntimeError: from `step`, where gradients or records are missing or numbers are not finite; nothing has changed then.
+        RuntimeError: `step` finds no gradients, no recorded call of the criterion, or numbers that are not finite. It has then
+            changed nothing.
 
     Source: Chen, Chou & Chang, "EA-CG: An Approximate Second-Order Method for Training Fully-Connected Neural Networks" (AAAI
     2019); averages, momentum and `max_step` are additions.
@@ -149,10 +156,11 @@ class EACG(LayerwiseOptimizer):
         """Numbers worth logging. Waits for the device; a step does not compute them.
 
         Returns:
-            "damping": alpha of the first group; "trace": of the bias Hessians H of all layers, summed up, on the scale of the
-            loss: where alpha is far above (1 - alpha) times it, steps are gradients over alpha; "velocity": the Euclidean length
-            of all V together, which lr multiplies, 0 where momentum is; "coverage": the share of all trained numbers that a
-            curvature covers, rather than the fallback, by the steps so far; "skipped_steps".
+            "damping": alpha of the first group. "trace": the sum of the traces of all layers' bias Hessians H, on the scale of
+            the loss; if alpha is far above (1 - alpha) times it, a step is little else than the gradient over alpha. "velocity":
+            the Euclidean length of all V together, before lr multiplies them; 0 if momentum is 0. "coverage": the share of all
+            trained numbers that a curvature has covered, rather than the fallback. "skipped_steps": how many steps NaN or inf has
+            prevented.
         """
         zero = torch.zeros((), dtype=torch.float64)
         hessians = [state["factors"]["bias_hessian"] for state in self.state.values() if "factors" in state]

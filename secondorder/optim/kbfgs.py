@@ -32,7 +32,8 @@ _COUNTS = ("step", "halvings", "rejected", "updated", "damped_s", "damped_y", "s
 class KBFGS(CurvatureOptimizer):
     """Trains the linear layers of a model by K-BFGS: BFGS estimates of both Kronecker factors of each inverse Hessian.
 
-    For each layer z = W h + b, with [W | b] [n_out, n_in + 1] and h extended by a 1 (neither without a bias), per step
+    For each layer z = W h + b let [W | b] [n_out, n_in + 1] be its parameters, and let h end in a 1; a layer without a bias has
+    neither. A step is
 
         M <- decay M + (1 - decay) (gradient of the loss + weight_decay [W | b])
         [W | b] <- [W | b] - lr H_g M H_a / c                                              Eq. 4
@@ -41,9 +42,9 @@ class KBFGS(CurvatureOptimizer):
         A <- decay A + (1 - decay) E[h h^T]
         H_a <- BFGS update of H_a by s_a = H_a E[h], y_a = (A + lambda_A I) s_a            Section 4
 
-    from s = y = 0, H_g = I, A = E[h h^T] (`initialize`), H_a = (A + lambda_A I)^-1; lambda_A = mu2 = sqrt(damping), unless
-    `damping_a` and `damping_g` say otherwise. c is the layer's `scale`, which the paper does not have: its own method is
-    `scale=None, max_step=None, max_increase=math.inf`.
+    It starts from s = y = 0, H_g = I, A = E[h h^T] (`initialize`) and H_a = (A + lambda_A I)^-1. lambda_A and mu2 are
+    sqrt(damping), unless `damping_a` and `damping_g` say otherwise. c is the layer's `scale`, which the paper does not have: its
+    own method is `scale=None, max_step=None, max_increase=math.inf`.
 
         optimizer = secondorder.KBFGS(model, criterion)
         for x, y in loader:
@@ -54,56 +55,60 @@ class KBFGS(CurvatureOptimizer):
                 return loss
             optimizer.step(closure)
 
-    `step` calls the closure a second time, at the new weights, on the same mini-batch and from the same random state,
-    so that dropout masks repeat. It computes no parameter's gradient unless `doubled_batch` is set; p.grad keeps those of the
-    first call. The second call also tells the loss after the step: where that exceeds the loss before by more than `max_increase`
-    times its size, or is not finite, the step is halved and tried again, and given up after 10 halvings.
+    `step` calls the closure a second time, at the new weights, on the same mini-batch and from the same random state, so that
+    dropout masks repeat. This call computes gradients of the layers' outputs, and none of parameters unless `doubled_batch` is
+    set; p.grad keeps the gradients of the first call. It also gives the loss after the step. If that exceeds the loss before by
+    more than `max_increase` times its size, or is not finite, the step is halved and tried again, and given up after 10 halvings.
 
     Args:
         model: any module; its nn.Linear layers are covered, whatever lies between them.
-        criterion: a module, or a function (output, target) -> scalar loss. The closure computes any loss; where it calls
-            it (`optimizer.criterion` for a function), rows count by the weights of their targets, ignored ones not.
+        criterion: a module, or a function (output, target) -> scalar loss. The closure may compute any loss. Where it calls the
+            criterion (a function as `optimizer.criterion`), a row counts by the weight of its target, and not at all if that is
+            ignored.
         lr: step size, >= 0.
-        damping: lambda in (0, 1]; read where `damping_a` or `damping_g` is None.
+        damping: lambda in (0, 1], for `damping_a` and `damping_g` where they are None.
         damping_a: lambda_A > 0; None: sqrt(damping).
         damping_g: mu2 in (0, 1]; None: sqrt(damping).
-        mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
-        pairs: which (s, y) update H_g. "damped": all, by the double damping. "damped-bounded": of these, those with
-            y.H y <= s.y / mu1, which the second damping may have undone (Section 3). "bounded": undamped, those with this bound
-            and s.s <= s.y / mu2 (Section 5). The last two limit how much a step changes H_g and its inverse (Eq. 8, 10).
-        input_inverse: "hessian-action", or "exact": H_a = (A + lambda_A I)^-1 by a factorisation at every step (Section 5).
-        doubled_batch: whether M takes, beside a mini-batch's gradient, that of the mini-batch before at the same parameters,
-            from the second call of the closure, which then computes it (end of Section 6); their mean, for mini-batches of one
-            size. Parameters of the fallback have the first call's gradients alone, and move only after the second call.
-        scale: "curvature": every layer takes the loss in units of its own curvature c, which its pairs tell, so that training
-            does not depend on the loss's scale, nor on the layers': M / c and y / c for M and y, and until there is a pair a step
-            whose rows' root mean square is 0.1 lr. None: as the paper has it, c = 1, which suits losses that are summed over
-            some hundred outputs.
-        max_step: > 0: the rows of H_g M H_a are shortened to this root mean square over a layer where they are longer, before lr
-            multiplies them; None: as the paper has it, there is no bound.
-        decay: of all moving averages (beta in the paper), in [0, 1).
-        weight_decay: >= 0, of the kind that `decoupled_weight_decay` says.
-        bias_correction: M is the average over the steps so far, as in Adam. False starts from M = 0 without correction,
-            as the authors' published numbers do; the first steps are then short.
-        max_increase: >= 0, relative: a step after which the loss is higher by more is halved. math.inf takes every step
-            with a finite loss after it, as the authors do.
-        max_factor_dim: layers with more outputs than this, whose H_g would have so many rows, are left to the fallback, which is
-            said once; >= 1, None: there is no limit.
-        fallback: what updates parameters outside of the linear layers, after the step: "sgd" (warns once) or "error".
-        maximize: whether the loss is maximised: everything is then as for its negative.
-        decoupled_weight_decay: False: weight_decay is part of the gradient; True: [W | b] <- (1 - lr weight_decay) [W | b] with
-            the step.
-        nonfinite: what a step does that meets NaN or inf: "error" raises `secondorder.NonFiniteError`, "skip" leaves everything
-            as it is and counts in `skipped_steps`.
+        mu1: bound of the first damping, in (0, 1): y.H y <= s.y / mu1.
+        pairs: which (s, y) update H_g. "damped": all, after the double damping. "damped-bounded": of these, the pairs with y.H y
+            <= s.y / mu1, since the second damping may break this bound (Section 3). "bounded": without damping, the pairs with
+            this bound and s.s <= s.y / mu2 (Section 5). The last two limit how much a step changes H_g and its inverse (Eq. 8,
+            10).
+        input_inverse: "hessian-action": BFGS updates of H_a. "exact": H_a = (A + lambda_A I)^-1 by a factorisation at every step
+            (Section 5).
+        doubled_batch: whether M takes the mean of two gradients at the same parameters: of this mini-batch, and of the one
+            before, whose gradient the second call of the closure then computes (end of Section 6). Parameters of the fallback
+            take the first call's gradients alone, and move after the second call.
+        scale: "curvature": divides the loss of every layer by c, the curvature that the layer's pairs show: M / c and y / c
+            replace M and y. Training then depends neither on the scale of the loss nor on those of the layers. Until a layer has
+            a pair, its rows move by a root mean square of 0.1 lr. None: c = 1, as in the paper, which suits losses that are sums
+            over some hundred outputs.
+        max_step: bound on the root mean square of the lengths of a layer's rows of H_g M H_a / c, before lr multiplies them, > 0;
+            None: no bound, as in the paper.
+        decay: decay of all moving averages (beta in the paper), in [0, 1).
+        weight_decay: >= 0; `decoupled_weight_decay` says of which kind.
+        bias_correction: True: M is the bias-corrected average over the steps so far, as in Adam. False: M starts from 0 without
+            correction, as in the authors' published experiments, so that the first steps are short.
+        max_increase: a step after which the loss is higher by more than this times its size is halved, >= 0. math.inf: every step
+            with a finite loss after it is taken, as by the authors.
+        max_factor_dim: limit on n_out of a layer, >= 1, since H_g has n_out^2 numbers; None: no limit. The fallback updates wider
+            layers, and a warning names them once.
+        fallback: what happens to parameters outside of the linear layers. "sgd": SGD updates them after the step, and a warning
+            names them once. "error": `step` raises an error.
+        maximize: whether to maximise the loss: the whole step is then that of the negative loss.
+        decoupled_weight_decay: True: [W | b] <- (1 - lr weight_decay) [W | b] with the step. False: weight_decay [W | b] is added
+            to the gradient.
+        nonfinite: what a step does when it meets NaN or inf: "error" raises `secondorder.NonFiniteError`; "skip" changes nothing
+            and counts the step in `skipped_steps`.
 
-    lr, damping, damping_a, damping_g, mu1, decay, weight_decay, maximize and decoupled_weight_decay are read from `param_groups`
-    at every step (a layer's from its weight's group, but lr and weight_decay of a bias from its own), as is "momentum", 0 unless
-    set there, which the fallback alone uses.
+    Every step reads lr, damping, damping_a, damping_g, mu1, decay, weight_decay, maximize and decoupled_weight_decay from
+    `param_groups`. A layer uses the numbers of its weight's group, but a bias has the lr and weight_decay of its own. A
+    "momentum" that is set in a group is used by the fallback alone.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
-        RuntimeError: from `step`, where there is no closure, it adds to gradients from before it, gradients are missing or not
-            finite, or the closure's second call sees other data; the weights and the optimizer's state have not changed then.
+        RuntimeError: `step` has no closure, or one that adds to earlier gradients, leaves none, or sees other data at its second
+            call; or the loss or a gradient is not finite. `step` has then changed neither weights nor state.
 
     Source: Goldfarb, Ren & Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural Networks" (NeurIPS 2020).
     """
@@ -390,11 +395,11 @@ class KBFGS(CurvatureOptimizer):
         """Counts since the start, layer by layer.
 
         Returns:
-            `{layer name: {count: int}}`, empty before the first step. The counts are the steps ("step"); the halvings that the
-            loss after a step called for ("halvings"); the steps given up after 10 halvings ("rejected"); of H_g the updates made
-            ("updated"), those with s damped ("damped_s") and with y damped ("damped_y"), and those left out ("skipped": the
-            curvature was not positive, something not finite, or a bound broken that `pairs` asks for); of H_a those left out
-            ("input_skipped"; of exact inverses those not finite).
+            `{layer name: {count: int}}`, empty before the first step. "step": steps. "halvings": halvings of steps. "rejected":
+            steps given up after 10 halvings. "updated": updates of H_g that were made; "damped_s" and "damped_y": those in which
+            s or y was damped; "skipped": those left out, since the curvature was not positive, a number was not finite, or a
+            bound that `pairs` asks for was broken. "input_skipped": updates of H_a left out, or exact inverses that were not
+            finite.
         """
         return {
             name: {count: self.state[layer.weight][count] for count in _COUNTS}
@@ -406,11 +411,12 @@ class KBFGS(CurvatureOptimizer):
         """Numbers worth logging: what `diagnostics` counts layer by layer, as means over all layers and the steps so far.
 
         Returns:
-            "halvings": how often the loss after a step called for a halving, per step; "rejected": the share of steps given up
-            after 10 halvings; of H_g's updates the shares made ("updated"), with s damped ("damped_s"), with y damped
-            ("damped_y"), and left out ("skipped": the curvature was not positive, something not finite, or a bound broken); of
-            H_a's those left out ("input_skipped"); "coverage": the share of all trained numbers that belong to these layers,
-            rather than to the fallback, by the steps so far; "skipped_steps". All are 0 before the first step.
+            "halvings": the mean number of halvings of a step. "rejected": the share of steps given up after 10 halvings.
+            "updated": the share of updates of H_g that were made; "damped_s" and "damped_y": the share in which s or y was
+            damped; "skipped": the share left out, since the curvature was not positive, a number was not finite, or a bound that
+            `pairs` asks for was broken. "input_skipped": the share of updates of H_a left out. "coverage": the share of all
+            trained numbers that belong to these layers, rather than to the fallback. "skipped_steps": how many steps NaN or inf
+            has prevented. All are 0 before the first step.
         """
         layers = self.diagnostics().values()
         steps = max(sum(counts["step"] for counts in layers), 1)

@@ -13,7 +13,7 @@ from secondorder.stepping import DampingSchedule
 
 
 class LayerwiseNewton(NewtonOptimizer):
-    """Trains a model by damped Newton steps layer by layer, with nothing to be tuned.
+    """Trains a model by damped Newton steps layer by layer, and finds step size, momentum and damping by itself.
 
         optimizer = secondorder.LayerwiseNewton(model, criterion)
         for x, y in loader:
@@ -26,53 +26,58 @@ class LayerwiseNewton(NewtonOptimizer):
 
         H P A + l P = -B     and     (H + l I) d = -g,
 
-    l the damping plus weight decay. The step is delta = lr (c P + c' (previous delta)); c and c' minimise the quadratic model of
-    the loss,
+    with l the damping plus the weight decay. The step is delta = lr (c P + c' (previous delta)), where c and c' minimise the
+    quadratic model of the loss,
 
         q(delta) = delta^T (g + eta theta) + 1/2 delta^T (G + (tau + eta) I) delta,
 
-    G the full Gauss-Newton matrix and eta the weight decay (Martens & Grosse, 2015, section 7). The damping tau follows how well
-    q predicts the loss, and a step after which the loss has not fallen is taken back. What
-    backward() is called on is evaluated anew from what was recorded or, with terms outside of the criterion, say, by a closure.
+    with G the full Gauss-Newton matrix and eta the weight decay (Martens & Grosse, 2015, section 7). The damping tau falls while
+    q predicts the loss well, and rises while it does not. A step after which the loss has not fallen is taken back. To judge a
+    step, the optimizer evaluates the loss at other parameters: from what the tape has recorded or, if the loss has terms outside
+    of the criterion, by the closure that `step` is given.
 
     Args:
         model: any module; its nn.Linear layers are covered wherever elementwise functions connect them (docs/design.md).
-        criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`.
-        lr: multiplies the step that the quadratic model gives, in [0, 2), so that every scheduler does what it says.
+        criterion: a module, or a function (output, target) -> scalar loss. The loop must compute its loss by it, and call a
+            function as `optimizer.criterion`.
+        lr: multiplies the step that the quadratic model gives; in [0, 2). Schedulers change it as they change any learning rate.
         curvature: "pch-abs" (PCH-1: absolute values), "pch-clip" (PCH-2: clips in Eq. 8b, absolute values in Eq. 8a),
             "pch-clip-all" (clips in both), "gauss-newton", "kflr", "fisher-mc", "fisher-empirical", "fisher-exact", or a
             `secondorder.curvature.Curvature`, such as PCH(gamma).
         solver: "auto" ("kfi" up to n_in = 1024, else "ea-isotropic"), "ea-cg", "ea-cg-truncated", "kron-cg", "kfi",
             "kfi-rank-one", "exact", "ea-isotropic", or a `secondorder.solvers.Solver`, which has its own settings.
-        max_cg: the CG solvers do at most this many iterations, >= 1.
-        eps_cg: the CG solvers stop at this residual, relative to the first one, >= 0.
-        weight_decay: eta, >= 0: the penalty weight_decay/2 |theta|^2 is part of the model of the loss.
-        factor_decay: in [0, 1); H and A are bias-corrected exponential averages with this decay over their renewals; 0: the last
-            one alone.
-        curvature_every: H and A are renewed every so many steps, >= 1, and at each of the first so many.
-        curvature_samples: H (but for the criterion's part) and E[h h^T] are estimated from at most so many instances of every
-            forward pass, >= 1; None: from all. E[h] is the whole batch's.
-        inverse_every: the solver's factorisations are renewed every so many steps, >= 1, and at each of the first so many.
-        max_factor_elements: for a layer with n_in^2 above this, >= 0, "kfi" takes "kfi-rank-one" and "auto" "ea-isotropic".
-        max_factor_dim: layers with more outputs than this have no curvature, since H has so many rows: the fallback updates them,
-            which is said once, and a layer that leads there gets its empirical Fisher block; >= 1, None: there is no limit.
-        damping: where tau starts, relative to the first loss, > 0; it stays above a tenth of that, and above more where steps do
-            not generalise (`secondorder.stepping.LossTrend`). None: 250 / m^2 for m instances, from 1e-4 to 1.
-        subsample: the fraction of the batch that the quadratic model is evaluated on, in (0, 1]; at least 100 instances with 500
-            outputs, and the whole batch where its rows are no instances by themselves.
-        average: whether averages of the parameters are kept, for `averaged_parameters`.
-        fallback: what updates parameters that no curvature covers: "sgd" (warns once; here they are part of the quadratic model)
-            or "error".
-        maximize: whether the loss is maximised: everything, the curvature too, is then as for its negative.
-        nonfinite: what a step does that meets NaN or inf: "error" raises `secondorder.NonFiniteError`, "skip" leaves everything
-            as it is and counts in `skipped_steps`.
+        max_cg: the most iterations of the solvers that use conjugate gradients, >= 1.
+        eps_cg: these solvers stop once the residual is at most this times the first one, >= 0.
+        weight_decay: eta, >= 0. The penalty weight_decay/2 |theta|^2 is part of the quadratic model.
+        factor_decay: decay of the exponential averages of H and A over their renewals, in [0, 1); they are bias-corrected. 0: the
+            last renewal alone.
+        curvature_every: H and A are renewed at the first curvature_every steps, and then at every curvature_every-th; >= 1.
+        curvature_samples: at most so many instances of each forward pass are used for E[h h^T] and for the curvature, except the
+            criterion's Hessian, which uses all; >= 1. None: all are used. E[h] always uses all.
+        inverse_every: the solver's factorisations are renewed at the first inverse_every steps, and then at every
+            inverse_every-th; >= 1.
+        max_factor_elements: limit on n_in^2 of a layer, >= 0. Above it "kfi" uses "kfi-rank-one", and "auto" uses "ea-isotropic".
+        max_factor_dim: limit on n_out of a layer, >= 1, since H has n_out^2 numbers; None: no limit. The fallback updates wider
+            layers, and a warning names them once. A layer whose output they take gets its empirical Fisher block.
+        damping: the start of tau, relative to the first loss, > 0. None: 250 / m^2 for batches of m instances, at least 1e-4 and
+            at most 1. tau stays above a tenth of its start, and above more while the losses of new batches rise
+            (`secondorder.stepping.LossTrend`).
+        subsample: the fraction of the batch that the quadratic model is evaluated on, in (0, 1]. It is at least 100 instances,
+            and enough of them for 500 outputs. It is the whole batch where the loss is no mean or sum over the batch's rows.
+        average: whether to keep averages of the parameters, for `averaged_parameters`.
+        fallback: what happens to parameters that no curvature covers. "sgd": they move along their gradients, as a part of the
+            quadratic model, and a warning names them once. "error": `step` raises an error.
+        maximize: whether to maximise the loss: the whole step, with its curvature, is then that of the negative loss.
+        nonfinite: what a step does when it meets NaN or inf: "error" raises `secondorder.NonFiniteError`; "skip" changes nothing
+            and counts the step in `skipped_steps`.
 
-    lr, weight_decay, factor_decay and maximize are read from `param_groups` at every step: the solver's weight_decay from the
-    first group, factor_decay of a layer from its weight's group; lr and maximize must be the same in all.
+    Every step reads lr, weight_decay, factor_decay and maximize from `param_groups`. The solver uses the weight_decay of the
+    first group, and a layer the factor_decay of its weight's group. lr and maximize must be the same in all groups.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
-        RuntimeError: from `step`, where gradients or records are missing or numbers are not finite; nothing has changed then.
+        RuntimeError: `step` finds no gradients, no recorded call of the criterion, or numbers that are not finite. It has then
+            changed nothing.
 
     Source: the curvature and the solvers of Chen et al., "EA-CG" (AAAI 2019), whose equations Eq. 8a and 8b are; the steps of
     Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature" (ICML 2015).

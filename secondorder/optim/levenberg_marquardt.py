@@ -22,68 +22,70 @@ _NUMBERS: Numbers = {"lr": (lambda v: 0 < v < 2, "in (0, 2)")}
 
 
 class LevenbergMarquardt(SecondOrderOptimizer):
-    r"""Exact Gauss-Newton steps for a loss that is a sum of squares, from the closure that one writes for L-BFGS.
+    r"""Takes exact Gauss-Newton steps for a loss that is a sum of squares, from the closure that one writes for L-BFGS.
 
-    For physics-informed nets, function fitting, inverse problems and small data, where accuracy counts and residuals are few (up
-    to some thousands). The loss is
+    Take it for physics-informed nets, function fitting, inverse problems and small data, where accuracy counts and the residuals
+    are few, up to some thousands. Use float64: in float32 errors end near 1e-4. It predicts noisy data no better than other
+    optimizers do, and shocks (Burgers' equation at small viscosity) need many residuals. The loss is
 
         f(theta) = sum_k c_k r_k(theta)^2 + sum_j t_j theta_j^2 + constant,   c_k, t_j >= 0,
 
-    any combination of means and sums of squares. Huber's loss, smooth L1, the soft margin, binary cross-entropy with logits and
-    cross-entropy are taken as the squares of their roots, whose curvature is phi'^2 / (2 phi). The residuals r and their
-    coefficients c are found in the loss's autograd graph, those of derivatives by `torch.autograd.grad(..., create_graph=True)`
-    included; squares of the parameters themselves become t.
-    J [m, P], the Jacobian of the weighted residuals, comes from one backward pass: wherever a parameter acts row by row, the
-    arriving gradients and the other operand are its rows' factors. A step is
+    that is, any combination of means and sums of squares. The residuals r and their coefficients c are found in the loss's
+    autograd graph, also if they are made of derivatives by `torch.autograd.grad(..., create_graph=True)`. Squares of the
+    parameters themselves become t. Huber's loss, smooth L1, the soft margin, binary cross-entropy with logits and cross-entropy
+    count as the squares of their roots, whose curvature is phi'^2 / (2 phi).
+
+    J [m, P], the Jacobian of the weighted residuals, comes from one backward pass: wherever a parameter acts row by row, J's rows
+    are sums of outer products of the gradients that arrive there and the other operand. A step is
 
         theta <- theta + lr d + lr^2 a / 2,   (J^T J + diag(t) + mu I) d = -(J^T r + t theta),   (...) a = -J^T r'',
 
-    r'' the second derivative of r along d (geodesic acceleration, left out where a is large beside d). `rows` residuals drawn at
-    random for each step stand for all, or four for each parameter where the parameters are no more than `rows`. After 4 steps
-    without a new record of the whole loss they become 1.5 times as many. The system is solved in m or P dimensions, whichever are
-    fewer, by Cholesky's method, and beyond 1500 rows by conjugate gradients with a Nystrom preconditioner of rank 200. A step is
-    taken where the rows drawn fall and the whole loss stays below twice its record; mu follows the reduction over the predicted
-    one (Nielsen's rule), in at most 12 tries.
+    where r'' is the second derivative of r along d, and a is the geodesic acceleration, which is left out if it is large beside
+    d. The system is solved in m or P dimensions, whichever are fewer, by Cholesky's method, and beyond 1500 rows by conjugate
+    gradients with a Nystrom preconditioner of rank 200.
 
-    Where there are fewer than 4 residuals for each parameter, a tenth of each term with 100 or more is not drawn. If 12 steps
-    bring no new record of their loss, and it is a tenth above that of the others or more, the points are being interpolated or
-    noise is fitted: the parameters go back to the record, with a hundred times the damping, and a warning says so once. Where no
-    step lowers the loss of the others, or that of those held out comes below 1e-5 of the first loss, which leaves no room for
-    noise, all are drawn from then on, unless `holdout` is True. Nothing is held out of parameters that stand for themselves,
-    as a field's values.
+    **Rows.** Each step draws `rows` residuals at random, which stand for all; if the parameters are no more than `rows`, it draws
+    at least four for each parameter. After 4 steps without a new record of the whole loss it draws 1.5 times as many.
 
-    The first call of `step` does more, since first steps decide which minimum is reached. It takes 6 steps from each of two
-    starts, and goes on from the least loss, that of the beginning included. One start is the net after 40 steps of `EigenAdam`
-    (up to 120, until they have halved the loss), the other the net as it is. The second is left out where the first ends below
-    a thousandth of the first loss, or has halved it in its last three steps. With fewer than 20 parameters the order is reversed.
+    **Acceptance.** A step is taken if the loss of the rows drawn falls and the whole loss stays below twice its record. mu
+    follows the ratio of the reduction to the predicted one (Nielsen's rule). A step tries at most 12 values of mu.
 
-    It does not predict noise better than others do, and shocks (Burgers' equation at small viscosity) need many residuals. In
-    float32 errors end near 1e-4: use float64.
+    **Residuals held out.** With fewer than 4 residuals for each parameter, a tenth of each term with 100 or more is held out. If
+    12 steps bring no new record of the loss of those held out, and it is at least a tenth above that of the others, the points
+    are being interpolated or noise is fitted: the parameters go back to the record, mu becomes a hundred times as large, and a
+    warning says so once. All residuals are drawn from then on if no step lowers the loss of the others, or if the loss of those
+    held out falls below 1e-5 of the first loss, which leaves no room for noise; `holdout=True` holds them out to the end. No
+    residuals of parameters that stand for themselves, such as a field's values, are held out.
+
+    **The first call** of `step` does more, since first steps decide which minimum is reached. It takes 6 steps from each of two
+    starts and goes on from the least loss, that of the beginning included. One start is the net after 40 steps of `EigenAdam`, or
+    up to 120 until the loss has halved; the other is the net as it is. The second is left out if the first ends below a
+    thousandth of the first loss, or has halved it in its last three steps. With fewer than 20 parameters the order is reversed.
 
     Args:
-        params: a model, or parameters or param_groups; coefficients of an equation that are to be found are parameters like any.
-            One floating dtype and one device. Those that do not require a gradient are left alone.
-        lr: multiplies a step, in (0, 2); a group's own for its parameters. Schedulers change it as any learning rate; none is
-            needed.
-        rows: residuals drawn in a step, each term's share at least half of an equal one. None: all.
-        max_rows: to which the rows grow. None: all.
-        acceleration: whether steps are bent by the geodesic acceleration, for one more call of the closure a step.
+        params: a model, parameters, or param_groups, of one floating dtype on one device. Coefficients of an equation that are to
+            be found are parameters like any other. Parameters that do not require a gradient are left alone.
+        lr: multiplies the step, in (0, 2); a group's own for its parameters. Schedulers change it as they change any learning
+            rate; none is needed.
+        rows: how many residuals a step draws; each term gets at least half of an equal share. None: all.
+        max_rows: how many residuals a step draws at most, once their number grows. None: all.
+        acceleration: whether steps are bent by the geodesic acceleration, which costs one more call of the closure in each step.
         damping: the start of mu, relative to the mean of the diagonal of J J^T, > 0.
-        race: whether the first call tries two starts. Without it the first step has the damping above.
-        holdout: whether a tenth of the residuals, of terms with 100 or more that data enter through layers, is held out. None:
-            where there are fewer than 4 residuals for each parameter.
-        solver: which system is solved, and how: "rows" (m x m, by Cholesky), "parameters" (P x P, by Cholesky), "nystrom" (m x m,
-            by conjugate gradients), or "auto", which chooses by m and P.
-        memory: bytes that J may take; where it would take more, products with it are formed from its factors.
+        race: whether the first call tries two starts. Without it the first step begins with `damping`.
+        holdout: whether a tenth of the residuals is held out, of terms with 100 or more that data enter through layers. None: if
+            there are fewer than 4 residuals for each parameter.
+        solver: the system that is solved: "rows" (m x m, by Cholesky's method), "parameters" (P x P, by Cholesky's method),
+            "nystrom" (m x m, by conjugate gradients), or "auto", which chooses by m and P.
+        memory: how many bytes J may take. A larger J is not formed: products with it are computed from its factors.
         seed: of the generator that draws the rows.
-        nonfinite: what a step does that meets NaN or inf: "error" raises `NonFiniteError`, "skip" counts it in `skipped_steps`.
-            Neither changes anything else.
+        nonfinite: what a step does when it meets NaN or inf: "error" raises `secondorder.NonFiniteError`; "skip" counts the step
+            in `skipped_steps`. Neither changes anything else.
 
     Raises:
         TypeError, ValueError: an argument is out of its range, or the parameters are of several dtypes or devices.
 
-    State, with the first parameter: the damping, the rows, the generator, and the record's parameters [P]. Memory:
-    that of J [rows, P] and J J^T.
+    The state, kept with the first parameter, has the damping, the rows, the generator, and the parameters [P] of the record. Most
+    memory goes to J [rows, P] and J J^T.
 
     Source: Levenberg (1944) and Marquardt (1963); Nielsen (1999) for the damping; Transtrum & Sethna (2012) for the acceleration;
     Frangella, Tropp & Udell (2021) for the preconditioner.
@@ -130,16 +132,16 @@ class LevenbergMarquardt(SecondOrderOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
-        """One step; calls the closure three times or more, the first one some 60 to 90 times.
+        """Makes one step. It calls the closure three times or more; the first step calls it some 60 to 90 times.
 
-        Within a step every call starts from the same state of torch's random generators, so that points drawn in the closure are
-        the same ones; the next step has new ones.
+        Within a step every call starts from the same state of torch's random generators, so that the closure draws the same
+        points at every call; the next step draws new ones.
 
         Args:
-            closure: returns the loss with its graph: a scalar, or [(residual, weight), ...], whose loss is the sum of
-                mean(weight * residual ** 2), residual a tensor of any shape and weight a number or a tensor of its shape. It may
-                call `zero_grad()` and `loss.backward()`: the latter does nothing within a step. Where it calls both it may return
-                the loss detached, as Lightning's closures do. Derivatives in it are taken by `torch.autograd.grad`.
+            closure: returns the loss with its graph: a scalar, or [(residual, weight), ...], which stands for the sum of
+                mean(weight * residual ** 2); a residual is a tensor of any shape, its weight a number or a tensor of that shape.
+                The closure takes derivatives by `torch.autograd.grad`. It may call `zero_grad()` and `loss.backward()`, which do
+                nothing within a step; if it calls both it may return the loss detached, as Lightning's closures do.
 
         Returns:
             The loss before the step, detached.
@@ -231,10 +233,10 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         """Numbers worth logging.
 
         Returns:
-            "damping": mu relative to tr(J J^T); "rows": how many residuals the next step draws, inf for all; "ratio": the last
-            step's reduction over the predicted one, near 1 where the linear model holds, 0 where no step was accepted;
-            "excess": the mean loss of the residuals held out over that of the others, far above 1 where points are interpolated,
-            0 where none are held out; "skipped_steps". All are 0 before the first step.
+            "damping": mu relative to tr(J J^T). "rows": how many residuals the next step draws, inf for all. "ratio": the last
+            step's reduction over the predicted one; near 1 where the linear model holds, 0 if no step was accepted. "excess": the
+            mean loss of the residuals held out over that of the others; far above 1 if points are interpolated, 0 if none are
+            held out. "skipped_steps": how many steps NaN or inf has prevented. All are 0 before the first step.
         """
         state = self.state.get(self._first(), {})
         found = {key: float(state.get(key, 0.0)) for key in ("damping", "rows", "ratio", "excess")}
