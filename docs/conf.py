@@ -17,7 +17,7 @@ version = release = secondorder.__version__
 
 # The source folder is the repository's root, so that links between pages, and to files, are those of the repository.
 root_doc = "README"
-include_patterns = ["*.md", "docs/**.md", "examples/*.md", "bench/results/*.md"]
+include_patterns = ["*.md", "docs/**.md", "examples/*.md", "bench/*.md", "bench/results/*.md"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"secondorder {version}"
@@ -64,6 +64,7 @@ docs/situations
 docs/math
 docs/results
 docs/performance
+bench/README
 docs/cuda
 docs/decisions
 docs/design

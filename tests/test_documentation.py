@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "bench/README.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 ONE_PROGRAM = "<!-- one program -->"  # on a page whose blocks go on where the block before has ended
 NOT_RUN = re.compile(r"<!-- not run: .+ -->$")  # right before a block, with the reason
