@@ -68,6 +68,11 @@ class Matrix:
         rows = here(self.weight).shape[0]
         return rows, self.weight.numel() // self.weight.shape[0]
 
+    @cached_property
+    def as_it_is(self) -> bool:
+        """Whether its parameters are real tensors that are all here."""
+        return not (self.weight.is_complex() or is_sharded(self.weight))
+
     @property
     def numel(self) -> int:
         """How many numbers it has with its bias."""
@@ -121,64 +126,88 @@ def computed_in(p: Tensor) -> torch.dtype:
     return compute_dtype(p.dtype.to_real() if p.is_complex() else p.dtype)
 
 
-def checked_dtype(owner: str, present: list[Matrix]) -> torch.dtype:
-    """What all parameters are computed in, once they and their gradients are known to be what can be computed with.
+class Operands:
+    """The parameters of matrices as an operator takes them, with the gradients of what is minimised.
+
+    Attributes:
+        dtype: what all are computed in.
+        weights: [n, p] of every matrix, contiguous, to be written to.
+        biases: [n] of every matrix, likewise; [0] without one.
+        weight_grads: G [n, p] of every matrix; zeros where there is none.
+        bias_grads: g [n] of every matrix, likewise; [0] without a bias.
 
     Args:
-        owner: who asks, for the error.
+        owner: who asks, for errors.
         present: the matrices that have a gradient.
+        sign: -1 where the loss is maximised.
 
     Raises:
-        RuntimeError: they are on several devices or of several dtypes, expanded, or have sparse gradients.
+        RuntimeError: parameters are on several devices or of several dtypes, expanded, or have sparse gradients.
     """
-    first = present[0]
-    device, own = first.weight.device, first.weight.dtype
-    dtype = computed_in(first.weight)
-    for matrix in present:
-        for p in (matrix.weight, matrix.bias):
-            if p is None:
-                continue
-            if p.device != device:
-                raise RuntimeError(
-                    f"{owner}: expected all parameters on one device, got {first.name!r} on {device} and "
-                    f"{matrix.name!r} on {p.device}"
-                )
-            if p.dtype is not own and computed_in(p) is not dtype:
-                raise RuntimeError(
-                    f"{owner}: expected all parameters of one dtype, 16-bit ones counting as float32, got {own} and {p.dtype} "
-                    f"for {matrix.name!r}; give those of each dtype an optimizer of their own"
-                )
-            if not p.is_contiguous() and any(
-                stride == 0 < length - 1 for stride, length in zip(p.stride(), p.shape, strict=True)
-            ):
-                raise RuntimeError(f"{owner}: expected parameters with memory of their own, got expanded {matrix.name!r}")
-            if p.grad is not None and p.grad.layout is not torch.strided:
-                raise RuntimeError(f"{owner}: expected dense gradients, got a sparse one for {matrix.name!r}; use sparse=False")
-    return dtype
 
+    def __init__(self, owner: str, present: list[Matrix], sign: int):
+        self.dtype, self._device, self._sign = computed_in(present[0].weight), present[0].weight.device, sign
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self.weights: list[Tensor] = []
+        self.biases: list[Tensor] = []
+        self.weight_grads: list[Tensor] = []
+        self.bias_grads: list[Tensor] = []
+        nothing = torch.empty(0, dtype=self.dtype, device=self._device)
+        for matrix in present:
+            own, grad = self._of(owner, matrix.weight, matrix, present[0])
+            if own.shape != matrix.shape_here:
+                own, grad = own.detach().view(matrix.shape_here), grad.reshape(matrix.shape_here)
+            self.weights.append(own)
+            self.weight_grads.append(grad)
+            bias = matrix.bias
+            own, grad = (nothing, nothing) if bias is None else self._of(owner, bias, matrix, present[0])
+            self.biases.append(own)
+            self.bias_grads.append(grad)
 
-def values(p: Tensor, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-    """A parameter's values here as a contiguous matrix or vector that is written to: itself, or else a copy."""
-    p = real_view(here(p))
-    if p.dtype is dtype and p.is_contiguous():
-        return p if p.shape == shape else p.detach().view(*shape)
-    return p.detach().to(dtype).contiguous().view(*shape)
+    def write_back(self) -> None:
+        """Gives the parameters what was written to their copies."""
+        for p, copy in self._copies:
+            p.copy_(copy)
 
+    def _of(self, owner: str, p: Tensor, matrix: Matrix, first: Matrix) -> tuple[Tensor, Tensor]:
+        """A parameter's values, itself where that is possible, and its gradient."""
+        g = p.grad
+        if (  # almost always; with small layers each call of torch is what a step costs
+            g is not None
+            and matrix.as_it_is
+            and p.dtype is self.dtype
+            and g.dtype is self.dtype
+            and p.device == self._device
+            and p.is_contiguous()
+            and g.layout is torch.strided
+            and self._sign > 0
+        ):
+            return p, g
+        self._check(owner, p, matrix, first)
+        parts = real_view(here(p)).detach()
+        own = parts.to(self.dtype).contiguous()
+        if own.data_ptr() != parts.data_ptr():
+            self._copies.append((parts, own))
+        if g is None:
+            return own, torch.zeros_like(own)
+        grad = cast(real_view(here(g)), self.dtype)
+        return own, -grad if self._sign < 0 else grad
 
-def write_back(p: Tensor, copy: Tensor) -> None:
-    """Gives a parameter the values that a copy of it was given."""
-    p = real_view(here(p))
-    if copy is not p and copy.data_ptr() != p.data_ptr():
-        p.copy_(copy.view(p.shape))
-
-
-def gradient_of(p: Tensor, shape: Iterable[int], dtype: torch.dtype, sign: int) -> Tensor:
-    """The gradient here of what is minimised, as a matrix or vector; zeros where there is none."""
-    if p.grad is None:
-        return torch.zeros(*shape, dtype=dtype, device=p.device)
-    g = cast(real_view(here(p.grad)), dtype)
-    g = g if g.shape == shape else g.reshape(*shape)
-    return -g if sign < 0 else g
+    def _check(self, owner: str, p: Tensor, matrix: Matrix, first: Matrix) -> None:
+        if p.device != self._device:
+            raise RuntimeError(
+                f"{owner}: expected all parameters on one device, got {first.name!r} on {self._device} and "
+                f"{matrix.name!r} on {p.device}"
+            )
+        if computed_in(p) is not self.dtype:
+            raise RuntimeError(
+                f"{owner}: expected all parameters of one dtype, 16-bit ones counting as float32, got {first.weight.dtype} and "
+                f"{p.dtype} for {matrix.name!r}; give those of each dtype an optimizer of their own"
+            )
+        if not p.is_contiguous() and any(stride == 0 < length - 1 for stride, length in zip(p.stride(), p.shape, strict=True)):
+            raise RuntimeError(f"{owner}: expected parameters with memory of their own, got expanded {matrix.name!r}")
+        if p.grad is not None and p.grad.layout is not torch.strided:
+            raise RuntimeError(f"{owner}: expected dense gradients, got a sparse one for {matrix.name!r}; use sparse=False")
 
 
 def _multiplies(module: nn.Module) -> bool:

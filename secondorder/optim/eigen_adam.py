@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from secondorder import ops
 from secondorder._layers import linear_layers
 from secondorder._tape.hooks import remove_handles
-from secondorder._tensors import here, is_sharded
+from secondorder._tensors import cast, is_sharded
 from secondorder._warnings import warn
 from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
@@ -37,14 +37,11 @@ from secondorder.optim._eigen_state import (
 from secondorder.optim._matrices import (
     InputHook,
     Matrix,
-    checked_dtype,
+    Operands,
     computed_in,
-    gradient_of,
     input_rows,
     is_plain,
     matrices,
-    values,
-    write_back,
 )  # fmt: skip
 from secondorder.optim._numbers import Numbers, check_arguments, check_numbers, warn_of_short_steps
 from secondorder.optim._optimizer import SecondOrderOptimizer
@@ -196,7 +193,8 @@ class EigenAdam(SecondOrderOptimizer):
         self._handles: list[Any] = []
         weakref.finalize(self, remove_handles, self._handles)
         self._matrices: list[Matrix] | None = None
-        self._ids: list[int] = []  # of the parameters that these are of
+        self._ids: list[list[int]] = []  # of the groups' parameters that these are of
+        self._places: dict[Matrix, tuple[int, int]] = {}  # the positions of the groups of a weight and of its bias
         self._sketches, self._lookups = Sketches(), Lookups()
         self._seeing: bool | None = None  # whether the next step renews bases; None: not known yet
         self._announced: set[str] = set()  # warnings given
@@ -255,7 +253,9 @@ class EigenAdam(SecondOrderOptimizer):
                     "which needs whole weights"
                 )
             self._matrices = matrices(own, self._model)
-            self._ids = [id(p) for p in dict.fromkeys(own)]
+            self._ids = self._ids_now()
+            place = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+            self._places = {m: (place[m.weight], place[m.weight if m.bias is None else m.bias]) for m in self._matrices}
             self._owner: dict[Any, Matrix] = {m.weight: m for m in self._matrices if m.modules or m.lookups}
             for matrix in self._matrices:
                 if self._shards is not None:  # layers compute with other, whole weights
@@ -263,6 +263,10 @@ class EigenAdam(SecondOrderOptimizer):
                 if not matrix.modules and has_no_basis(self.state.get(matrix.weight, {})):
                     matrix.eigen = False  # its first gradient was no map's
         return self._matrices
+
+    def _ids_now(self) -> list[list[int]]:
+        """The identities of the groups' parameters."""
+        return [list(map(id, group["params"])) for group in self.param_groups]
 
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Takes a sketch of a layer's inputs where the next step renews bases."""
@@ -281,10 +285,9 @@ class EigenAdam(SecondOrderOptimizer):
         if matrix.lookups:
             self._lookups.add(matrix, inputs)
             return
-        with torch.no_grad():
-            rows = input_rows(module, inputs.detach()).to(computed_in(matrix.weight))
-            state = self._state(matrix, len(rows))
-            self._sketches.add(matrix, state, rows, alone=not (self._several or rows.is_cuda))
+        rows = cast(input_rows(module, inputs.detach()), computed_in(matrix.weight))
+        state = self._state(matrix, len(rows))
+        self._sketches.add(matrix, state, rows, alone=not (self._several or rows.is_cuda))
 
     # --- the state -----------------------------------------------------------------------------------------------------------
 
@@ -481,54 +484,50 @@ class EigenAdam(SecondOrderOptimizer):
 
     @torch.compiler.disable  # its bookkeeping has nothing to compile
     def _step(self) -> None:
-        groups = self._groups()
+        numbers = self._numbers()
         sign, recorded = -1 if self._maximize() else 1, self._hessians
-        if self._matrices is None or [id(p) for p in groups] != self._ids:
+        if self._matrices is None or self._ids_now() != self._ids:
             self._hook()  # also where a group's list of parameters was changed by hand
         present = [m for m in self._table() if m.weight.grad is not None or (m.bias is not None and m.bias.grad is not None)]
         if not present:
             self._find_none()
             return
-        dtype = checked_dtype(f"{type(self).__name__}.step()", present)
+        operands = Operands(f"{type(self).__name__}.step()", present, sign)
         shared, due = self._shared(), self._renewing()
         control = shared["control"]
         self._read_report()
-        nothing = torch.empty(0, device=present[0].weight.device, dtype=dtype)
         for matrix in present:
-            if not self.state[matrix.weight].get("step"):
+            if matrix.could_be_numbers and not self.state[matrix.weight].get("step"):
                 self._find_numbers(matrix)
         states = [self._state(matrix, 0) for matrix in present]
         shares = self._lookups.shares(present, states, self._sum_ if self._several else None) if due else {}
-        weights, biases, weight_grads, bias_grads = [], [], [], []
         rates, bias_rates, decays, bias_decays = [], [], [], []
         for matrix, state in zip(present, states, strict=True):
-            weight, bias, share = matrix.weight, matrix.bias, shares.get(matrix, state.get("share", 1.0))
-            weights.append(values(weight, matrix.shape_here, dtype))
-            weight_grads.append(gradient_of(weight, matrix.shape_here, dtype, sign))
-            biases.append(nothing if bias is None else values(bias, here(bias).shape, dtype))
-            bias_grads.append(nothing if bias is None else gradient_of(bias, here(bias).shape, dtype, sign))
-            group = groups[weight]
-            bias_group = group if bias is None else groups[bias]
-            rates.append(float(group["lr"]) / share)
-            bias_rates.append(float(bias_group["lr"]))
+            share, (place, bias_place) = shares.get(matrix, state.get("share", 1.0)), self._places[matrix]
+            rate, decay = numbers[place]
+            bias_rate, bias_decay = numbers[bias_place]
+            rates.append(rate / share)
+            bias_rates.append(bias_rate)
             # What has no gradient is given one of zeros, so that it does not move; nor does it decay.
-            decays.append(0.0 if weight.grad is None else float(group["weight_decay"]) * share)
-            bias_decays.append(0.0 if bias is None or bias.grad is None else float(bias_group["weight_decay"]))
+            decays.append(decay * share if decay and matrix.weight.grad is not None else 0.0)
+            bias_decays.append(bias_decay if bias_decay and matrix.bias is not None and matrix.bias.grad is not None else 0.0)
         means = [state["mean"] for state in states]
-        hessians = {} if recorded is None or not due else recorded.of_step(groups, sign, self._group)
-        renewed = self._renew(present, states, means, control, weight_grads, bias_grads, hessians) if due else []
+        hessians = {}
+        if recorded is not None and due:
+            trained = {p: group for group in self.param_groups for p in group["params"]}
+            hessians = recorded.of_step(trained, sign, self._group)
+        renewed = self._renew(present, states, means, control, operands, hessians) if due else []
         beta1, beta2 = self.param_groups[0]["betas"]
         self._operators(present, states).eigen_step_(
-            weights, biases, *(self._moments(present, states, name) for name in MOMENTS), [s["size"] for s in states], control,
-            weight_grads, bias_grads, means, [s["basis_out"] for s in states], [s["basis_in"] for s in states],
-            rates, bias_rates, decays, bias_decays, [s["step"] for s in states], beta1, beta2, self.param_groups[0]["eps"], due,
+            operands.weights, operands.biases, *(self._moments(present, states, name) for name in MOMENTS),
+            [s["size"] for s in states], control, operands.weight_grads, operands.bias_grads, means,
+            [s["basis_out"] for s in states], [s["basis_in"] for s in states], rates, bias_rates, decays, bias_decays,
+            [s["step"] for s in states], beta1, beta2, self.param_groups[0]["eps"], due,
         )  # fmt: skip
         if not self._taken(control):
             return
-        for matrix, state, weight, bias, mean in zip(present, states, weights, biases, means, strict=True):
-            write_back(matrix.weight, weight)
-            if matrix.bias is not None:
-                write_back(matrix.bias, bias)
+        operands.write_back()
+        for matrix, state, mean in zip(present, states, means, strict=True):
             state["step"] += 1
             if matrix.bias is not None:
                 self.state[matrix.bias]["step"] = state["step"]
@@ -584,22 +583,25 @@ class EigenAdam(SecondOrderOptimizer):
             return [state[name] for state in states]
         return [moments_here(matrix, state, name) for matrix, state in zip(present, states, strict=True)]
 
-    def _groups(self) -> dict[Tensor, dict[str, Any]]:
-        """The group of every parameter, once the groups' numbers are known to be valid."""
-        first = self.param_groups[0]
+    def _numbers(self) -> list[tuple[float, float]]:
+        """The learning rate and the weight decay of every group, once all its numbers are known to be valid."""
+        first, found = self.param_groups[0], []
         for group in self.param_groups:
             _check_group(f"{type(self).__name__}.step()", group)
+            found.append((float(group["lr"]), float(group["weight_decay"])))
             if "max_lr" in group and "max_lr" not in self._announced:  # OneCycleLR's
                 self._announced.add("max_lr")
                 warn_of_short_steps(type(self).__name__, group["max_lr"], "max_lr")
-            self._highest = max(self._highest, float(group["lr"]))
+            self._highest = max(self._highest, found[-1][0])
+            if group is first:
+                continue
             for name in ("betas", "eps"):
                 if tuple(group["betas"]) != tuple(first["betas"]) or group["eps"] != first["eps"]:
                     raise ValueError(
                         f"{type(self).__name__}.step(): expected {name} to be the same in all param_groups, got "
                         f"{first[name]!r} and {group[name]!r}"
                     )
-        return {p: group for group in self.param_groups for p in group["params"]}
+        return found
 
     def _renew(
         self,
@@ -607,8 +609,7 @@ class EigenAdam(SecondOrderOptimizer):
         states: list[dict[str, Any]],
         means: list[Tensor],
         control: Tensor,
-        weight_grads: list[Tensor],
-        bias_grads: list[Tensor],
+        operands: Operands,
         hessians: dict[Tensor, Tensor],
     ) -> list[tuple[dict[str, Any], int, bool]]:
         """Renews the bases of all matrices from their inputs' sketches and their gradients or bias Hessians.
@@ -617,7 +618,7 @@ class EigenAdam(SecondOrderOptimizer):
         A first mean that a sketch has found takes its place in `means`, and is put into the state when the step is made.
         """
         sketches = self._sketches.averaged(present, self.state, self._sum_) if self._several else self._sketches.of
-        nothing = weight_grads[0].new_empty(0)
+        nothing = operands.weight_grads[0].new_empty(0)
         given, renewed, lost = [], [], []
         for i, (matrix, state) in enumerate(zip(present, states, strict=True)):
             if not matrix.eigen:  # nothing to renew; but where its gradient is not finite no basis may turn
@@ -627,9 +628,9 @@ class EigenAdam(SecondOrderOptimizer):
             if sketch is None:
                 unseen, has_seen = state["unseen"] + 1, state["renewals"] > state["unseen"]
                 patience = PATIENCE if has_seen else 1  # a lazy layer has shown none at the first
-                sketch = Sketch(weight_grads[i].new_empty(0), means[i])
+                sketch = Sketch(nothing, means[i])
                 if has_seen and unseen <= PATIENCE:  # it may show some again: V stays
-                    sketch = Sketch(weight_grads[i].new_zeros(len(state["basis_in"]) + 1, matrix.shape[1]), means[i], 1)
+                    sketch = Sketch(means[i].new_zeros(len(state["basis_in"]) + 1, matrix.shape[1]), means[i], 1)
                 elif unseen == patience + 1 and matrix.modules and matrix.weight.grad is not None:
                     lost.append(matrix.name)
                     if has_seen:
@@ -650,9 +651,10 @@ class EigenAdam(SecondOrderOptimizer):
         if renewed:
             self._operators(present, states).eigen_renew_(
                 means, [s["basis_out"] for s in states], [s["basis_in"] for s in states], [s["scale_out"] for s in states],
-                [s["scale_in"] for s in states], self._moments(present, states, "exp_avg"), control, weight_grads, bias_grads,
-                [_finite(sketch.sums) for sketch, _, _ in given], [_finite(hessian) for _, hessian, _ in given],
-                [sketch.rows for sketch, _, _ in given], [share for _, _, share in given],
+                [s["scale_in"] for s in states], self._moments(present, states, "exp_avg"), control, operands.weight_grads,
+                operands.bias_grads, [_finite(sketch.sums) for sketch, _, _ in given],
+                [_finite(hessian) for _, hessian, _ in given], [sketch.rows for sketch, _, _ in given],
+                [share for _, _, share in given],
             )  # fmt: skip
         return renewed
 
@@ -766,6 +768,8 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
 
 def _finite(sums: Tensor) -> Tensor:
     """A sketch or bias Hessian; or zeros, which leave the basis alone, where its squares overflow, though no gradient does."""
+    if not sums.numel():
+        return sums
     norm = sums.norm()
     if sums.is_cpu:
         return sums if math.isfinite(norm.item()) else torch.zeros_like(sums)
