@@ -14,18 +14,27 @@ from secondorder._tape import ForwardState
 from secondorder._tensors import host_numbers, to_compute_dtype
 from secondorder.errors import NonFiniteError
 from secondorder.optim._base import CurvatureOptimizer, check_instances
-from secondorder.optim._closure import ClosurePass, kept_gradients, layer_input, layer_second_moment
+from secondorder.optim._closure_pass import ClosurePass, kept_gradients, layer_input
+from secondorder.optim._kbfgs_layer import (
+    InputMoments,
+    Pair,
+    averaged_gradient,
+    bounded,
+    columns,
+    damped_inverse,
+    damping_of,
+    move,
+    products,
+    scaled_gradients,
+    see_curvature,
+    trained_parameters,
+)
 from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments
 
 _HALVINGS = 10  # of a step before it is given up
-_FIRST_STEP = 0.1  # rows' root mean square of a direction while a layer's curvature is not known
-# A pair's curvature s.y / s.s is at least this share of |y| / |s|: y is also of what the other layers have done, and may be
-# across s, or against it.
-_LEAST_CURVATURE = 0.3
 _INPUT_INVERSES = ("hessian-action", "exact")
 # pairs -> the operators' arguments `damped` and `bounded`.
 _PAIRS = {"damped": (True, False), "damped-bounded": (True, True), "bounded": (False, True)}
-Pair = tuple[Tensor, Tensor, list[float]]  # s, y and s.s, s.y, y.y
 _COUNTS = ("step", "halvings", "rejected", "updated", "damped_s", "damped_y", "skipped", "input_skipped")
 
 
@@ -220,45 +229,40 @@ class KBFGS(CurvatureOptimizer):
             raise TypeError(
                 f"{type(self).__name__}.initialize(): expected loss to be a function of a batch, got {type(loss).__name__}"
             )
-        moments: dict[nn.Linear, Tensor] = {}
-        weights: dict[nn.Linear, float] = {}
-
-        def add(layer: nn.Linear, h: Tensor, weight: float) -> None:
-            if weight:
-                weights[layer] = weights.get(layer, 0.0) + weight
-                moments[layer] = layer_second_moment(layer, h, h.mean(0), moments.get(layer), 1 - weight / weights[layer])
-
-        def called(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            h = layer_input(layer, args, kwargs)
-            add(self._tape.tied.get(layer, layer), h, len(h))
-
-        groups = self._groups()
+        moments, groups = InputMoments(), self._groups()
         layers = [layer for layer in self._layers if layer.weight in groups and layer.weight not in self._uncovered]
-        tied = [other for other, layer in self._tape.tied.items() if layer in layers]
-        hooked = [*layers, *tied] if loss is None else []
-        handles = [layer.register_forward_hook(called, with_kwargs=True) for layer in hooked]
-        try:
+        if loss is None:
+            self._see_inputs(inputs, layers, moments)
+        else:
             for batch in inputs:
-                if loss is None:
-                    self._model(batch)
-                else:
-                    for layer, h, weight in self._inputs_of(loss, batch):
-                        if layer in layers:
-                            add(layer, h, weight)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if self._ranks is not None:
-            terms = [RankTerm(self._layers[layer], moment, weights[layer]) for layer, moment in moments.items()]
-            moments = dict(zip(moments, self._ranks.average(lambda: terms), strict=True))
+                for layer, h, weight in self._inputs_of(loss, batch):
+                    if layer in layers:
+                        moments.add(layer, h, weight)
         starts = {
-            layer: self._start(layer, moment, damping_of(groups[layer.weight], "damping_a")) for layer, moment in moments.items()
+            layer: self._start(layer, moment, damping_of(groups[layer.weight], "damping_a"))
+            for layer, moment in moments.averaged(self._ranks, self._layers).items()
         }
         for layer, start in starts.items():
             self.state[layer.weight].update(start)
 
+    def _see_inputs(self, inputs: Iterable[Any], layers: list[nn.Linear], moments: InputMoments) -> None:
+        """Calls the model with every batch, and adds the inputs of these layers to the moments."""
+
+        def called(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            h = layer_input(layer, args, kwargs)
+            moments.add(self._tape.tied.get(layer, layer), h, len(h))
+
+        tied = [other for other, layer in self._tape.tied.items() if layer in layers]
+        handles = [layer.register_forward_hook(called, with_kwargs=True) for layer in [*layers, *tied]]
+        try:
+            for batch in inputs:
+                self._model(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _inputs_of(self, loss: Callable[[Any], Tensor], batch: Any) -> Iterator[tuple[nn.Linear, Tensor, float]]:
-        """Every layer's h [m, n_in] in a batch, so that its plain means are those over the loss, and how much it counts."""
+        """Returns every layer's h [m, n_in] in a batch, and how much it counts; plain means over m are means over the loss."""
 
         def closure() -> Tensor:
             value = loss(batch)
@@ -297,16 +301,7 @@ class KBFGS(CurvatureOptimizer):
         """
         name = type(self).__name__
         self._refuse_capture()
-        if closure is None:
-            raise RuntimeError(
-                f"{name}.step(): expected a closure, since the loss is needed at two points: a function that calls "
-                "optimizer.zero_grad(), computes the loss, calls loss.backward() and returns the loss"
-            )
-        if getattr(self, "found_inf", None) is not None:
-            raise RuntimeError(
-                f"{name}.step(): GradScaler knows no closure that is called again; use torch.autocast with bfloat16, which needs "
-                "no scaler"
-            )
+        closure = self._usable(closure)
         random = RandomState.now()
         sign = -1.0 if self._maximize() else 1.0
         before = [p.grad for group in self.param_groups for p in group["params"]]
@@ -335,6 +330,21 @@ class KBFGS(CurvatureOptimizer):
         self._growth.see(value)
         return loss
 
+    def _usable(self, closure: Callable[[], Tensor] | None) -> Callable[[], Tensor]:
+        """Returns the closure; raises RuntimeError if there is none, or a GradScaler, which could not call it again."""
+        name = type(self).__name__
+        if closure is None:
+            raise RuntimeError(
+                f"{name}.step(): expected a closure, since the loss is needed at two points: a function that calls "
+                "optimizer.zero_grad(), computes the loss, calls loss.backward() and returns the loss"
+            )
+        if getattr(self, "found_inf", None) is not None:
+            raise RuntimeError(
+                f"{name}.step(): GradScaler knows no closure that is called again; use torch.autocast with bfloat16, which needs "
+                "no scaler"
+            )
+        return closure
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As every torch optimizer's."""
         super().zero_grad(set_to_none)
@@ -349,7 +359,7 @@ class KBFGS(CurvatureOptimizer):
         self._idle = {p for n in first.gradient if not first.instances(n) for p in n.parameters(recurse=False)}
         groups, gradients = self._groups(), self._gradients()
         layers = [n for n in self._layers if n in first.gradient and n.weight in gradients and n.weight not in self._uncovered]
-        parameters = {layer: _parameters(layer, gradients) for layer in layers}
+        parameters = {layer: trained_parameters(layer, gradients) for layer in layers}
         others = self._fallback.updates(
             self.param_groups, gradients, [p for each in parameters.values() for p in each], self.state
         )
@@ -369,15 +379,26 @@ class KBFGS(CurvatureOptimizer):
             self.state.get(layer.weight, {}).pop("second_gradient", None)
             if layer in second:
                 self.state[layer.weight]["second_gradient"] = second[layer]
+        self._update_factors(layers, first, pairs if trial is not None else None)
+
+    def _update_factors(self, layers: list[nn.Linear], first: ClosurePass, pairs: dict[nn.Linear, Pair] | None) -> None:
+        """Updates A, H_a and, where the step was taken, H_g of these layers; counts what was made, damped and left out.
+
+        Args:
+            layers: those with gradients.
+            first: the first call of the closure.
+            pairs: (s, y) of the layers that have them; None: the step was given up.
+        """
         inputs: list[dict[str, Any]] = []
         outputs: list[dict[str, Any]] = []
         statuses: tuple[list[Tensor], list[Tensor]] = ([], [])
         for group in self.param_groups:
-            own = [layer for layer in layers if groups[layer.weight] is group]
+            members = set(group["params"])
+            own = [layer for layer in layers if layer.weight in members]
             if own:
                 inputs += [self.state[layer.weight] for layer in own]
                 statuses[0].append(self._update_inputs(own, first, group))
-            if own and trial is not None:
+            if own and pairs is not None:
                 outputs += (taken := self._averaged_pairs(own, pairs, group))
                 if taken:
                     statuses[1].append(self._damped_update(taken, group))
@@ -427,7 +448,7 @@ class KBFGS(CurvatureOptimizer):
         """The state of a layer before its first step, with A as given."""
         zeros = second_moment.new_zeros
         n_out, n = layer.out_features, len(second_moment)
-        inverse = _damped_inverse(second_moment, damping)
+        inverse = damped_inverse(second_moment, damping)
         if not inverse.isfinite().all():
             raise NonFiniteError(
                 f"{type(self).__name__}: expected finite inputs of layer {self._layers[layer]!r}, whose E[h h^T] has an inverse "
@@ -492,19 +513,11 @@ class KBFGS(CurvatureOptimizer):
                 state = self._start(layer, moment, damping_of(group, "damping_a"))
             states.append(state)
             batch = self._batch_gradients(layer, state, {p: gradients[p] for p in each}, groups)
-            average = self._averaged_gradient(layer, state, batch, group["decay"])
-            updates[layer] = {**state, "gradient": average}
+            decay = group["decay"]
+            share = (1 - decay) / (1 - decay ** (state["step"] + 1)) if self._bias_correction else 1 - decay
+            updates[layer] = {**state, "gradient": averaged_gradient(layer, state["gradient"], batch, share)}
         found = self._preconditioned(states, [update["gradient"] for update in updates.values()])
-        return [self._bounded(direction, state) for direction, state in zip(found, states, strict=True)], updates
-
-    def _bounded(self, direction: Tensor, state: dict[str, Any]) -> Tensor:
-        """H_g M H_a in units of c, and no longer than the bound."""
-        c, bound = state.get("scale", 1.0), self._max_step
-        if bound is None and c == 1:
-            return direction
-        length = direction.norm() / math.sqrt(len(direction))
-        factor = torch.where(length > 0, _FIRST_STEP / length, 0) if c == 0 else torch.full_like(length, 1 / c)
-        return direction * (factor if bound is None else torch.where(factor * length > bound, bound / length, factor))
+        return [bounded(direction, state, self._max_step) for direction, state in zip(found, states, strict=True)], updates
 
     def _batch_gradients(
         self, layer: nn.Linear, state: dict[str, Any], gradients: dict[Tensor, Tensor], groups: dict[Tensor, dict[str, Any]]
@@ -513,8 +526,8 @@ class KBFGS(CurvatureOptimizer):
         if not self._doubled or "second_gradient" not in state:
             return list(gradients.values())
         doubled = []
-        for (p, gradient), columns in zip(gradients.items(), _columns(layer), strict=False):
-            before = state["second_gradient"][:, columns].view_as(p)
+        for (p, gradient), own in zip(gradients.items(), columns(layer), strict=False):
+            before = state["second_gradient"][:, own].view_as(p)
             if not groups[p]["decoupled_weight_decay"]:
                 before = before.add(p, alpha=float(groups[p]["weight_decay"]))
             doubled.append((gradient + before) / 2)
@@ -534,16 +547,6 @@ class KBFGS(CurvatureOptimizer):
         finite = host_numbers([g.isfinite().all() for g in gradients.values()])
         return {layer: g for (layer, g), good in zip(gradients.items(), finite, strict=True) if good}
 
-    def _averaged_gradient(self, layer: nn.Linear, state: dict[str, Any], gradients: list[Tensor], decay: float) -> Tensor:
-        """M after this step's gradient of [W | b]."""
-        average = state["gradient"]
-        share = (1 - decay) / (1 - decay ** (state["step"] + 1)) if self._bias_correction else 1 - decay
-        result = torch.empty_like(average)
-        for gradient, columns in zip(gradients, _columns(layer), strict=False):
-            part = average[:, columns]
-            torch.lerp(part, gradient.view_as(part), share, out=result[:, columns])
-        return result
-
     def _try(
         self,
         closure: Callable[[], Tensor],
@@ -553,65 +556,28 @@ class KBFGS(CurvatureOptimizer):
         first: ClosurePass,
         random: RandomState,
     ) -> tuple[ClosurePass | None, dict[nn.Linear, Pair], int]:
-        """Takes the step, halved until the loss is acceptable.
+        """Takes the step, halved until the loss is acceptable; takes it back if none is, or if an error is raised.
 
-        Returns the pass after it (None: no step), the layers' (s, y) of both passes, where they are finite, with their products
-        s.s, s.y and y.y, and the halvings.
+        Returns:
+            The pass after the step, None if it was given up; the pairs of the layers that have one; how often it was halved.
         """
-        name, groups, ranks = type(self).__name__, self._groups(), self._ranks
+        groups = self._groups()
         before = {layer: [p.clone() for p in each] for layer, each in parameters.items()}
         limit = math.inf if self._max_increase == math.inf else loss + self._max_increase * abs(loss)
         after = RandomState.now()
-        accepted, pairs = None, {}
+        accepted: tuple[ClosurePass, dict[nn.Linear, Pair]] | None = None
         try:
             everything = dict.fromkeys([*self._model.parameters(), *(p for group in self.param_groups for p in group["params"])])
             state = ForwardState(nn.ModuleList([self._model, self.criterion]))  # as the first call leaves it
             with kept_gradients(everything, self._ddp) as lend:
                 for halvings in range(_HALVINGS + 1):
                     for (layer, each), direction in zip(parameters.items(), directions, strict=True):
-                        _move(each, before[layer], direction, [groups[p] for p in each], 0.5**halvings)
+                        move(each, before[layer], direction, [groups[p] for p in each], 0.5**halvings)
                     random.restore()
                     for p in everything if self._doubled else ():  # of a trial before; the closure need not clear them
                         p.grad = None
-                    trial = ClosurePass(
-                        self._layers, self._tape.tied, first.sign, parameters=self._doubled, lend=lend, criterion=self.criterion
-                    )
-
-                    def run(trial: ClosurePass = trial) -> tuple[Tensor, Tensor | bool]:
-                        with trial, state.buffers_kept():
-                            value = first.sign * trial.run(closure, name)
-                        return value, trial.same_data(first)
-
-                    def checked(trial: ClosurePass = trial) -> float:
-                        value, same = host_numbers(run(trial))
-                        trial.check_same_data(bool(same), name)
-                        return value
-
-                    value: Tensor | float
-                    same: Tensor | bool | float
-                    value, same = run() if ranks is None else (trial.average(ranks, self._layers, ranks.all(checked)), True)
-                    if same is False:
-                        trial.check_same_data(False, name)
-                    moves = {
-                        layer: (trial.mean_preactivation(layer) - first.mean_preactivation(layer),
-                                trial.gradient[layer] - first.gradient[layer])
-                        for layer in parameters
-                        if layer in trial.gradient and trial.instances(layer)  # else the model left it out
-                    }  # fmt: skip
-                    # The loss may be finite though a weight is not, where the unit is saturated: so the weights are checked.
-                    sizes = torch._foreach_norm([p for each in parameters.values() for p in each if p.numel()], math.inf)
-                    usable = [torch.isfinite(s + y).all() for s, y in moves.values()]
-                    products = [number for s, y in moves.values() for number in _products(s, y)]
-                    value, same, *rest = host_numbers([value, same, *sizes, *usable, *products])
-                    trial.check_same_data(bool(same), name)
-                    if math.isfinite(value) and value <= limit and all(map(math.isfinite, rest[: len(sizes)])):
-                        if self._doubled:
-                            trial.weight_gradients = self._second_gradients(parameters, first.sign)
-                        accepted = trial
-                        good, numbers = rest[len(sizes) :][: len(moves)], rest[len(sizes) + len(moves) :]
-                        pairs = {
-                            layer: (*pair, numbers[3 * k : 3 * k + 3]) for k, (layer, pair) in enumerate(moves.items()) if good[k]
-                        }
+                    accepted = self._trial(closure, parameters, first, state, lend, limit)
+                    if accepted is not None:
                         break
         finally:
             after.restore()
@@ -619,7 +585,67 @@ class KBFGS(CurvatureOptimizer):
                 for layer, each in parameters.items():
                     for p, value_before in zip(each, before[layer], strict=True):
                         p.copy_(value_before)
-        return accepted, pairs, halvings
+        return (None, {}, halvings) if accepted is None else (*accepted, halvings)
+
+    def _trial(
+        self,
+        closure: Callable[[], Tensor],
+        parameters: dict[nn.Linear, list[Tensor]],
+        first: ClosurePass,
+        state: ForwardState,
+        lend: Callable[[], None],
+        limit: float,
+    ) -> tuple[ClosurePass, dict[nn.Linear, Pair]] | None:
+        """Calls the closure at the moved parameters.
+
+        Returns:
+            This pass, and (s, y) of the layers where they are finite; None if the loss is above the limit, or something is not
+            finite.
+        """
+        trial = ClosurePass(
+            self._layers, self._tape.tied, first.sign, parameters=self._doubled, lend=lend, criterion=self.criterion
+        )
+        value, same = self._evaluated(closure, trial, first, state)
+        if same is False:
+            trial.check_same_data(False, type(self).__name__)
+        moves = {
+            layer: (
+                trial.mean_preactivation(layer) - first.mean_preactivation(layer),
+                trial.gradient[layer] - first.gradient[layer],
+            )
+            for layer in parameters
+            if layer in trial.gradient and trial.instances(layer)  # else the model left it out
+        }
+        # The loss may be finite though a weight is not, where the unit is saturated: so the weights are checked.
+        sizes = torch._foreach_norm([p for each in parameters.values() for p in each if p.numel()], math.inf)
+        usable = [torch.isfinite(s + y).all() for s, y in moves.values()]
+        wanted = [number for s, y in moves.values() for number in products(s, y)]
+        loss, same_here, *rest = host_numbers([value, same, *sizes, *usable, *wanted])
+        trial.check_same_data(bool(same_here), type(self).__name__)
+        if not (math.isfinite(loss) and loss <= limit and all(map(math.isfinite, rest[: len(sizes)]))):
+            return None
+        if self._doubled:
+            trial.weight_gradients = self._second_gradients(parameters, first.sign)
+        good, numbers = rest[len(sizes) :][: len(moves)], rest[len(sizes) + len(moves) :]
+        return trial, {layer: (*pair, numbers[3 * k : 3 * k + 3]) for k, (layer, pair) in enumerate(moves.items()) if good[k]}
+
+    def _evaluated(
+        self, closure: Callable[[], Tensor], trial: ClosurePass, first: ClosurePass, state: ForwardState
+    ) -> tuple[Tensor | float, Tensor | bool]:
+        """Calls the closure for a trial; returns the loss over all ranks, and whether its data is that of the first call."""
+        name, ranks = type(self).__name__, self._ranks
+
+        def run() -> tuple[Tensor, Tensor | bool]:
+            with trial, state.buffers_kept():
+                value = first.sign * trial.run(closure, name)
+            return value, trial.same_data(first)
+
+        def checked() -> float:
+            value, same = host_numbers(run())
+            trial.check_same_data(bool(same), name)
+            return value
+
+        return run() if ranks is None else (trial.average(ranks, self._layers, ranks.all(checked)), True)
 
     def _update_inputs(self, layers: list[nn.Linear], first: ClosurePass, group: dict[str, Any]) -> Tensor:
         """Updates A and H_a of the layers of a group; returns the updates' statuses."""
@@ -633,7 +659,7 @@ class KBFGS(CurvatureOptimizer):
         inverses, matrices = ([state[key] for state in states] for key in ("inverse_input", "input_second_moment"))
         if not self._exact_inverse:
             return ops.hessian_action_update_(inverses, matrices, means, damping)
-        exact = [_damped_inverse(a, damping) for a in matrices]
+        exact = [damped_inverse(a, damping) for a in matrices]
         valid = torch.stack([inverse.isfinite().all() for inverse in exact])
         for old, new, good in zip(inverses, exact, valid, strict=True):
             old.copy_(torch.where(good, new, old))
@@ -651,62 +677,8 @@ class KBFGS(CurvatureOptimizer):
                 for key, new in (("s", s), ("y", y)):
                     state[key].lerp_(new, 1 - group["decay"])
                 if "scale" in state:
-                    _see_curvature(state, group["decay"], *products)
+                    see_curvature(state, group["decay"], *products)
                 states.append(state)
             else:
                 state["skipped"] += 1
         return states
-
-
-def damping_of(group: dict[str, Any], name: str) -> float:
-    """The damping of this name in a param_group, lambda_A or mu2: the square root of the common one where it has none."""
-    return math.sqrt(group["damping"]) if group.get(name) is None else float(group[name])
-
-
-def scaled_gradients(states: list[dict[str, Any]]) -> list[Tensor]:
-    """y / c of every layer."""
-    return [state["y"] / (state.get("scale", 1.0) or 1.0) for state in states]
-
-
-def _products(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """s.s, s.y and y.y in float64 where there is one: their squares may be too small for a float32."""
-    s, y = (t.to(torch.float32 if t.device.type == "mps" else torch.float64) for t in (s, y))
-    return s @ s, s @ y, y @ y
-
-
-def _see_curvature(state: dict[str, Any], decay: float, ss: float, sy: float, yy: float) -> None:
-    """c after a pair: the geometric mean of the pairs' curvatures, bias-corrected, of this decay."""
-    if not (0 < ss < math.inf and 0 < yy < math.inf):
-        return  # nothing has moved, or it has made no difference
-    curvature = math.log(max(sy / ss, _LEAST_CURVATURE * math.sqrt(yy / ss)))
-    state["scale_pairs"] += 1
-    share = (1 - decay) / (1 - decay ** state["scale_pairs"])
-    before = math.log(state["scale"]) if state["scale"] else 0.0
-    state["scale"] = math.exp(before + share * (curvature - before))
-
-
-def _damped_inverse(a: Tensor, damping: float) -> Tensor:
-    """(A + damping I)^-1 [n, n], symmetric; NaN where that is not positive definite."""
-    factor, failed = torch.linalg.cholesky_ex(a + damping * torch.eye(len(a), dtype=a.dtype, device=a.device))
-    inverse = torch.cholesky_inverse(torch.where(failed == 0, factor, math.nan))
-    return ((inverse + inverse.T) / 2).contiguous()
-
-
-def _parameters(layer: nn.Linear, gradients: dict[Tensor, Tensor]) -> list[Tensor]:
-    """The parameters that are trained together: the weight, and the bias where there is one with a gradient."""
-    return [p for p in (layer.weight, layer.bias) if p in gradients]
-
-
-def _columns(layer: nn.Linear) -> tuple[slice, slice]:
-    """Where W and b stand in [W | b]."""
-    return slice(0, layer.in_features), slice(layer.in_features, layer.in_features + 1)
-
-
-def _move(parameters: list[Tensor], old: list[Tensor], direction: Tensor, groups: list[dict[str, Any]], share: float) -> None:
-    """[W | b] = old - lr direction, and weight decay where that is decoupled; lr times `share`."""
-    n = parameters[0].shape[1]
-    for p, start, d, group in zip(parameters, old, (direction[:, :n], direction[:, n:].flatten()), groups, strict=False):
-        lr = share * float(group["lr"])
-        if group["decoupled_weight_decay"]:
-            d = torch.add(d, start, alpha=float(group["weight_decay"]))
-        torch.add(start, d, alpha=-lr, out=p)

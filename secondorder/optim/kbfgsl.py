@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from secondorder import ops
+from secondorder.optim._kbfgs_layer import damping_of, scaled_gradients
 from secondorder.optim._numbers import check_arguments
-from secondorder.optim.kbfgs import KBFGS, damping_of, scaled_gradients
+from secondorder.optim.kbfgs import KBFGS
 
 
 class KBFGSL(KBFGS):

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import secondorder as so
-from secondorder.optim._closure import ClosurePass, kept_gradients
+from secondorder.optim._closure_pass import ClosurePass, kept_gradients
 
 both = pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
 
