@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from secondorder._tape.graph import signed_dim
 from secondorder._tape.square_roots import ROOTS
 from secondorder._tensors import host_numbers
 
@@ -280,7 +281,7 @@ def _within(node: Any) -> tuple[Tensor | None, tuple[int, ...], torch.Size]:
     dims = getattr(node, "_saved_dim", None)
     if getattr(node, "_saved_keepdim", False):
         return inner, (), node._saved_result.shape
-    signed = range(inner.ndim) if dims is None else (d if d < 2**63 else d - 2**64 for d in dims)
+    signed = range(inner.ndim) if dims is None else map(signed_dim, dims)
     return inner, tuple(sorted(d % max(inner.ndim, 1) for d in signed)), node._saved_result.shape
 
 

@@ -335,13 +335,26 @@ class Tape:
             call.outside = own and f"parameters that the criterion takes by itself (by {own})"
             with self.muted():
                 call.arguments = self._criterion_arguments(args, kwargs, nodes)
+        self._see_curvature(call, nodes, loss, args, kwargs)
+        self.missing = (
+            "the criterion was called, but no backward() has gone through what it returned: gradients that are set by hand, as "
+            "from torch.autograd.grad, do not say of which loss they are"
+        )
+        self._see_repeats(call, made_by)
+        self._log.watch_loss(call, made_by, loss.output_nr)
+
+    def _see_curvature(
+        self, call: LossCall, nodes: list[Node], loss: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Takes the columns back to every layer, or the Hessian at the last layer's output, where the recursion starts."""
         if self.columns is not None:
             with self.muted():
-                edge, root = self.columns(criterion, loss, nodes[0] if len(nodes) == 1 else None, args, kwargs)
+                edge, root = self.columns(self.criterion, loss, nodes[0] if len(nodes) == 1 else None, args, kwargs)
                 call.blocks = column_blocks(edge, root, self._key, self.samples, call.counting, self.wide)
-        elif len(nodes) == 1 and (not self.recursive or call.sources[0].layer in self.wide):
-            pass
-        elif len(nodes) == 1:
+        elif len(nodes) > 1:  # the recursion starts anew at each of them
+            for node in nodes:
+                self._keep_gradient(node)
+        elif self.recursive and call.sources[0].layer not in self.wide:
             output = args[0] if args else None
             width = call.sources[0].layer.out_features
             if (
@@ -350,23 +363,14 @@ class Tape:
                 and output.shape[-1] == width
                 and is_view_of(output.grad_fn, nodes[0])
             ):
-                call.hessian = analytic_hessian(criterion, output.detach(), *args[1:], **kwargs)
+                call.hessian = analytic_hessian(self.criterion, output.detach(), *args[1:], **kwargs)
             if call.hessian is None:
                 with self.muted():
-                    hessian = self.output_hessian(criterion, loss, nodes[0], args, kwargs)
+                    hessian = self.output_hessian(self.criterion, loss, nodes[0], args, kwargs)
                 call.flat = not bool(hessian.values.any())
                 call.hessian = None if call.flat else hessian
                 if call.flat:
                     self._keep_gradient(nodes[0])
-        else:
-            for node in nodes:
-                self._keep_gradient(node)
-        self.missing = (
-            "the criterion was called, but no backward() has gone through what it returned: gradients that are set by hand, as "
-            "from torch.autograd.grad, do not say of which loss they are"
-        )
-        self._see_repeats(call, made_by)
-        self._log.watch_loss(call, made_by, loss.output_nr)
 
     def _see_repeats(self, loss: LossCall, made_by: Node) -> None:
         """Finds the layers that a loss uses several times: the recursion starts anew there, and at the layers that lead there."""

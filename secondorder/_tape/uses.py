@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 
+from secondorder._tape.graph import signed_dim
 from secondorder._tape.residuals import LEAF, kind
 
 Back = Callable[[Tensor], Tensor]  # from gradients of one thing to gradients of another, [m, ...] to [m, ...]
@@ -158,13 +159,8 @@ def _composed(steps: list[Back]) -> Back:
 def _transposes(node: Any, name: str) -> bool:
     """Whether a node is the transpose of a matrix."""
     if name == "TransposeBackward":
-        return {_signed(node._saved_dim0), _signed(node._saved_dim1)} in ({0, 1}, {-1, -2})
+        return {signed_dim(node._saved_dim0), signed_dim(node._saved_dim1)} in ({0, 1}, {-1, -2})
     return name == "TBackward" or (name == "PermuteBackward" and tuple(node._saved_dims) in ((1, 0), (-1, -2)))
-
-
-def _signed(dim: int) -> int:
-    """A dimension as it was given: autograd saves it without a sign."""
-    return dim - 2**64 if dim >= 2**63 else dim
 
 
 def _step_back(node: Any, name: str) -> Back | None:
@@ -175,14 +171,14 @@ def _step_back(node: Any, name: str) -> Back | None:
     if name in ("CloneBackward", "AliasBackward", "ToCopyBackward"):
         return lambda g: g  # the parameter's dtype follows in the end
     if name == "UnsqueezeBackward":
-        dim = _signed(node._saved_dim)
+        dim = signed_dim(node._saved_dim)
         return lambda g: g.squeeze(dim + 1 if dim >= 0 else dim)
     if name == "PermuteBackward":
-        dims = [_signed(d) % len(node._saved_dims) for d in node._saved_dims]
+        dims = [signed_dim(d) % len(node._saved_dims) for d in node._saved_dims]
         order = [0] + [1 + dims.index(i) for i in range(len(dims))]
         return lambda g: g.permute(order)
     if name == "TransposeBackward":
-        first, second = (_signed(d) for d in (node._saved_dim0, node._saved_dim1))
+        first, second = (signed_dim(d) for d in (node._saved_dim0, node._saved_dim1))
         return lambda g: g.transpose(first + (first >= 0), second + (second >= 0))
     if name == "TBackward":
         return _flip
@@ -195,14 +191,14 @@ def _step_back(node: Any, name: str) -> Back | None:
         return (lambda g: g * other) if name == "MulBackward" else (lambda g: g / other)
     if name == "SliceBackward":
         sizes, where = tuple(node._saved_self_sym_sizes), (node._saved_dim, node._saved_start, node._saved_end, node._saved_step)
-        dim = _signed(where[0]) % len(sizes)
+        dim = signed_dim(where[0]) % len(sizes)
         return lambda g: torch.ops.aten.slice_backward(g, [len(g), *sizes], dim + 1, *where[1:])
     return None
 
 
 def _weight_norm(node: Any) -> tuple[Back, Back]:
     """From gradients of g v / |v|, norms over all dimensions but one, to those of v and of g."""
-    v, g, dim = node._saved_v.detach(), node._saved_g.detach(), _signed(node._saved_dim)
+    v, g, dim = node._saved_v.detach(), node._saved_g.detach(), signed_dim(node._saved_dim)
     others = [1 + i for i in range(v.ndim) if i != dim % v.ndim]
     norms = torch.linalg.vector_norm(v, dim=[i - 1 for i in others], keepdim=True)
     unit = v / norms

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder._tape.graph import RESHAPING
+from secondorder._tape.graph import RESHAPING, signed_dim
 from secondorder._tape.residuals import LEAF, adds_constant, kind, linear_node
 
 # Node -> the function that it is of its one input.
@@ -25,8 +25,8 @@ _FUNCTIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
     "LogBackward": lambda node: torch.log,
     "LogSigmoidBackward": lambda node: F.logsigmoid,
     "SoftplusBackward": lambda node: lambda t: F.softplus(t, node._saved_beta, node._saved_threshold),
-    "SoftmaxBackward": lambda node: lambda t: t.softmax(_signed(node._saved_dim)),
-    "LogSoftmaxBackward": lambda node: lambda t: t.log_softmax(_signed(node._saved_dim)),
+    "SoftmaxBackward": lambda node: lambda t: t.softmax(signed_dim(node._saved_dim)),
+    "LogSoftmaxBackward": lambda node: lambda t: t.log_softmax(signed_dim(node._saved_dim)),
 }
 
 Start = TypeVar("Start")
@@ -191,8 +191,3 @@ def _pieces(
             input = piece(input)
         begin = end
     return pieces
-
-
-def _signed(dim: int) -> int:
-    """Dimensions below zero are saved as unsigned numbers."""
-    return dim - 2**64 if dim >= 2**63 else dim

@@ -91,11 +91,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
                 f"secondorder.{name}(net.module_, net.criterion_, **options)"
             )
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper shares its parameters and calls it
-        if not callable(criterion):
-            raise TypeError(
-                f"{name}: expected criterion to be an nn.Module or a function (output, target) -> loss, "
-                f"got {'none' if criterion is None else type(criterion).__name__}"
-            )
+        self.criterion = as_criterion(name, criterion)
         if nonfinite not in ("error", "skip"):
             raise ValueError(f"{name}: expected nonfinite 'error' or 'skip', got {nonfinite!r}")
         ddp = model if isinstance(model, DistributedDataParallel) else None
@@ -104,8 +100,6 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         if any(cls.__name__ in _SHARDED for module in called.modules() for cls in type(module).__mro__):
             raise TypeError(f"{name}: {WHOLE}; FSDP's shards, and DataParallel's replicas, are not supported")
         layers = _supported_layers(name, model)
-        criterion = getattr(criterion, "_orig_mod", criterion)
-        self.criterion = criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)
         own = {p: f"criterion.{n}" for n, p in self.criterion.named_parameters() if p.requires_grad and p not in names}
         if own and (keep_inputs or ddp is not None):
             why = (
@@ -313,6 +307,21 @@ class CurvatureOptimizer(SecondOrderOptimizer):
     def _records(self) -> list[LayerRecord]:
         """The layers that the losses since the last step reach, or an error that says what is missing."""
         return recorded_layers(type(self).__name__, self._tape)
+
+
+def as_criterion(owner: str, criterion: Any) -> nn.Module:
+    """Returns a criterion as a module, without torch.compile's wrapper.
+
+    Raises:
+        TypeError: it cannot be called.
+    """
+    if not callable(criterion):
+        raise TypeError(
+            f"{owner}: expected criterion to be an nn.Module or a function (output, target) -> loss, "
+            f"got {'none' if criterion is None else type(criterion).__name__}"
+        )
+    criterion = getattr(criterion, "_orig_mod", criterion)
+    return criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)
 
 
 def recorded_layers(owner: str, tape: Tape) -> list[LayerRecord]:

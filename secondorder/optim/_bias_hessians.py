@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from secondorder._distributed import RankReducer
 from secondorder._layers import linear_layers, uncovered
 from secondorder._tape import LayerRecord, Tape
-from secondorder.criteria import FunctionCriterion
 from secondorder.curvature import CURVATURES, Curvature, curvature_by_name
-from secondorder.optim._base import recorded_layers
+from secondorder.optim._base import as_criterion, recorded_layers
 from secondorder.optim._factors import FactorSource
 
 
@@ -103,12 +102,7 @@ def chosen_curvature(
         ) from None
     if criterion is None:
         raise ValueError(f"{owner}: expected a criterion with curvature={curvature!r}, got None; curvature='gradient' needs none")
-    if not callable(criterion):
-        raise TypeError(
-            f"{owner}: expected criterion to be an nn.Module or a function (output, target) -> loss, "
-            f"got {type(criterion).__name__}"
-        )
+    module = as_criterion(owner, criterion)
     if model is None:
         raise ValueError(f"{owner}: expected a model with curvature={curvature!r}, got parameters alone; give model=, too")
-    criterion = getattr(criterion, "_orig_mod", criterion)
-    return found, criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)
+    return found, module

@@ -221,11 +221,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
 
     def _advance(self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups) -> None:
         """A step whose size the quadratic model gives, checked before the parameters see it."""
-        group, steps, lr = self.param_groups[0], self._steps(), float(self.param_groups[0]["lr"])
-        if any(float(each["lr"]) != lr for each in self.param_groups):
-            raise ValueError(
-                f"{type(self).__name__}.step(): expected lr to be the same in all param_groups, since it multiplies one step"
-            )
+        group, steps, lr = self.param_groups[0], self._steps(), self._one_lr()
         gradients = self._gradients()
         own = [p for layer in covered for p in layer.parameters(recurse=False)]
         others = [p for p, _ in self._fallback.parameters(self.param_groups, gradients, own)]
@@ -256,32 +252,37 @@ class NewtonOptimizer(LayerwiseOptimizer):
             return in_order(found), lambda: None if (other := revised()) is None else in_order(other)
 
         momentum = self._loop.schedule.momentum
-        previous = None
-        if momentum and all("momentum" in self.state.get(p, {}) for p in gradients):
-            previous = [self.state[p]["momentum"] for p in gradients]
+        known = momentum and all("momentum" in self.state.get(p, {}) for p in gradients)
+        previous = [self.state[p]["momentum"] for p in gradients] if known else None
         eta = [float(groups[p]["weight_decay"]) for p in gradients]
         delta, prepared, damping = self._loop.step(
-            loss,
-            directions,
-            list(gradients.values()),
-            eta,
-            previous,
-            _damping(group),
-            steps,
-            lr,
+            loss, directions, list(gradients.values()), eta, previous, _damping(group), steps, lr,
             [metric.get(p, 1.0) for p in gradients],
-        )
-        if damping is not None:
-            for each in self.param_groups:
-                each.update(
-                    tau=damping.tau, gamma=damping.gamma, loss_trend=astuple(damping.trend), rho=damping.rho,
-                    coefficients=damping.coefficients,
-                )  # fmt: skip
+        )  # fmt: skip
+        self._keep(damping)
         for p, change in zip(gradients, delta, strict=True):
             p.add_(change)
             if momentum and lr > 0:  # with lr = 0, as of a scheduler that restarts, the step before stays
                 self.state[p]["momentum"] = change
         self._commit(covered, factors, prepared or {})
+
+    def _one_lr(self) -> float:
+        """Returns the learning rate of all groups; raises ValueError where they differ."""
+        lr = float(self.param_groups[0]["lr"])
+        if any(float(group["lr"]) != lr for group in self.param_groups):
+            raise ValueError(
+                f"{type(self).__name__}.step(): expected lr to be the same in all param_groups, since it multiplies one step"
+            )
+        return lr
+
+    def _keep(self, damping: Damping | None) -> None:
+        """Keeps the dampings for the next step in all groups; None: there is nothing to begin them with."""
+        if damping is not None:
+            for group in self.param_groups:
+                group.update(
+                    tau=damping.tau, gamma=damping.gamma, loss_trend=astuple(damping.trend), rho=damping.rho,
+                    coefficients=damping.coefficients,
+                )  # fmt: skip
 
 
 def _mean_square(factors: Factors, width: int) -> Tensor | float:
