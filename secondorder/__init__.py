@@ -1,9 +1,11 @@
 """Fast second-order optimizers for PyTorch.
 
-`EigenAdam` takes Adam's place in any training script; `LevenbergMarquardt` takes a closure, for losses that are sums of squares.
-`EACG` is its paper's method with a learning rate; `LayerwiseNewton`, `KFAC`, `KFRA` and `KFLR` find their own step;
-`KBFGS` and `KBFGSL` take a closure. `curvature` and `solvers` hold what they are made of, `ops` the operators, `reference` the
-operators' plain-PyTorch twins, `criteria` the papers' criteria.
+`EigenAdam` replaces Adam in any training script. `LevenbergMarquardt` takes a closure, and trains on losses that are sums of
+squares. The other optimizers implement the methods of three papers: `EACG` has a learning rate; `LayerwiseNewton`, `KFAC`, `KFRA`
+and `KFLR` find their own step; `KBFGS` and `KBFGSL` take a closure.
+
+`curvature` and `solvers` hold the parts that these methods are made of, `criteria` the papers' criteria, `diagnostics`
+comparisons with the true Hessian, `ops` the fused operators, and `reference` the operators in plain PyTorch.
 """
 
 from typing import Any
@@ -38,12 +40,12 @@ __version__ = "0.2.0"
 
 
 def build_info() -> dict[str, Any]:
-    """How the extension was built, and what it runs with here.
+    """Tells how the extension was built, and what it runs with here.
 
     Returns:
-        "extension": whether there is one; without it plain PyTorch stands in, and the next six are missing.
-        "compiler", "cxx_standard", "torch" (the version built against), "cuda_architectures" (None: without CUDA), "openmp",
-        "vectors" (the widest this machine has: "avx512", "avx2" or "baseline"), and "threads", those of torch.
+        "extension": whether there is one. Without it plain PyTorch stands in, and the next six entries are missing: "compiler",
+        "cxx_standard", "torch" (the version built against), "cuda_architectures" (None: built without CUDA), "openmp", and
+        "vectors" (the widest of this machine: "avx512", "avx2" or "baseline"). "threads": how many threads torch uses.
     """
     built = {} if _compiled is None else _compiled.build_info()
     return {"extension": _compiled is not None, **built, "threads": torch.get_num_threads()}

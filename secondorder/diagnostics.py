@@ -1,4 +1,4 @@
-"""How good curvatures and steps are on a live model: against the true Hessian, its blocks' Newton step, and the loss itself.
+"""Compares curvatures and steps on a live model with the true Hessian, the Newton step of its blocks, and the loss itself.
 
 Everything is computed on copies: parameters, gradients, buffers, modes, the records of optimizers and the random generators are
 left as they were. So two calls of `curvature_error` sample the same labels. A model with random layers belongs in eval mode.
@@ -41,7 +41,7 @@ _ROWS = 64
 
 @dataclass(frozen=True)
 class CurvatureErrors:
-    """A table of how far curvatures are from the true Hessian, which `print` shows.
+    """Holds how far curvatures are from the true Hessian; `print` shows it as a table.
 
     Args:
         errors: `errors[curvature][layer]`, a Frobenius norm; None for a curvature that is not defined for the criterion.
@@ -67,7 +67,7 @@ class CurvatureErrors:
 
 
 class Cosines(NamedTuple):
-    """The cosines of a step to another; NaN where one of them is 0.
+    """Holds the cosines of the angles between two steps; NaN where one of the steps is 0.
 
     Args:
         layers: for every linear layer's parameters, by its name.
@@ -85,7 +85,7 @@ def curvature_error(
     y: Tensor,
     curvatures: Sequence[str | Curvature] = ("fisher-mc", "gauss-newton", "pch-abs", "pch-clip"),
 ) -> CurvatureErrors:
-    """|| H - |E[true Hessian w.r.t. the bias]| ||_F for every linear layer with a bias (Chen et al., before Table 2).
+    """Computes || H - |E[true Hessian w.r.t. the bias]| ||_F for every linear layer with a bias (Chen et al., before Table 2).
 
     |M| takes the absolute values of M's eigenvalues. The true Hessian is autograd's of the whole loss, n_out^2 numbers per layer,
     one forward-over-backward pass for each of its rows.
@@ -113,7 +113,7 @@ def curvature_error(
 def spectrum(
     model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, curvatures: Sequence[str | Curvature] = ("pch-abs",)
 ) -> dict[str, dict[str, Tensor] | None]:
-    """The eigenvalues of every linear layer's bias block, of the true Hessian and of each curvature.
+    """Computes the eigenvalues of every linear layer's bias block, of the true Hessian and of each curvature.
 
     Args:
         model: a module, called as model(x); one with random layers belongs in eval mode.
@@ -136,7 +136,7 @@ def spectrum(
 def newton_step(
     model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, damping: float, max_size: int = 2048
 ) -> dict[str, Tensor]:
-    """The damped Newton step of each linear layer by itself, in float64.
+    """Computes the damped Newton step of each linear layer by itself, in float64.
 
         delta_t = -(|N_t| + damping I)^{-1} g_t,   N_t = d^2 L / d(theta_t)^2,   theta_t = [W^t, b^t],
 
@@ -196,7 +196,7 @@ def newton_cosine(
     damping: float,
     max_size: int = 2048,
 ) -> Cosines:
-    """The cosine of the angle between a step and `newton_step`, for every linear layer and for all of them together.
+    """Computes the cosine of the angle between a step and `newton_step`, for every linear layer and for all together.
 
     Args:
         model: from before the step: a module, called as model(x); one with random layers belongs in eval mode.
@@ -225,7 +225,7 @@ def gauss_newton_step(
     max_iter: int = 1000,
     tol: float = 1e-6,
 ) -> dict[str, Tensor]:
-    """The damped Gauss-Newton step of all linear layers together, or of each by itself, by conjugate gradients in float64.
+    """Computes the damped Gauss-Newton step of all linear layers together, or of each, by conjugate gradients in float64.
 
         (J^T H J + damping I) delta = -g,   J the Jacobian of the criterion's argument,   H its Hessian there,
 
@@ -292,7 +292,7 @@ def gauss_newton_cosine(
     max_iter: int = 1000,
     tol: float = 1e-6,
 ) -> Cosines:
-    """The cosine of the angle between a step and `gauss_newton_step`, for every linear layer and for all of them together.
+    """Computes the cosine of the angle between a step and `gauss_newton_step`, for every linear layer and for all together.
 
     Args:
         model: from before the step: a module, called as model(x); one with random layers belongs in eval mode.
@@ -314,7 +314,7 @@ def gauss_newton_cosine(
 
 
 def step_cosines(model: nn.Module, step: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Cosines:
-    """The cosine of the angle between two steps, for every linear layer and for all of them together.
+    """Computes the cosine of the angle between two steps, for every linear layer and for all together.
 
     Args:
         model: whose parameters they are of.
@@ -344,7 +344,7 @@ def step_cosines(model: nn.Module, step: Mapping[str, Tensor], other: Mapping[st
 def reduction_ratio(
     model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, step: Mapping[str, Tensor], damping: float = 0.0
 ) -> float:
-    """By how much the loss changes over how much the quadratic model says: rho of Levenberg and Marquardt (Botev et al., Eq. 42).
+    """Computes rho of Levenberg and Marquardt: the change of the loss over that of the quadratic model (Botev et al., Eq. 42).
 
         rho = (L(theta + delta) - L(theta)) / (g^T delta + 1/2 delta^T (G + damping I) delta),
 
@@ -436,7 +436,7 @@ def _bias_blocks(
 
 
 def bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, curvature: Curvature) -> dict[str, Tensor]:
-    """The curvature's block of every linear layer on this batch, as an optimizer has it.
+    """Computes the curvature's block of every linear layer on this batch, as an optimizer would.
 
     Args:
         model: a module, called as model(x).
@@ -459,7 +459,7 @@ def bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, 
 
 
 def true_bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The Hessian [n_out, n_out] of criterion(model(x), y) with respect to the bias of every linear layer that has one.
+    """Computes the Hessian [n_out, n_out] of criterion(model(x), y) w.r.t. the bias of every linear layer that has one.
 
     Args:
         model: a module, called as model(x).

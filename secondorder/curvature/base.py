@@ -11,19 +11,22 @@ from secondorder._tensors import cast
 
 
 class Curvature:
-    """What the optimizers ask of a curvature.
+    """Gives every linear layer its bias Hessian H [n_out, n_out], from the records of the tape.
+
+    The attributes say what the tape has to keep for it. A subclass defines `_block`, or `bias_hessians` if layers depend on one
+    another.
 
     Attributes:
-        diagonal: whether the tape must keep the gradients that the recursion's diagonal needs.
-        grad_outputs: whether the tape must keep every layer's delta.
-        columns: what the tape must take back to every layer, or None. A function of the criterion, the loss, the node of the one
-            layer that the criterion sees (else None), and the criterion's arguments; it returns the edge of the graph
-            where columns start, and a root whose columns they are.
-        output_hessian: where the recursion starts, if not from the criterion's Hessian: a function of the same arguments; asked
-            where no formula gives that Hessian of the last layer's output itself.
-        recursive: whether the tape must know the criterion's Hessian and what stands between layers, both by double backward
-            where no formula gives them.
-        restarts: whether a layer behind an obstacle starts anew from its empirical Fisher block.
+        diagonal: whether the tape keeps the gradients that the recursion's diagonal needs.
+        grad_outputs: whether the tape keeps every layer's delta = dL/dz.
+        columns: a function of the criterion, the loss, the node of the layer whose output the criterion sees (None if there are
+            several), and the criterion's arguments. It returns an edge of the graph and a root of the criterion's Hessian there,
+            whose columns the tape takes back to every layer. None: no columns.
+        output_hessian: a function of the same arguments that returns the start of the recursion, if that is not the criterion's
+            Hessian; it is called if no formula gives the Hessian at the last layer's output itself. None: the Hessian.
+        recursive: whether the tape needs the criterion's Hessian and the derivatives of what lies between layers. Double backward
+            computes them if no formula does.
+        restarts: whether the recursion starts anew, from the empirical Fisher block, at a layer through which it cannot go.
     """
 
     diagonal = False
@@ -36,9 +39,9 @@ class Curvature:
     def bias_hessians(
         self, records: list[LayerRecord], averaged: dict[nn.Linear, dict[str, Tensor]] | None = None
     ) -> dict[nn.Linear, Tensor]:
-        """H of every recorded layer, in the dtype of its weight (at least float32).
+        """Returns H of every recorded layer, in the dtype of its weight (at least float32).
 
-        The tensors are new: whoever asked for them may write into them.
+        The tensors are new: the caller may write into them.
 
         Args:
             records: in the recursion's order, as `Tape.records` gives them.
@@ -55,23 +58,23 @@ class Curvature:
         return hessians
 
     def local(self, record: LayerRecord) -> list[RankTerm]:
-        """What of this process's instances H depends on, to be averaged over ranks.
+        """Returns what H needs of this process's instances, to be averaged over ranks.
 
         Args:
             record: what the tape keeps of a layer.
 
         Returns:
-            Terms (name, value, instances): a value that is the mean of so many instances is averaged with their numbers as
-            weights; with None every rank counts alike. Here H itself.
+            Terms (name, value, instances). A value that is a mean over instances is averaged with the ranks' numbers of instances
+            as weights; with None every rank counts alike. Here the only term is H itself.
         """
         return [RankTerm("block", self._block(record, {}))]
 
     def _averaged(self, record: LayerRecord, above: dict[nn.Linear, Tensor], terms: dict[str, Tensor]) -> Tensor:
-        """H of one layer from the averages of its `local` terms."""
+        """Returns H of one layer from the averages of its `local` terms."""
         return terms["block"]
 
     def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
-        """H of one layer, given those of the layers after it."""
+        """Returns H of one layer, given the bias Hessians of the layers after it."""
         raise NotImplementedError
 
 
@@ -94,7 +97,7 @@ def register(name: str, curvature: Curvature) -> None:
 
 
 def curvature_by_name(name: str | Curvature) -> Curvature:
-    """The curvature of this name, or the one given.
+    """Returns the curvature of this name, or the one given.
 
     Args:
         name: one of `CURVATURES`, or a `Curvature`.
@@ -110,7 +113,7 @@ def curvature_by_name(name: str | Curvature) -> Curvature:
 
 
 def convex_argument(source: Node, args: tuple[Any, ...]) -> GradientEdge | None:
-    """Where a criterion's first argument stands in the graph, if it is a function of the last layer's output that is not affine.
+    """Returns the edge of a criterion's first argument, if that is a function of the last layer's output that is not affine.
 
     Args:
         source: the node of that output.

@@ -25,10 +25,10 @@ from secondorder.curvature.base import Curvature, convex_argument, register
 
 
 def logits_edge(criterion: nn.Module, output: Tensor) -> GradientEdge | None:
-    """Where the tensor that a likelihood's root is taken at stands in the graph; None: it is not there.
+    """Returns the edge of the tensor at which a likelihood's root is taken, or None if the graph does not have it.
 
-    For a likelihood of log-probabilities or probabilities that is what log_softmax, or the sigmoid, was taken of; its numbers are
-    the output's, and its shape may be another one for the sigmoid.
+    For a likelihood of log-probabilities or probabilities this tensor is the argument of log_softmax or of the sigmoid. It has
+    the numbers of the output; for the sigmoid its shape may differ.
     """
     node, link = output.grad_fn, link_of(criterion)
     assert node is not None
@@ -43,7 +43,7 @@ def logits_edge(criterion: nn.Module, output: Tensor) -> GradientEdge | None:
 
 
 def convex_at(criterion: nn.Module, source: Node, args: tuple[Any, ...]) -> bool:
-    """Whether a criterion is known to be convex in the output of `source`: a likelihood's logits are affine in it."""
+    """Tells whether a criterion is known to be convex in the output of `source`, as if a likelihood's logits are affine in it."""
     output = args[0] if args else None
     if not isinstance(output, Tensor) or output.grad_fn is None or not (is_convex(criterion) or link_of(criterion)):
         return False
@@ -54,9 +54,9 @@ def convex_at(criterion: nn.Module, source: Node, args: tuple[Any, ...]) -> bool
 def gauss_newton_root(
     criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[GradientEdge, OutputRoot]:
-    """A root of every instance's Gauss-Newton matrix at the last linear layer's output z, and where it stands in the graph.
+    """Returns the edge of the last linear layer's output z, and a root of every instance's Gauss-Newton matrix there.
 
-    It is of the criterion's Hessian at z, or of J_u^T H_u J_u, for a criterion that is convex in its argument u(z) alone.
+    This matrix is the criterion's Hessian at z, or J_u^T H_u J_u for a criterion that is convex in its argument u(z) alone.
 
     Raises:
         ValueError: the criterion is convex in neither, or several linear layers enter it and no root is known of it.
@@ -89,7 +89,7 @@ def gauss_newton_root(
 
 @dataclass(frozen=True)
 class _Reshaped:
-    """A root whose columns have the shape of where they start."""
+    """Gives a root's columns the shape of the tensor at which they start."""
 
     root: OutputRoot
     shape: torch.Size
@@ -108,14 +108,14 @@ def _shape(node: Any, number: int = 0) -> torch.Size:
 
 
 class FromColumns(Curvature):
-    """H = sum_i sum_c delta_ic delta_ic^T of columns at the network's output."""
+    """Computes H = sum_i sum_c delta_ic delta_ic^T from columns at the network's output."""
 
     recursive = False
 
     def columns(  # a method here, None in the base
         self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[GradientEdge, OutputRoot]:
-        """Where the columns start, and a root of which they are the columns."""
+        """Returns the edge of the graph where the columns start, and the root that has these columns."""
         raise NotImplementedError
 
     def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
@@ -137,7 +137,7 @@ class FisherExact(FromColumns):
     def columns(
         self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[GradientEdge, OutputRoot]:
-        """Where the columns start, and a root of which they are the columns."""
+        """Returns the edge of the graph where the columns start, and the root that has these columns."""
         output = args[0] if args else None
         root, edge = None, None
         if isinstance(output, Tensor) and output.grad_fn is not None:
@@ -217,7 +217,7 @@ class KFLRCurvature(FromColumns):
     def columns(
         self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[GradientEdge, OutputRoot]:
-        """Where the columns start, and a root of which they are the columns."""
+        """Returns the edge of the graph where the columns start, and the root that has these columns."""
         return gauss_newton_root(criterion, loss, source, args, kwargs)
 
 

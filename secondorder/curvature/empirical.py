@@ -25,7 +25,7 @@ class FisherEmpirical(Curvature):
 
 
 def empirical_fisher(record: LayerRecord) -> Tensor:
-    """The outer products of the instances' own gradients, reduced as the criterion does: m sum_i delta_i delta_i^T for a mean.
+    """Sums the outer products of the instances' own gradients as the criterion reduces: m sum_i delta_i delta_i^T for a mean.
 
     m is how many the mean is of: a layer whose rows (tokens, say) are pooled later has more, and each is summed on its own. With
     weights w_i of the rows, by class or 0 where they are ignored, delta_i holds w_i: delta_i delta_i^T / w_i stands for it, and

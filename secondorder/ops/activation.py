@@ -6,7 +6,7 @@ from secondorder.ops._library import library, operator
 
 
 def activation_derivatives(saved: Tensor, activation: str, parameter: float = 1.0) -> tuple[Tensor, Tensor]:
-    """First and second derivative of an activation, d1 = sigma'(z) and d2 = sigma''(z), elementwise.
+    """Computes the first and second derivative of an activation, d1 = sigma'(z) and d2 = sigma''(z), elementwise.
 
     Args:
         saved: any shape. What autograd itself keeps: the output sigma(z) for "identity", "sigmoid", "tanh", "relu",

@@ -8,7 +8,7 @@ from secondorder.ops._library import library, operator
 
 
 def mean_inputs(input: Sequence[Tensor]) -> list[Tensor]:
-    """The mean inputs of all layers of a net, a = E[h] = 1/m sum_i h_i.
+    """Returns the mean inputs of all layers of a net, a = E[h] = 1/m sum_i h_i.
 
     Args:
         input: h [m, n_in], one for each layer.
@@ -25,7 +25,7 @@ def _(input: list[Tensor]) -> list[Tensor]:
 
 
 def average_(new: Sequence[Tensor], old: Sequence[Tensor], share: float) -> None:
-    """new <- (1 - share) new + share old for all tensors of two lists.
+    """Sets new <- (1 - share) new + share old for all tensors of two lists.
 
     Args:
         new: contiguous, written in place; no two may overlap.

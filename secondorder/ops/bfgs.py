@@ -31,7 +31,7 @@ def double_damping(
     mu1: float,
     mu2: float,
 ) -> tuple[Tensor, Tensor] | tuple[list[Tensor], list[Tensor]]:
-    """Powell's double damping (Algorithm 3), which bounds the change that a BFGS update can make to H and to its inverse.
+    """Applies Powell's double damping (Algorithm 3), which bounds how much a BFGS update can change H and its inverse.
 
     theta1 = (1 - mu1) y.Hy / (y.Hy - s.y)       if s.y < mu1 y.Hy, else 1;      s~ = theta1 s + (1 - theta1) H y
     theta2 = (1 - mu2) s~.s~ / (s~.s~ - s~.y)    if s~.y < mu2 s~.s~, else 1;    y~ = theta2 y + (1 - theta2) s~
@@ -74,7 +74,7 @@ def bfgs_update_(inverse_hessian: Sequence[Tensor], s: Sequence[Tensor], y: Sequ
 def bfgs_update_(
     inverse_hessian: Tensor | Sequence[Tensor], s: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor]
 ) -> Tensor:
-    """The BFGS update of an inverse Hessian (Eq. 6), by one matrix-vector product and one symmetric rank-two update.
+    """Makes the BFGS update of an inverse Hessian (Eq. 6), by one matrix-vector product and one symmetric rank-two update.
 
     H <- (I - rho s y^T) H (I - rho y s^T) + rho s s^T,   rho = 1/(s.y).
 
@@ -116,7 +116,7 @@ def damped_bfgs_update_(
     damped: bool = True,
     bounded: bool = False,
 ) -> Tensor:
-    """`double_damping` and then `bfgs_update_` of all layers of a net, each H read once less.
+    """Applies `double_damping` and then `bfgs_update_` to all layers of a net, and reads each H once less than both do.
 
     Args:
         inverse_hessian: H [n, n] of every layer, symmetric positive definite, contiguous, written in place.
@@ -124,9 +124,9 @@ def damped_bfgs_update_(
         y: y [n] of every layer.
         mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
         mu2: in (0, 1]: the second damping's, s.y >= mu2 s.s.
-        damped: False: the pair is taken as it is.
-        bounded: whether H stays as it is unless the pair that the update takes has both bounds, up to rounding. After both
-            dampings the first may not hold.
+        damped: whether the pair is damped; False: it is taken as it is.
+        bounded: whether H is updated only if the pair satisfies both bounds, up to rounding. The second damping may break the
+            first bound.
 
     Returns:
         The statuses, int64 [layers], of the bits `UPDATED` (the update was made), `DAMPED_S` (theta1 < 1) and `DAMPED_Y`
@@ -146,7 +146,7 @@ def _(inverse_hessian: list[Tensor], *rest: object) -> Tensor:
 def hessian_action_update_(
     inverse: Sequence[Tensor], matrix: Sequence[Tensor], vector: Sequence[Tensor], damping: float
 ) -> Tensor:
-    """Hessian-action BFGS (Section 4): one step of `inverse` towards the inverse of a known matrix, for all layers of a net.
+    """Moves `inverse` towards the inverse of a known matrix by Hessian-action BFGS (Section 4), for all layers of a net.
 
     `bfgs_update_` with s = H a and y = (A + damping I) s, whose curvature is positive where A is positive semi-definite.
     If H is the inverse of A + damping I up to a multiple of a a^T, the result is the inverse (Theorem 1).
@@ -175,7 +175,9 @@ def lbfgs_product(s_pairs: Sequence[Tensor], y_pairs: Sequence[Tensor], v: Seque
 def lbfgs_product(
     s_pairs: Tensor | Sequence[Tensor], y_pairs: Tensor | Sequence[Tensor], v: Tensor | Sequence[Tensor]
 ) -> Tensor | list[Tensor]:
-    """H V for the H that BFGS updates make of the identity, without forming it (Byrd, Nocedal & Schnabel 1994, Theorem 2.2).
+    """Returns H V for the H that BFGS updates make of the identity, without forming H.
+
+    By Byrd, Nocedal & Schnabel (1994), Theorem 2.2,
 
     H V = V + [S^T, Y^T] [[R^-T (D + Y Y^T) R^-1, -R^-T], [-R^-1, 0]] [S; Y] V,   R = triu(S Y^T),   D = diag(S Y^T):
 
@@ -215,7 +217,7 @@ def damped_lbfgs_update_(
     damped: bool = True,
     bounded: bool = False,
 ) -> Tensor:
-    """`damped_bfgs_update_` for an H that only its pairs represent: damps, drops the oldest pair, appends the new one.
+    """Does `damped_bfgs_update_` for an H that only its pairs represent: damps, drops the oldest pair, appends the new one.
 
     Args:
         s_pairs: a list with one S [p, n] per layer, the oldest pair first, contiguous, written in place. A pair of zero vectors
@@ -225,9 +227,9 @@ def damped_lbfgs_update_(
         y: y [n] of every layer.
         mu1: in (0, 1): the first damping's bound, y.H y <= s.y / mu1.
         mu2: in (0, 1]: the second damping's, s.y >= mu2 s.s.
-        damped: False: the pair is taken as it is.
-        bounded: whether the memory stays as it is unless the pair that it would take has both bounds, up to rounding. After both
-            dampings the first may not hold.
+        damped: whether the pair is damped; False: it is taken as it is.
+        bounded: whether the memory takes a pair only if that satisfies both bounds, up to rounding. The second damping may break
+            the first bound.
 
     Returns:
         The statuses, int64 [layers], of the bits `UPDATED` (the update was made), `DAMPED_S` (theta1 < 1) and `DAMPED_Y`

@@ -10,7 +10,7 @@ from secondorder.ops._library import library, operator
 def bias_hessian(
     bias_hessian: Tensor, weight: Tensor, d1: Tensor, d2: Tensor | None, grad_input: Tensor | None, gamma: float
 ) -> Tensor:
-    """One step of the backward recursion of the bias Hessian (Chen et al., Eq. 8b; without diagonal: KFRA, Eq. 26).
+    """Makes one step of the backward recursion of the bias Hessian (Chen et al., Eq. 8b; without diagonal: KFRA, Eq. 26).
 
     G = (W^T H W) * (1/m) sum_i d1_i d1_i^T + diag(PosEig_gamma(sum_i d2_i * grad_input_i)),   * elementwise,
 
@@ -45,7 +45,7 @@ def bias_hessian_activation(
     grad_input: Tensor | None,
     gamma: float,
 ) -> Tensor:
-    """`bias_hessian` with d1 and d2 computed inside from `saved` [m, n_in], as `activation_derivatives` would.
+    """Does `bias_hessian`, and computes d1 and d2 from `saved` [m, n_in] as `activation_derivatives` does.
 
     Saves writing and reading d1 and d2.
 
@@ -90,7 +90,7 @@ def bias_hessian_chain(
     grad_input: Sequence[Tensor | None],
     gamma: float,
 ) -> list[Tensor]:
-    """`bias_hessian_activation` from layer to layer down a net: each step starts from the H that the one before returned.
+    """Does `bias_hessian_activation` layer after layer down a net: each step starts from the H that the one before returned.
 
     Args:
         bias_hessian: H [n_0, n_0] of the chain's last layer, that nearest to the loss.

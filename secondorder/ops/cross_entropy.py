@@ -6,7 +6,7 @@ from secondorder.ops._library import library, operator
 
 
 def cross_entropy_hessian(output: Tensor, target: Tensor, ignore_index: int = -100, mean: bool = True) -> Tensor:
-    """The Hessian of cross-entropy with class indices, summed over its instances: where the recursion starts.
+    """Returns the Hessian of cross-entropy with class indices, summed over its instances, from which the recursion starts.
 
         H = sum_i c_i (diag(p_i) - p_i p_i^T),   p_i = softmax(output_i).
 

@@ -10,7 +10,7 @@ from secondorder.ops._library import library, operator
 
 
 def eacg_hvp(bias_hessian: Tensor, mean_input: Tensor, p: Tensor) -> Tensor:
-    """EA-CG's Hessian-vector product H P a a^T (Chen et al., Eq. 11b).
+    """Computes EA-CG's Hessian-vector product H P a a^T (Chen et al., Eq. 11b).
 
     Plain PyTorch, for experiments with Eq. 11b: `eacg_solve` works in n_out dimensions and needs no such product.
 
@@ -162,7 +162,7 @@ def eacg_update_(
     truncated: bool,
     max_norm: list[float] | None = None,
 ) -> Tensor:
-    """`eacg_solve` for all layers of a net and the update of their parameters, without storing a direction.
+    """Does `eacg_solve` for all layers of a net and updates their parameters, without storing a direction.
 
     V <- momentum V + P,   W <- (1 - lr weight_decay) W + lr V,   and likewise for the biases.
 

@@ -15,7 +15,7 @@ def jacobian_rows_(
     start: Sequence[int],
     offset: Sequence[int],
 ) -> None:
-    """Writes rows of a Jacobian, each block of them the sum over its pieces, and over t, of outer products.
+    """Writes blocks of rows of a Jacobian, each a sum of outer products over its pieces and over t.
 
     out[start + j, offset + alpha b + beta] <- sum left[rows[j, t], alpha] right[rows[j, t], beta]
 

@@ -6,7 +6,7 @@ from secondorder.ops._library import library, operator
 
 
 def precondition(left: Tensor | None, gradient: Tensor, right: Tensor | None) -> Tensor:
-    """L G R: a layer's gradient between the inverses of its two Kronecker factors (KFI, K-BFGS).
+    """Computes L G R: a layer's gradient between the inverses of its two Kronecker factors (KFI, K-BFGS).
 
     Args:
         left: L [n_out, n_out], symmetric (L^T may be read for it); None: the identity.

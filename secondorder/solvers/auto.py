@@ -24,16 +24,16 @@ class Auto(Solver):
     max_elements: int = _N_IN**2
 
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
-        """The expectations that the solver needs of every layer's input [m, n_in]."""
+        """Returns the expectations that the solver needs, of every layer's input [m, n_in]."""
         pairs = zip(inputs, samples, strict=True)
         return [(_KFI if h.shape[1] ** 2 <= self.max_elements else _ISOTROPIC).statistics([h], [s])[0] for h, s in pairs]
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
-        """What `solve` needs of the factors, at this scale c and damping l."""
+        """Returns what `solve` needs, from the factors, the scale c and the damping l."""
         return (_KFI if "input_second_moment" in factors else _ISOTROPIC).prepare(factors, scale, damping)
 
     def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """P [n_out, n_in] and d [n_out] (None without `grad_bias`) for a layer's gradients B and g."""
+        """Returns P [n_out, n_in] and d [n_out] (None without `grad_bias`) for a layer's gradients B and g."""
         return (_KFI if "input_inverse" in prepared else _ISOTROPIC).solve(prepared, grad_weight, grad_bias)
 
 

@@ -15,38 +15,38 @@ Factors = dict[str, Tensor]
 
 
 class Solver(ABC):
-    """One way to solve a layer's systems: `prepare`, then `solve`, which is cheap in comparison.
+    """Solves the systems c H P A + l P = -B and (c H + l I) d = -g of a layer: `prepare` does the costly part, `solve` the rest.
 
     Attributes:
-        factorises: whether `prepare` computes anything that is worth keeping over steps, of factors that are then older.
+        factorises: whether an optimizer may keep what `prepare` returns for several steps, in which it serves newer factors.
     """
 
     factorises = True
 
     @abstractmethod
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
-        """The expectations over the instances that the solver needs of every layer's input.
+        """Returns the expectations over the instances that the solver needs, of every layer's input.
 
-        An optimizer averages them over steps and keeps them in its state, whatever their names are.
+        An optimizer averages them over steps and keeps them in its state by the names that they have here.
 
         Args:
-            inputs: h [m, n_in] of every layer, float32 or float64. Where the loss gives rows weights, these are other rows, whose
-                plain mean and second moment are the weighted ones.
+            inputs: h [m, n_in] of every layer, float32 or float64. If the loss weighs its rows, these are other rows, whose plain
+                mean and second moment equal the weighted ones.
             samples: some of each input's rows, or all of them, for expectations that cost m n_in^2.
 
         Returns:
-            For every layer a dictionary by name. The package's solvers have "mean_input" a = E[h] [n_in], "input_second_moment"
-            E[h h^T] [n_in, n_in] and "mean_square_input" E[|h|^2] (0-dim).
+            A dictionary for every layer. The package's solvers use the names "mean_input" for a = E[h] [n_in],
+            "input_second_moment" for E[h h^T] [n_in, n_in], and "mean_square_input" for E[|h|^2] (0-dim).
         """
 
     @abstractmethod
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
-        """What `solve` needs of a layer's factors: its inverses or eigendecompositions, say.
+        """Returns what `solve` needs, from a layer's factors: their inverses or eigendecompositions, for example.
 
         Args:
             factors: "bias_hessian" H [n_out, n_out], and the solver's `statistics` by name.
             scale: c of the system c H P A + l P = -B.
-            damping: l of it, > 0.
+            damping: l of that system, > 0.
 
         Returns:
             Tensors by name, which an optimizer keeps in its state.
@@ -57,26 +57,26 @@ class Solver(ABC):
 
     @abstractmethod
     def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The directions of a layer.
+        """Returns the directions of a layer.
 
         Args:
             prepared: what `prepare` returned.
             grad_weight: B [n_out, n_in], the gradient of the loss w.r.t. W.
-            grad_bias: g [n_out], that w.r.t. b; None for a layer without a bias.
+            grad_bias: g [n_out], the gradient w.r.t. b; None for a layer without a bias.
 
         Returns:
-            P [n_out, n_in], and d [n_out] or None. Numbers that are not finite come out as such.
+            P [n_out, n_in], and d [n_out] or None. Solutions that are not finite are returned as they are.
         """
 
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """The arguments of an optimizer that a solver given by name may take.
+    """Holds the arguments of an optimizer that a solver given by name may use.
 
     Args:
-        max_cg: the CG solvers do at most this many iterations, >= 1.
-        eps_cg: the CG solvers stop at this residual, relative to the first one, >= 0.
-        max_factor_elements: an input factor [n_in, n_in] of more elements is replaced by its rank-one form, >= 0.
+        max_cg: the most iterations of the solvers that use conjugate gradients, >= 1.
+        eps_cg: these solvers stop once the residual is at most this times the first one, >= 0.
+        max_factor_elements: limit on n_in^2 of a layer, >= 0; above it a rank-one form replaces the input factor [n_in, n_in].
     """
 
     max_cg: int = 50
@@ -112,7 +112,7 @@ def register(name: str, make: Callable[[SolverOptions], Solver]) -> None:
 
 
 def solver_by_name(solver: str | Solver, options: SolverOptions) -> Solver:
-    """The solver of this name with these options, or the one given, which has its own.
+    """Makes the solver of this name with these options, or returns the one given, which has its own options.
 
     Args:
         solver: one of `SOLVERS`, or a `Solver`.
@@ -129,7 +129,7 @@ def solver_by_name(solver: str | Solver, options: SolverOptions) -> Solver:
 
 
 def second_moment(input: Tensor) -> Tensor:
-    """The second moment E[h h^T] = 1/m sum_i h_i h_i^T [n, n] of a layer's inputs, symmetric to the bit.
+    """Returns the second moment E[h h^T] = 1/m sum_i h_i h_i^T [n, n] of a layer's inputs, symmetric to the bit.
 
     Args:
         input: h [m, n], float32 or float64, m >= 1.
@@ -140,7 +140,7 @@ def second_moment(input: Tensor) -> Tensor:
 
 
 def finite(factors: Factors) -> Factors:
-    """The same; factorisations notice NaN and inf by themselves, but CG does not where the gradient is 0."""
+    """Returns the factors, or raises NonFiniteError: conjugate gradients do not notice NaN and inf if the gradient is 0."""
     for name, factor in factors.items():
         if not torch.isfinite(factor).all():
             raise NonFiniteError(f"NaN or inf in its {name.replace('_', ' ').replace('hessian', 'Hessian')}")
@@ -148,5 +148,5 @@ def finite(factors: Factors) -> Factors:
 
 
 def shift_of(like: Tensor, scale: float, damping: float) -> Factors:
-    """Scale and damping as tensors of a factor's dtype and device, for a solver that needs no factorisation."""
+    """Returns scale and damping as a tensor of a factor's dtype and device, for a solver that needs no factorisation."""
     return {"shift": torch.tensor([scale, damping], dtype=like.dtype, device=like.device)}

@@ -19,11 +19,11 @@ class Exact(Solver):
     """
 
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
-        """The expectations that the solver needs of every layer's input [m, n_in]."""
+        """Returns the expectations that the solver needs, of every layer's input [m, n_in]."""
         return [{"input_second_moment": second_moment(sample)} for sample in samples]
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
-        """What `solve` needs of the factors, at this scale c and damping l."""
+        """Returns what `solve` needs, from the factors, the scale c and the damping l."""
         values_h, vectors_h = eigh(factors["bias_hessian"], "bias Hessian")
         values_a, vectors_a = eigh(factors["input_second_moment"], "input second moment")
         return {
@@ -32,7 +32,7 @@ class Exact(Solver):
         }  # fmt: skip
 
     def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """P [n_out, n_in] and d [n_out] (None without `grad_bias`) for a layer's gradients B and g."""
+        """Returns P [n_out, n_in] and d [n_out] (None without `grad_bias`) for a layer's gradients B and g."""
         q_h, q_a = prepared["hessian_vectors"], prepared["input_vectors"]
         weight = -q_h @ ((q_h.T @ grad_weight @ q_a) / prepared["weight_values"]) @ q_a.T
         return weight, None if grad_bias is None else -q_h @ ((q_h.T @ grad_bias) / prepared["bias_values"])

@@ -20,13 +20,13 @@ class Isotropic(Solver):
     """
 
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
-        """The expectations that the solver needs of every layer's input [m, n_in]."""
+        """Returns the expectations that the solver needs, of every layer's input [m, n_in]."""
         means = ops.mean_inputs(inputs)
         squares = [torch.linalg.vector_norm(h).square() / len(h) for h in inputs]
         return [{"mean_input": a, "mean_square_input": square} for a, square in zip(means, squares, strict=True)]
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
-        """What `solve` needs of the factors, at this scale c and damping l."""
+        """Returns what `solve` needs, from the factors, the scale c and the damping l."""
         h, a = factors["bias_hessian"], factors["mean_input"]
         s = a @ a
         rho = ((factors["mean_square_input"] - s) / len(a)).clamp(min=0)
@@ -34,7 +34,7 @@ class Isotropic(Solver):
         return {"mean_input": a, "hessian_inverses": inverse(systems, "bias Hessian")}
 
     def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """P [n_out, n_in] and d [n_out] (None without `grad_bias`) for a layer's gradients B and g."""
+        """Returns P [n_out, n_in] and d [n_out] (None without `grad_bias`) for a layer's gradients B and g."""
         across, along, bias_inverse = prepared["hessian_inverses"]
         a = prepared["mean_input"]
         s = a @ a

@@ -25,7 +25,7 @@ class KFI(Solver):
     max_elements: int
 
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
-        """The expectations that the solver needs of every layer's input [m, n_in]."""
+        """Returns the expectations that the solver needs, of every layer's input [m, n_in]."""
         rank_one = [h for h in inputs if h.shape[1] ** 2 > self.max_elements]
         means = iter(ops.mean_inputs(rank_one))
         return [
@@ -34,7 +34,7 @@ class KFI(Solver):
         ]
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
-        """What `solve` needs of the factors, at this scale c and damping l."""
+        """Returns what `solve` needs, from the factors, the scale c and the damping l."""
         h = factors["bias_hessian"]
         root = damping**0.5
         if "mean_input" in factors:
@@ -49,7 +49,7 @@ class KFI(Solver):
         return {**prepared, "hessian_inverses": inverse(systems, "bias Hessian")}
 
     def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """P [n_out, n_in] and d [n_out] (None without `grad_bias`) for a layer's gradients B and g."""
+        """Returns P [n_out, n_in] and d [n_out] (None without `grad_bias`) for a layer's gradients B and g."""
         weight_inverse, bias_inverse = prepared["hessian_inverses"]
         weight = ops.precondition(weight_inverse, grad_weight, prepared.get("input_inverse")).neg_()
         if "mean_input" in prepared:

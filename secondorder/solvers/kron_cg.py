@@ -27,15 +27,15 @@ class KroneckerCG(Solver):
         check_cg(self.max_cg, self.eps_cg)
 
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
-        """The expectations that the solver needs of every layer's input [m, n_in]."""
+        """Returns the expectations that the solver needs, of every layer's input [m, n_in]."""
         return [{"input_second_moment": second_moment(sample)} for sample in samples]
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
-        """What `solve` needs of the factors, at this scale c and damping l."""
+        """Returns what `solve` needs, from the factors, the scale c and the damping l."""
         return {**finite(factors), **shift_of(factors["bias_hessian"], scale, damping)}
 
     def solve(self, prepared: Factors, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """P [n_out, n_in] and d [n_out] (None without `grad_bias`) for a layer's gradients B and g."""
+        """Returns P [n_out, n_in] and d [n_out] (None without `grad_bias`) for a layer's gradients B and g."""
         h, a = prepared["bias_hessian"], prepared["input_second_moment"]
         scale, damping = prepared["shift"]
 
