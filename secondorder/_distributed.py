@@ -25,11 +25,11 @@ _FINE, _FAILED, _NOT_FINITE = range(3)
 
 
 class RankTerm(NamedTuple):
-    """What a rank contributes to an average."""
+    """Holds what a rank contributes to an average."""
 
     name: str
     value: Tensor
-    instances: float | None = None  # that it is the mean of, or the sum of their weights; None: every rank counts alike
+    instances: float | None = None  # how many the value is a mean of, or the sum of their weights; None: every rank counts alike
 
 
 class RankReducer:
@@ -76,7 +76,7 @@ class RankReducer:
         return result
 
     def average(self, compute: Callable[[], list[RankTerm]]) -> list[Tensor]:
-        """The averages over ranks of what `compute()` gives on each: the same names and shapes everywhere."""
+        """Returns the averages over ranks of what `compute()` returns on each: the same names and shapes everywhere."""
         terms = self.all(compute, lambda terms: [(term.name, tuple(term.value.shape)) for term in terms])
         if not terms:
             return []
@@ -96,12 +96,12 @@ class RankReducer:
         ]
 
     def mean(self, compute: Callable[[], Tensor]) -> Tensor:
-        """The mean over ranks of one tensor."""
+        """Returns the mean over ranks of one tensor."""
         (mean,) = self.average(lambda: [RankTerm("", compute())])
         return mean
 
     def dealt(self, costs: Sequence[float]) -> list[bool]:
-        """Which pieces of work are this rank's: the costliest first, each is the rank's that has least so far."""
+        """Tells which pieces of work are this rank's: from the costliest on, each goes to the rank with the least work so far."""
         loads, mine = [0.0] * self.size, [False] * len(costs)
         for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
             rank = loads.index(min(loads))
@@ -110,7 +110,7 @@ class RankReducer:
         return mine
 
     def joined(self, own: Mapping[K, Tensor], like: Mapping[K, Tensor]) -> dict[K, Tensor]:
-        """The tensors of all keys, each of which one rank has; `like` has some of their shapes and dtypes on every rank."""
+        """Returns the tensors of all keys, each of which one rank has; `like` has their shapes and dtypes on every rank."""
         dtype = max((t.dtype for t in like.values()), key=lambda d: torch.finfo(d).bits)
         flat = torch.cat([own.get(key, torch.zeros_like(t)).flatten().to(self.device, dtype) for key, t in like.items()])
         dist.all_reduce(flat, group=self.group)

@@ -4,14 +4,14 @@ from torch import Tensor, nn
 
 
 def parameters_of(layer: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Weight and bias; as attributes of a module they take ten times as long."""
+    """Returns weight and bias; as attributes of the module they would take ten times as long."""
     return layer._parameters.get("weight"), layer._parameters.get("bias")  # type: ignore[return-value]
 
 
 def linear_layers(model: nn.Module) -> dict[nn.Linear, str]:
-    """The model's nn.Linear modules that compute W h + b from parameters, with their names.
+    """Returns the model's nn.Linear modules that compute W h + b from parameters, with their names.
 
-    Of those that share weight and bias the first stands for all; `tied_layers` has the others.
+    If several share weight and bias, it returns the first; `tied_layers` returns the others.
     """
     users, layers = _users(model), {}
     for name, module in model.named_modules():
@@ -23,7 +23,7 @@ def linear_layers(model: nn.Module) -> dict[nn.Linear, str]:
 
 
 def tied_layers(model: nn.Module, layers: dict[nn.Linear, str]) -> dict[nn.Linear, nn.Linear]:
-    """Every nn.Linear of the model that has the weight and bias of one of `layers`, with that one."""
+    """Maps every other nn.Linear of the model that has the weight and bias of one of `layers` to that layer."""
     users, tied = _users(model), {}
     for layer in layers:
         weight, bias = parameters_of(layer)
@@ -33,7 +33,7 @@ def tied_layers(model: nn.Module, layers: dict[nn.Linear, str]) -> dict[nn.Linea
 
 
 def uncovered(model: nn.Module) -> dict[Tensor, str]:
-    """The trainable parameters of nn.Linear modules that no layer's curvature covers, with the reason."""
+    """Returns the trainable parameters of nn.Linear modules that no layer's curvature covers, each with the reason."""
     names = {module: name for name, module in model.named_modules()}
     users = _users(model)
     reasons: dict[Tensor, str] = {}
@@ -57,7 +57,7 @@ def uncovered(model: nn.Module) -> dict[Tensor, str]:
 
 
 def _users(model: nn.Module) -> dict[Tensor, list[nn.Module]]:
-    """The modules that each parameter belongs to."""
+    """Returns the modules that each parameter belongs to."""
     users: dict[Tensor, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -67,7 +67,7 @@ def _users(model: nn.Module) -> dict[Tensor, list[nn.Module]]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether it computes W h + b from parameters."""
+    """Tells whether a module computes W h + b from parameters."""
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return False
     weight = module._parameters.get("weight")
@@ -75,5 +75,5 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_one_layer(users: list[nn.Module], weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether all users of a weight compute the same with it."""
+    """Tells whether all modules with this weight are nn.Linear layers with this bias."""
     return all(_is_plain(user) and user._parameters["weight"] is weight and user._parameters["bias"] is bias for user in users)

@@ -1,4 +1,4 @@
-"""The state of the random generators: taken, set, and left alone, so that random layers repeat what they drew."""
+"""Saves and restores the state of the random generators, so that random layers repeat what they drew."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ class RandomState(NamedTuple):
 
     @classmethod
     def now(cls) -> "RandomState":
-        """The states at this moment."""
+        """Returns the present states."""
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
 
     def restore(self) -> None:
@@ -30,7 +30,7 @@ class RandomState(NamedTuple):
 
 
 def preserved_generators(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
-    """Leaves the CPU's generator, and those of the tensors' CUDA devices, as they were before."""
+    """Restores the CPU's generator, and those of the tensors' CUDA devices, at its end."""
     return torch.random.fork_rng(devices=list(_cuda_devices(tensors)))
 
 

@@ -7,53 +7,53 @@ import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
-Later = Callable[[], T]  # gives what takes numbers of the device to know
+Later = Callable[[], T]  # returns a value that depends on numbers of the device, and waits for them
 
-_WHOLE = (Tensor, nn.Parameter)  # types that are no DTensor, told at once
+_WHOLE = (Tensor, nn.Parameter)  # types that are certainly no DTensor
 
 
 def device_for(dtype: torch.dtype, like: Tensor) -> torch.device:
-    """Where numbers of a dtype are kept beside a tensor: MPS has no float64, so the CPU has them for it."""
+    """Returns the device of a tensor, or the CPU for float64 numbers that belong to a tensor on MPS, which has no float64."""
     return torch.device("cpu") if dtype == torch.float64 and like.device.type == "mps" else like.device
 
 
 def is_sharded(t: Any) -> bool:
-    """Whether it is a DTensor, whose rows ranks share. Told by its attributes: to import its module takes a second."""
+    """Tells whether it is a DTensor, whose rows ranks share; by its attributes, since importing its module takes a second."""
     return type(t) not in _WHOLE and isinstance(t, Tensor) and hasattr(t, "placements") and hasattr(t, "device_mesh")
 
 
 def here(t: Tensor) -> Tensor:
-    """What this process has of a tensor, without its graph: of a DTensor its own rows, else the whole."""
+    """Returns this process' rows of a DTensor, without a graph; any other tensor as it is."""
     return t.detach().to_local() if is_sharded(t) else t  # type: ignore[attr-defined]
 
 
 def captured_now() -> bool:
-    """Whether a CUDA graph is being captured, whose replays launch the same kernels again and call nothing in Python."""
+    """Tells whether a CUDA graph is being captured, whose replays launch the same kernels again and call nothing in Python."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """`t.to(dtype)`, but free where it is `t` itself: with small layers, calls of torch are what a step costs."""
+    """Returns `t.to(dtype)`, without a call of torch if that is `t` itself: with small layers such calls dominate a step."""
     return t if t.dtype == dtype else t.to(dtype)
 
 
 def real_view(t: Tensor) -> Tensor:
-    """The real and imaginary parts [..., 2] of complex numbers, in their memory; real numbers as they are."""
+    """Returns the real and imaginary parts [..., 2] of complex numbers, in their memory; real numbers as they are."""
     return torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What numbers of this dtype are computed with: at least float32."""
+    """Returns the dtype that numbers of this dtype are computed in: at least float32."""
     return dtype if dtype is torch.float32 else torch.promote_types(dtype, torch.float32)
 
 
 def to_compute_dtype(t: Tensor) -> Tensor:
-    """The tensor at least in float32."""
+    """Returns the tensor in its compute dtype, at least float32."""
     return t if t.dtype is torch.float32 else cast(t, compute_dtype(t.dtype))
 
 
 def subsample(instances: Tensor, samples: int | None) -> Tensor:
-    """Of the instances [..., m, n], where they are more than `samples`, so many, evenly spaced: floor(k m / samples)."""
+    """Returns at most `samples` of the instances [..., m, n], evenly spaced: those at floor(k m / samples)."""
     m = instances.shape[-2]
     if samples is None or m <= samples:
         return instances
@@ -61,7 +61,7 @@ def subsample(instances: Tensor, samples: int | None) -> Tensor:
 
 
 def flatten_batch(tensors: list[Tensor], samples: int | None = None) -> Tensor:
-    """[m, n] from tensors [..., n]: the union of their instances, or of a `subsample` of each."""
+    """Joins tensors [..., n] to one [m, n]: the union of their instances, or of a `subsample` of each."""
     if len(tensors) == 1 and samples is None and tensors[0].dim() == 2:
         return tensors[0]
     flat = [subsample(t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1]), samples) for t in tensors]
@@ -69,7 +69,7 @@ def flatten_batch(tensors: list[Tensor], samples: int | None = None) -> Tensor:
 
 
 def irregular(like: Tensor) -> Tensor:
-    """Numbers of mixed signs and sizes, no two alike, from 0.5 to 1.5: fixed, so that every random generator is left alone."""
+    """Returns numbers of mixed signs, no two alike, of sizes from 0.5 to 1.5; they are fixed, and use no random generator."""
     index = torch.arange(like.numel(), device=like.device, dtype=torch.float64)
     fraction = (index * 0.6180339887498949).frac()  # the golden ratio's multiples fill [0, 1) without ever repeating
     signs = 1 - 2 * ((index * 0.7548776662466927).frac() < 0.5).double()
@@ -77,14 +77,14 @@ def irregular(like: Tensor) -> Tensor:
 
 
 class Transfer:
-    """Brings numbers to the host together: the first that are asked for bring all that were given until then, by one wait."""
+    """Brings numbers to the host together: asking for one brings all that were given until then, by one wait."""
 
     def __init__(self) -> None:
         self._given: list[Tensor] = []
         self._here: list[Tensor] = []
 
     def later(self, tensor: Tensor) -> Later[Tensor]:
-        """Gives the tensor in float64 on the CPU, once it is asked for."""
+        """Returns a function that returns the tensor in float64 on the CPU."""
         tensor = tensor.detach()
         if tensor.is_cpu:
             here = tensor.double()
@@ -100,7 +100,7 @@ class Transfer:
         return arrived
 
     def numbers(self, numbers: Sequence[Tensor | float]) -> Later[list[float]]:
-        """The same for tensors of one element; what is a number already is given as it is."""
+        """Does the same for tensors of one element; numbers pass as they are."""
         found: list[float | Later[Tensor]] = []
         for number in numbers:
             if not isinstance(number, Tensor):
@@ -120,7 +120,7 @@ class Transfer:
 
 
 class Arriving:
-    """A tensor of one boolean on its way to the host: to read it waits for what was queued on a GPU before it, and no longer."""
+    """Sends a tensor of one boolean to the host; reading it waits only for what was queued on the GPU before it."""
 
     def __init__(self, flag: Tensor):
         self._flag, self._event = flag, None
@@ -130,22 +130,22 @@ class Arriving:
             self._event.record()
 
     def read(self) -> bool:
-        """Its value."""
+        """Returns its value."""
         if self._event is not None:
             self._event.synchronize()
         return bool(self._flag)
 
 
 def host_numbers(numbers: Sequence[Tensor | float]) -> list[float]:
-    """The values of tensors of one element, and of what is a number already; waits for the device once."""
+    """Returns the values of tensors of one element, and numbers as they are; waits for the device once."""
     return Transfer().numbers(numbers)()
 
 
 def finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether no tensor of some holds NaN or inf, nor so large numbers that their sum does: []."""
+    """Tells by a boolean tensor [] whether the sums of all tensors are finite: then they hold neither NaN nor inf."""
     return torch.stack([t.sum() for t in tensors]).isfinite().all()
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """The same of any number of tensors; waits for the device once."""
+    """Tells the same as a bool, also of no tensors; waits for the device once."""
     return not tensors or bool(finite(tensors))

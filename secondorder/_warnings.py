@@ -13,7 +13,7 @@ _IMPORT = "<frozen importlib._bootstrap"
 
 
 def warn(message: str) -> None:
-    """Warns of what the user's call has led to."""
+    """Warns at the user's line that has led here."""
     level, frame = 1, sys._getframe(1)
     current: FrameType | None = frame
     while current is not None and current.f_code.co_filename.startswith((*_FOLDERS, _IMPORT)):

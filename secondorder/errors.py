@@ -1,11 +1,11 @@
-"""The one error that a training loop may want to catch, and torch's own with what to do."""
+"""NonFiniteError, which a training loop may want to catch, and torch's error for missing second derivatives with what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class NonFiniteError(RuntimeError):
-    """A NaN or inf would have reached a parameter. No parameter and no state of the optimizer has changed."""
+    """Raised where NaN or inf would have reached a parameter. No parameter and no state of the optimizer has changed."""
 
 
 @contextmanager

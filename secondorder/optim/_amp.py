@@ -6,7 +6,7 @@ import torch
 
 
 def unscaling_factor(optimizer: torch.optim.Optimizer, grad_scaler: Any) -> float | None:
-    """Undoes GradScaler's factor on the gradients, and gives the one that undoes it on what was recorded.
+    """Undoes GradScaler's factor on the gradients, and returns the factor that undoes it on the tape's records.
 
     Args:
         optimizer: GradScaler.step has set `found_inf` and `grad_scale` on it, or not.
@@ -36,7 +36,7 @@ def unscaling_factor(optimizer: torch.optim.Optimizer, grad_scaler: Any) -> floa
 
 
 def restore_scale(optimizer: torch.optim.Optimizer) -> None:
-    """Gives the gradients GradScaler's factor back, after a step that has failed: it may be tried again."""
+    """Multiplies the gradients by GradScaler's factor again after a step that has failed, so that it may be tried again."""
     scale = getattr(optimizer, "grad_scale", None)
     if scale is not None:
         for group in optimizer.param_groups:

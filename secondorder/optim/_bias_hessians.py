@@ -44,10 +44,10 @@ class BiasHessians:
         )  # fmt: skip
 
     def of_step(self, trained: Mapping[Tensor, Any], sign: int, group: dist.ProcessGroup | None) -> dict[Tensor, Tensor]:
-        """H [n_out, n_out] of every recorded layer with a gradient, by its weight, in the dtype that this is computed in.
+        """Returns H [n_out, n_out] of every recorded layer with a gradient, by its weight, in the weight's compute dtype.
 
         Args:
-            trained: the parameters that count.
+            trained: the optimizer's parameters; layers of others are left out.
             sign: -1 where the loss is maximised.
             group: the ranks whose instances enter; None: this process is alone.
 
@@ -74,7 +74,7 @@ class BiasHessians:
 def chosen_curvature(
     owner: str, curvature: str | Curvature, criterion: nn.Module | Callable[..., Tensor] | None, model: nn.Module | None
 ) -> tuple[Curvature | None, nn.Module | None]:
-    """The curvature, None for "gradient", and the criterion as a module, once they are known to go with each other.
+    """Returns the curvature (None for "gradient") and the criterion as a module, once they are known to go together.
 
     Args:
         owner: the optimizer's name, for messages.

@@ -1,4 +1,4 @@
-"""The fallback: SGD with momentum for parameters that no curvature covers, said once in a warning."""
+"""The fallback: SGD with momentum for parameters that no curvature covers, with one warning."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""A loss that grows a thousandfold, said once in a warning: an error would end the training of nets that compete, as in a GAN."""
+"""Warns once of a loss that grows a thousandfold; an error would end the training of nets that compete, as in a GAN."""
 
 import math
 from typing import Any
@@ -14,8 +14,8 @@ _FACTOR, _DECAY = 1000.0, 0.9
 class LossGrowth:
     """Watches the average of the losses, bias-corrected and with a decay of 0.9.
 
-    It warns where that is a thousand times its lowest value, and above the first loss: a net that fits its batches to rounding
-    may well meet one that is a thousand times worse.
+    It warns if that exceeds a thousand times its lowest value, and the first loss as well: a net that fits its batches up to
+    rounding may well meet a batch that is a thousand times worse.
 
     Args:
         owner: the optimizer's name, for the message.
@@ -28,9 +28,9 @@ class LossGrowth:
         self._report: tuple[Tensor, Any] | None = None  # a loss on its way to the host, and the event of its arrival
 
     def see(self, loss: Tensor | float) -> None:
-        """Takes the loss of a step; one that is not finite, or of what may be negative, says nothing.
+        """Takes the loss of a step. It ignores one that is not finite, and never warns of losses that have been negative.
 
-        Of a tensor on a GPU the value is taken at one of the next calls, when it no longer waits for the device.
+        The value of a tensor on a GPU is taken at one of the next calls, once reading it no longer waits for the device.
         """
         if isinstance(loss, Tensor):
             loss = self._arrived(loss.detach()) if loss.is_cuda else float(loss)
@@ -54,7 +54,7 @@ class LossGrowth:
         return {**self.__dict__, "_report": None}
 
     def _arrived(self, loss: Tensor) -> float:
-        """Sends a loss on its way to the host; returns the one before, NaN where it is not there yet."""
+        """Sends a loss to the host; returns the one sent before, or NaN if that has not arrived yet."""
         before, self._report = self._report, None
         if before is not None and not before[1].query():
             self._report = before
