@@ -1,4 +1,4 @@
-"""Walks of the autograd graph: which recorded layers a tensor depends on, and through which nodes."""
+"""Walks through the autograd graph: which recorded layers a tensor depends on, and through which nodes."""
 
 from typing import Any
 
@@ -16,17 +16,17 @@ RESHAPING = {
 
 
 def metadata(node: Node) -> dict[str, Any]:
-    """What has been left at an autograd node; it lives as long as the graph."""
+    """Returns the dictionary of an autograd node, which lives as long as the graph."""
     return node.metadata  # type: ignore[return-value]  # torch's stub takes the attribute for a method
 
 
 def source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node], list[str]]:
-    """The autograd nodes upstream of (or at) `start` that hold metadata under `key`, and the names of the nodes on the way.
+    """Returns the autograd nodes upstream of (or at) `start` that hold metadata under `key`, and the names of those passed.
 
     Args:
         start: where the walk begins.
         key: what marks the outputs of recorded linear layers.
-        nearest: whether the walk ends at the first of them on every path, rather than finding all.
+        nearest: whether the walk ends at the first such node on every path, rather than finding all.
     """
     found, names, seen, stack = [], [], {start}, [start]
     while stack:
@@ -44,7 +44,7 @@ def source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node
 
 
 def compiled_parameters(start: Node, key: str) -> set[Tensor]:
-    """The parameters that compiled graphs use upstream of `start`, as far as the nearest nodes that hold metadata under `key`."""
+    """Returns the parameters of compiled graphs between `start` and the nearest nodes upstream that hold metadata under `key`."""
     found, seen, stack = set(), {start}, [start]
     while stack:
         node = stack.pop()
@@ -60,14 +60,14 @@ def compiled_parameters(start: Node, key: str) -> set[Tensor]:
 
 
 def is_view_of(node: Node | None, source: Node) -> bool:
-    """Whether the tensor of `node` is that of `source`, at most reshaped."""
+    """Tells whether the tensor of `node` is that of `source`, at most reshaped."""
     while node is not None and node is not source and is_reshaping(node):
         node = node.next_functions[0][0]
     return node is source
 
 
 def is_reshaping(node: Node) -> bool:
-    """Whether a node keeps the numbers in their order, and at most changes the shape."""
+    """Tells whether a node keeps the numbers in their order, and at most changes the shape."""
     return node.name().rstrip("0123456789") in RESHAPING
 
 
@@ -77,7 +77,7 @@ def signed_dim(dim: int) -> int:
 
 
 def compiled_error(what: str) -> RuntimeError:
-    """The error for what runs in a compiled graph: such graphs do not support double backward, and fail silently."""
+    """Makes the error for what runs in a compiled graph: such graphs do not support double backward, and fail silently."""
     return RuntimeError(
         f"{what} inside a compiled graph, which does not say what it computes; call the model that the optimizer was made for, "
         "rather than a compiled part of it"
@@ -85,7 +85,7 @@ def compiled_error(what: str) -> RuntimeError:
 
 
 def refuse_reentrant_checkpoint(layer: str) -> None:
-    """Raises where a layer is called by a checkpoint of the reentrant kind: its backward pass is none of the loss's graph."""
+    """Raises if a layer is called by a reentrant checkpoint, whose backward pass is not part of the loss's graph."""
     if torch._C._current_graph_task_id() != -1:
         node: Node | None = torch._C._current_autograd_node()
         if node is not None and node.name() == "CheckpointFunctionBackward":

@@ -18,7 +18,7 @@ _RELEASED = torch.empty(0)
 
 
 def version(t: Tensor) -> int:
-    """How often a tensor has been written to, where it is counted."""
+    """Returns how often a tensor has been written to; 0 for inference tensors, which do not count it."""
     return 0 if t.is_inference() else t._version
 
 
@@ -124,9 +124,10 @@ class CriterionArguments:
 
 
 def aligned(masses: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """The weights of a target's elements as those of the rows of a tensor [*shape, n], [m]; None: its rows are others.
+    """Returns the weights of a target's elements as weights [m] of the rows of a tensor [*shape, n].
 
-    Rows that one of them has flattened are in order. A row with several elements has the mean of theirs.
+    A row with several elements has the mean of their weights. Either of the two may be flattened, in order. None: the rows of the
+    tensor are not those of the target, or there are no weights.
     """
     if masses is not None and masses.dim() > 1 and masses.numel() != shape.numel() == masses.shape[:-1].numel():
         masses = masses.mean(-1)
@@ -137,12 +138,12 @@ def aligned(masses: Tensor | None, shape: torch.Size) -> Tensor | None:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Counting:
-    """Which rows of a tensor [..., n] count, and how much.
+    """Tells which rows of a tensor [..., n] count, and how much.
 
     Args:
-        kept: their indices; None: all.
-        weights: of these, in float64; None: 1 each.
-        total: what all of them count together; None: their number.
+        kept: the indices of the rows that count; None: all.
+        weights: their weights in float64; None: 1 each.
+        total: the sum of their weights; None: their number.
     """
 
     kept: Tensor | None = None
@@ -151,7 +152,7 @@ class Counting:
 
     @classmethod
     def of(cls, masses: Tensor | None) -> "Counting":
-        """From the weights [m] of all rows; waits for the device once, and once more where some are 0."""
+        """Makes it from the weights [m] of all rows; waits for the device once, and once more if some are 0."""
         if masses is None:
             return cls()
         ones = masses == 1
@@ -163,11 +164,11 @@ class Counting:
         return cls(kept, masses if kept is None else masses.index_select(0, kept), total)
 
     def of_rows(self, t: Tensor) -> Tensor:
-        """The rows of a tensor [..., n] that count."""
+        """Returns the rows of a tensor [..., n] that count."""
         return t if self.kept is None else flatten_batch([t]).index_select(0, self.kept)
 
     def share(self, rows: int, samples: int | None) -> Tensor | float:
-        """What the weights of all are to those of at most so many rows, evenly spaced; `rows` is how many count."""
+        """Returns the sum of all weights over that of `samples` evenly spaced rows, where `rows` rows count."""
         if samples is None or rows <= samples:
             return 1.0
         if self.weights is None:
@@ -176,10 +177,10 @@ class Counting:
 
 
 def as_weighted(rows: Tensor, weights: Tensor) -> Tensor:
-    """Rows [m, n] whose plain mean and second moment are the weighted ones of some rows h_i, sum_i w_i h_i / W and likewise.
+    """Returns rows [m, n] whose plain mean and second moment are the weighted ones of the rows h_i, with weights w_i / W.
 
-    With v_i = sqrt(m w_i / W) the rows v_i h_i have that second moment, and so has every orthogonal transformation of them. That
-    which takes v to (1, ..., 1), a reflection and a change of sign, gives them that mean, too.
+    With v_i = sqrt(m w_i / W) the rows v_i h_i have that second moment, and so has every orthogonal transformation of them. The
+    transformation that takes v to (1, ..., 1), a reflection and a change of sign, also gives them that mean.
     """
     v = (weights * (len(weights) / weights.sum())).sqrt()
     u = v + 1
@@ -215,9 +216,9 @@ class LossCall:
     _counting: Counting | None = None
 
     def row_masses(self, shape: torch.Size) -> Tensor | None:
-        """The weights [m] of the rows of a tensor [*shape, n], where they are those of the target's elements.
+        """Returns the weights [m] of the rows of a tensor [*shape, n], if these are the rows of the target.
 
-        None: all count alike, or its rows are others, as before a pooling or a transposition.
+        None: all rows count alike, or they are not the target's, as before a pooling or a transposition.
         """
         if not self.ordered or any(source.input.shape[:-1] != shape for source in self.sources):
             return None

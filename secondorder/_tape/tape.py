@@ -54,22 +54,24 @@ class Tape:
     Args:
         layers: the linear layers, with their names for messages.
         criterion: a module whose calls return the scalar loss.
-        diagonal: whether the gradients that the recursion's diagonal needs are kept.
-        grad_outputs: whether every layer's delta is kept.
-        columns: gives columns s_ic at the network's output, which are taken back to every layer, delta_ic = J_i^T s_ic, while the
-            graph lives; the sum of delta_ic delta_ic^T becomes the layer's `block`. Nothing for the recursion is kept then.
-        model: what the layers are part of: torch.compile leaves its forward, and the criterion's, alone in training mode. A layer
-            of it that shares the parameters of one of `layers` is recorded as that one.
-        keep_inputs: whether the model's arguments are to be kept, and the criterion's, for evaluating them anew; it is then also
-            seen whether backward passes are from recorded losses alone (`outside`).
-        recursive: whether the criterion's Hessian is needed, and derivatives of whatever stands between two layers, by double
-            backward where no formula gives them.
-        samples: of every forward pass at most so many instances, evenly spaced, enter the curvature's expectations; None: all.
-        widest: layers with more outputs have no record, and the recursion starts anew where one leads there; None: no limit.
-        output_hessian: gives the recursion's start where no formula does, of the arguments of `columns`; None: the Hessian.
+        diagonal: whether to keep the gradients that the recursion's diagonal needs.
+        grad_outputs: whether to keep every layer's delta.
+        columns: returns columns s_ic at the network's output. While the graph lives they are taken back to every layer, as
+            delta_ic = J_i^T s_ic, and the sum of delta_ic delta_ic^T becomes the layer's `block`. Nothing is then kept for the
+            recursion.
+        model: the module that the layers are part of. torch.compile leaves its forward, and the criterion's, alone in training
+            mode. A layer of it that shares the parameters of one of `layers` is recorded as that one.
+        keep_inputs: whether to keep the arguments of the model and of the criterion, for evaluating them again. The tape then
+            also notices backward passes that do not come from recorded losses alone (`outside`).
+        recursive: whether the criterion's Hessian is needed, and the derivatives of what lies between two layers. Double backward
+            computes them if no formula does.
+        samples: at most so many instances of each forward pass, evenly spaced, enter the curvature's expectations; None: all.
+        widest: layers with more outputs have no record, and the recursion starts anew at layers that lead to them; None: no
+            limit.
+        output_hessian: returns the recursion's start if no formula does, given the arguments of `columns`; None: the Hessian.
 
-    `recording` may be switched off and on at any time; `tied` are the layers that are recorded as another one; `missing` says why
-    there are no records, where there are none.
+    `recording` may be switched off and on at any time. `tied` are the layers that are recorded as another one. `missing` says why
+    there are no records.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class Tape:
         self.missing = _NOT_CALLED
 
     def rescaled(self, factor: float) -> AbstractContextManager[None]:
-        """Within it the records are those of a backward pass from `factor` times what backward() was called on."""
+        """Within it the records are as if backward() had been called on `factor` times its tensor."""
         return self._log.rescaled(factor)
 
     @property
@@ -131,7 +133,7 @@ class Tape:
 
     @property
     def outside(self) -> str | None:
-        """What backward passes since the last `clear` were of besides recorded losses; None: nothing. Seen with `keep_inputs`."""
+        """What else than recorded losses backward passes came from since the last `clear`, with `keep_inputs`; None: nothing."""
         return self._log.outside
 
     @property
@@ -141,7 +143,7 @@ class Tape:
 
     @contextmanager
     def muted(self) -> Iterator[None]:
-        """Layers that are called inside, as checkpointing does in autograd runs of the tape's own, are not recorded."""
+        """Within it calls are not recorded, such as those that checkpointing makes in the tape's own autograd runs."""
         self._muted = True
         try:
             yield
@@ -149,7 +151,7 @@ class Tape:
             self._muted = False
 
     def records(self) -> list[LayerRecord]:
-        """The layers that the losses so far depend on, each after the layer that takes its output: the recursion's order."""
+        """Returns the layers that the losses depend on, each after the layer that takes its output: the recursion's order."""
         records: dict[nn.Linear, LayerRecord] = {}
         seen: set[LayerCall] = set()
         for loss in self.losses:
@@ -221,7 +223,7 @@ class Tape:
                 made[leaf.output_nr] = call, position
 
     def _criterion_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any], sources: list[Node]) -> CriterionArguments:
-        """What evaluating the criterion anew takes."""
+        """Returns what is needed to evaluate the criterion again."""
         leaves = tree_leaves((args, kwargs))
         trained = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
         arguments = CriterionArguments(_detached(args), _detached(kwargs), trained, None, None, [])
@@ -243,7 +245,7 @@ class Tape:
         return arguments
 
     def _links(self, call: LayerCall, input: Tensor, made_by: Node) -> list[Link]:
-        """Where the input of a layer's call comes from."""
+        """Returns the links from the layers that the input of a layer's call comes from."""
         layer = call.layer
         nodes, passed = source_nodes(made_by, self._key)
         self._refuse_compiled_layers(made_by, passed)
@@ -277,7 +279,7 @@ class Tape:
         return [Link(source, layer, between)]
 
     def _refuse_compiled_layers(self, start: Node, passed: list[str]) -> None:
-        """Raises where a compiled graph among the nodes passed from `start` has called a layer: its hook has not run."""
+        """Raises if a compiled graph among the nodes passed from `start` has called a layer, whose hook then did not run."""
         if COMPILED in passed:
             parameters = compiled_parameters(start, self._key)
             for layer, name in self.names.items():
@@ -393,7 +395,7 @@ class Tape:
 
 
 def _instances(sources: list[LayerCall], args: tuple[Any, ...]) -> int | None:
-    """How many rows the criterion sees: as its sources, or all of theirs where its first argument joins them; None: unclear."""
+    """Returns how many rows the criterion sees: its sources', or their sum if its first argument joins them; None: unclear."""
     rows = [source.input.shape[:-1].numel() for source in sources]
     width, output = sources[0].layer.out_features, args[0] if args else None
     if len(rows) > 1 and isinstance(output, Tensor) and output.numel() == width * sum(rows):  # noqa: SIM102
