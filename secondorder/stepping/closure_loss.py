@@ -25,7 +25,7 @@ Roots = list[tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Closure:
-    """A closure that has been called once, and what that call began from."""
+    """Holds a closure that has been called once, and the state that this call began with."""
 
     call: Callable[[], Any]
     state: ForwardState
@@ -35,7 +35,7 @@ class Closure:
 
 @dataclass
 class _Graph:
-    """The loss with its graph, and the criterion's calls in it."""
+    """Holds the loss with its graph, and the criterion's calls in it."""
 
     loss: Tensor
     value: float
@@ -44,7 +44,7 @@ class _Graph:
 
 
 class ClosureLoss(LossOverRanks):
-    """The loss that a closure calls backward() on, at any parameters, from the same random numbers, buffers and attributes.
+    """The loss that a closure calls backward() on, at any parameters, with the same random numbers, buffers and attributes.
 
     Its quadratic terms are the Gauss-Newton matrix of the criterion's calls and, for terms outside of them, the positive part of
     their own Hessian's form. The whole batch is evaluated.
@@ -76,11 +76,11 @@ class ClosureLoss(LossOverRanks):
 
     @functools.cached_property
     def start(self) -> float:
-        """The loss at the parameters' own values."""
+        """Returns the loss at the parameters' own values."""
         return self._mean(lambda: self.sign * self._at_start().value)
 
     def value(self, parameters: list[Tensor]) -> float:
-        """The loss at these values; inf where they are not finite."""
+        """Returns the loss at these values; inf if they are not finite."""
         if not all_finite(parameters):
             return math.inf
         return self._mean(lambda: self.sign * float(self._evaluated(parameters).detach()))
@@ -107,7 +107,7 @@ class ClosureLoss(LossOverRanks):
 
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
-        """Around what differentiates the loss twice."""
+        """Around code that differentiates the loss twice: gives its errors the package's words."""
         try:
             with self.tape.muted():
                 yield
@@ -117,7 +117,7 @@ class ClosureLoss(LossOverRanks):
             ) from error
 
     def _differentiate(self, graph: _Graph) -> None:
-        """Sets what products are taken of, once."""
+        """Differentiates the loss once, for all products."""
         if self._gradients:
             return
         losses = [loss for loss, _, _ in graph.calls]
@@ -136,7 +136,7 @@ class ClosureLoss(LossOverRanks):
             self._curved = [(g, p) for g, p in pairs if g is not None and g.requires_grad]
 
     def _outside(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[Tensor]:
-        """Gives the positive part of the form of the Hessian of the terms outside of the criterion."""
+        """Returns what gives the positive part of the form of the Hessian of the terms outside of the criterion."""
         if not self._curved:
             return lambda: torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
         columns = []
@@ -196,7 +196,7 @@ class ClosureLoss(LossOverRanks):
         return self._graph
 
     def _evaluated(self, values: list[Tensor] | None) -> Tensor:
-        """What the closure calls backward() on, with its graph."""
+        """Returns what the closure calls backward() on, with its graph."""
         everything = list(dict.fromkeys([*self.model.parameters(), *self.parameters]))
         gradients = [p.grad for p in everything]
 

@@ -27,7 +27,7 @@ _COLUMNS = 2**24
 
 
 class OutputCurvature:
-    """The positive semi-definite Hessian of a loss w.r.t. some tensors z of its graph, on tangents; and the gradient there.
+    """Applies the positive semi-definite Hessian of a loss w.r.t. tensors z of its graph to tangents; has the gradient there.
 
     It is the Hessian itself, or its negative, where its form has one sign on every row of z for the tangents at hand, as for a
     criterion that is convex. Else it is J_u^T H_u J_u, where that is so for the Hessian H_u at the criterion's arguments u(z), as
@@ -53,7 +53,7 @@ class OutputCurvature:
         self.gradients = [g.detach() for g in self._gradients]
 
     def form(self, tangents: list[list[Tensor]], transfer: Transfer) -> Later[Tensor]:
-        """Gives t_k^T H t_l [k, k] in float64 on the CPU, for tangents that have one tensor of each output's shape."""
+        """Returns what gives t_k^T H t_l [k, k] in float64 on the CPU; a tangent has one tensor of each output's shape."""
         if isinstance(self._known, OutputHessian):
             return transfer.later(self._by_mean(tangents, self._known))
         if self._known is not None and self._known != "convex":
@@ -65,12 +65,12 @@ class OutputCurvature:
         return lambda: self._semidefinite(tangents, forms(), at_arguments=False)
 
     def _forms(self, tangents: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
-        """Gives the Hessian's form, and the lowest, highest and total of its rows."""
+        """Returns what gives the Hessian's form, and the lowest, highest and total of its rows."""
         form, by_rows = map(transfer.later, _forms(tangents, [self._product(t) for t in tangents]))
         return lambda: (form(), by_rows())
 
     def _forms_at_arguments(self, tangents: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
-        """The same of J_u^T H_u J_u."""
+        """Returns the same for J_u^T H_u J_u."""
         tangent, curvature = self._at_arguments
         with second_derivatives():
             tangents_there = [tangent(t) for t in tangents]
@@ -78,11 +78,11 @@ class OutputCurvature:
 
     @functools.cached_property
     def _at_arguments(self) -> "tuple[Callable[[list[Tensor]], list[Tensor]], OutputCurvature]":
-        """J_u t of a tangent t, and H_u."""
+        """Returns J_u t for a tangent t, and H_u."""
         return tangent_map(self._arguments, self._outputs), OutputCurvature(self._loss, self._arguments)
 
     def _semidefinite(self, tangents: list[list[Tensor]], forms: tuple[Tensor, Tensor], at_arguments: bool) -> Tensor:
-        """The form of what stands for H, from the forms of H or of J_u^T H_u J_u."""
+        """Returns the form of the matrix that is used for H, from the forms of H or of J_u^T H_u J_u."""
         found = self._signed(*forms)
         if found is None and self._arguments and not at_arguments:
             found = self._signed(*self._forms_at_arguments(tangents, Transfer())())
@@ -96,7 +96,7 @@ class OutputCurvature:
         return (vectors * values.abs()) @ vectors.T
 
     def _signed(self, form: Tensor, by_rows: Tensor) -> Tensor | None:
-        """The form of a Hessian or of its negative, whichever is positive on every row; None: neither is."""
+        """Returns the form of a Hessian or of its negative, whichever is positive on every row, or None if neither is."""
         values = torch.linalg.eigvalsh(form) if len(form) > 1 and form.isfinite().all() else form.flatten()
         tolerance = torch.finfo(self.gradients[0].dtype).eps ** 0.5
         lowest, highest, total = by_rows.tolist()
@@ -126,7 +126,7 @@ class OutputCurvature:
         return form
 
     def _product(self, tangent: list[Tensor]) -> list[Tensor]:
-        """H t."""
+        """Returns H t."""
         pairs = [(g, t.to(g.dtype)) for g, t in zip(self._gradients, tangent, strict=True) if g.requires_grad]
         if not pairs:
             return [torch.zeros_like(t) for t in tangent]
@@ -138,7 +138,7 @@ class OutputCurvature:
 
 
 class GraphQuadratic:
-    """x^T g and x^T G y of a loss with its graph.
+    """Computes x^T g and x^T G y for a loss with its graph.
 
     Args:
         loss: a scalar with its graph.
@@ -160,7 +160,7 @@ class GraphQuadratic:
         self._tangent = tangent_map(outputs, leaves)
 
     def products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
-        """Gives x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
+        """Returns what gives x_k^T g [k] and x_k^T G x_l [k, k], in float64 on the CPU; x_k have the parameters' shapes."""
         tangents = [self._tangent(vector) for vector in vectors]
         first = transfer.later(torch.stack([inner(t, self._curvature.gradients) for t in tangents]))
         form = self._curvature.form(tangents, transfer)
@@ -169,7 +169,7 @@ class GraphQuadratic:
 
 @contextmanager
 def differentiable_twice(model: nn.Module) -> Iterator[None]:
-    """Has functions run by those of torch's implementations that can be differentiated twice: attention and recurrent nets."""
+    """Within it torch runs attention and recurrent nets by implementations that can be differentiated twice."""
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
@@ -180,12 +180,12 @@ def differentiable_twice(model: nn.Module) -> Iterator[None]:
 
 
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """The sum of the elements' products in float64, []."""
+    """Returns the sum of the elements' products in float64, []."""
     return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()
 
 
 def _forms(tangents: list[list[Tensor]], curved: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-    """t_k^T c_l [k, k], symmetric, and of t_ki^T c_ki over the rows i the least, the largest and the sum of absolute values.
+    """Returns t_k^T c_l [k, k], symmetric; and the least, largest and total absolute value of t_ki^T c_ki over the rows i.
 
     Where the outputs have as many rows, a row is that of all of them together.
     """

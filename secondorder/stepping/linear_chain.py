@@ -11,7 +11,7 @@ from secondorder._tensors import flatten_batch, to_compute_dtype
 
 @dataclass
 class LinearChain:
-    """A net that is linear layers with known activations between them and nothing else, as it was recorded, on some rows.
+    """A recorded net of nothing but linear layers and known activations between them, on some rows.
 
     Neither the model nor what stands before the first layer is evaluated again:
 
@@ -25,7 +25,7 @@ class LinearChain:
     output: Tensor  # z [m, n_out]
 
     def rows(self, keep: Tensor, groups: int) -> "LinearChain":
-        """The same for some of `groups` groups of consecutive rows."""
+        """Returns the same net on some of `groups` groups of consecutive rows."""
 
         def kept(t: Tensor) -> Tensor:
             return to_compute_dtype(t.reshape(groups, -1, t.shape[-1])[keep].flatten(0, 1))
@@ -34,7 +34,7 @@ class LinearChain:
         return LinearChain(self.layers, self.places, [kept(h) for h in self.inputs], maps, kept(self.output))
 
     def value(self, parameters: list[Tensor], rows: slice = slice(None)) -> Tensor:
-        """z [m, n_out] at other parameters, or some of its rows."""
+        """Returns z [m, n_out] at other parameters, or some of its rows."""
         h = self.inputs[0][rows]
         for depth, (layer, (weight, bias)) in enumerate(zip(self.layers, self.places, strict=True)):
             w = layer.weight.detach() if weight is None else parameters[weight]
@@ -45,7 +45,7 @@ class LinearChain:
         return h
 
     def tangents(self, vectors: list[list[Tensor]]) -> Tensor:
-        """J x of every vector, [k, m, n_out]."""
+        """Returns J x for every vector x, [k, m, n_out]."""
         t: Tensor | None = None
         for depth, (layer, (weight, bias), h) in enumerate(zip(self.layers, self.places, self.inputs, strict=True)):
             if t is None:
@@ -65,7 +65,7 @@ class LinearChain:
 
 
 def linear_chain(loss: LossCall, parameters: list[Tensor]) -> LinearChain | None:
-    """The recorded net, if it is a chain that depends on these parameters alone and ends in the criterion's one argument."""
+    """Returns the recorded net, if it is a chain of these parameters alone that ends in the criterion's one argument."""
     if loss.arguments is None or loss.arguments.from_layer is None:
         return None
     place = {p: i for i, p in enumerate(parameters)}

@@ -18,11 +18,11 @@ from secondorder.stepping.recorded_loss import ChainLoss, RecordedLoss, Replayed
 
 
 class CannotReplay(RuntimeError):
-    """A recorded loss cannot be evaluated at other parameters; the message says why."""
+    """Raised where a recorded loss cannot be evaluated at other parameters; the message says why."""
 
 
 class LocalLoss(LossOverRanks):
-    """The recorded loss as a function of the parameters, on a subsample of every recorded batch where it stands for the batch.
+    """The recorded loss as a function of the parameters; a subsample of every batch stands for the batch where it can.
 
     Random layers draw what they drew in the recorded forward pass; buffers and attributes of the modules are left alone.
 
@@ -58,13 +58,13 @@ class LocalLoss(LossOverRanks):
 
     @property
     def faithful(self) -> bool:
-        """Whether evaluating the model and the criterion again gives what was recorded."""
+        """Tells whether evaluating the model and the criterion again gives what was recorded."""
         if not math.isfinite(self.start):
             return True  # left to the step's own check
         return self._mean(lambda: float(all(piece.faithful for piece in self.pieces))) == 1.0
 
     def value(self, parameters: list[Tensor]) -> float:
-        """The loss at these values; inf where they are not finite."""
+        """Returns the loss at these values; inf if they are not finite."""
         return self._mean(lambda: self._value(parameters))
 
     @functools.cached_property
@@ -94,7 +94,7 @@ class LocalLoss(LossOverRanks):
 
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
-        """Around what differentiates a loss twice."""
+        """Around code that differentiates a loss twice: gives its errors the package's words."""
         try:
             with self.tape.muted():
                 yield
@@ -105,7 +105,7 @@ class LocalLoss(LossOverRanks):
             ) from error
 
     def _piece_of_rows(self, loss: LossCall, fraction: float, offset: int) -> RecordedLoss | None:
-        """The loss of some rows; None: there are too few, or it cannot be evaluated on them."""
+        """Returns the loss of some rows, or None if there are too few or it cannot be evaluated on them."""
         rows = None if loss.arguments is None else chosen_rows(self.criterion, loss.arguments, fraction, offset)
         try:
             return None if rows is None else self._piece(loss, rows)
@@ -131,7 +131,7 @@ class LocalLoss(LossOverRanks):
 
 
 def instances(loss: LossCall, criterion: nn.Module) -> float:
-    """The rows that count of the layers which the criterion sees, or of its first argument."""
+    """Returns how many rows count: of the layers that the criterion sees, or of its first argument."""
     arguments = loss.arguments
     if arguments is None:
         return loss.instances or 1

@@ -1,4 +1,4 @@
-"""What a loss as a function of the parameters is over several processes: the mean of theirs."""
+"""A loss as a function of the parameters over several processes: the mean of their losses."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from secondorder._tensors import Later, Transfer
 
 
 class LossOverRanks(ABC):
-    """A loss whose value and quadratic terms are means over ranks.
+    """Makes the value and the quadratic terms of a loss means over ranks.
 
     Args:
         ranks: whose losses' mean it is; None: this process's alone.
@@ -23,11 +23,11 @@ class LossOverRanks(ABC):
 
     @property
     def instances(self) -> int:
-        """How many instances the batches have, of all ranks."""
+        """Returns how many instances the batches of all ranks have."""
         return round(self._mean(self._instances) * (1 if self.ranks is None else self.ranks.size))
 
     def products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
-        """Gives x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
+        """Returns what gives x_k^T g [k] and x_k^T G x_l [k, k], in float64 on the CPU; x_k have the parameters' shapes."""
         if self.ranks is None:
             return self._products(vectors, transfer)
         packed = self.ranks.mean(lambda: torch.cat([t.flatten() for t in self._products(vectors, transfer)()]))
@@ -35,10 +35,10 @@ class LossOverRanks(ABC):
 
     @abstractmethod
     def _products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
-        """The same of this process."""
+        """Returns the same for this process."""
 
     def _mean(self, compute: Callable[[], float]) -> float:
-        """The mean over ranks."""
+        """Returns the mean over ranks."""
         if self.ranks is None:
             return compute()
         return float(self.ranks.mean(lambda: torch.tensor(compute(), dtype=torch.float64)))

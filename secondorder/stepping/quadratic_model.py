@@ -18,15 +18,15 @@ from secondorder._tensors import Later, Transfer
 
 
 class QuadraticTerms(Protocol):
-    """What the model needs of a loss."""
+    """Gives what the quadratic model needs of a loss."""
 
     def products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
-        """Gives x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
+        """Returns what gives x_k^T g [k] and x_k^T G x_l [k, k], in float64 on the CPU; x_k have the parameters' shapes."""
 
 
 @dataclass
 class Step:
-    """The minimum of q over the span of some vectors, or a multiple of it."""
+    """Holds the minimum of q over the span of some vectors, or a multiple of it."""
 
     delta: list[Tensor]
     coefficients: Tensor  # of the vectors
@@ -63,7 +63,7 @@ def best_step(
 def _minimum(
     vectors: list[list[Tensor]], terms: tuple[Tensor, Tensor], dots: tuple[Tensor, Tensor, Tensor], tau: float, lr: float
 ) -> Step:
-    """The step, from `QuadraticTerms.products` and `_dots`."""
+    """Computes the step from the numbers of `QuadraticTerms.products` and `_dots`."""
     (first, gram), (slope, inner, decay) = terms, dots
     c = gram + tau * inner + decay
     # Two nearly parallel vectors make C singular; scaled to a unit diagonal, what is below rounding is left out.
@@ -87,7 +87,7 @@ def _minimum(
 def _dots(
     vectors: list[list[Tensor]], gradients: list[Tensor], eta: list[float], metric: list[float] | None, transfer: Transfer
 ) -> Later[tuple[Tensor, Tensor, Tensor]]:
-    """Gives x_k^T g [k], x_k^T D x_l and x_k^T diag(eta) x_l [k, k], in float64 on the CPU."""
+    """Returns what gives x_k^T g [k], x_k^T D x_l and x_k^T diag(eta) x_l [k, k], in float64 on the CPU."""
     flat = [[t.reshape(-1) for t in vector] for vector in [*vectors, gradients]]
     rows, columns = torch.triu_indices(len(vectors), len(flat), offset=0)
     pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))

@@ -33,7 +33,7 @@ _COMPARED_ROWS = 16
 
 @dataclass(frozen=True)
 class Rows:
-    """Some of the rows of a criterion's arguments, and the others."""
+    """Divides the rows of a criterion's arguments into those that are kept and the others."""
 
     keep: Tensor  # their indices
     others: Tensor  # those of the others that count
@@ -41,11 +41,11 @@ class Rows:
     weights: list[Tensor | float]  # of these and of the others in a mean
 
     def of(self, leaf: Any) -> Any:
-        """The rows of a tensor that has as many; anything else as it is."""
+        """Returns the kept rows of a tensor that has as many rows as there are; anything else as it is."""
         return self._taken(leaf, self.keep)
 
     def not_of(self, leaf: Any) -> Any:
-        """The others, likewise."""
+        """Returns the other rows of such a tensor; anything else as it is."""
         return self._taken(leaf, self.others)
 
     def _taken(self, leaf: Any, places: Tensor) -> Any:
@@ -53,7 +53,7 @@ class Rows:
 
 
 def chosen_rows(criterion: nn.Module, arguments: CriterionArguments, fraction: float, offset: int) -> Rows | None:
-    """Rows whose loss may stand for that of all; None: there are too few to choose from.
+    """Chooses rows whose loss may stand for that of all, or returns None if there are too few to choose from.
 
     Waits for the device for cross-entropy alone: once, and once more where targets are ignored.
 
@@ -83,12 +83,12 @@ def chosen_rows(criterion: nn.Module, arguments: CriterionArguments, fraction: f
 
 
 def tolerance_of(tensors: list[Tensor]) -> float:
-    """What rounding may change in a loss of these tensors, relative to its terms."""
+    """Returns by how much rounding may change a loss of these tensors, relative to its terms."""
     return max((10 * torch.finfo(t.dtype).eps ** 0.75 for t in tensors if t.is_floating_point()), default=0.0)
 
 
 class AtStart(NamedTuple):
-    """What a recorded loss is at the parameters' own values."""
+    """Holds what a recorded loss is at the parameters' own values."""
 
     value: float  # of the rows, or of all
     factor: float  # by which values are multiplied
@@ -114,7 +114,7 @@ class RecordedLoss:
 
     @functools.cached_property
     def at_start(self) -> AtStart:
-        """What it is at the parameters' own values."""
+        """Returns what it is at the parameters' own values."""
         value, factor, *numbers = self._numbers()
         share: float | None = 1.0
         if self.rows is not None:
@@ -127,25 +127,25 @@ class RecordedLoss:
 
     @property
     def start(self) -> float:
-        """The loss at the parameters' own values."""
+        """Returns the loss at the parameters' own values."""
         return self.at_start.factor * self.at_start.value
 
     @property
     def faithful(self) -> bool:
-        """Whether the evaluations give what was recorded."""
+        """Tells whether the evaluations give what was recorded."""
         return self.at_start.same
 
     @property
     def stands(self) -> bool:
-        """Whether its rows stand for all."""
+        """Tells whether its rows stand for all."""
         return self.at_start.stands
 
     def value(self, parameters: list[Tensor]) -> Tensor:
-        """The loss at these, [] in float64."""
+        """Returns the loss at these parameters, [] in float64."""
         raise NotImplementedError
 
     def products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
-        """Gives x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
+        """Returns what gives x_k^T g [k] and x_k^T G x_l [k, k], in float64 on the CPU; x_k have the parameters' shapes."""
         raise NotImplementedError
 
     def _scaled(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ class RecordedLoss:
         return factor * first, abs(factor) * second  # a loss that is maximised has a negative factor
 
     def _compare(self, loss: Tensor, pairs: list[tuple[Tensor, Tensor]], tolerance: float, transfer: Transfer) -> None:
-        """Has those numbers brought that `at_start` takes.
+        """Starts to bring the numbers that `at_start` uses.
 
         Args:
             loss: at the parameters' own values.
@@ -173,14 +173,14 @@ class RecordedLoss:
         self._numbers, self._tolerance = transfer.numbers(numbers), tolerance
 
     def _loss(self, tensors: list[Tensor]) -> Tensor:
-        """The criterion at other trained arguments, for the kept rows of everything else."""
+        """Evaluates the criterion at other trained arguments, with the kept rows of all others."""
         args, kwargs = self.arguments.replaced(tensors, None if self.rows is None else self.rows.of)
         with undisturbed(self.criterion):
             loss: Tensor = self.criterion(*args, **kwargs)
         return loss
 
     def _known(self, tensors: list[Tensor]) -> KnownForm:
-        """What is known of the criterion's Hessian at its one trained argument."""
+        """Returns what is known of the criterion's Hessian at its one trained argument."""
         if len(tensors) != 1 or self.arguments.trained != [0]:
             return None
         args, kwargs = self.arguments.replaced([tensors[0].detach()], None if self.rows is None else self.rows.of)
@@ -188,7 +188,7 @@ class RecordedLoss:
 
 
 class ChainLoss(RecordedLoss):
-    """One whose net is a `LinearChain`: nothing but the criterion is evaluated again."""
+    """A recorded loss whose net is a `LinearChain`: only the criterion is evaluated again."""
 
     def __init__(
         self, call: LossCall, criterion: nn.Module, rows: Rows | None, chain: LinearChain, here: list[Tensor],
@@ -220,12 +220,12 @@ class ChainLoss(RecordedLoss):
         self._compare(self._graph, pairs, tolerance, transfer)
 
     def value(self, parameters: list[Tensor]) -> Tensor:
-        """The loss at these, [] in float64."""
+        """Returns the loss at these parameters, [] in float64."""
         with torch.no_grad():
             return self.at_start.factor * self._loss([self._to_argument(self.chain.value(parameters))]).reshape(()).double()
 
     def products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
-        """Gives x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
+        """Returns what gives x_k^T g [k] and x_k^T G x_l [k, k], in float64 on the CPU; x_k have the parameters' shapes."""
         curvature, tangents = self._curvature, self.chain.tangents(vectors)
         (gradient,) = curvature.gradients
         first = transfer.later(tangents.flatten(1) @ gradient.flatten())
@@ -250,7 +250,7 @@ class ChainLoss(RecordedLoss):
 
 
 class ReplayedLoss(RecordedLoss):
-    """One that takes the model and the criterion to evaluate, from the state that the forward pass began with.
+    """A recorded loss for which the model and the criterion are called again, from the state that the forward pass began with.
 
     Args:
         model: the recorded model.
@@ -288,21 +288,21 @@ class ReplayedLoss(RecordedLoss):
 
     @property
     def faithful(self) -> bool:
-        """Whether the evaluations give what was recorded."""
+        """Tells whether the evaluations give what was recorded."""
         return self._same_shapes and super().faithful
 
     @property
     def stands(self) -> bool:
-        """Whether its rows stand for all: those of the model's input, too."""
+        """Tells whether its rows stand for all, and those of the model's input, too."""
         return self.faithful and super().stands
 
     def value(self, parameters: list[Tensor]) -> Tensor:
-        """The loss at these, [] in float64."""
+        """Returns the loss at these parameters, [] in float64."""
         with torch.no_grad():
             return self.at_start.factor * self._evaluated(parameters)[1].reshape(()).double()
 
     def products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
-        """Gives x_k^T g [k] and x_k^T G x_l [k, k], for vectors x_k of the parameters' shapes, in float64 on the CPU."""
+        """Returns what gives x_k^T g [k] and x_k^T G x_l [k, k], in float64 on the CPU; x_k have the parameters' shapes."""
         if self._quadratic is None:
             with self.muted():
                 self._quadratic = GraphQuadratic(self._graph, self._tensors, self._leaves, self._known(self._tensors))
@@ -311,7 +311,7 @@ class ReplayedLoss(RecordedLoss):
         return lambda: self._scaled(*found())
 
     def _evaluated(self, parameters: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The criterion's trained arguments, and the loss."""
+        """Returns the criterion's trained arguments and the loss."""
         call = self.arguments.model
         assert call is not None
         given = (call.args, call.kwargs) if self.rows is None else tree_map(self.rows.of, (call.args, call.kwargs))
@@ -324,14 +324,14 @@ class ReplayedLoss(RecordedLoss):
 
 
 def undisturbed(criterion: nn.Module) -> AbstractContextManager[None]:
-    """Within it calls of a criterion leave its buffers as they are, where it may write to them; torch's own do not."""
+    """Within it calls of a criterion leave its buffers as they are; torch's own criteria never write to theirs."""
     if type(criterion).__module__.startswith("torch.nn.") or next(criterion.buffers(), None) is None:
         return nullcontext()
     return ForwardState(criterion).restored(buffers=True)
 
 
 def _share(values: tuple[float, float], weights: tuple[float, float], whole: float, relative_tolerance: float) -> float | None:
-    """By what the loss of some rows is to be multiplied to stand for that of all; None: they do not make it up.
+    """Returns by what the loss of some rows is multiplied to stand for that of all; None: it cannot stand for it.
 
     Args:
         values: the loss of these rows, and that of the others.
