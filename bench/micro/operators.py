@@ -40,13 +40,23 @@ def whole(operator: Callable[..., object], *options: object) -> Callable[..., ob
 def cases(net: Net, batch: int) -> Iterator[tuple[str, Case]]:
     """All operators, on random numbers of the net's shapes."""
     torch.manual_seed(0)
-    name, formula = DERIVATIVES[net.activation]
     pairs = list(zip(net.sizes, net.sizes[1:]))
     roots = [torch.randn(n, n) / n for _, n in pairs]
     hessians = [root @ root.T for root in roots]
     weights = [torch.randn(n_out, n_in) / n_in**0.5 for n_in, n_out in pairs]
-    outputs = [net.activation()(torch.randn(batch, n)) for _, n in pairs[:-1]]  # of the activations
-    grads = [torch.randn(batch, n) / batch for _, n in pairs[:-1]]
+    yield from recursion(net, batch, hessians, weights)
+    yield from eacg(hessians, weights)
+    yield from averages(net, batch, hessians)
+    yield from preconditioners(hessians, weights)
+    yield from quasi_newton(hessians, weights)
+
+
+def recursion(net: Net, batch: int, hessians: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[str, Case]]:
+    """The recursion of the bias Hessians, its derivatives, and its start."""
+    name, formula = DERIVATIVES[net.activation]
+    widths = net.sizes[1:-1]
+    outputs = [net.activation()(torch.randn(batch, n)) for n in widths]  # of the activations
+    grads = [torch.randn(batch, n) / batch for n in widths]
     above = list(zip(hessians[1:], weights[1:], outputs, grads, strict=True))
 
     yield "activation_derivatives", (
@@ -68,8 +78,16 @@ def cases(net: Net, batch: int) -> Iterator[tuple[str, Case]]:
             above,
         ),
     )
-    means, b = [torch.rand(n_in) for n_in, _ in pairs], [torch.randn_like(w) for w in weights]
-    g = [torch.randn(n_out) for _, n_out in pairs]
+    logits = [(torch.randn(batch, net.sizes[-1]), torch.randint(net.sizes[-1], (batch,)))]
+    yield "cross_entropy_hessian", (each(ops.cross_entropy_hessian), reference.cross_entropy_hessian, logits)
+
+
+def eacg(hessians: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[str, Case]]:
+    """EA-CG's solve, by itself and with the update."""
+    count = len(weights)
+    means, b = [torch.rand(w.shape[1]) for w in weights], [torch.randn_like(w) for w in weights]
+    g = [torch.randn(len(w)) for w in weights]
+    biases = [torch.zeros_like(x) for x in g]
     systems = list(zip(hessians, means, b, g, strict=True))
     for truncated in (False, True):
         yield (
@@ -80,23 +98,13 @@ def cases(net: Net, batch: int) -> Iterator[tuple[str, Case]]:
                 systems,
             ),
         )
-    logits = [(torch.randn(batch, pairs[-1][1]), torch.randint(pairs[-1][1], (batch,)))]
-    yield "cross_entropy_hessian", (each(ops.cross_entropy_hessian), reference.cross_entropy_hessian, logits)
-    inputs = [torch.rand(batch, n_in) for n_in, _ in pairs]
-    yield "mean_inputs", (lambda layers: ops.mean_inputs([h for (h,) in layers]), lambda h: h.mean(0), [(h,) for h in inputs])
-    averaged = [(h, h.clone()) for h in hessians]
-    yield "average_", (whole(ops.average_, 0.0), lambda x, y: x.lerp_(y, 0.0), averaged)
-    factors = [torch.randn(n_in, n_in) / n_in for n_in, _ in pairs]
-    sides = [(h, x, a @ a.T) for h, x, a in zip(hessians, b, factors, strict=True)]
-    yield "precondition", (each(ops.precondition), reference.precondition, sides)
-    biases = [torch.zeros_like(x) for x in g]
 
     def update(h: Tensor, a: Tensor, b: Tensor, g: Tensor, w: Tensor, x: Tensor) -> None:
         p, d, _ = reference.eacg_solve(h, a, b, g, ALPHA, ITERATIONS, 0.0, False)
         w.add_(p, alpha=1e-6)
         x.add_(d, alpha=1e-6)
 
-    none, count = [0.0] * len(pairs), len(pairs)
+    none = [0.0] * count
     yield (
         "eacg_update_",
         (
@@ -105,7 +113,26 @@ def cases(net: Net, batch: int) -> Iterator[tuple[str, Case]]:
             [(*system, w, x) for system, w, x in zip(systems, weights, biases, strict=True)],
         ),
     )
-    widths = [n for _, n in pairs]
+
+
+def averages(net: Net, batch: int, hessians: list[Tensor]) -> Iterator[tuple[str, Case]]:
+    """Means of the inputs, and exponential averages."""
+    inputs = [torch.rand(batch, n) for n in net.sizes[:-1]]
+    yield "mean_inputs", (lambda layers: ops.mean_inputs([h for (h,) in layers]), lambda h: h.mean(0), [(h,) for h in inputs])
+    averaged = [(h, h.clone()) for h in hessians]
+    yield "average_", (whole(ops.average_, 0.0), lambda x, y: x.lerp_(y, 0.0), averaged)
+
+
+def preconditioners(hessians: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[str, Case]]:
+    """The product of a gradient with a matrix on either side."""
+    factors = [torch.randn(w.shape[1], w.shape[1]) / w.shape[1] for w in weights]
+    sides = [(h, torch.randn_like(w), a @ a.T) for h, w, a in zip(hessians, weights, factors, strict=True)]
+    yield "precondition", (each(ops.precondition), reference.precondition, sides)
+
+
+def quasi_newton(hessians: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[str, Case]]:
+    """K-BFGS: dampings, updates, and limited memory."""
+    widths = [len(w) for w in weights]
     inverses = [torch.eye(n) for n in widths]
     vectors = [torch.randn(2, n) for n in widths]
     pushed = [(h, s, y + s) for h, (s, y) in zip(inverses, vectors, strict=True)]
@@ -133,7 +160,7 @@ def cases(net: Net, batch: int) -> Iterator[tuple[str, Case]]:
         (
             whole(ops.hessian_action_update_, 0.1),
             lambda h, a, v: reference.hessian_action_update_([h], [a], [v], 0.1),
-            list(zip(inverses, hessians, g, strict=True)),
+            list(zip(inverses, hessians, [torch.randn(n) for n in widths], strict=True)),
         ),
     )
     memory = [(torch.randn(20, n), torch.randn(20, n)) for n in widths]
@@ -143,7 +170,8 @@ def cases(net: Net, batch: int) -> Iterator[tuple[str, Case]]:
     )  # fmt: skip
 
 
-# What torch.compile takes in one graph; it compiles the others' loops, which end when the numbers say so, anew at every turn.
+# The twins that torch.compile takes in one graph. Those of the others have loops that end when the numbers say so: it would
+# compile them anew at every turn.
 STRAIGHT = {
     "activation_derivatives",
     "bias_hessian",
