@@ -71,11 +71,6 @@ def is_reshaping(node: Node) -> bool:
     return node.name().rstrip("0123456789") in RESHAPING
 
 
-def signed_dim(dim: int) -> int:
-    """Returns a dimension as it was given: autograd saves it as an unsigned number."""
-    return dim - 2**64 if dim >= 2**63 else dim
-
-
 def compiled_error(what: str) -> RuntimeError:
     """Makes the error for what runs in a compiled graph: such graphs do not support double backward, and fail silently."""
     return RuntimeError(

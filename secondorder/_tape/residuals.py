@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder._tape.graph import signed_dim
 from secondorder._tape.square_roots import ROOTS
 from secondorder._tensors import host_numbers
 
@@ -58,6 +57,11 @@ class Terms(NamedTuple):
 def kind(node: Node) -> str:
     """A node's name without torch's number at the end."""
     return node.name().rstrip("0123456789")
+
+
+def signed_dim(dim: int) -> int:
+    """Returns a dimension as it was given: autograd saves it as an unsigned number."""
+    return dim - 2**64 if dim >= 2**63 else dim
 
 
 def linear_node(node: Node) -> bool:

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 
-from secondorder._tape.graph import signed_dim
-from secondorder._tape.residuals import LEAF, kind
+from secondorder._tape.residuals import LEAF, kind, signed_dim
 
 Back = Callable[[Tensor], Tensor]  # from gradients of one thing to gradients of another, [m, ...] to [m, ...]
 

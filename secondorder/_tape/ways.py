@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder._tape.graph import RESHAPING, signed_dim
-from secondorder._tape.residuals import LEAF, adds_constant, kind, linear_node
+from secondorder._tape.graph import RESHAPING
+from secondorder._tape.residuals import LEAF, adds_constant, kind, linear_node, signed_dim
 
 # Node -> the function that it is of its one input.
 _FUNCTIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
