@@ -3,7 +3,15 @@
 from secondorder._tape.columns import Columns
 from secondorder._tape.elementwise import AutogradMap, ElementwiseMap, KnownActivation, activation_function, derivatives
 from secondorder._tape.forward_state import ForwardState
-from secondorder._tape.graph import is_reshaping, is_view_of, metadata, refuse_reentrant_checkpoint, source_nodes
+from secondorder._tape.graph import (
+    claim_product,
+    is_reshaping,
+    is_view_of,
+    metadata,
+    multiplied,
+    refuse_reentrant_checkpoint,
+    source_nodes,
+)  # fmt: skip
 from secondorder._tape.layers import LayerRecord
 from secondorder._tape.records import Counting, CriterionArguments, LayerCall, Link, LossCall, ModelCall, aligned, as_weighted
 from secondorder._tape.roots import term_of_its_own, term_outside, upstream
@@ -13,6 +21,6 @@ from secondorder._tape.ways import is_affine, keeps_rows, preactivation
 __all__ = [
     "AutogradMap", "Columns", "Counting", "CriterionArguments", "ElementwiseMap", "ForwardState", "KnownActivation",
     "LayerCall", "LayerRecord", "Link", "LossCall", "ModelCall", "OutputHessianOf", "Tape", "activation_function", "aligned",
-    "as_weighted", "derivatives", "is_affine", "is_reshaping", "is_view_of", "keeps_rows", "metadata", "preactivation",
-    "refuse_reentrant_checkpoint", "source_nodes", "term_of_its_own", "term_outside", "upstream",
+    "as_weighted", "claim_product", "derivatives", "is_affine", "is_reshaping", "is_view_of", "keeps_rows", "metadata",
+    "multiplied", "preactivation", "refuse_reentrant_checkpoint", "source_nodes", "term_of_its_own", "term_outside", "upstream",
 ]  # fmt: skip

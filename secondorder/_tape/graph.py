@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from secondorder._tape.residuals import LEAF, kind
+
 # The name of a compiled graph's autograd node.
 COMPILED = "CompiledFunctionBackward"
 
@@ -13,6 +15,10 @@ COMPILED = "CompiledFunctionBackward"
 RESHAPING = {
     "ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward", "_DDPSinkBackward",
 }  # fmt: skip
+# Nodes that keep the numbers and change their order or dtype.
+_TURNING = {"TBackward", "TransposeBackward", "PermuteBackward", "ExpandBackward", "CloneBackward", "ToCopyBackward"}
+# Products of matrices and vectors.
+PRODUCTS = {"MmBackward", "AddmmBackward", "BmmBackward", "BaddbmmBackward", "MvBackward", "AddmvBackward", "LinearBackward"}
 
 
 def metadata(node: Node) -> dict[str, Any]:
@@ -20,15 +26,15 @@ def metadata(node: Node) -> dict[str, Any]:
     return node.metadata  # type: ignore[return-value]  # torch's stub takes the attribute for a method
 
 
-def source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node], list[str]]:
-    """Returns the autograd nodes upstream of (or at) `start` that hold metadata under `key`, and the names of those passed.
+def source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node], list[str], list[Node]]:
+    """Returns the nodes upstream of (or at) `start` with metadata under `key`; of those passed the names, and the products.
 
     Args:
         start: where the walk begins.
         key: what marks the outputs of recorded linear layers.
         nearest: whether the walk ends at the first such node on every path, rather than finding all.
     """
-    found, names, seen, stack = [], [], {start}, [start]
+    found, names, products, seen, stack = [], [], [], {start}, [start]
     while stack:
         node = stack.pop()
         if key in metadata(node):
@@ -36,11 +42,43 @@ def source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node
             if nearest:
                 continue
         names.append(node.name())
+        if kind(node) in PRODUCTS:
+            products.append(node)
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 stack.append(following)
-    return found, names
+    return found, names, products
+
+
+def claim_product(output: Node, key: str) -> None:
+    """Marks by `key` what a linear layer's call multiplies its input with, its weight's transpose, given the output's node."""
+    while is_reshaping(output) and output.next_functions[0][0] is not None:
+        output = output.next_functions[0][0]
+    for operand, _ in output.next_functions:
+        if operand is not None and operand.name() != LEAF and is_turning(operand):
+            metadata(operand)[key] = True
+
+
+def multiplied(products: list[Node], claimed: str) -> set[Tensor]:
+    """Returns the parameters that matrix products take, at most turned or cast, but by no operand that is `claimed`.
+
+    Derivatives of a layer's call (`create_graph=True`) multiply with the operand of that call.
+    """
+    found: set[Tensor] = set()
+    for product in products:
+        for operand, _ in product.next_functions:
+            node: Node | None = operand
+            while node is not None and claimed not in metadata(node):
+                if node.name() == LEAF:
+                    found.add(node.variable)  # type: ignore[attr-defined]
+                node = node.next_functions[0][0] if is_turning(node) else None
+    return found
+
+
+def is_turning(node: Node) -> bool:
+    """Tells whether a node keeps the numbers, in another shape, order or dtype."""
+    return is_reshaping(node) or kind(node) in _TURNING
 
 
 def compiled_parameters(start: Node, key: str) -> set[Tensor]:
@@ -68,7 +106,7 @@ def is_view_of(node: Node | None, source: Node) -> bool:
 
 def is_reshaping(node: Node) -> bool:
     """Tells whether a node keeps the numbers in their order, and at most changes the shape."""
-    return node.name().rstrip("0123456789") in RESHAPING
+    return kind(node) in RESHAPING
 
 
 def compiled_error(what: str) -> RuntimeError:

@@ -27,10 +27,12 @@ from secondorder._tape.elementwise import ElementwiseMap
 from secondorder._tape.forward_state import ForwardState
 from secondorder._tape.graph import (
     COMPILED,
+    claim_product,
     compiled_error,
     compiled_parameters,
     is_view_of,
     metadata,
+    multiplied,
     refuse_reentrant_checkpoint,
     source_nodes,
 )  # fmt: skip
@@ -71,7 +73,8 @@ class Tape:
         output_hessian: returns the recursion's start if no formula does, given the arguments of `columns`; None: the Hessian.
 
     `recording` may be switched off and on at any time. `tied` are the layers that are recorded as another one. `missing` says why
-    there are no records.
+    there are no records. `multiplied` are the parameters that a loss has multiplied with outside of these layers' calls, as by
+    F.linear(h, layer.weight).
     """
 
     def __init__(
@@ -91,6 +94,8 @@ class Tape:
         self.recording = True
         self.missing = _NOT_CALLED  # why there may be no records
         self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
+        self._claimed = self._key + ".weight"  # likewise of what these multiply their inputs with
+        self.multiplied: set[Tensor] = set()
         self._muted = False
         self._keeps_inputs = keep_inputs
         self._watched = list(model.parameters()) if model is not None and keep_inputs else []
@@ -204,6 +209,7 @@ class Tape:
             if self.diagonal and len(links) == 1 and links[0].map is not None and links[0].map.curved:
                 self._log.collect(links[0], "grad", made_by, input.output_nr)
         metadata(node)[self._key] = call
+        claim_product(node, self._claimed)
         if self.grad_outputs:
             self._keep_gradient(node)
 
@@ -247,7 +253,8 @@ class Tape:
     def _links(self, call: LayerCall, input: Tensor, made_by: Node) -> list[Link]:
         """Returns the links from the layers that the input of a layer's call comes from."""
         layer = call.layer
-        nodes, passed = source_nodes(made_by, self._key)
+        nodes, passed, products = source_nodes(made_by, self._key)
+        self.multiplied |= multiplied(products, self._claimed)
         self._refuse_compiled_layers(made_by, passed)
         if len(nodes) != 1:
             names = sorted({repr(self.names[metadata(node)[self._key].layer]) for node in nodes[:4]})
@@ -311,7 +318,8 @@ class Tape:
             kind = "a tensor without a graph" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             self.missing = f"the criterion returned {kind} where the loss alone is expected"
             return
-        nodes, passed = source_nodes(made_by, self._key)
+        nodes, passed, products = source_nodes(made_by, self._key)
+        self.multiplied |= multiplied(products, self._claimed)
         self._refuse_compiled_layers(made_by, passed)
         if not nodes:
             self.missing = "the criterion was called, but not on what linear layers returned in training mode"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder._tape.graph import RESHAPING
+from secondorder._tape.graph import PRODUCTS, RESHAPING
 from secondorder._tape.residuals import LEAF, adds_constant, kind, linear_node, signed_dim
 
 # Node -> the function that it is of its one input.
@@ -103,7 +103,6 @@ def find_way(argument: Tensor, begins: Callable[[Node, int], tuple[Start, Tensor
     return None
 
 
-_PRODUCTS = {"AddmmBackward", "MmBackward", "BmmBackward", "LinearBackward"}
 # Nodes that take rows in another order, or may.
 _REORDERING = {
     "PermuteBackward", "TransposeBackward", "TBackward", "IndexBackward", "IndexSelectBackward", "GatherBackward", "FlipBackward",
@@ -120,7 +119,7 @@ def keeps_rows(argument: Any) -> bool:
     waiting, seen = [argument.grad_fn if isinstance(argument, Tensor) else None], set()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen or kind(node) in _PRODUCTS:
+        if node is None or node in seen or kind(node) in PRODUCTS:
             continue
         if kind(node) in _REORDERING - moves:
             return False

@@ -134,6 +134,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         self._layers = layers
         self._nonfinite = nonfinite
         self._restarts: dict[nn.Linear, str] = {}  # the layers where the recursion starts anew, and why
+        self._used_otherwise: set[nn.Linear] = set()  # layers of whose weight this has been said
         self._growth = LossGrowth(name)
         self._idle: set[Tensor] = set()  # the parameters of layers that had no instance in this step: they stay
         self._tape_options: dict[str, Any] = {
@@ -306,7 +307,21 @@ class CurvatureOptimizer(SecondOrderOptimizer):
 
     def _records(self) -> list[LayerRecord]:
         """The layers that the losses since the last step reach, or an error that says what is missing."""
-        return recorded_layers(type(self).__name__, self._tape)
+        records = recorded_layers(type(self).__name__, self._tape)
+        self._tell_other_uses((record.layer for record in records), self._tape.multiplied)
+        return records
+
+    def _tell_other_uses(self, layers: Iterable[nn.Linear], multiplied: set[Tensor]) -> None:
+        """Warns, once for each, of layers whose weight the loss has multiplied with outside of their calls, too."""
+        new = [n for n in layers if n.weight in multiplied and n.weight not in self._uncovered and n not in self._used_otherwise]
+        if new:
+            self._used_otherwise.update(new)
+            names = " and ".join(repr(self._layers[layer]) for layer in new)
+            warn(
+                f"the loss multiplies with the weights of layers {names} outside of the layers' calls, too, as by "
+                "F.linear(h, layer.weight) or h @ layer.weight: the gradient has these products, the curvature has not. Call the "
+                "layers themselves, or train with secondorder.EigenAdam."
+            )
 
 
 def as_criterion(owner: str, criterion: Any) -> nn.Module:

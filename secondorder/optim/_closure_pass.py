@@ -12,7 +12,17 @@ from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 
 from secondorder._distributed import RankReducer, RankTerm
-from secondorder._tape import Counting, aligned, as_weighted, keeps_rows, metadata, refuse_reentrant_checkpoint, source_nodes
+from secondorder._tape import (
+    Counting,
+    aligned,
+    as_weighted,
+    claim_product,
+    keeps_rows,
+    metadata,
+    multiplied,
+    refuse_reentrant_checkpoint,
+    source_nodes,
+)  # fmt: skip
 from secondorder._tensors import compute_dtype, flatten_batch
 from secondorder.criteria import LateMasses, by_position
 from secondorder.optim._closure import replaced_backward, torchs_backward
@@ -61,9 +71,11 @@ class ClosurePass:
         self._layers, self._tied = layers, tied
         self.sign = sign
         self._parameters, self._lend, self._criterion = parameters, lend, criterion
+        self.multiplied: set[Tensor] = set()  # parameters that the loss has multiplied with outside of these layers' calls
         # Of the criterion's calls whose targets may have weights, None where its rows are in another order, and the loss's nodes.
         self._weighed: list[tuple[LateMasses | None, Node]] = []
         self._key = f"secondorder.pass.{id(self)}"  # of the uses in the metadata of their outputs' autograd nodes
+        self._claimed = self._key + ".weight"  # likewise of what these multiply their inputs with
         self._handles: list[Any] = []
         self._anchors: list[Tensor] = []
         self._calls = 0
@@ -105,7 +117,13 @@ class ClosurePass:
                 if masses is not None:
                     _weigh([use for use in own if seen[use] == 1], masses)  # in several calls a row has several weights
         self._weighed.clear()
+        self._see_products(loss.grad_fn)
         return loss.detach()
+
+    def _see_products(self, start: Node | None) -> None:
+        """Notes what is multiplied with between a tensor and the calls of layers that it depends on."""
+        if self._parameters and start is not None:
+            self.multiplied |= multiplied(source_nodes(start, self._key)[2], self._claimed)
 
     def _see_targets(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
         if torch.is_grad_enabled() and isinstance(loss, Tensor) and loss.grad_fn is not None:
@@ -212,6 +230,7 @@ class ClosurePass:
             not torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None
         ):  # of other tensors than the loss's
             return
+        self._see_products((args[0] if args else kwargs["input"]).grad_fn)
         input, layer = layer_input(layer, args, kwargs), self._tied.get(layer, layer)
         refuse_reentrant_checkpoint(self._layers[layer])
         dtype = compute_dtype(layer.weight.dtype)
@@ -231,6 +250,8 @@ class ClosurePass:
 
         anchor.register_post_accumulate_grad_hook(arrived)
         self._anchors.append(anchor)
+        if self._parameters and output.grad_fn is not None:
+            claim_product(output.grad_fn, self._claimed)
         output.add_(anchor)
         if self._criterion is not None and output.grad_fn is not None:
             metadata(output.grad_fn)[self._key] = use

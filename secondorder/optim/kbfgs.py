@@ -322,6 +322,7 @@ class KBFGS(CurvatureOptimizer):
                 "got gradients, but none w.r.t. their outputs. Gradients that are set by hand, as from torch.autograd.grad, do "
                 "not give these"
             )
+        self._tell_other_uses(first.gradient, first.multiplied)
         with self._whole_or_nothing():
             value: float | Tensor = sign * loss
             if self._ranks is not None:

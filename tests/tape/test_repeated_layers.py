@@ -241,6 +241,70 @@ def test_a_weight_of_an_embedding_gets_the_fallback_and_says_why():
         so.EACG(pair, criterion)
 
 
+class Mirrored(nn.Module):
+    """An autoencoder whose decoder is its encoder's transpose, written as `way` says."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.hidden, self.code, self.way = nn.Linear(5, 6), nn.Linear(6, 4, bias=False), way
+
+    def forward(self, x):
+        return self.way(self.code(torch.tanh(self.hidden(x))), self.code.weight) @ self.hidden.weight
+
+
+OUTSIDE = {
+    "F.linear, transposed": lambda z, w: F.linear(z, w.t()),
+    "matmul": lambda z, w: z @ w,
+    "of sequences": lambda z, w: (z.view(3, 3, 4) @ w).view(9, 6),
+    "instance by instance": lambda z, w: torch.stack([w.T @ row for row in z]),
+    "einsum": lambda z, w: torch.einsum("mo,oi->mi", z, w),
+    "called again, by hand": lambda z, w: F.linear(F.linear(z, w.mT), w) @ w,
+}
+
+
+def said_of_products(model, optimizer, loss):
+    """What steps say of products with weights outside of the layers' calls."""
+    criterion = nn.MSELoss()
+    made = ALL[optimizer](model, criterion)
+
+    def closure():
+        made.zero_grad()
+        value = loss(criterion)
+        value.backward()
+        return value
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            made.step(closure)
+    return [str(w.message) for w in caught if "outside of the layers' calls" in str(w.message)]
+
+
+@pytest.mark.parametrize("way", OUTSIDE)
+@pytest.mark.parametrize("optimizer", ALL)
+def test_a_weight_that_is_multiplied_with_outside_of_its_layer_is_told_of_once(way, optimizer):
+    torch.manual_seed(0)
+    model, x = Mirrored(OUTSIDE[way]).double(), torch.randn(9, 5).double()
+    (said,) = said_of_products(model, optimizer, lambda criterion: criterion(model(x), x))
+    assert "'code'" in said and "'hidden'" in said
+
+
+@pytest.mark.parametrize("optimizer", ["EACG", "KFAC", "KFLR", "KBFGS"])
+def test_derivatives_penalties_and_frozen_weights_are_no_products_outside(optimizer):
+    torch.manual_seed(0)
+    model, x = Mirrored(lambda z, w: z @ w.detach()).double(), torch.randn(9, 5).double().requires_grad_()
+    model = nn.Sequential(model.hidden, nn.Tanh(), model.code, nn.Linear(4, 5)).double()
+
+    def loss(criterion):
+        output = model(x)
+        (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+        frozen = model[3].weight.detach()
+        return criterion(output + slope @ frozen @ frozen.T, x.detach())
+
+    assert not said_of_products(model, optimizer, loss)
+    assert not said_of_products(model, "EACG", lambda criterion: criterion(model(x), x) + model[2].weight.square().sum())
+
+
 def test_tied_layers_train_as_one_layer_called_twice():
     results = []
     for tied in (True, False):
