@@ -373,7 +373,7 @@ def _supported_layers(owner: str, model: nn.Module) -> dict[nn.Linear, str]:
     trainable = [layer for layer in layers if layer.weight.requires_grad and layer.weight not in reasons]
     if not trainable:
         why = "".join(f"; {reason}" for reason in dict.fromkeys(reasons.values()))
-        if any(p.requires_grad for layer in layers for p in layer.parameters(recurse=False)):
+        if any(p.requires_grad for n in layers if not n.weight.requires_grad for p in n.parameters(recurse=False)):
             why += "; the weights of its nn.Linear layers are frozen, and their biases alone have no curvature"
         raise ValueError(
             f"{owner}: expected a model with at least one trainable nn.Linear, got {type(model).__name__} with none{why}. "

@@ -645,8 +645,9 @@ class EigenAdam(SecondOrderOptimizer):
         if lost and "unseen" not in self._announced and any(group["lr"] for group in self.param_groups):  # 0: DCP's step
             self._announced.add("unseen")
             warn(
-                f"{type(self).__name__} sees no inputs of {', '.join(lost)}: the layers run in a compiled graph, or are not "
-                "called as modules. Their bases are those of their gradients."
+                f"{type(self).__name__} sees no inputs of {', '.join(lost)}: the layers run in a compiled graph or under "
+                "torch.func, have been pruned or parametrized since the optimizer was made, or are not called as modules. Their "
+                "bases are those of their gradients."
             )
         if renewed:
             self._operators(present, states).eigen_renew_(

@@ -195,6 +195,20 @@ def test_a_layer_that_shows_no_inputs_any_more_goes_on_from_its_gradients():
     assert optimizer.state[model[0].weight]["scale_in"].max() < 0.1 * scale.max()  # the gradients' own
 
 
+def test_layers_that_are_pruned_later_are_told_of_once_and_go_on():
+    model = network(torch.float32)
+    optimizer = so.EigenAdam(model)
+    train(model, optimizer, range(10), dtype=torch.float32)
+    prune.random_unstructured(model[0], "weight", 0.3)
+    with pytest.warns(UserWarning, match="sees no inputs of 0.weight: .* have been pruned or parametrized since") as caught:
+        losses = train(model, optimizer, range(10, 60), dtype=torch.float32)
+    assert len(caught) == 1
+    assert losses[-1] < losses[0]
+    prune.remove(model[0], "weight")
+    train(model, optimizer, range(60, 65), dtype=torch.float32)
+    assert optimizer.state[model[0].weight]["unseen"] == 0
+
+
 def test_transforms_of_the_model_are_left_alone():
     model = network()
     optimizer = so.EigenAdam(model)

@@ -81,6 +81,10 @@ def test_nets_of_such_layers_alone_are_refused_with_the_reason():
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 2)))
     with pytest.raises(ValueError, match="layer '0' computes its weight from other parameters .*EigenAdam trains any model"):
         so.EACG(model, nn.MSELoss())
+    tied = nn.ModuleDict({"embedding": nn.Embedding(3, 2), "head": nn.Linear(2, 3)})
+    tied["head"].weight = tied["embedding"].weight
+    with pytest.raises(ValueError, match="same bias. secondorder.EigenAdam trains"):  # and not that they are frozen
+        so.EACG(tied, nn.MSELoss())
     with pytest.raises(ValueError, match="got the lazy '0'; call the model once first"):
         so.EACG(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), nn.MSELoss())
 
