@@ -5,20 +5,26 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder import ops
-from secondorder._tape.uses import Use, Uses
+from secondorder._tape.graph import RESHAPING
+from secondorder._tape.residuals import kind, signed
+from secondorder._tape.uses import Use, Uses, find_uses, frontier
 from secondorder.linalg import gram
 
 # Residuals with a backward pass each are taken so many at a time by vmap, where no product's operand is larger: then it is nodes
 # that cost. In small nets up to 14 times as fast as one after another, in large ones slower.
 BATCH, BATCH_OPERAND = 32, 2**14
-COLUMNS = 64  # the longest last dimension of a residual whose columns are taken one after another where rows share a product
+PIECES = 64  # of a tensor of residuals that are taken one after another where those of one piece share no row of a product
+INNER = 2**24  # numbers of the Jacobian of the products that residuals mix, at most
+SLOWNESS = 8  # what a product costs in a backward pass, rather than in one large product of matrices,
+NODE = 10_000  # and a node in one of several backward passes that run together
+SEEDS = 2**22  # numbers in what is sent back for several residuals at a time
 
 
 class Block(NamedTuple):
@@ -32,6 +38,8 @@ class Block(NamedTuple):
         rows: for each, which rows of the product are of each residual [n, T], the number of rows standing for none; None: row i
             is of residual i.
         others: parameters whose columns or rows need backward passes of their own, and the nodes by which they enter.
+        inner: of the products that the residuals are functions of, where each residual depends on rows of several instances and
+            each product on its own ones alone: then J is the products' Jacobian times the residuals' derivatives by the products.
     """
 
     term: int
@@ -40,6 +48,7 @@ class Block(NamedTuple):
     uses: list[int]
     rows: list[Tensor | None]
     others: dict[int, str]
+    inner: "Plan | None" = None
 
     def chosen(self, drawn: Tensor | None, device: torch.device) -> Tensor:
         """The positions in the tensor of those of the block's residuals that are drawn."""
@@ -64,6 +73,13 @@ def signature(uses: Sequence[Uses]) -> tuple[object, ...]:
     return tuple(u.signature for u in uses)
 
 
+class Output(NamedTuple):
+    """What backward passes begin with."""
+
+    edge: Tensor | GradientEdge
+    like: Tensor  # of its shape and dtype
+
+
 def make_plan(residuals: Sequence[Tensor], uses: Sequence[Uses], parameters: Sequence[Tensor]) -> Plan:
     """Finds which rows of each product are of which residual, by two backward passes with different numbers for the residuals.
 
@@ -74,18 +90,91 @@ def make_plan(residuals: Sequence[Tensor], uses: Sequence[Uses], parameters: Seq
     """
     blocks: list[Block] = []
     for term, (r, u) in enumerate(zip(residuals, uses, strict=True)):
-        whole, mixed = _block(term, None, r, u, parameters)
-        width = r.shape[-1] if r.ndim > 1 else 1
-        if not mixed or not 1 < width <= COLUMNS:
-            blocks.append(whole)
-            continue
-        positions = torch.arange(r.numel(), device=r.device)
-        columns = [_block(term, positions[j::width], r, u, parameters) for j in range(width)]
-        still = any(m for _, m in columns)
-        blocks.extend([whole] if still else [block for block, _ in columns])
+        found, mixed = _blocks(term, Output(r, r), u, parameters)
+        inner = _inner(r, u, parameters) if mixed else None
+        if inner is not None:
+            found = [Block(term, None, r.numel(), [], [], dict(u.others), inner)]
+        blocks += found
+    return _in_passes(signature(uses), blocks, uses)
+
+
+def _blocks(term: int, r: Output, u: Uses, parameters: Sequence[Tensor]) -> tuple[list[Block], bool]:
+    """A tensor's residuals, whole or in pieces none of which mixes instances, and whether there are none such."""
+    whole, mixed = _block(term, None, r, u, parameters)
+    if mixed:
+        for pieces in _partitions(r):
+            split: list[Block] = []
+            for elements in pieces:
+                block, still = _block(term, elements, r, u, parameters)
+                if still:
+                    break
+                split.append(block)
+            else:
+                return split, False
+    return [whole], mixed
+
+
+def _partitions(r: Output) -> list[list[Tensor]]:
+    """Ways to part a tensor's elements: by the indices of one dimension, of all but the longest one, or by what was joined."""
+    shape = r.like.shape
+    positions = torch.arange(r.like.numel(), device=r.like.device).view(shape)
+    last = len(shape) - 1
+    ways: list[list[Tensor]] = []
+    for dim in range(last, -1, -1):
+        if 1 < shape[dim] <= PIECES and shape[dim] < r.like.numel():
+            ways.append([piece.flatten() for piece in positions.unbind(dim)])
+    if len(shape) > 2:
+        longest = max(range(len(shape)), key=lambda dim: shape[dim])
+        lines = positions.movedim(longest, -1).flatten(0, -2)
+        if 1 < len(lines) <= PIECES:
+            ways.append(list(lines.unbind(0)))
+    node: Any = r.edge.grad_fn if isinstance(r.edge, Tensor) else r.edge.node
+    while node is not None and kind(node) in RESHAPING and len(node.next_functions) == 1:
+        node = node.next_functions[0][0]
+    if node is not None and kind(node) == "CatBackward" and 1 < len(node.next_functions) <= PIECES:
+        made: list[Any] = [None if f is None else f._input_metadata[k].shape for f, k in node.next_functions]
+        joined = node._input_metadata[0].shape
+        dim = signed(node._saved_dim) % len(joined)
+        if all(one is not None and len(one) == len(joined) for one in made):
+            pieces = positions.view(joined).split([one[dim] for one in made], dim)
+            ways.append([piece.flatten() for piece in pieces if piece.numel()])
+    return ways
+
+
+def _inner(r: Tensor, u: Uses, parameters: Sequence[Tensor]) -> Plan | None:
+    """The plan of the products that residuals mix; None: they do not keep instances apart either, or are too many."""
+    nodes = frontier(r, u) if r.numel() > 2 * BATCH else None
+    if not nodes:
+        return None
+    # Products for a residual: of its row of derivatives with the Jacobian, or of a backward pass of its own, in their measure.
+    columns = sum(_output(node, r).like.numel() for node in nodes) * sum(p.numel() for p in parameters)
+    own = sum(len(use.operand) * parameters[use.parameter].numel() for use in u.uses if use.operand is not None)
+    if columns > min(INNER, SLOWNESS * own + NODE * len(u.signature)):
+        return None
+    index = {id(p): i for i, p in enumerate(parameters)}
+    uses, blocks = [find_uses(node, index) for node in nodes], list[Block]()
+    for term, (node, each) in enumerate(zip(nodes, uses, strict=True)):
+        each = each._replace(others={p: name for p, name in each.others.items() if p not in u.others})
+        found, mixed = _blocks(term, _output(node, r), each, parameters)
+        if mixed or any(block.others for block in found):
+            return None
+        blocks += found
+    plan = _in_passes(signature(uses), blocks, uses)
+    return plan if len(plan.passes) <= PIECES else None
+
+
+def _output(node: Any, r: Tensor) -> Output:
+    made = node._input_metadata[0]
+    return Output(GradientEdge(node, 0), torch.empty(made.shape, dtype=made.dtype, device=r.device))
+
+
+def _in_passes(signature: tuple[object, ...], blocks: list[Block], uses: Sequence[Uses]) -> Plan:
+    """Blocks whose tensors share no node are taken together."""
     passes: list[tuple[set[Node], list[int]]] = []
     for i, block in enumerate(blocks):
-        nodes = {uses[block.term].uses[k].node for k in block.uses}
+        if not block.uses:
+            continue
+        nodes = {use.node for use in uses[block.term].uses}
         for taken, members in passes:
             if not taken & nodes and all(blocks[j].term != block.term for j in members):
                 taken |= nodes
@@ -93,16 +182,16 @@ def make_plan(residuals: Sequence[Tensor], uses: Sequence[Uses], parameters: Seq
                 break
         else:
             passes.append((nodes, [i]))
-    return Plan(signature(uses), blocks, [members for _, members in passes])
+    return Plan(signature, blocks, [members for _, members in passes])
 
 
-def _block(term: int, elements: Tensor | None, r: Tensor, found: Uses, parameters: Sequence[Tensor]) -> tuple[Block, bool]:
+def _block(term: int, elements: Tensor | None, r: Output, found: Uses, parameters: Sequence[Tensor]) -> tuple[Block, bool]:
     """A block, and whether some use's rows belong to several of its residuals."""
-    n = r.numel() if elements is None else len(elements)
+    n = r.like.numel() if elements is None else len(elements)
     others = dict(found.others)
     edges = list(dict.fromkeys(use.node for use in found.uses))
-    numbers = 1 + torch.randperm(n, generator=torch.Generator().manual_seed(n)).to(r) / n
-    arriving = [_arriving([r], [_seed(r, elements, v)], edges) for v in (torch.ones_like(numbers), numbers)]
+    numbers = 1 + torch.randperm(n, generator=torch.Generator().manual_seed(n)).to(r.like) / n
+    arriving = [_arriving([r.edge], [_seed(r.like, elements, v)], edges) for v in (torch.ones_like(numbers), numbers)]
     taken: list[int] = []
     maps: list[Tensor | None] = []
     mixed = False
@@ -202,12 +291,12 @@ def _seed(r: Tensor, elements: Tensor | None, values: Tensor) -> Tensor:
     return seed.view(r.shape)
 
 
-def _arriving(outputs: list[Tensor], seeds: list[Tensor], nodes: list[Node]) -> dict[Node, Tensor | None]:
+def _arriving(outputs: Sequence[Tensor | GradientEdge], seeds: list[Tensor], nodes: list[Node]) -> dict[Node, Tensor | None]:
     """The gradients that arrive at nodes."""
     if not nodes:
         return {}
     edges = [GradientEdge(node, 0) for node in nodes]
-    found = torch.autograd.grad(outputs, edges, seeds, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(outputs, edges, seeds, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
     return dict(zip(nodes, found, strict=True))
 
 
@@ -251,6 +340,7 @@ class Buffer:
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
+        self._within: Buffer | None = None
 
     def matrix(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
         """An uninitialized matrix, the same memory for the same name."""
@@ -258,6 +348,11 @@ class Buffer:
         if memory is None or len(memory) < rows * columns or (memory.dtype, memory.device) != (like.dtype, like.device):
             memory = self._memory[name] = like.new_empty(rows * columns)
         return memory[: rows * columns].view(rows, columns)
+
+    def within(self) -> "Buffer":
+        """Memory for a product's own Jacobian."""
+        self._within = self._within or Buffer()
+        return self._within
 
 
 class Jacobian:
@@ -431,31 +526,96 @@ def jacobian(
         drawn: of each block, the positions among its residuals that are wanted; None: all.
         buffer: memory for J.
     """
+    spans, parts = _rows_by_uses(plan, [Output(r, r) for r in residuals], uses, parameters, scales, drawn)
+    for block, d, scale, span in zip(plan.blocks, drawn, scales, spans, strict=True):
+        r, elements = residuals[block.term], block.chosen(d, scale.device)
+        if block.inner is not None:
+            for p, dense in _by_inner(block.inner, r, elements, scale, uses[block.term], parameters, buffer).items():
+                if p not in block.others:
+                    parts.setdefault(p, []).append(Part(*span, [], dense))
+        if block.others:
+            operands = [use.operand.numel() for use in uses[block.term].uses if use.operand is not None]
+            batch = BATCH if max(operands, default=r.numel()) <= BATCH_OPERAND else 1
+            others = [(p, parameters[p]) for p in block.others]
+            for p, dense in _others(r, _seed(r, elements, scale), elements, others, batch).items():
+                parts.setdefault(p, []).append(Part(*span, [], dense))
+    return Jacobian(spans, parameters, parts, buffer)
+
+
+def _rows_by_uses(
+    plan: Plan, outputs: Sequence[Output], uses: Sequence[Uses], parameters: Sequence[Tensor], scales: Sequence[Tensor],
+    drawn: Sequence[Tensor | None],
+) -> tuple[list[tuple[int, int]], dict[int, list[Part]]]:  # fmt: skip
+    """The rows of each block, and what the uses make of them."""
     parts: dict[int, list[Part]] = {}
     counts = [b.size if d is None else len(d) for b, d in zip(plan.blocks, drawn, strict=True)]
     ends = list(accumulate(counts))
     spans = [(end - count, end) for end, count in zip(ends, counts, strict=True)]
     for members in plan.passes:
-        outputs, seeds, nodes = list[Tensor](), list[Tensor](), dict[Node, None]()
+        edges, seeds, nodes = list[Tensor | GradientEdge](), list[Tensor](), dict[Node, None]()
         for i in members:
             block, d = plan.blocks[i], drawn[i]
-            r = residuals[block.term]
             elements = d if block.elements is None else block.elements if d is None else block.elements[d]
-            outputs.append(r)
-            seeds.append(_seed(r, elements, scales[i]))
+            edges.append(outputs[block.term].edge)
+            seeds.append(_seed(outputs[block.term].like, elements, scales[i]))
             nodes.update(dict.fromkeys(uses[block.term].uses[k].node for k in block.uses))
-        arriving = _arriving(outputs, seeds, list(nodes))
-        for i, r, seed in zip(members, outputs, seeds, strict=True):
-            block, d, span = plan.blocks[i], drawn[i], spans[i]
-            for p, part in _parts(block, d, uses[block.term].uses, arriving, span, parameters[0].dtype).items():
+        arriving = _arriving(edges, seeds, list(nodes))
+        for i in members:
+            block = plan.blocks[i]
+            for p, part in _parts(block, drawn[i], uses[block.term].uses, arriving, spans[i], parameters[0].dtype).items():
                 parts.setdefault(p, []).extend(part)
-            if block.others:
-                operands = [use.operand.numel() for use in uses[block.term].uses if use.operand is not None]
-                batch = BATCH if max(operands, default=r.numel()) <= BATCH_OPERAND else 1
-                others = [(p, parameters[p]) for p in block.others]
-                for p, dense in _others(r, seed, block.chosen(d, r.device), others, batch).items():
-                    parts.setdefault(p, []).append(Part(*span, [], dense))
-    return Jacobian(spans, parameters, parts, buffer)
+    return spans, parts
+
+
+def _by_inner(
+    plan: Plan, r: Tensor, elements: Tensor, scale: Tensor, u: Uses, parameters: Sequence[Tensor], buffer: Buffer
+) -> dict[int, Tensor]:
+    """Columns [m, numel] of residuals that mix rows of products: their derivatives by the products, times the products' own."""
+    nodes = frontier(r, u)
+    assert nodes is not None
+    outputs, index = [_output(node, r) for node in nodes], {id(p): i for i, p in enumerate(parameters)}
+    uses = [find_uses(node, index) for node in nodes]
+    found = [scale.new_zeros(len(elements), output.like.numel()) for output in outputs]
+    step = max(1, SEEDS // max(r.numel(), *(output.like.numel() for output in outputs)))
+    for chosen, weights, start in zip(elements.split(step), scale.split(step), range(0, len(elements), step), strict=False):
+        seeds = r.new_zeros(len(chosen), r.numel()).scatter_(1, chosen.unsqueeze(1), weights.to(r.dtype).unsqueeze(1))
+        gradients = _batched(r, [output.edge for output in outputs], seeds.view(-1, *r.shape))
+        for each, gradient in zip(found, gradients, strict=True):
+            if gradient is not None:
+                each[start : start + len(chosen)] = gradient.reshape(len(chosen), -1)
+    taken, drawn, factors = dict[int, int](), list[Tensor | None](), list[Tensor]()  # blocks that any residual depends on
+    for i, block in enumerate(plan.blocks):
+        by_block = found[block.term] if block.elements is None else found[block.term][:, block.elements]
+        wanted = by_block.any(0).nonzero().squeeze(1)
+        if len(wanted):
+            taken[i] = len(drawn)
+            drawn.append(wanted)
+            factors.append(by_block[:, wanted])
+    if not taken:
+        return {}
+    passes = [[taken[i] for i in members if i in taken] for members in plan.passes]
+    plan = Plan(plan.signature, [plan.blocks[i] for i in taken], [members for members in passes if members])
+    ones = [scale.new_ones(factor.shape[1]) for factor in factors]
+    spans, parts = _rows_by_uses(plan, outputs, uses, parameters, ones, drawn)
+    inner = Jacobian(spans, parameters, parts, buffer.within()).dense()
+    product = torch.cat(factors, 1) @ inner
+    return {p: product[:, start:end] for p, (start, end) in enumerate(_spans(parameters)) if p in parts}
+
+
+def _spans(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    ends = list(accumulate(p.numel() for p in parameters))
+    return [(end - p.numel(), end) for end, p in zip(ends, parameters, strict=True)]
+
+
+def _batched(r: Tensor, inputs: Sequence[Any], seeds: Tensor) -> Sequence[Tensor | None]:
+    """Gradients [k, ...] for as many seeds; by vmap, or one after another where it does not know a node."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # vmap tells of nodes that it takes one after another
+            return torch.autograd.grad(r, inputs, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    except RuntimeError:
+        each = [torch.autograd.grad(r, inputs, seed, retain_graph=True, allow_unused=True) for seed in seeds]
+        return [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]
 
 
 def _parts(

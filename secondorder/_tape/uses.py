@@ -34,12 +34,8 @@ class Uses(NamedTuple):
 
     uses: list[Use]
     others: dict[int, str]  # parameters that enter otherwise, too, and the names of the nodes by which they do
-    signature: tuple[Any, ...]  # equal for graphs of one structure
-
-    @property
-    def by_value(self) -> bool:
-        """Whether the graph holds nodes that send rows where an index says, so that equal structures may differ."""
-        return any(isinstance(name, str) and name.startswith(_BY_VALUE) for name in self.signature)
+    signature: tuple[Any, ...]  # equal for graphs of one structure, with the same indices
+    by_value: bool  # whether some nodes send rows where an index says that is not known, so that equal signatures may differ
 
 
 # Nodes that send rows elsewhere, and what decides where.
@@ -53,23 +49,32 @@ _POSITIONS = {
     "TransposeBackward": ("_saved_dim0", "_saved_dim1"),
     "CatBackward": ("_saved_dim",),
 }
+# By an index, which may be among what they have saved.
 _BY_VALUE = ("Index", "Gather", "Take", "Scatter", "Masked", "Sort", "Topk", "Embedding", "Where")
+_INDICES = ("_saved_indices", "_saved_index", "_saved_mask", "_saved_condition")
 
 
-def find_uses(root: Tensor, index: dict[int, int]) -> Uses:
+def find_uses(root: Tensor | Node, index: dict[int, int]) -> Uses:
     """All uses of parameters upstream of a tensor.
 
     Args:
-        root: a tensor with its graph.
+        root: a tensor with its graph, or the node of which it is the one output.
         index: a parameter's position by its id.
     """
     uses: list[Use] = []
     others: dict[int, str] = {}
-    signature: list[Any] = [tuple(root.shape)]
+    signature: list[Any] = []
+    by_value = False
     seen: set[Node] = set()
-    stack: list[tuple[Node, str]] = [] if root.grad_fn is None else [(root.grad_fn, "")]
-    if root.is_leaf and id(root) in index:
-        others[index[id(root)]] = "the residual itself"
+    stack: list[tuple[Node, str]] = []
+    if not isinstance(root, Tensor):
+        stack.append((root, ""))
+    else:
+        signature.append(tuple(root.shape))
+        if root.grad_fn is not None:
+            stack.append((root.grad_fn, ""))
+        if root.is_leaf and id(root) in index:
+            others[index[id(root)]] = "the residual itself"
     while stack:
         node, user = stack.pop()
         if node.name() == LEAF:
@@ -90,8 +95,44 @@ def find_uses(root: Tensor, index: dict[int, int]) -> Uses:
                 signature.append((position, use.parameter))
         elif name in _POSITIONS:
             signature.append(tuple(_hashable(getattr(node, a, None)) for a in _POSITIONS[name]))
+        elif name.startswith(_BY_VALUE):
+            known = _indices(node)
+            by_value |= known is None
+            signature.append((known, getattr(node, "_saved_dim", None)))
         stack.extend((f, name) for i, (f, _) in enumerate(node.next_functions) if f is not None and i not in handled)
-    return Uses(uses, others, tuple(signature))
+    return Uses(uses, others, tuple(signature), by_value)
+
+
+def frontier(root: Tensor, uses: Uses) -> list[Node] | None:
+    """The uses' nodes that are met first on the ways up from a tensor; None: one of them is upstream of another."""
+    nodes = {use.node for use in uses.uses}
+    found, seen = dict[Node, None](), set[Node]()
+    stack = [] if root.grad_fn is None else [root.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node in nodes:
+            found[node] = None
+        elif node not in seen:
+            seen.add(node)
+            stack += [f for f, _ in node.next_functions if f is not None]
+    stack, seen = [f for node in found for f, _ in node.next_functions if f is not None], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node in found:
+            return None
+        if node not in seen:
+            seen.add(node)
+            stack += [f for f, _ in node.next_functions if f is not None]
+    return list(found)
+
+
+def _indices(node: Node) -> tuple[Any, ...] | None:
+    """The numbers by which a node sends rows, as hashes; None: they are not to be had without a wait, or not at all."""
+    found = [getattr(node, name) for name in _INDICES if hasattr(node, name)]
+    tensors = [t for value in found for t in (value if isinstance(value, list | tuple) else [value]) if t is not None]
+    if not tensors or not all(isinstance(t, Tensor) and t.is_cpu for t in tensors):
+        return None
+    return tuple((tuple(t.shape), hash(t.detach().contiguous().numpy().tobytes())) for t in tensors)
 
 
 def _hashable(value: Any) -> Any:
@@ -268,6 +309,14 @@ def _vector(node: Any, index: dict[int, int], position: int, scale: float, other
         yield position, Use(node, index[id(parameter)], rows, None, False, None)
 
 
+def _mv(node: Any, index: dict[int, int]) -> Found:
+    """A matrix times a vector that is a parameter, as coefficients of basis functions are: one row of the matrix a number."""
+    for made in _made_of(node.next_functions[1][0], index):
+        if made.back is None and made.parameter.ndim == 1 and node._saved_self is not None:
+            rows: Callable[[Tensor], Tensor] = lambda g: g.reshape(-1, 1)  # noqa: E731
+            yield 1, Use(node, index[id(made.parameter)], rows, node._saved_self.detach(), False, None)
+
+
 def _add(node: Any, index: dict[int, int]) -> Found:
     yield from _vector(node, index, 0, 1.0, None)
     if len(node.next_functions) > 1:
@@ -341,6 +390,7 @@ def _expanded(t: Tensor, dims: tuple[int, ...]) -> Tensor:
 _HANDLERS: dict[str, Callable[[Any, dict[int, int]], Found]] = {
     "MmBackward": _mm,
     "BmmBackward": _bmm,
+    "MvBackward": _mv,
     "AddmmBackward": _addmm,
     "AddBackward": _add,
     "SubBackward": _sub,

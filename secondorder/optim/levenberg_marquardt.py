@@ -294,7 +294,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
 
     def _reset(self) -> None:
         """What is no part of the state."""
-        self._plans: dict[object, Plan] = {}
+        self._plans: dict[object, tuple[Plan, int]] = {}
         self._told: set[int | str] = set()
         self._buffer = Buffer()
 

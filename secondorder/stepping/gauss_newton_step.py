@@ -93,7 +93,7 @@ class GaussNewtonStep:
     Args:
         loss: of the batch.
         settings: what the optimizer was made with.
-        plans: of graphs that have been seen, by their signatures.
+        plans: of graphs that have been seen, by their signatures, with how often.
         generator: draws rows.
         lr: multiplies a step, a number or one for each parameter's element [P].
         slow: is told of the parameters that cost a backward pass for each of many residuals, by their positions, and of the node
@@ -103,7 +103,7 @@ class GaussNewtonStep:
     """
 
     def __init__(
-        self, loss: LeastSquaresLoss, settings: Settings, plans: dict[object, Plan], generator: torch.Generator,
+        self, loss: LeastSquaresLoss, settings: Settings, plans: dict[object, tuple[Plan, int]], generator: torch.Generator,
         lr: float | Tensor, slow: Callable[[dict[int, str]], None], buffer: Buffer,
         first_order: Callable[[Sequence[Tensor]], torch.optim.Optimizer],
     ):  # fmt: skip
@@ -116,13 +116,18 @@ class GaussNewtonStep:
     def step(self, here: Residuals, progress: Progress) -> tuple[Residuals, Progress]:
         """One step; returns the loss where it leads, and what it leaves to the next."""
         loss, settings = self._loss, self._settings
-        plan = self._plan(here)
+        plan = self._plan(here, progress)
         theta, whole = loss.flat(), here.objective
         same = abs(whole - progress.whole) <= 1e-6 * whole
         if not same or (progress.best is not None and len(progress.best) != len(theta)):  # another batch, or other parameters
             progress = progress._replace(held=math.inf, held_since=0, best=None, released=False)
         rows = self._draw(plan, here, progress)
         jacobian = self._jacobian(plan, here, rows)
+        if jacobian is None:
+            plan = self._new_plan(here)
+            rows = self._draw(plan, here, progress)
+            jacobian = self._jacobian(plan, here, rows)
+            assert jacobian is not None
         r, before = self._taken(here.values, rows), [v.detach() for v in here.values]
         problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator, self._buffer)
         at_start = self._drawn_objective(r, theta, here)
@@ -207,22 +212,31 @@ class GaussNewtonStep:
 
     # --- the Jacobian of some rows ---
 
-    def _plan(self, here: Residuals) -> Plan:
-        """Which rows of the graph's products are of which residuals; new for a new structure, which is then checked."""
+    def _plan(self, here: Residuals, progress: Progress) -> Plan:
+        """Which rows of the graph's products are of which residuals; new for a new structure.
+
+        It is checked when it is new, at the 2nd, 4th, 8th, ... step, and after a step that failed: what was zero when the plan
+        was made, as gradients behind a ReLU or a last layer of zeros, did not show where it belongs.
+        """
         uses = [find_uses(r, self._index) for r in here.values]
         self._loss.check_dtypes(use.operand for each in uses for use in each.uses if use.operand is not None)
-        key = signature(uses)
-        by_value = any(u.by_value for u in uses)
-        plan = None if by_value else self._plans.get(key)
-        self._unchecked = plan is None
-        if plan is None:
+        self._uses, self._key = uses, None if any(u.by_value for u in uses) else signature(uses)
+        known = None if self._key is None else self._plans.get(self._key)
+        if known is None:
             self._check_same(here.values, here, 1e-4)
-            plan = make_plan(here.values, uses, self._loss.parameters)
+            return self._new_plan(here)
+        plan, times = known
+        self._plans[self._key] = plan, times + 1
+        self._new, self._unchecked = False, times & (times - 1) == 0 or progress.ratio == 0
+        return plan
+
+    def _new_plan(self, here: Residuals) -> Plan:
+        plan = make_plan(here.values, self._uses, self._loss.parameters)
+        self._new = self._unchecked = True
+        if self._key is not None:
             if len(self._plans) >= PLANS:
                 self._plans.clear()
-            if not by_value:
-                self._plans[key] = plan
-        self._uses = uses
+            self._plans[self._key] = plan, 1
         return plan
 
     def _check_same(self, values: Sequence[Tensor], here: Residuals, tolerance: float) -> None:
@@ -292,11 +306,14 @@ class GaussNewtonStep:
         """The weighted residuals of these rows [m]."""
         return torch.cat([v.detach().flatten() for v in values])[rows.flat] * rows.scale
 
-    def _jacobian(self, plan: Plan, here: Residuals, rows: _Rows) -> Jacobian:
+    def _jacobian(self, plan: Plan, here: Residuals, rows: _Rows) -> Jacobian | None:
+        """That of these rows; None where a plan that was right before is so no more."""
         parameters = self._loss.parameters
         found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn, self._buffer)
         if self._unchecked:
             wrong = self._wrong(plan, here, rows, found)
+            if wrong and not self._new:
+                return None
             if wrong:
                 for block in plan.blocks:
                     block.others.update(dict.fromkeys(wrong, "a product"))
@@ -327,6 +344,8 @@ class GaussNewtonStep:
         ours = found.rmv(u).split([p.numel() for p in parameters])
         pairs = [(o, torch.zeros_like(o) if t is None else t.flatten()) for o, t in zip(ours, right, strict=True)]
         size = torch.cat([t for _, t in pairs]).norm()
+        if not bool(torch.isfinite(size)):  # the trace will say so
+            return []
         tolerance = 1e-8 if rows.scale.dtype == torch.float64 else 1e-3
         return [i for i, (o, t) in enumerate(pairs) if not bool((o - t).norm() <= tolerance * size)]
 

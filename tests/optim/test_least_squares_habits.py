@@ -136,6 +136,18 @@ def test_what_is_not_finite_changes_nothing(nonfinite):
     optimizer.step(lambda: mse_loss(net(x), y))
 
 
+@pytest.mark.parametrize(
+    "loss", [lambda u, y: torch.nanmean((u - y) ** 2), lambda u, y: mse_loss(u, y, reduction="none")[y.isfinite()].mean()]
+)
+def test_targets_that_are_left_out_after_they_are_squared_are_refused(loss):
+    net, x, y = regression()
+    y[3] = float("nan")
+    before = flat(net)
+    with pytest.raises(so.NonFiniteError, match=r"LevenbergMarquardt.step\(\): a residual is NaN .* before it is squared"):
+        so.LevenbergMarquardt(net.parameters()).step(lambda: loss(net(x), y))
+    torch.testing.assert_close(flat(net), before, rtol=0, atol=0)
+
+
 def test_an_error_in_a_trial_takes_the_step_back():
     net, x, y = regression()
     optimizer = so.LevenbergMarquardt(net.parameters())

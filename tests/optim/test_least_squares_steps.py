@@ -246,6 +246,31 @@ def test_graphs_that_send_rows_elsewhere_are_checked_at_every_step(monkeypatch):
     assert len(checked) >= 4
 
 
+def test_graphs_with_the_same_index_are_not_checked_at_every_step(monkeypatch):
+    net, x, y = regression(20, 4)
+    plans = []
+    make_plan = gauss_newton_step.make_plan
+    monkeypatch.setattr(gauss_newton_step, "make_plan", lambda *a: plans.append(1) or make_plan(*a))
+    optimizer = so.LevenbergMarquardt(net.parameters(), race=False)
+    orders = [torch.arange(20).flip(0), torch.randperm(20)]
+    for step in range(6):
+        optimizer.step(lambda step=step: mse_loss(net(x)[orders[step % 2]], y))
+    assert len(plans) == 2
+
+
+def test_what_was_zero_when_a_graph_was_first_seen_is_found_later():
+    """A last layer of zeros hides which rows of the first one are of which residual."""
+    net, x, y = regression()
+    torch.nn.init.zeros_(net[-1].weight)
+    optimizer = so.LevenbergMarquardt(net.parameters(), race=False, acceleration=False, damping=3.0)
+    optimizer.step(lambda: mse_loss(net(x).flip(0), y.flip(0)))
+    mu = optimizer.metrics()["damping"]
+    before, j, r = flat(net), dense_jacobian(net, x) / 40**0.5, (net(x) - y).detach().flatten() / 40**0.5
+    optimizer.step(lambda: mse_loss(net(x).flip(0), y.flip(0)))
+    matrix = j.T @ j + mu * j.square().sum() * torch.eye(len(before))
+    torch.testing.assert_close(flat(net) - before, -torch.linalg.solve(matrix, j.T @ r), rtol=1e-6, atol=1e-9)
+
+
 def test_layers_that_mix_instances_are_exact_and_said_to_be_slow():
     net = nn.Sequential(nn.Linear(2, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1))
     x, y = torch.randn(20, 2), torch.randn(20, 1)

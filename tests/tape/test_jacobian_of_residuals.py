@@ -350,6 +350,45 @@ def weights_that_adapt_by_themselves():
     return net.parameters(), lambda: (weights * (net(x) - 1) ** 2).mean()
 
 
+@case
+def two_equations_joined():
+    net, x = mlp(n_out=2), points()
+
+    def loss():
+        u, v = net(x).split(1, 1)
+        return torch.cat([gradient(u, x)[:, :1] - v, gradient(v, x)[:, 1:] + u]).square().mean()
+
+    return net.parameters(), loss
+
+
+@case
+def two_equations_stacked_with_their_points():
+    net, x = mlp(n_out=2), torch.rand(5, 3, 2).requires_grad_()
+
+    def loss():
+        u, v = net(x).unbind(-1)
+        return torch.stack([gradient(u, x)[..., 0] - v, gradient(v, x)[..., 1] + u]).square().mean()
+
+    return net.parameters(), loss
+
+
+@case
+def equations_of_different_lengths_joined():
+    net, x = mlp(n_out=2), points()
+
+    def loss():
+        u = net(x)
+        return torch.cat([u[:, 0], (u[:7, 0] + 1) * u[:7, 1], u[2:, 1]]).square().mean()
+
+    return net.parameters(), loss
+
+
+@case
+def coefficients_of_basis_functions():
+    c, basis = nn.Parameter(torch.rand(4)), torch.rand(11, 4)
+    return [c], lambda: (((basis @ c).exp() - 1) ** 2).mean()
+
+
 FALLBACKS = {}
 
 
@@ -405,6 +444,62 @@ def a_residual_that_is_made_of_parameters():
     return [w], lambda: ((w @ w.T - torch.eye(3)) ** 2).sum()
 
 
+MIXED = {}
+
+
+def mixed(make):
+    """A case whose residuals are functions of products that keep instances apart, each of several instances."""
+    MIXED[make.__name__] = make
+    return make
+
+
+@mixed
+def finite_differences():
+    net, x = mlp(1), torch.linspace(0, 1, 90).view(-1, 1)
+
+    def loss():
+        u = net(x)
+        return ((u[2:] - 2 * u[1:-1] + u[:-2]) * 100 + u[1:-1] ** 2).square().mean() + u[0].square().sum()
+
+    return net.parameters(), loss
+
+
+@mixed
+def an_integral_equation_with_a_coefficient():
+    net, x, k = mlp(1), torch.linspace(0, 1, 70).view(-1, 1).requires_grad_(), nn.Parameter(torch.tensor(0.3))
+
+    def loss():
+        u = net(x)
+        kernel = torch.exp(-((x - x.T) ** 2)).detach()
+        return (gradient(u, x) - k.exp() * (kernel @ u) / 70).square().mean()
+
+    return [*net.parameters(), k], loss
+
+
+@mixed
+def some_of_two_outputs():
+    net, x = mlp(n_out=2), points(60)
+    known = torch.rand(60, 2) < 0.7
+    return net.parameters(), lambda: ((net(x) - 1)[known] ** 2).mean()
+
+
+@mixed
+def outputs_divided_by_their_deviation():
+    net, x = mlp(1), torch.rand(70, 1)
+
+    def loss():
+        u = net(x)
+        return mse_loss((u - u.mean(0)) / u.std(0), torch.sin(x))
+
+    return net.parameters(), loss
+
+
+@mixed
+def a_last_bias_beside_the_products():
+    net, x, shift = mlp(1), torch.rand(70, 1), nn.Parameter(torch.rand(1, 70))
+    return [*net.parameters(), shift], lambda: ((net(x).cumsum(0) * shift.exp().T) ** 2).mean()
+
+
 def of_loss(parameters, loss):
     """Residuals, their coefficients, and the uses of each."""
     terms = find_terms(loss, Reach(parameters), "test").squares
@@ -445,9 +540,9 @@ def close(actual, expected):
 
 
 @pytest.mark.parametrize("drawing", [False, True], ids=["all", "drawn"])
-@pytest.mark.parametrize("name", [*CASES, *FALLBACKS])
+@pytest.mark.parametrize("name", [*CASES, *MIXED, *FALLBACKS])
 def test_rows_are_those_of_one_backward_pass_each(name, drawing):
-    _, ours, expected = compared({**CASES, **FALLBACKS}[name], drawing)
+    _, ours, expected = compared({**CASES, **MIXED, **FALLBACKS}[name], drawing)
     u, v = torch.randn(len(expected), 2), torch.randn(expected.shape[1], 2)
     products = [(ours.mm(v), expected @ v), (ours.rmm(u), expected.T @ u), (ours.gram().tril(), (expected @ expected.T).tril())]
     for actual, right in products:  # from the factors
@@ -464,6 +559,13 @@ def test_uses_are_known(name):
     plan, *_ = compared(CASES[name], False)
     allowed = {"ExpBackward"} if name == "the_exponential_of_a_coefficient" else set()
     assert {node for block in plan.blocks for node in block.others.values()} <= allowed
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_rows_come_from_the_jacobian_of_the_products(name):
+    plan, *_ = compared(MIXED[name], False)
+    first = plan.blocks[0]
+    assert first.inner is not None and not any("mm" in node.lower() for node in first.others.values())
 
 
 def test_a_wide_layer_is_cheaper_by_its_factors():
