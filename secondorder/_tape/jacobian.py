@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from secondorder import ops
 from secondorder._tape.graph import RESHAPING
-from secondorder._tape.residuals import kind, signed
+from secondorder._tape.residuals import kind, signed_dim
 from secondorder._tape.uses import Use, Uses, find_uses, frontier
 from secondorder.linalg import gram
 
@@ -134,7 +134,7 @@ def _partitions(r: Output) -> list[list[Tensor]]:
     if node is not None and kind(node) == "CatBackward" and 1 < len(node.next_functions) <= PIECES:
         made: list[Any] = [None if f is None else f._input_metadata[k].shape for f, k in node.next_functions]
         joined = node._input_metadata[0].shape
-        dim = signed(node._saved_dim) % len(joined)
+        dim = signed_dim(node._saved_dim) % len(joined)
         if all(one is not None and len(one) == len(joined) for one in made):
             pieces = positions.view(joined).split([one[dim] for one in made], dim)
             ways.append([piece.flatten() for piece in pieces if piece.numel()])
