@@ -41,9 +41,14 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def outcomes_of(mode: str, library: Path, jobs: list[dict]) -> list[dict]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    if mode == "address":  # Python itself is not instrumented, so that the sanitizer must be loaded before it
-        runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-        environment |= {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    if mode == "address":
+        # Python itself is not instrumented, so that the sanitizer must be loaded before it, and with it what throws C++'s
+        # exceptions: the sanitizer looks for that once, at the start, and triton, which a CUDA build of torch has, throws.
+        preloaded = [
+            subprocess.run(["g++", f"-print-file-name={library}"], capture_output=True, text=True, check=True).stdout.strip()
+            for library in ("libasan.so", "libstdc++.so")
+        ]
+        environment |= {"LD_PRELOAD": " ".join(preloaded), "ASAN_OPTIONS": "detect_leaks=0"}
     script = ROOT / "tests" / "cuda_on_cpu" / "cases.py"
     result = subprocess.run(
         [sys.executable, script, library], input=json.dumps(jobs), env=environment, capture_output=True, text=True
