@@ -14,11 +14,11 @@ def double_damping(s: Tensor, y: Tensor, inverse_hessian: Tensor, mu1: float, mu
     """Goldfarb et al., Algorithm 3: Powell's damping on H, then with B = I."""
     hy = inverse_hessian @ y
     sy, yhy = s @ y, y @ hy
-    theta1 = torch.where(sy < mu1 * yhy, (1 - mu1) * yhy / (yhy - sy), 1)
-    s = theta1 * s + (1 - theta1) * hy
+    theta = (1 - mu1) * yhy / (yhy - sy)
+    s = torch.where(sy < mu1 * yhy, theta * s + (1 - theta) * hy, s)
     sy, ss = s @ y, s @ s
-    theta2 = torch.where(sy < mu2 * ss, (1 - mu2) * ss / (ss - sy), 1)
-    return s, theta2 * y + (1 - theta2) * s
+    theta = (1 - mu2) * ss / (ss - sy)
+    return s, torch.where(sy < mu2 * ss, theta * y + (1 - theta) * s, y)
 
 
 def bfgs_update_(
@@ -124,6 +124,6 @@ def _statuses(layers: Sequence[Tensor], updates: Sequence[tuple[bool, Any, Any]]
     """
     bits = []
     for updated, pair, damped in updates:
-        s_damped, y_damped = (not torch.equal(a, b) for a, b in zip(pair, damped, strict=True))
+        s_damped, y_damped = (not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(pair, damped, strict=True))
         bits.append(updated + 2 * s_damped + 4 * y_damped)
     return torch.tensor(bits, device=layers[0].device)

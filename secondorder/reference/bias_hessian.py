@@ -16,8 +16,9 @@ def pos_eig(eigenvalues: Tensor, gamma: float) -> Tensor:
 def bias_hessian(
     bias_hessian: Tensor, weight: Tensor, d1: Tensor, d2: Tensor | None, grad_input: Tensor | None, gamma: float
 ) -> Tensor:
-    """Eq. 8b: (W^T H W) * E[d1 d1^T] + diag(PosEig(sum_i d2_i * grad_input_i))."""
+    """Eq. 8b: (W^T H W) * E[d1 d1^T] + diag(PosEig(sum_i d2_i * grad_input_i)), symmetric in spite of rounding."""
     result = (weight.T @ bias_hessian @ weight) * (d1.T @ d1 / len(d1))
+    result = (result + result.T) / 2
     if d2 is not None and grad_input is not None:
         result += torch.diag(pos_eig((d2 * grad_input).sum(0), gamma))
     return result

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers.kernels import needs_kernels
 from oracles import assert_as_accurate, scalar_derivatives
 from torch.library import opcheck
 from torch.nn import functional as F
@@ -31,11 +32,12 @@ def test_derivatives_match_autograd_element_by_element(name):
     for dtype in (torch.float64, torch.float32):
         point = z.to(dtype)
         saved = function(point) if from_output else point
-        actual = ops.activation_derivatives(saved, name, parameter)
         # What autograd gives at the same dtype, where double backward is written without cancellation or with it alike.
         plain = scalar_derivatives(function, point)
-        for a, p, e in zip(actual, plain, exact, strict=True):
-            assert_as_accurate(a, p, e, ulps=32)
+        for module in (ops, reference):
+            for a, p, e in zip(module.activation_derivatives(saved, name, parameter), plain, exact, strict=True):
+                assert a.dtype == dtype
+                assert_as_accurate(a, p, e, ulps=32)
 
 
 @pytest.mark.parametrize("name", ["relu", "leaky_relu", "elu"])
@@ -43,8 +45,9 @@ def test_kinks_are_torchs(name):
     function, parameter, _ = ACTIVATIONS[name]
     z = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(function(z), z)
-    d1, _ = ops.activation_derivatives(function(z).detach(), name, parameter)
-    assert d1.item() == expected.item()
+    for module in (ops, reference):
+        d1, _ = module.activation_derivatives(function(z).detach(), name, parameter)
+        assert d1.item() == expected.item()
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 5), (1,), (3, 17), (2, 129, 3), (1000, 70)])
@@ -62,6 +65,7 @@ def test_opcheck(name):
     opcheck(torch.ops.secondorder.activation_derivatives.default, (torch.rand(3, 4), name, 0.5))
 
 
+@needs_kernels
 def test_bad_input():
     with pytest.raises(TypeError, match="expected saved of dtype float32 or float64, got Long"):
         ops.activation_derivatives(torch.arange(3), "relu")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers.kernels import needs_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,9 +126,7 @@ def test_list_operators_equal_their_twins(rule):
                 getattr(module, update)(*zip(*state, strict=True), s, y, MU1, MU2, *rule)
                 for module, state in zip((ops, reference), states, strict=True)
             ]
-            assert torch.equal(statuses[0] & ops.UPDATED, statuses[1] & ops.UPDATED)
-            if i != 5:
-                assert torch.equal(*statuses)
+            assert torch.equal(*statuses)
         for ours, twins in zip(*states, strict=True):
             for a, b in zip(ours, twins, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
@@ -409,6 +408,7 @@ def test_zero_pairs_are_skipped_and_zero_y_is_damped():
     torch.testing.assert_close(h @ (MU2 * s), s)
 
 
+@needs_kernels
 def test_arguments_are_checked():
     h, s = torch.eye(3), torch.ones(3)
     with pytest.raises(ValueError, match=r"double_damping: expected s of shape \[3\], got \[2\]"):

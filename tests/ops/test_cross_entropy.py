@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers.kernels import needs_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import assert_as_accurate
@@ -70,6 +71,7 @@ def test_opcheck():
     opcheck(torch.ops.secondorder.cross_entropy_hessian.default, (torch.randn(4, 3), torch.tensor([0, 1, 2, 1]), 1, True))
 
 
+@needs_kernels
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from helpers.kernels import needs_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import assert_as_accurate, eacg_matrix, random_psd, textbook_cg
@@ -239,6 +240,7 @@ def test_max_norm_shortens_what_is_longer_and_leaves_the_rest_to_the_bit(momentu
         assert all(torch.equal(x, y) for x, y in zip(ours, unbounded, strict=True))
 
 
+@needs_kernels
 def test_max_norm_is_checked():
     arguments = update_arguments()
     for value in (-1.0, float("nan")):
@@ -257,6 +259,7 @@ def test_copy_on_write():
     assert all(t.any() for t in (*w, *x, *v, *u))
 
 
+@needs_kernels
 @pytest.mark.parametrize("threads", [2, 5])
 def test_threads_do_not_matter(threads):
     # Layers side by side, layers that threads share, and two layers with one bias.
@@ -314,6 +317,7 @@ def test_opcheck():
     opcheck(library.eacg_update_.default, (*(x[:3] if isinstance(x, list) else x for x in arguments), [0.1] * 3))
 
 
+@needs_kernels
 def test_non_contiguous():
     h, a, b, g = problem(17, 5)
     expected = ops.eacg_solve(h, a, b, g, 0.1, 20, 1e-10, True)
@@ -331,6 +335,7 @@ def test_non_contiguous():
         ops.eacg_update_([h], [a], [b], [g], [b.clone()], [g.clone()], [b.clone()], [], *numbers)
 
 
+@needs_kernels
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers.eigen_operators import RENEWAL, STEP, cast, controls, inputs, matrix, renew, sketched, step
+from helpers.kernels import needs_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -39,6 +40,7 @@ def test_any_size_and_threads(n, p, k, bias, curved, threads):
         torch.testing.assert_close(own[0][key], exact[0][key], rtol=1e-6, atol=1e-8)
 
 
+@needs_kernels
 def test_threads_change_no_bit():
     results = []
     for threads in (1, 2, 3):
@@ -90,6 +92,7 @@ def test_opcheck(name):
     opcheck(getattr(torch.ops.secondorder, f"eigen_{name}_").default, arguments(name))
 
 
+@needs_kernels
 @pytest.mark.parametrize(
     ("name", "change", "error", "message"),
     [

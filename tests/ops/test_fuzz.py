@@ -6,6 +6,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
+from helpers.kernels import needs_kernels
 from hypothesis import given
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -112,6 +113,7 @@ def test_strides_do_not_matter_and_inputs_stay(index, problem):
             )
 
 
+@needs_kernels
 @pytest.mark.parametrize("index", range(OPERATORS))
 @given(problem=problems(), data=st.data())
 def test_a_wrong_argument_is_a_python_error(index, problem, data):
@@ -238,6 +240,7 @@ def poisoned(arguments, number):
     return mapped(arguments, poison)
 
 
+@needs_kernels
 @pytest.mark.parametrize("number", [None, float("nan"), 1e30])
 @pytest.mark.parametrize("index", range(OPERATORS))
 def test_plain_pytorch_returns_and_writes_what_the_kernels_do(index, number, elsewhere):
@@ -255,6 +258,16 @@ def test_plain_pytorch_returns_and_writes_what_the_kernels_do(index, number, els
             assert a is b is None or not isinstance(a, torch.Tensor) or a.dtype == b.dtype
             if isinstance(a, torch.Tensor):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("index", range(OPERATORS))
+def test_plain_pytorch_returns_contiguous_tensors_as_the_fake_ones_are(index, elsewhere):
+    op, arguments = cases(square_problem())[index]
+    strided = [
+        argument if schema.alias_info is not None else mapped(argument, lambda t: laid_out(t, "transposed"))
+        for schema, argument in zip(op._schema.arguments, arguments, strict=True)
+    ]
+    assert all(t is None or t.is_contiguous() for t in leaves(elsewhere(op, strided)))
 
 
 def same(a, b):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers.kernels import needs_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import assert_as_accurate
@@ -201,6 +202,7 @@ GOOD = {
 }
 
 
+@needs_kernels
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

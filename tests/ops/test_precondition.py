@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers.kernels import needs_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import assert_as_accurate, random_psd
@@ -93,6 +94,7 @@ def test_opcheck():
         opcheck(torch.ops.secondorder.precondition.default, problem(5, 7, sides, torch.float32))
 
 
+@needs_kernels
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -11,7 +11,7 @@ from torch import nn
 import secondorder as so
 from secondorder._tensors import Transfer
 
-pytestmark = pytest.mark.skipif(not so.build_info()["extension"], reason="plain PyTorch reads more, and differentiates")
+pytestmark = pytest.mark.skipif(not so.build_info()["extension"], reason="plain PyTorch reads more")
 
 # Reads of a step, once the first is over. A loss that a step decides by is one of them.
 STEPS = {
