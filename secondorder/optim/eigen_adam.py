@@ -71,46 +71,48 @@ _SHARED = ("control", "steps", "refused", "first_loss")  # what one parameter's 
 
 
 class EigenAdam(SecondOrderOptimizer):
-    """Adam in the eigenbasis of the expectation-approximated curvature, with a step length that it finds.
+    """Applies Adam's rule in the eigenbasis of the expectation-approximated curvature, with a step length that it finds.
 
-    For any model, loss and training loop: nothing is called but `zero_grad`, `backward` and `step`. Every matrix W [n, p] with
-    inputs h and gradient G = E[delta h^T] has a basis V of its centred inputs' largest eigen-directions and a basis U of its
-    outputs', k of each, renewed at the first five steps and then at every `renew_every`-th by one power iteration on running
-    averages. The mean input a is taken out exactly, through the bias: W h + b = W (h - a) + (b + W a), so that the gradient is
-    G' = G - g a^T, g that of the bias. In the coordinates
+    It works with any model, loss and training loop, which call nothing but `zero_grad`, `backward` and `step`. For every matrix
+    W [n, p] with inputs h and gradient G = E[delta h^T] it keeps a basis V of the k largest eigen-directions of the centred
+    inputs, and a basis U of the k largest of the outputs' side. It renews both at the first five steps, and then at every
+    `renew_every`-th, by one power iteration on running averages. A side with at most 2 k + 1 elements has its full basis. The
+    bias takes the mean input a out exactly: W h + b = W (h - a) + (b + W a), so that with g, the gradient of the bias, the
+    gradient of W is G' = G - g a^T. In the coordinates
 
         C = U^T [G' V, g],   R = [G' V, g] - U C,   T = U^T G' (I - V V^T),   E = (I - U U^T) G' (I - V V^T)
 
-    each element follows Adam's rule with Nesterov's look-ahead; the normalised parts go back to W and b, which move by
-    lr l S, l the step length that is found: it rises where fresh batches still have a slope along the step before, falls where
-    they have the opposite one, and decays with the number of times that they have had it. A side with at most 2 k + 1 elements
-    has its full basis. What is no matrix, as a bias by itself, a norm's weight or an embedding, follows Adam's rule at the same
-    step length. A parameter whose gradient is exactly zero does not move but for weight decay; so a row of a table moves only in
-    steps that meet it, and then n / m times as far, ten times at most, where a step looks up m of n rows.
+    each element follows Adam's rule with Nesterov's look-ahead. The normalised parts, taken back to W and b, give the step S, and
+    W and b move by lr l S. The step length l rises while the loss of fresh batches still falls along the step before, falls while
+    it rises there, and decays with the number of times that it has risen.
 
-    Linear layers and convolutions show their inputs (at most 4,096 of a call, 1,024 patches of a convolution's) by a forward
-    hook, which sums them up and keeps none: those of every call under autograd since the last step, whatever becomes of its
-    output. Weights that are used otherwise (attention's, an LSTM's, those inside a compiled
-    graph) have V from their gradients, too; but one of which the first gradient has half of the rows zero or more (three quarters
-    where no model is given), as where a batch indexes it, is a table, and one of which it is much the same everywhere (half of
-    its mean square is its mean's), as of deviations, gates or an image's pixels, follows Adam's rule.
+    All other parameters (a bias by itself, a norm's weight, an embedding) follow Adam's rule at the same step length. An element
+    whose gradient is exactly zero moves by weight decay alone. So a row of an embedding moves only in steps that look it up; where
+    a step looks up m of n rows, they move n / m times as far, at most ten times.
+
+    A forward hook on linear layers and convolutions sums up their inputs (at most 4,096 of a call, 1,024 patches of a
+    convolution) and keeps none. It sees every call under autograd since the last step, even if its output is not used. Weights
+    that are used otherwise (attention's, an LSTM's, those inside a compiled graph) get V from their gradients. The first gradient
+    of such a weight tells whether it is no map: a table that a batch indexes, if at least half of its rows are zero (three
+    quarters without a model); or numbers that each stand for themselves (deviations, gates, pixels), if the square of the
+    gradient's mean is at least half of its mean square. Both follow Adam's rule.
 
     Args:
-        params: a model, all of whose parameters are trained, or parameters, or param_groups, as torch's optimizers take them.
+        params: a model, whose parameters are all trained; or parameters or param_groups, as torch's optimizers take them.
         lr: what multiplies the step length that is found, >= 0. Schedulers change it as any learning rate; none is needed.
         model: where `params` are parameters or groups, the model that they are of, so that its layers' inputs are seen. None:
             every parameter with two or more dimensions is a matrix without them.
         betas: the decay of the first and second moments.
         rank: k, the directions of a basis, >= 1. None: 8, and 16 for a layer that sees 256 or more inputs at a time, or
             where several ranks train.
-        eps: added to the root of the second moments, relative to the largest root mean square of the parameter's gradient so far,
-            which makes a step independent of the loss' scale.
+        eps: added to the root of the second moments, relative to the largest root mean square of the parameter's gradient so far.
+            So a step does not depend on the scale of the loss.
         weight_decay: shrinks the parameters by lr l weight_decay at each step, apart from the gradient, as AdamW does.
-        renew_every: bases are renewed at every so-many-th step.
-        curvature: what U is the basis of. "gradient": E[G' G'^T], with no criterion. "pch-abs", "pch-clip", "pch-clip-all",
-            "gauss-newton", "kflr", "fisher-mc", "fisher-exact", "fisher-empirical", or a `secondorder.curvature.Curvature`: the
-            bias Hessian H of a linear layer, on any scale, from the forward passes before steps that renew bases. What has none
-            keeps its gradient's: other layers, and linear ones whose weight is shared.
+        renew_every: the bases are renewed at every `renew_every`-th step, >= 1.
+        curvature: which matrix U is the basis of. "gradient": E[G' G'^T], which needs no criterion. "pch-abs", "pch-clip",
+            "pch-clip-all", "gauss-newton", "kflr", "fisher-mc", "fisher-exact", "fisher-empirical", or a
+            `secondorder.curvature.Curvature`: the bias Hessian H of a linear layer, on any scale, from the forward passes before
+            steps that renew bases. Layers without one use their gradients: all but linear ones, and those whose weight is shared.
         criterion: with a bias Hessian: a module, or a function (output, target) -> scalar loss to be called as
             `optimizer.criterion`. The loop must compute its loss by it.
         maximize: whether the loss is to be maximised.
