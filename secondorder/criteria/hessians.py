@@ -136,7 +136,11 @@ def symmetrized(hessian: Tensor) -> Tensor:
         NonFiniteError: H holds NaN or inf.
     """
     if not torch.isfinite(hessian).all():
-        raise NonFiniteError("expected a finite Hessian of the criterion with respect to the network output, got NaN or inf")
+        raise NonFiniteError(
+            "expected a finite Hessian of the criterion with respect to the network output, got NaN or inf. If its gradient is "
+            "finite, as that of a norm or a distance is at zero, take curvature='fisher-empirical', or add a small number to "
+            "what the root is taken of"
+        )
     return (hessian + hessian.mT) / 2
 
 

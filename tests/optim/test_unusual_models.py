@@ -1,5 +1,6 @@
 """Models and criteria that no curvature covers as a whole: the rest trains, or an error says why."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -300,6 +301,47 @@ def test_a_criterion_without_curvature_gives_the_empirical_fisher_block_and_says
     # Of each instance delta = sign(z - y) / (7 * 3) for the mean; 7 times that is its own loss' gradient.
     delta = torch.sign(model(x).detach() - y) / 3
     torch.testing.assert_close(block, delta.T @ delta / 7)
+
+
+def test_a_criterion_that_compares_instances_gives_the_empirical_fisher_block_and_says_so():
+    """A loss of differences of scores does not see a shift of all of them: the rows of its Hessian sum to zero."""
+    torch.manual_seed(0)
+    x, y = torch.randn(7, 4).double(), torch.randn(7).double()
+
+    def ranking(scores, target):
+        return nn.functional.softplus((scores.mT - scores) * (target.unsqueeze(1) - target).sign()).mean()
+
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    criterion = so.criteria.FunctionCriterion(ranking)
+    with pytest.warns(UserWarning, match="layer '2' enters a criterion whose Hessian is zero, or is in sum over instances"):
+        block = last_block(model, criterion, lambda: criterion(model(x), y), "pch-abs")
+    scores = model(x).detach().requires_grad_()
+    (delta,) = torch.autograd.grad(ranking(scores, y), scores)
+    torch.testing.assert_close(block, 7 * delta.T @ delta)
+
+
+def test_a_distance_that_is_zero_is_an_error_that_says_what_to_do():
+    """Autograd takes the gradient of a norm at zero for zero; the second derivative there is infinite."""
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4).double(), torch.randint(2, (6,))
+
+    def triplet(z, target):
+        distances, same = (z.unsqueeze(1) - z).norm(dim=2), target.unsqueeze(1) == target
+        return nn.functional.softplus((distances * same).max(1).values - (distances + 99 * same).min(1).values).mean()
+
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    x[3:] = x[:3]  # whose distances to one another are zero
+    y[3:] = 1 - y[:3]
+    before, trained = parameters(model), []
+    for options in ({}, {"curvature": "fisher-empirical"}):
+        optimizer = so.EACG(model, triplet, **options)
+        optimizer.criterion(model(x), y).backward()
+        with contextlib.nullcontext() if options else pytest.raises(so.NonFiniteError, match="take curvature='fisher-empirical'"):
+            optimizer.step()
+        trained.append(not torch.equal(parameters(model), before))
+        optimizer.remove_hooks()
+        model.zero_grad()
+    assert trained == [False, True]
 
 
 def test_beside_a_criterion_with_curvature_one_without_adds_nothing():
