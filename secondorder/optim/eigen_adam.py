@@ -87,7 +87,7 @@ class EigenAdam(SecondOrderOptimizer):
     it rises there, and decays with the number of times that it has risen.
 
     All other parameters (a bias by itself, a norm's weight, an embedding) follow Adam's rule at the same step length. An element
-    whose gradient is exactly zero moves by weight decay alone. So a row of an embedding moves only in steps that look it up; where
+    whose gradient is exactly zero moves by weight decay alone. So a row of an embedding moves only in steps that look it up; if
     a step looks up m of n rows, they move n / m times as far, at most ten times.
 
     A forward hook on linear layers and convolutions sums up their inputs (at most 4,096 of a call, 1,024 patches of a
