@@ -265,7 +265,7 @@ def test_plain_pytorch_returns_contiguous_tensors_as_the_fake_ones_are(index, el
     op, arguments = cases(square_problem())[index]
     strided = [
         argument if schema.alias_info is not None else mapped(argument, lambda t: laid_out(t, "transposed"))
-        for schema, argument in zip(op._schema.arguments, arguments, strict=True)
+        for schema, argument in zip(op._schema.arguments, arguments)  # the last ones have defaults
     ]
     assert all(t is None or t.is_contiguous() for t in leaves(elsewhere(op, strided)))
 
