@@ -121,7 +121,7 @@ def _partitions(r: Output) -> list[list[Tensor]]:
     last = len(shape) - 1
     ways: list[list[Tensor]] = []
     for dim in range(last, -1, -1):
-        if 1 < shape[dim] <= PIECES and shape[dim] < r.like.numel():
+        if 1 < shape[dim] <= PIECES and shape[dim] < r.like.numel():  # single residuals are one batch of passes
             ways.append([piece.flatten() for piece in positions.unbind(dim)])
     if len(shape) > 2:
         longest = max(range(len(shape)), key=lambda dim: shape[dim])
