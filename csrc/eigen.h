@@ -44,18 +44,25 @@ SECONDORDER_HD int64_t eigen_sampled_row(int64_t s, int64_t rows, int64_t n) { r
 //
 // Where elements stand for themselves (`lazy`), one whose gradient is zero keeps its moments: a row of an embedding
 // waits until it is looked up again.
+// The coefficients of m and x in N before it is divided.
+struct EigenCorrections {
+  double first, fresh;
+
+  SECONDORDER_HD EigenCorrections(double b1, double b2, int64_t t) {
+    const double root = std::sqrt(1 - std::pow(b2, double(t + 1)));
+    first = root * b1 / (1 - std::pow(b1, double(t + 2)));
+    fresh = root * (1 - b1) / (1 - std::pow(b1, double(t + 1)));
+  }
+};
+
 template <typename T>
 struct EigenMoments {
   T beta1, beta2, first, fresh, eps;
   bool lazy;
   static constexpr double kClip = 1.2;
 
-  EigenMoments(double b1, double b2, int64_t t, double eps_, bool lazy_)
-      : beta1(T(b1)), beta2(T(b2)),
-        first(T(std::sqrt(1 - std::pow(b2, double(t + 1))) * b1 / (1 - std::pow(b1, double(t + 2))))),
-        fresh(T(std::sqrt(1 - std::pow(b2, double(t + 1))) * (1 - b1) / (1 - std::pow(b1, double(t + 1))))),
-        eps(T(eps_)), lazy(lazy_) {}
-  EigenMoments() = default;
+  SECONDORDER_HD EigenMoments(double b1, double b2, double first_, double fresh_, double eps_, bool lazy_)
+      : beta1(T(b1)), beta2(T(b2)), first(T(first_)), fresh(T(fresh_)), eps(T(eps_)), lazy(lazy_) {}
 
   // Whether the coordinate waits: its moments, its value and its last step stay.
   SECONDORDER_HD bool waits(T x) const { return lazy && x == T(0); }
@@ -82,6 +89,30 @@ enum EigenControl : int64_t {
   kEigenControl
 };
 
+// When what a call was told holds: always with every = 0; else when `control` had `since` steps. A replay of the CUDA
+// graph that has captured the call takes the steps from `control`, and renews bases at every so-many-th of them.
+struct EigenReplay {
+  int64_t every = 0, since = 0;
+
+  // The steps since then.
+  SECONDORDER_HD int64_t steps(const double* control) const { return every ? now(control) - since : 0; }
+
+  // Whether no bases are to be renewed.
+  SECONDORDER_HD bool idle(const double* control) const { return every && now(control) % every != 0; }
+
+  // w = (1 - decay) / (1 - decay^r) at the r-th renewal, from the w of then.
+  SECONDORDER_HD double share(const double* control, double then, double decay) const {
+    if (!every) return then;
+    const int64_t renewals = due(now(control)) - due(since);
+    return (1 - decay) / (1 - (1 - (1 - decay) / then) * std::pow(decay, double(renewals)));
+  }
+
+ private:
+  static SECONDORDER_HD int64_t now(const double* control) { return int64_t(control[kEigenSteps]); }
+  // How many of the first t steps renew bases.
+  SECONDORDER_HD int64_t due(int64_t t) const { return (t + every - 1) / every; }
+};
+
 constexpr double kEigenWarmUp = 14, kEigenRate = 0.2, kEigenEta = 0.05, kEigenZone = 0.1, kEigenBrake = 0.6,
                  kEigenDecay = 25, kEigenShortest = 1e-6, kEigenLongest = 0.1;
 
@@ -90,6 +121,9 @@ SECONDORDER_HD double eigen_length(const double* control) {
   const double rise = (control[kEigenSteps] + 2) / kEigenWarmUp;
   return control[kEigenLength] / std::sqrt(1 + control[kEigenOscillations] / kEigenDecay) * (rise < 1 ? rise : 1.0);
 }
+
+// Whether it can multiply a step length.
+SECONDORDER_HD bool eigen_is_rate(double x) { return x >= 0 && x - x == 0; }
 
 // After a step: s0 = <x_t, N_t>, s1 = <x_t, N_{t-1}>, summed over all coordinates; s1 is unknown where bases were
 // renewed.

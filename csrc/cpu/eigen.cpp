@@ -11,6 +11,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include "../eigen.h"
@@ -227,9 +228,10 @@ void written(at::TensorList tensors) {
   for (const at::Tensor& each : tensors) each.unsafeGetTensorImpl()->bump_version();
 }
 
-void eigen_sketch_(const at::Tensor& sketch, const at::Tensor& inputs, const at::Tensor& basis,
-                   const at::Tensor& shift) {
-  check_eigen_sketch(sketch, inputs, basis, shift);
+void eigen_sketch_(const at::Tensor& sketch, const at::Tensor& inputs, const at::Tensor& basis, const at::Tensor& shift,
+                   const std::optional<at::Tensor>& control, int64_t renew_every) {
+  check_eigen_sketch(sketch, inputs, basis, shift, control, renew_every);
+  if (control && EigenReplay{renew_every}.idle(control->const_data_ptr<double>())) return;
   const at::Tensor h = inputs.contiguous(), v = basis.contiguous(), c = shift.contiguous();
   const int64_t m = h.size(0), p = h.size(1), k = v.size(0);
   if (m * p == 0) return;
@@ -383,10 +385,12 @@ void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, 
 void eigen_renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList basis_in, at::TensorList scale_out,
                   at::TensorList scale_in, at::TensorList first, const at::Tensor& control, at::TensorList grad_weight,
                   at::TensorList grad_bias, at::TensorList sketch, at::TensorList bias_hessian, at::IntArrayRef rows,
-                  at::ArrayRef<double> share) {
+                  at::ArrayRef<double> share, int64_t renew_every, int64_t since, double decay) {
   check_eigen_renew(mean, basis_out, basis_in, scale_out, scale_in, first, control, grad_weight, grad_bias, sketch,
-                    bias_hessian, rows, share);
-  if (grad_weight.empty()) return;
+                    bias_hessian, rows, share, renew_every, since, decay);
+  double* steps = control.mutable_data_ptr<double>();
+  const EigenReplay replay{renew_every, since};
+  if (grad_weight.empty() || replay.idle(steps)) return;
   const auto g = contiguous(grad_weight), gb = contiguous(grad_bias), sums = contiguous(sketch),
              h = contiguous(bias_hessian);
   for (const at::TensorList list : {mean, basis_out, basis_in, scale_out, scale_in, first}) own_storage(list);
@@ -394,7 +398,6 @@ void eigen_renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList 
     using T = scalar_t;
     std::vector<Matrix<T>> all = matrices<T>(g, gb, mean, basis_out, basis_in);
     const Kernels<T>& loops = kernels<T>();
-    double* steps = control.mutable_data_ptr<double>();
     for (size_t l = 0; l < all.size(); ++l) {
       const auto squares = [&](const at::Tensor& t) {
         const T* x = optional_data<T>(t);
@@ -410,7 +413,8 @@ void eigen_renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList 
     parallel_layers(elements(all), 4, [&](int64_t l) {
       renew(all[l], mean[l].mutable_data_ptr<T>(), basis_out[l].mutable_data_ptr<T>(),
             basis_in[l].mutable_data_ptr<T>(), scale_out[l].mutable_data_ptr<T>(), scale_in[l].mutable_data_ptr<T>(),
-            first[l].mutable_data_ptr<T>(), optional_data<T>(sums[l]), rows[l], optional_data<T>(h[l]), T(share[l]));
+            first[l].mutable_data_ptr<T>(), optional_data<T>(sums[l]), rows[l], optional_data<T>(h[l]),
+            T(replay.share(steps, share[l], decay)));
     });
   });
   for (const at::TensorList list : {mean, basis_out, basis_in, scale_out, scale_in, first}) written(list);
@@ -437,7 +441,9 @@ void step(Matrix<T>& matrix, const State<T>& state, const Rates& rates, double b
   const EigenSizes& size = matrix.size;
   const int64_t n = size.n, p = size.p, ku = size.ku, kv = size.kv, rest = size.rest(), count = matrix.blocks();
   *state.size = std::max(*state.size, std::sqrt(matrix.squares / double(n * p)));
-  const EigenMoments<T> rule(beta1, beta2, t, eps * *state.size + double(std::numeric_limits<T>::min()), size.apart());
+  const EigenCorrections corrections(beta1, beta2, t);
+  const EigenMoments<T> rule(beta1, beta2, corrections.first, corrections.fresh,
+                             eps * *state.size + double(std::numeric_limits<T>::min()), size.apart());
 
   // Takes N's elements as the last steps of their coordinates.
   const auto remember = [&](int64_t elements, const T* x, const T* made, T* last) {
@@ -524,9 +530,9 @@ void eigen_step_(at::TensorList weight, at::TensorList bias, at::TensorList firs
                  at::TensorList grad_bias, at::TensorList mean, at::TensorList basis_out, at::TensorList basis_in,
                  at::ArrayRef<double> lr, at::ArrayRef<double> lr_bias, at::ArrayRef<double> decay,
                  at::ArrayRef<double> decay_bias, at::IntArrayRef step_, double beta1, double beta2, double eps,
-                 bool renewed) {
+                 bool renewed, int64_t renew_every, int64_t since, const std::optional<at::Tensor>& rate) {
   check_eigen_step(weight, bias, first, second, last, size, control, grad_weight, grad_bias, mean, basis_out, basis_in,
-                   lr, lr_bias, decay, decay_bias, step_, beta1, beta2, eps);
+                   lr, lr_bias, decay, decay_bias, step_, beta1, beta2, eps, renew_every, since, rate);
   if (grad_weight.empty()) return;
   const auto g = contiguous(grad_weight), gb = contiguous(grad_bias), a = contiguous(mean), u = contiguous(basis_out),
              v = contiguous(basis_in);
@@ -537,13 +543,17 @@ void eigen_step_(at::TensorList weight, at::TensorList bias, at::TensorList firs
     const std::vector<int64_t> sizes = elements(all);
     parallel_layers(sizes, 2, [&](int64_t l) { all[l].project(); });
     double* steps = control.mutable_data_ptr<double>();
+    const double* const rates = rate ? rate->const_data_ptr<double>() : nullptr;
     if (steps[kEigenUnrenewed] != 0 ||
+        (rate && !std::all_of(rates, rates + rate->numel(), [](double x) { return eigen_is_rate(x); })) ||
         !std::all_of(all.begin(), all.end(), [](const Matrix<T>& each) { return each.finite(); })) {
       steps[kEigenUnrenewed] = 0;
       steps[kEigenRefused] += 1;
       return;
     }
+    const EigenReplay replay{renew_every, since};
     const double length = eigen_length(steps);
+    const int64_t more = replay.steps(steps);
     std::vector<double> slopes(2 * all.size(), 0.0);
     parallel_layers(sizes, 6, [&](int64_t l) {
       const State<T> state{weight[l].mutable_data_ptr<T>(),
@@ -553,13 +563,13 @@ void eigen_step_(at::TensorList weight, at::TensorList bias, at::TensorList firs
                            last[l].mutable_data_ptr<T>(),
                            size[l].mutable_data_ptr<double>(),
                            all[l].size.residual() ? (last[l].numel() - all[l].size.rest()) / all[l].size.p : 0};
-      step(all[l], state, Rates{length, lr[l], lr_bias[l], decay[l], decay_bias[l]}, beta1, beta2, eps, step_[l],
+      step(all[l], state, Rates{length, lr[l] * (rates ? rates[2 * l] : 1), lr_bias[l] * (rates ? rates[2 * l + 1] : 1), decay[l], decay_bias[l]}, beta1, beta2, eps, step_[l] + more,
            &slopes[2 * l]);
     });
     double sums[2] = {0, 0};
     for (size_t l = 0; l < all.size(); ++l)
       for (int i = 0; i < 2; ++i) sums[i] += slopes[2 * l + i];
-    eigen_control(steps, sums[0], sums[1], renewed);
+    eigen_control(steps, sums[0], sums[1], renewed && !replay.idle(steps));
   });
   for (const at::TensorList list : {weight, bias, first, second, last, size}) written(list);
   written(control);

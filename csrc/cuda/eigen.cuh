@@ -85,7 +85,8 @@ struct Work {
   T* new_top;       // [ku, p] N_T, then Q
   T* whole;         // [n, p] N_E
   double* squares;  // [strips chunks] of G, by blocks
-  double* scalars;  // [2] the size of gradients; the step length
+  double* scalars;  // [5] the size of gradients; the step lengths of W and b; the moments' corrections
+  double* share;    // [1] w
   T* next_out;      // [ku, n] the rows that become a basis
   T* next_in;       // [kv, p]
   T* length_out;    // [ku]
@@ -121,9 +122,10 @@ __host__ __device__ inline int64_t carve(const M& in, int64_t chunk, uintptr_t b
     take(work.new_top, ku * p);
     take(work.whole, sizes.residual());
     take(work.squares, strip_count<T>(sizes) * chunks);
-    take(work.scalars, 2);
+    take(work.scalars, 5);
   }
   if constexpr (kIsRenewal<M>) {
+    take(work.share, 1);
     take(work.next_out, ku * n);
     take(work.next_in, kv * p);
     take(work.length_out, ku);

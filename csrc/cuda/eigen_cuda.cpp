@@ -1,4 +1,5 @@
 // EigenAdam's operators on CUDA tensors. Whether a step was refused, and what it has learnt, stays on the device.
+#include <optional>
 #include <vector>
 
 #include "../ops/eigen.h"
@@ -44,8 +45,9 @@ void written(at::TensorList tensors) {
   for (const at::Tensor& t : tensors) t.unsafeGetTensorImpl()->bump_version();
 }
 
-void sketch_(const at::Tensor& sketch, const at::Tensor& inputs, const at::Tensor& basis, const at::Tensor& shift) {
-  check_eigen_sketch(sketch, inputs, basis, shift);
+void sketch_(const at::Tensor& sketch, const at::Tensor& inputs, const at::Tensor& basis, const at::Tensor& shift,
+             const std::optional<at::Tensor>& control, int64_t renew_every) {
+  check_eigen_sketch(sketch, inputs, basis, shift, control, renew_every);
   if (inputs.numel() == 0) return;
   const Launch launch(sketch);
   const at::Tensor h = inputs.contiguous(), v = basis.contiguous(), a = shift.contiguous();
@@ -59,7 +61,8 @@ void sketch_(const at::Tensor& sketch, const at::Tensor& inputs, const at::Tenso
                                    target<scalar_t>(sketch)};
     const Device device = launch.device();
     const at::Tensor memory = workspace(eigen_sketch_workspace(in, device), h);
-    eigen_sketch(in, memory.mutable_data_ptr(), device, launch.stream);
+    eigen_sketch(in, control ? control->const_data_ptr<double>() : nullptr, EigenReplay{renew_every},
+                 memory.mutable_data_ptr(), device, launch.stream);
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   written(sketch);
@@ -68,9 +71,9 @@ void sketch_(const at::Tensor& sketch, const at::Tensor& inputs, const at::Tenso
 void renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList basis_in, at::TensorList scale_out,
             at::TensorList scale_in, at::TensorList first, const at::Tensor& control, at::TensorList grad_weight,
             at::TensorList grad_bias, at::TensorList sketch, at::TensorList bias_hessian, at::IntArrayRef rows,
-            at::ArrayRef<double> share) {
+            at::ArrayRef<double> share, int64_t renew_every, int64_t since, double decay) {
   check_eigen_renew(mean, basis_out, basis_in, scale_out, scale_in, first, control, grad_weight, grad_bias, sketch,
-                    bias_hessian, rows, share);
+                    bias_hessian, rows, share, renew_every, since, decay);
   if (grad_weight.empty()) return;
   const Launch launch(control);
   const Net net(grad_weight, grad_bias, mean, basis_out, basis_in, first);
@@ -84,8 +87,8 @@ void renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList basis_
     const int count = int(matrices.size());
     const Device device = launch.device();
     const at::Tensor memory = workspace(eigen_renew_workspace(matrices.data(), count, device), control);
-    eigen_renew(matrices.data(), count, control.mutable_data_ptr<double>(), memory.mutable_data_ptr(), device,
-                launch.stream);
+    eigen_renew(matrices.data(), count, control.mutable_data_ptr<double>(), EigenReplay{renew_every, since}, decay,
+                memory.mutable_data_ptr(), device, launch.stream);
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   for (const at::TensorList list : {mean, basis_out, basis_in, scale_out, scale_in, first}) written(list);
@@ -96,9 +99,10 @@ void step_(at::TensorList weight, at::TensorList bias, at::TensorList first, at:
            at::TensorList size, const at::Tensor& control, at::TensorList grad_weight, at::TensorList grad_bias,
            at::TensorList mean, at::TensorList basis_out, at::TensorList basis_in, at::ArrayRef<double> lr,
            at::ArrayRef<double> lr_bias, at::ArrayRef<double> decay, at::ArrayRef<double> decay_bias,
-           at::IntArrayRef step, double beta1, double beta2, double eps, bool renewed) {
+           at::IntArrayRef step, double beta1, double beta2, double eps, bool renewed, int64_t renew_every,
+           int64_t since, const std::optional<at::Tensor>& rate) {
   check_eigen_step(weight, bias, first, second, last, size, control, grad_weight, grad_bias, mean, basis_out, basis_in,
-                   lr, lr_bias, decay, decay_bias, step, beta1, beta2, eps);
+                   lr, lr_bias, decay, decay_bias, step, beta1, beta2, eps, renew_every, since, rate);
   const Launch launch(control);
   const Net net(grad_weight, grad_bias, mean, basis_out, basis_in, first);
   AT_DISPATCH_FLOATING_TYPES(net.dtype(), "eigen_step_", [&] {
@@ -107,15 +111,14 @@ void step_(at::TensorList weight, at::TensorList bias, at::TensorList first, at:
       const EigenMatrix<scalar_t> matrix = net.matrix<scalar_t>(l);
       matrices.push_back({matrix, target<scalar_t>(weight[l]), target<scalar_t>(bias[l]), target<scalar_t>(second[l]),
                           target<scalar_t>(last[l]), (last[l].numel() - matrix.sizes.rest()) / matrix.sizes.p,
-                          size[l].mutable_data_ptr<double>(),
-                          EigenMoments<scalar_t>(beta1, beta2, step[l], eps, matrix.sizes.apart()), lr[l], lr_bias[l],
-                          decay[l], decay_bias[l]});
+                          size[l].mutable_data_ptr<double>(), step[l], beta1, beta2, eps, lr[l], lr_bias[l], decay[l],
+                          decay_bias[l], rate ? rate->const_data_ptr<double>() + 2 * l : nullptr});
     }
     const int count = int(matrices.size());
     const Device device = launch.device();
     const at::Tensor memory = workspace(eigen_step_workspace(matrices.data(), count, device), control);
-    eigen_step(matrices.data(), count, control.mutable_data_ptr<double>(), renewed, memory.mutable_data_ptr(), device,
-               launch.stream);
+    eigen_step(matrices.data(), count, control.mutable_data_ptr<double>(), renewed, EigenReplay{renew_every, since},
+               memory.mutable_data_ptr(), device, launch.stream);
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   for (const at::TensorList list : {weight, bias, first, second, last, size}) written(list);

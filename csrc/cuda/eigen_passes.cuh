@@ -18,9 +18,9 @@ namespace secondorder::cuda {
 
 // What a renewal adds to the mean at j.
 template <typename T>
-__device__ __forceinline__ T mean_change(const EigenRenewal<T>& in, int64_t j) {
+__device__ __forceinline__ T mean_change(const EigenRenewal<T>& in, const Work<T>& work, int64_t j) {
   if (!in.grad_bias || !in.sketch) return T(0);
-  return T(in.share) * in.sketch[in.sizes.kv * in.sizes.p + j] / T(in.rows);
+  return T(*work.share) * in.sketch[in.sizes.kv * in.sizes.p + j] / T(in.rows);
 }
 
 // Which matrix the products are of, and with which vectors.
@@ -35,12 +35,14 @@ enum class Products {
 // Parallel over strips and chunks.
 template <Products kProducts, typename M>
 __global__ void __launch_bounds__(kStrip<Scalar<M>>, kTileBlocks)
-    products_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division, int* refused) {
+    products_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division, int* refused,
+                    const double* control, const EigenReplay replay) {
   using T = Scalar<M>;
   constexpr bool kSketch = kProducts == Products::sketch || kProducts == Products::sketch_sums;
   __shared__ Tile<T> tile;
   __shared__ double partial[1][kWarp];
   if (kProducts == Products::iteration && *refused) return;
+  if ((kProducts == Products::renewal || kSketch) && replay.idle(control)) return;
   const Part<M> at(layers, division);
   const M& in = at.in;
   const EigenSizes& sizes = in.sizes;
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(kStrip<Scalar<M>>, kTileBlocks)
   } else {
     if (in.grad_bias && at.inside) centre = in.mean[at.column];
     if constexpr (kIsRenewal<M>) {
-      if (in.grad_bias && at.inside) centre += mean_change(in, at.column);
+      if (in.grad_bias && at.inside) centre += mean_change(in, at.work, at.column);
       if (kProducts == Products::iteration) {
         left = {at.work.right, sizes.kv};
         right = {at.work.top, sizes.ku};
@@ -126,9 +128,10 @@ enum class Parts {
 template <Parts kParts, typename M>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     parts_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division,
-                 const double* control, int* refused) {
+                 const double* control, const EigenReplay replay, int* refused) {
   using T = Scalar<M>;
   __shared__ double partial[2][kWarp];
+  if (kParts != Parts::step && replay.idle(control)) return;
   const Here<M> at(layers, division);
   const M& in = at.in;
   const EigenSizes& sizes = in.sizes;
@@ -176,9 +179,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if (threadIdx.x == 0) {
       const double size = std::sqrt(squares[0] / (double(n) * double(p)));
       work.scalars[0] = size > *in.size ? size : *in.size;
-      work.scalars[1] = eigen_length(control);
+      const double length = eigen_length(control), rate = in.rate ? in.rate[0] : 1, bias_rate = in.rate ? in.rate[1] : 1;
+      work.scalars[1] = length * rate;
+      work.scalars[2] = length * bias_rate;
+      const EigenCorrections corrections(in.beta1, in.beta2, in.step + replay.steps(control));
+      work.scalars[3] = corrections.first;
+      work.scalars[4] = corrections.fresh;
       // A NaN is not below the limit either.
-      if (!(squares[0] < kLargest<T> / 4 && squares[1] < kLargest<T> / 4) || control[kEigenUnrenewed] != 0)
+      if (!(squares[0] < kLargest<T> / 4 && squares[1] < kLargest<T> / 4) || control[kEigenUnrenewed] != 0 ||
+          !eigen_is_rate(rate) || !eigen_is_rate(bias_rate))
         atomicOr(refused, 1);
     }
   } else if constexpr (kParts == Parts::renewal) {

@@ -6,17 +6,32 @@
 //   finish      what was made in the workspace, to its place
 #include <cmath>
 #include <cstddef>
+#include <utility>
 
 #include "eigen_passes.cuh"
 
 namespace secondorder::cuda {
 namespace {
 
+constexpr int kIdle = 2;  // the flag where no bases are to be renewed
+
+// The flag of all launches, and w of every matrix. One block, a thread each.
+template <typename T>
+__global__ void __launch_bounds__(kLayersPerLaunch, 1)
+    begin_renewal_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const double* __restrict__ control,
+                         const EigenReplay replay, double decay, int* refused) {
+  if (threadIdx.x == 0 && refused) *refused = replay.idle(control) ? kIdle : 0;
+  if (int(threadIdx.x) >= layers.count) return;
+  const Here<EigenRenewal<T>> at(layers.layer[threadIdx.x], 0);
+  *at.work.share = replay.share(control, at.in.share, decay);
+}
+
 // H U where there is a bias Hessian H, and whether it is finite: a warp for each of its rows.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     curvature_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
-                     int* refused) {
+                     int* refused, const double* control, const EigenReplay replay) {
+  if (replay.idle(control)) return;
   const Here<EigenRenewal<T>> at(layers, division);
   const int64_t n = at.n, i = at.block * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (i >= n) return;
@@ -51,7 +66,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const EigenRenewal<T>& in = at.in;
   const Work<T>& work = at.work;
   const int64_t n = at.n, p = at.p, ku = at.ku, kv = at.kv;
-  const T w = T(in.share), old = T(1 - in.share);
+  const double share = *work.share;
+  const T w = T(share), old = T(1 - share);
   const Slice slice(at.sizes, at.block);
   if (slice.rows) {
     slice.each(ku, [&](int64_t q, int64_t i) {
@@ -64,9 +80,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       T product;
       if (in.sketch) {
         // sum (x - move) (x - move)^T V from the sums over x
-        const T move = mean_change(in, j), sum = in.sketch[kv * p + j], rows = T(in.rows);
+        const T move = mean_change(in, work, j), sum = in.sketch[kv * p + j], rows = T(in.rows);
         const T along = T(work.along[v]);
-        const T moved = in.grad_bias ? T(in.share * work.along[v] / double(in.rows)) : T(0);  // V^T of the change
+        const T moved = in.grad_bias ? T(share * work.along[v] / double(in.rows)) : T(0);  // V^T of the change
         product = (in.sketch[v * p + j] - moved * sum - along * move + rows * moved * move) / rows;
       } else {
         product = ordered_sum(work.column_sums + v * p + j, at.chunks, kv * p);
@@ -227,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     finish_renewal_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers,
                           const Blocks __grid_constant__ division, const int* __restrict__ refused, double* control) {
   if (*refused) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) control[kEigenUnrenewed] = 1;
+    if (*refused != kIdle && blockIdx.x == 0 && threadIdx.x == 0) control[kEigenUnrenewed] = 1;
     return;
   }
   const Here<EigenRenewal<T>> at(layers, division);
@@ -235,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const EigenSizes& sizes = in.sizes;
   const Work<T>& work = at.work;
   int64_t k = at.block * kThreads + threadIdx.x;
-  if (in.grad_bias && k < sizes.p) in.new_mean[k] += mean_change(in, k);
+  if (in.grad_bias && k < sizes.p) in.new_mean[k] += mean_change(in, work, k);
   const auto copy = [&](const T* from, T* to, int64_t size) {
     if (k >= 0 && k < size) to[k] = from[k];
     k -= size;
@@ -251,7 +267,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 // sketch += the sums over all chunks. Parallel over slices of columns.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    sketch_kernel(const Layers<SketchMatrix<T>> __grid_constant__ layers) {
+    sketch_kernel(const Layers<SketchMatrix<T>> __grid_constant__ layers, const double* control,
+                  const EigenReplay replay) {
+  if (replay.idle(control)) return;
   const Here<SketchMatrix<T>> at(layers.layer[0], 0);
   const Slice slice(at.sizes, slices(at.n) + blockIdx.x);
   slice.each(at.ku, [&](int64_t v, int64_t j) {
@@ -284,29 +302,32 @@ size_t eigen_renew_workspace(const EigenRenewal<T>* matrices, int count, const D
 }
 
 template <typename T>
-void eigen_sketch(const EigenSketch<T>& sketch, void* workspace, const Device& device, cudaStream_t stream) {
+void eigen_sketch(const EigenSketch<T>& sketch, const double* control, const EigenReplay& replay, void* workspace,
+                  const Device& device, cudaStream_t stream) {
   using M = SketchMatrix<T>;
   const M matrix = matrix_of(sketch);
   each_plan(&matrix, 1, workspace, device, [&](const Plan<M>& plan) {
-    LAUNCH_DIVIDED((products_kernel<Products::sketch, M>), tiles, kStrip<T>, nullptr);
-    LAUNCH_DIVIDED((parts_kernel<Parts::sketch, M>), slices, kThreads, nullptr, nullptr);
-    LAUNCH_DIVIDED((products_kernel<Products::sketch_sums, M>), tiles, kStrip<T>, nullptr);
-    LAUNCH(sketch_kernel<T>, unsigned(slices(sketch.p)), kThreads, 0, stream, plan.layers);
+    LAUNCH_DIVIDED((products_kernel<Products::sketch, M>), tiles, kStrip<T>, nullptr, control, replay);
+    LAUNCH_DIVIDED((parts_kernel<Parts::sketch, M>), slices, kThreads, control, replay, nullptr);
+    LAUNCH_DIVIDED((products_kernel<Products::sketch_sums, M>), tiles, kStrip<T>, nullptr, control, replay);
+    LAUNCH(sketch_kernel<T>, unsigned(slices(sketch.p)), kThreads, 0, stream, plan.layers, control, replay);
   });
 }
 
 template <typename T>
-void eigen_renew(const EigenRenewal<T>* matrices, int count, double* control, void* workspace, const Device& device,
-                 cudaStream_t stream) {
+void eigen_renew(const EigenRenewal<T>* matrices, int count, double* control, const EigenReplay& replay, double decay,
+                 void* workspace, const Device& device, cudaStream_t stream) {
   using M = EigenRenewal<T>;
-  cudaMemsetAsync(workspace, 0, sizeof(int), stream);  // the flag comes first in the workspace
+  bool first = true;
   each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
-    LAUNCH_DIVIDED((products_kernel<Products::renewal, M>), tiles, kStrip<T>, plan.refused);
-    LAUNCH_DIVIDED((parts_kernel<Parts::renewal, M>), slices, kThreads, nullptr, plan.refused);
-    LAUNCH_DIVIDED(curvature_kernel<T>, curvatures, kThreads, plan.refused);
+    LAUNCH(begin_renewal_kernel<T>, 1, kLayersPerLaunch, 0, stream, plan.layers, control, replay, decay,
+           std::exchange(first, false) ? plan.refused : nullptr);
+    LAUNCH_DIVIDED((products_kernel<Products::renewal, M>), tiles, kStrip<T>, plan.refused, control, replay);
+    LAUNCH_DIVIDED((parts_kernel<Parts::renewal, M>), slices, kThreads, control, replay, plan.refused);
+    LAUNCH_DIVIDED(curvature_kernel<T>, curvatures, kThreads, plan.refused, control, replay);
   });
   each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
-    LAUNCH_DIVIDED((products_kernel<Products::iteration, M>), tiles, kStrip<T>, plan.refused);
+    LAUNCH_DIVIDED((products_kernel<Products::iteration, M>), tiles, kStrip<T>, plan.refused, control, replay);
     LAUNCH_DIVIDED(candidates_kernel<T>, slices, kThreads, plan.refused);
     LAUNCH(orthonormal_kernel<T>, 2 * plan.layers.count, kSideThreads, 0, stream, plan.layers, plan.refused);
     LAUNCH_DIVIDED(overlaps_kernel<T>, slices, kThreads, plan.refused);
@@ -316,11 +337,13 @@ void eigen_renew(const EigenRenewal<T>* matrices, int count, double* control, vo
   });
 }
 
-#define INSTANTIATE(T)                                                                   \
-  template size_t eigen_sketch_workspace(const EigenSketch<T>&, const Device&);          \
-  template size_t eigen_renew_workspace(const EigenRenewal<T>*, int, const Device&);     \
-  template void eigen_sketch(const EigenSketch<T>&, void*, const Device&, cudaStream_t); \
-  template void eigen_renew(const EigenRenewal<T>*, int, double*, void*, const Device&, cudaStream_t);
+#define INSTANTIATE(T)                                                                                              \
+  template size_t eigen_sketch_workspace(const EigenSketch<T>&, const Device&);                                     \
+  template size_t eigen_renew_workspace(const EigenRenewal<T>*, int, const Device&);                                \
+  template void eigen_sketch(const EigenSketch<T>&, const double*, const EigenReplay&, void*, const Device&,        \
+                             cudaStream_t);                                                                         \
+  template void eigen_renew(const EigenRenewal<T>*, int, double*, const EigenReplay&, double, void*, const Device&, \
+                            cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -25,9 +25,7 @@ namespace {
 // Adam's rule with the floor that the size of the gradients sets.
 template <typename T>
 __device__ __forceinline__ EigenMoments<T> rule(const EigenStep<T>& in, const Work<T>& work) {
-  EigenMoments<T> moments = in.moments;
-  moments.eps = T(double(moments.eps) * work.scalars[0] + kTiny<T>);
-  return moments;
+  return {in.beta1, in.beta2, work.scalars[3], work.scalars[4], in.eps * work.scalars[0] + kTiny<T>, in.sizes.apart()};
 }
 
 // N at one of the parts C, R, T, where `place` is in the flat tensors; adds to the slopes along this N and along the
@@ -265,7 +263,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     finish_step_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
                        const int* __restrict__ refused, const double* __restrict__ slopes, int64_t count, bool renewed,
-                       double* control) {
+                       const EigenReplay replay, double* control) {
   __shared__ double partial[2][kWarp];
   if (blockIdx.x == division.first[layers.count]) {
     if (*refused) {  // and no slopes were written
@@ -280,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       sums[1] += slopes[2 * k + 1];
     }
     block_sum(sums, partial);
-    if (threadIdx.x == 0) eigen_control(control, sums[0], sums[1], renewed);
+    if (threadIdx.x == 0) eigen_control(control, sums[0], sums[1], renewed && !replay.idle(control));
     return;
   }
   if (*refused) return;
@@ -290,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int64_t i = at.block * kThreads + threadIdx.x, n = at.n;
   if (i == 0) *in.size = work.scalars[0];
   if (!in.bias || i >= n) return;
-  const double rate = work.scalars[1] * in.lr_bias;
+  const double rate = work.scalars[2] * in.lr_bias;
   const T keep = T(1 - rate * in.decay_bias);
   T step = 0;
   if (in.grad_bias[i] != T(0)) step = work.new_right[at.kv * n + i] - ordered_sum(work.row_sums + i, at.strips, n);
@@ -305,13 +303,13 @@ size_t eigen_step_workspace(const EigenStep<T>* matrices, int count, const Devic
 }
 
 template <typename T>
-void eigen_step(const EigenStep<T>* matrices, int count, double* control, bool renewed, void* workspace,
-                const Device& device, cudaStream_t stream) {
+void eigen_step(const EigenStep<T>* matrices, int count, double* control, bool renewed, const EigenReplay& replay,
+                void* workspace, const Device& device, cudaStream_t stream) {
   using M = EigenStep<T>;
   cudaMemsetAsync(workspace, 0, sizeof(int), stream);  // the flag comes first in the workspace
   each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
-    LAUNCH_DIVIDED((products_kernel<Products::step, M>), tiles, kStrip<T>, plan.refused);
-    LAUNCH_DIVIDED((parts_kernel<Parts::step, M>), slices, kThreads, control, plan.refused);
+    LAUNCH_DIVIDED((products_kernel<Products::step, M>), tiles, kStrip<T>, plan.refused, control, replay);
+    LAUNCH_DIVIDED((parts_kernel<Parts::step, M>), slices, kThreads, control, replay, plan.refused);
   });
   each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
     const int l = plan.layers.count;
@@ -326,13 +324,14 @@ void eigen_step(const EigenStep<T>* matrices, int count, double* control, bool r
     LAUNCH_DIVIDED((sides_kernel<true, T>), sides, kThreads, plan.refused, nullptr);
     LAUNCH_DIVIDED(update_kernel<T>, tiles, kStrip<T>, plan.refused);
     LAUNCH(finish_step_kernel<T>, plan.finish.first[l] + (plan.last ? 1 : 0), kThreads, 0, stream, plan.layers,
-           plan.finish, plan.refused, plan.slopes, plan.slope_count, renewed, control);
+           plan.finish, plan.refused, plan.slopes, plan.slope_count, renewed, replay, control);
   });
 }
 
-#define INSTANTIATE(T)                                                           \
-  template size_t eigen_step_workspace(const EigenStep<T>*, int, const Device&); \
-  template void eigen_step(const EigenStep<T>*, int, double*, bool, void*, const Device&, cudaStream_t);
+#define INSTANTIATE(T)                                                                                        \
+  template size_t eigen_step_workspace(const EigenStep<T>*, int, const Device&);                              \
+  template void eigen_step(const EigenStep<T>*, int, double*, bool, const EigenReplay&, void*, const Device&, \
+                           cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -173,14 +173,16 @@ struct EigenMatrix {
 
 template <typename T>
 struct EigenStep : EigenMatrix<T> {
-  T* weight;                // [n, p]
-  T* bias;                  // [n], or null
-  T* second;                // [parts]
-  T* last;                  // [rest + sampled p]
-  int64_t sampled;          // rows of E that stand for all; 0 without E
-  double* size;             // [1]
-  EigenMoments<T> moments;  // with eps as given, of which the size makes an absolute one
+  T* weight;        // [n, p]
+  T* bias;          // [n], or null
+  T* second;        // [parts]
+  T* last;          // [rest + sampled p]
+  int64_t sampled;  // rows of E that stand for all; 0 without E
+  double* size;     // [1]
+  int64_t step;     // t, the steps made
+  double beta1, beta2, eps;
   double lr, lr_bias, decay, decay_bias;
+  const double* rate;  // [2] what multiplies lr and lr_bias, or null
 };
 
 template <typename T>
@@ -205,6 +207,8 @@ struct EigenSketch {
   T* sketch;        // [k + 1, p]
 };
 
+// `replay` of the launchers below says when what they are told holds; `control` [kEigenControl] has the steps.
+
 // The bytes of workspace, 16-byte aligned, of each of the launchers below.
 template <typename T>
 size_t eigen_sketch_workspace(const EigenSketch<T>& sketch, const Device& device);
@@ -213,19 +217,20 @@ size_t eigen_renew_workspace(const EigenRenewal<T>* matrices, int count, const D
 template <typename T>
 size_t eigen_step_workspace(const EigenStep<T>* matrices, int count, const Device& device);
 
-// sketch += (x V, 1)^T x over the rows x of inputs - shift; m, p > 0
+// sketch += (x V, 1)^T x over the rows x of inputs - shift; m, p > 0. control may be null where `replay` asks nothing.
 template <typename T>
-void eigen_sketch(const EigenSketch<T>& sketch, void* workspace, const Device& device, cudaStream_t stream);
+void eigen_sketch(const EigenSketch<T>& sketch, const double* control, const EigenReplay& replay, void* workspace,
+                  const Device& device, cudaStream_t stream);
 
 // Renews means, bases and scales, and turns the first moments with the bases; count > 0. Where a gradient, a sketch
-// or a bias Hessian is not finite it changes control [kEigenControl] alone.
+// or a bias Hessian is not finite it changes control alone. decay: of the averages, from one renewal to the next.
 template <typename T>
-void eigen_renew(const EigenRenewal<T>* matrices, int count, double* control, void* workspace, const Device& device,
-                 cudaStream_t stream);
+void eigen_renew(const EigenRenewal<T>* matrices, int count, double* control, const EigenReplay& replay, double decay,
+                 void* workspace, const Device& device, cudaStream_t stream);
 
 // The step of all matrices, then control's; a refused one changes control alone.
 template <typename T>
-void eigen_step(const EigenStep<T>* matrices, int count, double* control, bool renewed, void* workspace,
-                const Device& device, cudaStream_t stream);
+void eigen_step(const EigenStep<T>* matrices, int count, double* control, bool renewed, const EigenReplay& replay,
+                void* workspace, const Device& device, cudaStream_t stream);
 
 }  // namespace secondorder::cuda

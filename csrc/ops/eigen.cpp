@@ -14,6 +14,11 @@ void check_control(const char* op, const at::Tensor& control) {
   check_contiguous(op, "control", control);
 }
 
+void check_replay(const char* op, int64_t renew_every, int64_t since) {
+  TORCH_CHECK_VALUE(renew_every >= 0 && since >= 0, op, ": expected renew_every and since >= 0, got ", renew_every,
+                    " and ", since);
+}
+
 // A tensor of this shape, as `like` in dtype and device, that is written in place.
 void check_written(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape,
                    const at::Tensor& like) {
@@ -48,7 +53,7 @@ EigenSizes check_matrix(const char* op, const at::Tensor& grad_weight, const at:
 }  // namespace
 
 void check_eigen_sketch(const at::Tensor& sketch, const at::Tensor& inputs, const at::Tensor& basis,
-                        const at::Tensor& shift) {
+                        const at::Tensor& shift, const std::optional<at::Tensor>& control, int64_t renew_every) {
   constexpr const char* op = "eigen_sketch_";
   check_dim(op, "inputs", inputs, 2);
   check_floating(op, "inputs", inputs);
@@ -61,12 +66,18 @@ void check_eigen_sketch(const at::Tensor& sketch, const at::Tensor& inputs, cons
   check_shape(op, "sketch", sketch, {k + 1, p});
   check_same(op, "sketch", sketch, "inputs", inputs);
   check_contiguous(op, "sketch", sketch);
+  check_replay(op, renew_every, 0);
+  TORCH_CHECK_VALUE(control.has_value() || !renew_every, op, ": expected control with renew_every > 0, got None");
+  if (!control) return;
+  check_control(op, *control);
+  check_same_device(op, "control", *control, "inputs", inputs);
 }
 
 void check_eigen_renew(at::TensorList mean, at::TensorList basis_out, at::TensorList basis_in, at::TensorList scale_out,
                        at::TensorList scale_in, at::TensorList first, const at::Tensor& control,
                        at::TensorList grad_weight, at::TensorList grad_bias, at::TensorList sketch,
-                       at::TensorList bias_hessian, at::IntArrayRef rows, at::ArrayRef<double> share) {
+                       at::TensorList bias_hessian, at::IntArrayRef rows, at::ArrayRef<double> share,
+                       int64_t renew_every, int64_t since, double decay) {
   constexpr const char* op = "eigen_renew_";
   check_lengths(op, {{"grad_weight", grad_weight.size()},
                      {"grad_bias", grad_bias.size()},
@@ -81,6 +92,8 @@ void check_eigen_renew(at::TensorList mean, at::TensorList basis_out, at::Tensor
                      {"rows", rows.size()},
                      {"share", share.size()}});
   check_control(op, control);
+  check_replay(op, renew_every, since);
+  TORCH_CHECK_VALUE(decay >= 0 && decay < 1, op, ": expected decay in [0, 1), got ", decay);
   for (size_t l = 0; l < grad_weight.size(); ++l) {
     const at::Tensor& g = grad_weight[l];
     const EigenSizes sizes = check_matrix(op, g, grad_bias[l], mean[l], basis_out[l], basis_in[l]);
@@ -108,7 +121,8 @@ void check_eigen_step(at::TensorList weight, at::TensorList bias, at::TensorList
                       at::TensorList last, at::TensorList size, const at::Tensor& control, at::TensorList grad_weight,
                       at::TensorList grad_bias, at::TensorList mean, at::TensorList basis_out, at::TensorList basis_in,
                       at::ArrayRef<double> lr, at::ArrayRef<double> lr_bias, at::ArrayRef<double> decay,
-                      at::ArrayRef<double> decay_bias, at::IntArrayRef step, double beta1, double beta2, double eps) {
+                      at::ArrayRef<double> decay_bias, at::IntArrayRef step, double beta1, double beta2, double eps,
+                      int64_t renew_every, int64_t since, const std::optional<at::Tensor>& rate) {
   constexpr const char* op = "eigen_step_";
   check_lengths(op, {{"grad_weight", grad_weight.size()},
                      {"grad_bias", grad_bias.size()},
@@ -127,6 +141,14 @@ void check_eigen_step(at::TensorList weight, at::TensorList bias, at::TensorList
                      {"decay_bias", decay_bias.size()},
                      {"step", step.size()}});
   check_control(op, control);
+  check_replay(op, renew_every, since);
+  if (rate) {
+    check_shape(op, "rate", *rate, {int64_t(grad_weight.size()), 2});
+    TORCH_CHECK_TYPE(rate->scalar_type() == at::kDouble, op, ": expected rate of dtype float64, got ",
+                     rate->scalar_type());
+    check_same_device(op, "rate", *rate, "control", control);
+    check_contiguous(op, "rate", *rate);
+  }
   TORCH_CHECK_VALUE(beta1 >= 0 && beta1 < 1, op, ": expected beta1 in [0, 1), got ", beta1);
   TORCH_CHECK_VALUE(beta2 > 0 && beta2 < 1, op, ": expected beta2 in (0, 1), got ", beta2);
   TORCH_CHECK_VALUE(eps >= 0, op, ": expected eps >= 0, got ", eps);

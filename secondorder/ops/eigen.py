@@ -11,6 +11,10 @@ where c = kv + 1 with a bias, else kv; R is missing where ku = n, T where kv = p
 C, R, T, E one after another. With ku = kv = 0 there is E = G alone, and the rule is Adam's.
 
 `control` [7], float64, is what finds the step length: the entries that `CONTROL` names.
+
+A call that a CUDA graph captures is repeated with the numbers that it was given, while `control` goes on counting steps. With
+`renew_every` > 0 these numbers hold for the call that has `since` steps before it: a later one takes its own from `control`, and
+renews bases where `renew_every` divides the steps.
 """
 
 from collections.abc import Sequence
@@ -28,7 +32,9 @@ step was refused.
 """
 
 
-def eigen_sketch_(sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor) -> None:
+def eigen_sketch_(
+    sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor, control: Tensor | None = None, renew_every: int = 0
+) -> None:
     """Adds the rows h of a layer's inputs to what a renewal of its basis V needs to know of them.
 
     With x = h - shift: sketch[:k] += V^T sum_h x x^T and sketch[k] += sum_h x.
@@ -38,12 +44,16 @@ def eigen_sketch_(sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor) 
         inputs: h [m, p], one row per use of the layer.
         basis: V^T [k, p].
         shift: [p], near the mean input, so that nothing large cancels later; [0] for none.
+        control: [7], float64, what finds the step length; needed with `renew_every` alone.
+        renew_every: 0; or > 0: nothing is added unless it divides the steps that `control` has.
     """
-    library.eigen_sketch_(sketch, inputs, basis, shift)
+    library.eigen_sketch_(sketch, inputs, basis, shift, control, renew_every)
 
 
-@operator("eigen_sketch_(Tensor(a!) sketch, Tensor inputs, Tensor basis, Tensor shift) -> ()")
-def _(sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor) -> None:
+@operator(
+    "eigen_sketch_(Tensor(a!) sketch, Tensor inputs, Tensor basis, Tensor shift, Tensor? control=None, int renew_every=0) -> ()"
+)
+def _(sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor, control: Tensor | None = None, renew_every: int = 0) -> None:
     return None
 
 
@@ -61,6 +71,9 @@ def eigen_renew_(
     bias_hessian: Sequence[Tensor],
     rows: Sequence[int],
     share: Sequence[float],
+    renew_every: int = 0,
+    since: int = 0,
+    decay: float = 0.0,
 ) -> None:
     """Renews mean inputs and bases by one power iteration each, and turns the first moments with them.
 
@@ -90,17 +103,20 @@ def eigen_renew_(
         bias_hessian: H [n, n], symmetric, of every matrix; [0] where U is to be of the gradient.
         rows: how many inputs each sketch has seen; 0 for none.
         share: w in (0, 1] of every matrix.
+        renew_every: 0; or > 0: nothing changes unless it divides the steps that `control` has.
+        since: the steps, >= 0, that `control` had when `share` held; with `renew_every` alone, like `decay`.
+        decay: d in [0, 1) of w = (1 - d) / (1 - d^r), by which w goes on after `since`: r grows by one with each renewal.
     """
     library.eigen_renew_(
         list(mean), list(basis_out), list(basis_in), list(scale_out), list(scale_in), list(first), control,
-        list(grad_weight), list(grad_bias), list(sketch), list(bias_hessian), list(rows), list(share),
+        list(grad_weight), list(grad_bias), list(sketch), list(bias_hessian), list(rows), list(share), renew_every, since, decay,
     )  # fmt: skip
 
 
 @operator(
     "eigen_renew_(Tensor(a!)[] mean, Tensor(b!)[] basis_out, Tensor(c!)[] basis_in, Tensor(d!)[] scale_out, Tensor(e!)[] "
     "scale_in, Tensor(f!)[] first, Tensor(g!) control, Tensor[] grad_weight, Tensor[] grad_bias, Tensor[] sketch, Tensor[] "
-    "bias_hessian, int[] rows, float[] share) -> ()"
+    "bias_hessian, int[] rows, float[] share, int renew_every=0, int since=0, float decay=0.0) -> ()"
 )
 def _(
     mean: list[Tensor],
@@ -116,6 +132,9 @@ def _(
     bias_hessian: list[Tensor],
     rows: list[int],
     share: list[float],
+    renew_every: int = 0,
+    since: int = 0,
+    decay: float = 0.0,
 ) -> None:
     return None
 
@@ -142,6 +161,9 @@ def eigen_step_(
     beta2: float,
     eps: float,
     renewed: bool,
+    renew_every: int = 0,
+    since: int = 0,
+    rate: Tensor | None = None,
 ) -> None:
     """Makes EigenAdam's step of a whole net: Adam's rule in every part x of the gradients, and its way back to the parameters.
 
@@ -191,11 +213,15 @@ def eigen_step_(
         beta2: the decay of the second moments, in (0, 1).
         eps: relative to `size`, at least 0.
         renewed: whether bases were renewed since the step before: its N is then unknown.
+        renew_every: 0; or > 0: they were not unless it also divides the steps that `control` has.
+        since: the steps, >= 0, that `control` had when `step` held; with `renew_every` alone.
+        rate: [matrices, 2], float64, what else multiplies `lr` and `lr_bias` of every matrix; the step is refused where one is
+            negative or not finite. None: nothing.
     """
     library.eigen_step_(
         list(weight), list(bias), list(first), list(second), list(last), list(size), control, list(grad_weight),
         list(grad_bias), list(mean), list(basis_out), list(basis_in), list(lr), list(lr_bias), list(decay),
-        list(decay_bias), list(step), beta1, beta2, eps, renewed,
+        list(decay_bias), list(step), beta1, beta2, eps, renewed, renew_every, since, rate,
     )  # fmt: skip
 
 
@@ -203,7 +229,7 @@ def eigen_step_(
     "eigen_step_(Tensor(a!)[] weight, Tensor(b!)[] bias, Tensor(c!)[] first, Tensor(d!)[] second, Tensor(e!)[] last, "
     "Tensor(f!)[] size, Tensor(g!) control, Tensor[] grad_weight, Tensor[] grad_bias, Tensor[] mean, Tensor[] basis_out, "
     "Tensor[] basis_in, float[] lr, float[] lr_bias, float[] decay, float[] decay_bias, int[] step, float beta1, float beta2, "
-    "float eps, bool renewed) -> ()"
+    "float eps, bool renewed, int renew_every=0, int since=0, Tensor? rate=None) -> ()"
 )
 def _(
     weight: list[Tensor],
@@ -227,5 +253,8 @@ def _(
     beta2: float,
     eps: float,
     renewed: bool,
+    renew_every: int = 0,
+    since: int = 0,
+    rate: Tensor | None = None,
 ) -> None:
     return None

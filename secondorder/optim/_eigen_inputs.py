@@ -11,6 +11,8 @@ from secondorder import ops
 from secondorder.optim._matrices import Matrix
 from secondorder.optim._tables import Sum
 
+Replay = tuple[()] | tuple[Tensor, int]
+
 
 @dataclass
 class Sketch:
@@ -32,19 +34,34 @@ class Sketches:
 
     def __init__(self) -> None:
         self.of: dict[Matrix, Sketch] = {}
+        self._captured = False  # whether a CUDA graph makes them
 
     def clear(self) -> None:
         self.of.clear()
 
-    def add(self, matrix: Matrix, state: dict[str, Any], rows: Tensor, alone: bool) -> None:
-        """Sums up inputs [m, p]; alone: whether no other process has any, and no step waits for a device."""
+    def expect(self, captured: bool) -> None:
+        """Forgets those that a CUDA graph makes where one does not capture this, and the other way round."""
+        if self._captured != captured:
+            self.of.clear()
+            self._captured = captured
+
+    def add(self, matrix: Matrix, state: dict[str, Any], rows: Tensor, alone: bool, replay: Replay = ()) -> None:
+        """Sums up inputs [m, p].
+
+        Args:
+            matrix: that multiplies them.
+            state: its state.
+            rows: the inputs.
+            alone: whether no other process has any, and no step waits for a device.
+            replay: the control and how often bases are renewed, where a CUDA graph captures this.
+        """
         sketch = self.of.get(matrix)
         if sketch is None:
             shift = state["mean"]
             if not state["renewals"] and shift.numel() and alone:
                 shift = rows.mean(0)  # not put into the state before it is known to be finite
             sketch = self.of[matrix] = Sketch(rows.new_zeros(len(state["basis_in"]) + 1, rows.shape[1]), shift)
-        ops.eigen_sketch_(sketch.sums, rows, state["basis_in"], sketch.shift)
+        ops.eigen_sketch_(sketch.sums, rows, state["basis_in"], sketch.shift, *replay)
         sketch.rows += len(rows)
 
     def averaged(self, present: list[Matrix], states: Mapping[Tensor, dict[str, Any]], sum_: Sum) -> dict[Matrix, Sketch]:

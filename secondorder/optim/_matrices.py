@@ -5,7 +5,7 @@ import string
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -229,7 +229,8 @@ class InputHook:
     that does nothing.
 
     Args:
-        optimizer: has methods `_see(module, input, output)` and `_hook()`, and `_seeing`, False where nothing is to be seen.
+        optimizer: has methods `_see(module, input, output, captured)` and `_hook()`; `_seeing`, False where nothing is to be
+            seen; and `_capturable`, whether it sees what a CUDA graph captures.
     """
 
     def __init__(self, optimizer: Any):
@@ -246,9 +247,12 @@ class InputHook:
             return
         optimizer = self.optimizer()
         # Before most steps nothing is to be seen, and small layers cost no more than these questions.
-        if optimizer is None or optimizer._seeing is False or not args or torch.jit.is_tracing() or captured_now():
+        capturable = optimizer is not None and optimizer._capturable
+        if optimizer is None or (optimizer._seeing is False and not capturable) or not args or torch.jit.is_tracing():
             return
-        optimizer._see(module, args[0], output)
+        captured = captured_now()
+        if capturable or not captured:
+            optimizer._see(module, args[0], output, captured)
 
     def lay(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook of a model with lazy layers: lays the hooks once its parameters are known."""
@@ -287,16 +291,31 @@ def _patches(module: Any, inputs: Tensor) -> Tensor:
     size = len(module.kernel_size)
     x = inputs if inputs.dim() == size + 2 else inputs.unsqueeze(0)
     geometry = (*map(tuple, (module.kernel_size, module.stride, module.dilation)), _padding(module))
-    # Not from the cache in a mode such as FakeTensorMode, whose tensors must not stay in it.
-    found = _patch_places if type(inputs) in (Tensor, nn.Parameter) else _patch_places.__wrapped__
-    places, inside = found(len(x), tuple(x.shape[2:]), *geometry, x.device)
+    places, inside = _kept_places((len(x), tuple(x.shape[2:]), *geometry, x.device), type(inputs) in (Tensor, nn.Parameter))
     patches = x.movedim(1, -1)[places] * inside  # [m, *kernel, c_in]
     patches = patches.movedim(-1, 1)
     groups = int(module.groups)
     return patches.reshape(len(patches) * groups, -1)
 
 
-@lru_cache(32)  # an entry takes 66 KB for a kernel of 3 x 3
+_PLACES: dict[tuple[Any, ...], tuple[tuple[Tensor, ...], Tensor]] = {}  # the last one used at the end
+
+
+def _kept_places(key: tuple[Any, ...], ordinary: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+    """`_patch_places(*key)`, kept for the next call if `ordinary`: the tensors of a mode such as FakeTensorMode must not stay."""
+    if not ordinary:
+        return _patch_places(*key)
+    found = _PLACES.pop(key, None)
+    if found is None:
+        found = _patch_places(*key)
+        if captured_now():  # the memory is the graph's, and is filled by its replays alone
+            return found
+    while len(_PLACES) >= 32:  # an entry takes 66 KB for a kernel of 3 x 3
+        del _PLACES[next(iter(_PLACES))]
+    _PLACES[key] = found
+    return found
+
+
 def _patch_places(
     instances: int,
     lengths: tuple[int, ...],

@@ -13,12 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from secondorder import ops
 from secondorder._layers import linear_layers
 from secondorder._tape.hooks import remove_handles
-from secondorder._tensors import cast, is_sharded
+from secondorder._tensors import captured_now, cast, is_sharded
 from secondorder._warnings import warn
 from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
 from secondorder.optim._bias_hessians import BiasHessians, chosen_curvature
 from secondorder.optim._eigen_inputs import Sketch, Sketches
+from secondorder.optim._eigen_replays import Replays
 from secondorder.optim._eigen_saved import with_room, without_room
 from secondorder.optim._eigen_state import (
     FIRST_STEPS,
@@ -118,6 +119,10 @@ class EigenAdam(SecondOrderOptimizer):
         maximize: whether the loss is to be maximised.
         nonfinite: what a step does that meets NaN or inf: "error" raises `NonFiniteError`, "skip" counts it in `skipped_steps`.
             Nothing else changes. On CUDA, where no step waits for the device, the error comes with one of the next steps.
+        capturable: whether a CUDA graph may capture steps with the passes before them, once five were made without one. A replay
+            makes the step that would be made then, but for learning rates that are numbers, which stay what they were; those that
+            are tensors on the parameters' device are read by each replay. For one process, and curvature="gradient". After a
+            capture `step` and `state_dict` wait for the device, and replays alone raise no error: `skipped_steps` tells.
 
     Raises:
         ValueError: an argument is out of its range; or DTensors are sharded otherwise than by rows, over one dimension of a mesh.
@@ -148,6 +153,7 @@ class EigenAdam(SecondOrderOptimizer):
         criterion: nn.Module | Callable[..., Tensor] | None = None,
         maximize: bool = False,
         nonfinite: str = "error",
+        capturable: bool = False,
     ):
         if isinstance(params, nn.Module):
             check_arguments(type(self).__name__, [("model", model, model in (None, params), "to be given once")])
@@ -161,6 +167,7 @@ class EigenAdam(SecondOrderOptimizer):
             ("rank", rank, rank is None or (type(rank) is int and rank >= 1), "to be an int >= 1, or None"),
             ("renew_every", renew_every, type(renew_every) is int and renew_every >= 1, "to be an int >= 1"),
             ("nonfinite", nonfinite, nonfinite in ("error", "skip"), "'error' or 'skip'"),
+            ("capturable", capturable, not capturable or curvature == "gradient", "False with a bias Hessian's bases"),
         ]
         check_arguments(type(self).__name__, checks)
         if callable(lr):
@@ -168,7 +175,7 @@ class EigenAdam(SecondOrderOptimizer):
                 f"{type(self).__name__}: expected lr to be a number, got {type(lr).__name__}; EigenAdam(model) needs no "
                 "criterion, and takes a model beside parameters as model="
             )
-        self._rank, self._renew_every, self._nonfinite = rank, renew_every, nonfinite
+        self._rank, self._renew_every, self._nonfinite, self._capturable = rank, renew_every, nonfinite, capturable
         self._model: nn.Module | None = None
         self._group: dist.ProcessGroup | None = None  # of the ranks that DDP averages gradients over
         self._shards: Shards | None = None  # the ranks that share the rows of DTensor parameters
@@ -203,6 +210,7 @@ class EigenAdam(SecondOrderOptimizer):
         self._highest = 0.0  # lr so far
         # Control on its way from the device, and the event that tells of its arrival.
         self._report: tuple[Tensor, Any] | None = None
+        self._replays = Replays(type(self).__name__)
 
     # --- the model -----------------------------------------------------------------------------------------------------------
 
@@ -270,26 +278,31 @@ class EigenAdam(SecondOrderOptimizer):
         """The identities of the groups' parameters."""
         return [list(map(id, group["params"])) for group in self.param_groups]
 
-    def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Takes a sketch of a layer's inputs where the next step renews bases."""
+    def _see(self, module: nn.Module, inputs: Any, output: Any, captured: bool) -> None:
+        """Takes a sketch of a layer's inputs where the next step renews bases, or may do so as a CUDA graph captures this."""
         if not (isinstance(output, Tensor) and output.requires_grad):
             return
-        if self._seeing is None:
+        if self._seeing is None and not captured:
+            self._catch_up()
             self._seeing = self._renewing()
-        if not self._seeing:
+        if not (captured or self._seeing):
             return
+        self._sketches.expect(captured)
         ddp = DistributedDataParallel._get_active_ddp_module()
         if ddp is not None:
             self._group = ddp.process_group
         matrix = self._owner.get(module, self._owner.get(module._parameters.get("weight")))
         if matrix is None or not matrix.weight.requires_grad or not is_plain(inputs):
             return
+        if captured and "basis_out" not in self.state.get(matrix.weight, {}):
+            return  # to make it would wait for the device; the step will say so
         if matrix.lookups:
             self._lookups.add(matrix, inputs)
             return
         rows = cast(input_rows(module, inputs.detach()), computed_in(matrix.weight))
         state = self._state(matrix, len(rows))
-        self._sketches.add(matrix, state, rows, alone=not (self._several or rows.is_cuda))
+        replay = (self._shared()["control"], self._renew_every) if captured else ()
+        self._sketches.add(matrix, state, rows, not (self._several or rows.is_cuda or captured), replay)
 
     # --- the state -----------------------------------------------------------------------------------------------------------
 
@@ -348,9 +361,15 @@ class EigenAdam(SecondOrderOptimizer):
         """How many a basis has; many: whether it is of many inputs."""
         return self._rank or (16 if many else 8)
 
+    def _catch_up(self) -> None:
+        """Counts the steps that replays of a CUDA graph have made."""
+        if self._replays:
+            self._replays.catch_up(self._shared(), self._table(), self.state, self._renew_every)
+
     def __getstate__(self) -> dict[str, Any]:
         """The state and what it was made with; not the hooks."""
-        own = ("_model", "_curvature", "criterion", "_rank", "_renew_every", "_nonfinite", "_hooked")
+        self._catch_up()
+        own = ("_model", "_curvature", "criterion", "_rank", "_renew_every", "_nonfinite", "_capturable", "_hooked")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -363,6 +382,7 @@ class EigenAdam(SecondOrderOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As every torch optimizer's; what may turn out to be no map has the same shapes whichever it is, as DCP demands."""
+        self._catch_up()
         found, weights = super().state_dict(), {matrix.weight: matrix for matrix in self._table()}
         for group, own in zip(found["param_groups"], self.param_groups, strict=True):
             for i, p in zip(group["params"], own["params"], strict=True):
@@ -399,7 +419,7 @@ class EigenAdam(SecondOrderOptimizer):
             for matrix, eigen in zip(weights.values(), before, strict=True):
                 matrix.eigen = eigen
             raise
-        self._seeing = None
+        self._seeing, self._replays = None, Replays(type(self).__name__)  # graphs have the tensors of before
         self._schedule()
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
@@ -460,9 +480,11 @@ class EigenAdam(SecondOrderOptimizer):
         Raises:
             NonFiniteError: a gradient is NaN or inf, or so large that its square is (nonfinite="error"). Nothing has changed.
             RuntimeError: a gradient is sparse; there is none at the first step (later that is a warning); a CUDA graph is being
-                captured; or, with the bias Hessian's bases, no call of the criterion was recorded that leads to the gradients.
+                captured, and this step cannot be (see `capturable`); or, with the bias Hessian's bases, no call of the criterion
+                was recorded that leads to the gradients.
         """
-        self._refuse_capture()
+        if not self._capturable:
+            self._refuse_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -495,9 +517,14 @@ class EigenAdam(SecondOrderOptimizer):
             self._find_none()
             return
         operands = Operands(f"{type(self).__name__}.step()", present, sign)
-        shared, due = self._shared(), self._renewing()
+        captured = self._captured(present)
+        shared, due = self._shared(), captured or self._renewing()
         control = shared["control"]
-        self._read_report()
+        if not captured:
+            self._read_report()
+        self._sketches.expect(captured)
+        # What the operators are told holds when control has so many steps; replays go on from there.
+        replay = (self._renew_every, shared["steps"]) if captured else ()
         for matrix in present:
             if matrix.could_be_numbers and not self.state[matrix.weight].get("step"):
                 self._find_numbers(matrix)
@@ -518,14 +545,20 @@ class EigenAdam(SecondOrderOptimizer):
         if recorded is not None and due:
             trained = {p: group for group in self.param_groups for p in group["params"]}
             hessians = recorded.of_step(trained, sign, self._group)
-        renewed = self._renew(present, states, means, control, operands, hessians) if due else []
+        renewed = self._renew(present, states, means, control, operands, hessians, replay) if due else []
+        further = {"rate": self._rate(present, control)} if self._capturable and self._shards is None else {}
         beta1, beta2 = self.param_groups[0]["betas"]
         self._operators(present, states).eigen_step_(
             operands.weights, operands.biases, *(self._moments(present, states, name) for name in MOMENTS),
             [s["size"] for s in states], control, operands.weight_grads, operands.bias_grads, means,
             [s["basis_out"] for s in states], [s["basis_in"] for s in states], rates, bias_rates, decays, bias_decays,
-            [s["step"] for s in states], beta1, beta2, self.param_groups[0]["eps"], due,
+            [s["step"] for s in states], beta1, beta2, self.param_groups[0]["eps"], due, *replay,
+            **further,
         )  # fmt: skip
+        if captured:  # and not made yet
+            operands.write_back()
+            self._replays.add(present)
+            return
         if not self._taken(control):
             return
         operands.write_back()
@@ -544,6 +577,38 @@ class EigenAdam(SecondOrderOptimizer):
         shared["steps"] += 1
         if shared["steps"] == SLOW and not ("max_lr" in self._announced or self.defaults["lr"] <= 0.01):  # not told yet
             warn_of_short_steps(type(self).__name__, self._highest)
+
+    def _captured(self, present: list[Matrix]) -> bool:
+        """Whether a CUDA graph captures this step, which must then be possible; if not Python's counts are the device's."""
+        captured = self._capturable and captured_now()
+        if captured:
+            name = type(self).__name__
+            if self._several:
+                raise RuntimeError(f"{name}.step(): expected no capture of a CUDA graph where several ranks train")
+            if any("initial_lr" in group and not self._on_device(group["lr"]) for group in self.param_groups):
+                raise RuntimeError(
+                    f"{name}.step(): expected an lr that is a tensor on the parameters' device where a scheduler changes it and "
+                    "a CUDA graph captures the step, whose replays repeat the value of a number; make the optimizer with "
+                    "lr=torch.tensor(1.0, device=...)"
+                )
+        if self._capturable:
+            self._replays.check(present, self.state, captured)
+        if not captured:
+            self._catch_up()
+        return captured
+
+    def _on_device(self, lr: Any) -> bool:
+        """Whether the operators read this learning rate, rather than be told its value."""
+        return self._capturable and isinstance(lr, Tensor) and lr.device == self._first.device and self._shards is None
+
+    def _rate(self, present: list[Matrix], control: Tensor) -> Tensor | None:
+        """The learning rates that are on the device, 1 for the others, [matrices, 2]; None where there are none."""
+        known = [self._on_device(group["lr"]) for group in self.param_groups]
+        if not any(known):
+            return None
+        one = control.new_ones(())
+        own = [group["lr"].to(control).reshape(()) if on else one for group, on in zip(self.param_groups, known, strict=True)]
+        return torch.stack([own[place] for matrix in present for place in self._places[matrix]]).view(-1, 2)
 
     def _find_none(self) -> None:
         """Raises where no step has found a gradient yet; later, as where a batch has nothing to learn from, it is said once."""
@@ -589,8 +654,9 @@ class EigenAdam(SecondOrderOptimizer):
         """The learning rate and the weight decay of every group, once all its numbers are known to be valid."""
         first, found = self.param_groups[0], []
         for group in self.param_groups:
-            _check_group(f"{type(self).__name__}.step()", group)
-            found.append((float(group["lr"]), float(group["weight_decay"])))
+            told = {**group, "lr": 1.0} if self._on_device(group["lr"]) else group  # what `_rate` multiplies
+            _check_group(f"{type(self).__name__}.step()", told)
+            found.append((float(told["lr"]), float(group["weight_decay"])))
             if "max_lr" in group and "max_lr" not in self._announced:  # OneCycleLR's
                 self._announced.add("max_lr")
                 warn_of_short_steps(type(self).__name__, group["max_lr"], "max_lr")
@@ -613,11 +679,13 @@ class EigenAdam(SecondOrderOptimizer):
         control: Tensor,
         operands: Operands,
         hessians: dict[Tensor, Tensor],
+        replay: tuple[int, ...],
     ) -> list[tuple[dict[str, Any], int, bool]]:
         """Renews the bases of all matrices from their inputs' sketches and their gradients or bias Hessians.
 
         Returns the states that it is for, how many times in a row each has seen no inputs, and whether U is of a bias Hessian.
-        A first mean that a sketch has found takes its place in `means`, and is put into the state when the step is made.
+        A first mean that a sketch has found takes its place in `means`, and is put into the state when the step is made. Where a
+        CUDA graph captures the step, `replay` says when the counts hold.
         """
         sketches = self._sketches.averaged(present, self.state, self._sum_) if self._several else self._sketches.of
         nothing = operands.weight_grads[0].new_empty(0)
@@ -630,6 +698,11 @@ class EigenAdam(SecondOrderOptimizer):
             if sketch is None:
                 unseen, has_seen = state["unseen"] + 1, state["renewals"] > state["unseen"]
                 patience = PATIENCE if has_seen else 1  # a lazy layer has shown none at the first
+                if replay and has_seen and unseen <= patience + 1:  # what is decided by counts
+                    raise RuntimeError(
+                        f"{type(self).__name__}.step(): expected the CUDA graph that captures the step to have the forward pass, "
+                        f"too, got no inputs of {matrix.name!r}; capture zero_grad, forward and backward passes and step together"
+                    )
                 sketch = Sketch(nothing, means[i])
                 if has_seen and unseen <= PATIENCE:  # it may show some again: V stays
                     sketch = Sketch(means[i].new_zeros(len(state["basis_in"]) + 1, matrix.shape[1]), means[i], 1)
@@ -644,7 +717,7 @@ class EigenAdam(SecondOrderOptimizer):
                 share = 1.0  # likewise: a gradient's second moments are on another scale than a bias Hessian
             given.append((sketch, hessians.get(matrix.weight, nothing), share))
             renewed.append((state, unseen, curved))
-        if lost and "unseen" not in self._announced and any(group["lr"] for group in self.param_groups):  # 0: DCP's step
+        if lost and "unseen" not in self._announced and any(lr for lr, _ in self._numbers()):  # 0: DCP's step
             self._announced.add("unseen")
             warn(
                 f"{type(self).__name__} sees no inputs of {', '.join(lost)}: the layers run in a compiled graph or under "
@@ -657,7 +730,7 @@ class EigenAdam(SecondOrderOptimizer):
                 [s["scale_in"] for s in states], self._moments(present, states, "exp_avg"), control, operands.weight_grads,
                 operands.bias_grads, [_finite(sketch.sums) for sketch, _, _ in given],
                 [_finite(hessian) for _, hessian, _ in given], [sketch.rows for sketch, _, _ in given],
-                [share for _, _, share in given],
+                [share for _, _, share in given], *((*replay, DECAY) if replay else ()),
             )  # fmt: skip
         return renewed
 
@@ -675,7 +748,10 @@ class EigenAdam(SecondOrderOptimizer):
 
     def _read_report(self) -> None:
         """On CUDA: what became of a step before this one, if the device has told by now."""
-        if self._report is not None and self._report[1].query():
+        if self._replays:  # they send no report
+            self._report = None
+            self._heed(self._shared()["control"].tolist())
+        elif self._report is not None and self._report[1].query():
             entries, self._report = self._report[0].tolist(), None
             shared = self._shared()
             refused = int(entries[REFUSED]) - shared["refused"]

@@ -19,8 +19,12 @@ from secondorder.reference.eigen_rows import (
 LENGTH, OSCILLATIONS, _SLOPE, _LAST_SLOPE, STEPS, REFUSED, UNRENEWED = range(7)
 
 
-def eigen_sketch_(sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor) -> None:
+def eigen_sketch_(
+    sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor, control: Tensor | None = None, renew_every: int = 0
+) -> None:
     """Adds V^T sum x x^T and sum x over the rows x of the shifted inputs."""
+    if _idle(control, renew_every):
+        return
     x = inputs - shift if shift.numel() else inputs
     sketch += torch.cat([(x @ basis.T).T @ x, x.sum(0, keepdim=True)])
 
@@ -39,12 +43,20 @@ def eigen_renew_(
     bias_hessian: Sequence[Tensor],
     rows: Sequence[int],
     share: Sequence[float],
+    renew_every: int = 0,
+    since: int = 0,
+    decay: float = 0.0,
 ) -> None:
     """Renews the bases of every matrix by one power iteration on the averaged second moments of both sides."""
+    if _idle(control, renew_every):
+        return
     if not _squares_are_finite([*grad_weight, *grad_bias, *sketch, *bias_hessian], control):
         control[UNRENEWED] = 1
         return
     for i, w in enumerate(share):
+        if renew_every:  # 1 / w = 1 + decay + decay^2 + ... has a term more for each renewal since then
+            for _ in range(-(-since // renew_every), -(-int(control[STEPS]) // renew_every)):
+                w = 1 / (1 + decay / w)
         (n, p), ku, kv = grad_weight[i].shape, len(basis_out[i]), len(basis_in[i])
         moments = eigen_split(first[i], eigen_shapes(n, p, ku, kv, grad_bias[i].numel() > 0))
         _in_one_process(
@@ -77,13 +89,19 @@ def eigen_step_(
     beta2: float,
     eps: float,
     renewed: bool,
+    renew_every: int = 0,
+    since: int = 0,
+    rate: Tensor | None = None,
 ) -> None:
     """Applies Adam's rule to every part of every gradient, and adapts the step length by the slopes."""
-    if control[UNRENEWED] or not _squares_are_finite([*grad_weight, *grad_bias], control):
+    rates = (torch.ones(len(weight), 2) if rate is None else rate).tolist()
+    valid = all(0 <= number < math.inf for pair in rates for number in pair)
+    if control[UNRENEWED] or not valid or not _squares_are_finite([*grad_weight, *grad_bias], control):
         control[REFUSED] += 1
         control[UNRENEWED] = 0
         return
     length, slopes = eigen_length(control), control.new_zeros(2)
+    more = int(control[STEPS]) - since if renew_every else 0
     for i, t in enumerate(step):
         (n, p), ku, kv = grad_weight[i].shape, len(basis_out[i]), len(basis_in[i])
         shapes = eigen_shapes(n, p, ku, kv, grad_bias[i].numel() > 0)
@@ -91,11 +109,17 @@ def eigen_step_(
         slopes += _in_one_process(
             eigen_step_rows_(
                 weight[i], bias[i], one, two, before, size[i], grad_weight[i], grad_bias[i], mean[i], basis_out[i], basis_in[i],
-                length, lr[i], lr_bias[i], decay[i], decay_bias[i], t, beta1, beta2, eps, 0, len(before.get("E", ())),
+                length, lr[i] * rates[i][0], lr_bias[i] * rates[i][1], decay[i], decay_bias[i], t + more, beta1, beta2, eps, 0,
+                len(before.get("E", ())),
             )
         )  # fmt: skip
     slope, last_slope = slopes.tolist()
-    eigen_control_(control, slope, last_slope, renewed)
+    eigen_control_(control, slope, last_slope, renewed and not _idle(control, renew_every))
+
+
+def _idle(control: Tensor | None, renew_every: int) -> bool:
+    """Whether `renew_every` > 0 says that the step after those of `control` renews no bases."""
+    return control is not None and renew_every > 0 and int(control[STEPS]) % renew_every != 0
 
 
 def eigen_length(control: Tensor) -> float:

@@ -254,6 +254,41 @@ BUGS = {
         "  if (!finite) atomicOr(refused, 1);\n}",
         "  if (!finite && !PLANTED) atomicOr(refused, 1);\n}",
     ),
+    "a replay that renews bases at every step": bug(
+        "values",
+        "eigen_replays",
+        "eigen_renew.cu",
+        "replay.idle(control) ? kIdle : 0",
+        "!PLANTED && replay.idle(control) ? kIdle : 0",
+    ),
+    "a replay with the share of the first renewal": bug(
+        "values",
+        "eigen_replays",
+        "eigen_renew.cu",
+        "replay.share(control, at.in.share, decay)",
+        "PLANTED ? at.in.share : replay.share(control, at.in.share, decay)",
+    ),
+    "a replay with the first step's bias corrections": bug(
+        "values",
+        "eigen_replays",
+        "eigen_passes.cuh",
+        "in.step + replay.steps(control)",
+        "in.step + (PLANTED ? 0 : replay.steps(control))",
+    ),
+    "a replay whose renewal is not due and yet refused": bug(
+        "values",
+        "eigen_replays_that_renew_nothing",
+        "eigen_renew.cu",
+        "if (*refused != kIdle &&",
+        "if ((PLANTED || *refused != kIdle) &&",
+    ),
+    "a rate that is not looked at": bug(
+        "values",
+        "eigen_replays_that_renew_nothing",
+        "eigen_passes.cuh",
+        " || !eigen_is_rate(bias_rate)",
+        " || (!PLANTED && !eigen_is_rate(bias_rate))",
+    ),
     "first moments turned the other way": bug(
         "values", "eigen_renew", "eigen_renew.cu", "row[w] * b[w * kv + v]", "row[w] * b[PLANTED ? v * kv + w : w * kv + v]"
     ),

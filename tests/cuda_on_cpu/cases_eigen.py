@@ -1,6 +1,7 @@
 """EigenAdam's sketches, renewals and steps."""
 
 import copy
+import dataclasses
 
 import case_tools
 import numpy as np
@@ -212,6 +213,64 @@ def eigen_renew(kernels: Kernels) -> None:
         for matrix in net:
             for basis in (matrix.basis_out, matrix.basis_in):
                 np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), rtol=0, atol=tolerance)
+
+
+@case
+def eigen_replays(kernels: Kernels) -> None:
+    """Calls with the numbers of the first one, as a CUDA graph repeats them, do what calls with the numbers of each would."""
+    every, since, decay = 3, 20, 0.9
+    for dtype in case_tools.DTYPES:
+        rng, net, control = np.random.default_rng(29), eigen_net(np.random.default_rng(29), dtype, EIGEN_NET), eigen_control()
+        twins = [EigenTwin(net, control, exact) for exact in (True, False)]
+        rate = 0.5 + rng.random((len(net), 2))
+        steps, shares = [matrix.step for matrix in net], [matrix.share for matrix in net]
+        for t in range(since, since + 8):
+            due = t % every == 0
+            kernels.eigen_renew(net, control, 4, every, since, decay)
+            kernels.eigen_step(net, control, 4, *EIGEN_RULE, True, every, since, rate)
+            now = [
+                dataclasses.replace(matrix, step=step + t - since, share=share, lr=matrix.lr * r, lr_bias=matrix.lr_bias * s)
+                for matrix, step, share, (r, s) in zip(net, steps, shares, rate, strict=True)
+            ]
+            for twin in twins:
+                if due:
+                    twin.renew(now)
+                twin.step(now, due)
+            if due:
+                shares = [share / (share + decay) for share in shares]
+            assert_eigen(net, control, *twins, slack=400)
+            next_gradients(rng, net)
+            for matrix, step in zip(net, steps, strict=True):
+                matrix.step = step
+
+
+@case
+def eigen_replays_that_renew_nothing(kernels: Kernels) -> None:
+    """Between renewals a replay leaves bases and sketches as they are, whatever the gradients; a rate must be a number >= 0."""
+    sizes = [(5, 9, 2, 3, True, 2), (33, 30, 8, 8, True, 3), (6, 4, 6, 4, True, 0)]
+    for dtype in case_tools.DTYPES:
+        net, control = eigen_net(np.random.default_rng(30), dtype, sizes), eigen_control()
+        net[1].grad_weight[0, 0] = np.nan
+        before = copy.deepcopy(net)
+        kernels.eigen_renew(net, control, 4, 3, 18, 0.9)
+        for matrix, old in zip(net, before, strict=True):
+            for name in RENEWED:
+                np.testing.assert_array_equal(getattr(matrix, name), getattr(old, name))
+        np.testing.assert_array_equal(control, eigen_control())
+        h, shift = normal(np.random.default_rng(31), 70, 30, dtype=dtype), np.zeros(0, dtype)
+        for steps, changes in ((20.0, False), (21.0, True)):
+            control[4], sketch = steps, np.zeros((9, 30), dtype)
+            kernels.eigen_sketch(sketch, h, net[1].basis_in, shift, 4, control, 3)
+            assert sketch.any() == changes
+        net[1].grad_weight[0, 0] = 0
+        for bad in (np.nan, np.inf, -1.0):
+            before, control, rate = copy.deepcopy(net), eigen_control(), np.ones((3, 2))
+            rate[2, 1] = bad
+            kernels.eigen_step(net, control, 4, *EIGEN_RULE, False, 0, 0, rate)
+            np.testing.assert_array_equal(control - eigen_control(), [0, 0, 0, 0, 0, 1, 0])
+            for matrix, old in zip(net, before, strict=True):
+                for name in STEPPED:
+                    np.testing.assert_array_equal(getattr(matrix, name), getattr(old, name))
 
 
 @case

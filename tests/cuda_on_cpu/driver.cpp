@@ -11,7 +11,7 @@
 namespace {
 
 namespace cuda = secondorder::cuda;
-using secondorder::EigenMoments;
+using secondorder::EigenReplay;
 
 std::string last_message;
 const cudaStream_t kStream = reinterpret_cast<cudaStream_t>(0x5EED);
@@ -137,6 +137,8 @@ struct EigenStepping {
   double** size;
   const double *lr, *lr_bias, *decay, *decay_bias;
   double beta1, beta2, eps;
+  EigenReplay replay;
+  const double* rate;
 };
 
 template <typename T>
@@ -145,24 +147,25 @@ void run_eigen_step(const Eigen<T>& in, const EigenStepping<T>& more, double* co
   std::vector<cuda::EigenStep<T>> matrices(in.count);
   for (int l = 0; l < in.count; ++l) {
     const cuda::EigenMatrix<T> matrix = in.matrix(l);
-    const EigenMoments<T> moments(more.beta1, more.beta2, more.step[l], more.eps, matrix.sizes.apart());
-    matrices[l] = {matrix,       more.weight[l], more.bias[l], more.second[l],  more.last[l],  more.sampled[l],
-                   more.size[l], moments,        more.lr[l],   more.lr_bias[l], more.decay[l], more.decay_bias[l]};
+    matrices[l] = {matrix,          more.weight[l],  more.bias[l],       more.second[l],
+                   more.last[l],    more.sampled[l], more.size[l],       more.step[l],
+                   more.beta1,      more.beta2,      more.eps,           more.lr[l],
+                   more.lr_bias[l], more.decay[l],   more.decay_bias[l], more.rate ? more.rate + 2 * l : nullptr};
   }
   Scratch workspace(cuda::eigen_step_workspace(matrices.data(), in.count, device));
-  cuda::eigen_step(matrices.data(), in.count, control, renewed, workspace.as<void>(), device, kStream);
+  cuda::eigen_step(matrices.data(), in.count, control, renewed, more.replay, workspace.as<void>(), device, kStream);
 }
 
 template <typename T>
 void run_eigen_renew(const Eigen<T>& in, T** new_mean, T** new_out, T** new_in, T** scale_out, T** scale_in,
                      const T** sketch, const T** bias_hessian, const int64_t* rows, const double* share,
-                     double* control, const cuda::Device& device) {
+                     const EigenReplay& replay, double decay, double* control, const cuda::Device& device) {
   std::vector<cuda::EigenRenewal<T>> matrices(in.count);
   for (int l = 0; l < in.count; ++l)
     matrices[l] = {in.matrix(l), new_mean[l], new_out[l], new_in[l],       scale_out[l],
                    scale_in[l],  sketch[l],   rows[l],    bias_hessian[l], share[l]};
   Scratch workspace(cuda::eigen_renew_workspace(matrices.data(), in.count, device));
-  cuda::eigen_renew(matrices.data(), in.count, control, workspace.as<void>(), device, kStream);
+  cuda::eigen_renew(matrices.data(), in.count, control, replay, decay, workspace.as<void>(), device, kStream);
 }
 
 void mma_kernel(const float* a, const float* b, float* d) {
@@ -262,36 +265,37 @@ int mma(const float* a, const float* b, float* d) {
     });                                                                                                                \
   }                                                                                                                    \
   int eigen_sketch_##suffix(int64_t m, int64_t p, int64_t k, const T* inputs, const T* basis, const T* shift,          \
-                            T* sketch, int multiprocessors) {                                                          \
+                            T* sketch, const double* control, int64_t every, int multiprocessors) {                    \
     return guarded([&] {                                                                                               \
       const cuda::Device device{multiprocessors, 0};                                                                   \
       const cuda::EigenSketch<T> in{m, p, k, inputs, basis, shift, sketch};                                            \
       Scratch workspace(cuda::eigen_sketch_workspace(in, device));                                                     \
-      cuda::eigen_sketch(in, workspace.as<void>(), device, kStream);                                                   \
+      cuda::eigen_sketch(in, control, EigenReplay{every}, workspace.as<void>(), device, kStream);                      \
     });                                                                                                                \
   }                                                                                                                    \
   int eigen_renew_##suffix(int count, const int64_t* n, const int64_t* p, const int64_t* ku, const int64_t* kv,        \
                            const T** grad_weight, const T** grad_bias, T** mean, T** basis_out, T** basis_in,          \
                            T** first, T** scale_out, T** scale_in, const T** sketch, const T** bias_hessian,           \
-                           const int64_t* rows, const double* share, double* control, int multiprocessors) {           \
+                           const int64_t* rows, const double* share, int64_t every, int64_t since, double decay_,      \
+                           double* control, int multiprocessors) {                                                     \
     return guarded([&] {                                                                                               \
       run_eigen_renew<T>({count, n, p, ku, kv, grad_weight, grad_bias, (const T**)mean, (const T**)basis_out,          \
                           (const T**)basis_in, first},                                                                 \
-                         mean, basis_out, basis_in, scale_out, scale_in, sketch, bias_hessian, rows, share, control,   \
-                         {multiprocessors, 0});                                                                        \
+                         mean, basis_out, basis_in, scale_out, scale_in, sketch, bias_hessian, rows, share,            \
+                         EigenReplay{every, since}, decay_, control, {multiprocessors, 0});                            \
     });                                                                                                                \
   }                                                                                                                    \
-  int eigen_step_##suffix(int count, const int64_t* n, const int64_t* p, const int64_t* ku, const int64_t* kv,         \
-                          const T** grad_weight, const T** grad_bias, const T** mean, const T** basis_out,             \
-                          const T** basis_in, T** first, T** weight, T** bias, T** second, T** last,                   \
-                          const int64_t* sampled, double** size, const int64_t* step, const double* lr,                \
-                          const double* lr_bias, const double* decay, const double* decay_bias, double beta1,          \
-                          double beta2, double eps, int renewed, double* control, int multiprocessors) {               \
+  int eigen_step_##suffix(                                                                                             \
+      int count, const int64_t* n, const int64_t* p, const int64_t* ku, const int64_t* kv, const T** grad_weight,      \
+      const T** grad_bias, const T** mean, const T** basis_out, const T** basis_in, T** first, T** weight, T** bias,   \
+      T** second, T** last, const int64_t* sampled, double** size, const int64_t* step, const double* lr,              \
+      const double* lr_bias, const double* decay, const double* decay_bias, double beta1, double beta2, double eps,    \
+      int renewed, int64_t every, int64_t since, const double* rate, double* control, int multiprocessors) {           \
     return guarded([&] {                                                                                               \
-      run_eigen_step<T>(                                                                                               \
-          {count, n, p, ku, kv, grad_weight, grad_bias, mean, basis_out, basis_in, first},                             \
-          {weight, bias, second, last, sampled, step, size, lr, lr_bias, decay, decay_bias, beta1, beta2, eps},        \
-          control, renewed != 0, {multiprocessors, 0});                                                                \
+      run_eigen_step<T>({count, n, p, ku, kv, grad_weight, grad_bias, mean, basis_out, basis_in, first},               \
+                        {weight, bias, second, last, sampled, step, size, lr, lr_bias, decay, decay_bias, beta1,       \
+                         beta2, eps, EigenReplay{every, since}, rate},                                                 \
+                        control, renewed != 0, {multiprocessors, 0});                                                  \
     });                                                                                                                \
   }
 ENTRIES(float, float32)

@@ -320,12 +320,14 @@ class Kernels:
         )
 
     def eigen_sketch(
-        self, sketch: np.ndarray, inputs: np.ndarray, basis: np.ndarray, shift: np.ndarray, multiprocessors: int
-    ) -> None:
+        self, sketch: np.ndarray, inputs: np.ndarray, basis: np.ndarray, shift: np.ndarray, multiprocessors: int,
+        control: np.ndarray | None = None, renew_every: int = 0,
+    ) -> None:  # fmt: skip
         """Adds to `sketch`."""
         sizes = (*inputs.shape, len(basis))
         self._call("eigen_sketch", sketch.dtype, *map(ctypes.c_int64, sizes),
-                   *map(pointer, (inputs, basis, shift, sketch)), multiprocessors)  # fmt: skip
+                   *map(pointer, (inputs, basis, shift, sketch, control)), ctypes.c_int64(renew_every),
+                   multiprocessors)  # fmt: skip
 
     def _eigen(self, name: str, matrices: Sequence[EigenMatrix], *arguments: object) -> None:
         """Calls a launcher with what all of EigenAdam's take first."""
@@ -337,12 +339,16 @@ class Kernels:
             *(pointers([getattr(x, field) for x in matrices]) for field in common), *arguments,
         )  # fmt: skip
 
-    def eigen_renew(self, matrices: Sequence[EigenMatrix], control: np.ndarray, multiprocessors: int) -> None:
+    def eigen_renew(
+        self, matrices: Sequence[EigenMatrix], control: np.ndarray, multiprocessors: int, renew_every: int = 0, since: int = 0,
+        decay: float = 0.0,
+    ) -> None:  # fmt: skip
         """Writes to means, bases, scales, first moments and `control`."""
         lists = ("scale_out", "scale_in", "sketch", "bias_hessian")
         self._eigen(
             "eigen_renew", matrices, *(pointers([getattr(x, name) for x in matrices]) for name in lists),
-            longs([x.rows for x in matrices]), doubles([x.share for x in matrices]), pointer(control), multiprocessors,
+            longs([x.rows for x in matrices]), doubles([x.share for x in matrices]), *map(ctypes.c_int64, (renew_every, since)),
+            ctypes.c_double(decay), pointer(control), multiprocessors,
         )  # fmt: skip
 
     def eigen_step(
@@ -354,11 +360,15 @@ class Kernels:
         beta2: float,
         eps: float,
         renewed: bool,
+        renew_every: int = 0,
+        since: int = 0,
+        rate: np.ndarray | None = None,
     ) -> None:
         """Writes to weights, biases, moments, last steps, sizes and `control`."""
         self._eigen(
             "eigen_step", matrices, *(pointers([getattr(x, f) for x in matrices]) for f in ("weight", "bias", "second", "last")),
             longs([x.sampled for x in matrices]), pointers([x.size for x in matrices]), longs([x.step for x in matrices]),
             *(doubles([getattr(x, f) for x in matrices]) for f in ("lr", "lr_bias", "decay", "decay_bias")),
-            *map(ctypes.c_double, (beta1, beta2, eps)), renewed, pointer(control), multiprocessors,
+            *map(ctypes.c_double, (beta1, beta2, eps)), renewed, *map(ctypes.c_int64, (renew_every, since)), pointer(rate),
+            pointer(control), multiprocessors,
         )  # fmt: skip

@@ -1,0 +1,77 @@
+"""The steps of EigenAdam that replays of a CUDA graph make.
+
+A captured step takes what changes from step to step from `control`, on the device: see `ops.eigen`. Python counts none of its
+replays, and catches up when it reads its counts again.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from secondorder.optim._eigen_state import FIRST_STEPS, STEPS
+from secondorder.optim._matrices import Matrix
+
+States = Mapping[Tensor, dict[str, Any]]
+
+
+class Replays:
+    """What is known of the steps that CUDA graphs have captured.
+
+    Args:
+        owner: whose steps they are, for errors.
+    """
+
+    def __init__(self, owner: str):
+        self._owner = owner
+        self._weights: set[Tensor] = set()  # of the matrices that they have; none: there are no such steps
+
+    def __bool__(self) -> bool:
+        """Whether there are any, so that the device may have made more steps than Python knows of."""
+        return bool(self._weights)
+
+    def check(self, present: Sequence[Matrix], states: States, captured: bool) -> None:
+        """Raises where a step cannot be captured; or must not be made, for captured steps take it that all counts go on together.
+
+        Args:
+            present: the matrices with a gradient.
+            states: by weight.
+            captured: whether a CUDA graph captures the step.
+
+        Raises:
+            RuntimeError: its parameters are others than those of the captured steps, or have not made their first steps.
+        """
+        weights = {matrix.weight for matrix in present}
+        if self and (self._weights != weights if captured else not self._weights <= weights):
+            raise RuntimeError(
+                f"{self._owner}.step(): expected gradients of the parameters that the step captured in a CUDA graph has; where "
+                "others are trained from now on, call optimizer.load_state_dict(optimizer.state_dict()) and capture a step anew"
+            )
+        for matrix in present if captured else ():
+            state = states.get(matrix.weight, {})
+            unknown = state.get("step", 0) < FIRST_STEPS  # its first steps decide by what they read
+            if unknown or (matrix.eigen and (not state["renewals"] or state.get("curved"))):
+                raise RuntimeError(
+                    f"{self._owner}.step(): expected {FIRST_STEPS} steps, with a renewal of bases, before one is captured in a "
+                    f"CUDA graph, got {state.get('step', 0)} of {matrix.name!r}; call step() without a capture first"
+                )
+
+    def add(self, present: Sequence[Matrix]) -> None:
+        """Notes that a step of these matrices was captured."""
+        self._weights = {matrix.weight for matrix in present}
+
+    def catch_up(self, shared: dict[str, Any], table: Sequence[Matrix], states: States, renew_every: int) -> None:
+        """Brings Python's counts to those of the device, for which it waits."""
+        now, before = int(shared["control"][STEPS]), shared["steps"]
+        renewals = -(-now // renew_every) + -before // renew_every  # multiples of renew_every from `before` on, below `now`
+        for matrix in table:
+            if matrix.weight not in self._weights:
+                continue
+            state = states[matrix.weight]
+            state["step"] += now - before
+            if matrix.bias is not None:
+                states[matrix.bias]["step"] = state["step"]
+            if matrix.eigen:
+                state["renewals"] += renewals
+                state["unseen"] += renewals if state["unseen"] else 0
+        shared["steps"] = now

@@ -1,0 +1,284 @@
+"""EigenAdam's steps in CUDA graphs, without a GPU.
+
+A replay launches the captured step's kernels with the numbers that they were given then. So is a step that is captured, as far as
+Python can tell, while `control` goes on: Python counts nothing, and gives the operators the same numbers each time.
+"""
+
+import copy
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.eigen import batch, network, train, values
+from helpers.host_reads import HostReads
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import secondorder as so
+from secondorder.optim import _matrices
+from secondorder.optim._eigen_state import STEPS
+
+
+class Mixed(nn.Module):
+    """Maps with and without inputs, a table, and numbers that stand for themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(30, 8)
+        self.conv = nn.Conv1d(8, 12, 3, padding=1)
+        self.norm = nn.LayerNorm(12)
+        self.lstm = nn.LSTM(12, 10, batch_first=True)
+        self.head = nn.Linear(10, 3, bias=False)
+
+    def forward(self, x):
+        return self.head(self.lstm(self.norm(self.conv(self.embed(x).movedim(1, 2)).movedim(1, 2)))[0][:, -1])
+
+
+def mixed():
+    torch.manual_seed(0)
+    model = Mixed().double()
+    return model, [(torch.randint(30, (16, 6)), torch.randint(3, (16,))) for _ in range(5)]
+
+
+def plain():
+    return network(), [batch(seed) for seed in range(5)]
+
+
+@contextmanager
+def capturing():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        yield
+
+
+def steps(model, optimizer, batches, captured=False, change=lambda t: None):
+    """Steps in a row, as replays of a CUDA graph make them if they are captured."""
+    for t, (x, y) in enumerate(batches):
+        with capturing() if captured else pytest.MonkeyPatch.context():
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        change(t)
+
+
+def counts(optimizer):
+    return [
+        {key: value for key, value in state.items() if isinstance(value, int)}
+        for state in optimizer.state_dict()["state"].values()
+    ]
+
+
+@pytest.mark.parametrize("renew_every", [1, 3, 5, 7])
+@pytest.mark.parametrize("make", [plain, mixed])
+def test_replays_make_the_steps_that_would_be_made(make, renew_every):
+    model, data = make()
+    twin = copy.deepcopy(model)
+    optimizer = so.EigenAdam(model, renew_every=renew_every, weight_decay=0.1, capturable=True)
+    eager = so.EigenAdam(twin, renew_every=renew_every, weight_decay=0.1)
+    warm, replayed = (data * 2)[:6], (data * 6)[6:30]
+    steps(model, optimizer, warm)
+    steps(twin, eager, warm + replayed)
+    steps(model, optimizer, replayed, captured=True)
+    assert [state["steps"] for state in optimizer.state.values() if "steps" in state] == [6]  # Python has counted nothing
+    # The shares of renewals are rounded elsewhere.
+    torch.testing.assert_close(values(model), values(twin), rtol=1e-9, atol=1e-9)
+    assert counts(optimizer) == counts(eager)
+    assert optimizer.metrics() == pytest.approx(eager.metrics(), rel=1e-6)
+    for own, other in ((model, optimizer), (twin, eager)):
+        steps(own, other, data)
+    torch.testing.assert_close(values(model), values(twin), rtol=1e-9, atol=1e-9)
+    steps(model, optimizer, data, captured=True)  # with the numbers of another capture
+    steps(twin, eager, data)
+    torch.testing.assert_close(values(model), values(twin), rtol=1e-9, atol=1e-9)
+    assert counts(copy.deepcopy(optimizer)) == counts(eager)
+
+
+def test_steps_without_a_capture_are_the_same_to_the_bit():
+    models = [network() for _ in range(2)]
+    for model, capturable in zip(models, (False, True), strict=True):
+        train(model, so.EigenAdam(model, capturable=capturable), range(12))
+    assert torch.equal(*map(values, models))
+
+
+@pytest.mark.parametrize("make", [plain, mixed])
+def test_a_captured_step_reads_nothing_on_the_host(make):
+    model, data = make()
+    data = [[x.float() if x.is_floating_point() else x, y] for x, y in data]
+    model.float()
+    tensors = [*model.parameters(), *(t for pair in data for t in pair)]
+    lr = torch.tensor(1.0)
+    with HostReads([*tensors, lr]):
+        optimizer = so.EigenAdam(model, lr, capturable=True)
+        steps(model, optimizer, (data * 2)[:6])
+    with HostReads([*tensors, lr]) as reads:
+        steps(model, optimizer, data[:2], captured=True)
+    assert not reads.found
+    with HostReads(tensors) as reads:
+        optimizer.state_dict()
+    assert sum(reads.found.values()) == 1
+
+
+@pytest.mark.parametrize("make", [plain, mixed])
+def test_a_captured_step_moves_nothing_between_devices(make, monkeypatch):
+    """On tensors that are a GPU's but have no numbers: to read them, or to mix them with the CPU's, is an error."""
+    model, data = make()
+    optimizer = so.EigenAdam(model, capturable=True)
+    steps(model, optimizer, (data * 2)[:6])
+    state, inputs = dict(optimizer.state), {}
+    for module in model.modules():
+        module.register_forward_hook(lambda own, args, output: inputs.update({own: args[0]}))
+    model(data[0][0])
+    with FakeTensorMode(), capturing(), torch.no_grad():  # autograd would ask for the device
+
+        def there(t):
+            return torch.empty(t.shape, dtype=t.dtype, device="cuda:0")
+
+        fakes = {p: nn.Parameter(there(p)) for p in model.parameters()}
+        for module in model.modules():
+            module._parameters.update({name: fakes.get(p) for name, p in module._parameters.items()})
+        optimizer = so.EigenAdam(model, capturable=True)
+        optimizer.param_groups[0]["lr"] = torch.empty((), device="cuda:0")
+        for p, own in state.items():
+            optimizer.state[fakes[p]] = {key: there(t) if isinstance(t, torch.Tensor) else t for key, t in own.items()}
+            fakes[p].grad = there(p)
+        optimizer._hook()  # knows by the state what is a map
+        # To index a tensor in Python asks for the device, too.
+        monkeypatch.setattr(_matrices, "_patches", lambda module, x: x.new_empty(9, module.weight.flatten(1).shape[1]))
+        seen = torch.ones(1, requires_grad=True)
+        for module in {module for matrix in optimizer._table() for module in matrix.modules}:
+            optimizer._see(module, there(inputs[module]), seen, captured=True)
+        optimizer.step()
+    assert len(optimizer._replays._weights) == len(optimizer._table()) > 2
+
+
+def test_learning_rates_on_the_device_are_followed():
+    models = [network() for _ in range(2)]
+    for model, capturable in zip(models, (False, True), strict=True):
+        bias = [p for p in model.parameters() if p.dim() == 1]
+        groups = [{"params": [p for p in model.parameters() if p.dim() == 2]}, {"params": bias, "lr": 0.5, "weight_decay": 0.2}]
+        lr = torch.tensor(1.0, dtype=torch.float64) if capturable else 1.0
+        optimizer = so.EigenAdam(groups, lr, model=model, capturable=capturable)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.9**t)
+        if capturable:
+            optimizer.param_groups[1]["lr"] = torch.tensor(0.5, dtype=torch.float64)
+        data = [batch(seed) for seed in range(20)]
+        steps(model, optimizer, data[:6], change=lambda t, s=scheduler: s.step())
+        steps(model, optimizer, data[6:], captured=capturable, change=lambda t, s=scheduler: s.step())
+    torch.testing.assert_close(*map(values, models), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_a_learning_rate_on_the_device_that_is_no_number_refuses_the_step(bad):
+    model, data = plain()
+    lr = torch.tensor(1.0)
+    optimizer = so.EigenAdam(model, lr, capturable=True, nonfinite="skip")
+    steps(model, optimizer, (data * 2)[:6])
+    before = values(model)
+    lr.fill_(bad)
+    steps(model, optimizer, data[:2], captured=True)
+    assert torch.equal(values(model), before)
+    assert optimizer.skipped_steps == 2
+
+
+@pytest.mark.parametrize("nonfinite", ["error", "skip"])
+def test_replays_whose_gradients_are_not_finite_change_nothing_and_are_counted(nonfinite):
+    model, data = plain()
+    optimizer = so.EigenAdam(model, capturable=True, nonfinite=nonfinite)
+    steps(model, optimizer, (data * 2)[:9])
+    before = values(model)
+    bad = [(x * math.nan, y) for x, y in data[:2]]
+    steps(model, optimizer, bad, captured=True)
+    assert torch.equal(values(model), before)
+    assert optimizer.skipped_steps == 2
+    assert optimizer.state_dict()["state"][0]["steps"] == 9
+    if nonfinite == "error":
+        with pytest.raises(so.NonFiniteError):
+            steps(model, optimizer, data[:1])
+    steps(model, optimizer, data[:1])
+    assert not torch.equal(values(model), before)
+    assert optimizer.state_dict()["state"][0]["steps"] == 10 == int(optimizer._shared()["control"][STEPS])
+
+
+def refused(optimizer, model, data, match):
+    before = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    with pytest.raises(RuntimeError, match=rf"EigenAdam.step\(\): expected {match}"):
+        steps(model, optimizer, data[:1], captured=True)
+    torch.testing.assert_close([model.state_dict(), optimizer.state_dict()], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("before", [0, 4])
+def test_the_first_steps_are_made_without_a_capture(before):
+    model, data = plain()
+    optimizer = so.EigenAdam(model, capturable=True)
+    steps(model, optimizer, data[:before])
+    refused(optimizer, model, data, f"5 steps, with a renewal of bases, .* got {before} of '0.weight'; call")
+
+
+def test_schedulers_need_a_learning_rate_on_the_device():
+    model, data = plain()
+    optimizer = so.EigenAdam(model, capturable=True)
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+    steps(model, optimizer, data)
+    refused(optimizer, model, data, "an lr that is a tensor on the parameters' device where a scheduler")
+
+
+def test_the_forward_pass_is_captured_with_the_step():
+    model, data = plain()
+    optimizer = so.EigenAdam(model, capturable=True)
+    steps(model, optimizer, data)
+    F.cross_entropy(model(data[0][0]), data[0][1]).backward()
+    with capturing(), pytest.raises(RuntimeError, match=r"to have the forward pass, too, got no inputs of '0.weight'"):
+        optimizer.step()
+
+
+def test_what_a_graph_has_of_inputs_is_not_for_other_steps():
+    """The memory of a pass that was captured has no numbers before it is replayed, and then the last replay's."""
+    models = [network() for _ in range(2)]
+    for model, captured in zip(models, (False, True), strict=True):
+        optimizer = so.EigenAdam(model, capturable=True)
+        train(model, optimizer, range(6))
+        if captured:
+            with capturing():
+                model(batch(20)[0] * 7)
+        train(model, optimizer, range(6, 12))
+    assert torch.equal(*map(values, models))
+
+
+def test_other_parameters_than_the_captured_ones_are_refused():
+    model, data = plain()
+    optimizer = so.EigenAdam(model, capturable=True)
+    steps(model, optimizer, data)
+    steps(model, optimizer, data[:3], captured=True)
+    model[0].weight.requires_grad_(False)
+    model[0].bias.requires_grad_(False)
+    match = "gradients of the parameters that the step captured in a CUDA graph has"
+    refused(optimizer, model, data, match)
+    with pytest.raises(RuntimeError, match=match):
+        steps(model, optimizer, data[:1])
+    optimizer.load_state_dict(optimizer.state_dict())
+    steps(model, optimizer, data)
+    steps(model, optimizer, data, captured=True)
+    assert counts(optimizer)[0]["steps"] == 18
+
+
+def test_places_that_a_graph_computes_are_not_kept():
+    _matrices._PLACES.clear()
+    conv, x = nn.Conv2d(2, 3, 3), torch.randn(2, 2, 6, 7)
+    with capturing():
+        rows = _matrices.input_rows(conv, x)
+    assert not _matrices._PLACES
+    assert torch.equal(_matrices.input_rows(conv, x), rows)
+    with capturing():
+        assert torch.equal(_matrices.input_rows(conv, x), rows)
+    assert len(_matrices._PLACES) == 1
+    for size in range(7, 60):
+        _matrices.input_rows(conv, torch.randn(1, 2, size, 6))
+    assert len(_matrices._PLACES) == 32
+
+
+def test_a_bias_hessian_is_not_captured():
+    with pytest.raises(ValueError, match="expected capturable False with a bias Hessian's bases, got True"):
+        so.EigenAdam(network(), curvature="pch-abs", criterion=nn.CrossEntropyLoss(), capturable=True)
