@@ -500,6 +500,60 @@ def test_eigen_adam_waits_for_nothing_and_tells_later_of_what_is_not_finite():
     assert optimizer._shared()["steps"] == 16
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "convolutions"])
+def test_replays_of_a_captured_step_make_eigen_adams_steps(kind, dtype):
+    """Passes and step in a CUDA graph against the same steps without one, with renewals, a schedule and a refused step."""
+
+    def net():
+        torch.manual_seed(0)
+        first = nn.Linear(20, 33) if kind == "linear" else nn.Sequential(
+            nn.Unflatten(1, (1, 20)), nn.Conv1d(1, 6, 3), nn.GroupNorm(2, 6), nn.Flatten(), nn.Linear(108, 33)
+        )  # fmt: skip
+        return nn.Sequential(first, nn.Tanh(), nn.Linear(33, 5)).to("cuda", dtype)
+
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randn(64, 20, generator=generator).to("cuda", dtype) for _ in range(7)]
+    target, x = torch.arange(64, device="cuda") % 5, data[0].clone()
+    model, twin = net(), net()
+    lr = torch.tensor(1.0, device="cuda")
+    optimizer, eager = so.EigenAdam(model, lr, capturable=True, nonfinite="skip"), so.EigenAdam(twin, nonfinite="skip")
+
+    def step(own, made_by):
+        made_by.zero_grad()
+        nn.functional.cross_entropy(own(x), target).backward()
+        made_by.step()
+
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    for t in range(26):
+        x.copy_(data[t % 7])
+        if t == 21:
+            x[0, 0] = float("nan")
+        eager.param_groups[0]["lr"] = 0.98**t
+        lr.fill_(0.98**t)
+        step(twin, eager)
+        if t < 6:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step(model, optimizer)
+            torch.cuda.current_stream().wait_stream(stream)
+            continue
+        if t == 6:
+            with torch.cuda.graph(graph):
+                step(model, optimizer)
+        without_waiting(graph.replay)
+        torch.cuda.synchronize()
+        eager._read_report()  # so that renewals are due at the same steps
+        tolerance = 1e-6 if dtype is torch.float64 else 0.05
+        torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=tolerance, atol=tolerance)
+    assert optimizer.skipped_steps == eager.skipped_steps == 1
+    own, other = optimizer.state_dict()["state"], eager.state_dict()["state"]
+    assert all(own[p][key] == other[p][key] for p in own for key in ("step", "steps", "unseen") if key in own[p])
+    step(model, optimizer)
+    step(twin, eager)
+    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("solver", ["rows", "parameters", "nystrom"])
 def test_levenberg_marquardt_steps_as_on_the_cpu(solver):
     torch.manual_seed(0)

@@ -50,12 +50,13 @@ def milliseconds(function: Callable[[], object], repeats: int = 30) -> float:
     return sorted(times)[repeats // 2]
 
 
-def graphed(function: Callable[[], object]) -> Callable[[], None]:
-    """The function as a CUDA graph."""
+def graphed(function: Callable[[], object], warm_up: int = 1) -> Callable[[], None]:
+    """The function as a CUDA graph, after so many calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        function()
+        for _ in range(warm_up):
+            function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -265,6 +266,7 @@ OPTIMIZERS: dict[str, tuple[Make, bool]] = {
     "SGD, momentum, fused": (lambda m, c: torch.optim.SGD(m.parameters(), 0.01, momentum=0.9, fused=True), False),
     "Adam, fused": (lambda m, c: torch.optim.Adam(m.parameters(), 1e-3, fused=True), False),
     "EigenAdam": (lambda m, c: so.EigenAdam(m), False),
+    "EigenAdam, CUDA graph": (lambda m, c: so.EigenAdam(m, capturable=True), False),
     "EACG": (lambda m, c: so.EACG(m, c, lr=0.02), False),
     "EACG, curvature_every=5": (lambda m, c: so.EACG(m, c, lr=0.02, curvature_every=5), False),
     "LayerwiseNewton": (lambda m, c: so.LayerwiseNewton(m, c), False),
@@ -272,6 +274,7 @@ OPTIMIZERS: dict[str, tuple[Make, bool]] = {
     "KBFGS": (lambda m, c: so.KBFGS(m, c, lr=0.1), True),
     "KBFGSL": (lambda m, c: so.KBFGSL(m, c, lr=0.1), True),
 }
+FIRST_STEPS = 6  # before one is captured
 NETS = {"3072-1024-512-256-128-64-32-16-10": 1000, "784-4096-4096-10": 1024}  # the batch
 PERIOD = 20  # steps: a multiple of every period of renewal, and as many as KFAC renews its inverses at first
 
@@ -354,6 +357,8 @@ def training(device: str = "cuda", nets: dict[str, int] = NETS) -> Iterator[Row]
             row: Row = {"net": net, "batch": batch, "optimizer": name, "float32 matmul precision": "high"}
             try:
                 step = training_step([int(size) for size in net.split("-")], batch, make, closure_needed, device)
+                if name.endswith("CUDA graph") and device == "cuda":
+                    step = graphed(step, FIRST_STEPS)
                 row |= step_times(step, torch.cuda.synchronize if device == "cuda" else lambda: None)
                 row |= step_counts(step) if device == "cuda" else {}
             except Exception as error:  # whatever it is, the next optimizer can still be timed

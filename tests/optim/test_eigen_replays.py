@@ -121,6 +121,7 @@ def test_a_captured_step_reads_nothing_on_the_host(make):
     assert sum(reads.found.values()) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("make", [plain, mixed])
 def test_a_captured_step_moves_nothing_between_devices(make, monkeypatch):
     """On tensors that are a GPU's but have no numbers: to read them, or to mix them with the CPU's, is an error."""
