@@ -563,8 +563,10 @@ void eigen_step_(at::TensorList weight, at::TensorList bias, at::TensorList firs
                            last[l].mutable_data_ptr<T>(),
                            size[l].mutable_data_ptr<double>(),
                            all[l].size.residual() ? (last[l].numel() - all[l].size.rest()) / all[l].size.p : 0};
-      step(all[l], state, Rates{length, lr[l] * (rates ? rates[2 * l] : 1), lr_bias[l] * (rates ? rates[2 * l + 1] : 1), decay[l], decay_bias[l]}, beta1, beta2, eps, step_[l] + more,
-           &slopes[2 * l]);
+      step(all[l], state,
+           Rates{length, lr[l] * (rates ? rates[2 * l] : 1), lr_bias[l] * (rates ? rates[2 * l + 1] : 1), decay[l],
+                 decay_bias[l]},
+           beta1, beta2, eps, step_[l] + more, &slopes[2 * l]);
     });
     double sums[2] = {0, 0};
     for (size_t l = 0; l < all.size(); ++l)

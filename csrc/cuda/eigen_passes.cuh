@@ -179,7 +179,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if (threadIdx.x == 0) {
       const double size = std::sqrt(squares[0] / (double(n) * double(p)));
       work.scalars[0] = size > *in.size ? size : *in.size;
-      const double length = eigen_length(control), rate = in.rate ? in.rate[0] : 1, bias_rate = in.rate ? in.rate[1] : 1;
+      const double length = eigen_length(control), rate = in.rate ? in.rate[0] : 1,
+                   bias_rate = in.rate ? in.rate[1] : 1;
       work.scalars[1] = length * rate;
       work.scalars[2] = length * bias_rate;
       const EigenCorrections corrections(in.beta1, in.beta2, in.step + replay.steps(control));

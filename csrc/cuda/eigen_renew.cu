@@ -6,7 +6,6 @@
 //   finish      what was made in the workspace, to its place
 #include <cmath>
 #include <cstddef>
-#include <utility>
 
 #include "eigen_passes.cuh"
 
@@ -318,10 +317,11 @@ template <typename T>
 void eigen_renew(const EigenRenewal<T>* matrices, int count, double* control, const EigenReplay& replay, double decay,
                  void* workspace, const Device& device, cudaStream_t stream) {
   using M = EigenRenewal<T>;
-  bool first = true;
+  bool begun = false;
   each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
-    LAUNCH(begin_renewal_kernel<T>, 1, kLayersPerLaunch, 0, stream, plan.layers, control, replay, decay,
-           std::exchange(first, false) ? plan.refused : nullptr);
+    int* const flag = begun ? nullptr : plan.refused;
+    LAUNCH(begin_renewal_kernel<T>, 1, kLayersPerLaunch, 0, stream, plan.layers, control, replay, decay, flag);
+    begun = true;
     LAUNCH_DIVIDED((products_kernel<Products::renewal, M>), tiles, kStrip<T>, plan.refused, control, replay);
     LAUNCH_DIVIDED((parts_kernel<Parts::renewal, M>), slices, kThreads, control, replay, plan.refused);
     LAUNCH_DIVIDED(curvature_kernel<T>, curvatures, kThreads, plan.refused, control, replay);
