@@ -119,11 +119,15 @@ def tables(own: Comparison, best: dict[str, comparison.Best]) -> str:
             stopped = next((run.diverged for run in best[name][method] if run.diverged), "")
             cells.append("-" if stopped else f"{of(comparison.loss_ratio, method, name, problem.signed):.3g}")
         lines.append(comparison.row(cells))
-    reasons = dict.fromkeys(
-        f"{method}, {name}: {run.diverged}" for name in problems for method in names for run in best[name][method] if run.diverged
-    )
+    reasons: dict[tuple[str, str], tuple[str, list[str]]] = {}  # by method and what was expected: in full, and where
+    for name in problems:
+        for method in names:
+            stopped = next((run.diverged for run in best[name][method] if run.diverged), "")
+            if stopped:
+                reasons.setdefault((method, stopped.partition("; got")[0].partition(", got")[0]), (stopped, []))[1].append(name)
+    told = [f"{method}, {'; '.join(where)}: {reason}" for (method, _), (reason, where) in reasons.items()]
     machines = sorted({run.environment for methods in best.values() for each in methods.values() for run in each})
-    return "\n".join([*lines, "", *(f"- {reason}" for reason in reasons), "", f"Measured on: {'; '.join(machines)}."])
+    return "\n".join([*lines, "", *(f"- {reason}" for reason in told), "", f"Measured on: {'; '.join(machines)}."])
 
 
 def _median(runs: list[Run], position: int) -> float:

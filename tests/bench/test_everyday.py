@@ -94,7 +94,7 @@ def test_optimizers_at_their_defaults_against_adam(tmp_path, monkeypatch):
     assert means[2].startswith("| EigenAdam | 2 of 2 | ")
     assert means[2].endswith(" | - |")
     assert means[3] == "| Refusing | 0 of 2 | 0 of 0 | nan | 0 of 0 | nan | nan,  | 0 of 0 | diamonds, quantiles |"
-    assert "- Refusing, quantiles: not this one" in text
+    assert "- Refusing, diamonds; quantiles: not this one" in text
     before = (tmp_path / "few.jsonl").read_text()
     assert at_defaults.compare("few", tmp_path, None, [0], share=0.03) == text
     assert (tmp_path / "few.jsonl").read_text() == before
