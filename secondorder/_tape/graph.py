@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from secondorder._tape.residuals import LEAF, kind
+from secondorder._tape.residuals import LEAF, kind, without_number
 
 # The name of a compiled graph's autograd node.
 COMPILED = "CompiledFunctionBackward"
@@ -41,8 +41,9 @@ def source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node
             found.append(node)
             if nearest:
                 continue
-        names.append(node.name())
-        if kind(node) in PRODUCTS:
+        name = node.name()
+        names.append(name)
+        if without_number(name) in PRODUCTS:
             products.append(node)
         for following, _ in node.next_functions:
             if following is not None and following not in seen:

@@ -56,7 +56,12 @@ class Terms(NamedTuple):
 
 def kind(node: Node) -> str:
     """A node's name without torch's number at the end."""
-    return node.name().rstrip("0123456789")
+    return without_number(node.name())
+
+
+def without_number(name: str) -> str:
+    """Returns the kind of a node with this name."""
+    return name.rstrip("0123456789")
 
 
 def signed_dim(dim: int) -> int:
