@@ -48,6 +48,16 @@ _POSITIONS = {
     "PermuteBackward": ("_saved_dims",),
     "TransposeBackward": ("_saved_dim0", "_saved_dim1"),
     "CatBackward": ("_saved_dim",),
+    "ViewBackward": ("_saved_self_sym_sizes",),
+    "UnsafeViewBackward": ("_saved_self_sym_sizes",),
+    "ReshapeAliasBackward": ("_saved_self_sym_sizes",),
+    "SplitWithSizesBackward": ("_saved_dim", "_saved_split_sizes"),
+    "UnfoldBackward": ("_saved_dimension", "_saved_size", "_saved_step"),
+    "AsStridedBackward": ("_saved_size", "_saved_stride", "_saved_storage_offset"),
+    "DiagonalBackward": ("_saved_offset", "_saved_dim1", "_saved_dim2"),
+    "SumBackward": ("_saved_dim",),
+    "MeanBackward": ("_saved_dim",),
+    "CumsumBackward": ("_saved_dim",),
 }
 # By an index, which may be among what they have saved.
 _BY_VALUE = ("Index", "Gather", "Take", "Scatter", "Masked", "Sort", "Topk", "Embedding", "Where")

@@ -177,6 +177,12 @@ class LevenbergMarquardt(SecondOrderOptimizer):
                 value = here.loss.detach().clone()
                 if not math.isfinite(here.value):
                     raise NonFiniteError(f"{name}.step(): the loss is {here.value}; no parameter and no state has changed")
+                if not math.isfinite(here.objective):
+                    raise NonFiniteError(
+                        f"{name}.step(): a residual is NaN or inf where the loss leaves it out, so that its gradient is NaN. "
+                        "Leave it out before it is squared: ((u - y)[mask] ** 2).mean(), or torch.where(mask, u - y, 0); no "
+                        "parameter and no state has changed"
+                    )
                 run = GaussNewtonStep(
                     loss, self._settings, self._plans, generator, self._lr(parameters), self._slow, self._buffer, EigenAdam
                 )

@@ -225,8 +225,8 @@ class GaussNewtonStep:
         if known is None:
             self._check_same(here.values, here, 1e-4)
             return self._new_plan(here)
-        plan, times = known
-        self._plans[self._key] = plan, times + 1
+        plan, times = known[0], known[1] + 1
+        self._plans[self._key] = plan, times
         self._new, self._unchecked = False, times & (times - 1) == 0 or progress.ratio == 0
         return plan
 

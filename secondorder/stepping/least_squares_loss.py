@@ -11,7 +11,6 @@ from torch import Tensor
 from secondorder._random import RandomState
 from secondorder._tape.residuals import Reach, Term, arriving, check_signs, coefficients, find_terms, negative
 from secondorder._tensors import host_numbers
-from secondorder.errors import NonFiniteError
 
 Closure = Callable[[], Any]
 
@@ -58,12 +57,6 @@ class LeastSquaresLoss:
         found = Residuals(result, values, weights[: len(values)], penalties)
         value, objective, *signs = host_numbers([result, self.objective(values, found), *negative(weights)])
         check_signs(signs, self.owner)
-        if math.isfinite(value) and not math.isfinite(objective):
-            raise NonFiniteError(
-                f"{self.owner}.step(): a residual is NaN or inf where the loss leaves it out, so that its gradient is NaN. Leave "
-                "it out before it is squared: ((u - y)[mask] ** 2).mean(), or torch.where(mask, u - y, 0); no parameter and no "
-                "state has changed"
-            )
         bound = (1e-4 if rounding > torch.finfo(torch.float64).eps else 1e-9) * (abs(value) + objective)
         if abs(value - objective) > bound and not terms.constant:
             raise RuntimeError(

@@ -145,6 +145,9 @@ def test_targets_that_are_left_out_after_they_are_squared_are_refused(loss):
     before = flat(net)
     with pytest.raises(so.NonFiniteError, match=r"LevenbergMarquardt.step\(\): a residual is NaN .* before it is squared"):
         so.LevenbergMarquardt(net.parameters()).step(lambda: loss(net(x), y))
+    optimizer = so.LevenbergMarquardt(net.parameters(), nonfinite="skip")
+    assert torch.isfinite(optimizer.step(lambda: loss(net(x), y)))
+    assert optimizer.skipped_steps == 1
     torch.testing.assert_close(flat(net), before, rtol=0, atol=0)
 
 

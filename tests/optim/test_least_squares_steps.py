@@ -271,6 +271,28 @@ def test_what_was_zero_when_a_graph_was_first_seen_is_found_later():
     torch.testing.assert_close(flat(net) - before, -torch.linalg.solve(matrix, j.T @ r), rtol=1e-6, atol=1e-9)
 
 
+ORDERS = {  # two ways to turn 40 rows by one kind of nodes
+    "view": lambda t, new: t.view(8, 5).T.reshape(-1, 1) if new else t.view(5, 8).T.reshape(-1, 1),
+    "split": lambda t, new: torch.cat(t.split([13, 27] if new else [27, 13])[::-1]),
+    "diagonal": lambda t, new: torch.cat([t.view(5, 8).diagonal(k) for k in ((1, 0) if new else (0, 1))]),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_rows_in_another_order_by_the_same_nodes_are_found_at_once(order):
+    net, x, y = regression()
+    rows = torch.arange(40)
+    optimizer = so.LevenbergMarquardt(net.parameters(), race=False, acceleration=False, damping=3.0)
+    for _ in range(4):
+        optimizer.step(lambda: mse_loss(order(net(x), False), order(y, False)))
+    mu, taken = optimizer.metrics()["damping"], order(rows, True).flatten()
+    before, scale = flat(net), len(taken) ** -0.5
+    j, r = scale * dense_jacobian(net, x)[taken], scale * (net(x) - y).detach().flatten()[taken]
+    optimizer.step(lambda: mse_loss(order(net(x), True), order(y, True)))
+    matrix = j.T @ j + mu * j.square().sum() * torch.eye(len(before))
+    torch.testing.assert_close(flat(net) - before, -torch.linalg.solve(matrix, j.T @ r), rtol=1e-6, atol=1e-9)
+
+
 def test_layers_that_mix_instances_are_exact_and_said_to_be_slow():
     net = nn.Sequential(nn.Linear(2, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1))
     x, y = torch.randn(20, 2), torch.randn(20, 1)
