@@ -36,15 +36,7 @@ struct EigenSizes {
 // The row of E that is the s-th of `rows` sampled ones.
 SECONDORDER_HD int64_t eigen_sampled_row(int64_t s, int64_t rows, int64_t n) { return s * n / rows; }
 
-// Adam's rule with Nesterov's look-ahead, as in NAdam, t from 0:
-//
-//   m = beta1 m + (1 - beta1) x,   v = beta2 v + (1 - beta2) x^2
-//   N = clip(sqrt(1 - beta2^(t+1)) (beta1 m / (1 - beta1^(t+2)) + (1 - beta1) x / (1 - beta1^(t+1))) / (sqrt(v) + eps),
-//   +-1.2)
-//
-// Where elements stand for themselves (`lazy`), one whose gradient is zero keeps its moments: a row of an embedding
-// waits until it is looked up again.
-// The coefficients of m and x in N before it is divided.
+// The coefficients of m and x in Adam's rule below, t from 0.
 struct EigenCorrections {
   double first, fresh;
 
@@ -55,6 +47,14 @@ struct EigenCorrections {
   }
 };
 
+// Adam's rule with Nesterov's look-ahead, as in NAdam, t from 0:
+//
+//   m = beta1 m + (1 - beta1) x,   v = beta2 v + (1 - beta2) x^2
+//   N = clip(sqrt(1 - beta2^(t+1)) (beta1 m / (1 - beta1^(t+2)) + (1 - beta1) x / (1 - beta1^(t+1))) / (sqrt(v) + eps),
+//   +-1.2)
+//
+// Where elements stand for themselves (`lazy`), one whose gradient is zero keeps its moments: a row of an embedding
+// waits until it is looked up again.
 template <typename T>
 struct EigenMoments {
   T beta1, beta2, first, fresh, eps;

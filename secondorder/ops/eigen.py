@@ -12,9 +12,10 @@ C, R, T, E one after another. With ku = kv = 0 there is E = G alone, and the rul
 
 `control` [7], float64, is what finds the step length: the entries that `CONTROL` names.
 
-A call that a CUDA graph captures is repeated with the numbers that it was given, while `control` goes on counting steps. With
-`renew_every` > 0 these numbers hold for the call that has `since` steps before it: a later one takes its own from `control`, and
-renews bases where `renew_every` divides the steps.
+A CUDA graph repeats a captured call with the same Python numbers, such as `step` and `share`, though these change from step to
+step. `control` counts the steps on the device. So calls to be captured are given `renew_every` > 0, and `since`, the count in
+`control` at which their numbers hold. At a count t they then compute with the numbers of t - since steps later, and renew bases
+only if `renew_every` divides t. With `renew_every` = 0, the default, numbers hold as they are given.
 """
 
 from collections.abc import Sequence
@@ -44,8 +45,8 @@ def eigen_sketch_(
         inputs: h [m, p], one row per use of the layer.
         basis: V^T [k, p].
         shift: [p], near the mean input, so that nothing large cancels later; [0] for none.
-        control: [7], float64, what finds the step length; needed with `renew_every` alone.
-        renew_every: 0; or > 0: nothing is added unless it divides the steps that `control` has.
+        control: [7], float64, see `CONTROL`; needed only with `renew_every` > 0.
+        renew_every: 0; or > 0 in a CUDA graph: adds nothing unless it divides the steps that `control` counts.
     """
     library.eigen_sketch_(sketch, inputs, basis, shift, control, renew_every)
 
@@ -103,9 +104,9 @@ def eigen_renew_(
         bias_hessian: H [n, n], symmetric, of every matrix; [0] where U is to be of the gradient.
         rows: how many inputs each sketch has seen; 0 for none.
         share: w in (0, 1] of every matrix.
-        renew_every: 0; or > 0: nothing changes unless it divides the steps that `control` has.
-        since: the steps, >= 0, that `control` had when `share` held; with `renew_every` alone, like `decay`.
-        decay: d in [0, 1) of w = (1 - d) / (1 - d^r), by which w goes on after `since`: r grows by one with each renewal.
+        renew_every: 0; or > 0 in a CUDA graph: changes nothing unless it divides the steps that `control` counts.
+        since: the steps, >= 0, that `control` counted when `share` held; read only with `renew_every` > 0, as is `decay`.
+        decay: d in [0, 1). At the r-th renewal w = (1 - d) / (1 - d^r); `share` tells r at `since`, each later renewal adds 1.
     """
     library.eigen_renew_(
         list(mean), list(basis_out), list(basis_in), list(scale_out), list(scale_in), list(first), control,
@@ -213,10 +214,10 @@ def eigen_step_(
         beta2: the decay of the second moments, in (0, 1).
         eps: relative to `size`, at least 0.
         renewed: whether bases were renewed since the step before: its N is then unknown.
-        renew_every: 0; or > 0: they were not unless it also divides the steps that `control` has.
-        since: the steps, >= 0, that `control` had when `step` held; with `renew_every` alone.
-        rate: [matrices, 2], float64, what else multiplies `lr` and `lr_bias` of every matrix; the step is refused where one is
-            negative or not finite. None: nothing.
+        renew_every: 0; or > 0 in a CUDA graph: bases count as renewed only if it also divides the steps that `control` counts.
+        since: the steps, >= 0, that `control` counted when `step` held; read only with `renew_every` > 0.
+        rate: [matrices, 2], float64, further factors of `lr` and `lr_bias` of every matrix, on the device; the step is refused if
+            one is negative or not finite. None: no factors.
     """
     library.eigen_step_(
         list(weight), list(bias), list(first), list(second), list(last), list(size), control, list(grad_weight),

@@ -7,10 +7,11 @@ replays, and catches up when it reads its counts again.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from secondorder.optim._eigen_state import FIRST_STEPS, STEPS
-from secondorder.optim._matrices import Matrix
+from secondorder.optim._eigen_state import FIRST_STEPS, STEPS, is_current
+from secondorder.optim._matrices import Matrix, computed_in
 
 States = Mapping[Tensor, dict[str, Any]]
 
@@ -30,6 +31,10 @@ class Replays:
         """Whether there are any, so that the device may have made more steps than Python knows of."""
         return bool(self._weights)
 
+    def ready(self, matrix: Matrix, states: States) -> bool:
+        """Whether a pass that is captured can show inputs of a matrix; where it cannot, `check` says why."""
+        return _has_kernels(matrix.weight.device) and is_current(states.get(matrix.weight, {}), matrix.weight)
+
     def check(self, present: Sequence[Matrix], states: States, captured: bool) -> None:
         """Raises where a step cannot be captured; or must not be made, for captured steps take it that all counts go on together.
 
@@ -39,8 +44,14 @@ class Replays:
             captured: whether a CUDA graph captures the step.
 
         Raises:
-            RuntimeError: its parameters are others than those of the captured steps, or have not made their first steps.
+            RuntimeError: its parameters are others than those of the captured steps, have not made their first steps, or have
+                changed their dtype or device since the last one; or there are no kernels to be captured.
         """
+        if captured and not _has_kernels(present[0].weight.device):
+            raise RuntimeError(
+                f"{self._owner}.step(): expected kernels for CUDA where a CUDA graph captures the step, got plain PyTorch, which "
+                "reads numbers of the device; compile the extension with CUDA (docs/install.md), or capture passes alone"
+            )
         weights = {matrix.weight for matrix in present}
         if self and (self._weights != weights if captured else not self._weights <= weights):
             raise RuntimeError(
@@ -55,13 +66,19 @@ class Replays:
                     f"{self._owner}.step(): expected {FIRST_STEPS} steps, with a renewal of bases, before one is captured in a "
                     f"CUDA graph, got {state.get('step', 0)} of {matrix.name!r}; call step() without a capture first"
                 )
+            if not is_current(state, matrix.weight):  # replays would begin with what it was before, each time
+                raise RuntimeError(
+                    f"{self._owner}.step(): expected the state of {matrix.name!r} in {computed_in(matrix.weight)} on "
+                    f"{matrix.weight.device} before a step is captured in a CUDA graph, got {state['basis_out'].dtype} on "
+                    f"{state['basis_out'].device}; call step() without a capture first"
+                )
 
     def add(self, present: Sequence[Matrix]) -> None:
         """Notes that a step of these matrices was captured."""
         self._weights = {matrix.weight for matrix in present}
 
-    def catch_up(self, shared: dict[str, Any], table: Sequence[Matrix], states: States, renew_every: int) -> None:
-        """Brings Python's counts to those of the device, for which it waits."""
+    def catch_up(self, shared: dict[str, Any], table: Sequence[Matrix], states: States, renew_every: int) -> bool:
+        """Brings Python's counts to those of the device, for which it waits; returns whether they were others."""
         now, before = int(shared["control"][STEPS]), shared["steps"]
         renewals = -(-now // renew_every) + -before // renew_every  # multiples of renew_every from `before` on, below `now`
         for matrix in table:
@@ -75,3 +92,9 @@ class Replays:
                 state["renewals"] += renewals
                 state["unseen"] += renewals if state["unseen"] else 0
         shared["steps"] = now
+        return now != before
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether the operators run as kernels on a device, if it is CUDA's; plain PyTorch reads numbers, which no graph can."""
+    return device.type != "cuda" or torch._C._dispatch_has_kernel_for_dispatch_key("secondorder::eigen_step_", "CUDA")

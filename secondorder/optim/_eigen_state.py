@@ -84,6 +84,11 @@ def cast_state(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
     return {key: own(key, value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
+def is_current(state: dict[str, Any], p: Tensor) -> bool:
+    """Whether it is a matrix' state on its parameter's device, in the dtype that this is computed in."""
+    return "basis_out" in state and state["basis_out"].dtype is computed_in(p) and state["basis_out"].device == p.device
+
+
 def captured(matrix: Matrix, state: dict[str, Any]) -> Tensor:
     """The share of a gradient's mean square that is not in E, the part outside of both bases, which comes last."""
     (n, p), squares = matrix.shape, state["exp_avg_sq"].double()

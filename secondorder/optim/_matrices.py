@@ -298,18 +298,22 @@ def _patches(module: Any, inputs: Tensor) -> Tensor:
     return patches.reshape(len(patches) * groups, -1)
 
 
-_PLACES: dict[tuple[Any, ...], tuple[tuple[Tensor, ...], Tensor]] = {}  # the last one used at the end
+_Places = tuple[tuple[Tensor, ...], Tensor]
+_PLACES: dict[tuple[Any, ...], _Places] = {}  # the last one used at the end
+_READ_BY_GRAPHS: set[_Places] = set()  # which CUDA graphs read at their addresses as long as they are replayed
 
 
-def _kept_places(key: tuple[Any, ...], ordinary: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+def _kept_places(key: tuple[Any, ...], ordinary: bool) -> _Places:
     """`_patch_places(*key)`, kept for the next call if `ordinary`: the tensors of a mode such as FakeTensorMode must not stay."""
     if not ordinary:
         return _patch_places(*key)
     found = _PLACES.pop(key, None)
-    if found is None:
+    if captured_now():
+        if found is None:  # the memory is the graph's, and is filled by its replays alone
+            return _patch_places(*key)
+        _READ_BY_GRAPHS.add(found)
+    elif found is None:
         found = _patch_places(*key)
-        if captured_now():  # the memory is the graph's, and is filled by its replays alone
-            return found
     while len(_PLACES) >= 32:  # an entry takes 66 KB for a kernel of 3 x 3
         del _PLACES[next(iter(_PLACES))]
     _PLACES[key] = found
@@ -324,7 +328,7 @@ def _patch_places(
     dilations: tuple[int, ...],
     padding: tuple[tuple[int, int], ...],
     device: torch.device,
-) -> tuple[tuple[Tensor, ...], Tensor]:
+) -> _Places:
     """Where the patches lie in inputs [instances, *lengths, c]: their indices, and [m, *kernel, 1], whether that is inside."""
     extents = [
         (length + sum(pad) - dilation * (kernel - 1) - 1) // stride + 1

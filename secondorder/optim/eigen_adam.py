@@ -31,6 +31,7 @@ from secondorder.optim._eigen_state import (
     cast_state,
     check_state,
     has_no_basis,
+    is_current,
     new_control,
     new_state,
     step_length,
@@ -120,9 +121,10 @@ class EigenAdam(SecondOrderOptimizer):
         nonfinite: what a step does that meets NaN or inf: "error" raises `NonFiniteError`, "skip" counts it in `skipped_steps`.
             Nothing else changes. On CUDA, where no step waits for the device, the error comes with one of the next steps.
         capturable: whether a CUDA graph may capture steps with the passes before them, once five were made without one. A replay
-            makes the step that would be made then, but for learning rates that are numbers, which stay what they were; those that
-            are tensors on the parameters' device are read by each replay. For one process, and curvature="gradient". After a
-            capture `step` and `state_dict` wait for the device, and replays alone raise no error: `skipped_steps` tells.
+            makes the step that would be made then, but for the groups' numbers, which stay what they were; a learning rate that
+            is a tensor on the parameters' device is read by each replay. For one process, kernels for CUDA, and
+            curvature="gradient". After a capture `step` and `state_dict` wait for the device, and replays alone raise no error:
+            `skipped_steps` tells.
 
     Raises:
         ValueError: an argument is out of its range; or DTensors are sharded otherwise than by rows, over one dimension of a mesh.
@@ -294,8 +296,8 @@ class EigenAdam(SecondOrderOptimizer):
         matrix = self._owner.get(module, self._owner.get(module._parameters.get("weight")))
         if matrix is None or not matrix.weight.requires_grad or not is_plain(inputs):
             return
-        if captured and "basis_out" not in self.state.get(matrix.weight, {}):
-            return  # to make it would wait for the device; the step will say so
+        if captured and not self._replays.ready(matrix, self.state):
+            return  # the step will say so
         if matrix.lookups:
             self._lookups.add(matrix, inputs)
             return
@@ -344,9 +346,8 @@ class EigenAdam(SecondOrderOptimizer):
     def _state(self, matrix: Matrix, rows: int) -> dict[str, Any]:
         """A matrix' state, made when its inputs or gradient are first seen; rows: how many inputs it sees at a time."""
         state = self.state[matrix.weight]
-        device, dtype = matrix.weight.device, computed_in(matrix.weight)
         if "basis_out" in state:
-            if state["basis_out"].dtype is not dtype or state["basis_out"].device != device:
+            if not is_current(state, matrix.weight):
                 self.state[matrix.weight] = state = cast_state(state, matrix.weight)
             return state
         # Ranks must agree, though one of them may see no inputs; and a checkpoint's tensors have the shapes of a new optimizer's.
@@ -362,9 +363,9 @@ class EigenAdam(SecondOrderOptimizer):
         return self._rank or (16 if many else 8)
 
     def _catch_up(self) -> None:
-        """Counts the steps that replays of a CUDA graph have made."""
-        if self._replays:
-            self._replays.catch_up(self._shared(), self._table(), self.state, self._renew_every)
+        """Counts the steps that replays of a CUDA graph have made, and forgets inputs that were seen before those."""
+        if self._replays and self._replays.catch_up(self._shared(), self._table(), self.state, self._renew_every):
+            self._forget()  # they are sums along bases that may be others now
 
     def __getstate__(self) -> dict[str, Any]:
         """The state and what it was made with; not the hooks."""
@@ -558,6 +559,8 @@ class EigenAdam(SecondOrderOptimizer):
         if captured:  # and not made yet
             operands.write_back()
             self._replays.add(present)
+            for state, unseen, _ in renewed:
+                state["unseen"] = min(unseen, state["unseen"])  # replays go on as this pass shows inputs
             return
         if not self._taken(control):
             return
@@ -585,11 +588,15 @@ class EigenAdam(SecondOrderOptimizer):
             name = type(self).__name__
             if self._several:
                 raise RuntimeError(f"{name}.step(): expected no capture of a CUDA graph where several ranks train")
-            if any("initial_lr" in group and not self._on_device(group["lr"]) for group in self.param_groups):
+            for group in self.param_groups:
+                lr = group["lr"]
+                if self._on_device(lr) or not ("initial_lr" in group or isinstance(lr, Tensor)):
+                    continue
+                got = f"one on {lr.device}" if isinstance(lr, Tensor) else f"{lr!r}"
                 raise RuntimeError(
-                    f"{name}.step(): expected an lr that is a tensor on the parameters' device where a scheduler changes it and "
-                    "a CUDA graph captures the step, whose replays repeat the value of a number; make the optimizer with "
-                    "lr=torch.tensor(1.0, device=...)"
+                    f"{name}.step(): expected an lr that is a tensor on the parameters' device where a scheduler or the loop "
+                    f"changes it and a CUDA graph captures the step, whose replays repeat what is read elsewhere, got {got}; "
+                    "make the optimizer with lr=torch.tensor(1.0, device=...), or give the group such a tensor"
                 )
         if self._capturable:
             self._replays.check(present, self.state, captured)
@@ -767,9 +774,10 @@ class EigenAdam(SecondOrderOptimizer):
             return True
         state["refused"] += refused
         if self._nonfinite == "error":
+            rates = any(self._on_device(group["lr"]) for group in self.param_groups)  # which no step reads on the host
             raise NonFiniteError(
-                f"{type(self).__name__}.step(): expected finite gradients, got NaN or inf, or numbers whose squares are; "
-                "no parameter and no state has changed"
+                f"{type(self).__name__}.step(): expected finite gradients, got NaN or inf, or numbers whose squares are"
+                f"{', or a learning rate that is negative or not finite' if rates else ''}; no parameter and no state has changed"
             )
         return False
 

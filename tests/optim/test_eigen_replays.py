@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import secondorder as so
-from secondorder.optim import _matrices
+from secondorder.optim import _eigen_replays, _matrices
 from secondorder.optim._eigen_state import STEPS
 
 
@@ -146,6 +146,7 @@ def test_a_captured_step_moves_nothing_between_devices(make, monkeypatch):
             optimizer.state[fakes[p]] = {key: there(t) if isinstance(t, torch.Tensor) else t for key, t in own.items()}
             fakes[p].grad = there(p)
         optimizer._hook()  # knows by the state what is a map
+        monkeypatch.setattr(_eigen_replays, "_has_kernels", lambda device: True)
         # To index a tensor in Python asks for the device, too.
         monkeypatch.setattr(_matrices, "_patches", lambda module, x: x.new_empty(9, module.weight.flatten(1).shape[1]))
         seen = torch.ones(1, requires_grad=True)
@@ -182,6 +183,10 @@ def test_a_learning_rate_on_the_device_that_is_no_number_refuses_the_step(bad):
     steps(model, optimizer, data[:2], captured=True)
     assert torch.equal(values(model), before)
     assert optimizer.skipped_steps == 2
+    optimizer = so.EigenAdam(model, lr.fill_(1.0), capturable=True)
+    lr.fill_(bad)
+    with pytest.raises(so.NonFiniteError, match="or a learning rate that is negative or not finite; no parameter"):
+        steps(model, optimizer, data[:1])
 
 
 @pytest.mark.parametrize("nonfinite", ["error", "skip"])
@@ -223,7 +228,41 @@ def test_schedulers_need_a_learning_rate_on_the_device():
     optimizer = so.EigenAdam(model, capturable=True)
     torch.optim.lr_scheduler.ConstantLR(optimizer)
     steps(model, optimizer, data)
-    refused(optimizer, model, data, "an lr that is a tensor on the parameters' device where a scheduler")
+    refused(optimizer, model, data, r"an lr that is a tensor on the parameters' device where a scheduler.* got 0\.333")
+
+
+def test_a_learning_rate_on_another_device_is_not_captured(monkeypatch):
+    """As after a checkpoint that was loaded to the CPU: replays would repeat its value."""
+    model, data = plain()
+    optimizer = so.EigenAdam(model, torch.tensor(1.0), capturable=True)
+    steps(model, optimizer, data)
+    monkeypatch.setattr(so.EigenAdam, "_on_device", lambda self, lr: False)
+    refused(optimizer, model, data, "an lr that is a tensor on the parameters' device .* got one on cpu")
+
+
+def test_a_state_of_another_dtype_is_not_captured():
+    """Replays would cast the state of before, and begin with it each time."""
+    model, data = plain()
+    data = [(x.float(), y) for x, y in data]
+    model.float()
+    optimizer = so.EigenAdam(model, capturable=True)
+    steps(model, optimizer, data)
+    model.double()
+    data = [(x.double(), y) for x, y in data]
+    refused(optimizer, model, data, "the state of '0.weight' in torch.float64 on cpu .* got torch.float32 on cpu; call")
+    steps(model, optimizer, data)
+    steps(model, optimizer, data, captured=True)
+    assert counts(optimizer)[0]["steps"] == 15
+
+
+def test_plain_pytorch_is_not_captured(monkeypatch):
+    model, data = plain()
+    optimizer = so.EigenAdam(model, capturable=True)
+    steps(model, optimizer, data)
+    monkeypatch.setattr(_eigen_replays, "_has_kernels", lambda device: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(so.ops, "eigen_sketch_", None)  # nor called in the forward pass
+        refused(optimizer, model, data, "kernels for CUDA where a CUDA graph captures the step, got plain PyTorch")
 
 
 def test_the_forward_pass_is_captured_with_the_step():
@@ -248,6 +287,35 @@ def test_what_a_graph_has_of_inputs_is_not_for_other_steps():
     assert torch.equal(*map(values, models))
 
 
+def test_inputs_seen_before_replays_are_not_for_the_bases_that_these_have_made():
+    models, data = [network() for _ in range(2)], [batch(seed) for seed in range(5)]
+    for model, passes in zip(models, (True, False), strict=True):
+        optimizer = so.EigenAdam(model, capturable=True)
+        steps(model, optimizer, data)
+        steps(model, optimizer, data, captured=True)
+        if passes:
+            model(data[0][0] * 7)  # of which nobody takes a gradient
+        optimizer._shared()["control"][STEPS] += 5  # by replays, which call nothing in Python
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optimizer, "_see", lambda *_: None)
+            steps(model, optimizer, data[:1])
+        assert optimizer.state[model[0].weight]["unseen"] == 1
+    assert torch.equal(*map(values, models))
+
+
+def test_a_layer_that_shows_inputs_again_in_a_capture_is_seen():
+    model, data = plain()
+    optimizer = so.EigenAdam(model, capturable=True)
+    steps(model, optimizer, data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "_see", lambda *_: None)
+        steps(model, optimizer, data[:1])
+    assert optimizer.metrics()["seen"] == 0
+    steps(model, optimizer, data * 2, captured=True)
+    assert optimizer.metrics()["seen"] == 1
+    assert {state["unseen"] for state in optimizer.state_dict()["state"].values() if "unseen" in state} == {0}
+
+
 def test_other_parameters_than_the_captured_ones_are_refused():
     model, data = plain()
     optimizer = so.EigenAdam(model, capturable=True)
@@ -267,6 +335,7 @@ def test_other_parameters_than_the_captured_ones_are_refused():
 
 def test_places_that_a_graph_computes_are_not_kept():
     _matrices._PLACES.clear()
+    _matrices._READ_BY_GRAPHS.clear()
     conv, x = nn.Conv2d(2, 3, 3), torch.randn(2, 2, 6, 7)
     with capturing():
         rows = _matrices.input_rows(conv, x)
@@ -275,9 +344,12 @@ def test_places_that_a_graph_computes_are_not_kept():
     with capturing():
         assert torch.equal(_matrices.input_rows(conv, x), rows)
     assert len(_matrices._PLACES) == 1
+    read = next(iter(_matrices._PLACES.values()))
     for size in range(7, 60):
         _matrices.input_rows(conv, torch.randn(1, 2, size, 6))
     assert len(_matrices._PLACES) == 32
+    assert not any(each is read for each in _matrices._PLACES.values())
+    assert {read} == _matrices._READ_BY_GRAPHS  # a graph goes on to read it
 
 
 def test_a_bias_hessian_is_not_captured():
