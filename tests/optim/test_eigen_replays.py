@@ -255,6 +255,18 @@ def test_a_state_of_another_dtype_is_not_captured():
     assert counts(optimizer)[0]["steps"] == 15
 
 
+def test_a_step_of_several_ranks_is_not_captured(monkeypatch):
+    model, data = plain()
+    optimizer = so.EigenAdam(model, capturable=True)
+    steps(model, optimizer, data)
+    with monkeypatch.context() as patch:
+        patch.setattr(so.EigenAdam, "_several", True)
+        with capturing(), pytest.raises(RuntimeError, match="expected no capture of a CUDA graph where several ranks train"):
+            F.cross_entropy(model(data[0][0]), data[0][1]).backward()
+            optimizer.step()
+    steps(model, optimizer, data[:1])
+
+
 def test_plain_pytorch_is_not_captured(monkeypatch):
     model, data = plain()
     optimizer = so.EigenAdam(model, capturable=True)
