@@ -319,11 +319,11 @@ class Tape:
             self.missing = f"the criterion returned {kind} where the loss alone is expected"
             return
         nodes, passed, products = source_nodes(made_by, self._key)
-        self.multiplied |= multiplied(products, self._claimed)
         self._refuse_compiled_layers(made_by, passed)
         if not nodes:
             self.missing = "the criterion was called, but not on what linear layers returned in training mode"
             return
+        self.multiplied |= multiplied(products, self._claimed)
         if COMPILED in passed:
             raise compiled_error("the criterion, or what comes before it, runs")
         if loss.dim() != 0:
