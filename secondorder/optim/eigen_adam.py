@@ -531,16 +531,6 @@ class EigenAdam(SecondOrderOptimizer):
                 self._find_numbers(matrix)
         states = [self._state(matrix, 0) for matrix in present]
         shares = self._lookups.shares(present, states, self._sum_ if self._several else None) if due else {}
-        rates, bias_rates, decays, bias_decays = [], [], [], []
-        for matrix, state in zip(present, states, strict=True):
-            share, (place, bias_place) = shares.get(matrix, state.get("share", 1.0)), self._places[matrix]
-            rate, decay = numbers[place]
-            bias_rate, bias_decay = numbers[bias_place]
-            rates.append(rate / share)
-            bias_rates.append(bias_rate)
-            # What has no gradient is given one of zeros, so that it does not move; nor does it decay.
-            decays.append(decay * share if decay and matrix.weight.grad is not None else 0.0)
-            bias_decays.append(bias_decay if bias_decay and matrix.bias is not None and matrix.bias.grad is not None else 0.0)
         means = [state["mean"] for state in states]
         hessians = {}
         if recorded is not None and due:
@@ -552,9 +542,9 @@ class EigenAdam(SecondOrderOptimizer):
         self._operators(present, states).eigen_step_(
             operands.weights, operands.biases, *(self._moments(present, states, name) for name in MOMENTS),
             [s["size"] for s in states], control, operands.weight_grads, operands.bias_grads, means,
-            [s["basis_out"] for s in states], [s["basis_in"] for s in states], rates, bias_rates, decays, bias_decays,
-            [s["step"] for s in states], beta1, beta2, self.param_groups[0]["eps"], due, *replay,
-            **further,
+            [s["basis_out"] for s in states], [s["basis_in"] for s in states],
+            *self._rates_and_decays(present, states, shares, numbers), [s["step"] for s in states], beta1, beta2,
+            self.param_groups[0]["eps"], due, *replay, **further,
         )  # fmt: skip
         if captured:  # and not made yet
             operands.write_back()
@@ -562,9 +552,42 @@ class EigenAdam(SecondOrderOptimizer):
             for state, unseen, _ in renewed:
                 state["unseen"] = min(unseen, state["unseen"])  # replays go on as this pass shows inputs
             return
-        if not self._taken(control):
-            return
-        operands.write_back()
+        if self._taken(control):
+            operands.write_back()
+            self._count(present, states, means, shares, renewed)
+
+    def _rates_and_decays(
+        self,
+        present: list[Matrix],
+        states: list[dict[str, Any]],
+        shares: dict[Matrix, float],
+        numbers: list[tuple[float, float]],
+    ) -> tuple[list[float], list[float], list[float], list[float]]:
+        """What multiplies the step length of every matrix and of every bias, and the weight decay of both.
+
+        A table of which a step meets a share of the rows moves so much further. What has no gradient is given one of zeros, so
+        that it does not move; nor does it decay.
+        """
+        rates, bias_rates, decays, bias_decays = [], [], [], []
+        for matrix, state in zip(present, states, strict=True):
+            share, (place, bias_place) = shares.get(matrix, state.get("share", 1.0)), self._places[matrix]
+            rate, decay = numbers[place]
+            bias_rate, bias_decay = numbers[bias_place]
+            rates.append(rate / share)
+            bias_rates.append(bias_rate)
+            decays.append(decay * share if decay and matrix.weight.grad is not None else 0.0)
+            bias_decays.append(bias_decay if bias_decay and matrix.bias is not None and matrix.bias.grad is not None else 0.0)
+        return rates, bias_rates, decays, bias_decays
+
+    def _count(
+        self,
+        present: list[Matrix],
+        states: list[dict[str, Any]],
+        means: list[Tensor],
+        shares: dict[Matrix, float],
+        renewed: list[tuple[dict[str, Any], int, bool]],
+    ) -> None:
+        """Notes in the state that a step was made, and what it has found."""
         for matrix, state, mean in zip(present, states, means, strict=True):
             state["step"] += 1
             if matrix.bias is not None:
@@ -577,6 +600,7 @@ class EigenAdam(SecondOrderOptimizer):
             state["unseen"] = unseen
             if curved or "curved" in state:
                 state["curved"] = curved
+        shared = self._shared()
         shared["steps"] += 1
         if shared["steps"] == SLOW and not ("max_lr" in self._announced or self.defaults["lr"] <= 0.01):  # not told yet
             warn_of_short_steps(type(self).__name__, self._highest)
