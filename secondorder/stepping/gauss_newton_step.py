@@ -343,11 +343,12 @@ class GaussNewtonStep:
         right = torch.autograd.grad(here.values, parameters, weights, retain_graph=True, allow_unused=True)
         ours = found.rmv(u).split([p.numel() for p in parameters])
         pairs = [(o, torch.zeros_like(o) if t is None else t.flatten()) for o, t in zip(ours, right, strict=True)]
-        size = torch.cat([t for _, t in pairs]).norm()
-        if not bool(torch.isfinite(size)):  # the trace will say so
+        norms = [torch.cat([t for _, t in pairs]).norm(), *((o - t).norm() for o, t in pairs)]
+        size, *errors = torch.stack(norms).tolist()  # one wait for the device
+        if not math.isfinite(size):  # the trace will say so
             return []
         tolerance = 1e-8 if rows.scale.dtype == torch.float64 else 1e-3
-        return [i for i, (o, t) in enumerate(pairs) if not bool((o - t).norm() <= tolerance * size)]
+        return [i for i, error in enumerate(errors) if not error <= tolerance * size]
 
     # --- parts of a step ---
 

@@ -25,7 +25,8 @@ STEPS = {
     # It chooses no rows. Whether the loss' factor leaves the criterion's Hessian positive; and the last three.
     "KFRA": (so.KFRA, 4),
     "KFLR": (so.KFLR, 3),
-    # The loss and its coefficients; the factorisation and what the step is to bring; the loss after it.
+    # The loss and its coefficients; the factorisation and what the step is to bring; the loss after it. In some steps the
+    # comparison of its Jacobian with autograd's, too.
     "LevenbergMarquardt": (lambda model, criterion: so.LevenbergMarquardt(model.parameters()), 3),
     # At once, on the CPU; on a GPU with one of the next steps, when it no longer waits.
     "EigenAdam": (lambda model, criterion: so.EigenAdam(model), 1),
@@ -91,7 +92,7 @@ def assert_reads(
     optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor], tensors: list[torch.Tensor], expected: int
 ) -> None:
     counts = []
-    for _ in range(6):
+    for _ in range(9):
         with HostReads(tensors) as reads:
             if isinstance(optimizer, so.EigenAdam):
                 closure()
