@@ -48,6 +48,14 @@ def test_reads_of_a_step(name: str, layers: int) -> None:
     assert_reads_of_net(make, nn.MSELoss() if squares else nn.CrossEntropyLoss(), layers, x, target, expected)
 
 
+def test_a_comparison_of_the_jacobian_reads_once():
+    """Whatever the number of parameters, in the steps that compare it with autograd's."""
+    torch.manual_seed(0)
+    x, target = torch.randn(40, 9), nn.functional.one_hot(torch.randint(4, (40,))).float()
+    make, expected = STEPS["LevenbergMarquardt"]
+    assert max(assert_reads_of_net(make, nn.MSELoss(), 5, x, target, expected)) == expected + 1
+
+
 # Beside STEPS, once for each evaluation that records layers: for class weights what they sum up to; for ignored targets whether
 # there are any, what the others sum up to, and which rows these are. LayerwiseNewton asks twice whether there are any.
 WEIGHTED = {"EACG": (1, 3), "KBFGS": (2, 6), "LayerwiseNewton": (1, 4)}
@@ -73,7 +81,7 @@ def assert_reads_of_net(
     x: torch.Tensor,
     target: torch.Tensor,
     expected: int,
-) -> None:
+) -> list[int]:
     """Of a step of what is made for a net of so many layers, from 9 inputs on."""
     modules = [module for k in range(layers) for module in (nn.Linear(9 - k, 8 - k), nn.Tanh())]
     model = nn.Sequential(*modules[:-1])
@@ -85,12 +93,12 @@ def assert_reads_of_net(
         loss.backward()
         return loss
 
-    assert_reads(optimizer, closure, [*model.parameters(), x, target], expected)
+    return assert_reads(optimizer, closure, [*model.parameters(), x, target], expected)
 
 
 def assert_reads(
     optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor], tensors: list[torch.Tensor], expected: int
-) -> None:
+) -> list[int]:
     counts = []
     for _ in range(9):
         with HostReads(tensors) as reads:
@@ -103,6 +111,7 @@ def assert_reads(
         counts.append(sum(found.values()))
     # A step that tries again, or more dampings than one, reads more.
     assert statistics.median(counts[1:]) == expected, (counts, found)
+    return counts[1:]
 
 
 class Convolved(nn.Module):
