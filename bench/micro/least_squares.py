@@ -10,7 +10,9 @@ from torch.func import functional_call, grad, hessian, vmap
 
 import secondorder as so
 from bench.timing import interleaved, report
-from secondorder._tape.jacobian import Buffer, Jacobian, jacobian, make_plan
+from secondorder._tape.factored import Buffer, Jacobian
+from secondorder._tape.jacobian import jacobian
+from secondorder._tape.plans import make_plan
 from secondorder._tape.residuals import Reach, coefficients, find_terms
 from secondorder._tape.uses import find_uses
 

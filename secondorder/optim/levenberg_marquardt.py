@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secondorder._tape.jacobian import Buffer, Plan
+from secondorder._tape.factored import Buffer
+from secondorder._tape.plans import Plan
 from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
 from secondorder.optim._closure import idle_backward, with_graph

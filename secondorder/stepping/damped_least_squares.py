@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from secondorder._tape.jacobian import Buffer, Jacobian
+from secondorder._tape.factored import Buffer, Jacobian
 from secondorder.linalg import gram
 
 DIRECT = 1500  # rows up to which J J^T is formed and factorised: beyond, that costs more than an approximation

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secondorder._tape.factored import Buffer, Jacobian
 from secondorder._tape.graph import COMPILED
-from secondorder._tape.jacobian import Block, Buffer, Jacobian, Plan, jacobian, make_plan, signature
+from secondorder._tape.jacobian import jacobian
+from secondorder._tape.plans import Block, Plan, make_plan, signature
 from secondorder._tape.uses import find_uses
 from secondorder._tensors import host_numbers
 from secondorder.errors import NonFiniteError

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from secondorder._tape.jacobian import Buffer, jacobian, make_plan
+from secondorder._tape.factored import Buffer
+from secondorder._tape.jacobian import jacobian
+from secondorder._tape.plans import make_plan
 from secondorder._tape.uses import find_uses
 from secondorder.stepping import damped_least_squares
 from secondorder.stepping.damped_least_squares import DampedLeastSquares

@@ -1,0 +1,159 @@
+"""Which losses are sums of squares, and of what: norms, powers, and what is linear in squares."""
+
+import pytest
+import torch
+from helpers.least_squares import float64  # noqa: F401
+from helpers.residuals import close, compared, mlp, of_loss
+from torch.nn.functional import avg_pool1d, avg_pool2d, pad, pairwise_distance
+
+from secondorder._tape.residuals import Reach, coefficients, find_terms
+
+
+def times_itself(n):
+    return n * n
+
+
+NORMS = {  # of a residual [5, 2] and a target of its shape
+    "a product": lambda r, y: times_itself(r.norm()),
+    "a square": lambda r, y: r.norm() ** 2,
+    "relative": lambda r, y: (r.norm() / y.norm()) ** 2,
+    "relative, both squared": lambda r, y: r.norm() ** 2 / y.norm() ** 2,
+    "relative rows": lambda r, y: (3 * r.norm(dim=1) / y.norm(dim=1)).pow(2).mean(),
+    "rows with their dimension": lambda r, y: (y[:, :1] * r.norm(dim=1, keepdim=True)).square().mean(),
+    "a product of rows": lambda r, y: times_itself(torch.norm(r, dim=1)).mean(),
+    "a dot product of rows": lambda r, y: torch.dot(n := r.norm(dim=1), n),
+    "columns": lambda r, y: (2 * (r.norm(dim=0) / y.norm(dim=0))).square().sum(),
+    "a matrix norm": lambda r, y: torch.linalg.matrix_norm(r).square(),
+    "pairwise distances": lambda r, y: (pairwise_distance(r, y) ** 2).mean(),
+    "a distance": lambda r, y: torch.dist(r, y) ** 2,
+    "an absolute value with weights": lambda r, y: (r.abs() * y).square().sum(),
+    "complex": lambda r, y: (torch.view_as_complex(r).abs() * y[:, 0]).square().sum(),
+    "constants with gradients of their own": lambda r, y: (r.norm() * (y.norm() + torch.ones((), requires_grad=True))) ** 2,
+    "by trapezoids": lambda r, y: torch.trapezoid(r**2, dx=0.1).sum() + torch.trapezoid(r**2)[0],
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_squared_norm_has_a_residual_for_each_number(name):
+    net, x, y = mlp(2, 2), torch.rand(5, 2), 1 + torch.rand(5, 2)
+
+    def loss():
+        return NORMS[name](net(x), y)
+
+    value = loss()
+    terms = find_terms(value, Reach(net.parameters()), "test").squares
+    assert all(t.residual.numel() == 10 for t in terms)
+    _, ours, expected = compared(lambda: (net.parameters(), loss), False)
+    close(ours.dense(), expected)
+    squares = sum((c * t.residual.square()).sum() for c, t in zip(coefficients(value, terms, "test"), terms, strict=True))
+    right, found = (torch.autograd.grad(v, list(net.parameters()), retain_graph=True) for v in (value, squares))
+    torch.testing.assert_close(found, right)
+
+
+ROWS = torch.tensor([0, 2, 1, 2, 0])
+LINEAR = {  # of squares [5, 2]
+    "sizes": lambda s: sum(w * part.sum() for w, part in zip((2.0, 5.0), s.split([2, 3]), strict=True)),
+    "scatter_add": lambda s: (torch.ones(3).scatter_add(0, ROWS, s[:, 0]) * torch.tensor([1.0, 2.0, 3.0])).sum() + s[:, 1].sum(),
+    "scatter_add of both": lambda s: (s[:, 1].scatter_add(0, ROWS, s[:, 0]) * torch.arange(1.0, 6)).sum(),
+    "index_add": lambda s: (s.index_add(0, ROWS, s, alpha=2) * torch.arange(1.0, 6).view(5, 1)).sum(),
+    "index_copy": lambda s: (torch.ones(7, 2).index_copy(0, torch.arange(5), s) * torch.arange(1.0, 8).view(7, 1)).sum(),
+    "index_put": lambda s: (torch.zeros(3, 2).index_put((ROWS,), s, True) * torch.arange(1.0, 4).view(3, 1)).sum(),
+    "scatter_reduce, mean": lambda s: (torch.zeros(3).scatter_reduce(0, ROWS, s[:, 0], "mean")).sum() + s[:, 1].sum(),
+    "scatter_reduce, sum": lambda s: (s[:, 1].scatter_reduce(0, ROWS, s[:, 0], "sum") * torch.arange(1.0, 6)).sum(),
+    "diagonal": lambda s: (s.T @ torch.ones(5, 2)).diagonal().sum(),
+    "trace": lambda s: (s.T @ torch.ones(5, 2)).trace(),
+    "flip and roll": lambda s: ((s.flip(0) + s.roll(1, 0)) * torch.arange(1.0, 6).view(5, 1)).sum(),
+    "repeat": lambda s: (s.repeat(2, 3) * torch.arange(1.0, 11).view(10, 1)).sum(),
+    "avg_pool1d": lambda s: (avg_pool1d(s.T, 2, 1) * torch.arange(1.0, 5)).sum(),
+    "avg_pool2d": lambda s: avg_pool2d(s.view(1, 1, 5, 2), 2, 1, padding=1).sum(),
+    "lerp by a number": lambda s: torch.lerp(s[:, 0], s[:, 1], 0.3).sum(),
+    "lerp by a tensor": lambda s: torch.lerp(s[:, 0], s[:, 1], torch.linspace(0.1, 0.9, 5)).sum(),
+    "lerp from a constant": lambda s: torch.lerp(torch.ones(5, 2), s, torch.full((5, 2), 0.4)).sum(),
+    "lerp's weight": lambda s: torch.lerp(torch.ones(5, 2), torch.full((5, 2), 3.0), s).sum(),
+    "pad, unfold and tril": lambda s: pad(s, (1, 1), value=2.0).unfold(0, 2, 1).sum() + s.tril(1).sum(),
+    "rot90 and take": lambda s: (s.rot90() * torch.arange(1.0, 6)).sum() + s.take(ROWS).sum(),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_what_is_linear_in_squares_gives_each_its_coefficient(name):
+    u = torch.rand(5, 2, requires_grad=True)
+    loss = LINEAR[name](u**2)
+    terms = find_terms(loss, Reach([u]), "test")
+    (c,) = coefficients(loss, terms.squares, "test")
+    s = torch.rand(5, 2)
+    difference = LINEAR[name](s) - LINEAR[name](torch.zeros(5, 2))
+    torch.testing.assert_close((c * s).sum(), difference)  # at other values, too
+    constant = loss.detach() - (c * u.detach() ** 2).sum()
+    assert terms.constant or abs(constant) < 1e-12
+
+
+def test_what_is_not_linear_is_refused_by_name():
+    u = torch.rand(5, 2, requires_grad=True)
+    for loss, name in (
+        (lambda s: torch.zeros(3).scatter_reduce(0, ROWS, s[:, 0], "amax").sum(), "ScatterReduceBackward0 is neither"),
+        (lambda s: torch.lerp(s[:, 0], torch.ones(5), s[:, 1]).sum(), "LerpBackward1 is a product"),
+    ):
+        with pytest.raises(RuntimeError, match=name):
+            find_terms(loss(u**2), Reach([u]), "test")
+
+
+@pytest.mark.parametrize(
+    ("loss", "numbers"),
+    [
+        (lambda r: ((z := torch.view_as_complex(r)).conj() * z).real.sum(), 10),
+        (lambda r: ((z := torch.view_as_complex(r)) * z.conj()).real.sum(), 10),
+        (lambda r: ((z := torch.view_as_complex(r)).conj() @ z).real, 10),
+        (lambda r: ((z := torch.view_as_complex(r)) @ z.conj()).real, 10),
+        (lambda r: torch.vdot(z := torch.view_as_complex(r), z).real, 10),
+        (lambda r: torch.vdot(z := r.flatten(), z), 10),
+        (lambda r: torch.linalg.vecdot(r, r).sum(), 10),
+        (lambda r: (r**4).mean() + 0.1 * (r**6).sum(), 20),
+    ],
+)
+def test_even_powers_and_conjugates_are_squares(loss, numbers):
+    net, x = mlp(2, 2), torch.rand(5, 2)
+    u = net(x)
+    value = loss(u)
+    terms = find_terms(value, Reach([*net.parameters()]), "test").squares
+    assert sum(t.residual.numel() for t in terms) == numbers
+    squares = sum((c * t.residual.square()).sum() for c, t in zip(coefficients(value, terms, "test"), terms, strict=True))
+    torch.testing.assert_close(squares, value)
+    torch.testing.assert_close(*(torch.autograd.grad(v, u, retain_graph=True)[0] for v in (squares, value)))
+
+
+def test_a_norm_that_constants_widen_is_a_residual():
+    net, x = mlp(2, 2), torch.rand(5, 2)
+    compared(lambda: (net.parameters(), lambda: (net(x).norm() * torch.ones(3)).square().sum()), False)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda u: (u[:, 0] * u[:, 1]).mean(), "MulBackward0"),
+        (lambda u: torch.mul(*u.unbind(1)).mean(), "MulBackward0"),
+        (lambda u: u.abs().mean(), "AbsBackward0"),
+        (lambda u: (u**3).mean(), "PowBackward0"),
+        (lambda u: (u ** (u.sum() * 0 + 2)).mean(), "PowBackward1"),
+        (lambda u: (2 ** (u.sum() * 0 + 2)).mean(), "PowBackward"),
+        (lambda u: (u**2).mean().sqrt(), "SqrtBackward0"),
+        (lambda u: (u**2).mean() / (u**2).mean(), "DivBackward0"),
+        (lambda u: (u**2).mean() - 2 * (u[:, 0] ** 2).mean(), "negative coefficient"),
+        (lambda u: -(u**2).mean(), "negative coefficient"),
+        (lambda u: torch.vdot(u[:, 0], u[:, 1]), "VdotBackward0"),
+        (lambda u: torch.vdot((z := torch.view_as_complex(u)).conj(), z).real, "VdotBackward0"),
+        (lambda u: 1 + ((z := torch.view_as_complex(u)) * z).real.mean(), "a power of complex numbers"),
+        (lambda u: 1 + ((z := torch.view_as_complex(u)) @ z).real, "a power of complex numbers"),
+        (lambda u: 1 + (torch.view_as_complex(u) ** 2).real.mean(), "a power of complex numbers"),
+    ],
+)
+def test_what_is_no_sum_of_squares_is_refused(loss, message):
+    net = mlp(2, 2)
+    with pytest.raises(RuntimeError, match=message):
+        of_loss(list(net.parameters()), loss(net(torch.rand(5, 2))))
+
+
+def test_what_is_linear_in_a_parameter_is_refused():
+    net = mlp()
+    with pytest.raises(RuntimeError, match="AccumulateGrad is neither a square nor linear"):
+        of_loss(list(net.parameters()), (net(torch.rand(5, 2)) ** 2).mean() + net[0].bias.sum())
