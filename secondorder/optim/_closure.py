@@ -47,7 +47,9 @@ def replaced_backward(function: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def idle_backward(owner: str, after: Callable[[], None] = lambda: None) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+def idle_backward(
+    owner: str, after: Callable[[], None] = lambda: None, called: list[tuple[Tensor, Tensor | None]] | None = None
+) -> Iterator[None]:
     """Within it `loss.backward()` in this thread computes nothing: it would free the graph, and its gradients are not needed.
 
     A call with `create_graph=True` or with `inputs` raises RuntimeError, since a loss may be made of its gradients.
@@ -55,11 +57,8 @@ def idle_backward(owner: str, after: Callable[[], None] = lambda: None) -> Itera
     Args:
         owner: the optimizer's name, for messages.
         after: called after each such call.
-
-    Yields:
-        A list, to which each call adds the tensors that it is given, with their gradients.
+        called: each such call adds the tensors that it is given, with their gradients, and so keeps their graphs. None: nothing.
     """
-    called: list[tuple[Tensor, Tensor | None]] = []
     _LOCAL.roots = []
 
     def remember(
@@ -76,11 +75,12 @@ def idle_backward(owner: str, after: Callable[[], None] = lambda: None) -> Itera
         roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         gradients = [grad_tensors] if isinstance(grad_tensors, Tensor) else list(grad_tensors or [None] * len(roots))
         _LOCAL.roots += roots
-        called.extend(zip(roots, gradients, strict=True))
+        if called is not None:
+            called.extend(zip(roots, gradients, strict=True))
         after()
 
     with replaced_backward(remember):
-        yield called
+        yield
 
 
 def with_graph(owner: str, closure: Callable[[], Any], parameters: list[Tensor]) -> Callable[[], Any]:

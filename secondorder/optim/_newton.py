@@ -149,9 +149,10 @@ class NewtonOptimizer(LayerwiseOptimizer):
     def _quiet(self, after: Callable[[], None]) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
         """Within it backward() calls `after`, and zero_grad() nothing; yields what backward() is called on."""
         self._evaluating = True
+        roots: list[tuple[Tensor, Tensor | None]] = []
         try:
             with (
-                idle_backward(type(self).__name__, after) as roots,
+                idle_backward(type(self).__name__, after, roots),
                 nullcontext() if self._ddp is None else self._ddp.no_sync(),
             ):
                 yield roots

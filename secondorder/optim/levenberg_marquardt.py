@@ -17,7 +17,7 @@ from secondorder.optim._optimizer import SecondOrderOptimizer
 from secondorder.optim.eigen_adam import EigenAdam
 from secondorder.stepping.damped_least_squares import SOLVERS
 from secondorder.stepping.gauss_newton_step import HELD_PATIENCE, GaussNewtonStep, Progress, Settings
-from secondorder.stepping.least_squares_loss import LeastSquaresLoss
+from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals
 
 _NUMBERS: Numbers = {"lr": (lambda v: 0 < v < 2, "in (0, 2)")}
 
@@ -79,6 +79,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             "nystrom" (m x m, by conjugate gradients), or "auto", which chooses by m and P.
         memory: how many bytes J may take. A larger J is not formed: products with it are computed from its factors.
         seed: of the generator that draws the rows.
+        max_iter: how many steps a call of `step` takes at most on one batch, as L-BFGS's does. Each but the first spares a call
+            of the closure.
         nonfinite: what a step does when it meets NaN or inf: "error" raises `secondorder.NonFiniteError`; "skip" counts the step
             in `skipped_steps`. Neither changes anything else.
 
@@ -106,6 +108,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         solver: str = "auto",
         memory: int = 2**30,
         seed: int = 0,
+        max_iter: int = 1,
         nonfinite: str = "error",
     ):
         name = type(self).__name__
@@ -120,23 +123,25 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             ("solver", solver, solver in SOLVERS, f"one of {', '.join(map(repr, SOLVERS))}"),
             ("memory", memory, isinstance(memory, int) and memory >= 0, "to be an int >= 0"),
             ("seed", seed, isinstance(seed, int), "to be an int"),
+            ("max_iter", max_iter, type(max_iter) is int and max_iter >= 1, "to be an int >= 1"),
             ("nonfinite", nonfinite, nonfinite in ("error", "skip"), "'error' or 'skip'"),
         ]
         check_arguments(name, checks)
         self._settings = Settings(
             min(rows or math.inf, max_rows or math.inf), max_rows or math.inf, acceleration, holdout, solver, memory
         )
-        self._damping, self._race, self._seed, self._nonfinite = damping, race, seed, nonfinite
+        self._damping, self._race, self._seed, self._max_iter, self._nonfinite = damping, race, seed, max_iter, nonfinite
         self._reset()
         super().__init__(list(params.parameters()) if isinstance(params, nn.Module) else params, {"lr": lr, "skipped_steps": 0})
         warn_of_short_steps(name, lr)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
-        """Makes one step. It calls the closure three times or more; the first step calls it some 60 to 90 times.
+        """Makes one step, or up to `max_iter`, of which the last lowers nothing where there are fewer.
 
-        Within a step every call starts from the same state of torch's random generators, so that the closure draws the same
-        points at every call; the next step draws new ones.
+        A step calls the closure three times or more, the first one some 60 to 90 times. Within a call of `step` every call of the
+        closure starts from the same state of torch's random generators, so that it draws the same points each time; the next call
+        draws new ones.
 
         Args:
             closure: returns the loss with its graph: a scalar, or [(residual, weight), ...], which stands for the sum of
@@ -145,11 +150,12 @@ class LevenbergMarquardt(SecondOrderOptimizer):
                 nothing within a step; if it calls both it may return the loss detached, as Lightning's closures do.
 
         Returns:
-            The loss before the step, detached.
+            The loss before the first of these steps, detached.
 
         Raises:
             RuntimeError: the loss is no sum of squares, a coefficient is negative, the closure's residuals are not the same at
-                every call, or a CUDA graph is being captured. As with any error, no parameter and no state has changed.
+                every call, or a CUDA graph is being captured. As with any error, parameters and state are those before the step
+                that failed, so that those of the same call that came before it are kept.
             NonFiniteError: the loss or the Jacobian holds NaN or inf, with nonfinite="error".
         """
         name = type(self).__name__
@@ -165,36 +171,26 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         parameters = list(dict.fromkeys(p for group in self.param_groups for p in group["params"] if p.requires_grad))
         if not parameters:
             raise RuntimeError(f"{name}.step(): expected a parameter that requires a gradient, got none")
-        state = self.state.get(self._first(), {})
         generator = torch.Generator().manual_seed(self._seed)
-        if state:
+        if state := self.state.get(self._first()):
             generator.set_state(state["generator"])
         before = [p.detach().clone() for p in parameters]
         loss = LeastSquaresLoss(name, with_graph(name, closure, parameters), parameters)
+        run = GaussNewtonStep(
+            loss, self._settings, self._plans, generator, self._lr(parameters), self._slow, self._buffer, EigenAdam
+        )
         value: Tensor | None = None
+        called = False  # whether the closure was called last at the present parameters
         try:
             with idle_backward(name):
-                here = loss.here()
-                value = here.loss.detach().clone()
-                if not math.isfinite(here.value):
-                    raise NonFiniteError(f"{name}.step(): the loss is {here.value}; no parameter and no state has changed")
-                if not math.isfinite(here.objective):
-                    raise NonFiniteError(
-                        f"{name}.step(): a residual is NaN or inf where the loss leaves it out, so that its gradient is NaN. "
-                        "Leave it out before it is squared: ((u - y)[mask] ** 2).mean(), or torch.where(mask, u - y, 0); no "
-                        "parameter and no state has changed"
-                    )
-                run = GaussNewtonStep(
-                    loss, self._settings, self._plans, generator, self._lr(parameters), self._slow, self._buffer, EigenAdam
-                )
-                if state:
-                    progress = run.step(here, Progress(**{key: state[key] for key in Progress._fields}))[1]
-                elif self._race:
-                    progress = run.race(here, self._damping)[1]
-                else:
-                    rows = sum(r.numel() for r in here.values)
-                    start = Progress(self._damping / min(rows, self._settings.rows), self._settings.rows, first=here.objective)
-                    progress = run.step(here, start)[1]
+                for _ in range(self._max_iter):
+                    here = loss.here(called)
+                    value = here.loss.detach().clone() if value is None else value
+                    self._check_finite(here)
+                    there, called = self._advance(run, here, generator)
+                    before = [p.detach().clone() for p in parameters]
+                    if there is here and called:  # nothing lowers the loss
+                        break
         except BaseException as error:
             for p, old in zip(parameters, before, strict=True):
                 p.copy_(old)
@@ -227,9 +223,38 @@ class LevenbergMarquardt(SecondOrderOptimizer):
                 "More points, or new ones in every step, let it go on; so does holdout=False, for data without noise or where "
                 "the least loss itself is sought."
             )
+        return value
+
+    def _check_finite(self, here: Residuals) -> None:
+        """Raises NonFiniteError where the loss or a residual is NaN or inf."""
+        name = type(self).__name__
+        if not math.isfinite(here.value):
+            raise NonFiniteError(f"{name}.step(): the loss is {here.value}; no parameter and no state has changed")
+        if not math.isfinite(here.objective):
+            raise NonFiniteError(
+                f"{name}.step(): a residual is NaN or inf where the loss leaves it out, so that its gradient is NaN. "
+                "Leave it out before it is squared: ((u - y)[mask] ** 2).mean(), or torch.where(mask, u - y, 0); no "
+                "parameter and no state has changed"
+            )
+
+    def _advance(self, run: GaussNewtonStep, here: Residuals, generator: torch.Generator) -> tuple[Residuals, bool]:
+        """One step, or the race of starts before the first one; keeps its state.
+
+        Returns:
+            The loss where it leads, `here` itself if nothing lowers it; whether the closure was called last there.
+        """
+        state, raced = self.state.get(self._first(), {}), False
+        if state:
+            there, progress = run.step(here, Progress(**{key: state[key] for key in Progress._fields}))
+        elif raced := self._race:
+            there, progress = run.race(here, self._damping)
+        else:
+            rows = sum(r.numel() for r in here.values)
+            start = Progress(self._damping / min(rows, self._settings.rows), self._settings.rows, first=here.objective)
+            there, progress = run.step(here, start)
         steps = state.get("step", 0) + 1
         self.state[self._first()] = {**progress._asdict(), "generator": generator.get_state(), "step": steps}
-        return value
+        return there, not raced
 
     @property
     def skipped_steps(self) -> int:
@@ -291,7 +316,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state and what it was made with."""
-        own = ("_settings", "_damping", "_race", "_seed", "_nonfinite")
+        own = ("_settings", "_damping", "_race", "_seed", "_max_iter", "_nonfinite")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

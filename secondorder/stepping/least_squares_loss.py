@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secondorder._random import RandomState
-from secondorder._tape.residuals import Reach, Term, arriving, check_signs, coefficients, find_terms, negative
+from secondorder._tape.residuals import Reach, Term, Terms, arriving, check_signs, coefficients, find_terms, negative
 from secondorder._tensors import host_numbers
 
 Closure = Callable[[], Any]
@@ -39,17 +39,18 @@ class LeastSquaresLoss:
         self.owner, self.parameters = owner, parameters
         self._closure, self._random = closure, RandomState.now()
         self._after: RandomState | None = None
+        self._last: tuple[Tensor, Terms]  # of the last call
 
-    def here(self) -> Residuals:
+    def here(self, called: bool = False) -> Residuals:
         """The loss at the parameters' present values, with coefficients.
+
+        Args:
+            called: whether the closure was called last at these values, and is not called again.
 
         Raises:
             RuntimeError: it is no sum of squares with coefficients >= 0.
         """
-        result = self._call()
-        reach = Reach(self.parameters)
-        with torch.enable_grad():
-            terms = find_terms(result, reach, self.owner)
+        result, terms = self._last if called else self._called()
         weights = arriving(result, [*terms.squares, *terms.penalties])
         rounding = max(torch.finfo(t.dtype).eps for t in (result, self.parameters[0], *(term.residual for term in terms.squares)))
         values, weights = self._in_own_dtype(terms.squares), [c.to(self.parameters[0].dtype) for c in weights]
@@ -67,9 +68,7 @@ class LeastSquaresLoss:
 
     def there(self, start: Residuals) -> list[Tensor]:
         """The residuals at the parameters' present values, each of the shape that it had at the start."""
-        result = self._call()
-        with torch.enable_grad():
-            values = self._in_own_dtype(find_terms(result, Reach(self.parameters), self.owner).squares)
+        values = self._in_own_dtype(self._called()[1].squares)
         if [v.shape for v in values] != [v.shape for v in start.values]:
             raise RuntimeError(
                 f"{self.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, got shapes "
@@ -122,6 +121,13 @@ class LeastSquaresLoss:
         """Leaves the random generators as one call leaves them."""
         if self._after is not None:
             self._after.restore()
+
+    def _called(self) -> tuple[Tensor, Terms]:
+        """Calls the closure; what it returned and its terms."""
+        result = self._call()
+        with torch.enable_grad():
+            self._last = result, find_terms(result, Reach(self.parameters), self.owner)
+        return self._last
 
     def _call(self) -> Tensor:
         """The closure's scalar loss."""
