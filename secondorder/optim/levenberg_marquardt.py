@@ -180,17 +180,17 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             loss, self._settings, self._plans, generator, self._lr(parameters), self._slow, self._buffer, EigenAdam
         )
         value: Tensor | None = None
-        called = False  # whether the closure was called last at the present parameters
         try:
             with idle_backward(name):
-                for _ in range(self._max_iter):
-                    here = loss.here(called)
-                    value = here.loss.detach().clone() if value is None else value
+                here = loss.here()
+                value = here.loss.detach().clone()
+                for left in reversed(range(self._max_iter)):
                     self._check_finite(here)
                     there, called = self._advance(run, here, generator)
                     before = [p.detach().clone() for p in parameters]
-                    if there is here and called:  # nothing lowers the loss
+                    if left == 0 or (there is here and called):  # nothing lowers the loss
                         break
+                    here = loss.here(called)
         except BaseException as error:
             for p, old in zip(parameters, before, strict=True):
                 p.copy_(old)
