@@ -1,7 +1,7 @@
 """Parameters as matrices [n, p]: the bias that belongs to each, its values, and the inputs that it is multiplied with."""
 
+import contextlib
 import math
-import string
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -223,7 +223,7 @@ def _multiplies(module: nn.Module) -> bool:
 
 
 class InputHook:
-    """A forward hook that shows a module's input to an optimizer, which it does not keep alive.
+    """A forward hook, to be registered with_kwargs=True, that shows a module's input to an optimizer, which it does not keep alive.
 
     Copies of the module are another net's, and its files are read without this package: there it is a method of Python's own
     that does nothing.
@@ -242,17 +242,17 @@ class InputHook:
             "the optimizer's forward hooks cannot be scripted: call optimizer.remove_hooks() before torch.jit.script(model)"
         )
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
             return
         optimizer = self.optimizer()
         # Before most steps nothing is to be seen, and small layers cost no more than these questions.
         capturable = optimizer is not None and optimizer._capturable
-        if optimizer is None or (optimizer._seeing is False and not capturable) or not args or torch.jit.is_tracing():
+        if optimizer is None or (optimizer._seeing is False and not capturable) or torch.jit.is_tracing():
             return
         captured = captured_now()
         if capturable or not captured:
-            optimizer._see(module, args[0], output, captured)
+            optimizer._see(module, args[0] if args else kwargs.get("input"), output, captured)
 
     def lay(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook of a model with lazy layers: lays the hooks once its parameters are known."""
@@ -261,7 +261,7 @@ class InputHook:
             optimizer._hook()
 
     def __reduce__(self) -> tuple[Any, ...]:  # also what copy.deepcopy goes by
-        return getattr, (string.Formatter(), "check_unused_args")
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 def is_plain(inputs: Any) -> bool:

@@ -226,7 +226,8 @@ class EigenAdam(SecondOrderOptimizer):
             if self._model is not None and not self._table():  # lazy layers: again at the model's next call
                 self._handles.append(self._model.register_forward_pre_hook(hook.lay))
             for matrix in self._table():
-                self._handles += [module.register_forward_hook(hook) for module in (*matrix.modules, *matrix.lookups)]
+                modules = (*matrix.modules, *matrix.lookups)
+                self._handles += [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
         self._lay_tape()
 
     def _lay_tape(self) -> None:

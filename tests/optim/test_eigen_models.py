@@ -1,5 +1,6 @@
 """EigenAdam on models as people write them: what it finds in them, and what it keeps."""
 
+import copy
 import gc
 import warnings
 import weakref
@@ -144,6 +145,35 @@ def test_the_inputs_of_many_are_spread(batch, length):
         assert len(rows) == batch * length
     counts = torch.bincount(rows % length, minlength=length)
     assert counts.max() - counts.min() <= 1
+
+
+class ByName(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(input=x)
+        return x
+
+
+def test_inputs_given_by_name_are_those_by_position():
+    runs = []
+    for chain in (lambda layers: nn.Sequential(*layers), ByName):
+        torch.manual_seed(0)
+        model = chain([nn.Embedding(30, 6), nn.Flatten(), nn.Linear(36, 12), nn.Unflatten(1, (3, 4)), nn.Conv1d(3, 5, 2),
+                       nn.Flatten(), nn.Linear(15, 3)])  # fmt: skip
+        optimizer = so.EigenAdam(model)
+        for seed in range(7):
+            x, y = tokens(seed)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        assert optimizer.metrics()["seen"] == 1
+        copy.deepcopy(model)(x)  # whose hooks do nothing
+        runs.append(values(model))
+    assert torch.equal(*runs)
 
 
 def test_patches_of_fake_tensors_leave_nothing_behind():
