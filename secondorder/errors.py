@@ -8,19 +8,31 @@ class NonFiniteError(RuntimeError):
     """Raised where NaN or inf would have reached a parameter. No parameter and no state of the optimizer has changed."""
 
 
+# What torch says, in part, where it cannot differentiate twice: an operator's own words, those of `once_differentiable`, and
+# those of a compiled graph.
+_NO_SECOND_DERIVATIVE = ("is not implemented", "differentiate twice a function", "support double backward")
+
+
 @contextmanager
-def second_derivatives() -> Iterator[None]:
-    """Around a backward pass through a criterion's backward pass.
+def second_derivatives(
+    of: str = "criterion",
+    instead: str = "EACG with curvature='fisher-empirical', or EigenAdam, which need no second derivative",
+) -> Iterator[None]:
+    """Around code that differentiates twice.
+
+    Args:
+        of: what it differentiates.
+        instead: which optimizer does without.
 
     Raises:
-        RuntimeError: torch has no second derivative of the criterion.
+        RuntimeError: torch has no second derivative of it.
     """
     try:
         yield
     except RuntimeError as error:
-        if "is not implemented" not in str(error):
+        words = str(error)
+        if words.startswith("expected a ") or not any(known in words for known in _NO_SECOND_DERIVATIVE):
             raise
         raise RuntimeError(
-            f"expected a criterion that can be differentiated twice, but {error}; take EACG with "
-            "curvature='fisher-empirical', or EigenAdam, which need no second derivative"
+            f"expected a {of} that can be differentiated twice, but {words.rstrip('.')}; take {instead}"
         ) from error

@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from secondorder import ops
 from secondorder._tensors import flatten_batch, irregular
+from secondorder.criteria import check_second_derivatives
 
 # Activations with sigma'' = 0 wherever it exists: their diagonal term vanishes, so its gradient need not be kept.
 _PIECEWISE_LINEAR = {"identity", "relu", "leaky_relu"}
@@ -125,6 +126,7 @@ def probe(output: Tensor, source: Node, second: bool) -> AutogradMap | None:
             return None
         d2 = None
         if second and d1.requires_grad:
+            check_second_derivatives([d1])
             (d2,) = torch.autograd.grad(d1, edge, torch.ones_like(d1), retain_graph=True, allow_unused=True)
     return AutogradMap(d1.detach(), d2 if d2 is None else d2.detach())
 

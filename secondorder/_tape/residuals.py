@@ -177,9 +177,10 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
 # What to write in place of nodes that are met often, by the beginnings of their names.
 _INSTEAD = {
     ("Abs", "L1Loss"): "In place of absolute values take nn.HuberLoss with a small delta",
+    ("LogSoftmax",): "Cross-entropy is of class indices, without label smoothing; for soft labels take EigenAdam",
     ("Sqrt", "Log", "LinalgVectorNorm", "Norm", "Dist", "Pow"): (
         "Leave out the root, norm or logarithm around a sum of squares: the squares, as norm(u - y) ** 2, have the same minimum; "
-        "in place of log(cosh(r)) take smooth L1"
+        "in place of log(cosh(r)), (1 + r ** 2).sqrt() and the like take Huber's loss or smooth L1"
     ),
     ("Addmm", "Mm", "Bmm"): (
         "A term is linear in u. In an energy take the equation's residual, or L-BFGS; beside a multiplier m complete the square, "

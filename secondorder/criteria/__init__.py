@@ -1,6 +1,6 @@
 """The papers' criteria, and the Hessians of any criterion with respect to the network's output."""
 
-from secondorder.criteria.autograd import autograd_hessian, autograd_root, tangent_map
+from secondorder.criteria.autograd import autograd_hessian, autograd_root, check_second_derivatives, tangent_map
 from secondorder.criteria.hessians import KnownForm, OutputHessian, analytic_hessian, known_form
 from secondorder.criteria.known import LateMasses, by_position, divides_by_masses, element_masses, is_convex, link_of, row_masses
 from secondorder.criteria.losses import BoundedClassificationLoss, CompositeLoss, FunctionCriterion, TukeyBiweightLoss
@@ -9,6 +9,6 @@ from secondorder.criteria.roots import LikelihoodRoot, OutputRoot, SampledRoot, 
 __all__ = [
     "BoundedClassificationLoss", "CompositeLoss", "FunctionCriterion", "KnownForm", "LateMasses", "LikelihoodRoot",
     "OutputHessian", "OutputRoot", "SampledRoot", "TukeyBiweightLoss", "analytic_hessian", "autograd_hessian", "autograd_root",
-    "by_position", "divides_by_masses", "element_masses", "is_convex", "known_form", "likelihood_root", "link_of", "row_masses",
-    "tangent_map",
+    "by_position", "check_second_derivatives", "divides_by_masses", "element_masses", "is_convex", "known_form",
+    "likelihood_root", "link_of", "row_masses", "tangent_map",
 ]  # fmt: skip

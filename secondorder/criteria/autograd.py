@@ -1,6 +1,6 @@
 """The Hessian of any criterion with respect to a tensor of the graph, by double backward."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,25 @@ def autograd_root(loss: Tensor, source: Node, inner: GradientEdge | None = None,
     return DenseRoot((vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)).to(diagonal.dtype))
 
 
+def check_second_derivatives(gradients: Iterable[Tensor | None]) -> None:
+    """Raises where gradients that were taken with `create_graph=True` come from a function that is marked `once_differentiable`.
+
+    Torch takes such a function's gradients for constants unless their own inputs are looked for beyond it, and gives zeros.
+
+    Raises:
+        RuntimeError: there is one.
+    """
+    stack = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("the derivative of a function that is marked once_differentiable is not implemented")
+        new = {each for each, _ in node.next_functions if each is not None} - seen
+        seen |= new
+        stack += new
+
+
 def tangent_map(outer: Sequence[GradientEdge], inner: Sequence[GradientEdge]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """t -> J t, J the derivative of the tensors at `outer` by those at `inner`, by double backward.
 
@@ -70,6 +89,7 @@ def tangent_map(outer: Sequence[GradientEdge], inner: Sequence[GradientEdge]) ->
     with torch.enable_grad():
         u = [torch.zeros(m.shape, dtype=m.dtype, device=m.device, requires_grad=True) for m in made]
         transposed = torch.autograd.grad(outer, inner, u, create_graph=True, allow_unused=True)
+    check_second_derivatives(transposed)
 
     def tangent(t: Sequence[Tensor]) -> list[Tensor]:
         pairs = [(w, each.to(w.dtype)) for w, each in zip(transposed, t, strict=True) if w is not None and w.requires_grad]

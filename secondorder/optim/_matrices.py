@@ -223,7 +223,7 @@ def _multiplies(module: nn.Module) -> bool:
 
 
 class InputHook:
-    """A forward hook, to be registered with_kwargs=True, that shows a module's input to an optimizer, which it does not keep alive.
+    """A forward hook (with_kwargs=True) that shows a module's input to an optimizer, which it does not keep alive.
 
     Copies of the module are another net's, and its files are read without this package: there it is a method of Python's own
     that does nothing.

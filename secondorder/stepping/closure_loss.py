@@ -105,17 +105,6 @@ class ClosureLoss(LossOverRanks):
 
         return sums
 
-    @contextmanager
-    def _differentiating(self) -> Iterator[None]:
-        """Around code that differentiates the loss twice: gives its errors the package's words."""
-        try:
-            with self.tape.muted():
-                yield
-        except (NotImplementedError, RuntimeError) as error:
-            raise RuntimeError(
-                f"{self.owner}.step(): expected a loss that autograd can differentiate twice, got {type(error).__name__}: {error}"
-            ) from error
-
     def _differentiate(self, graph: _Graph) -> None:
         """Differentiates the loss once, for all products."""
         if self._gradients:

@@ -2,8 +2,6 @@
 
 import functools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -91,18 +89,6 @@ class LocalLoss(LossOverRanks):
             return torch.stack(first).sum(0), torch.stack(second).sum(0)
 
         return sums
-
-    @contextmanager
-    def _differentiating(self) -> Iterator[None]:
-        """Around code that differentiates a loss twice: gives its errors the package's words."""
-        try:
-            with self.tape.muted():
-                yield
-        except NotImplementedError as error:
-            raise RuntimeError(
-                f"expected a loss that autograd can differentiate twice, got {type(error).__name__}: {error}; take EACG, which "
-                "has a learning rate instead. No parameter and no state has changed."
-            ) from error
 
     def _piece_of_rows(self, loss: LossCall, fraction: float, offset: int) -> RecordedLoss | None:
         """Returns the loss of some rows, or None if there are too few or it cannot be evaluated on them."""

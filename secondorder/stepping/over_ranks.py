@@ -1,13 +1,16 @@
 """A loss as a function of the parameters over several processes: the mean of their losses."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from secondorder._distributed import RankReducer
+from secondorder._tape import Tape
 from secondorder._tensors import Later, Transfer
+from secondorder.errors import second_derivatives
 
 
 class LossOverRanks(ABC):
@@ -17,6 +20,8 @@ class LossOverRanks(ABC):
         ranks: whose losses' mean it is; None: this process's alone.
         instances: of this process's batches, once they are asked for.
     """
+
+    tape: Tape  # muted during evaluations
 
     def __init__(self, ranks: RankReducer | None, instances: Later[float]):
         self.ranks, self._instances = ranks, instances
@@ -42,3 +47,9 @@ class LossOverRanks(ABC):
         if self.ranks is None:
             return compute()
         return float(self.ranks.mean(lambda: torch.tensor(compute(), dtype=torch.float64)))
+
+    @contextmanager
+    def _differentiating(self) -> Iterator[None]:
+        """Around code that differentiates the loss twice."""
+        with self.tape.muted(), second_derivatives("loss", "EACG or EigenAdam. No parameter and no state has changed"):
+            yield

@@ -427,7 +427,12 @@ def test_messages_say_what_to_do():
         (lambda: mse_loss(net(x), y).log(), RuntimeError, "Leave out the root, norm or logarithm"),
         (lambda: (net(x) - y).abs().mean(), RuntimeError, "take nn.HuberLoss"),
         (lambda: (net(x).square() - net(x)).mean(), RuntimeError, "In an energy .* complete the square"),
-        (lambda: (net(x) - y).cosh().log().mean(), RuntimeError, r"in place of log\(cosh\(r\)\) take smooth L1"),
+        (lambda: (net(x) - y).cosh().log().mean(), RuntimeError, r"in place of log\(cosh\(r\)\), .* take Huber's loss"),
+        (
+            lambda: nn.functional.cross_entropy(net(x).expand(-1, 2), y.expand(-1, 2).softmax(1)),
+            RuntimeError,
+            "is of class indices",
+        ),
         (lambda: (k * (net(x) - y) ** 2).mean(), RuntimeError, "Give trained weights of the terms to another optimizer"),
         (lambda: (-k).exp() * mse_loss(net(x), y) + k, RuntimeError, "another optimizer|detach weights"),
         (mse_loss(net(x), y), TypeError, "expected a closure, a function"),

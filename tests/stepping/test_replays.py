@@ -205,12 +205,66 @@ def test_arguments_by_name_are_those_by_position(kind, make, with_closure):
     assert torch.equal(found[1], found[2])
 
 
-def test_a_function_without_a_second_derivative_is_named_in_the_error():
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class Once(nn.Module):
+    def forward(self, x):
+        return Doubled.apply(x)
+
+
+@pytest.mark.parametrize("function", [nn.EmbeddingBag(7, 5), nn.Hardsigmoid(), Once()], ids=repr)
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_function_without_a_second_derivative_is_named_in_the_error(with_closure, function):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.EmbeddingBag(7, 5), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    table = isinstance(function, nn.EmbeddingBag)
+    first = [function] if table else [nn.Linear(5, 5), function]
+    model = nn.Sequential(*first, nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x = torch.arange(48).reshape(24, 2) % 7 if table else X
     optimizer = so.LayerwiseNewton(model, CE)
     before = parameters(model)
-    CE(model(torch.arange(48).reshape(24, 2) % 7), Y).backward()
-    with pytest.raises(RuntimeError, match="expected a loss that autograd can differentiate twice.*take EACG"):
-        optimizer.step()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = CE(model(x), Y) + (1e-3 * penalty(model, 2) if with_closure else 0)
+        loss.backward()
+        return loss
+
+    if not with_closure:
+        closure()
+    words = "expected a loss that can be differentiated twice, but .*; take EACG or EigenAdam. No parameter and no state"
+    with pytest.raises(RuntimeError, match=words):
+        optimizer.step(closure if with_closure else None)
     assert torch.equal(parameters(model), before)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_second_derivative_that_is_not_finite_is_skipped(with_closure):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    target = model(X).detach()
+    target[1:] += 1
+    optimizer = so.LayerwiseNewton(
+        model, lambda output, target: (output - target).norm(dim=1).mean(), curvature="fisher-empirical", nonfinite="skip"
+    )
+    before = parameters(model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = optimizer.criterion(model(X), target) + (1e-3 * penalty(model, 2) if with_closure else 0)
+        loss.backward()
+        return loss
+
+    if not with_closure:
+        closure()
+    optimizer.step(closure if with_closure else None)
+    assert torch.equal(parameters(model), before)
+    assert optimizer.skipped_steps == 1
