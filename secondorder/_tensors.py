@@ -32,6 +32,14 @@ def captured_now() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def refuse_capture(what: str) -> None:
+    """Raises where a CUDA graph is being captured, before `what` reads numbers of the device, which no graph can."""
+    if captured_now():
+        raise RuntimeError(
+            f"expected no {what} where a CUDA graph is being captured, since numbers of the device decide about it"
+        )
+
+
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns `t.to(dtype)`, without a call of torch if that is `t` itself: with small layers such calls dominate a step."""
     return t if t.dtype == dtype else t.to(dtype)

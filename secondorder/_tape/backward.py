@@ -20,7 +20,7 @@ from secondorder._layers import parameters_of
 from secondorder._tape.graph import metadata
 from secondorder._tape.records import LayerCall, Link, LossCall
 from secondorder._tape.roots import backward_roots, term_outside
-from secondorder._tensors import to_compute_dtype
+from secondorder._tensors import refuse_capture, to_compute_dtype
 
 
 @dataclass(eq=False, slots=True)
@@ -114,6 +114,8 @@ class BackwardLog:
         run = self._run
         if run is None or run.id != torch._C._current_graph_task_id():
             gradients = list(self._gradients())
+            if self.losses:
+                refuse_capture("second backward pass before a step")
             discarded = bool(self.losses or self.outside) and all(g is None or not g.any() for g, _ in gradients)
             run = self._run = _Run(torch._C._current_graph_task_id(), gradients, discarded, self._outside(node))
             torch.autograd.Variable._execution_engine.queue_callback(self._finish_run)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from secondorder._tape.elementwise import ElementwiseMap
 from secondorder._tape.forward_state import ForwardState
 from secondorder._tape.ways import Way
-from secondorder._tensors import flatten_batch, subsample
+from secondorder._tensors import flatten_batch, refuse_capture, subsample
 from secondorder.criteria import OutputHessian
 
 _RELEASED = torch.empty(0)
@@ -155,6 +155,7 @@ class Counting:
         """Makes it from the weights [m] of all rows; waits for the device once, and once more if some are 0."""
         if masses is None:
             return cls()
+        refuse_capture("rows with weights, or ignored ones,")
         ones = masses == 1
         sums = torch.stack([masses, masses == 0, ones, masses < 0]).sum(1, dtype=torch.float64)
         total, zero, one, negative = sums.tolist()
@@ -212,6 +213,8 @@ class LossCall:
     normalized: bool = True  # whether a mean is divided by the sum of these, rather than by their number
     ordered: bool = True  # whether the rows of its sources come to the criterion in their order
     scale: Tensor | None = None  # d(what backward() was called on) / d(loss), summed over backward passes
+    captured: bool = False  # whether a CUDA graph captured the call
+    assumed: Tensor | None = None  # where it did: whether no target is ignored, by which nothing else has been decided; None: so
     released: bool = False
     _counting: Counting | None = None
 
@@ -243,7 +246,7 @@ class LossCall:
         """Forgets the backward passes; with `release` the forward pass, too."""
         self.scale, self.released = None, release
         if release:
-            self.masses, self._counting = _alike, None
+            self.masses, self._counting, self.assumed = _alike, None, None
         if release and self.arguments is not None:
             if self.arguments.model is not None:
                 self.arguments.model.release()

@@ -41,7 +41,7 @@ from secondorder._tape.layers import LayerRecord, connect, recursion_order
 from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossCall, ModelCall, version
 from secondorder._tape.roots import term_of_its_own
 from secondorder._tape.ways import find_way, keeps_rows
-from secondorder._tensors import compute_dtype
+from secondorder._tensors import captured_now, compute_dtype, refuse_capture
 from secondorder.criteria import LateMasses, OutputHessian, analytic_hessian, autograd_hessian, by_position, divides_by_masses
 
 # (criterion, loss, autograd node of the one linear layer's output that it depends on, its arguments) -> the recursion's start
@@ -272,6 +272,9 @@ class Tape:
                 raise compiled_error(f"what follows layer {self.names[source.layer]!r} runs")
             signature = (source.layer, layer, tuple(passed))
             if signature not in self._not_elementwise:
+                refuse_capture(
+                    f"derivatives by autograd of what follows layer {self.names[source.layer]!r} ({', '.join(passed[:6])})"
+                )
                 try:
                     with self.muted():
                         between = elementwise.probe(input, node, second=self.diagonal)
@@ -334,9 +337,10 @@ class Tape:
         args, kwargs = by_position(criterion, args, kwargs)
         reduction = getattr(criterion, "reduction", kwargs.get("reduction", "mean"))
         call = LossCall([self._use(node, criterion) for node in nodes], None, loss.detach(), mean=reduction != "sum")
-        call.instances = _instances(call.sources, args)
+        call.instances, call.captured = _instances(call.sources, args), captured_now()
         if len(args) > 1:
             masses = LateMasses(criterion, (None, *_detached(args[1:])), _detached(kwargs))
+            call.assumed = masses.assumed
             if masses.possible:
                 call.masses, call.normalized = masses, divides_by_masses(criterion, args)
                 call.ordered = keeps_rows(args[0])
@@ -375,6 +379,7 @@ class Tape:
             ):
                 call.hessian = analytic_hessian(self.criterion, output.detach(), *args[1:], **kwargs)
             if call.hessian is None:
+                refuse_capture(f"Hessian of {self.criterion} by autograd")
                 with self.muted():
                     hessian = self.output_hessian(self.criterion, loss, nodes[0], args, kwargs)
                 call.flat = not bool(hessian.values.any())

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secondorder import ops
+from secondorder._tensors import refuse_capture
 from secondorder.criteria.known import evaluated, is_convex, normalizer
 from secondorder.criteria.losses import BoundedClassificationLoss, CompositeLoss, TukeyBiweightLoss
 from secondorder.criteria.roots import OutputRoot, bce_with_logits_root, cross_entropy_root, likelihood_root
@@ -65,6 +66,7 @@ class OutputHessian:
             return torch.diag(self.values if self.convex else pos_eig(self.values, gamma))
         if self.convex:
             return self.values.clone()
+        refuse_capture("eigenvalues of a criterion's Hessian")
         # In float64: eigh of an ill-conditioned float32 matrix can fail to converge.
         eigenvalues, vectors = torch.linalg.eigh(symmetrized(self.values).double())
         return ((vectors * pos_eig(eigenvalues, gamma)) @ vectors.T).to(self.values.dtype)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secondorder._tensors import Arriving, to_compute_dtype
+from secondorder._tensors import Arriving, captured_now, to_compute_dtype
 from secondorder.criteria.losses import CompositeLoss, FunctionCriterion
 
 _FUNCTIONS: dict[Callable[..., Tensor], type[nn.Module]] = {
@@ -137,6 +137,8 @@ def element_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | 
 class LateMasses:
     """`element_masses` of a criterion's call, computed when they are asked for, without a wait where nothing is ignored.
 
+    Where a CUDA graph is being captured nothing is taken to be ignored; `assumed` then tells on the device whether that is so.
+
     Args:
         criterion: as for `row_masses`.
         args: of the call.
@@ -148,7 +150,14 @@ class LateMasses:
         found = _target_weights(criterion, args, kwargs)
         self._found = found is not None or _own_weights(criterion, args, kwargs) is not None
         self._masses: Tensor | None = None
-        self._all_count = None if found is None or found[1] is not None else Arriving((found[0] != found[2]).all())
+        self._all_count: Arriving | None = None
+        self.assumed: Tensor | None = None
+        if found is not None and found[1] is None:
+            all_count = (found[0] != found[2]).all()
+            if captured_now():
+                self._found, self.assumed = False, all_count
+            else:
+                self._all_count = Arriving(all_count)
 
     @property
     def possible(self) -> bool:

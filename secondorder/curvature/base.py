@@ -27,6 +27,7 @@ class Curvature:
         recursive: whether the tape needs the criterion's Hessian and the derivatives of what lies between layers. Double backward
             computes them if no formula does.
         restarts: whether the recursion starts anew, from the empirical Fisher block, at a layer through which it cannot go.
+        capturable: whether a CUDA graph may capture it, since it reads no number of the device.
     """
 
     diagonal = False
@@ -35,6 +36,7 @@ class Curvature:
     output_hessian: OutputHessianOf | None = None
     recursive = True
     restarts = False
+    capturable = False
 
     def bias_hessians(
         self, records: list[LayerRecord], averaged: dict[nn.Linear, dict[str, Tensor]] | None = None

@@ -19,6 +19,7 @@ class FisherEmpirical(Curvature):
 
     grad_outputs = True
     recursive = False
+    capturable = True
 
     def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
         return empirical_fisher(record)

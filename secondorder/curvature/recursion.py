@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 from secondorder import ops
 from secondorder._distributed import RankTerm
 from secondorder._tape import AutogradMap, KnownActivation, LayerRecord, derivatives
-from secondorder._tensors import cast, host_numbers
+from secondorder._tensors import cast, host_numbers, refuse_capture
 from secondorder.criteria import OutputHessian, autograd_hessian, is_convex
 from secondorder.curvature.base import Curvature, convex_argument, register
 from secondorder.curvature.columns import convex_at
@@ -128,6 +128,7 @@ class Recursion(Curvature):
             found.append(OutputHessian(loss.hessian.values, loss.hessian.convex, loss.scale.reshape(())))
         if len(found) == 1:
             return found[0]
+        refuse_capture("several losses of one output")
         scales = host_numbers([loss.scale for loss in record.losses if loss.scale is not None])
         total = functools.reduce(_dense_sum, [each.values * scale for each, scale in zip(found, scales, strict=True)])
         return OutputHessian(total, all(each.convex for each in found) and min(scales) >= 0)
@@ -158,6 +159,7 @@ class PCH(Recursion):
     gamma: float
     gamma_output: float | None = None
     diagonal = True
+    capturable = True
 
     def __post_init__(self) -> None:
         for name, value in (("gamma", self.gamma), ("gamma_output", self.gamma_output)):

@@ -124,7 +124,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             RuntimeError: gradients or records are missing, or a CUDA graph is being captured. As with any error, no parameter and
                 no state has changed.
         """
-        self._refuse_capture()
+        captured = self._captured()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -140,22 +140,28 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 factors, idle = {}, [record for record in records if ranks is None and not record.instances]
                 # A layer may be new: frozen before, or an expert that had no instance.
                 if self._renewing() or any(self._lacks_factors(record.weight, curved) for record in records):
-                    factors = self._factors.renewed(records, curved, self.state, ranks)
+                    # Where a CUDA graph captures the step the device averages them, by its own counts.
+                    factors = self._factors.renewed(records, curved, {} if captured else self.state, ranks)
                     idle = [record for record in records if record.layer not in factors and record.weight in curved]
                 self._idle = {p for record in idle for p in record.layer.parameters(recurse=False)}
                 if not records:  # it waits for the next renewal, then
                     new = [layer for layer in self._layers if self._lacks_factors(layer._parameters.get("weight"), curved)]
                     self._idle |= {p for layer in new for p in layer.parameters(recurse=False)}
                 self._advance(self._covered(factors, groups), factors, groups)
-                if self._average:
+                if self._average and not captured:
                     update_averages([p for group in self.param_groups for p in group["params"]], self.state, self._steps())
         losses = self._tape.losses
-        if taken and losses:
+        if taken and losses and not captured:
             mean = torch.stack([each.loss.double() for each in losses]).mean()
             self._growth.see(-mean if self._maximize() else mean)
         self._tape.clear(release=True)
         self._schedule()
         return loss
+
+    def _captured(self) -> bool:
+        """Whether a CUDA graph captures this step, which must then be possible."""
+        self._refuse_capture()
+        return False
 
     def _lacks_factors(self, weight: Tensor | None, curved: Groups) -> bool:
         """Whether a layer is to be trained by a curvature, which it has never had."""

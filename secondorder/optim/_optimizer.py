@@ -111,6 +111,24 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 "count, learning rate and decisions; capture forward and backward passes alone, and call step() after each replay"
             )
 
+    def _check_captured_rates(self) -> None:
+        """Raises where replays of a CUDA graph that captures a step would not follow a learning rate that changes."""
+        for group in self.param_groups:
+            lr = group["lr"]
+            if self._on_device(lr) or not ("initial_lr" in group or isinstance(lr, Tensor)):
+                continue
+            got = f"one on {lr.device}" if isinstance(lr, Tensor) else f"{lr!r}"
+            raise RuntimeError(
+                f"{type(self).__name__}.step(): expected an lr that is a tensor on the parameters' device where a scheduler or "
+                "the loop changes it and a CUDA graph captures the step, whose replays repeat what is read elsewhere, got "
+                f"{got}; make the optimizer with lr=torch.tensor(..., device=...), or give the group such a tensor"
+            )
+
+    def _on_device(self, lr: Any) -> bool:
+        """Whether a captured step reads this learning rate on the device."""
+        device = next(p.device for group in self.param_groups for p in group["params"])
+        return isinstance(lr, Tensor) and lr.device == device
+
     def _maximize(self) -> bool:
         """Whether the loss is maximised: one answer for all groups, for one loss."""
         maximize = {bool(group["maximize"]) for group in self.param_groups}

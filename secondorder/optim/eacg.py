@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 from secondorder import ops
 from secondorder._layers import parameters_of
-from secondorder._tensors import Transfer
+from secondorder._tensors import Transfer, captured_now
 from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
 from secondorder.optim import _momentum
-from secondorder.optim._layerwise import Groups, LayerwiseOptimizer
+from secondorder.optim._eacg_captured import CapturableOptimizer, Net
+from secondorder.optim._layerwise import Groups
 from secondorder.optim._numbers import NUMBERS, Numbers
 from secondorder.solvers import EACGSolver, Factors, Solver, SolverOptions
 
 
-class EACG(LayerwiseOptimizer):
+class EACG(CapturableOptimizer):
     """Trains the linear layers of a model by damped Newton steps under the positive-curvature Hessian (PCH).
 
         optimizer = secondorder.EACG(model, criterion, lr=0.02)
@@ -78,6 +79,12 @@ class EACG(LayerwiseOptimizer):
             as in SGD and Adam.
         nonfinite: what a step does when it meets NaN or inf: "error" raises `secondorder.NonFiniteError`; "skip" changes nothing
             and counts the step in `skipped_steps`.
+        capturable: whether a CUDA graph may capture steps with the passes before them, once one was made without. A replay makes
+            the step that would be made then, but for the groups' numbers, which stay what they were; a learning rate that is a
+            tensor on the parameters' device is read by each replay, and is in [0, 1]. For one process, kernels for CUDA, solver
+            "ea-cg" or "ea-cg-truncated", curvature_every=1, the curvatures "pch-..." and "fisher-empirical", known activations,
+            a criterion whose Hessian has a formula, targets none of which it ignores, and parameters of 32 bits or more. After a
+            capture `step` and `state_dict` wait for the device, and replays alone raise no error: `skipped_steps` tells.
 
     Every step reads lr, alpha, momentum, weight_decay, factor_decay, max_step, maximize and decoupled_weight_decay from
     `param_groups`. A layer uses the alpha, factor_decay and max_step of its weight's group. maximize must be the same in all
@@ -121,6 +128,7 @@ class EACG(LayerwiseOptimizer):
         maximize: bool = False,
         decoupled_weight_decay: bool = True,
         nonfinite: str = "error",
+        capturable: bool = False,
     ):
         if lr is None:
             raise ValueError(
@@ -138,6 +146,8 @@ class EACG(LayerwiseOptimizer):
             max_factor_dim=max_factor_dim, average=average, keep_inputs=False,
             fallback=fallback, maximize=maximize, decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip
+        if capturable:
+            self._allow_captures(curvature, solver)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every torch optimizer's.
@@ -175,8 +185,17 @@ class EACG(LayerwiseOptimizer):
         }
 
     def _advance(self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups) -> None:
+        captured = self._capturable and captured_now()
+        if self._capturable:
+            self._check_passes(captured)
         if type(self._solver) is EACGSolver and self._fusible(covered, groups):  # a subclass may solve otherwise
-            self._fused_update(covered, factors, groups, self._solver)
+            (self._captured_update if captured else self._fused_update)(covered, factors, groups, self._solver)
+        elif captured:
+            raise RuntimeError(
+                f"{type(self).__name__}.step(): expected weights of 32 bits or more, and biases that each belong to one layer "
+                "and have its weight's learning rate, momentum and weight decay, where a CUDA graph captures the step; call "
+                "step() without a capture"
+            )
         else:
             self._update(covered, factors, groups)
 
@@ -205,6 +224,20 @@ class EACG(LayerwiseOptimizer):
     ) -> None:
         """Solves and updates all layers in one call, then commits every state."""
         gradients = self._gradients()
+        net = self._net(covered, gradients, groups)
+        others = self._fallback.updates(self.param_groups, gradients, [*net.weights, *net.biases], self.state)
+        if covered:
+            iterations = self._updated(covered, gradients, net, solver, [float(group["lr"]) for group in net.groups])
+            bad = [layer for layer, count in zip(covered, iterations.tolist(), strict=True) if count < 0]
+            if bad:
+                raise NonFiniteError(self._not_finite(dict.fromkeys(bad, "the solution overflows"), covered))
+
+        self._fallback.apply(others, self.state)
+        self._commit(covered, factors, {})
+        for parameter, buffer in net.started.items():
+            self.state[parameter]["momentum"] = buffer
+
+    def _net(self, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], groups: Groups) -> Net:
         weights: list[Tensor] = []
         biases: list[Tensor] = []
         grad_biases: list[Tensor] = []
@@ -215,38 +248,32 @@ class EACG(LayerwiseOptimizer):
             grad_biases.append(biases[-1] if grad_bias is None else grad_bias)
         own = [groups[weight] for weight in weights]
         momenta: tuple[list[Tensor], list[Tensor]] = ([], [])
-        started: dict[Tensor, Tensor] = {}  # momenta that are new
+        started: dict[Tensor, Tensor] = {}
         if any(group["momentum"] != 0 for group in own):
             momenta = (self._momenta(weights, started), self._momenta(biases, started))
+        return Net(weights, biases, grad_biases, own, momenta, started)
 
-        others = self._fallback.updates(self.param_groups, gradients, [*weights, *biases], self.state)
-        max_norms = [_max_norm(weight, group) for weight, group in zip(weights, own, strict=True)]
-        if covered:
-            iterations = ops.eacg_update_(
-                [each["bias_hessian"] for each in covered.values()],
-                [each["mean_input"] for each in covered.values()],
-                [gradients[weight] for weight in weights],
-                grad_biases,
-                weights,
-                biases,
-                *momenta,
-                [float(group["lr"]) for group in own],
-                [float(group["alpha"]) for group in own],
-                [float(group["momentum"]) for group in own],
-                [float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0 for group in own],
-                solver.max_cg,
-                solver.eps_cg,
-                solver.truncated,
-                max_norms,
-            )
-            bad = [layer for layer, count in zip(covered, iterations.tolist(), strict=True) if count < 0]
-            if bad:
-                raise NonFiniteError(self._not_finite(dict.fromkeys(bad, "the solution overflows"), covered))
-
-        self._fallback.apply(others, self.state)
-        self._commit(covered, factors, {})
-        for parameter, buffer in started.items():
-            self.state[parameter]["momentum"] = buffer
+    def _updated(
+        self, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], net: Net, solver: EACGSolver, lr: list[float]
+    ) -> Tensor:
+        """Solves and updates all layers, and returns the iterations, -1 where a layer has prevented that."""
+        return ops.eacg_update_(
+            [each["bias_hessian"] for each in covered.values()],
+            [each["mean_input"] for each in covered.values()],
+            [gradients[weight] for weight in net.weights],
+            net.grad_biases,
+            net.weights,
+            net.biases,
+            *net.momenta,
+            lr,
+            [float(group["alpha"]) for group in net.groups],
+            [float(group["momentum"]) for group in net.groups],
+            [float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0 for group in net.groups],
+            solver.max_cg,
+            solver.eps_cg,
+            solver.truncated,
+            [_max_norm(weight, group) for weight, group in zip(net.weights, net.groups, strict=True)],
+        )
 
     def _shorten(self, directions: dict[Tensor, Tensor], layers: Iterable[nn.Linear], groups: Groups) -> None:
         """Bounds the directions of each layer by its `max_step`, as `ops.eacg_update_` does."""
@@ -262,9 +289,13 @@ class EACG(LayerwiseOptimizer):
 
     def _fusible(self, layers: Iterable[nn.Linear], groups: Groups) -> bool:
         """Whether `ops.eacg_update_` knows all that the groups ask for."""
+        captured = self._capturable and captured_now()
 
         def numbers(p: Tensor) -> list[Any]:
-            return [groups[p][key] for key in ("lr", "momentum", "weight_decay", "decoupled_weight_decay")]
+            own = [groups[p][key] for key in ("lr", "momentum", "weight_decay", "decoupled_weight_decay")]
+            return [
+                id(each) if captured and isinstance(each, Tensor) else each for each in own
+            ]  # to compare them is to read them
 
         several, biases = len(self.param_groups) > 1, set()
         for weight, bias in map(parameters_of, layers):

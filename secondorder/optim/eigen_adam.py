@@ -610,19 +610,9 @@ class EigenAdam(SecondOrderOptimizer):
         """Whether a CUDA graph captures this step, which must then be possible; if not Python's counts are the device's."""
         captured = self._capturable and captured_now()
         if captured:
-            name = type(self).__name__
             if self._several:
-                raise RuntimeError(f"{name}.step(): expected no capture of a CUDA graph where several ranks train")
-            for group in self.param_groups:
-                lr = group["lr"]
-                if self._on_device(lr) or not ("initial_lr" in group or isinstance(lr, Tensor)):
-                    continue
-                got = f"one on {lr.device}" if isinstance(lr, Tensor) else f"{lr!r}"
-                raise RuntimeError(
-                    f"{name}.step(): expected an lr that is a tensor on the parameters' device where a scheduler or the loop "
-                    f"changes it and a CUDA graph captures the step, whose replays repeat what is read elsewhere, got {got}; "
-                    "make the optimizer with lr=torch.tensor(1.0, device=...), or give the group such a tensor"
-                )
+                raise RuntimeError(f"{type(self).__name__}.step(): expected no capture of a CUDA graph where several ranks train")
+            self._check_captured_rates()
         if self._capturable:
             self._replays.check(present, self.state, captured)
         if not captured:
@@ -631,7 +621,7 @@ class EigenAdam(SecondOrderOptimizer):
 
     def _on_device(self, lr: Any) -> bool:
         """Whether the operators read this learning rate, rather than be told its value."""
-        return self._capturable and isinstance(lr, Tensor) and lr.device == self._first.device and self._shards is None
+        return self._capturable and super()._on_device(lr) and self._shards is None
 
     def _rate(self, present: list[Matrix], control: Tensor) -> Tensor | None:
         """The learning rates that are on the device, 1 for the others, [matrices, 2]; None where there are none."""

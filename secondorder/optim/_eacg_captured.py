@@ -1,0 +1,257 @@
+"""EACG's step as a CUDA graph may capture it: what numbers decide is decided on the device, and no number is read."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from secondorder._tensors import captured_now
+from secondorder.errors import NonFiniteError
+from secondorder.optim import _momentum
+from secondorder.optim._eacg_replays import Replays, move, rate
+from secondorder.optim._eigen_replays import check_kernels
+from secondorder.optim._layerwise import Groups, LayerwiseOptimizer
+from secondorder.optim._numbers import check_arguments, check_numbers
+from secondorder.solvers import EACGSolver, Factors
+
+
+class Net(NamedTuple):
+    """What `ops.eacg_update_` takes of all layers that a step updates; empty tensors stand for what a layer has not."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    grad_biases: list[Tensor]
+    groups: list[dict[str, Any]]  # of the weights
+    momenta: tuple[list[Tensor], list[Tensor]]
+    started: dict[Tensor, Tensor]  # momenta that are new
+
+
+class CapturableOptimizer(LayerwiseOptimizer):
+    """A layerwise optimizer whose steps by EA-CG a CUDA graph may capture; a subclass makes those that none captures."""
+
+    _capturable = False
+
+    def _allow_captures(self, curvature: Any, solver: Any) -> None:
+        """Makes it capturable.
+
+        Args:
+            curvature: what it was made with, for messages.
+            solver: likewise.
+
+        Raises:
+            ValueError: it was made so that its steps read numbers of the device.
+        """
+        check_arguments(type(self).__name__, [
+            ("solver", solver, type(self._solver) is EACGSolver, "'ea-cg' or 'ea-cg-truncated' with capturable=True"),
+            ("curvature", curvature, self._curvature.capturable, "'pch-abs', 'pch-clip', 'pch-clip-all' or 'fisher-empirical' "
+             "with capturable=True"),
+            ("curvature_every", self._curvature_every, self._curvature_every == 1, "1 with capturable=True"),
+        ])  # fmt: skip
+        self._capturable = True
+        self._forget_replays()
+
+    @abstractmethod
+    def _net(self, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], groups: Groups) -> Net:
+        """What `_updated` takes, from the layers to be updated."""
+
+    @abstractmethod
+    def _updated(
+        self, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], net: Net, solver: EACGSolver, lr: list[float]
+    ) -> Tensor:
+        """Solves and updates all layers, and returns the iterations, -1 where a layer has prevented that."""
+
+    def _forget_replays(self) -> None:
+        """No step was captured that has this state."""
+        self._replays = Replays(layer.weight for layer in self._layers)
+        self._untold = 0  # refused replays that no error has told of
+        self._weighs = False  # whether the last step's targets did not all count alike
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step from the gradients of the backward passes since the last one.
+
+        Args:
+            closure: evaluates the model anew, calls backward() and returns the loss; optional.
+
+        Returns:
+            What the closure returned; None without one.
+
+        Raises:
+            NonFiniteError: a number is not finite, or was not in replays of a CUDA graph since the last step, with
+                nonfinite="error".
+            RuntimeError: gradients or records are missing, or a CUDA graph is being captured and this step cannot be (see
+                `capturable`). As with any error, no parameter and no state has changed.
+        """
+        loss = super().step(closure)
+        if self._capturable and not captured_now():
+            self._replays.keep(self.state)
+        return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The optimizer without its graphs."""
+        self._catch_up()
+        return {**super().__getstate__(), "_replays": Replays(layer.weight for layer in self._layers)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every torch optimizer's."""
+        self._catch_up()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every torch optimizer's; a step is then to be captured anew.
+
+        Raises:
+            ValueError: the state is of another optimizer, or of one with another solver.
+        """
+        super().load_state_dict(state_dict)
+        if self._capturable:
+            self._forget_replays()  # graphs have the tensors of before
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped for NaN or inf, replays included. Part of the state_dict; after a capture it waits for the device."""
+        self._catch_up()
+        return super().skipped_steps
+
+    # --- steps that a CUDA graph captures ------------------------------------------------------------------------------------
+
+    def _catch_up(self) -> None:
+        """Counts the steps that replays of a CUDA graph have made, and those that were refused."""
+        if self._capturable:
+            refused = self._replays.catch_up(self.state)
+            self._untold += refused
+            for group in self.param_groups:
+                group["skipped_steps"] += refused
+
+    def _captured(self) -> bool:
+        if not self._capturable:
+            return super()._captured()
+        name = f"{type(self).__name__}.step()"
+        if not captured_now():
+            self._catch_up()
+            untold, self._untold = self._untold, 0
+            if untold and self._nonfinite == "error":
+                raise NonFiniteError(
+                    f"{name}: {untold} replays of a CUDA graph have met NaN or inf, a target that the criterion ignores, or a "
+                    "learning rate on the device outside of [0, 1]; they have changed no parameter and no state"
+                )
+            return False
+        for why, problem in (
+            ("where several ranks train", self._ranks is not None),
+            ("within GradScaler.step(); train in bfloat16, which needs no scaler", getattr(self, "found_inf", None) is not None),
+            ("where the criterion weighs or ignores targets, since by numbers of the device rows are chosen", self._weighs),
+        ):
+            if problem:
+                raise RuntimeError(f"{name}: expected no capture of a CUDA graph {why}")
+        check_kernels(type(self).__name__, next(iter(self._layers)).weight.device)
+        self._check_captured_rates()
+        return True
+
+    def _check_passes(self, captured: bool) -> None:
+        """Raises where a CUDA graph has captured the passes without the step, or the other way round."""
+        losses = self._tape.losses
+        if any(loss.captured != captured for loss in losses):
+            raise RuntimeError(
+                f"{type(self).__name__}.step(): expected forward pass, backward pass and step to be captured in one CUDA graph, "
+                "or none of them; capture zero_grad, forward and backward passes and step together"
+            )
+        if not captured:
+            self._weighs = any(loss.masses() is not None for loss in losses)
+
+    def _groups(self) -> Groups:
+        if not (self._capturable and captured_now()):
+            return super()._groups()
+        for group in self.param_groups:
+            told = {**group, "lr": 0.0} if isinstance(group["lr"], Tensor) else group  # which each replay looks at
+            check_numbers(f"{type(self).__name__}.step()", told, self._numbers)
+        return {p: group for group in self.param_groups for p in group["params"]}
+
+    def _captured_update(
+        self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups, solver: EACGSolver
+    ) -> None:
+        """Launches what `_fused_update` does; the device decides whether the step is made, and otherwise moves all by 0.
+
+        `factors`, those in `covered` included, are not averaged yet.
+        """
+        gradients, replays = self._gradients(), self._replays
+        net = self._net(covered, gradients, groups)
+        others = self._fallback.parameters(self.param_groups, gradients, [*net.weights, *net.biases])
+        self._check_state(net, [p for p, group in others if group["momentum"] != 0])
+        velocities = [_momentum.velocity(p, gradients[p], group, self.state) for p, group in others]
+        averaged: dict[nn.Linear, Factors] = {}
+        for layer, new in factors.items():
+            old, decay = self.state[layer.weight]["factors"], groups[layer.weight]["factor_decay"]
+            share = replays.factor_share(layer.weight, decay)
+            averaged[layer] = {name: torch.lerp(old[name], t, share.to(t.dtype)) for name, t in new.items()}
+
+        made = self._allowed(others, velocities)
+        if covered:
+            made = self._updated_if(made, {**covered, **averaged}, gradients, net, solver)
+        for (p, group), v in zip(others, velocities, strict=True):
+            move(p, torch.where(made, v, 0.0), group, rate(group["lr"], made), -1.0)
+            if group["momentum"] != 0:
+                _keep_if(made, self.state[p]["momentum"], v)
+        for layer, new in averaged.items():
+            for name, before in self.state[layer.weight]["factors"].items():
+                _keep_if(made, before, new[name])
+        if self._average:
+            share = torch.where(made, replays.parameter_share(), 0.0)
+            for p in groups:
+                average = self.state[p]["average"]
+                average.lerp_(p.to(average.dtype), share.to(average.dtype))
+        replays.count(made, net.weights, [layer.weight for layer in averaged])
+        replays.add(self.state)
+
+    def _updated_if(
+        self,
+        allowed: Tensor,
+        covered: dict[nn.Linear, Factors],
+        gradients: dict[Tensor, Tensor],
+        net: Net,
+        solver: EACGSolver,
+    ) -> Tensor:
+        """Updates all layers if that is allowed and every solution is finite; returns whether it has, a boolean on the device."""
+        first = next(iter(covered))  # whose NaN keeps the operator from updating any
+        covered[first] = {**covered[first], "mean_input": torch.where(allowed, covered[first]["mean_input"], math.nan)}
+        # The operator takes numbers. By 0 it updates the momenta alone, which a learning rate on the device then multiplies.
+        late = [isinstance(group["lr"], Tensor) for group in net.groups]
+        lr = [0.0 if on_device else float(group["lr"]) for on_device, group in zip(late, net.groups, strict=True)]
+        if any(late) and not net.momenta[0]:
+            scratch = [[torch.zeros_like(p) for p in each] for each in (net.weights, net.biases)]
+            net = net._replace(momenta=(scratch[0], scratch[1]))
+        made = (self._updated(covered, gradients, net, solver, lr) >= 0).all()
+        for parameters, momenta in zip((net.weights, net.biases), net.momenta, strict=True) if any(late) else ():
+            for p, v, group, on_device in zip(parameters, momenta, net.groups, late, strict=True):
+                if on_device:
+                    move(p, v, group, rate(group["lr"], made))
+        return made
+
+    def _check_state(self, net: Net, with_momentum: list[Tensor]) -> None:
+        """Raises where the state is not all made, in whose places a captured step writes."""
+        averages = [p for group in self.param_groups for p in group["params"]] if self._average else []
+        made = not net.started and self._replays.ready
+        for name, parameters in (("factors", net.weights), ("momentum", with_momentum), ("average", averages)):
+            made = made and all(name in self.state.get(p, {}) for p in parameters)
+        if not made:
+            raise RuntimeError(
+                f"{type(self).__name__}.step(): expected a step that makes the state of all parameters before one is captured "
+                "in a CUDA graph; call step() without a capture first"
+            )
+
+    def _allowed(self, others: list[tuple[Tensor, dict[str, Any]]], velocities: list[Tensor]) -> Tensor:
+        """Whether all is as a step needs it but for the layers' solutions, a boolean on the device."""
+        conditions = [self._replays.true(), *(loss.assumed for loss in self._tape.losses if loss.assumed is not None)]
+        for (p, group), v in zip(others, velocities, strict=True):
+            if v.numel():
+                largest = 1.0 if isinstance(group["lr"], Tensor) else max(1.0, float(group["lr"]))
+                conditions.append(v.abs().amax() * largest <= torch.finfo(p.dtype).max / 8)
+        rates = {id(group["lr"]): group["lr"] for group in self.param_groups if isinstance(group["lr"], Tensor)}
+        conditions += [((lr >= 0) & (lr <= 1)).reshape(()) for lr in rates.values()]
+        return torch.stack(conditions).all()
+
+
+def _keep_if(made: Tensor, place: Tensor, new: Tensor) -> None:
+    """Writes new numbers to a place of the state, if the step was made."""
+    torch.where(made, new, place, out=place)

@@ -1,0 +1,124 @@
+"""The steps of EACG that replays of a CUDA graph make.
+
+A replay launches the captured kernels again, at the same addresses and with the same numbers. So the counts are on the device,
+and the state stays where it is. Python counts no replay, and catches up when it reads its counts again.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Group = Mapping[str, Any]
+States = Mapping[Tensor, dict[str, Any]]
+
+_COUNTS = ("step", "factor_updates")  # of a weight's state
+
+
+class Replays:
+    """What captured steps and those that Python makes have in common: the counts, and the places of the state.
+
+    Args:
+        weights: of the layers that have counts.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]):
+        self._rows = {weight: row for row, weight in enumerate(weights)}
+        self._counts: Tensor | None = (
+            None  # [layers + 1, 2] in float64: `_COUNTS` of each layer; last how many steps were refused
+        )
+        self._places: dict[Tensor, dict[str, Any]] = {}  # by parameter: the tensors that captured steps read and write
+
+    def __bool__(self) -> bool:
+        """Whether a step was captured, so that the device may have made more steps than Python knows of."""
+        return bool(self._places)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the device has the counts."""
+        return self._counts is not None
+
+    def add(self, states: States) -> None:
+        """Notes that a step was captured, and where the state is."""
+        for p, state in states.items():
+            self._places[p] = _tensors(state)
+
+    def keep(self, states: States) -> None:
+        """Has captured steps go on from a step that Python has made."""
+        counts = [[float(states.get(weight, {}).get(name, 0)) for name in _COUNTS] for weight in self._rows]
+        if self._counts is None:
+            device = next(iter(self._rows)).device
+            self._counts = torch.zeros(len(counts) + 1, len(_COUNTS), dtype=torch.float64, device=device)
+        self._counts[:-1].copy_(torch.tensor(counts, dtype=torch.float64))
+        for p, places in self._places.items():
+            _put(states[p], places)
+
+    def catch_up(self, states: States) -> int:
+        """Brings Python's counts to those of the device, for which it waits; returns how many steps were refused since."""
+        if self._counts is None or not self:
+            return 0
+        counts = self._counts.tolist()
+        self._counts[-1].zero_()
+        for weight, row in self._rows.items():
+            if "step" in states.get(weight, {}):
+                states[weight].update(zip(_COUNTS, map(int, counts[row]), strict=True))
+        return int(counts[-1][0])
+
+    # --- within a captured step ----------------------------------------------------------------------------------------------
+
+    def true(self) -> Tensor:
+        """True [], on the device."""
+        assert self._counts is not None
+        return torch.ones((), dtype=torch.bool, device=self._counts.device)
+
+    def factor_share(self, weight: Tensor, decay: float) -> Tensor:
+        """What a layer's new factors weigh in their bias-corrected average (see `FactorSource`)."""
+        return (1 - decay) / (1 - decay ** (self._count(self._rows[weight], 1) + 1))
+
+    def parameter_share(self) -> Tensor:
+        """1 - beta_t of `update_averages` after this step."""
+        assert self._counts is not None
+        return (1 / (self._counts.select(1, 0).narrow(0, 0, len(self._rows)).max() + 1)).clamp(min=0.05)
+
+    def count(self, made: Tensor, stepped: Iterable[Tensor], renewed: Iterable[Tensor]) -> None:
+        """Counts a step of these layers, by their weights, and a renewal of these; or that it was refused."""
+        counts = [self._count(self._rows[weight], column) for column, own in enumerate((stepped, renewed)) for weight in own]
+        torch._foreach_add_(counts, [made.double()] * len(counts))
+        self._count(-1, 0).add_(made.logical_not())
+
+    def _count(self, row: int, column: int) -> Tensor:
+        """A view of one count, []."""
+        assert self._counts is not None
+        return self._counts.select(0, row).select(0, column)
+
+
+def rate(lr: float | Tensor, made: Tensor) -> Tensor:
+    """A learning rate on the device, in float64; 0 where the step is refused."""
+    number = lr.double().reshape(()) if isinstance(lr, Tensor) else torch.full_like(made, lr, dtype=torch.float64)
+    return torch.where(made, number, 0.0)
+
+
+def move(p: Tensor, v: Tensor, group: Group, rate: Tensor, sign: float = 1.0) -> None:
+    """p <- (1 - rate weight_decay) p + sign rate v, as `_momentum.apply`, for a finite v."""
+    decay = float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0
+    shrink, step = 1 - rate * decay, sign * rate * v
+    if p.dtype == v.dtype:
+        (p if decay == 0 else p.mul_(shrink)).add_(step)
+    else:
+        p.copy_(p.to(v.dtype) * shrink + step)  # rounded once
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state without its numbers."""
+    nested = {name: _tensors(value) for name, value in state.items() if isinstance(value, dict)}
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)} | nested
+
+
+def _put(state: dict[str, Any], places: dict[str, Any]) -> None:
+    """Copies the tensors of a state to their places, and has the state hold these."""
+    for name, place in places.items():
+        if isinstance(place, dict):
+            _put(state[name], place)
+        elif state[name] is not place:
+            state[name] = place.copy_(state[name])
