@@ -554,6 +554,99 @@ def test_replays_of_a_captured_step_make_eigen_adams_steps(kind, dtype):
     torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.filterwarnings("ignore:secondorder:")  # of the fallback and of the empirical Fisher block
+@pytest.mark.parametrize("lr", ["number", "tensor"])
+@pytest.mark.parametrize("kind", ["linear", "normalized"])
+def test_replays_of_a_captured_step_make_eacgs_steps(kind, lr):
+    """Passes and step in a CUDA graph against the same steps without one, with a schedule, refused steps and one by Python."""
+
+    def net():
+        torch.manual_seed(0)
+        between = nn.LayerNorm(33) if kind == "normalized" else nn.Identity()
+        first = nn.Linear(20, 33, bias=kind == "linear")
+        return nn.Sequential(first, between, nn.Tanh(), nn.Linear(33, 17), nn.Sigmoid(), nn.Linear(17, 5)).to("cuda").double()
+
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randn(64, 20, generator=generator).to("cuda").double() for _ in range(7)]
+    labels = torch.arange(64, device="cuda") % 5
+    model, twin, criterion = net(), net(), nn.CrossEntropyLoss()
+    rate = torch.tensor(0.2, dtype=torch.float64, device="cuda") if lr == "tensor" else 0.2
+    options = {"weight_decay": 0.1, "average": True, "nonfinite": "skip"}
+    optimizer, eager = so.EACG(model, criterion, rate, capturable=True, **options), so.EACG(twin, criterion, 0.2, **options)
+    x, target = data[0].clone(), labels.clone()
+
+    def step(own, made_by):
+        made_by.zero_grad()
+        criterion(own(x), target).backward()
+        made_by.step()
+
+    def assert_alike():
+        torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=1e-6, atol=1e-6)
+
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    for t in range(24):
+        x.copy_(data[t % 7])
+        target.copy_(labels)
+        if t == 11:
+            x[0, 0] = float("nan")
+        if t == 15:
+            target[0] = -100  # which no replay can leave out
+        if lr == "tensor":
+            eager.param_groups[0]["lr"] = 0.2 * 0.98**t
+            rate.fill_(0.2 * 0.98**t)
+        if t != 15:
+            step(twin, eager)
+        if t < 4 or t == 20:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step(model, optimizer)
+            torch.cuda.current_stream().wait_stream(stream)
+        else:
+            if t == 4:
+                with torch.cuda.graph(graph):
+                    step(model, optimizer)
+            without_waiting(graph.replay)
+            torch.cuda.synchronize()
+        assert_alike()
+    assert (optimizer.skipped_steps, eager.skipped_steps) == (2, 1)
+    torch.testing.assert_close(optimizer.state_dict()["state"], eager.state_dict()["state"], rtol=1e-6, atol=1e-6)
+    optimizer.load_state_dict(optimizer.state_dict())
+    step(model, optimizer)
+    step(twin, eager)
+    assert_alike()
+
+
+def test_a_replay_of_eacg_that_is_refused_is_told_of():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 33), nn.Tanh(), nn.Linear(33, 5)).cuda()
+    optimizer, x = so.EACG(model, nn.MSELoss(), capturable=True), torch.randn(64, 20, device="cuda")
+    target = torch.randn(64, 5, device="cuda")
+
+    def step():
+        optimizer.zero_grad()
+        optimizer.criterion(model(x), target).backward()
+        optimizer.step()
+
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    stream.synchronize()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    before = [p.detach().clone() for p in model.parameters()]
+    x[0, 0] = float("nan")
+    graph.replay()
+    assert all(torch.equal(p, own) for p, own in zip(model.parameters(), before, strict=True))
+    x[0, 0] = 0.0
+    with pytest.raises(so.NonFiniteError, match="replays of CUDA graphs have met NaN or inf"):
+        step()
+    step()
+    assert optimizer.skipped_steps == 1
+    assert optimizer.state[model[0].weight]["step"] == 5
+
+
 @pytest.mark.parametrize("solver", ["rows", "parameters", "nystrom"])
 def test_levenberg_marquardt_steps_as_on_the_cpu(solver):
     torch.manual_seed(0)

@@ -265,9 +265,11 @@ Make = Callable[[nn.Module, nn.Module], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, tuple[Make, bool]] = {
     "SGD, momentum, fused": (lambda m, c: torch.optim.SGD(m.parameters(), 0.01, momentum=0.9, fused=True), False),
     "Adam, fused": (lambda m, c: torch.optim.Adam(m.parameters(), 1e-3, fused=True), False),
+    "Adam, fused, CUDA graph": (lambda m, c: torch.optim.Adam(m.parameters(), 1e-3, fused=True, capturable=True), False),
     "EigenAdam": (lambda m, c: so.EigenAdam(m), False),
     "EigenAdam, CUDA graph": (lambda m, c: so.EigenAdam(m, capturable=True), False),
     "EACG": (lambda m, c: so.EACG(m, c, lr=0.02), False),
+    "EACG, CUDA graph": (lambda m, c: so.EACG(m, c, lr=0.02, capturable=True), False),
     "EACG, curvature_every=5": (lambda m, c: so.EACG(m, c, lr=0.02, curvature_every=5), False),
     "LayerwiseNewton": (lambda m, c: so.LayerwiseNewton(m, c), False),
     "KFAC": (lambda m, c: so.KFAC(m, c), False),

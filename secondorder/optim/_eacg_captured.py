@@ -134,7 +134,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
             untold, self._untold = self._untold, 0
             if untold and self._nonfinite == "error":
                 raise NonFiniteError(
-                    f"{name}: {untold} replays of a CUDA graph have met NaN or inf, a target that the criterion ignores, or a "
+                    f"{name}: {untold} replays of CUDA graphs have met NaN or inf, a target that the criterion ignores, or a "
                     "learning rate on the device outside of [0, 1]; they have changed no parameter and no state"
                 )
             return False

@@ -290,7 +290,7 @@ def test_replays_that_are_refused_change_nothing_and_are_counted(bad, nonfinite)
     assert optimizer.skipped_steps == 2 == optimizer.metrics()["skipped_steps"]
     lr.fill_(0.3)
     if nonfinite == "error":
-        with pytest.raises(so.NonFiniteError, match="2 replays of a CUDA graph have met NaN or inf, a target that"):
+        with pytest.raises(so.NonFiniteError, match="2 replays of CUDA graphs have met NaN or inf, a target that"):
             steps(model, optimizer, DATA[:1])
         assert_same(model.state_dict(), before[0])
     steps(model, optimizer, DATA[:1])
