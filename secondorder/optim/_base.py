@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from secondorder._distributed import RankReducer
 from secondorder._layers import linear_layers, uncovered
 from secondorder._tape import Columns, LayerRecord, OutputHessianOf, Tape
-from secondorder._tensors import to_compute_dtype
+from secondorder._tensors import captured_now, to_compute_dtype
 from secondorder._warnings import warn
 from secondorder.criteria import FunctionCriterion
 from secondorder.errors import NonFiniteError
@@ -348,6 +348,12 @@ def recorded_layers(owner: str, tape: Tape) -> list[LayerRecord]:
             f"the loss by the criterion given to the optimizer ({tape.criterion!r}; optimizer.criterion(output, target) "
             "where it is a function), which returns nothing but the loss, with the model in training mode, and the gradients by "
             f"loss.backward(); optimizer.zero_grad() forgets the calls before it. Here {tape.missing}."
+        )
+    captured = captured_now()
+    if any(loss.captured != captured for loss in tape.losses):
+        raise RuntimeError(
+            f"{owner}.step(): expected forward pass, backward pass and step to be captured in one CUDA graph, or none of them, "
+            f"got {'the step' if captured else 'passes'} alone, but the curvature of a step comes from its own forward pass"
         )
     check_instances(owner, (call.input for record in records for call in record.calls))
     return records

@@ -33,6 +33,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
     """A layerwise optimizer whose steps by EA-CG a CUDA graph may capture; a subclass makes those that none captures."""
 
     _capturable = False
+    _captured_instead = "make the optimizer with capturable=True"
 
     def _allow_captures(self, curvature: Any, solver: Any) -> None:
         """Makes it capturable.
@@ -148,17 +149,6 @@ class CapturableOptimizer(LayerwiseOptimizer):
         check_kernels(type(self).__name__, next(iter(self._layers)).weight.device)
         self._check_captured_rates()
         return True
-
-    def _check_passes(self, captured: bool) -> None:
-        """Raises where a CUDA graph has captured the passes without the step, or the other way round."""
-        losses = self._tape.losses
-        if any(loss.captured != captured for loss in losses):
-            raise RuntimeError(
-                f"{type(self).__name__}.step(): expected forward pass, backward pass and step to be captured in one CUDA graph, "
-                "or none of them; capture zero_grad, forward and backward passes and step together"
-            )
-        if not captured:
-            self._weighs = any(loss.masses() is not None for loss in losses)
 
     def _groups(self) -> Groups:
         if not (self._capturable and captured_now()):

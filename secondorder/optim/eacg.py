@@ -186,8 +186,8 @@ class EACG(CapturableOptimizer):
 
     def _advance(self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups) -> None:
         captured = self._capturable and captured_now()
-        if self._capturable:
-            self._check_passes(captured)
+        if self._capturable and not captured:
+            self._weighs = any(loss.masses() is not None for loss in self._tape.losses)
         if type(self._solver) is EACGSolver and self._fusible(covered, groups):  # a subclass may solve otherwise
             (self._captured_update if captured else self._fused_update)(covered, factors, groups, self._solver)
         elif captured:

@@ -139,6 +139,9 @@ class EigenAdam(SecondOrderOptimizer):
     """
 
     _by_rows = True
+    _captured_instead = (
+        "make the optimizer with capturable=True, or capture forward and backward passes alone, and call step() after each replay"
+    )
 
     def __init__(
         self,

@@ -382,9 +382,13 @@ def test_passes_and_step_are_captured_together():
     for captured in (False, True):
         model, optimizer, _, _ = made()
         steps(model, optimizer, DATA[:2])
+        alone = "passes" if captured else "the step"
         with capturing() if captured else pytest.MonkeyPatch.context():
             optimizer.criterion(model(DATA[0][0]), DATA[0][1]).backward()
-        with pytest.MonkeyPatch.context() if captured else capturing(), pytest.raises(RuntimeError, match=match):
+        with (
+            pytest.MonkeyPatch.context() if captured else capturing(),
+            pytest.raises(RuntimeError, match=f"{match}, got {alone} alone"),
+        ):
             optimizer.step()
         steps(model, optimizer, DATA[:2])
 
