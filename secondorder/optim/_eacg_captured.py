@@ -167,20 +167,19 @@ class CapturableOptimizer(LayerwiseOptimizer):
         """
         gradients, replays = self._gradients(), self._replays
         net = self._net(covered, gradients, groups)
+        if not net.momenta[0] and any(isinstance(group["lr"], Tensor) for group in net.groups):
+            net = net._replace(momenta=([torch.zeros_like(p) for p in net.weights], [torch.zeros_like(p) for p in net.biases]))
         others = self._fallback.parameters(self.param_groups, gradients, [*net.weights, *net.biases])
         self._check_state(net, [p for p, group in others if group["momentum"] != 0])
         velocities = [_momentum.velocity(p, gradients[p], group, self.state) for p, group in others]
-        averaged: dict[nn.Linear, Factors] = {}
-        for layer, new in factors.items():
-            old, decay = self.state[layer.weight]["factors"], groups[layer.weight]["factor_decay"]
-            share = replays.factor_share(layer.weight, decay)
-            averaged[layer] = {name: torch.lerp(old[name], t, share.to(t.dtype)) for name, t in new.items()}
-
+        averaged = self._averaged(factors, groups)
         made = self._allowed(others, velocities)
         if covered:
             made = self._updated_if(made, {**covered, **averaged}, gradients, net, solver)
+        rates = {id(group): rate(group["lr"], made) for group in self.param_groups}
+        self._move_late(net, rates)
         for (p, group), v in zip(others, velocities, strict=True):
-            move(p, torch.where(made, v, 0.0), group, rate(group["lr"], made), -1.0)
+            move(p, torch.where(made, v, 0.0), group, rates[id(group)], -1.0)
             if group["momentum"] != 0:
                 _keep_if(made, self.state[p]["momentum"], v)
         for layer, new in averaged.items():
@@ -194,29 +193,35 @@ class CapturableOptimizer(LayerwiseOptimizer):
         replays.count(made, net.weights, [layer.weight for layer in averaged])
         replays.add(self.state)
 
+    def _averaged(self, factors: dict[nn.Linear, Factors], groups: Groups) -> dict[nn.Linear, Factors]:
+        """The new factors, averaged with those of the state, which stay."""
+        averaged: dict[nn.Linear, Factors] = {}
+        shares: dict[tuple[float, torch.dtype], dict[Tensor, Tensor]] = {}
+        for layer, new in factors.items():
+            old, key = self.state[layer.weight]["factors"], (groups[layer.weight]["factor_decay"], new["bias_hessian"].dtype)
+            if key not in shares:
+                shares[key] = self._replays.factor_shares(*key)
+            averaged[layer] = {name: torch.lerp(old[name], t, shares[key][layer.weight]) for name, t in new.items()}
+        return averaged
+
     def _updated_if(
-        self,
-        allowed: Tensor,
-        covered: dict[nn.Linear, Factors],
-        gradients: dict[Tensor, Tensor],
-        net: Net,
-        solver: EACGSolver,
+        self, allowed: Tensor, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], net: Net, solver: EACGSolver
     ) -> Tensor:
-        """Updates all layers if that is allowed and every solution is finite; returns whether it has, a boolean on the device."""
+        """Updates all layers if that is allowed and every solution is finite; returns whether it has, a boolean on the device.
+
+        The operator takes numbers: where a learning rate is on the device it updates the momenta alone.
+        """
         first = next(iter(covered))  # whose NaN keeps the operator from updating any
         covered[first] = {**covered[first], "mean_input": torch.where(allowed, covered[first]["mean_input"], math.nan)}
-        # The operator takes numbers. By 0 it updates the momenta alone, which a learning rate on the device then multiplies.
-        late = [isinstance(group["lr"], Tensor) for group in net.groups]
-        lr = [0.0 if on_device else float(group["lr"]) for on_device, group in zip(late, net.groups, strict=True)]
-        if any(late) and not net.momenta[0]:
-            scratch = [[torch.zeros_like(p) for p in each] for each in (net.weights, net.biases)]
-            net = net._replace(momenta=(scratch[0], scratch[1]))
-        made = (self._updated(covered, gradients, net, solver, lr) >= 0).all()
-        for parameters, momenta in zip((net.weights, net.biases), net.momenta, strict=True) if any(late) else ():
-            for p, v, group, on_device in zip(parameters, momenta, net.groups, late, strict=True):
-                if on_device:
-                    move(p, v, group, rate(group["lr"], made))
-        return made
+        lr = [0.0 if isinstance(group["lr"], Tensor) else float(group["lr"]) for group in net.groups]
+        return (self._updated(covered, gradients, net, solver, lr) >= 0).all()
+
+    def _move_late(self, net: Net, rates: dict[int, Tensor]) -> None:
+        """Moves the layers whose learning rate is on the device by their new momenta."""
+        for parameters, momenta in zip((net.weights, net.biases), net.momenta, strict=True):
+            for p, v, group in zip(parameters, momenta, net.groups, strict=bool(momenta)):
+                if isinstance(group["lr"], Tensor):
+                    move(p, v, group, rates[id(group)])
 
     def _check_state(self, net: Net, with_momentum: list[Tensor]) -> None:
         """Raises where the state is not all made, in whose places a captured step writes."""

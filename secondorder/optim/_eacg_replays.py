@@ -25,9 +25,7 @@ class Replays:
 
     def __init__(self, weights: Iterable[Tensor]):
         self._rows = {weight: row for row, weight in enumerate(weights)}
-        self._counts: Tensor | None = (
-            None  # [layers + 1, 2] in float64: `_COUNTS` of each layer; last how many steps were refused
-        )
+        self._counts: Tensor | None = None  # [layers + 1, 2] in float64: `_COUNTS` of each layer; last the refused steps
         self._places: dict[Tensor, dict[str, Any]] = {}  # by parameter: the tensors that captured steps read and write
 
     def __bool__(self) -> bool:
@@ -72,25 +70,27 @@ class Replays:
         assert self._counts is not None
         return torch.ones((), dtype=torch.bool, device=self._counts.device)
 
-    def factor_share(self, weight: Tensor, decay: float) -> Tensor:
-        """What a layer's new factors weigh in their bias-corrected average (see `FactorSource`)."""
-        return (1 - decay) / (1 - decay ** (self._count(self._rows[weight], 1) + 1))
+    def factor_shares(self, decay: float, dtype: torch.dtype) -> dict[Tensor, Tensor]:
+        """What each layer's new factors weigh in their bias-corrected average (see `FactorSource`), [] by weight."""
+        shares = (1 - decay) / (1 - decay ** (self._column(1) + 1))
+        return dict(zip(self._rows, shares.to(dtype).unbind(), strict=True))
 
     def parameter_share(self) -> Tensor:
         """1 - beta_t of `update_averages` after this step."""
-        assert self._counts is not None
-        return (1 / (self._counts.select(1, 0).narrow(0, 0, len(self._rows)).max() + 1)).clamp(min=0.05)
+        return (1 / (self._column(0).max() + 1)).clamp(min=0.05)
 
     def count(self, made: Tensor, stepped: Iterable[Tensor], renewed: Iterable[Tensor]) -> None:
         """Counts a step of these layers, by their weights, and a renewal of these; or that it was refused."""
-        counts = [self._count(self._rows[weight], column) for column, own in enumerate((stepped, renewed)) for weight in own]
-        torch._foreach_add_(counts, [made.double()] * len(counts))
-        self._count(-1, 0).add_(made.logical_not())
-
-    def _count(self, row: int, column: int) -> Tensor:
-        """A view of one count, []."""
         assert self._counts is not None
-        return self._counts.select(0, row).select(0, column)
+        columns = [self._column(column).unbind() for column in range(len(_COUNTS))]
+        counts = [own[self._rows[weight]] for own, weights in zip(columns, (stepped, renewed), strict=True) for weight in weights]
+        torch._foreach_add_(counts, [made.double()] * len(counts))
+        self._counts.select(0, -1).add_(made.logical_not())
+
+    def _column(self, column: int) -> Tensor:
+        """A view of one count of all layers."""
+        assert self._counts is not None
+        return self._counts.select(1, column).narrow(0, 0, len(self._rows))
 
 
 def rate(lr: float | Tensor, made: Tensor) -> Tensor:
