@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from secondorder._tensors import captured_now, device_for, is_sharded
@@ -31,9 +31,18 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """As every torch optimizer's.
 
         Raises:
-            TypeError: a parameter is a DTensor, and not for an optimizer that can do with some of its rows.
+            TypeError: a parameter is no tensor; or it is a DTensor, and not for an optimizer that can do with some of its rows.
         """
-        super().add_param_group(param_group)
+        try:
+            super().add_param_group(param_group)
+        except TypeError as error:
+            given = param_group["params"]
+            if isinstance(given, nn.Module) or (isinstance(given, list) and any(isinstance(each, nn.Module) for each in given)):
+                raise TypeError(
+                    f"{type(self).__name__}: expected parameters in a list or in a group, got a module; write model.parameters() "
+                    "in a group, and give several models as one, nn.ModuleList([first, second])"
+                ) from error
+            raise
         if self._by_rows:
             return
         for p in self.param_groups[-1]["params"]:

@@ -438,7 +438,7 @@ class EigenAdam(SecondOrderOptimizer):
         constructed = "_matrices" in self.__dict__ and self._matrices is not None
         params = param_group.get("params") if isinstance(param_group, dict) else None
         if constructed and params is not None and not isinstance(params, set):
-            given = [params] if isinstance(params, Tensor) else list(params)
+            given = list(params) if isinstance(params, Iterable) and not isinstance(params, Tensor) else [params]
             param_group = {**param_group, "params": given}
             for p in (each[1] if isinstance(each, tuple) else each for each in given):
                 if isinstance(p, Tensor) and not self.state.get(p, {}).get("step"):

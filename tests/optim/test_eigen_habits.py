@@ -32,6 +32,22 @@ def test_values_of_groups_are_read_at_each_step():
     assert torch.equal(values(models[0]), values(models[1]))
 
 
+@pytest.mark.parametrize("optimizer", [so.EigenAdam, so.LevenbergMarquardt])
+def test_modules_in_place_of_parameters_are_told_what_to_write(optimizer):
+    first, second = network(), network()
+    for given in ([first, second], [{"params": first[0]}], [{"params": [*first.parameters(), second]}]):
+        with pytest.raises(TypeError, match=r"got a module; write model.parameters\(\) in a group, .* nn.ModuleList"):
+            optimizer(given)
+    both = optimizer([{"params": nn.ParameterList(first.parameters())}])
+    for given in (second, second[0]):
+        with pytest.raises(TypeError, match="got a module"):
+            both.add_param_group({"params": given})
+    assert len(both.param_groups) == 1
+    both.add_param_group({"params": second.parameters()})
+    with pytest.raises(TypeError, match="can only optimize Tensors"):
+        optimizer([first[0].weight, "bias"])
+
+
 @pytest.mark.parametrize("name", ["StepLR", "CosineAnnealingLR", "OneCycleLR", "ReduceLROnPlateau", "LambdaLR"])
 def test_schedulers(name):
     options = {
