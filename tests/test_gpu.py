@@ -628,6 +628,7 @@ def test_a_replay_of_eacg_that_is_refused_is_told_of():
         optimizer.step()
 
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
