@@ -59,6 +59,7 @@ class LeastSquaresLoss:
         value, objective, *signs = host_numbers([result, self.objective(values, found), *negative(weights)])
         check_signs(signs, self.owner)
         bound = (1e-4 if rounding > torch.finfo(torch.float64).eps else 1e-9) * (abs(value) + objective)
+        bound += torch.finfo(self.parameters[0].dtype).tiny ** 0.5  # roots of criteria stay above zero where these are zero
         if abs(value - objective) > bound and not terms.constant:
             raise RuntimeError(
                 f"{self.owner}.step(): expected the loss to be the sum of the squares that its graph shows, which is "

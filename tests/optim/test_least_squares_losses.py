@@ -224,6 +224,29 @@ def test_cross_entropy_reaches_a_minimum(reduction, shape):
     assert max(float(g.abs().max()) for g in gradients) < 1e-4 * (len(y.flatten()) if reduction == "sum" else 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", ["cross_entropy", "soft_margin_loss", "binary_cross_entropy_with_logits"])
+def test_a_classifier_that_is_certain_of_every_label_goes_on(name, reduction, dtype):
+    x = torch.linspace(-1, 1, 40, dtype=dtype).view(-1, 1)
+    layer = nn.Linear(1, 1, dtype=dtype)
+    layer.weight.data.fill_(1e5)
+    layer.bias.data.zero_()
+    target = {
+        "cross_entropy": (x[:, 0] > 0).long(), "soft_margin_loss": x.sign(), "binary_cross_entropy_with_logits": (x > 0).to(dtype)
+    }[name]  # fmt: skip
+
+    def loss():
+        output = layer(x)
+        logits = torch.cat([-output, output], 1) if name == "cross_entropy" else output
+        return getattr(nn.functional, name)(logits, target, reduction=reduction)
+
+    optimizer = so.LevenbergMarquardt(layer.parameters())
+    for _ in range(3):
+        assert optimizer.step(loss) == 0
+    assert layer.weight.item() == 1e5
+
+
 def test_what_depends_on_no_parameter_is_a_constant():
     net, x, y = regression()
     plain = trained(net, lambda model, _: lambda: mse_loss(model(x), y), race=False)
