@@ -60,9 +60,10 @@ def autograd_root(loss: Tensor, source: Node, inner: GradientEdge | None = None,
 
 
 def check_second_derivatives(gradients: Iterable[Tensor | None]) -> None:
-    """Raises where gradients that were taken with `create_graph=True` come from a function that is marked `once_differentiable`.
+    """Raises where gradients come from a function marked `once_differentiable`, whose second derivatives torch takes for zero.
 
-    Torch takes such a function's gradients for constants unless their own inputs are looked for beyond it, and gives zeros.
+    Args:
+        gradients: what was taken with `create_graph=True`; None: there is none.
 
     Raises:
         RuntimeError: there is one.
