@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from secondorder._tensors import is_sharded
-from secondorder.optim._eigen_state import directions, moment_lengths, sampled_rows
+from secondorder.optim._eigen_state import SHARED, check_state, directions, has_no_basis, moment_lengths, sampled_rows
 from secondorder.optim._matrices import Matrix
-from secondorder.optim._sharded import MOMENTS, part_shapes, placed
+from secondorder.optim._sharded import MOMENTS, part_shapes, placed, relaid
 
 
 def with_room(matrix: Matrix, state: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -59,6 +59,28 @@ def without_room(matrix: Matrix, state: dict[str, Any]) -> dict[str, Any]:
     if last is not None and len(last) > length:
         state["last_E"] = (last.full_tensor() if is_sharded(last) else last)[:length]
     return state
+
+
+def as_kept(owner: str, matrix: Matrix | None, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns the saved state of a parameter as it is kept, once it is known to be one; sets the matrix' `eigen` by it.
+
+    Args:
+        owner: who loads it, for the error.
+        matrix: whose weight the parameter is; None: it is a bias.
+        state: the saved state.
+
+    Raises:
+        ValueError: it is the state of another optimizer, or of another parameter.
+    """
+    if state.keys() <= {*SHARED, "step"}:
+        return state
+    if matrix is not None:
+        state = without_room(matrix, state)
+    if matrix is not None and matrix.could_be_numbers and "basis_in" in state:
+        matrix.eigen = not has_no_basis(state)  # as its first gradient has shown
+    check_state(owner, matrix, state)
+    assert matrix is not None
+    return relaid(matrix, state)
 
 
 def _sampled(n: int, p: int, ku: int, kv: int) -> int:

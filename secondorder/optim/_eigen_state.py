@@ -11,6 +11,7 @@ from secondorder.optim._matrices import Matrix, computed_in
 
 LENGTH, OSCILLATIONS, SLOPE, LAST_SLOPE, STEPS, REFUSED, UNRENEWED = range(len(ops.CONTROL))
 
+SHARED = ("control", "steps", "refused", "first_loss")  # what the first parameter's state has for all of them
 FIRST_STEPS = 5  # that renew bases, and count the rows of tables that are looked up
 SAMPLED = 4096  # elements of what has no basis, whose slopes stand for all
 

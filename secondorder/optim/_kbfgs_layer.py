@@ -1,42 +1,16 @@
 """What K-BFGS computes for one layer: its parameters as one matrix, the bound on its step, and the curvature of its pairs."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from secondorder._distributed import RankReducer, RankTerm
-from secondorder.optim._closure_pass import layer_second_moment
 
 _FIRST_STEP = 0.1  # root mean square of a direction's rows while the layer's curvature is not known
 # A pair's curvature s.y / s.s counts as at least this share of |y| / |s|: y also contains what the other layers have done, and
 # may be orthogonal to s, or point against it.
 _LEAST_CURVATURE = 0.3
 Pair = tuple[Tensor, Tensor, list[float]]  # s, y and s.s, s.y, y.y
-
-
-class InputMoments:
-    """E[h h^T] of every layer, over batch after batch."""
-
-    def __init__(self) -> None:
-        self._moments: dict[nn.Linear, Tensor] = {}
-        self._weights: dict[nn.Linear, float] = {}
-
-    def add(self, layer: nn.Linear, h: Tensor, weight: float) -> None:
-        """Adds inputs h [m, n_in] that count `weight` together."""
-        if weight:
-            self._weights[layer] = self._weights.get(layer, 0.0) + weight
-            decay = 1 - weight / self._weights[layer]
-            self._moments[layer] = layer_second_moment(layer, h, h.mean(0), self._moments.get(layer), decay)
-
-    def averaged(self, ranks: RankReducer | None, names: Mapping[nn.Linear, str]) -> dict[nn.Linear, Tensor]:
-        """Returns the moments, those over the batches of all ranks if there are several."""
-        if ranks is None:
-            return self._moments
-        terms = [RankTerm(names[layer], moment, self._weights[layer]) for layer, moment in self._moments.items()]
-        return dict(zip(self._moments, ranks.average(lambda: terms), strict=True))
 
 
 def damping_of(group: dict[str, Any], name: str) -> float:

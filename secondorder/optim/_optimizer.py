@@ -147,6 +147,17 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         return maximize.pop()
 
 
+def leave_group(p: Tensor, groups: list[dict[str, Any]]) -> None:
+    """Takes a parameter out of the param_group that it is in, if any."""
+    for group in groups:
+        for i, each in enumerate(group["params"]):
+            if each is p:
+                del group["params"][i]
+                if "param_names" in group:
+                    del group["param_names"][i]
+                break
+
+
 def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a parameter's state by their names, also those within dictionaries."""
     for key, value in state.items():

@@ -1,6 +1,5 @@
 """EigenAdam: Adam in the eigenbasis of the expectation-approximated curvature."""
 
-import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,18 +17,20 @@ from secondorder._warnings import warn
 from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
 from secondorder.optim._bias_hessians import BiasHessians, chosen_curvature
-from secondorder.optim._eigen_inputs import Sketch, Sketches
+from secondorder.optim._eigen_inputs import Sketches
+from secondorder.optim._eigen_rates import SLOW, Rates, check_group, rates_and_decays, rates_on_device
+from secondorder.optim._eigen_renewal import DECAY, Renewal, finite_or_zero, planned_renewal
 from secondorder.optim._eigen_replays import Replays
-from secondorder.optim._eigen_saved import with_room, without_room
+from secondorder.optim._eigen_saved import as_kept, with_room
 from secondorder.optim._eigen_state import (
     FIRST_STEPS,
     LAST_SLOPE,
     OSCILLATIONS,
     REFUSED,
+    SHARED,
     SLOPE,
     captured,
     cast_state,
-    check_state,
     has_no_basis,
     is_current,
     new_control,
@@ -45,8 +46,8 @@ from secondorder.optim._matrices import (
     is_plain,
     matrices,
 )  # fmt: skip
-from secondorder.optim._numbers import Numbers, check_arguments, check_numbers, warn_of_short_steps
-from secondorder.optim._optimizer import SecondOrderOptimizer
+from secondorder.optim._numbers import check_arguments, warn_of_short_steps
+from secondorder.optim._optimizer import SecondOrderOptimizer, leave_group
 from secondorder.optim._sharded import (
     MOMENTS,
     ShardedOperators,
@@ -55,21 +56,10 @@ from secondorder.optim._sharded import (
     found_shards,
     moments_here,
     new_sharded_state,
-    relaid,
 )  # fmt: skip
 from secondorder.optim._tables import Lookups, share_of_numbers
 
-_NUMBERS: Numbers = {
-    "lr": (lambda v: 0 <= v < float("inf"), ">= 0"),
-    "weight_decay": (lambda v: 0 <= v < float("inf"), ">= 0"),
-    "eps": (lambda v: 0 <= v < float("inf"), ">= 0"),
-}
-DECAY = 0.9  # of the averages behind a basis, from one renewal to the next
 MANY_ROWS = 256  # of a layer's inputs: from here on its bases have twice as many directions
-SLOW = 100  # steps, after which an lr of groups or a schedule that has always been another optimizer's is told of
-PATIENCE = 5  # renewals in a row at which a layer that has shown its inputs may show none
-
-_SHARED = ("control", "steps", "refused", "first_loss")  # what one parameter's state has for all
 
 
 class EigenAdam(SecondOrderOptimizer):
@@ -190,7 +180,7 @@ class EigenAdam(SecondOrderOptimizer):
         self._hooked = True
         self._reset()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        _check_group(type(self).__name__, defaults)
+        check_group(type(self).__name__, defaults)
         super().__init__(params, defaults)
         warn_of_short_steps(type(self).__name__, lr)
         own = {p for group in self.param_groups for p in group["params"]}
@@ -202,31 +192,31 @@ class EigenAdam(SecondOrderOptimizer):
         self._hook()
 
     def _reset(self) -> None:
-        """What is no part of the state."""
+        """Sets up what copies and pickles do not have: hooks, and what belongs to one run of training."""
         self._hessians: BiasHessians | None = None
         self._handles: list[Any] = []
         weakref.finalize(self, remove_handles, self._handles)
-        self._matrices: list[Matrix] | None = None
-        self._ids: list[list[int]] = []  # of the groups' parameters that these are of
-        self._places: dict[Matrix, tuple[int, int]] = {}  # the positions of the groups of a weight and of its bias
+        self._matrices: list[Matrix] | None = None  # None: to be found again
+        self._ids: list[list[int]] = []  # of the groups' parameters, from which the matrices were made
+        self._places: dict[Matrix, tuple[int, int]] = {}  # the positions of the groups of its weight and of its bias
         self._sketches, self._lookups = Sketches(), Lookups()
         self._seeing: bool | None = None  # whether the next step renews bases; None: not known yet
-        self._announced: set[str] = set()  # warnings given
-        self._highest = 0.0  # lr so far
-        # Control on its way from the device, and the event that tells of its arrival.
+        self._announced: set[str] = set()  # the warnings that were given
+        self._rates = Rates(type(self).__name__)
+        # A copy of control on its way from the device, and the event of its arrival.
         self._report: tuple[Tensor, Any] | None = None
         self._replays = Replays(type(self).__name__)
 
     # --- the model -----------------------------------------------------------------------------------------------------------
 
     def _hook(self) -> None:
-        """Finds the matrices of the parameters that there are now, and lays hooks on the layers that show their inputs."""
+        """Finds the matrices of the present parameters, and lays hooks on the layers that show their inputs."""
         remove_handles(self._handles)
         self._forget()
         self._matrices = None
         if self._hooked:
             hook = InputHook(self)
-            if self._model is not None and not self._table():  # lazy layers: again at the model's next call
+            if self._model is not None and not self._table():  # with lazy layers it happens at the model's next call
                 self._handles.append(self._model.register_forward_pre_hook(hook.lay))
             for matrix in self._table():
                 modules = (*matrix.modules, *matrix.lookups)
@@ -234,7 +224,7 @@ class EigenAdam(SecondOrderOptimizer):
         self._lay_tape()
 
     def _lay_tape(self) -> None:
-        """Where bases are those of a bias Hessian: a tape on the model's linear layers, unless it is there."""
+        """Lays a tape on the model's linear layers if bases are to be those of bias Hessians, unless it lies there already."""
         if self._curvature is None or self._model is None or not self._hooked or not self._table():
             self._hessians = None
         elif self._hessians is None or self._hessians.tape.names != linear_layers(self._model):
@@ -243,25 +233,25 @@ class EigenAdam(SecondOrderOptimizer):
         self._schedule()
 
     def _schedule(self) -> None:
-        """Has the next forward pass recorded if the next step renews bases."""
+        """Makes the tape record the next forward pass if the next step renews bases."""
         if self._hessians is not None:
             self._hessians.tape.recording = self._due()
 
     def _renewing(self) -> bool:
-        """Whether the step that comes next renews bases: with a tape, as it has been told before the forward pass."""
+        """Returns whether this step renews bases: with a tape, what was decided before the forward pass."""
         return self._due() if self._hessians is None else self._hessians.tape.recording
 
     def remove_hooks(self) -> None:
-        """Takes the hooks off the model: it is an ordinary module again, and bases come from gradients alone."""
+        """Takes the hooks off the model, which is an ordinary module again; from now on bases come from gradients alone."""
         self._hooked = False
         self._hook()
 
     def _table(self) -> list[Matrix]:
-        """The matrices of all groups' parameters."""
+        """Returns the matrices of all groups' parameters; none before the first call of a model with lazy layers."""
         if self._matrices is None:
             own = [p for group in self.param_groups for p in group["params"]]
             if any(isinstance(p, nn.UninitializedParameter) for p in own):
-                return []  # until a lazy layer's first call
+                return []
             self._shards = found_shards(type(self).__name__, own, self._model)
             if self._shards is not None and self._curvature is not None:
                 raise ValueError(
@@ -274,18 +264,18 @@ class EigenAdam(SecondOrderOptimizer):
             self._places = {m: (place[m.weight], place[m.weight if m.bias is None else m.bias]) for m in self._matrices}
             self._owner: dict[Any, Matrix] = {m.weight: m for m in self._matrices if m.modules or m.lookups}
             for matrix in self._matrices:
-                if self._shards is not None:  # layers compute with other, whole weights
+                if self._shards is not None:  # layers compute with whole weights, which are other tensors
                     self._owner |= dict.fromkeys((*matrix.modules, *matrix.lookups), matrix)
                 if not matrix.modules and has_no_basis(self.state.get(matrix.weight, {})):
-                    matrix.eigen = False  # its first gradient was no map's
+                    matrix.eigen = False  # its first gradient has shown that it is no map
         return self._matrices
 
     def _ids_now(self) -> list[list[int]]:
-        """The identities of the groups' parameters."""
+        """Returns the identities of the groups' parameters."""
         return [list(map(id, group["params"])) for group in self.param_groups]
 
     def _see(self, module: nn.Module, inputs: Any, output: Any, captured: bool) -> None:
-        """Takes a sketch of a layer's inputs where the next step renews bases, or may do so as a CUDA graph captures this."""
+        """Sketches a layer's inputs if the next step renews bases, or if a CUDA graph captures the call, as replays may."""
         if not (isinstance(output, Tensor) and output.requires_grad):
             return
         if self._seeing is None and not captured:
@@ -301,7 +291,7 @@ class EigenAdam(SecondOrderOptimizer):
         if matrix is None or not matrix.weight.requires_grad or not is_plain(inputs):
             return
         if captured and not self._replays.ready(matrix, self.state):
-            return  # the step will say so
+            return  # the step will say why
         if matrix.lookups:
             self._lookups.add(matrix, inputs)
             return
@@ -314,22 +304,23 @@ class EigenAdam(SecondOrderOptimizer):
 
     @property
     def _first(self) -> Tensor:
-        """The parameter whose state has what belongs to all."""
+        """The first parameter, whose state has what belongs to all."""
         return next(p for group in self.param_groups for p in group["params"])
 
     def _shared(self) -> dict[str, Any]:
-        """The state of `_first`, with what belongs to all: "control" [7] in float64, see `ops.eigen`, and counts."""
+        """Returns the first parameter's state, which has what belongs to all: control (see `ops.eigen_step_`), and counts."""
         state = self.state[self._first]
         if "control" not in state:
-            before = next((each for each in self.state.values() if "control" in each), None)  # of a parameter that was the first
+            # Another parameter may have been the first before.
+            before = next((each for each in self.state.values() if "control" in each), None)
             if before is None:
                 before = {"control": new_control(self._first), "steps": 0, "refused": 0}
-            state.update({key: before.pop(key) for key in _SHARED if key in before})
+            state.update({key: before.pop(key) for key in SHARED if key in before})
         return state
 
     @property
     def _several(self) -> bool:
-        """Whether other processes have inputs, too."""
+        """Whether several processes have inputs."""
         return self._shards is not None or (self._group is not None and dist.get_world_size(self._group) > 1)
 
     def _sum_(self, t: Tensor) -> None:
@@ -340,39 +331,45 @@ class EigenAdam(SecondOrderOptimizer):
             dist.all_reduce(t, group=self._group)
 
     def _steps(self) -> int:
-        """How many steps have been made."""
+        """Returns how many steps have been made."""
         return next((state["steps"] for state in self.state.values() if "steps" in state), 0)
 
     def _due(self) -> bool:
-        """Whether the next step renews bases."""
-        return self._steps() < FIRST_STEPS or self._steps() % self._renew_every == 0
+        """Returns whether the next step renews bases."""
+        steps = self._steps()
+        return steps < FIRST_STEPS or steps % self._renew_every == 0
 
     def _state(self, matrix: Matrix, rows: int) -> dict[str, Any]:
-        """A matrix' state, made when its inputs or gradient are first seen; rows: how many inputs it sees at a time."""
+        """Returns a matrix' state, and makes it when its inputs or its gradient are first seen.
+
+        Args:
+            matrix: the matrix.
+            rows: how many inputs it sees at a time, 0 if none have been seen.
+        """
         state = self.state[matrix.weight]
         if "basis_out" in state:
             if not is_current(state, matrix.weight):
                 self.state[matrix.weight] = state = cast_state(state, matrix.weight)
             return state
-        # Ranks must agree, though one of them may see no inputs; and a checkpoint's tensors have the shapes of a new optimizer's.
+        # Ranks must agree, though one of them may see no inputs; and a new optimizer has the shapes of a checkpoint's tensors.
         many = rows >= MANY_ROWS or self._several
         new = new_sharded_state if is_sharded(matrix.weight) else new_state
         state.update(new(matrix, self._directions(many)))
         if matrix.bias is not None:
-            self.state[matrix.bias].setdefault("step", 0)  # every parameter has a state, as DCP demands
+            self.state[matrix.bias].setdefault("step", 0)  # DCP demands a state of every parameter
         return state
 
     def _directions(self, many: bool) -> int:
-        """How many a basis has; many: whether it is of many inputs."""
+        """Returns how many directions a basis has; `many`: whether its layer sees many inputs at a time."""
         return self._rank or (16 if many else 8)
 
     def _catch_up(self) -> None:
         """Counts the steps that replays of a CUDA graph have made, and forgets inputs that were seen before those."""
         if self._replays and self._replays.catch_up(self._shared(), self._table(), self.state, self._renew_every):
-            self._forget()  # they are sums along bases that may be others now
+            self._forget()  # sketches are sums along bases that may be others now
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state and what it was made with; not the hooks."""
+        """Returns the state and the arguments of construction, without the hooks."""
         self._catch_up()
         own = ("_model", "_curvature", "criterion", "_rank", "_renew_every", "_nonfinite", "_capturable", "_hooked")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
@@ -386,7 +383,7 @@ class EigenAdam(SecondOrderOptimizer):
             self._hook()
 
     def state_dict(self) -> dict[str, Any]:
-        """As every torch optimizer's; what may turn out to be no map has the same shapes whichever it is, as DCP demands."""
+        """As every torch optimizer's; a weight that may turn out to be no map has the same shapes either way, as DCP demands."""
         self._catch_up()
         found, weights = super().state_dict(), {matrix.weight: matrix for matrix in self._table()}
         for group, own in zip(found["param_groups"], self.param_groups, strict=True):
@@ -399,32 +396,27 @@ class EigenAdam(SecondOrderOptimizer):
         """As every torch optimizer's; the state has the dtype that its parameter is computed in.
 
         Raises:
-            ValueError: it is not EigenAdam's, or of other parameters, or of an optimizer that was made in another way.
+            ValueError: it is the state of another kind of optimizer, of other parameters, or of an EigenAdam that was made with
+                other arguments.
         """
         self._hook()
         name = f"{type(self).__name__}.load_state_dict()"
         own = [p for group in self.param_groups for p in group["params"]]
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         weights = {matrix.weight: matrix for matrix in self._table()}
-        relaid_state, before = dict(state_dict["state"]), [matrix.eigen for matrix in weights.values()]
+        before = [matrix.eigen for matrix in weights.values()]
         try:
-            for i, p in zip(saved, own, strict=False):
-                state, matrix = state_dict["state"].get(i) or {}, weights.get(p)
-                if state.keys() <= {*_SHARED, "step"}:
-                    continue
-                if matrix is not None:
-                    state = without_room(matrix, state)
-                if matrix is not None and matrix.could_be_numbers and "basis_in" in state:
-                    matrix.eigen = not has_no_basis(state)  # as its first gradient has shown
-                check_state(name, matrix, state)
-                assert matrix is not None
-                relaid_state[i] = relaid(matrix, state)
-            super().load_state_dict({**state_dict, "state": relaid_state})
+            kept = {
+                i: as_kept(name, weights.get(p), state_dict["state"][i])
+                for i, p in zip(saved, own, strict=False)
+                if state_dict["state"].get(i)
+            }
+            super().load_state_dict({**state_dict, "state": {**state_dict["state"], **kept}})
         except BaseException:
             for matrix, eigen in zip(weights.values(), before, strict=True):
                 matrix.eigen = eigen
             raise
-        self._seeing, self._replays = None, Replays(type(self).__name__)  # graphs have the tensors of before
+        self._seeing, self._replays = None, Replays(type(self).__name__)  # CUDA graphs have the old tensors
         self._schedule()
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
@@ -442,27 +434,17 @@ class EigenAdam(SecondOrderOptimizer):
             param_group = {**param_group, "params": given}
             for p in (each[1] if isinstance(each, tuple) else each for each in given):
                 if isinstance(p, Tensor) and not self.state.get(p, {}).get("step"):
-                    self._leave(p)
+                    leave_group(p, self.param_groups)
         try:
             super().add_param_group(param_group)
             group = self.param_groups[-1]
-            _check_group(type(self).__name__, group)
+            check_group(type(self).__name__, group)
             found_shards(type(self).__name__, [p for each in self.param_groups for p in each["params"]], self._model)
         except BaseException:
             self.param_groups[:] = before
             raise
         if constructed:
             self._hook()
-
-    def _leave(self, p: Tensor) -> None:
-        """Takes a parameter out of its group."""
-        for group in self.param_groups:
-            for i, each in enumerate(group["params"]):
-                if each is p:
-                    del group["params"][i]
-                    if "param_names" in group:
-                        del group["param_names"][i]
-                    break
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, and with them what was recorded for them."""
@@ -506,17 +488,17 @@ class EigenAdam(SecondOrderOptimizer):
         return loss
 
     def _forget(self) -> None:
-        """What forward passes have shown since the last step."""
+        """Forgets what forward passes have shown since the last step."""
         self._sketches.clear()
         self._lookups.clear()
         self._seeing = None
 
     @torch.compiler.disable  # its bookkeeping has nothing to compile
     def _step(self) -> None:
-        numbers = self._numbers()
+        numbers = self._rates.read(self.param_groups, self._on_device)
         sign, recorded = -1 if self._maximize() else 1, self._hessians
         if self._matrices is None or self._ids_now() != self._ids:
-            self._hook()  # also where a group's list of parameters was changed by hand
+            self._hook()  # a group's list of parameters may have been changed by hand
         present = [m for m in self._table() if m.weight.grad is not None or (m.bias is not None and m.bias.grad is not None)]
         if not present:
             self._find_none()
@@ -528,7 +510,7 @@ class EigenAdam(SecondOrderOptimizer):
         if not captured:
             self._read_report()
         self._sketches.expect(captured)
-        # What the operators are told holds when control has so many steps; replays go on from there.
+        # The numbers that the operators are told belong to this count of steps; replays go on from there.
         replay = (self._renew_every, shared["steps"]) if captured else ()
         for matrix in present:
             if matrix.could_be_numbers and not self.state[matrix.weight].get("step"):
@@ -540,48 +522,28 @@ class EigenAdam(SecondOrderOptimizer):
         if recorded is not None and due:
             trained = {p: group for group in self.param_groups for p in group["params"]}
             hessians = recorded.of_step(trained, sign, self._group)
-        renewed = self._renew(present, states, means, control, operands, hessians, replay) if due else []
-        further = {"rate": self._rate(present, control)} if self._capturable and self._shards is None else {}
+        renewal = self._renew(present, states, means, control, operands, hessians, replay, numbers) if due else None
+        further = {}
+        if self._capturable and self._shards is None:
+            places = [self._places[matrix] for matrix in present]
+            further["rate"] = rates_on_device(self.param_groups, self._on_device, places, control)
         beta1, beta2 = self.param_groups[0]["betas"]
         self._operators(present, states).eigen_step_(
             operands.weights, operands.biases, *(self._moments(present, states, name) for name in MOMENTS),
             [s["size"] for s in states], control, operands.weight_grads, operands.bias_grads, means,
             [s["basis_out"] for s in states], [s["basis_in"] for s in states],
-            *self._rates_and_decays(present, states, shares, numbers), [s["step"] for s in states], beta1, beta2,
+            *rates_and_decays(present, states, shares, numbers, self._places), [s["step"] for s in states], beta1, beta2,
             self.param_groups[0]["eps"], due, *replay, **further,
         )  # fmt: skip
-        if captured:  # and not made yet
+        if captured:  # the step is not made yet
             operands.write_back()
             self._replays.add(present)
-            for state, unseen, _ in renewed:
-                state["unseen"] = min(unseen, state["unseen"])  # replays go on as this pass shows inputs
+            if renewal is not None:
+                renewal.note_captured()
             return
         if self._taken(control):
             operands.write_back()
-            self._count(present, states, means, shares, renewed)
-
-    def _rates_and_decays(
-        self,
-        present: list[Matrix],
-        states: list[dict[str, Any]],
-        shares: dict[Matrix, float],
-        numbers: list[tuple[float, float]],
-    ) -> tuple[list[float], list[float], list[float], list[float]]:
-        """What multiplies the step length of every matrix and of every bias, and the weight decay of both.
-
-        A table of which a step meets a share of the rows moves so much further. What has no gradient is given one of zeros, so
-        that it does not move; nor does it decay.
-        """
-        rates, bias_rates, decays, bias_decays = [], [], [], []
-        for matrix, state in zip(present, states, strict=True):
-            share, (place, bias_place) = shares.get(matrix, state.get("share", 1.0)), self._places[matrix]
-            rate, decay = numbers[place]
-            bias_rate, bias_decay = numbers[bias_place]
-            rates.append(rate / share)
-            bias_rates.append(bias_rate)
-            decays.append(decay * share if decay and matrix.weight.grad is not None else 0.0)
-            bias_decays.append(bias_decay if bias_decay and matrix.bias is not None and matrix.bias.grad is not None else 0.0)
-        return rates, bias_rates, decays, bias_decays
+            self._count(present, states, means, shares, renewal)
 
     def _count(
         self,
@@ -589,9 +551,9 @@ class EigenAdam(SecondOrderOptimizer):
         states: list[dict[str, Any]],
         means: list[Tensor],
         shares: dict[Matrix, float],
-        renewed: list[tuple[dict[str, Any], int, bool]],
+        renewal: Renewal | None,
     ) -> None:
-        """Notes in the state that a step was made, and what it has found."""
+        """Notes in the states that a step was made, and what it has found."""
         for matrix, state, mean in zip(present, states, means, strict=True):
             state["step"] += 1
             if matrix.bias is not None:
@@ -599,18 +561,19 @@ class EigenAdam(SecondOrderOptimizer):
             state["mean"] = mean
         for matrix, share in shares.items():
             self.state[matrix.weight]["share"] = share
-        for state, unseen, curved in renewed:
-            state["renewals"] += 1
-            state["unseen"] = unseen
-            if curved or "curved" in state:
-                state["curved"] = curved
+        if renewal is not None:
+            renewal.note_made()
         shared = self._shared()
         shared["steps"] += 1
-        if shared["steps"] == SLOW and not ("max_lr" in self._announced or self.defaults["lr"] <= 0.01):  # not told yet
-            warn_of_short_steps(type(self).__name__, self._highest)
+        if shared["steps"] == SLOW:
+            self._rates.warn_if_slow(self.defaults["lr"])
 
     def _captured(self, present: list[Matrix]) -> bool:
-        """Whether a CUDA graph captures this step, which must then be possible; if not Python's counts are the device's."""
+        """Returns whether a CUDA graph captures this step; if not, brings Python's counts to those of the device.
+
+        Raises:
+            RuntimeError: a graph captures a step that cannot be captured.
+        """
         captured = self._capturable and captured_now()
         if captured:
             if self._several:
@@ -623,20 +586,11 @@ class EigenAdam(SecondOrderOptimizer):
         return captured
 
     def _on_device(self, lr: Any) -> bool:
-        """Whether the operators read this learning rate, rather than be told its value."""
+        """Returns whether the operators read this learning rate on the device, rather than be told its value."""
         return self._capturable and super()._on_device(lr) and self._shards is None
 
-    def _rate(self, present: list[Matrix], control: Tensor) -> Tensor | None:
-        """The learning rates that are on the device, 1 for the others, [matrices, 2]; None where there are none."""
-        known = [self._on_device(group["lr"]) for group in self.param_groups]
-        if not any(known):
-            return None
-        one = control.new_ones(())
-        own = [group["lr"].to(control).reshape(()) if on else one for group, on in zip(self.param_groups, known, strict=True)]
-        return torch.stack([own[place] for matrix in present for place in self._places[matrix]]).view(-1, 2)
-
     def _find_none(self) -> None:
-        """Raises where no step has found a gradient yet; later, as where a batch has nothing to learn from, it is said once."""
+        """Raises if no step has found a gradient yet; later, when a batch may have nothing to learn from, warns once."""
         problem = f"{type(self).__name__}.step(): expected gradients, found none"
         if not self._steps():
             raise RuntimeError(
@@ -651,50 +605,27 @@ class EigenAdam(SecondOrderOptimizer):
             )
 
     def _find_numbers(self, matrix: Matrix) -> None:
-        """Tells by the first gradient of a matrix that no layer multiplies with whether its numbers stand for themselves."""
-        if not matrix.could_be_numbers:
-            return
-        # Without a model every layer's weight is looked at, and one instance leaves half of its ReLUs idle.
+        """Decides by a matrix' first gradient whether it is a map, or numbers that each stand for themselves."""
+        # Without a model this looks at every layer's weight, and an instance leaves half of a layer's ReLUs idle.
         most = 0.25 if self._model is None else 0.5
         share = share_of_numbers(matrix, most, self._sum_ if is_sharded(matrix.weight) else None)
         if matrix.eigen != (share is None):
             matrix.eigen = share is None
             state = self.state[matrix.weight]
-            for key in state.keys() - set(_SHARED):  # of a step that was refused
+            for key in state.keys() - set(SHARED):  # a step that was refused has left them
                 del state[key]
         if share is not None and share < 1:
             self._state(matrix, 0)["share"] = share
 
     def _operators(self, present: list[Matrix], states: list[dict[str, Any]]) -> Any:
-        """What has `eigen_renew_` and `eigen_step_` for these matrices."""
+        """Returns what has `eigen_renew_` and `eigen_step_` for these matrices."""
         return ops if self._shards is None else ShardedOperators(self._shards, present, states)
 
     def _moments(self, present: list[Matrix], states: list[dict[str, Any]], name: str) -> list[Any]:
-        """A moment of all parts of these matrices, as these operators take it."""
+        """Returns a moment of all parts of every matrix, as `_operators` take it."""
         if self._shards is None:
             return [state[name] for state in states]
         return [moments_here(matrix, state, name) for matrix, state in zip(present, states, strict=True)]
-
-    def _numbers(self) -> list[tuple[float, float]]:
-        """The learning rate and the weight decay of every group, once all its numbers are known to be valid."""
-        first, found = self.param_groups[0], []
-        for group in self.param_groups:
-            told = {**group, "lr": 1.0} if self._on_device(group["lr"]) else group  # what `_rate` multiplies
-            _check_group(f"{type(self).__name__}.step()", told)
-            found.append((float(told["lr"]), float(group["weight_decay"])))
-            if "max_lr" in group and "max_lr" not in self._announced:  # OneCycleLR's
-                self._announced.add("max_lr")
-                warn_of_short_steps(type(self).__name__, group["max_lr"], "max_lr")
-            self._highest = max(self._highest, found[-1][0])
-            if group is first:
-                continue
-            for name in ("betas", "eps"):
-                if tuple(group["betas"]) != tuple(first["betas"]) or group["eps"] != first["eps"]:
-                    raise ValueError(
-                        f"{type(self).__name__}.step(): expected {name} to be the same in all param_groups, got "
-                        f"{first[name]!r} and {group[name]!r}"
-                    )
-        return found
 
     def _renew(
         self,
@@ -705,63 +636,40 @@ class EigenAdam(SecondOrderOptimizer):
         operands: Operands,
         hessians: dict[Tensor, Tensor],
         replay: tuple[int, ...],
-    ) -> list[tuple[dict[str, Any], int, bool]]:
+        numbers: list[tuple[float, float]],
+    ) -> Renewal:
         """Renews the bases of all matrices from their inputs' sketches and their gradients or bias Hessians.
 
-        Returns the states that it is for, how many times in a row each has seen no inputs, and whether U is of a bias Hessian.
-        A first mean that a sketch has found takes its place in `means`, and is put into the state when the step is made. Where a
-        CUDA graph captures the step, `replay` says when the counts hold.
+        Where a CUDA graph captures the step, `replay` says when the counts hold. See `planned_renewal` for `means`.
         """
+        name = type(self).__name__
         sketches = self._sketches.averaged(present, self.state, self._sum_) if self._several else self._sketches.of
-        nothing = operands.weight_grads[0].new_empty(0)
-        given, renewed, lost = [], [], []
-        for i, (matrix, state) in enumerate(zip(present, states, strict=True)):
-            if not matrix.eigen:  # nothing to renew; but where its gradient is not finite no basis may turn
-                given.append((Sketch(nothing, means[i]), nothing, 1.0))
-                continue
-            sketch, unseen, share = sketches.get(matrix), 0, (1 - DECAY) / (1 - DECAY ** (state["renewals"] + 1))
-            if sketch is None:
-                unseen, has_seen = state["unseen"] + 1, state["renewals"] > state["unseen"]
-                patience = PATIENCE if has_seen else 1  # a lazy layer has shown none at the first
-                if replay and has_seen and unseen <= patience + 1:  # what is decided by counts
-                    raise RuntimeError(
-                        f"{type(self).__name__}.step(): expected the CUDA graph that captures the step to have the forward pass, "
-                        f"too, got no inputs of {matrix.name!r}; capture zero_grad, forward and backward passes and step together"
-                    )
-                sketch = Sketch(nothing, means[i])
-                if has_seen and unseen <= PATIENCE:  # it may show some again: V stays
-                    sketch = Sketch(means[i].new_zeros(len(state["basis_in"]) + 1, matrix.shape[1]), means[i], 1)
-                elif unseen == patience + 1 and matrix.modules and matrix.weight.grad is not None:
-                    lost.append(matrix.name)
-                    if has_seen:
-                        share = 1.0  # what inputs have said is on another scale than what gradients will say
-            elif not state["renewals"]:
-                means[i] = sketch.shift
-            curved = matrix.weight in hessians
-            if curved != state.get("curved", False):
-                share = 1.0  # likewise: a gradient's second moments are on another scale than a bias Hessian
-            given.append((sketch, hessians.get(matrix.weight, nothing), share))
-            renewed.append((state, unseen, curved))
-        if lost and "unseen" not in self._announced and any(lr for lr, _ in self._numbers()):  # 0: DCP's step
+        renewal = planned_renewal(f"{name}.step()", present, states, means, sketches, hessians, bool(replay))
+        # DCP makes a step with a learning rate of 0 before it loads a state.
+        if renewal.lost and "unseen" not in self._announced and any(lr for lr, _ in numbers):
             self._announced.add("unseen")
             warn(
-                f"{type(self).__name__} sees no inputs of {', '.join(lost)}: the layers run in a compiled graph or under "
-                "torch.func, have been pruned or parametrized since the optimizer was made, or are not called as modules. Their "
-                "bases are those of their gradients."
+                f"{name} sees no inputs of {', '.join(renewal.lost)}: the layers run in a compiled graph or under torch.func, "
+                "have been pruned or parametrized since the optimizer was made, or are not called as modules. Their bases are "
+                "those of their gradients."
             )
-        if renewed:
+        if renewal.renewed:
             self._operators(present, states).eigen_renew_(
                 means, [s["basis_out"] for s in states], [s["basis_in"] for s in states], [s["scale_out"] for s in states],
                 [s["scale_in"] for s in states], self._moments(present, states, "exp_avg"), control, operands.weight_grads,
-                operands.bias_grads, [_finite(sketch.sums) for sketch, _, _ in given],
-                [_finite(hessian) for _, hessian, _ in given], [sketch.rows for sketch, _, _ in given],
-                [share for _, _, share in given], *((*replay, DECAY) if replay else ()),
+                operands.bias_grads, [finite_or_zero(sketch.sums) for sketch, _, _ in renewal.given],
+                [finite_or_zero(hessian) for _, hessian, _ in renewal.given], [sketch.rows for sketch, _, _ in renewal.given],
+                [share for _, _, share in renewal.given], *((*replay, DECAY) if replay else ()),
             )  # fmt: skip
-        return renewed
+        return renewal
 
     def _taken(self, control: Tensor) -> bool:
-        """Whether the step was made, where that is known without waiting; raises, counts or warns where it should."""
-        if control.is_cuda and self._shards is None:  # where a step of other ranks waits for this one all raise at once
+        """Returns whether the step was made; on CUDA it takes that for granted, and `_read_report` learns the truth later.
+
+        Raises:
+            NonFiniteError: it was not made, with nonfinite="error".
+        """
+        if control.is_cuda and self._shards is None:  # ranks that share rows wait for each other, and all raise at once
             copy = torch.empty(control.shape, dtype=control.dtype, device="cpu", pin_memory=True).copy_(
                 control, non_blocking=True
             )
@@ -772,20 +680,24 @@ class EigenAdam(SecondOrderOptimizer):
         return self._heed(control.tolist())
 
     def _read_report(self) -> None:
-        """On CUDA: what became of a step before this one, if the device has told by now."""
-        if self._replays:  # they send no report
+        """Learns on CUDA whether a step before this one was made, if the device has told by now."""
+        if self._replays:  # replays send no report
             self._report = None
             self._heed(self._shared()["control"].tolist())
         elif self._report is not None and self._report[1].query():
             entries, self._report = self._report[0].tolist(), None
             shared = self._shared()
             refused = int(entries[REFUSED]) - shared["refused"]
-            for state in self.state.values() if refused else ():  # counted as made before this was known
+            for state in self.state.values() if refused else ():  # they were counted as made
                 state.update({key: state[key] - refused for key in ("step", "steps") if state.get(key, 0) >= refused})
             self._heed(entries)
 
     def _heed(self, entries: list[float]) -> bool:
-        """Whether these entries of control are of a step that was made."""
+        """Returns whether no step was refused since the last look at control, of which these are the entries.
+
+        Raises:
+            NonFiniteError: a step was refused, with nonfinite="error".
+        """
         state = self._shared()
         refused = int(entries[REFUSED]) - state["refused"]
         if not refused:
@@ -800,7 +712,7 @@ class EigenAdam(SecondOrderOptimizer):
         return False
 
     def _watch(self, loss: Any) -> None:
-        """Warns where a closure's loss has grown to a thousand times the first one."""
+        """Warns once if a closure's loss has grown to more than a thousand times the first one."""
         if "growth" in self._announced or self._maximize():
             return
         if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_cuda:
@@ -817,20 +729,21 @@ class EigenAdam(SecondOrderOptimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that were not made since a gradient was not finite. Part of the state_dict; waits for the device."""
+        """How many steps were not made since a gradient was not finite. Part of the state_dict; waits for the device."""
         return int(self._shared()["control"][REFUSED])
 
     def metrics(self) -> dict[str, float]:
         """Numbers worth logging. Waits for the device; a step does not compute them.
 
         Returns:
-            "length": the step length, without lr; "slope": the average slope along the present step, per step length;
-            "slope_ratio": that along the step before over it, -1 to 1 or so: above 0.1 steps grow, below -0.6 they shrink;
-            "oscillations": how many steps had a negative one; "rank": how many directions the bases of matrices have, the mean
-            over their sides; "coverage": the share of all numbers with a gradient so far that belong to matrices with bases,
-            rather than follow Adam's rule; "seen": the share of these matrices whose inputs the last renewal has seen;
-            "captured": the share of a gradient's mean square that lies in the basis of either side, the mean over these matrices;
-            "skipped_steps". All but "length" are 0 before the first step.
+            "length": the step length, without lr. "slope": the average slope along the present step, per step length.
+            "slope_ratio": the slope along the step before over "slope", -1 to 1 or so: above 0.1 steps grow, below -0.6 they
+            shrink. "oscillations": how many steps had a negative slope along the step before. "rank": how many directions the
+            bases of matrices have, the mean over their sides. "coverage": the share of all numbers with a gradient so far that
+            belong to matrices with bases, rather than follow Adam's rule. "seen": the share of these matrices whose inputs the
+            last renewal has seen. "captured": the share of a gradient's mean square that lies in the basis of either side, the
+            mean over these matrices. "skipped_steps": how many steps were not made. All but "length" are 0 before the first
+            step.
         """
         entries = self._shared()["control"].tolist()
         met = [
@@ -853,29 +766,11 @@ class EigenAdam(SecondOrderOptimizer):
         }
 
 
-def _check_group(owner: str, group: dict[str, Any]) -> None:
-    """Raises where a group's numbers are not what they must be."""
-    check_numbers(owner, group, _NUMBERS)
-    betas = group["betas"]
-    valid = isinstance(betas, tuple | list) and len(betas) == 2 and 0 <= betas[0] < 1 and 0 < betas[1] < 1
-    check_arguments(owner, [("betas", betas, valid, "to be two numbers, in [0, 1) and (0, 1)")])
-
-
 def _unwrapped(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
-    """The model without torch.compile's and DDP's wrappers, which share its parameters and call it; and DDP's ranks."""
+    """Returns the model without the wrappers of torch.compile and DDP, which share its parameters; and DDP's ranks."""
     inner: nn.Module = getattr(model, "_orig_mod", model)
     group: dist.ProcessGroup | None = None
     if isinstance(inner, DistributedDataParallel):
         group = inner.process_group
         inner = inner.module
     return getattr(inner, "_orig_mod", inner), group
-
-
-def _finite(sums: Tensor) -> Tensor:
-    """A sketch or bias Hessian; or zeros, which leave the basis alone, where its squares overflow, though no gradient does."""
-    if not sums.numel():
-        return sums
-    norm = sums.norm()
-    if sums.is_cpu:
-        return sums if math.isfinite(norm.item()) else torch.zeros_like(sums)
-    return torch.where(norm.isfinite(), sums, 0.0)  # waits for no device

@@ -1,7 +1,7 @@
 """KBFGS: a Kronecker-factored quasi-Newton method (Goldfarb, Ren & Bahamou, 2020)."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +14,9 @@ from secondorder._tape import ForwardState
 from secondorder._tensors import host_numbers, to_compute_dtype
 from secondorder.errors import NonFiniteError
 from secondorder.optim._base import CurvatureOptimizer, check_instances
-from secondorder.optim._closure_pass import ClosurePass, kept_gradients, layer_input
+from secondorder.optim._closure_pass import ClosurePass, kept_gradients
+from secondorder.optim._kbfgs_inputs import InputMoments
 from secondorder.optim._kbfgs_layer import (
-    InputMoments,
     Pair,
     averaged_gradient,
     bounded,
@@ -229,59 +229,19 @@ class KBFGS(CurvatureOptimizer):
             raise TypeError(
                 f"{type(self).__name__}.initialize(): expected loss to be a function of a batch, got {type(loss).__name__}"
             )
-        moments, groups = InputMoments(), self._groups()
+        groups = self._groups()
         layers = [layer for layer in self._layers if layer.weight in groups and layer.weight not in self._uncovered]
+        moments = InputMoments(type(self).__name__, self._layers, self._tape.tied, layers)
         if loss is None:
-            self._see_inputs(inputs, layers, moments)
+            moments.see_model(self._model, inputs)
         else:
-            for batch in inputs:
-                for layer, h, weight in self._inputs_of(loss, batch):
-                    if layer in layers:
-                        moments.add(layer, h, weight)
+            moments.see_loss(loss, self.criterion, inputs)
         starts = {
             layer: self._start(layer, moment, damping_of(groups[layer.weight], "damping_a"))
-            for layer, moment in moments.averaged(self._ranks, self._layers).items()
+            for layer, moment in moments.averaged(self._ranks).items()
         }
         for layer, start in starts.items():
             self.state[layer.weight].update(start)
-
-    def _see_inputs(self, inputs: Iterable[Any], layers: list[nn.Linear], moments: InputMoments) -> None:
-        """Calls the model with every batch, and adds the inputs of these layers to the moments."""
-
-        def called(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            h = layer_input(layer, args, kwargs)
-            moments.add(self._tape.tied.get(layer, layer), h, len(h))
-
-        tied = [other for other, layer in self._tape.tied.items() if layer in layers]
-        handles = [layer.register_forward_hook(called, with_kwargs=True) for layer in [*layers, *tied]]
-        try:
-            for batch in inputs:
-                self._model(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _inputs_of(self, loss: Callable[[Any], Tensor], batch: Any) -> Iterator[tuple[nn.Linear, Tensor, float]]:
-        """Returns every layer's h [m, n_in] in a batch, and how much it counts; plain means over m are means over the loss."""
-
-        def closure() -> Tensor:
-            value = loss(batch)
-            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-                got = (
-                    f"shape {list(value.shape)}, requires_grad={value.requires_grad}"
-                    if isinstance(value, Tensor)
-                    else type(value).__name__
-                )
-                raise RuntimeError(
-                    f"{type(self).__name__}.initialize(): expected loss to return the scalar loss with its graph, got {got}"
-                )
-            value.backward()
-            return value
-
-        seen = ClosurePass(self._layers, self._tape.tied, parameters=False, criterion=self.criterion)
-        with seen:
-            seen.run(closure, type(self).__name__)
-        return ((layer, seen.input(layer), seen.weight(layer)) for layer in seen.gradient)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
