@@ -1,7 +1,8 @@
-"""Nets and criteria whose curvature is compared with oracles, and the blocks that the tape gives."""
+"""Nets and criteria whose curvature is compared with oracles; the blocks that the tape gives, and those of Jacobians."""
 
 import torch
 from torch import nn
+from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 
 from secondorder._layers import linear_layers
@@ -67,3 +68,37 @@ def blocks(model, criterion, curvature, *batches, scale=1.0, samples=None):
     hessians = curvature.bias_hessians(tape.records())
     tape.remove()
     return {layers[layer]: h for layer, h in hessians.items()}
+
+
+def gauss_newton_blocks(model, criterion, x, y):
+    """sum_i J_i^T H_i J_i / m for every bias, J_i the output's Jacobian and H_i the criterion's Hessian for instance i alone."""
+    fixed = {n: p.detach() for n, p in model.named_parameters()}
+    result = {}
+    for name in linear_layers(model).values():
+        key, total = f"{name}.bias", 0
+        for i in range(len(x)):
+            output = lambda b, i=i, key=key: functional_call(model, {**fixed, key: b}, (x[i : i + 1],)).flatten()  # noqa: E731
+            jacobian, shape = jacrev(output)(fixed[key]), model(x[i : i + 1]).shape
+            top = hessian(lambda z, i=i, shape=shape: criterion(z.view(shape), y[i : i + 1]))(output(fixed[key]))
+            total = total + jacobian.T @ top @ jacobian / len(x)
+        result[name] = total
+    return result
+
+
+def assert_blocks(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, block in expected.items():
+        torch.testing.assert_close(actual[name], block, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def instance_gradients(model, criterion, x, y):
+    """Every instance's own gradient w.r.t. every bias."""
+    names = list(linear_layers(model).values())
+    rows = {name: [] for name in names}
+    for i in range(len(x)):
+        gradients = torch.autograd.grad(
+            criterion(model(x[i : i + 1]), y[i : i + 1]), [model.get_parameter(f"{n}.bias") for n in names]
+        )
+        for name, gradient in zip(names, gradients, strict=True):
+            rows[name].append(gradient)
+    return {name: torch.stack(gradients) for name, gradients in rows.items()}

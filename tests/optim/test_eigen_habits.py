@@ -1,35 +1,18 @@
-"""EigenAdam and the habits of torch's own optimizers; ranks."""
+"""EigenAdam and the habits of torch's own optimizers."""
 
 import copy
 import gc
-import io
 import math
-import os
-import pickle
 import warnings
 import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from helpers.eigen import batch, network, reloaded, train, values
+from helpers.eigen import batch, network, train, values
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import lr_scheduler
 
 import secondorder as so
-
-
-def test_values_of_groups_are_read_at_each_step():
-    models = [network(), network()]
-    optimizers = [so.EigenAdam(models[0]), so.EigenAdam(models[1], 0.5, weight_decay=0.2)]
-    for group in optimizers[0].param_groups:
-        group.update(lr=0.5, weight_decay=0.2)
-    for model, optimizer in zip(models, optimizers, strict=True):
-        train(model, optimizer, range(4))
-    assert torch.equal(values(models[0]), values(models[1]))
 
 
 @pytest.mark.parametrize("optimizer", [so.EigenAdam, so.LevenbergMarquardt])
@@ -48,72 +31,6 @@ def test_modules_in_place_of_parameters_are_told_what_to_write(optimizer):
         optimizer([first[0].weight, "bias"])
 
 
-@pytest.mark.parametrize("name", ["StepLR", "CosineAnnealingLR", "OneCycleLR", "ReduceLROnPlateau", "LambdaLR"])
-def test_schedulers(name):
-    options = {
-        "StepLR": {"step_size": 2}, "CosineAnnealingLR": {"T_max": 5}, "ReduceLROnPlateau": {},
-        "OneCycleLR": {"max_lr": 1.0, "total_steps": 9, "cycle_momentum": False}, "LambdaLR": {"lr_lambda": lambda t: 0.5**t},
-    }  # fmt: skip
-    model = network()
-    optimizer = so.EigenAdam(model)
-    scheduler = getattr(lr_scheduler, name)(optimizer, **options[name])
-    for seed in range(5):
-        (loss,) = train(model, optimizer, [seed])
-        scheduler.step(*[loss] if name == "ReduceLROnPlateau" else [])
-    assert torch.isfinite(values(model)).all()
-
-
-def test_a_scheduler_sets_the_step():
-    model = network()
-    optimizer = so.EigenAdam(model)
-    scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: 0.0 if t == 2 else 1.0)
-    for t in range(4):
-        before = values(model)
-        train(model, optimizer, [t])
-        assert torch.equal(values(model), before) == (t == 2)
-        scheduler.step()
-
-
-@pytest.mark.parametrize("at", [1, 5, 8, 16])
-def test_a_resumed_run_is_the_same_to_the_bit(at):
-    model = network()
-    optimizer = so.EigenAdam(model)
-    train(model, optimizer, range(at))
-    other = network()
-    other.load_state_dict(reloaded(model.state_dict()))
-    resumed = so.EigenAdam(other)
-    resumed.load_state_dict(reloaded(optimizer.state_dict()))
-    train(model, optimizer, range(at, 24))
-    train(other, resumed, range(at, 24))
-    assert torch.equal(values(model), values(other))
-
-
-def test_bfloat16_parameters_have_float32_state():
-    model = network(torch.bfloat16)
-    optimizer = so.EigenAdam(model)
-    losses = train(model, optimizer, range(60), dtype=torch.bfloat16)
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
-    other = copy.deepcopy(model)
-    resumed = so.EigenAdam(other)
-    resumed.load_state_dict(reloaded(optimizer.state_dict()))
-    for state in resumed.state.values():
-        assert {v.dtype for v in state.values() if isinstance(v, torch.Tensor)} <= {torch.float32, torch.float64}
-    train(model, optimizer, range(7), dtype=torch.bfloat16)
-    train(other, resumed, range(7), dtype=torch.bfloat16)
-    assert torch.equal(values(model), values(other))
-
-
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
-def test_copies_of_model_and_optimizer_train_alike(how):
-    model = network()
-    optimizer = so.EigenAdam(model)
-    train(model, optimizer, range(6))
-    other, copied = how((model, optimizer))
-    train(model, optimizer, range(6, 14))
-    train(other, copied, range(6, 14))
-    assert torch.equal(values(model), values(other))
-
-
 def test_a_vector_that_is_not_finite_keeps_all_bases():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(25, 40), nn.LayerNorm(40), nn.Linear(40, 3)).double()
@@ -128,45 +45,6 @@ def test_a_vector_that_is_not_finite_keeps_all_bases():
     for i, state in optimizer.state_dict()["state"].items():
         kept = {name: value for name, value in state.items() if name not in ("control", "refused")}
         torch.testing.assert_close(kept, {name: before[i][name] for name in kept}, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("moment", ["loaded", "converted"])
-def test_state_follows_the_dtype(moment):
-    model = network(torch.float32)
-    optimizer = so.EigenAdam(model)
-    train(model, optimizer, range(6), dtype=torch.float32)
-    if moment == "converted":
-        model.double()
-    else:
-        saved, model = reloaded(optimizer.state_dict()), network(torch.float64)
-        optimizer = so.EigenAdam(model)
-        optimizer.load_state_dict(saved)
-    assert all(math.isfinite(loss) for loss in train(model, optimizer, range(6)))
-    assert optimizer.state[model[0].weight]["exp_avg"].dtype == torch.float64
-
-
-def test_a_checkpoint_before_the_first_step():
-    model = network()
-    optimizer = so.EigenAdam(model)
-    model(batch()[0])
-    so.EigenAdam(network()).load_state_dict(reloaded(optimizer.state_dict()))
-    assert optimizer.metrics()["skipped_steps"] == 0
-
-
-def test_a_foreign_state_is_refused():
-    model = network()
-    adam = torch.optim.Adam(model.parameters())
-    train(model, adam, [0])
-    optimizer = so.EigenAdam(model)
-    with pytest.raises(ValueError, match="expected the state of an EigenAdam, got one of"):
-        optimizer.load_state_dict(adam.state_dict())
-    other = network(width=41)
-    train(other, larger := so.EigenAdam(other), [0])
-    with pytest.raises(ValueError, match=r"of shape \[40, 25\] for '0.weight', got one of \[41, 25\]"):
-        optimizer.load_state_dict(larger.state_dict())
-    train(model, optimizer, [0])
-    with pytest.raises(ValueError, match="give both the model, or neither"):
-        so.EigenAdam(model.parameters()).load_state_dict(optimizer.state_dict())
 
 
 def test_hooks_go_with_the_optimizer():
@@ -332,21 +210,6 @@ def test_bad_arguments(options, error, message):
         so.EigenAdam(network(), **options)
 
 
-def test_groups_must_agree_where_one_number_serves_all():
-    model = network()
-    with pytest.raises(ValueError, match="expected betas to be two numbers"):
-        so.EigenAdam([{"params": model.parameters(), "betas": (5.0, 5.0)}])
-    with pytest.raises(ValueError, match="expected lr >= 0, got -5"):
-        so.EigenAdam([{"params": model.parameters(), "lr": -5}])
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        so.EigenAdam([{"params": model.parameters()}, {"params": [model[0].weight]}])
-    optimizer = so.EigenAdam(
-        [{"params": model[0].parameters()}, {"params": model[2].parameters(), "betas": (0.5, 0.5)}], model=model
-    )
-    with pytest.raises(ValueError, match="expected betas to be the same in all param_groups"):
-        train(model, optimizer, [0])
-
-
 @pytest.mark.parametrize("value", [lambda loss: (loss, {}), lambda loss: None, lambda loss: torch.stack([loss, loss])])
 def test_closures_may_give_anything(value):
     model = network()
@@ -379,123 +242,6 @@ def test_bad_parameters_and_gradients():
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="got a sparse one for 'weight'; use sparse=False"):
         so.EigenAdam(table).step()
-
-
-class Experts(nn.Module):
-    """Every instance by one of two nets: a batch of positive ones leaves the second without any."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(3)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3)) for _ in range(2))
-        self.double()
-
-    def forward(self, x):
-        out = x.new_zeros(len(x), 3)
-        for expert, rows in zip(self.experts, (x[:, 0] > 0, x[:, 0] <= 0), strict=True):
-            rows = rows.nonzero().squeeze(1)
-            out = out.index_add(0, rows, expert(x[rows]))
-        return out
-
-
-class Tables(nn.Module):
-    """A table of an embedding and one of a parameter that batches index, of both of which a step meets some rows."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(3)
-        self.embedding, self.parameter = nn.Embedding(70, 6), nn.Parameter(torch.randn(90, 6))
-        # No wider: a step's gradient has rank 12, and further directions of a basis would be rounding's.
-        self.layers = nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 3))
-        self.double()
-
-    def forward(self, x):
-        indices = (1e4 * x[:, :2].abs()).long()
-        pair = self.embedding(indices[:, 0] % 70), self.parameter[indices[:, 1] % 90]
-        return self.layers(torch.cat(pair, 1))
-
-
-MODELS = {"network": network, "experts": Experts, "tables": Tables}
-
-
-def _batch(name, seed, rows):
-    """Inputs and targets; the last rank's choose the first expert, for the first steps."""
-    if name == "network":
-        return batch(seed, sum(rows))
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(sum(rows), 40, generator=generator).double()
-    if name == "experts" and seed < 6:
-        x[-rows[-1] :, 0] = x[-rows[-1] :, 0].abs()
-    return x, torch.randint(3, (sum(rows),), generator=generator)
-
-
-def _shares(optimizer):
-    return [state["share"] for state in optimizer.state.values() if "share" in state]
-
-
-def _rank(rank, ranks, path, results, rows, name, weighted):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
-    model = DistributedDataParallel(MODELS[name]())
-    optimizer = so.EigenAdam(model)
-    for seed in range(12):
-        x, y = _batch(name, seed, rows)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x.split(rows)[rank]), y.split(rows)[rank])
-        (loss * rows[rank] * ranks / sum(rows) if weighted else loss).backward()
-        optimizer.step()
-    results[rank] = values(model).tolist(), _shares(optimizer)
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    ("rows", "name", "weighted"),
-    [
-        ((24,), "network", True),
-        ((12, 12), "network", True),
-        ((5, 12, 9), "network", True),
-        ((1, 12, 9), "network", False),
-        ((250, 260), "network", True),
-        ((49, 51), "experts", True),
-        ((3, 12, 5), "tables", True),
-        ((3, 12, 5), "tables", False),
-    ],
-    ids=str,
-)
-def test_ranks_equal_one_process(rows, name, weighted, tmp_path):
-    """With the rank that several have, where there are several; also where one has nothing to show of a layer, at first.
-
-    Losses that are not weighted by rows are the mean of the ranks' means, as in a process that takes their batches in turn.
-    """
-    ranks = len(rows)
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, (ranks, os.fspath(tmp_path / "store"), results, rows, name, weighted), nprocs=ranks)
-        found = [torch.tensor(results[rank][0], dtype=torch.float64) for rank in range(ranks)]
-        shares = [results[rank][1] for rank in range(ranks)]
-    model = MODELS[name]()
-    optimizer = so.EigenAdam(model, rank=16 if ranks > 1 else None)
-    for seed in range(12):
-        optimizer.zero_grad()
-        for x, y in zip(*(each.split(rows) for each in _batch(name, seed, rows)), strict=True):
-            (F.cross_entropy(model(x), y) * (len(x) / sum(rows) if weighted else 1 / ranks)).backward()
-        optimizer.step()
-    assert all(torch.equal(found[0], other) for other in found[1:])
-    torch.testing.assert_close(found[0], values(model), rtol=1e-6, atol=1e-8)
-    assert all(each == _shares(optimizer) for each in shares)
-    assert [share for share in shares[0] if 0.1 < share < 1] == shares[0] and len(shares[0]) == (2 if name == "tables" else 0)
-
-
-def test_one_cycle_with_the_rate_of_another_optimizer_is_warned_of():
-    model = MODELS["network"]()
-    optimizer = so.EigenAdam(model)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=10)
-    x, y = _batch("network", 0, (12,))
-    F.cross_entropy(model(x), y).backward()
-    with pytest.warns(UserWarning, match="max_lr=0.01 multiplies the step that EigenAdam finds .* give max_lr=1.0"):
-        optimizer.step()
-    scheduler.step()
-    optimizer.step()  # says it once
 
 
 @pytest.mark.parametrize("given", [nn.CrossEntropyLoss(), F.cross_entropy, nn.Linear(2, 2)])
@@ -595,68 +341,6 @@ def test_scripted_models_train_from_their_gradients(made):
     train(plain, so.EigenAdam(plain.parameters()), range(8))
     train(model, so.EigenAdam(model), range(8))
     torch.testing.assert_close(values(model), values(plain), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_files_of_the_model_need_no_package_and_scripts_need_no_hooks():
-    model = network()
-    optimizer = so.EigenAdam(model)
-    train(model, optimizer, range(2))
-    file = io.BytesIO()
-    torch.save(model, file)
-    assert b"secondorder" not in file.getvalue()
-    file.seek(0)
-    for clone in (torch.load(file, weights_only=False), copy.deepcopy(model)):
-        assert torch.equal(clone(batch()[0]), model(batch()[0]))
-    with pytest.raises(AttributeError, match=r"call optimizer.remove_hooks\(\) before torch.jit.script"):
-        torch.jit.script(model)
-    optimizer.remove_hooks()
-    assert torch.equal(torch.jit.script(model)(batch()[0]), model(batch()[0]))
-
-
-def by_group(model):
-    return so.EigenAdam([{"params": layer.parameters(), "lr": 1e-3} for layer in model], model=model), None
-
-
-def by_hand(model):
-    optimizer = so.EigenAdam(model)
-    optimizer.param_groups[0]["lr"] = 1e-3
-    return optimizer, None
-
-
-def cyclic(model):
-    optimizer = so.EigenAdam(model)
-    return optimizer, lr_scheduler.CyclicLR(optimizer, 1e-4, 1e-3)
-
-
-def noam(model):
-    optimizer = so.EigenAdam(model)
-    return optimizer, lr_scheduler.LambdaLR(optimizer, lambda t: 512**-0.5 * min((t + 1) ** -0.5, (t + 1) * 400**-1.5))
-
-
-def warm_up(model):
-    optimizer = so.EigenAdam(model)
-    return optimizer, lr_scheduler.LinearLR(optimizer, 1e-3, total_iters=4000)
-
-
-def one_small_group(model):
-    return so.EigenAdam([{"params": model[0].parameters(), "lr": 1e-3}, {"params": model[2].parameters()}], model=model), None
-
-
-@pytest.mark.parametrize(
-    ("made", "told"),
-    [(by_group, True), (by_hand, True), (cyclic, True), (noam, True), (warm_up, False), (one_small_group, False)],
-)
-def test_the_lr_of_another_optimizer_is_told_of_after_100_steps(made, told):
-    model = network()
-    optimizer, scheduler = made(model)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for seed in range(110):
-            train(model, optimizer, [seed])
-            if scheduler is not None:
-                scheduler.step()
-    assert [("multiplies the step that EigenAdam finds" in str(each.message)) for each in caught] == [True] * told
 
 
 def test_a_compiled_step_is_the_plain_one():

@@ -2,30 +2,21 @@
 
 import copy
 import io
-from itertools import cycle, islice
 
 import pytest
 import torch
+from helpers.newton import OPTIMIZERS, stepping
 from helpers.training import assert_same, batch, network, one_step, poison_gradient, poison_input, snapshot
 from oracles import dense_gauss_newton
 from torch import nn
-from torch.func import functional_call, hessian, jvp
 from torch.nn import functional as F
 
 import secondorder as so
 from secondorder._layers import linear_layers
 from secondorder._tape import Tape
-from secondorder._tensors import Transfer
-from secondorder.criteria import BoundedClassificationLoss
 from secondorder.curvature import CURVATURES
 from secondorder.solvers import SOLVERS
-from secondorder.stepping import DampingSchedule, LocalLoss, LossTrend, best_step, levenberg_marquardt, recorded_loss
-from secondorder.stepping.recorded_loss import ChainLoss
-
-
-def stepping(model, criterion, lr, alpha=0.1, **kwargs):
-    """EACG with this learning rate, or LayerwiseNewton."""
-    return so.LayerwiseNewton(model, criterion, **kwargs) if lr is None else so.EACG(model, criterion, lr, alpha=alpha, **kwargs)
+from secondorder.stepping import DampingSchedule, LossTrend, best_step, levenberg_marquardt
 
 
 @pytest.mark.parametrize("lr", [0.05, None])
@@ -63,15 +54,6 @@ def test_an_exact_step_with_momentum_decay_and_averages():
             torch.testing.assert_close(model[i].weight, expected, rtol=1e-8, atol=1e-10)
 
 
-OPTIMIZERS = {
-    **{f"EACG {s}": lambda m, c, s=s: so.LayerwiseNewton(m, c, solver=s, inverse_every=3, average=True) for s in SOLVERS},
-    "LayerwiseNewton": lambda m, c: so.LayerwiseNewton(m, c, curvature_every=2, weight_decay=1e-3),
-    "KFAC": lambda m, c: so.KFAC(m, c, inverse_every=2),
-    "KFRA": lambda m, c: so.KFRA(m, c),
-    "KFLR": lambda m, c: so.KFLR(m, c),
-}
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_dict_resumes_to_the_bit(name):
     criterion = nn.CrossEntropyLoss()
@@ -101,141 +83,6 @@ def test_state_dict_resumes_to_the_bit(name):
         resumed.load_state_dict(optimizer_state)
         run(second, resumed, range(stop, 8))
         assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters(), strict=True))
-
-
-def local_loss(model, criterion, x, y, fraction=1.0, offset=0):
-    """A recorded LocalLoss, its parameters and their gradients."""
-    tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
-    model.zero_grad()
-    criterion(model(x), y).backward()
-    local = LocalLoss(model, criterion, tape.losses, {p: n for n, p in model.named_parameters()}, fraction, offset, tape)
-    return local, [p.detach() for p in model.parameters()], [p.grad.clone() for p in model.parameters()]
-
-
-CASES = {
-    "cross-entropy": (nn.CrossEntropyLoss(), None, lambda y: y),
-    "mse": (nn.MSELoss(), None, lambda y: F.one_hot(y, 3).double()),
-    "eq14": (BoundedClassificationLoss(), -1.0, lambda y: y),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_quadratic_model_is_the_explicit_one(case):
-    criterion, gamma, target = CASES[case]
-    model, (x, y) = network(), batch(7)
-    y = target(y)
-    local, parameters, gradients = local_loss(model, criterion, x, y)
-    vectors = [[torch.randn_like(p) for p in parameters] for _ in range(2)]
-    first, gram = local.products(vectors, Transfer())()
-    matrix = dense_gauss_newton(model, criterion, x, y, gamma)
-    v = torch.stack([torch.cat([t.reshape(-1) for t in vector]) for vector in vectors])
-    g = torch.cat([t.reshape(-1) for t in gradients])
-    assert local.start == pytest.approx(criterion(model(x), y).item(), rel=1e-12)
-    torch.testing.assert_close(first, v @ g)
-    torch.testing.assert_close(gram, v @ matrix @ v.T)
-    # The minimum of the damped and decayed model over the span, and what it predicts there.
-    tau, eta = 0.3, 0.05
-    step = best_step(local, gradients, vectors, tau, [eta] * len(parameters))()
-    c = matrix + (tau + eta) * torch.eye(len(g)).double()
-    expected = -torch.linalg.solve(v @ c @ v.T, v @ g)
-    torch.testing.assert_close(step.coefficients, expected)
-    delta = expected @ v
-    torch.testing.assert_close(torch.cat([t.reshape(-1) for t in step.delta]), delta)
-    assert step.predicted == pytest.approx(float(delta @ g + delta @ c @ delta / 2), rel=1e-9)
-    undamped = matrix + eta * torch.eye(len(g)).double()
-    assert step.undamped == pytest.approx(float(delta @ g + delta @ undamped @ delta / 2), rel=1e-9)
-    assert step.modelled == pytest.approx(float(delta @ g + delta @ matrix @ delta / 2), rel=1e-9)
-
-
-class Squeezed(nn.Module):
-    """A regression net as people write it."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 1)
-
-    def forward(self, x):
-        return self.second(F.silu(self.first(x))).squeeze(-1)
-
-
-class Standardised(nn.Module):
-    """The first layer's input is not the model's own."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.rand(5))
-        self.layer = nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.layer((x - 1) * self.scale)
-
-
-# (model, whether it is a chain of linear layers and known activations)
-NETS = {
-    "relu, frozen, no bias": (
-        lambda: nn.Sequential(
-            nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4).requires_grad_(False), nn.GELU(),
-            nn.Linear(4, 3),
-        ),
-        True,
-    ),
-    "one layer": (lambda: nn.Linear(5, 3), True),
-    "squeezed": (Squeezed, True),
-    "unknown activation": (lambda: nn.Sequential(nn.Linear(5, 4), nn.Mish(), nn.Linear(4, 3)), False),
-    "norm": (lambda: nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)), False),
-    "changed input": (Standardised, False),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("net", NETS)
-def test_forward_products_of_chains_and_of_other_nets(net):
-    make, is_chain = NETS[net]
-    torch.manual_seed(0)
-    model, (x, y) = make().double(), batch(7)
-    criterion, y = (nn.MSELoss(), torch.randn(7).double()) if net == "squeezed" else (nn.CrossEntropyLoss(), y)
-    tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
-    criterion(model(x), y).backward()
-    names = {p: n for n, p in model.named_parameters() if p.requires_grad}
-    local = LocalLoss(model, criterion, tape.losses, names, 1.0, 0, tape)
-    assert [isinstance(piece, ChainLoss) for piece in local.pieces] == [is_chain]
-    vectors = [[torch.randn_like(p) for p in names] for _ in range(2)]
-    first, gram = local.products(vectors, Transfer())()
-    jx = [
-        jvp(lambda *p: functional_call(model, dict(zip(names.values(), p, strict=True)), (x,)), tuple(names), tuple(v))[1]
-        for v in vectors
-    ]
-    top = hessian(lambda z: criterion(z, y))(model(x).detach())
-    k = top.numel() ** 0.5
-    j = torch.stack([t.reshape(-1) for t in jx]).detach()
-    torch.testing.assert_close(gram, j @ top.reshape(int(k), int(k)) @ j.T)
-    torch.testing.assert_close(
-        first, torch.stack([sum((p.grad * t).sum() for p, t in zip(names, v, strict=True)) for v in vectors])
-    )
-    assert local.start == pytest.approx(criterion(model(x), y).item(), rel=1e-12)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_subsample_stands_for_the_batch(reduction, monkeypatch):
-    monkeypatch.setattr(recorded_loss, "LEAST_INSTANCES", 1)
-    monkeypatch.setattr(recorded_loss, "LEAST_OUTPUTS", 1)
-    model, (x, y), criterion = network(), batch(12), nn.CrossEntropyLoss(reduction=reduction)
-    for offset in (0, 1, 5):
-        local, parameters, _ = local_loss(model, criterion, x, y, fraction=0.25, offset=offset)
-        rows = list(range(offset % 4, 12, 4))
-        expected = criterion(model(x[rows]), y[rows]).item() * (4 if reduction == "sum" else 1)
-        assert local.value(parameters) == pytest.approx(expected, rel=1e-12)
-
-
-def test_random_layers_and_buffers_are_left_alone():
-    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
-    (x, y), criterion = batch(12), nn.CrossEntropyLoss()
-    local, parameters, _ = local_loss(model, criterion, x, y)
-    buffers, generator = copy.deepcopy(list(model.buffers())), torch.get_rng_state()
-    values = {local.value(parameters) for _ in range(3)}
-    assert len(values) == 1  # the same mask each time
-    local.products([[torch.ones_like(p) for p in parameters]], Transfer())()
-    assert torch.equal(torch.get_rng_state(), generator)
-    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
 
 
 def test_the_first_step_without_a_learning_rate_is_the_explicit_minimum():
@@ -347,116 +194,6 @@ def test_micro_batches_without_a_learning_rate_are_one_batch():
         optimizers[1].step()
     for a, b in zip(*(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("case", ["dead units", "constant input", "one sample", "one input"])
-def test_degenerate_nets(name, case):
-    torch.manual_seed(0)
-    n_in, m = (1 if case == "one input" else 5), (1 if case == "one sample" else 9)
-    model = nn.Sequential(nn.Linear(n_in, 6), nn.ReLU(), nn.Linear(6, 3))
-    if case == "dead units":
-        nn.init.constant_(model[0].bias, -100.0)
-    x, y = torch.ones(m, n_in) if case == "constant input" else torch.randn(m, n_in), torch.randint(3, (m,))
-    criterion = nn.CrossEntropyLoss()
-    optimizer = OPTIMIZERS[name](model, criterion)
-    losses = [one_step(model, criterion, optimizer, x, y) for _ in range(5)]
-    assert all(torch.isfinite(p).all() for p in model.parameters())
-    assert losses[-1] < losses[0]
-
-
-# Every solver and every curvature at least once.
-PAIRS = list(islice(zip(cycle(SOLVERS), cycle(CURVATURES)), max(len(SOLVERS), len(CURVATURES))))
-
-
-@pytest.mark.parametrize("case", ["dead units", "constant input", "zero input", "one sample", "one input", "zero net"])
-@pytest.mark.parametrize(
-    "kwargs",
-    [{"lr": None, "damping": 1e-12}, {"lr": None, "damping": 1e12}, {"lr": 1e-3, "alpha": 1e-6}, {"lr": 1e-3, "alpha": 1 - 1e-7}],
-)
-def test_degenerate_nets_with_tiny_and_huge_damping(kwargs, case):
-    criterion = nn.CrossEntropyLoss()
-    for solver, curvature in PAIRS:
-        torch.manual_seed(0)
-        n_in, m = (1 if case == "one input" else 5), (1 if case == "one sample" else 9)
-        model = nn.Sequential(nn.Linear(n_in, 6), nn.ReLU(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
-        x, y = torch.randn(m, n_in), torch.randint(3, (m,))
-        if case == "dead units":
-            nn.init.constant_(model[0].bias, -100.0)
-        if case == "zero net":
-            for p in model.parameters():
-                nn.init.zeros_(p)
-        if case.endswith(" input") and case != "one input":
-            x = torch.full_like(x, case == "constant input")
-        optimizer = stepping(model, criterion, curvature=curvature, solver=solver, **kwargs)
-        losses = [one_step(model, criterion, optimizer, x, y) for _ in range(4)]
-        assert all(torch.isfinite(p).all() for p in model.parameters()), (solver, curvature)
-        if kwargs["lr"] is None:
-            assert losses[-1] <= losses[0] * (1 + 1e-6), (solver, curvature)
-
-
-# solver -> what of an input of 1e25 is no float32; its gradient is 0, since the units are saturated
-OVERFLOWS = {
-    "kron-cg": "input second moment", "kfi": "input second moment", "exact": "input second moment", "auto": "input second moment",
-    "ea-isotropic": "mean square input",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("lr", [0.01, None])
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_overflowing_inputs_name_the_layer_and_the_factor(solver, lr):
-    model, criterion = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), nn.CrossEntropyLoss()
-    optimizer, (x, y) = (
-        stepping(model, criterion, lr, solver=solver),
-        (torch.full((3, 4), 1e25), torch.arange(3) % 2),
-    )
-    before = snapshot(model, optimizer)
-    if solver in OVERFLOWS:
-        with pytest.raises(
-            so.NonFiniteError, match=f"layer '0': NaN or inf in its {OVERFLOWS[solver]}.*No parameter and no state"
-        ):
-            one_step(model, criterion, optimizer, x, y)
-        assert_same(snapshot(model, optimizer), before)
-    else:
-        one_step(model, criterion, optimizer, x, y)
-        assert all(torch.isfinite(p).all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("lr", [0.01, None])
-@pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_overflowing_curvature_names_the_layer_and_the_factor(solver, curvature, lr):
-    model, criterion = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), nn.MSELoss()
-    with torch.no_grad():
-        model[2].weight.fill_(1e20)  # W^T H W and delta delta^T are no float32
-    optimizer = stepping(model, criterion, lr, curvature=curvature, solver=solver)
-    x = 1e-18 * torch.randn(3, 4)
-    with torch.no_grad():
-        model[0].bias.zero_()
-        y = model(x) + 1
-    before = snapshot(model, optimizer)
-    with pytest.raises(so.NonFiniteError, match="layer '0': NaN or inf in its bias Hessian.*No parameter and no state"):
-        one_step(model, criterion, optimizer, x, y)
-    assert_same(snapshot(model, optimizer), before)
-
-
-@pytest.mark.parametrize("lr", [None, 0.1])
-def test_what_cholesky_cannot_factorise_is_inverted_otherwise(lr, monkeypatch):
-    """Which is known once the quadratic model is: the step is that of the true inverses."""
-
-    def failing(matrix):
-        return torch.eye(matrix.shape[-1]).to(matrix).expand(matrix.shape), torch.ones(matrix.shape[:-2], dtype=torch.int32)
-
-    moved = []
-    for fails in (False, True):
-        model, criterion = network(), nn.CrossEntropyLoss()
-        optimizer = stepping(model, criterion, lr, solver="kfi")
-        with monkeypatch.context() as patch:
-            if fails:
-                patch.setattr(torch.linalg, "cholesky_ex", failing)
-            one_step(model, criterion, optimizer, *batch(20))
-        moved.append([p.detach() for p in model.parameters()])
-    torch.testing.assert_close(*moved)
 
 
 def test_the_solvers_own_damping_is_the_best_of_three_under_the_model(monkeypatch):
@@ -571,17 +308,6 @@ def test_damping_starts_by_the_number_of_instances():
         optimizer.step()
         taus.append(optimizer.param_groups[0]["loss_trend"][0] / optimizer.param_groups[0]["loss_trend"][2])
     assert taus == pytest.approx([0.1 * 250 / 40**2] * 2)
-
-
-def test_small_noisy_batches_do_not_diverge():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Dropout(0.3), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 3))
-    criterion, teacher = nn.CrossEntropyLoss(), torch.randn(6, 3)
-    optimizer, losses = so.LayerwiseNewton(model, criterion), []
-    for _ in range(300):
-        x = torch.randn(16, 6)
-        losses.append(one_step(model, criterion, optimizer, x, (x @ teacher).argmax(1)))
-    assert sum(losses[-50:]) / 50 < 0.6
 
 
 @pytest.mark.parametrize("name", ["EACG", "LayerwiseNewton", "KFRA", "KFLR", "KFAC"])

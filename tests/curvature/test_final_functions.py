@@ -1,0 +1,159 @@
+"""Gauss-Newton blocks of criteria behind a final function of the output: sigmoid, softmax, log-softmax, broadcasting."""
+
+import warnings
+
+import pytest
+import torch
+from helpers.curvatures import assert_blocks, blocks, gauss_newton_blocks, network
+from torch import nn
+from torch.nn import functional as F
+
+import secondorder as so
+from secondorder._layers import linear_layers
+from secondorder._tape import Tape
+from secondorder.criteria import FunctionCriterion
+from secondorder.curvature import CURVATURES
+
+
+class Behind(nn.Module):
+    """A net [m, 4] -> [m, 3] whose last layer is followed by a function of its rows."""
+
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(1)
+        self.body, self.function = network([4, 6, 3], nn.Tanh()), function
+
+    def forward(self, x):
+        return self.function(self.body(x))
+
+
+FUNCTIONS = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "softmax": lambda z: z.softmax(-1),
+    "pairs": lambda z: (z.view(-1, 1, 3) * z.view(-1, 3, 1)).view(-1, 3, 3),  # an instance has several rows
+    "one number": lambda z: torch.sigmoid(z[:, 0] * z[:, 1] - z[:, 2]),
+}
+
+
+CONVEX_IN_ITS_ARGUMENT = {
+    "mse": nn.MSELoss(),
+    "mse, a function": FunctionCriterion(F.mse_loss),
+    "log-cosh": FunctionCriterion(lambda u, y: (3 * (u - y)).cosh().log().mean()),
+    "huber": nn.SmoothL1Loss(beta=0.5),
+}
+
+
+@pytest.mark.parametrize("criterion", CONVEX_IN_ITS_ARGUMENT)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_criterion_that_is_convex_behind_a_final_function_has_gauss_newton_blocks(function, criterion):
+    """J^T H J with H at what the function returns: at the last layer's output the Hessian is not positive semi-definite."""
+    model, criterion = Behind(FUNCTIONS[function]), CONVEX_IN_ITS_ARGUMENT[criterion]
+    x = torch.randn(9, 4).double()
+    y = 2 * torch.randn_like(model(x)).detach()
+    expected = gauss_newton_blocks(model, criterion, x, y)
+    assert_blocks(blocks(model, criterion, CURVATURES["kflr"], (x, y)), expected)
+    if isinstance(criterion, nn.MSELoss) or function != "one number":  # else the mean's being semi-definite will do
+        top = blocks(model, criterion, CURVATURES["gauss-newton"], (x, y))["body.2"]
+        torch.testing.assert_close(top, expected["body.2"])
+    if isinstance(criterion, nn.MSELoss):
+        assert_blocks(blocks(model, criterion, CURVATURES["fisher-exact"], (x, y)), expected)
+
+
+def test_cross_entropy_of_probabilities_is_convex_in_them():
+    model, criterion = Behind(FUNCTIONS["softmax"]), nn.CrossEntropyLoss()
+    x, y = torch.randn(9, 4).double(), torch.arange(9) % 3
+    expected = gauss_newton_blocks(model, criterion, x, y)
+    for name in ("kflr", "fisher-exact"):
+        assert_blocks(blocks(model, criterion, CURVATURES[name], (x, y)), expected)
+
+
+@pytest.mark.parametrize(
+    "criterion", [nn.BCELoss(), nn.BCELoss(reduction="sum"), FunctionCriterion(F.binary_cross_entropy)], ids=str
+)
+def test_bce_of_a_sigmoid_is_bce_with_logits(criterion):
+    model, reduction = Behind(torch.sigmoid), getattr(criterion, "reduction", "mean")
+    x, y = torch.randn(9, 4).double(), (torch.rand(9, 3) < 0.5).double()
+    expected = gauss_newton_blocks(model.body, nn.BCEWithLogitsLoss(), x, y)
+    scale = 27 if reduction == "sum" else 1
+    for name in ("kflr", "fisher-exact"):
+        actual = blocks(model, criterion, CURVATURES[name], (x, y))
+        for layer, block in expected.items():
+            torch.testing.assert_close(actual[f"body.{layer}"], scale * block)
+    so.KFAC(model, criterion)
+    with pytest.raises(ValueError, match="of a sigmoid"):
+        blocks(Behind(lambda z: z.softmax(1)), criterion, CURVATURES["fisher-mc"], (x, y))
+
+
+@pytest.mark.parametrize("optimizer", [so.KFLR, so.KFRA, so.KFAC, so.LayerwiseNewton])
+@pytest.mark.parametrize("function", ["sigmoid", "tanh", "softmax"])
+def test_nets_with_a_final_activation_are_trained(function, optimizer):
+    model, criterion = Behind(FUNCTIONS[function]).float(), nn.MSELoss()
+    torch.manual_seed(2)
+    x, y = torch.randn(60, 4), F.one_hot(torch.arange(60) % 3, 3).float()
+    trained, losses = optimizer(model, criterion), []
+    for _ in range(60):
+        trained.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        trained.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_functions_and_outputs_of_one_dimension():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1), nn.Flatten(0)).double()
+    criterion = FunctionCriterion(F.binary_cross_entropy_with_logits)
+    x, y = torch.randn(6, 4).double(), torch.rand(6).double()
+    rows = nn.Sequential(*model[:3])
+    expected = gauss_newton_blocks(rows, nn.BCEWithLogitsLoss(), x, y.unsqueeze(1))
+    for curvature in ("fisher-exact", "kflr"):
+        assert_blocks(blocks(model, criterion, CURVATURES[curvature], (x, y)), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_output_that_is_broadcast_has_all_its_terms(reduction):
+    """MSE of [m, 1] against [m, 4], say, has four terms for each instance."""
+    model, x, y = network([3, 5, 1], nn.Tanh()), torch.randn(6, 3).double(), torch.randn(6, 4).double()
+
+    def criterion(output, target):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's own, of the shapes
+            return F.mse_loss(output, target, reduction=reduction)
+
+    expected = blocks(model, FunctionCriterion(criterion), CURVATURES["kflr"], (x, y))
+    module = nn.MSELoss(reduction=reduction)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        actual = blocks(model, module, CURVATURES["kflr"], (x, y))
+    scale = 2 * (4 * 6 if reduction == "sum" else 1)
+    torch.testing.assert_close(actual["2"], torch.tensor([[float(scale)]]).double())
+    for name, block in actual.items():
+        torch.testing.assert_close(block, expected[name])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", ["kflr", "fisher-exact"])
+def test_nll_of_log_softmax_is_cross_entropy(name, weighted):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y, weight = torch.randn(9, 4).double(), torch.arange(9) % 3, torch.tensor([1.0, 2.0, 5.0]).double() if weighted else None
+    y[2] = -100
+    found = []
+    for criterion, model in [
+        (nn.CrossEntropyLoss(weight), body), (nn.NLLLoss(weight), nn.Sequential(*body, nn.LogSoftmax(1))),
+    ]:  # fmt: skip
+        tape = Tape(linear_layers(model), criterion, diagonal=False, columns=CURVATURES[name].columns)
+        criterion(model(x), y).backward()
+        found.append({r.layer: r.block for r in tape.records()})
+        tape.remove()
+    for layer, block in found[0].items():
+        torch.testing.assert_close(found[1][layer], block)
+
+
+def test_nll_of_anything_else_is_no_likelihood():
+    model, criterion = nn.Sequential(nn.Linear(4, 3), nn.Tanh()), nn.NLLLoss()
+    optimizer = so.KFAC(model, criterion)
+    with pytest.raises(ValueError, match="NLL of log_softmax"):
+        criterion(model(torch.randn(5, 4)), torch.arange(5) % 3)
+    optimizer.remove_hooks()
