@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge, Node
 from secondorder._tape.square_roots import ROOTS
 from secondorder._tensors import host_numbers
 
-# What a loss may be made of above its squares: each is linear in every input, with constants that autograd knows.
+# Nodes that a loss may be made of above its squares: each is linear in every input, with constants that autograd knows.
 _LINEAR = {
     "AddBackward", "SubBackward", "RsubBackward", "NegBackward", "MeanBackward", "SumBackward", "NansumBackward", "StackBackward",
     "CatBackward", "SelectBackward", "SliceBackward", "IndexBackward", "IndexSelectBackward", "GatherBackward", "SqueezeBackward",
@@ -23,9 +23,9 @@ _LINEAR = {
     "AdaptiveAvgPool3DBackward", "ScatterBackward", "ScatterAddBackward", "IndexAddBackward", "IndexCopyBackward",
     "IndexPutBackward", "ViewAsRealBackward", "LerpBackward",
 }  # fmt: skip
-# Products: linear in one factor, if the others do not depend on the parameters.
+# Products, which are linear in one factor if the others do not depend on the parameters.
 _PRODUCTS = {"MulBackward", "DivBackward", "DotBackward", "VdotBackward", "MvBackward", "MmBackward", "BmmBackward"}
-# Additive ones: an input without a node is a constant that the graph does not hold.
+# Additive nodes, where an input without a node is a constant that the graph does not hold.
 _SUMS = {
     "AddBackward", "SubBackward", "RsubBackward", "StackBackward", "CatBackward", "WhereBackward", "MaskedFillBackward",
     "ConstantPadNdBackward", "ScatterBackward", "ScatterAddBackward", "ScatterReduceBackward", "IndexAddBackward",
@@ -38,24 +38,24 @@ _COMPLEX = "a power of complex numbers, whose real part has no sign: write z.abs
 
 
 class Term(NamedTuple):
-    """A node of the loss that squares something, and what it squares."""
+    """A node of the loss that squares a residual."""
 
     node: Node
     residual: Tensor  # with its graph, of any shape
     mean: bool  # whether the node is the mean of the squares, rather than the squares or their sum
-    summed: tuple[int, ...] = ()  # the dimensions that it has summed over and no longer has
+    summed: tuple[int, ...] = ()  # the residual's dimensions that the node has summed over and no longer has
 
 
 class Terms(NamedTuple):
-    """What `find_terms` has found."""
+    """The squares that a loss is a combination of."""
 
     squares: list[Term]
-    penalties: list[Term]  # whose residual is a parameter itself
+    penalties: list[Term]  # the squares of parameters themselves
     constant: bool  # whether the loss may have a part that depends on no parameter
 
 
 def kind(node: Node) -> str:
-    """A node's name without torch's number at the end."""
+    """Returns a node's name without torch's number at the end."""
     return without_number(node.name())
 
 
@@ -70,7 +70,7 @@ def signed_dim(dim: int) -> int:
 
 
 def linear_node(node: Node) -> bool:
-    """Whether a node that depends on one tensor alone is known to be linear in it, or to add a constant."""
+    """Returns whether a node that depends on one tensor alone is known to be linear in it, or to add a constant."""
     name = kind(node)
     if name == "DivBackward":
         return node.next_functions[0][0] is not None
@@ -78,25 +78,25 @@ def linear_node(node: Node) -> bool:
 
 
 def _is_linear(node: Any) -> bool:
-    """Whether a node is linear in all its inputs together, if weights between them do not depend on the parameters."""
+    """Returns whether a node is linear in all its inputs together, if weights between them do not depend on the parameters."""
     name = kind(node)
     return name in _LINEAR or (name == "ScatterReduceBackward" and node._saved_reduce in ("sum", "mean"))
 
 
 def adds_constant(node: Node) -> bool:
-    """Whether a linear node may add something that its graph does not hold."""
+    """Returns whether a linear node may add a constant that its graph does not hold."""
     return kind(node) in _SUMS
 
 
 class Reach:
-    """Whether autograd nodes depend on one of some parameters."""
+    """Tells whether autograd nodes depend on any of some parameters."""
 
     def __init__(self, parameters: Iterable[Tensor]):
         self._parameters = {id(p) for p in parameters}
         self._known: dict[Node, bool] = {}
 
     def __call__(self, node: Node | None) -> bool:
-        """Whether anything upstream of `node`, or at it, is one of the parameters."""
+        """Returns whether one of the parameters is upstream of `node`, or at it."""
         if node is None:
             return False
         known = self._known
@@ -121,11 +121,11 @@ class Reach:
 
 
 def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
-    """The squares that a loss is a combination of, in the order of a walk from it.
+    """Finds the squares that a loss is a combination of, in the order of a walk from the loss.
 
     Args:
         loss: a scalar with its graph.
-        reach: of the parameters.
+        reach: tells which nodes depend on the parameters.
         owner: who asks, for the error.
 
     Raises:
@@ -174,7 +174,7 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
     return Terms(squares[::-1], penalties[::-1], constant)
 
 
-# What to write in place of nodes that are met often, by the beginnings of their names.
+# Hints what to write in place of nodes that losses often have, by the beginnings of their names.
 _INSTEAD = {
     ("Abs", "L1Loss"): "In place of absolute values take nn.HuberLoss with a small delta",
     ("LogSoftmax",): "Cross-entropy is of class indices, without label smoothing; for soft labels take EigenAdam",
@@ -204,7 +204,7 @@ def _refused(owner: str, node: Node, what: str) -> RuntimeError:
 
 
 def _square(node: Node, reach: Reach) -> Term | None:
-    """The node as a square, if it is one."""
+    """Returns the node as a square, if it is one."""
     name = kind(node)
     saved: Any = node
     if name == "PowBackward" and all(f is None for f, _ in node.next_functions[1:]):
@@ -222,9 +222,8 @@ def _square(node: Node, reach: Reach) -> Term | None:
             return _root(node, reach)
         factors = {"MulBackward": ("_saved_self", "_saved_other"), "DotBackward": ("_saved_self", "_saved_tensor")}.get(name, ())
         for one, other, z in zip((first, second), (second, first), factors, strict=False):
-            if (
-                other[0] is not None and kind(other[0]) == "ConjBackward" and other[0].next_functions[0] == one
-            ):  # z times its conjugate
+            # z times its conjugate
+            if other[0] is not None and kind(other[0]) == "ConjBackward" and other[0].next_functions[0] == one:
                 squared: Tensor = torch.view_as_real(getattr(node, z))
                 return Term(node, squared, False, (squared.ndim - 1,))
     if name in ROOTS:
@@ -234,7 +233,7 @@ def _square(node: Node, reach: Reach) -> Term | None:
 
 
 def _complex_power(node: Any) -> bool:
-    """Whether a node squares complex numbers themselves rather than their absolute values."""
+    """Returns whether a node squares complex numbers themselves rather than their absolute values."""
     inputs = node.next_functions
     power = kind(node) == "PowBackward" or (
         kind(node) in ("MulBackward", "DotBackward") and len(inputs) == 2 == inputs.count(inputs[0])
@@ -243,7 +242,7 @@ def _complex_power(node: Any) -> bool:
 
 
 def _exponent(node: Any) -> float:
-    """The exponent of a power of a tensor; 0 where there are several, or the base is a number."""
+    """Returns the exponent of a power of a tensor; 0 if there are several, or if the base is a number."""
     exponent = node._saved_exponent
     if not isinstance(node._saved_self, Tensor) or (isinstance(exponent, Tensor) and exponent.numel() != 1):
         return 0.0
@@ -251,7 +250,10 @@ def _exponent(node: Any) -> float:
 
 
 def _root(square: Any, reach: Reach) -> Term:
-    """What a node squares; where that is an absolute value or a norm, times constants: what is within, whose square is smooth."""
+    """Returns the term of a node that squares a tensor.
+
+    If the node squares an absolute value or a norm, times constants, the residual is the tensor within, whose square is smooth.
+    """
     value: Tensor = square._saved_self
     node, factors = square.next_functions[0][0], list[Tensor]()
     while kind(node) in ("MulBackward", "DivBackward") and sum(reach(f) for f, _ in node.next_functions) == 1:
@@ -264,9 +266,8 @@ def _root(square: Any, reach: Reach) -> Term:
     inner, summed, shape = _within(node)
     if inner is None or value.shape != shape:  # it is neither, or constants have widened it
         return Term(square, value, False)
-    if (
-        inner.is_complex()
-    ):  # two residuals for each number, the real and the imaginary part, whose squares the last dimension sums
+    if inner.is_complex():
+        # Two residuals for each number, its real and its imaginary part, whose squares are summed over the last dimension.
         summed, inner = (*summed, inner.ndim), torch.view_as_real(inner)
     for factor in factors:
         inner = inner * _unsqueezed(factor.to(value.dtype).expand(shape), summed)
@@ -274,9 +275,9 @@ def _root(square: Any, reach: Reach) -> Term:
 
 
 def _within(node: Any) -> tuple[Tensor | None, tuple[int, ...], torch.Size]:
-    """What a node takes the absolute value of, or the norm, the dimensions that are gone then, and the shape that is left.
+    """Returns the tensor whose absolute value or norm a node is, the dimensions that are gone then, and the shape that is left.
 
-    None: it does neither.
+    The tensor is None if the node is neither.
     """
     name = "" if node is None else kind(node)
     if name == "AbsBackward":
@@ -296,14 +297,14 @@ def _within(node: Any) -> tuple[Tensor | None, tuple[int, ...], torch.Size]:
 
 
 def _unsqueezed(t: Tensor, summed: tuple[int, ...]) -> Tensor:
-    """With the dimensions that a term has summed over; one number needs none."""
+    """Returns a tensor with the dimensions that a term has summed over; a single number needs none."""
     for dim in summed if t.ndim else ():
         t = t.unsqueeze(dim)
     return t
 
 
 def coefficients(loss: Tensor, terms: list[Term], owner: str) -> list[Tensor]:
-    """c of each term, of the residual's shape, once none is known to be negative.
+    """Returns c of each term, of the residual's shape, once it is known that none is negative.
 
     Raises:
         RuntimeError: a coefficient is negative.
@@ -314,7 +315,7 @@ def coefficients(loss: Tensor, terms: list[Term], owner: str) -> list[Tensor]:
 
 
 def arriving(loss: Tensor, terms: list[Term]) -> list[Tensor]:
-    """c of each term, of the residual's shape: the gradient that arrives at its node."""
+    """Returns c of each term, of the residual's shape: the gradient that arrives at its node."""
     edges = [GradientEdge(term.node, 0) for term in terms]
     gradients = torch.autograd.grad(loss, edges, retain_graph=True)
     found = []
@@ -326,12 +327,12 @@ def arriving(loss: Tensor, terms: list[Term]) -> list[Tensor]:
 
 
 def negative(found: list[Tensor]) -> list[Tensor]:
-    """Whether any c of each term is negative."""
+    """Returns of each term whether any c is negative."""
     return [(c < 0).any() for c in found]
 
 
 def check_signs(negative: list[float], owner: str) -> None:
-    """Raises RuntimeError where one of these, of `negative`, is true."""
+    """Raises RuntimeError if an entry of what `negative` returns is true."""
     if any(negative):
         raise RuntimeError(
             f"{owner}.step(): expected a sum of squares, got a negative coefficient; a loss that is unbounded below has no "

@@ -1,8 +1,8 @@
-"""Uses of parameters in an autograd graph: matrix products, sums and scalings whose gradient is one outer product a row.
+"""Uses of parameters in an autograd graph: matrix products, sums and scalings whose gradient is one outer product for each row.
 
-Derivatives that `torch.autograd.grad(..., create_graph=True)` has recorded use a weight again and again; each use is found. For
-a product Z = A W^T the gradient of a residual r_k is the sum over its rows i of outer(G_i, A_i), G the gradient that arrives at
-Z. So all rows of a Jacobian come from one backward pass.
+Derivatives that `torch.autograd.grad(..., create_graph=True)` has recorded use a weight again and again; the walk finds each use.
+For a product Z = A W^T the gradient of a residual r_k is the sum over its rows i of outer(G_i, A_i), where G is the gradient that
+arrives at Z. So all rows of a Jacobian come from one backward pass.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,30 +15,30 @@ from torch.nn import functional as F
 
 from secondorder._tape.residuals import LEAF, kind, signed_dim
 
-Back = Callable[[Tensor], Tensor]  # from gradients of one thing to gradients of another, [m, ...] to [m, ...]
+Back = Callable[[Tensor], Tensor]  # takes m gradients of one tensor to those of another, [m, ...] to [m, ...]
 
 
 class Use(NamedTuple):
     """A node that acts on a parameter row by row; row i's gradient is outer(G_i, A_i), outer(A_i, G_i) or G_i."""
 
-    node: Node  # at which the gradient arrives
-    parameter: int  # its position
-    rows: Callable[[Tensor], Tensor]  # from what arrives to G [rows, a]
-    operand: Tensor | None  # A [rows, b]; None: the parameter is a vector, its gradient G_i
-    swapped: bool  # whether it is outer(A_i, G_i)
-    back: Back | None  # from these gradients to the parameter's; None: they differ in shape at most
+    node: Node  # the node at which the gradient arrives
+    parameter: int  # the parameter's position
+    rows: Callable[[Tensor], Tensor]  # takes the gradient that arrives to G [rows, a]
+    operand: Tensor | None  # A [rows, b]; None: the parameter is a vector, and its gradient is G_i
+    swapped: bool  # whether the gradient is outer(A_i, G_i)
+    back: Back | None  # takes these gradients to those of the parameter; None: the two differ in shape at most
 
 
 class Uses(NamedTuple):
-    """What a graph says of the parameters."""
+    """How a graph uses the parameters."""
 
     uses: list[Use]
-    others: dict[int, str]  # parameters that enter otherwise, too, and the names of the nodes by which they do
+    others: dict[int, str]  # parameters that also enter in an unknown way, and the names of the nodes by which they do
     signature: tuple[Any, ...]  # equal for graphs of one structure, with the same indices
-    by_value: bool  # whether some nodes send rows where an index says that is not known, so that equal signatures may differ
+    by_value: bool  # whether some node sends rows by an index that is not known, so that graphs of equal signatures may differ
 
 
-# Nodes that send rows elsewhere, and what decides where.
+# Nodes that send rows elsewhere, and the saved values that decide where.
 _POSITIONS = {
     "SliceBackward": ("_saved_dim", "_saved_start", "_saved_end", "_saved_step"),
     "SelectBackward": ("_saved_dim", "_saved_index"),
@@ -59,17 +59,17 @@ _POSITIONS = {
     "MeanBackward": ("_saved_dim",),
     "CumsumBackward": ("_saved_dim",),
 }
-# By an index, which may be among what they have saved.
+# The beginnings of the names of nodes that send rows by an index, and the names under which they may have saved it.
 _BY_VALUE = ("Index", "Gather", "Take", "Scatter", "Masked", "Sort", "Topk", "Embedding", "Where")
 _INDICES = ("_saved_indices", "_saved_index", "_saved_mask", "_saved_condition")
 
 
 def find_uses(root: Tensor | Node, index: dict[int, int]) -> Uses:
-    """All uses of parameters upstream of a tensor.
+    """Finds all uses of parameters upstream of a tensor.
 
     Args:
-        root: a tensor with its graph, or the node of which it is the one output.
-        index: a parameter's position by its id.
+        root: a tensor with its graph, or the node whose one output the tensor is.
+        index: the position of each parameter, by its id.
     """
     uses: list[Use] = []
     others: dict[int, str] = {}
@@ -114,7 +114,7 @@ def find_uses(root: Tensor | Node, index: dict[int, int]) -> Uses:
 
 
 def frontier(root: Tensor, uses: Uses) -> list[Node] | None:
-    """The uses' nodes that are met first on the ways up from a tensor; None: one of them is upstream of another."""
+    """Returns the uses' nodes that are met first on the ways up from a tensor; None: one of them is upstream of another."""
     nodes = {use.node for use in uses.uses}
     found, seen = dict[Node, None](), set[Node]()
     stack = [] if root.grad_fn is None else [root.grad_fn]
@@ -137,7 +137,7 @@ def frontier(root: Tensor, uses: Uses) -> list[Node] | None:
 
 
 def _indices(node: Node) -> tuple[Any, ...] | None:
-    """The numbers by which a node sends rows, as hashes; None: they are not to be had without a wait, or not at all."""
+    """Returns hashes of the indices by which a node sends rows; None: they are unknown, or known only after a wait."""
     found = [getattr(node, name) for name in _INDICES if hasattr(node, name)]
     tensors = [t for value in found for t in (value if isinstance(value, list | tuple) else [value]) if t is not None]
     if not tensors or not all(isinstance(t, Tensor) and t.is_cpu for t in tensors):
@@ -153,15 +153,15 @@ def _hashable(value: Any) -> Any:
 
 
 class _Made(NamedTuple):
-    """What a matrix product's operand is made of."""
+    """How the operand of a matrix product is made of a parameter."""
 
     parameter: Tensor
     flipped: bool  # whether the operand is the parameter's transpose
-    back: Back | None  # else, where it is more than reshaped: from gradients of the operand
+    back: Back | None  # takes gradients of the operand to those of the parameter; None: it was reshaped or transposed at most
 
 
 def _made_of(node: Node | None, index: dict[int, int]) -> list[_Made]:
-    """The parameters that a tensor is made of by views, scalings by constants and `weight_norm`; none if there is more to it."""
+    """Returns the parameters that a tensor is made of by views, constant factors and `weight_norm`; none if by anything else."""
     flips, steps = 0, list[Back]()
     while node is not None:
         name, saved = kind(node), node
@@ -207,14 +207,14 @@ def _composed(steps: list[Back]) -> Back:
 
 
 def _transposes(node: Any, name: str) -> bool:
-    """Whether a node is the transpose of a matrix."""
+    """Returns whether a node is the transpose of a matrix."""
     if name == "TransposeBackward":
         return {signed_dim(node._saved_dim0), signed_dim(node._saved_dim1)} in ({0, 1}, {-1, -2})
     return name == "TBackward" or (name == "PermuteBackward" and tuple(node._saved_dims) in ((1, 0), (-1, -2)))
 
 
 def _step_back(node: Any, name: str) -> Back | None:
-    """From gradients [m, ...] of what a node makes of one tensor to gradients of that tensor; None: it is not known."""
+    """Returns what takes gradients [m, ...] of a node's output to those of its one input; None: the node is not known."""
     if name in ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "ExpandBackward"):
         sizes = tuple(node._saved_self_sym_sizes)
         return lambda g: g.reshape(len(g), *sizes)
@@ -247,7 +247,7 @@ def _step_back(node: Any, name: str) -> Back | None:
 
 
 def _weight_norm(node: Any) -> tuple[Back, Back]:
-    """From gradients of g v / |v|, norms over all dimensions but one, to those of v and of g."""
+    """Returns what takes gradients of g v / |v|, with norms over all dimensions but one, to those of v and to those of g."""
     v, g, dim = node._saved_v.detach(), node._saved_g.detach(), signed_dim(node._saved_dim)
     others = [1 + i for i in range(v.ndim) if i != dim % v.ndim]
     norms = torch.linalg.vector_norm(v, dim=[i - 1 for i in others], keepdim=True)
@@ -263,7 +263,7 @@ def _weight_norm(node: Any) -> tuple[Back, Back]:
     return of_v, lambda gradient: along(gradient.reshape(-1, *v.shape))
 
 
-# --- Nodes that act row by row: each yields the positions of its inputs that are parameters, with their uses ---
+# --- Nodes that act row by row: each handler yields the positions of a node's inputs that are parameters, with their uses ---
 
 Found = Iterator[tuple[int, Use]]
 
@@ -273,12 +273,12 @@ def _flat(gradient: Tensor) -> Tensor:
 
 
 def _columns(t: Tensor) -> Tensor:
-    """[..., n, columns] as [rows, n]."""
+    """Returns the columns of matrices [..., n, columns] as rows [rows, n]."""
     return _flat(t.transpose(-1, -2))
 
 
 def _product(node: Any, index: dict[int, int], left: int, operands: tuple[str, str], scale: float = 1.0) -> Found:
-    """A B for matrices or batches of them; `left` is the position of A, `operands` the names of the saved A and B."""
+    """Handles A B for matrices or batches of them; `left`: the position of A; `operands`: the names of the saved A and B."""
     for position, other, rows in ((left + 1, operands[0], _flat), (left, operands[1], _columns)):
         for made in _made_of(node.next_functions[position][0], index):
             operand = getattr(node, other)
@@ -295,7 +295,7 @@ def _mm(node: Any, index: dict[int, int]) -> Found:
 
 
 def _bmm(node: Any, index: dict[int, int]) -> Found:
-    """Of a batch of one, or with an operand that the whole batch has."""
+    """Handles batches of one, or with an operand that the whole batch shares."""
     for position, use in _product(node, index, 0, ("_saved_self", "_saved_mat2")):
         yield position, use if use.back is None else use._replace(back=_composed([lambda g: g.unsqueeze(1), use.back]))
 
@@ -306,7 +306,7 @@ def _addmm(node: Any, index: dict[int, int]) -> Found:
 
 
 def _vector(node: Any, index: dict[int, int], position: int, scale: float, other: Tensor | None) -> Found:
-    """A vector along the last dimension, or one number, that every row gets, times `scale` and what stands beside it."""
+    """Handles a vector along the last dimension, or a number, that every row is given, times `scale` and the tensor `other`."""
     for made in _made_of(node.next_functions[position][0], index):
         parameter = made.parameter
         if made.back is not None or made.flipped or (parameter.ndim and parameter.shape[-1] != parameter.numel()):
@@ -320,7 +320,7 @@ def _vector(node: Any, index: dict[int, int], position: int, scale: float, other
 
 
 def _mv(node: Any, index: dict[int, int]) -> Found:
-    """A matrix times a vector that is a parameter, as coefficients of basis functions are: one row of the matrix a number."""
+    """Handles a matrix times a vector that is a parameter, as coefficients of basis functions are; a row gives one number."""
     for made in _made_of(node.next_functions[1][0], index):
         if made.back is None and made.parameter.ndim == 1 and node._saved_self is not None:
             rows: Callable[[Tensor], Tensor] = lambda g: g.reshape(-1, 1)  # noqa: E731
@@ -349,7 +349,7 @@ def _mul(node: Any, index: dict[int, int]) -> Found:
 
 
 def _convolution(node: Any, index: dict[int, int]) -> Found:
-    """Rows are positions of the output: their gradients and the patches that the kernel sees there."""
+    """Handles convolutions, whose rows are the positions of the output: a gradient, and the patch that the kernel sees."""
     weight = _made_of(node.next_functions[1][0], index)
     bias = _made_of(node.next_functions[2][0], index) if len(node.next_functions) > 2 else []
     x: Tensor = node._saved_input.detach()
@@ -374,7 +374,7 @@ def _convolution(node: Any, index: dict[int, int]) -> Found:
 
 
 def _trilinear(node: Any, index: dict[int, int]) -> Found:
-    """What `nn.Bilinear` is made of: the product of three tensors, each given dimensions to match, summed over some of them."""
+    """Handles `nn.Bilinear`: the product of three tensors, each given dimensions to match, summed over some of them."""
     expansions = [tuple(getattr(node, f"_saved_expand{i}")) for i in (1, 2, 3)]
     summed = tuple(node._saved_sumdim)
     for position in range(3):

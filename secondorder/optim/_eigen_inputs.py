@@ -1,4 +1,4 @@
-"""What forward passes show EigenAdam of layers' inputs, summed up for the renewal of bases."""
+"""Sums over the inputs of layers, which forward passes show EigenAdam for the renewal of bases."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ Replay = tuple[()] | tuple[Tensor, int]
 
 @dataclass
 class Sketch:
-    """What `ops.eigen_sketch_` has made of a layer's inputs.
+    """Sums over a layer's inputs h, made by `ops.eigen_sketch_`.
 
     Attributes:
-        sums: [k + 1, p]: V^T sum x x^T and sum x, where x = h - shift are inputs.
-        shift: [p]; [0] without a bias, for none.
+        sums: V^T sum x x^T and below it sum x, with x = h - shift [k + 1, p].
+        shift: what is subtracted from every input [p]; [0] for nothing, without a bias.
         rows: how many inputs there were.
     """
 
@@ -34,42 +34,43 @@ class Sketches:
 
     def __init__(self) -> None:
         self.of: dict[Matrix, Sketch] = {}
-        self._captured = False  # whether a CUDA graph makes them
+        self._captured = False  # whether a CUDA graph captures them
 
     def clear(self) -> None:
+        """Forgets all sketches."""
         self.of.clear()
 
     def expect(self, captured: bool) -> None:
-        """Forgets those that a CUDA graph makes where one does not capture this, and the other way round."""
+        """Forgets sketches that a CUDA graph has captured unless one captures this call, too, and the other way round."""
         if self._captured != captured:
             self.of.clear()
             self._captured = captured
 
     def add(self, matrix: Matrix, state: dict[str, Any], rows: Tensor, alone: bool, replay: Replay = ()) -> None:
-        """Sums up inputs [m, p].
+        """Adds inputs to a matrix' sketch.
 
         Args:
-            matrix: that multiplies them.
+            matrix: the matrix that multiplies the inputs.
             state: its state.
-            rows: the inputs.
-            alone: whether no other process has any, and no step waits for a device.
-            replay: the control and how often bases are renewed, where a CUDA graph captures this.
+            rows: the inputs [m, p].
+            alone: whether no other process has inputs, and the mean of inputs is known without a wait for a device.
+            replay: the control and how often bases are renewed, if a CUDA graph captures this call.
         """
         sketch = self.of.get(matrix)
         if sketch is None:
             shift = state["mean"]
             if not state["renewals"] and shift.numel() and alone:
-                shift = rows.mean(0)  # not put into the state before it is known to be finite
+                shift = rows.mean(0)  # the state gets it once it is known to be finite
             sketch = self.of[matrix] = Sketch(rows.new_zeros(len(state["basis_in"]) + 1, rows.shape[1]), shift)
         ops.eigen_sketch_(sketch.sums, rows, state["basis_in"], sketch.shift, *replay)
         sketch.rows += len(rows)
 
     def averaged(self, present: list[Matrix], states: Mapping[Tensor, dict[str, Any]], sum_: Sum) -> dict[Matrix, Sketch]:
-        """The sketches of all processes' inputs, per input, as if one had seen them all.
+        """Returns the sketches of all processes' inputs, divided by the number of inputs.
 
         Args:
             present: the matrices with a gradient.
-            states: by weight.
+            states: the states, by weight.
             sum_: sums a tensor over all processes, in place.
         """
         wanted = [matrix for matrix in present if matrix.eigen and matrix.modules]
@@ -86,7 +87,7 @@ class Sketches:
         pieces = flat.split([piece.numel() for piece in own])
         counts = pieces[1::2]
         if any(matrix not in self.of or not self.of[matrix].rows for matrix in wanted):
-            # Maybe no process has inputs of one; where this one has some of each, it need not wait for the device.
+            # No process may have inputs of some matrix. A process that has inputs of each need not wait for the device.
             counts = torch.cat(counts).tolist()
         return {
             matrix: Sketch((sums / rows).view(-1, matrix.shape[1]), states[matrix.weight]["mean"], 1)

@@ -1,7 +1,8 @@
-"""EigenAdam's state of what may turn out to be no map, as it is saved.
+"""EigenAdam's states as they are saved, in particular those of weights that may turn out to be no maps.
 
-torch.distributed.checkpoint reads into tensors of a new optimizer, which has seen no gradient yet. So what is saved has room for
-both, bases and moments of a map as well as those of numbers, and says which of them it is; what the other one would have is zero.
+torch.distributed.checkpoint reads into the tensors of a new optimizer, which has seen no gradient yet. So the saved state of such
+a weight has room for both: the bases and moments of a map, and the moments of numbers that each stand for themselves. It says
+which of the two the weight is; what the other one would have is zero.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from secondorder.optim._sharded import MOMENTS, part_shapes, placed, relaid
 
 
 def with_room(matrix: Matrix, state: dict[str, Any], rank: int) -> dict[str, Any]:
-    """A matrix' state as it is saved; rank: how many directions its bases would have if it were a map."""
+    """Returns a matrix' state as it is saved; `rank`: how many directions its bases would have if it were a map."""
     if not matrix.could_be_numbers or "basis_out" not in state:
         return state
     (n, p), mean = matrix.shape, state["mean"]
@@ -39,7 +40,7 @@ def with_room(matrix: Matrix, state: dict[str, Any], rank: int) -> dict[str, Any
 
 
 def without_room(matrix: Matrix, state: dict[str, Any]) -> dict[str, Any]:
-    """A state as it is kept of a matrix, of one that may have been saved with room."""
+    """Returns a matrix' state as it is kept, from one that may have been saved by `with_room`."""
     if not {"map", "share", "basis_out", "basis_in", "scale_out", "scale_in"} <= state.keys():
         return state
     state = dict(state)
@@ -84,10 +85,10 @@ def as_kept(owner: str, matrix: Matrix | None, state: dict[str, Any]) -> dict[st
 
 
 def _sampled(n: int, p: int, ku: int, kv: int) -> int:
-    """How many rows of E there are in `last`."""
+    """Returns how many rows of E there are in `last`."""
     return sampled_rows(n, p, ku) if ku < n and kv < p else 0
 
 
 def _longer(t: Tensor, length: int) -> Tensor:
-    """Zeros at the end of its first dimension make a tensor so long."""
+    """Returns a tensor with zeros at the end of its first dimension, which then has this length."""
     return t if len(t) == length else torch.cat([t, t.new_zeros(length - len(t), *t.shape[1:])])

@@ -1,4 +1,4 @@
-"""What EigenAdam keeps of a matrix, and of the step length."""
+"""EigenAdam's state of a matrix, and of the step length."""
 
 from typing import Any
 
@@ -12,24 +12,24 @@ from secondorder.optim._matrices import Matrix, computed_in
 LENGTH, OSCILLATIONS, SLOPE, LAST_SLOPE, STEPS, REFUSED, UNRENEWED = range(len(ops.CONTROL))
 
 SHARED = ("control", "steps", "refused", "first_loss")  # what the first parameter's state has for all of them
-FIRST_STEPS = 5  # that renew bases, and count the rows of tables that are looked up
-SAMPLED = 4096  # elements of what has no basis, whose slopes stand for all
+FIRST_STEPS = 5  # so many steps renew bases, and count the rows of tables that are looked up
+SAMPLED = 4096  # of a parameter without bases, the slopes of so many elements stand for those of all
 
 
 def new_control(like: Tensor) -> Tensor:
-    """The control of the step length, [7] in float64, as training begins: see `ops.eigen_step_`."""
+    """Returns the control of the step length [7], in float64, as training begins; see `ops.eigen_step_`."""
     control = torch.zeros(len(ops.CONTROL), dtype=torch.float64, device=device_for(torch.float64, like))
     control[LENGTH] = 0.01
     return control
 
 
 def step_length(entries: list[float]) -> float:
-    """The step length that control's entries give, without lr."""
+    """Returns the step length that control's entries give, without lr."""
     return entries[LENGTH] / (1 + entries[OSCILLATIONS] / 25) ** 0.5 * min(1.0, (entries[STEPS] + 2) / 14)
 
 
 def new_bases(matrix: Matrix, rank: int) -> dict[str, Any]:
-    """The state of a matrix without moments; random bases of `rank` directions, all where a side has at most 2 rank + 1."""
+    """Returns the state of a matrix without moments, with random bases of as many directions as `directions` says."""
     n, p = matrix.shape
     device, dtype = matrix.weight.device, computed_in(matrix.weight)
     ku, kv = directions(matrix, rank) if matrix.eigen else (0, 0)
@@ -40,7 +40,7 @@ def new_bases(matrix: Matrix, rank: int) -> dict[str, Any]:
         return torch.linalg.qr(numbers)[0].T.to(device, dtype).contiguous()
 
     return {
-        **({"share": 1.0} if matrix.lookups else {}),  # of its rows that a step meets
+        **({"share": 1.0} if matrix.lookups else {}),  # the share of its rows that a step looks up
         "step": 0, "renewals": 0, "unseen": 0, "basis_out": basis(ku, n), "basis_in": basis(kv, p),
         "scale_out": torch.zeros(ku, device=device, dtype=dtype), "scale_in": torch.zeros(kv, device=device, dtype=dtype),
         "mean": torch.zeros(p if matrix.bias is not None else 0, device=device, dtype=dtype),
@@ -49,25 +49,25 @@ def new_bases(matrix: Matrix, rank: int) -> dict[str, Any]:
 
 
 def directions(matrix: Matrix, rank: int) -> tuple[int, int]:
-    """How many directions the bases of a map have: `rank`, or all of a side that has at most 2 rank + 1."""
+    """Returns how many directions the bases U and V of a map have: `rank`, or all if the side has at most 2 rank + 1."""
     ku, kv = (length if length <= 2 * rank + 1 else rank for length in matrix.shape)
     return ku, kv
 
 
 def sampled_rows(n: int, p: int, ku: int) -> int:
-    """How many rows of E [n, p] the slopes are taken from."""
+    """Returns how many rows of E [n, p] the slopes are taken from."""
     return max(1, min(n, ku or SAMPLED // p))
 
 
 def new_state(matrix: Matrix, rank: int) -> dict[str, Any]:
-    """The state of a matrix, with all parts of a moment in one flat tensor."""
+    """Returns the state of a matrix, with all parts of a moment in one flat tensor."""
     state = new_bases(matrix, rank)
     lengths = moment_lengths(*matrix.shape, len(state["basis_out"]), len(state["basis_in"]), matrix.bias is not None)
     return state | {name: state["mean"].new_zeros(length) for name, length in lengths.items()}
 
 
 def moment_lengths(n: int, p: int, ku: int, kv: int, bias: bool) -> dict[str, int]:
-    """How many numbers each moment of a matrix [n, p] has with bases of these sizes."""
+    """Returns how many numbers each moment of a matrix [n, p] has with bases of these sizes."""
     columns = kv + bias
     rest = ku * columns + (n * columns if ku < n else 0) + (ku * p if kv < p else 0)
     residual = ku < n and kv < p
@@ -76,7 +76,7 @@ def moment_lengths(n: int, p: int, ku: int, kv: int, bias: bool) -> dict[str, in
 
 
 def cast_state(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
-    """A matrix' state on its parameter's device, in the dtype that this is computed in."""
+    """Returns a matrix' state on its parameter's device, in the dtype that the parameter is computed in."""
 
     def own(key: str, value: Tensor) -> Tensor:
         dtype = torch.float64 if key in ("control", "size") else computed_in(p)
@@ -86,13 +86,13 @@ def cast_state(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
 
 
 def is_current(state: dict[str, Any], p: Tensor) -> bool:
-    """Whether it is a matrix' state on its parameter's device, in the dtype that this is computed in."""
+    """Returns whether it is a matrix' state on its parameter's device, in the dtype that the parameter is computed in."""
     return "basis_out" in state and state["basis_out"].dtype is computed_in(p) and state["basis_out"].device == p.device
 
 
 def captured(matrix: Matrix, state: dict[str, Any]) -> Tensor:
-    """The share of a gradient's mean square that is not in E, the part outside of both bases, which comes last."""
-    (n, p), squares = matrix.shape, state["exp_avg_sq"].double()
+    """Returns the share of a gradient's mean square that is not in E, the part outside of both bases."""
+    (n, p), squares = matrix.shape, state["exp_avg_sq"].double()  # E comes last in it
     if len(state["basis_out"]) == n or len(state["basis_in"]) == p:
         squares = torch.cat([squares, squares.new_zeros(n * p)])
     whole = squares.sum()
@@ -100,20 +100,20 @@ def captured(matrix: Matrix, state: dict[str, Any]) -> Tensor:
 
 
 def has_no_basis(state: dict[str, Any]) -> bool:
-    """Whether it is the state of a matrix every element of which stands for itself."""
+    """Returns whether it is the state of a matrix whose elements each stand for themselves."""
     return "basis_in" in state and not len(state["basis_in"])
 
 
 def check_state(owner: str, matrix: Matrix | None, state: dict[str, Any]) -> None:
-    """Raises where a saved state is not one that a matrix could have, or where there should be none.
+    """Raises if a parameter cannot have a saved state.
 
     Args:
         owner: who loads it, for the error.
-        matrix: whose weight it is for; None: it is for a bias, whose weight has its state.
-        state: as saved.
+        matrix: the matrix whose weight the parameter is; None: it is a bias, whose state is its weight's.
+        state: the saved state.
 
     Raises:
-        ValueError: it is another optimizer's, or one of another shape, bias or basis.
+        ValueError: it is the state of another optimizer, or one of another shape, bias or basis.
     """
     if "basis_out" not in state or "basis_in" not in state:
         raise ValueError(f"{owner}: expected the state of an EigenAdam, got one of {sorted(state)}")

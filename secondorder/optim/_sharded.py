@@ -18,16 +18,16 @@ from secondorder.optim._matrices import Matrix
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "last")
 
-# Works on this rank's rows of a matrix: yields terms, and is sent their sums over all ranks.
+# A generator that works on this rank's rows of a matrix: it yields terms, and is sent their sums over all ranks.
 Rows = Generator[list[Tensor], list[Tensor], Any]
 
 
 class Shards:
-    """The ranks that share rows.
+    """The ranks that share the rows of parameters.
 
     Attributes:
-        groups: one for each dimension of their mesh.
-        ranks: how many there are.
+        groups: the process groups, one for each dimension of the ranks' mesh.
+        ranks: how many ranks there are.
     """
 
     def __init__(self, mesh: Any):
@@ -41,7 +41,9 @@ class Shards:
 
 
 def found_shards(owner: str, parameters: Iterable[Tensor], model: nn.Module | None) -> Shards | None:
-    """The ranks that share the parameters' rows, or None where none is a DTensor. Reshards what `fully_shard` has gathered.
+    """Returns the ranks that share the parameters' rows; None: no parameter is a DTensor.
+
+    It also reshards modules whose weights `fully_shard` has gathered.
 
     Raises:
         ValueError: parameters are sharded in another way than by rows over one dimension of one mesh.
@@ -54,7 +56,7 @@ def found_shards(owner: str, parameters: Iterable[Tensor], model: nn.Module | No
 
     for module in model.modules() if model is not None else ():
         if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward pass it may hold whole ones
+            module.reshard()  # after a forward pass it may hold whole weights
     names = {p: name for name, p in model.named_parameters()} if model is not None else {}
     for i, p in enumerate(sharded):
         kinds = [type(placement) for placement in p.placements]
@@ -74,12 +76,12 @@ def found_shards(owner: str, parameters: Iterable[Tensor], model: nn.Module | No
 
 
 def _shard_dim(weight: Any) -> int | None:
-    """The dimension of the mesh over which a parameter is sharded, if any."""
+    """Returns the dimension of the mesh over which a parameter is sharded, if any."""
     return next((dim for dim, placement in enumerate(weight.placements) if placement.is_shard()), None)
 
 
 def _start(matrix: Matrix) -> int:
-    """Which row of the matrix is the first one here: rows are dealt out as by torch.chunk."""
+    """Returns which row of the matrix is the first one on this rank: rows are dealt out as by torch.chunk."""
     weight: Any = matrix.weight
     dim = _shard_dim(weight) if is_sharded(weight) else None
     if dim is None:
@@ -89,7 +91,7 @@ def _start(matrix: Matrix) -> int:
 
 
 def _all_rows(matrix: Matrix) -> tuple[int, int]:
-    """[n, p], where the elements of a sharded vector count as rows."""
+    """Returns [n, p] of the whole matrix, where the elements of a sharded vector count as rows."""
     if not is_sharded(matrix.weight):
         return matrix.shape
     n = matrix.weight.shape[0]
@@ -97,7 +99,7 @@ def _all_rows(matrix: Matrix) -> tuple[int, int]:
 
 
 def _copies(matrix: Matrix, shards: Shards) -> int:
-    """How many ranks have the same rows."""
+    """Returns how many ranks have the same rows."""
     weight: Any = matrix.weight
     dim = _shard_dim(weight) if is_sharded(weight) else None
     return shards.ranks if dim is None else shards.ranks // int(weight.device_mesh.size(dim))
@@ -107,7 +109,7 @@ def _copies(matrix: Matrix, shards: Shards) -> int:
 
 
 def new_sharded_state(matrix: Matrix, rank: int) -> dict[str, Any]:
-    """The state of a matrix, with a tensor for each part of a moment: "exp_avg_C" and so on, of which R and E are DTensors."""
+    """Returns the state of a matrix, with a tensor for each part of a moment, "exp_avg_C" and so on; R and E are DTensors."""
     state = new_bases(matrix, rank)
     zero, shapes = state["mean"].new_zeros(()), part_shapes(matrix, state)
     for name in MOMENTS:
@@ -120,7 +122,7 @@ def new_sharded_state(matrix: Matrix, rank: int) -> dict[str, Any]:
 
 
 def relaid(matrix: Matrix, state: dict[str, Any]) -> dict[str, Any]:
-    """A state of this matrix with its moments as they are kept here: in one tensor, or in one for each part."""
+    """Returns a matrix' state with its moments as they are kept for this matrix: in one tensor, or in one for each part."""
     if is_sharded(matrix.weight):
         state = dict(state)
         for name in MOMENTS:
@@ -138,7 +140,7 @@ def relaid(matrix: Matrix, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def moments_here(matrix: Matrix, state: dict[str, Any], name: str) -> dict[str, Tensor]:
-    """The parts of a moment, those of their rows that are here, to be written to."""
+    """Returns the parts of a moment, to be written to; of R and E the rows that this rank has."""
     shapes = part_shapes(matrix, state)
     if name in state:
         return reference.eigen_split(state[name], shapes)
@@ -152,7 +154,7 @@ def moments_here(matrix: Matrix, state: dict[str, Any], name: str) -> dict[str, 
 
 
 def captured_here(matrix: Matrix, state: dict[str, Any]) -> Tensor | None:
-    """The share of a gradient's mean square that is not in E, by the rows that are here; None where there are none."""
+    """Returns the share of a gradient's mean square that is not in E, by this rank's rows; None: it has none."""
     rows, squares = matrix.shape_here[0], moments_here(matrix, state, "exp_avg_sq")
     if not rows:
         return None
@@ -164,18 +166,18 @@ def captured_here(matrix: Matrix, state: dict[str, Any]) -> Tensor | None:
 
 
 def part_shapes(matrix: Matrix, state: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """The shapes of the whole parts."""
+    """Returns the shapes of the whole parts of a moment."""
     return reference.eigen_shapes(*_all_rows(matrix), len(state["basis_out"]), len(state["basis_in"]), matrix.bias is not None)
 
 
 def _sampled(matrix: Matrix, state: dict[str, Any]) -> int:
-    """How many rows of E there are in `last`: for a vector, whose elements are rows, all."""
+    """Returns how many rows of E there are in `last`: for a vector, whose elements are rows, all."""
     n, p = _all_rows(matrix)
     return n if matrix.weight.dim() < 2 else sampled_rows(n, p, len(state["basis_out"]))
 
 
 def placed(whole: Tensor, matrix: Matrix, part: str) -> Tensor:
-    """A part as it is kept: where it has a row for each of the matrix, these rows as a DTensor, placed as they are."""
+    """Returns a part of a moment as it is kept: as a DTensor, placed as the weight is, if it has a row for each of its rows."""
     if part in "CT" or len(whole) != _all_rows(matrix)[0] or is_sharded(whole):
         return whole if is_sharded(whole) else whole.clone(memory_format=torch.contiguous_format)
     from torch.distributed.tensor import DTensor
@@ -190,13 +192,13 @@ def placed(whole: Tensor, matrix: Matrix, part: str) -> Tensor:
 
 
 class _NotFiniteError(Exception):
-    """Gradients of any rank are not to be stepped by."""
+    """The squares of some rank's gradients or sketches are not finite."""
 
 
 class ShardedOperators:
     """`ops.eigen_renew_` and `ops.eigen_step_` for matrices of which each rank has some rows.
 
-    The arguments are the operators', but that W, b, G and g have the rows that are here, and moments are `moments_here`.
+    The arguments are the operators', except that W, b, G and g have this rank's rows, and moments are those of `moments_here`.
     """
 
     def __init__(self, shards: Shards, matrices: list[Matrix], states: list[dict[str, Any]]):
@@ -281,7 +283,13 @@ class ShardedOperators:
     def _together(
         self, tasks: list[Rows], gradients: list[tuple[Tensor, Tensor]], sketches: Sequence[Tensor]
     ) -> list[Any] | None:
-        """What the tasks return, whose sums are taken side by side; None, and nothing written, where squares are not finite."""
+        """Runs tasks side by side; returns what they return, or None, with nothing written, if some squares are not finite.
+
+        Args:
+            tasks: one for each matrix.
+            gradients: G and g of every matrix, to be checked.
+            sketches: sums over inputs, to be checked.
+        """
         checked = [(t, share) for pair, share in zip(gradients, self._shares, strict=True) for t in pair]
         checked += [(sketch, 1 / self._shards.ranks) for sketch in sketches]
         every = [(_check(checked), 1.0), *zip(tasks, self._shares, strict=True)]
@@ -301,7 +309,7 @@ class ShardedOperators:
         return [returned[task] for task in tasks]
 
     def _summed(self, pieces: list[list[Tensor]]) -> Iterator[list[Tensor]]:
-        """Lists of tensors summed over all ranks, in one exchange for each dimension of their mesh."""
+        """Yields the lists of tensors summed over all ranks, in one exchange for each dimension of their mesh."""
         every = [piece for each in pieces for piece in each]
         flat = torch.cat([piece.flatten() for piece in every])
         self._shards.sum_(flat)
@@ -311,12 +319,12 @@ class ShardedOperators:
 
 
 def _nothing() -> Rows:
-    """What is done with a matrix that has no bases to be renewed."""
+    """The task of a matrix that has no bases to be renewed."""
     yield []
 
 
 def _check(checked: list[tuple[Tensor, float]]) -> Rows:
-    """Raises where the squares of any tensor are not finite, or nearly so. Waits for the device."""
+    """Raises if the sum of a tensor's squares over all ranks is not finite, or nearly so. Waits for the device."""
     (sums,) = yield [torch.stack([share * t.double().square().sum() for t, share in checked])]
     limits = [torch.finfo(t.dtype).max / 4 for t, _ in checked]
     if not all(value < limit for value, limit in zip(sums.tolist(), limits, strict=True)):
@@ -324,7 +332,10 @@ def _check(checked: list[tuple[Tensor, float]]) -> Rows:
 
 
 def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows made orthonormal, and their lengths before: the operator on a matrix whose inputs have these products."""
+    """Returns the rows made orthonormal, and their lengths before.
+
+    It calls the operator that renews bases, for a matrix whose inputs have these rows as their sketch.
+    """
     (k, p), nothing = rows.shape, rows.new_zeros(0)
     scale = rows.abs().max().clamp(min=torch.finfo(rows.dtype).tiny)  # the operator refuses numbers with infinite squares
     basis, lengths, single = torch.zeros_like(rows), rows.new_zeros(k), rows.new_zeros(1)

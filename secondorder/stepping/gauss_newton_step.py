@@ -17,58 +17,59 @@ from secondorder.errors import NonFiniteError
 from secondorder.stepping.damped_least_squares import DampedLeastSquares
 from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals
 
-TRIES = 12  # dampings that a step tries
-PROBE = 0.1  # of a step: where the second derivative along it is taken
-BEND = 0.75  # an acceleration whose double is not less than this times the step is left out
-RISE = 2.0  # the whole loss may become so many times what it was in a step that lowers that of the rows drawn
-PATIENCE = 4  # steps without a new record of the whole loss, after which more rows are drawn
+TRIES = 12  # a step tries at most so many dampings
+PROBE = 0.1  # the second derivative along a step is taken at this share of the step
+BEND = 0.75  # an acceleration is left out if its double is not less than this times the step
+RISE = 2.0  # a step that lowers the loss of the rows drawn may raise the whole loss to so many times its record
+PATIENCE = 4  # after so many steps without a new record of the whole loss more rows are drawn,
 GROWTH = 1.5  # so many times as many
-OVER = 4  # rows for each parameter where the parameters are no more than the rows asked for: then they fix a step
-MANY = 20  # residuals: so many backward passes in a step are slow
-SUSPECT = 2.0  # a reduction over the predicted one above which the residuals are compared with those at the start anew
-SHARE = 0.5  # of an equal share of the rows that each term has at least
+OVER = 4  # rows drawn for each parameter, at least, if the parameters are no more than the rows asked for: then they fix a step
+MANY = 20  # so many residuals with a backward pass each are slow
+SUSPECT = 2.0  # above this ratio of reduction and predicted reduction the residuals at the start are evaluated and compared anew
+SHARE = 0.5  # each term has at least this share of an equal share of the rows
 LEAST_DAMPING = 1e-16
-HELD = 10  # one of so many residuals is held out
-HELD_BLOCK = 100  # of blocks with at least so many
-HELD_RATIO = 4  # where there are fewer than so many residuals for a parameter
-HELD_PATIENCE = 12  # steps without a new record of the residuals held out
-HELD_EXCESS = 1.1  # and how much larger than the others they then are
-HELD_DAMPING = 100.0  # what mu is multiplied by on the way back; it does not fall below
-HELD_DECAY = 0.9  # but this bound falls in every step
-HELD_NOISE = 1e-5  # of the first loss: residuals held out that come below have too little noise to be held out for
-PLANS = 16  # kept for graphs of as many structures
+HELD = 10  # one of so many residuals is held out,
+HELD_BLOCK = 100  # in blocks with at least so many,
+HELD_RATIO = 4  # if there are fewer than so many residuals for each parameter
+HELD_PATIENCE = 12  # a step goes back after so many steps without a new record of the loss of residuals held out,
+HELD_EXCESS = 1.1  # if that loss is then so many times that of the others
+HELD_DAMPING = 100.0  # on the way back mu is multiplied by this, and the product is a lower bound on mu from then on,
+HELD_DECAY = 0.9  # which is multiplied by this in every step
+HELD_NOISE = 1e-5  # below this share of the first loss, the residuals held out have too little noise to be held out any more
+PLANS = 16  # plans are kept for graphs of so many structures
 
-RACE_STEPS = 6  # of each start
-RACE_ROWS = 150
-RACE_WARM_UP = 40  # steps of a first-order optimizer before those of the first, and on until the loss has halved,
+RACE_STEPS = 6  # steps of each start
+RACE_ROWS = 150  # rows drawn in these steps
+RACE_WARM_UP = 40  # steps of a first-order optimizer that the warm start begins with, and more until the loss has halved,
 RACE_LONGEST = 120  # but no more than these
-RACE_DAMPING = 1e-2  # and mu after them, relative to tr(J J^T)
-RACE_FEW = 20  # parameters: then the second start is the first, since it mostly ends the race, and a warm one costs most of a fit
-RACE_END = 1e-3  # of the first loss: a start that comes below ends the race,
-RACE_FALL = 0.5  # and so does one whose second half of steps brings so much less
+RACE_DAMPING = 1e-2  # mu after these steps, relative to tr(J J^T)
+# With so few parameters the cold start comes first, since it mostly ends the race, and a warm start costs most of a fit.
+RACE_FEW = 20
+RACE_END = 1e-3  # a start whose loss comes below this share of the first loss ends the race,
+RACE_FALL = 0.5  # and so does one whose second half of steps brings the loss below this share of that after the first half
 
 
 class Progress(NamedTuple):
-    """What one step leaves to the next."""
+    """What one step leaves to the next one."""
 
     damping: float  # mu, relative to tr(J J^T)
-    rows: float  # to be drawn; inf: all
+    rows: float  # how many rows are to be drawn; inf: all
     growth: float = 2.0  # what the next failure multiplies the damping by
     record: float = math.inf  # the least whole loss since the rows have last grown
-    since: int = 0  # steps since then
-    ratio: float = 0.0  # the last step's reduction over the predicted one; 0: no step was accepted
-    whole: float = math.nan  # the whole loss after it
+    since: int = 0  # steps since that record
+    ratio: float = 0.0  # the last step's reduction over the predicted one; 0: no damping was accepted
+    whole: float = math.nan  # the whole loss after the last step
     held: float = math.inf  # the least loss of the residuals held out
-    excess: float = 0.0  # their mean loss now, over that of the others of their blocks; 0: none are held out
-    held_since: int = 0  # steps since `held`
-    best: Tensor | None = None  # the parameters that had it [P]
-    released: bool = False  # whether none are held out any more
-    least: float = LEAST_DAMPING  # what mu does not fall below
+    excess: float = 0.0  # the mean loss of the residuals held out over that of the others of their blocks; 0: none are held out
+    held_since: int = 0  # steps since `held` was reached
+    best: Tensor | None = None  # the parameters that had the loss `held` [P]
+    released: bool = False  # whether no residuals are held out any more
+    least: float = LEAST_DAMPING  # a lower bound on mu
     first: float = 0.0  # the whole loss where training began
 
 
 class Settings(NamedTuple):
-    """What does not change."""
+    """The arguments of the optimizer that steps take."""
 
     rows: float
     max_rows: float
@@ -81,25 +82,25 @@ class Settings(NamedTuple):
 class _Rows(NamedTuple):
     """The residuals that a step looks at."""
 
-    drawn: list[Tensor | None]  # of each block, the positions; None: all
-    flat: Tensor  # [m], the same among the residuals of all terms, flattened
+    drawn: list[Tensor | None]  # of each block, the positions of those drawn; None: all
+    flat: Tensor  # [m], their positions among the residuals of all terms, flattened
     scales: list[Tensor]  # of each block, the root of c n / m
-    scale: Tensor  # [m], all of them
-    whole: bool  # whether it looks at all
-    held: list[tuple[Tensor, Tensor, Tensor]]  # of each block: those held out and the others, as `flat`, and all their roots of c
+    scale: Tensor  # [m], the same of all blocks
+    whole: bool  # whether these are all residuals
+    held: list[tuple[Tensor, Tensor, Tensor]]  # of each block: those held out and the others, as in `flat`, and their roots of c
 
 
 class GaussNewtonStep:
-    """Steps that lower one batch's loss.
+    """Steps that lower the loss of one batch.
 
     Args:
-        loss: of the batch.
-        settings: what the optimizer was made with.
-        plans: of graphs that have been seen, by their signatures, with how often.
-        generator: draws rows.
-        lr: multiplies a step, a number or one for each parameter's element [P].
-        slow: is told of the parameters that cost a backward pass for each of many residuals, by their positions, and of the node
-            by which each enters.
+        loss: the loss of the batch.
+        settings: the arguments of the optimizer.
+        plans: the plans for graphs that have been seen, by signature, and how often each graph was seen.
+        generator: the generator that draws rows.
+        lr: what multiplies a step, one number or one for each parameter's element [P].
+        slow: called with the parameters that cost a backward pass for each of many residuals, by their positions, and with the
+            node by which each enters.
         buffer: memory for matrices.
         first_order: makes an optimizer of parameters that steps by their gradients.
     """
@@ -116,7 +117,7 @@ class GaussNewtonStep:
         self._index = {id(p): i for i, p in enumerate(loss.parameters)}
 
     def step(self, here: Residuals, progress: Progress) -> tuple[Residuals, Progress]:
-        """One step; returns the loss where it leads, and what it leaves to the next."""
+        """Makes one step; returns the residuals where it leads, and what it leaves to the next step."""
         loss, settings = self._loss, self._settings
         plan = self._plan(here, progress)
         theta, whole = loss.flat(), here.objective
@@ -178,10 +179,10 @@ class GaussNewtonStep:
         return self._held_out(here, progress, rows, host_numbers(self._held(here.values, rows)))
 
     def race(self, here: Residuals, damping: float) -> tuple[Residuals, Progress]:
-        """Some steps from each of two starts; the lowest loss goes on.
+        """Makes some steps from each of two starts, and goes on from the lowest loss.
 
-        The first steps decide which minimum is reached: those after some of a first-order optimizer, or those with `damping`
-        times the mean of the diagonal.
+        The first steps decide which minimum is reached. The warm start begins with steps of a first-order optimizer; the cold one
+        with the parameters as they are, and with a mu of `damping` times the mean of J J^T's diagonal.
         """
         loss = self._loss
         theta, first = loss.flat(), here.objective
@@ -215,10 +216,10 @@ class GaussNewtonStep:
     # --- the Jacobian of some rows ---
 
     def _plan(self, here: Residuals, progress: Progress) -> Plan:
-        """Which rows of the graph's products are of which residuals; new for a new structure.
+        """Returns the plan of the residuals' graph, and makes one for a structure that is new.
 
-        It is checked when it is new, at the 2nd, 4th, 8th, ... step, and after a step that failed: what was zero when the plan
-        was made, as gradients behind a ReLU or a last layer of zeros, did not show where it belongs.
+        A plan is checked when it is new, at the 2nd, 4th, 8th, ... step, and after a step that failed: gradients that were zero
+        when it was made, as behind a ReLU or a last layer of zeros, did not show which residual they belong to.
         """
         uses = [find_uses(r, self._index) for r in here.values]
         self._loss.check_dtypes(use.operand for each in uses for use in each.uses if use.operand is not None)
@@ -242,7 +243,7 @@ class GaussNewtonStep:
         return plan
 
     def _check_same(self, values: Sequence[Tensor], here: Residuals, tolerance: float) -> None:
-        """Raises RuntimeError where the closure has other residuals now than it had at the present parameters."""
+        """Raises RuntimeError if the closure's residuals at the present parameters are no longer these values."""
         pairs = zip(values, self._loss.there(here), strict=True)
         norms = host_numbers([norm for old, new in pairs for norm in ((old - new).norm(), old.norm())])
         for difference, size in zip(norms[::2], norms[1::2], strict=True):
@@ -255,9 +256,10 @@ class GaussNewtonStep:
                 )
 
     def _fed(self, block: Block) -> bool:
-        """Whether data, passing through layers, tell of a block's residuals what its others do not.
+        """Returns whether the loss of some of a block's residuals tells something of that of the others.
 
-        Where parameters stand for themselves, as a field's values do, or in penalties, no residual says what another one would.
+        It does where data pass through layers. Where parameters stand for themselves, as a field's values or in penalties, no
+        residual says anything of another one.
         """
         if any(2 * self._loss.parameters[p].numel() > block.size for p in block.others):
             return False
@@ -265,7 +267,7 @@ class GaussNewtonStep:
         return any(a is not None and 2 * int(a.count_nonzero()) > a.numel() for a in operands)
 
     def _draw(self, plan: Plan, here: Residuals, progress: Progress) -> _Rows:
-        """Draws residuals: of each block its share, of a small one at least half of an equal share."""
+        """Draws residuals: from each block in proportion to its size, but at least half of an equal share."""
         rows, total = progress.rows, sum(block.size for block in plan.blocks)
         self._total = total
         parameters = sum(p.numel() for p in self._loss.parameters)
@@ -305,11 +307,11 @@ class GaussNewtonStep:
         return _Rows(drawn, torch.cat(flat), scales, torch.cat(scales), whole and not held, held)
 
     def _taken(self, values: Sequence[Tensor], rows: _Rows) -> Tensor:
-        """The weighted residuals of these rows [m]."""
+        """Returns the weighted residuals of these rows [m]."""
         return torch.cat([v.detach().flatten() for v in values])[rows.flat] * rows.scale
 
     def _jacobian(self, plan: Plan, here: Residuals, rows: _Rows) -> Jacobian | None:
-        """That of these rows; None where a plan that was right before is so no more."""
+        """Returns the Jacobian of these rows; None: a plan that was right before is wrong now."""
         parameters = self._loss.parameters
         found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn, self._buffer)
         if self._unchecked:
@@ -336,7 +338,7 @@ class GaussNewtonStep:
         return found
 
     def _wrong(self, plan: Plan, here: Residuals, rows: _Rows, found: Jacobian) -> list[int]:
-        """Parameters whose columns are not those of one backward pass for a random combination of the rows."""
+        """Returns the parameters whose columns disagree with one backward pass for a random combination of the rows."""
         parameters = self._loss.parameters
         generator = torch.Generator().manual_seed(len(rows.flat))
         u = torch.randn(len(rows.flat), generator=generator, dtype=torch.float64).to(rows.scale)
@@ -358,7 +360,7 @@ class GaussNewtonStep:
         self, here: Residuals, rows: _Rows, jacobian: Jacobian, solve: Callable[[Tensor], Tensor], r: Tensor, theta: Tensor,
         delta: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Half of the geodesic acceleration along a step where it is small, else zero (Transtrum & Sethna, 2012)."""
+        """Returns half of the geodesic acceleration along a step if it is small, else zero (Transtrum & Sethna, 2012)."""
         self._loss.move(theta + PROBE * delta)
         probed = self._taken(self._loss.there(here), rows)
         bend = (2 / PROBE) * ((probed - r) / PROBE - jacobian.mv(delta))
@@ -372,7 +374,7 @@ class GaussNewtonStep:
         return total
 
     def _held(self, values: Sequence[Tensor], rows: _Rows) -> list[Tensor]:
-        """The mean loss of the residuals held out, and of the others of their blocks; nothing where none are held out."""
+        """Returns the mean loss of the residuals held out, and of the others of their blocks; nothing if none are held out."""
         if not rows.held:
             return []
         flat = torch.cat([v.detach().flatten() for v in values])
@@ -384,15 +386,15 @@ class GaussNewtonStep:
         return sums
 
     def _held_out(self, there: Residuals, progress: Progress, rows: _Rows, means: list[float]) -> tuple[Residuals, Progress]:
-        """Goes back to the least loss of the residuals held out where only the others fall: they are interpolated.
+        """Goes back to the least loss of the residuals held out if only that of the others still falls: these are interpolated.
 
-        At a minimum of all others those held out join them, unless holding out was asked for.
+        At a minimum of the others, the residuals held out join them, unless holding out was asked for.
 
         Args:
-            there: where the step has led.
-            progress: so far.
-            rows: those of the step.
-            means: of `_held`.
+            there: the residuals where the step has led.
+            progress: what the steps so far have left.
+            rows: the rows of the step.
+            means: what `_held` returns there.
         """
         if not means:
             return there, progress._replace(excess=0.0)
@@ -417,7 +419,7 @@ class GaussNewtonStep:
         return there, progress._replace(damping=mu, least=mu, held_since=0, whole=whole, record=whole)
 
     def _recorded(self, progress: Progress, now: float, whole: bool) -> Progress:
-        """The rows of the next step: more after some steps without a new record."""
+        """Notes the whole loss; after some steps without a new record the next step draws more rows."""
         if whole:
             return progress
         if now < progress.record:
@@ -428,7 +430,7 @@ class GaussNewtonStep:
         return progress._replace(rows=rows, record=now, since=0)
 
     def _warmed_up(self, here: Residuals) -> Residuals:
-        """Where some steps of a first-order optimizer lead, from the parameters' present values."""
+        """Makes some steps of a first-order optimizer; returns the residuals where they lead."""
         loss, parameters = self._loss, self._loss.parameters
         kept = [p.grad for p in parameters]
         optimizer = self._first_order(parameters)
