@@ -65,7 +65,7 @@ class BackwardLog:
         def backward(gradients: tuple[Tensor | None, ...]) -> None:
             log, gradient = reference(), gradients[output_nr]
             if log is not None and gradient is not None:
-                log._enter_run(call, _graphless(gradient), node)
+                log._enter_run(call, _graphless(gradient))
 
         node.register_prehook(backward)
         if self._watched is not None:
@@ -109,15 +109,20 @@ class BackwardLog:
                 setattr(record, name, value)
             raise
 
-    def _enter_run(self, loss: LossCall, gradient: Tensor, node: Node) -> None:
-        """A backward pass has reached a loss: from here to its end, the gradients that it leaves are collected."""
+    def _enter_run(self, loss: LossCall, gradient: Tensor) -> None:
+        """A backward pass has reached a loss: from here to its end, the gradients that it leaves are collected.
+
+        The loss's node is asked of the engine, since a hook that held it would keep its graph until the garbage collector runs.
+        """
         run = self._run
         if run is None or run.id != torch._C._current_graph_task_id():
             gradients = list(self._gradients())
             if self.losses:
                 refuse_capture("second backward pass before a step")
             discarded = bool(self.losses or self.outside) and all(g is None or not g.any() for g, _ in gradients)
-            run = self._run = _Run(torch._C._current_graph_task_id(), gradients, discarded, self._outside(node))
+            run = self._run = _Run(
+                torch._C._current_graph_task_id(), gradients, discarded, self._outside(torch._C._current_autograd_node())
+            )
             torch.autograd.Variable._execution_engine.queue_callback(self._finish_run)
         run.outside = run.outside or loss.outside
         run.losses.append(loss)

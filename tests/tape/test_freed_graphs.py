@@ -1,0 +1,67 @@
+"""A graph is freed when its loss is, and does not wait for the garbage collector: hooks and records make no cycles with its nodes."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from helpers.optimizers import ALL
+from torch import nn
+
+import secondorder as so
+
+MAKE = {
+    **ALL,
+    "EigenAdam": lambda m, c: so.EigenAdam(m),
+    "EigenAdam-pch": lambda m, c: so.EigenAdam(m, curvature="pch-abs", criterion=c),
+}
+
+
+class Mark:
+    """What a graph's nodes hold."""
+
+
+@pytest.fixture(autouse=True)
+def _no_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("with_backward", [True, False])
+@pytest.mark.parametrize("name", MAKE)
+def test_a_graph_is_freed_with_its_loss(name, with_backward):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    criterion = nn.CrossEntropyLoss()
+    optimizer = MAKE[name](model, criterion)
+    x, target = torch.randn(8, 4), torch.arange(8) % 3
+    marks = weakref.WeakSet()
+
+    def marked():
+        loss = criterion(model(x), target)
+        parameter = next(model.parameters())
+        for node in (loss.grad_fn, parameter.view_as(parameter).grad_fn.next_functions[0][0]):  # and that of the parameter
+            mark = Mark()
+            node.metadata["mark"] = mark
+            marks.add(mark)
+        return loss
+
+    def closure():
+        optimizer.zero_grad()
+        loss = marked()
+        loss.backward()
+        return loss.detach()
+
+    for _ in range(3):
+        optimizer.step(closure)
+    if not with_backward:
+        optimizer.zero_grad()
+        marked()
+        model.eval()
+        model(x)
+        model.train()
+        optimizer.step(closure)
+    optimizer.zero_grad()
+    assert not len(marks)
