@@ -1,4 +1,4 @@
-"""A graph is freed when its loss is, and does not wait for the garbage collector: hooks and records make no cycles with its nodes."""
+"""A graph is freed when its loss is, without the garbage collector: hooks and records make no cycles with its nodes."""
 
 import gc
 import weakref
