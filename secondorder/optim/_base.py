@@ -59,6 +59,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
     _numbers: ClassVar[Numbers] = NUMBERS
 
     _curvature_name = ""  # of the layers without an obstacle, for repr
+    _remedy = "lower lr or raise the damping"  # what helps where the training diverges
 
     # GradScaler.step then comes here with found_inf and grad_scale as attributes, rather than unscaling the gradients alone.
     _step_supports_amp_scaling = True
@@ -135,7 +136,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         self._nonfinite = nonfinite
         self._restarts: dict[nn.Linear, str] = {}  # the layers where the recursion starts anew, and why
         self._used_otherwise: set[nn.Linear] = set()  # layers of whose weight this has been said
-        self._growth = LossGrowth(name)
+        self._growth = LossGrowth(name, self._remedy)
         self._idle: set[Tensor] = set()  # the parameters of layers that had no instance in this step: they stay
         self._tape_options: dict[str, Any] = {
             "diagonal": diagonal,

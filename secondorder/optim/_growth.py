@@ -19,10 +19,11 @@ class LossGrowth:
 
     Args:
         owner: the optimizer's name, for the message.
+        remedy: what helps, as an imperative.
     """
 
-    def __init__(self, owner: str):
-        self.owner = owner
+    def __init__(self, owner: str, remedy: str):
+        self.owner, self.remedy = owner, remedy
         self.steps, self.average, self.first, self.lowest = 0, 0.0, math.nan, math.inf
         self.said = False
         self._report: tuple[Tensor, Any] | None = None  # a loss on its way to the host, and the event of its arrival
@@ -46,7 +47,7 @@ class LossGrowth:
             self.said = True
             warn(
                 f"the loss of {self.owner}, {now:.3g} on the average of the last steps, has grown a thousandfold from "
-                f"{self.lowest:.3g}: steps are too long; lower lr, or raise the damping"
+                f"{self.lowest:.3g}: steps are too long; {self.remedy}"
             )
 
     def __getstate__(self) -> dict[str, Any]:

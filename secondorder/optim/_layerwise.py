@@ -56,8 +56,6 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         nonfinite: what a step does that meets NaN or inf: "error" or "skip".
     """
 
-    _remedy = ""  # what helps where the training has diverged
-
     def __init__(
         self,
         model: nn.Module,
