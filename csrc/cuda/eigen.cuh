@@ -1,9 +1,10 @@
-// What the kernels of EigenAdam stand on: where a matrix' memory lies, which part of it a block has, and a tile of it
-// in shared memory with the skinny products.
+// What the kernels of EigenAdam stand on: where a matrix' memory lies, which part of it a block has, and the skinny
+// products with a tile of it, whose elements are in registers.
 #pragma once
 
 #include <cstdint>
 #include <limits>
+#include <new>
 #include <type_traits>
 #include <utility>
 
@@ -12,23 +13,30 @@
 
 namespace secondorder::cuda {
 
-constexpr int kTileRows = kWarp;    // the lanes of a warp have a column each of a tile, then a row each
-constexpr int kGroup = 8;           // vectors of a basis that a kernel without tiles takes at a time
-constexpr int kRows = 4;            // of a tile, or pairs of vectors, that are computed with together
-constexpr int kBatch = 8;           // rows of it whose loads are under way together
-constexpr int kTileBlocks = 3;      // with tiles that fit a multiprocessor, at least: 168 registers for each thread
-constexpr int kResidualBlocks = 2;  // of the kernel that needs more
-constexpr int kThreads = 256;       // of the kernels without tiles
-constexpr int kBlocks = 2;          // of them that fit a multiprocessor, at least
-constexpr int kSideThreads = 512;   // of a block that makes a basis orthonormal
-constexpr int kSlice = 64;          // rows or columns of a block without tiles, at least
-constexpr int kSlices = 64;         // that a side is cut into, at most
-constexpr int kMostTiles = 8;       // of a chunk
-constexpr int kTilesPerUnit = 8;    // tiles for each multiprocessor, from which on chunks take more than one
+// A tile is shared among 2 x 2 warps, a warp's part among 4 x 8 lanes: 8 rows of 32 bytes each.
+constexpr int kTileWarps = 2, kRowLanes = 4, kColumnLanes = kWarp / kRowLanes, kOwnRows = 8;
+constexpr int kTileThreads = kTileWarps * kTileWarps * kWarp;
+constexpr int kTileRows = kTileWarps * kRowLanes * kOwnRows;
+constexpr int kVectors = 16;       // of a basis that tiles take at a time
+constexpr int kBatch = 1;          // own rows of several matrices whose loads are under way together
+constexpr int kTileBlocks = 4;     // with tiles that fit a multiprocessor, at least: 128 registers for each thread
+constexpr int kGroup = 8;          // vectors of a basis that a kernel without tiles takes at a time
+constexpr int kRows = 4;           // pairs of vectors that are computed with together
+constexpr int kThreads = 256;      // of the kernels without tiles
+constexpr int kBlocks = 2;         // of them that fit a multiprocessor, at least
+constexpr int kSideThreads = 512;  // of a block that makes a basis orthonormal
+constexpr int kSlice = 64;         // rows or columns of a block without tiles, at least
+constexpr int kSlices = 64;        // that a side is cut into, at most
+constexpr int kMostTiles = 8;      // of a chunk
+constexpr int kTilesPerUnit = 8;   // tiles for each multiprocessor, from which on chunks take more than one
 
-// Columns of a tile, a thread each: a tile takes 16 KB.
 template <typename T>
-constexpr int kStrip = 512 / int(sizeof(T));
+constexpr int kOwnColumns = 2 * Vector<T>::kSize;
+template <typename T>
+constexpr int kStrip = kTileWarps * kColumnLanes * kOwnColumns<T>;  // columns of a tile
+// Blocks of the kernel that takes the most registers.
+template <typename T>
+constexpr int kResidualBlocks = sizeof(T) < 8 ? kTileBlocks : kTileBlocks - 1;
 
 template <typename T>
 constexpr double kTiny = double(std::numeric_limits<T>::min());
@@ -146,42 +154,100 @@ struct Vectors {
   int64_t count;
 };
 
-// Where a tile lies: kTileRows rows from `begin` on, of which `rows` are there, and the thread's column.
-struct Frame {
-  int64_t n, p, begin, column;
-  int rows;
-  bool inside;  // whether the column is there
-  bool first;   // whether the tile is its chunk's first
-
-  __device__ __forceinline__ int64_t place(int row) const { return (begin + row) * p + column; }
-  __device__ __forceinline__ bool there(int row) const { return inside && row < rows; }
-  // The matrix' element at a row of the tile, or the nearest one beside the matrix: loads behind no branch are under
-  // way together.
-  template <typename T>
-  __device__ __forceinline__ T near(const T* matrix, int row) const {
-    return matrix[(begin + (row < rows ? row : rows - 1)) * p + (inside ? column : p - 1)];
-  }
-};
-
-// A vector's elements [n] at the rows of a tile, one in each lane of every warp; zeros where there is no vector.
+// A tile of a matrix and the thread's elements in it. Of kColumnLanes Vectors beside each other it has one where
+// `vectors`, else every kColumnLanes-th column: either way lanes read whole sectors together. In shared memory, where
+// columns have places, what a thread has stands together.
 template <typename T>
-struct RowValues {
-  T mine = 0;
+struct Frame {
+  static constexpr int kSize = Vector<T>::kSize, kRun = kColumnLanes * kSize;
 
-  __device__ __forceinline__ RowValues(const Frame& at, const T* vector) {
-    const int lane = threadIdx.x % kWarp;
-    if (vector) mine = vector[at.begin + (lane < at.rows ? lane : at.rows - 1)];
+  int64_t n, p, begin, strip;  // the matrix, and the tile's first row and column
+  int height;                  // rows of the tile that are there
+  bool vectors;                // whether rows of all matrices can be read as Vectors
+  bool first;                  // whether the tile is its chunk's first
+  int64_t place;               // of the thread's first element in the matrix
+  int rows, columns;           // that are there from this element on; neither, where they are not positive
+
+  __device__ __forceinline__ Frame(int64_t n_, int64_t p_, int64_t begin_, int64_t strip_, int height_, bool vectors_,
+                                   bool first_)
+      : n(n_), p(p_), begin(begin_), strip(strip_), height(height_), vectors(vectors_), first(first_) {
+    const int64_t column = this->column(own_place());
+    place = (begin + own_row()) * p + column;
+    rows = height - own_row();
+    columns = int(p - column < kStrip<T> ? p - column : kStrip<T>);
   }
 
-  // Every lane must call it.
-  __device__ __forceinline__ T operator[](int row) const { return __shfl_sync(0xffffffffu, mine, row); }
+  // The thread's first row in the tile.
+  static __device__ __forceinline__ int own_row() {
+    return (threadIdx.x / kWarp / kTileWarps * kRowLanes + threadIdx.x % kWarp / kColumnLanes) * kOwnRows;
+  }
+  // The place of the thread's k-th column.
+  static __device__ __forceinline__ int own_place(int k = 0) {
+    const int warp = threadIdx.x / kWarp % kTileWarps, lane = threadIdx.x % kColumnLanes;
+    return warp * (kStrip<T> / kTileWarps) + k / kSize * kRun + lane * kSize + k % kSize;
+  }
+  // The matrix' column at a place.
+  __device__ __forceinline__ int64_t column(int at) const {
+    const int k = at % kRun;
+    return strip + at - k + (vectors ? k : k % kSize * kColumnLanes + k / kSize);
+  }
+  // How far the thread's k-th column is from its first.
+  __device__ __forceinline__ int step(int k) const {
+    return k / kSize * kRun + k % kSize * (vectors ? 1 : kColumnLanes);
+  }
+
+  // The thread's elements in a row of a matrix, whose first is at `from`; zeros beside the matrix, or where the row is
+  // not there.
+  __device__ __forceinline__ void read_row(const T* from, bool there, T (&x)[kOwnColumns<T>]) const {
+    if (vectors) {
+#pragma unroll
+      for (int k = 0; k < kOwnColumns<T>; k += kSize) {
+        T piece[kSize] = {};
+        if (there && step(k) < columns) load(from + k / kSize * kRun, piece);
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) x[k + e] = piece[e];
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kOwnColumns<T>; ++k) x[k] = there && step(k) < columns ? from[step(k)] : T(0);
+    }
+  }
+
+  __device__ __forceinline__ void write_row(T* to, bool there, const T (&x)[kOwnColumns<T>]) const {
+    if (vectors) {
+#pragma unroll
+      for (int k = 0; k < kOwnColumns<T>; k += kSize) {
+        T piece[kSize];
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) piece[e] = x[k + e];
+        if (there && step(k) < columns) store(to + k / kSize * kRun, piece);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kOwnColumns<T>; ++k)
+        if (there && step(k) < columns) to[step(k)] = x[k];
+    }
+  }
+
+  // The thread's elements in kCount of its rows from `row` on.
+  template <int kCount>
+  __device__ __forceinline__ void read(const T* matrix, int row, T (&x)[kCount][kOwnColumns<T>]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) read_row(matrix + place + (row + i) * p, row + i < rows, x[i]);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void write(T* matrix, int row, const T (&x)[kCount][kOwnColumns<T>]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) write_row(matrix + place + (row + i) * p, row + i < rows, x[i]);
+  }
 };
 
-// The matrix of a block, and which of its blocks that is.
-template <typename M>
+// The matrix of a block, or a copy of it, and which of its blocks that is.
+template <typename M, typename In = const M&>
 struct Here {
   using T = Scalar<M>;
-  const M& in;
+  In in;
   const EigenSizes& sizes;
   Work<T> work;
   int64_t n, p, ku, kv, c, strips, chunk_rows, chunks, block;
@@ -200,216 +266,245 @@ struct Here {
       : Here(layers.layer[l], int64_t(blockIdx.x) - division.first[l]) {}
 };
 
-// A block's part of a matrix in a pass: a strip of columns, a thread each, and a chunk of rows.
+// A block's part of a matrix in a pass: a strip of columns and a chunk of rows.
 template <typename M>
-struct Part : Here<M> {
-  int64_t strip, chunk, begin, end, column;
-  bool inside;
+struct Part : Here<M, M> {
+  using T = Scalar<M>;
+  int64_t strip, chunk;
 
-  __device__ __forceinline__ Part(const Layers<M>& layers, const Blocks& division) : Here<M>(layers, division) {
+  __device__ __forceinline__ Part(const Layers<M>& layers, const Blocks& division) : Here<M, M>(layers, division) {
     strip = this->block % this->strips;
     chunk = this->block / this->strips;
-    begin = chunk * this->chunk_rows;
-    end = begin + this->chunk_rows < this->n ? begin + this->chunk_rows : this->n;
-    column = strip * kStrip<Scalar<M>> + threadIdx.x;
-    inside = column < this->p;
   }
 
-  // f(frame) for every tile.
+  // f(frame) for every tile; `vectors` as `aligned` found.
   template <typename F>
-  __device__ __forceinline__ void each_tile(F&& f) const {
+  __device__ __forceinline__ void each_tile(bool vectors, F&& f) const {
+    const int64_t begin = chunk * this->chunk_rows, stop = begin + this->chunk_rows;
+    const int64_t end = stop < this->n ? stop : this->n;
     for (int64_t row = begin; row < end; row += kTileRows) {
-      const int rows = int(end - row < kTileRows ? end - row : kTileRows);
-      f(Frame{this->n, this->p, row, column, rows, inside, row == begin});
+      const int height = int(end - row < kTileRows ? end - row : kTileRows);
+      f(Frame<T>(this->n, this->p, row, strip * kStrip<T>, height, vectors, row == begin));
     }
   }
 };
 
-// kCount elements, as vectors where they make whole ones, for which p must be aligned.
-template <int kCount, typename T>
-__device__ __forceinline__ void load_many(const T* p, T (&v)[kCount]) {
-  constexpr int kSize = kCount % Vector<T>::kSize == 0 ? Vector<T>::kSize : 1;
+// A block's Part in shared memory, which barriers keep the compiler from holding in registers: those are the tile's.
+template <typename M>
+struct SharedPart {
+  alignas(Part<M>) unsigned char bytes[sizeof(Part<M>)];
+
+  // Every thread must call it.
+  __device__ __forceinline__ const Part<M>& make(const Layers<M>& layers, const Blocks& division) {
+    if (threadIdx.x == 0) new (bytes) Part<M>(layers, division);
+    __syncthreads();
+    return *reinterpret_cast<const Part<M>*>(bytes);
+  }
+};
+
+// Sums over kLanes lanes, kStep apart: each keeps its share of them, in v[0], v[1], ... The lanes of a warp must all
+// call it.
+template <int kLanes, int kStep, int kCount, typename T>
+__device__ __forceinline__ void scatter_sums(T (&v)[kCount]) {
 #pragma unroll
-  for (int e = 0; e < kCount; e += kSize) {
-    T piece[kSize];
-    load(p + e, piece);
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+    const int half = kCount * lanes / kLanes;
+    const bool upper = threadIdx.x & (lanes * kStep);
 #pragma unroll
-    for (int f = 0; f < kSize; ++f) v[e + f] = piece[f];
+    for (int k = 0; k < half; ++k) {
+      const T kept = upper ? v[half + k] : v[k], given = upper ? v[k] : v[half + k];
+      v[k] = kept + __shfl_xor_sync(0xffffffffu, given, lanes * kStep);
+    }
   }
 }
 
-template <int kCount, typename T>
-__device__ __forceinline__ void store_many(T* p, const T (&v)[kCount]) {
-  constexpr int kSize = kCount % Vector<T>::kSize == 0 ? Vector<T>::kSize : 1;
-#pragma unroll
-  for (int e = 0; e < kCount; e += kSize) {
-    T piece[kSize];
-#pragma unroll
-    for (int f = 0; f < kSize; ++f) piece[f] = v[e + f];
-    store(p + e, piece);
-  }
-}
-
-// A tile of a matrix in shared memory and the skinny products with it. Each thread writes a column of its own, and each
-// lane reads a row of its warp's columns. Every thread must call every function.
+// The skinny products with a tile, and the shared memory that they take: kVectors vectors at a time. Each of these a
+// thread reads for all of its elements at once, 16 bytes in a load. Every thread must call every function.
 template <typename T>
 struct Tile {
-  static constexpr int kWarps = kStrip<T> / kWarp;
-  static constexpr int kVectors = 32 / int(sizeof(T));             // that are taken at a time
-  static constexpr int kShare = kTileRows * kVectors / kStrip<T>;  // of a thread in a group's elements of `left`
+  using Elements = T[kOwnRows][kOwnColumns<T>];
+  static constexpr int kLonger = kTileRows > kStrip<T> ? kTileRows : kStrip<T>;
 
-  T element[kWarps][kTileRows][kTileRows + 1];  // one more, so that neither rows nor columns share banks
-  alignas(16) T left[kTileRows][kVectors];
-  alignas(16) T right[kStrip<T>][kVectors];
-  alignas(16) T sums[kWarps][kTileRows][kVectors];
+  alignas(16) T left[kVectors][kTileRows];
+  alignas(16) T right[kVectors][kStrip<T>];
+  alignas(16) T sums[kTileWarps][kVectors][kLonger];
 
-  __device__ __forceinline__ T& own(int row) { return element[threadIdx.x / kWarp][row][threadIdx.x % kWarp]; }
+  static __device__ __forceinline__ int in_group(const Vectors<T>& vectors, int64_t group) {
+    return int(vectors.count - group < kVectors ? vectors.count - group : kVectors);
+  }
 
-  // own(row) = f(row, the matrix' element there), zero beside the matrix. Every lane of a warp calls f, for every row
-  // of the tile.
-  template <typename F>
-  __device__ __forceinline__ void fill(const Frame& at, const T* matrix, F&& f) {
-#pragma unroll 1
-    for (int row = 0; row < at.rows; row += kBatch) {
-      T x[kBatch];
+  // Some vectors on their way to [kVectors, kWidth] in shared memory: a thread has one element of so many of them.
+  template <int kWidth>
+  struct Share {
+    static constexpr int kStep = kTileThreads / kWidth, kCount = kVectors / kStep;
+    T element[kCount];
+
+    // vectors [count, size] from `group` on, at `index`, or zeros where the thread is beside them
+    __device__ __forceinline__ Share(const Vectors<T>& vectors, int64_t group, int64_t size, int64_t index,
+                                     bool there) {
+      const int v = threadIdx.x / kWidth, count = there ? in_group(vectors, group) : 0;
+      const T* from = vectors.data + (group + v) * size + index;
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) x[b] = at.near(matrix, row + b);
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const T y = f(row + b, x[b]);
-        own(row + b) = at.there(row + b) ? y : T(0);
+      for (int i = 0; i < kCount; ++i) {
+        element[i] = v + i * kStep < count ? *from : T(0);
+        from += kStep * size;
       }
     }
+
+    __device__ __forceinline__ void put(T (*shared)[kWidth], T sign) const {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        shared[threadIdx.x / kWidth + i * kStep][threadIdx.x % kWidth] = sign * element[i];
+    }
+  };
+
+  // The share in vectors of rows, [count, n].
+  static __device__ __forceinline__ Share<kTileRows> of_rows(const Frame<T>& at, const Vectors<T>& vectors,
+                                                             int64_t group) {
+    const int row = threadIdx.x % kTileRows;
+    return Share<kTileRows>(vectors, group, at.n, at.begin + row, row < at.height);
   }
 
-  // The thread's share of the tile's rows of kVectors vectors from `group` on: on the way while the group before is
-  // used.
-  //   vectors [count, n]
-  __device__ __forceinline__ void fetch_left(const Frame& at, const Vectors<T>& vectors, int64_t group,
-                                             T (&share)[kShare]) {
+  // The share in vectors of columns, [count, p].
+  static __device__ __forceinline__ Share<kStrip<T>> of_columns(const Frame<T>& at, const Vectors<T>& vectors,
+                                                                int64_t group) {
+    const int64_t column = at.column(threadIdx.x % kStrip<T>);
+    return Share<kStrip<T>>(vectors, group, at.p, column, column < at.p);
+  }
+
+  // kCount elements, a Vector at every kStep-th place.
+  template <int kStep, int kCount>
+  static __device__ __forceinline__ void load_apart(const T* from, T (&v)[kCount]) {
+    constexpr int kSize = Vector<T>::kSize;
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-      const int k = threadIdx.x + i * kStrip<T>, row = k % kTileRows;
-      const int64_t v = group + k / kTileRows;
-      share[i] = vectors.data[(v < vectors.count ? v : 0) * at.n + at.begin + (row < at.rows ? row : 0)];
+    for (int k = 0; k < kCount; k += kSize) {
+      T piece[kSize];
+      load(from + k / kSize * kStep, piece);
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) v[k + e] = piece[e];
     }
   }
 
-  // Likewise the elements at the thread's column, zeros beside the matrix and behind the last vector.
-  //   vectors [count, p]
-  template <int kCount>
-  __device__ __forceinline__ void fetch_right(const Frame& at, const Vectors<T>& vectors, int64_t group,
-                                              T (&right)[kCount]) {
-    const T* next = vectors.data + (at.inside ? group * at.p + at.column : 0);
-#pragma unroll
-    for (int e = 0; e < kCount; ++e) {
-      right[e] = *next;
-      if (!at.inside || group + e >= vectors.count) right[e] = T(0);
-      else if (group + e + 1 < vectors.count) next += at.p;
-    }
+  // Vector e at the thread's rows.
+  __device__ __forceinline__ void own_left(int e, T (&l)[kOwnRows]) const {
+    load_apart<Vector<T>::kSize>(&left[e][Frame<T>::own_row()], l);
+  }
+  // Vector e at the thread's columns.
+  __device__ __forceinline__ void own_right(int e, T (&r)[kOwnColumns<T>]) const {
+    load_apart<Frame<T>::kRun>(&right[e][Frame<T>::own_place()], r);
   }
 
-  __device__ __forceinline__ void store_left(const T (&share)[kShare]) {
+  // x -= row column^T   row(i), column(j) of the matrix' indices
+  template <typename Row, typename Column>
+  __device__ __forceinline__ void subtract(const Frame<T>& at, Elements& x, Row&& row, Column&& column) {
     __syncthreads();  // what was there has been used
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-      const int k = threadIdx.x + i * kStrip<T>;
-      left[k % kTileRows][k / kTileRows] = share[i];
-    }
+    const int i = threadIdx.x % kTileRows, k = threadIdx.x % kStrip<T>;
+    const int64_t j = at.column(k);
+    if (threadIdx.x < kTileRows) left[0][i] = i < at.height ? row(at.begin + i) : T(0);
+    if (threadIdx.x < kStrip<T>) right[0][k] = j < at.p ? column(j) : T(0);
     __syncthreads();
+    T l[kOwnRows], r[kOwnColumns<T>];
+    own_left(0, l);
+    own_right(0, r);
+#pragma unroll
+    for (int b = 0; b < kOwnRows; ++b)
+#pragma unroll
+      for (int e = 0; e < kOwnColumns<T>; ++e) x[b][e] -= l[b] * r[e];
   }
 
-  // tile += sign left^T right   left [count, n], right [count, p]
-  __device__ __forceinline__ void add(const Frame& at, T sign, const Vectors<T>& left_vectors, const T* right_data) {
+  // x += sign left^T right   left [count, n], right [count, p]
+  __device__ __forceinline__ void add(const Frame<T>& at, Elements& x, T sign, const Vectors<T>& left_vectors,
+                                      const T* right_data) {
     const Vectors<T> right_vectors{right_data, left_vectors.count};
-    if (right_vectors.count == 0) return;
-    T share[kShare], next[kVectors];
-    fetch_left(at, left_vectors, 0, share);
-    fetch_right(at, right_vectors, 0, next);
 #pragma unroll 1
-    for (int64_t group = 0; group < right_vectors.count; group += kVectors) {
-      T r[kVectors], l[kVectors];
-#pragma unroll
-      for (int e = 0; e < kVectors; ++e) r[e] = sign * next[e];
-      store_left(share);
-      if (group + kVectors < right_vectors.count) {
-        fetch_left(at, left_vectors, group + kVectors, share);
-        fetch_right(at, right_vectors, group + kVectors, next);
-      }
+    for (int64_t group = 0; group < left_vectors.count; group += kVectors) {
+      const auto rows = of_rows(at, left_vectors, group);
+      const auto columns = of_columns(at, right_vectors, group);
+      __syncthreads();  // the group before has been used
+      rows.put(left, T(1));
+      columns.put(right, sign);
+      __syncthreads();
+      const int count = in_group(left_vectors, group);
 #pragma unroll 1
-      for (int row = 0; row < at.rows; row += kRows) {
-        T x[kRows];
+      for (int e = 0; e < count; ++e) {
+        T l[kOwnRows], r[kOwnColumns<T>];
+        own_left(e, l);
+        own_right(e, r);
 #pragma unroll
-        for (int b = 0; b < kRows; ++b) {
-          x[b] = own(row + b);
-          load_many(left[row + b], l);
+        for (int i = 0; i < kOwnRows; ++i)
 #pragma unroll
-          for (int e = 0; e < kVectors; ++e) x[b] += l[e] * r[e];
-        }
-#pragma unroll
-        for (int b = 0; b < kRows; ++b) own(row + b) = x[b];
+          for (int k = 0; k < kOwnColumns<T>; ++k) x[i][k] += l[i] * r[k];
       }
     }
   }
 
-  // out[v, column] = sum over the chunk's rows of vectors[v, row] tile[row, column]   vectors [count, n], out [count,
-  // p]
-  __device__ __forceinline__ void column_products(const Frame& at, const Vectors<T>& vectors, T* out) {
-    if (vectors.count == 0) return;
-    T share[kShare];
-    fetch_left(at, vectors, 0, share);
+  // out[v, column] = sum over the chunk's rows of vectors[v, row] x[row, column]   vectors [count, n], out [count, p]
+  __device__ __forceinline__ void column_products(const Frame<T>& at, const Elements& x, const Vectors<T>& vectors,
+                                                  T* out) {
+    constexpr int kKept = kOwnColumns<T> / kRowLanes;  // sums of a lane
+    const int lane = threadIdx.x % kWarp, half = threadIdx.x / kWarp / kTileWarps;
 #pragma unroll 1
     for (int64_t group = 0; group < vectors.count; group += kVectors) {
-      store_left(share);
-      if (group + kVectors < vectors.count) fetch_left(at, vectors, group + kVectors, share);
-      T sum[kVectors] = {}, l[kVectors];
-#pragma unroll 4
-      for (int row = 0; row < at.rows; ++row) {
-        const T x = own(row);
-        load_many(left[row], l);
+      const auto rows = of_rows(at, vectors, group);
+      __syncthreads();  // the vectors and sums before have been used
+      rows.put(left, T(1));
+      __syncthreads();
+      const int count = in_group(vectors, group);
+#pragma unroll 1
+      for (int e = 0; e < count; ++e) {
+        T l[kOwnRows], sum[kOwnColumns<T>] = {};
+        own_left(e, l);
 #pragma unroll
-        for (int e = 0; e < kVectors; ++e) sum[e] += l[e] * x;
+        for (int i = 0; i < kOwnRows; ++i)
+#pragma unroll
+          for (int k = 0; k < kOwnColumns<T>; ++k) sum[k] += l[i] * x[i][k];
+        scatter_sums<kRowLanes, kColumnLanes>(sum);
+        T* const target = &sums[half][e][Frame<T>::own_place(lane / kColumnLanes * kKept)];
+#pragma unroll
+        for (int k = 0; k < kKept; ++k) target[k] = sum[k];
       }
-#pragma unroll
-      for (int e = 0; e < kVectors; ++e) {
-        if (!at.inside || group + e >= vectors.count) continue;
-        T* const target = out + (group + e) * at.p + at.column;
-        *target = at.first ? sum[e] : *target + sum[e];
+      __syncthreads();
+      const int k = threadIdx.x % kStrip<T>;
+      const int64_t column = at.column(k);
+      if (column >= at.p) continue;
+#pragma unroll 4
+      for (int e = threadIdx.x / kStrip<T>; e < count; e += kTileThreads / kStrip<T>) {
+        T* const target = out + (group + e) * at.p + column;
+        const T sum = sums[0][e][k] + sums[1][e][k];
+        *target = at.first ? sum : *target + sum;
       }
     }
   }
 
-  // out[v, row] = sum over the strip's columns of vectors[v, column] tile[row, column], kCount vectors at a time.
-  //   vectors [count, p], out [count, n]
-  template <int kCount>
-  __device__ __forceinline__ void row_products(const Frame& at, const Vectors<T>& vectors, T* out) {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    if (vectors.count == 0) return;
-    T next[kCount];
-    fetch_right(at, vectors, 0, next);
+  // out[v, row] = sum over the strip's columns of vectors[v, column] x[row, column]   vectors [count, p], out [count, n]
+  __device__ __forceinline__ void row_products(const Frame<T>& at, const Elements& x, const Vectors<T>& vectors,
+                                               T* out) {
+    const int lane = threadIdx.x % kWarp, half = threadIdx.x / kWarp % kTileWarps;
+    const int own = threadIdx.x / kWarp / kTileWarps * kWarp + lane;  // the row whose sum the lane keeps
+    static_assert(kOwnRows == kColumnLanes, "a lane keeps one sum");
 #pragma unroll 1
-    for (int64_t group = 0; group < vectors.count; group += kCount) {
-      T sum[kCount] = {}, r[kCount];
-      store_many(right[threadIdx.x], next);
-      __syncthreads();  // the tile and `right` are written, and the sums of the group before read
-      if (group + kCount < vectors.count) fetch_right(at, vectors, group + kCount, next);
-#pragma unroll 4
-      for (int k = 0; k < kWarp; ++k) {
-        const T x = element[warp][lane][k];
-        load_many(right[warp * kWarp + k], r);
-#pragma unroll
-        for (int e = 0; e < kCount; ++e) sum[e] += x * r[e];
-      }
-      store_many(sums[warp][lane], sum);
+    for (int64_t group = 0; group < vectors.count; group += kVectors) {
+      const auto columns = of_columns(at, vectors, group);
+      __syncthreads();  // the vectors and sums before have been used
+      columns.put(right, T(1));
       __syncthreads();
-      for (int k = threadIdx.x; k < kTileRows * kCount; k += kStrip<T>) {
-        const int row = k % kTileRows, e = k / kTileRows;
-        if (row >= at.rows || group + e >= vectors.count) continue;
-        T total = sums[0][row][e];
+      const int count = in_group(vectors, group);
+#pragma unroll 1
+      for (int e = 0; e < count; ++e) {
+        T r[kOwnColumns<T>], sum[kOwnRows] = {};
+        own_right(e, r);
 #pragma unroll
-        for (int w = 1; w < kWarps; ++w) total += sums[w][row][e];
-        out[(group + e) * at.n + at.begin + row] = total;
+        for (int i = 0; i < kOwnRows; ++i)
+#pragma unroll
+          for (int k = 0; k < kOwnColumns<T>; ++k) sum[i] += x[i][k] * r[k];
+        scatter_sums<kColumnLanes, 1>(sum);
+        sums[half][e][own] = sum[0];
       }
+      __syncthreads();
+      const int row = threadIdx.x % kTileRows;
+      if (row >= at.height) continue;
+      for (int e = threadIdx.x / kTileRows; e < count; e += kTileThreads / kTileRows)
+        out[(group + e) * at.n + at.begin + row] = sums[0][e][row] + sums[1][e][row];
     }
   }
 };

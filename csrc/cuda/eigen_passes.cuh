@@ -34,28 +34,28 @@ enum class Products {
 
 // Parallel over strips and chunks.
 template <Products kProducts, typename M>
-__global__ void __launch_bounds__(kStrip<Scalar<M>>, kTileBlocks)
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     products_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division, int* refused,
                     const double* control, const EigenReplay replay) {
   using T = Scalar<M>;
   constexpr bool kSketch = kProducts == Products::sketch || kProducts == Products::sketch_sums;
   __shared__ Tile<T> tile;
+  __shared__ SharedPart<M> part;
   __shared__ double partial[1][kWarp];
   if (kProducts == Products::iteration && *refused) return;
   if ((kProducts == Products::renewal || kSketch) && replay.idle(control)) return;
-  const Part<M> at(layers, division);
+  const Part<M>& at = part.make(layers, division);
   const M& in = at.in;
   const EigenSizes& sizes = in.sizes;
   Vectors<T> left{in.basis_out, sizes.ku}, right{in.basis_in, sizes.kv};
-  T centre = 0;  // the mean at the thread's column
+  bool centred;  // whether there is a mean
   if constexpr (kSketch) {
-    if (in.mean && at.inside) centre = in.mean[at.column];
+    centred = in.mean;
     left = {at.work.right, kProducts == Products::sketch ? 0 : sizes.ku};
     if (kProducts == Products::sketch_sums) right.count = 0;
   } else {
-    if (in.grad_bias && at.inside) centre = in.mean[at.column];
+    centred = in.grad_bias;
     if constexpr (kIsRenewal<M>) {
-      if (in.grad_bias && at.inside) centre += mean_change(in, at.work, at.column);
       if (kProducts == Products::iteration) {
         left = {at.work.right, sizes.kv};
         right = {at.work.top, sizes.ku};
@@ -69,15 +69,26 @@ __global__ void __launch_bounds__(kStrip<Scalar<M>>, kTileBlocks)
   T* const column_sums = at.work.column_sums + at.chunk * left.count * at.p;
   double square[1] = {};
   bool finite = true;
-  at.each_tile([&](const Frame& frame) {
-    const RowValues<T> bias(frame, kSketch ? nullptr : in.grad_bias);
-    tile.fill(frame, in.grad_weight, [&](int row, T x) {
-      if (kProducts == Products::step) square[0] += frame.there(row) ? double(x) * double(x) : 0.0;
-      if (kProducts == Products::renewal) finite = finite && x - x == 0;
-      return kSketch ? x - centre : x - bias[row] * centre;
-    });
-    tile.column_products(frame, left, column_sums);
-    tile.template row_products<Tile<T>::kVectors>(frame, right, row_sums);
+  at.each_tile(aligned(at.p, in.grad_weight), [&](const Frame<T>& frame) {
+    typename Tile<T>::Elements x;
+    frame.read(in.grad_weight, 0, x);
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i)
+#pragma unroll
+      for (int k = 0; k < kOwnColumns<T>; ++k) {
+        if (kProducts == Products::step) square[0] += double(x[i][k]) * double(x[i][k]);
+        if (kProducts == Products::renewal) finite = finite && x[i][k] - x[i][k] == 0;
+      }
+    if (centred)
+      tile.subtract(
+          frame, x, [&](int64_t i) { return kSketch ? T(1) : in.grad_bias[i]; },
+          [&](int64_t j) {
+            T centre = in.mean[j];
+            if constexpr (kIsRenewal<M>) centre += mean_change(in, at.work, j);
+            return centre;
+          });
+    tile.column_products(frame, x, left, column_sums);
+    tile.row_products(frame, x, right, row_sums);
   });
   if constexpr (kProducts == Products::step) {
     block_sum(square, partial);

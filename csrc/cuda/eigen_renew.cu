@@ -306,9 +306,9 @@ void eigen_sketch(const EigenSketch<T>& sketch, const double* control, const Eig
   using M = SketchMatrix<T>;
   const M matrix = matrix_of(sketch);
   each_plan(&matrix, 1, workspace, device, [&](const Plan<M>& plan) {
-    LAUNCH_DIVIDED((products_kernel<Products::sketch, M>), tiles, kStrip<T>, nullptr, control, replay);
+    LAUNCH_DIVIDED((products_kernel<Products::sketch, M>), tiles, kTileThreads, nullptr, control, replay);
     LAUNCH_DIVIDED((parts_kernel<Parts::sketch, M>), slices, kThreads, control, replay, nullptr);
-    LAUNCH_DIVIDED((products_kernel<Products::sketch_sums, M>), tiles, kStrip<T>, nullptr, control, replay);
+    LAUNCH_DIVIDED((products_kernel<Products::sketch_sums, M>), tiles, kTileThreads, nullptr, control, replay);
     LAUNCH(sketch_kernel<T>, unsigned(slices(sketch.p)), kThreads, 0, stream, plan.layers, control, replay);
   });
 }
@@ -322,12 +322,12 @@ void eigen_renew(const EigenRenewal<T>* matrices, int count, double* control, co
     int* const flag = begun ? nullptr : plan.refused;
     LAUNCH(begin_renewal_kernel<T>, 1, kLayersPerLaunch, 0, stream, plan.layers, control, replay, decay, flag);
     begun = true;
-    LAUNCH_DIVIDED((products_kernel<Products::renewal, M>), tiles, kStrip<T>, plan.refused, control, replay);
+    LAUNCH_DIVIDED((products_kernel<Products::renewal, M>), tiles, kTileThreads, plan.refused, control, replay);
     LAUNCH_DIVIDED((parts_kernel<Parts::renewal, M>), slices, kThreads, control, replay, plan.refused);
     LAUNCH_DIVIDED(curvature_kernel<T>, curvatures, kThreads, plan.refused, control, replay);
   });
   each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
-    LAUNCH_DIVIDED((products_kernel<Products::iteration, M>), tiles, kStrip<T>, plan.refused, control, replay);
+    LAUNCH_DIVIDED((products_kernel<Products::iteration, M>), tiles, kTileThreads, plan.refused, control, replay);
     LAUNCH_DIVIDED(candidates_kernel<T>, slices, kThreads, plan.refused);
     LAUNCH(orthonormal_kernel<T>, 2 * plan.layers.count, kSideThreads, 0, stream, plan.layers, plan.refused);
     LAUNCH_DIVIDED(overlaps_kernel<T>, slices, kThreads, plan.refused);

@@ -54,101 +54,113 @@ __device__ __forceinline__ void store_slopes(double (&slopes)[2], double (*parti
 // E, Adam's rule in it, and the products of its N with the bases. Parallel over strips and chunks.
 //   slopes [blocks, 2]
 template <typename T>
-__global__ void __launch_bounds__(kStrip<T>, kResidualBlocks)
+__global__ void __launch_bounds__(kTileThreads, kResidualBlocks<T>)
     residual_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
                     const int* __restrict__ refused, double* slopes) {
   __shared__ Tile<T> tile;
+  __shared__ SharedPart<EigenStep<T>> part;
+  __shared__ double sums[2][kTileThreads];  // of each thread
+  __shared__ int64_t samples[kTileRows];  // which a row of the tile is, or -1: none
   __shared__ double partial[2][kWarp];
   if (*refused) return;
-  const Part<EigenStep<T>> at(layers, division);
+  const Part<EigenStep<T>>& at = part.make(layers, division);
   const EigenStep<T>& in = at.in;
-  const EigenMoments<T> moments = rule(in, at.work);
-  const int64_t n = at.n, rest = at.sizes.rest();
+  const int64_t n = at.n, rest = in.sizes.rest();
   const Vectors<T> u{in.basis_out, at.ku}, v{in.basis_in, at.kv};
-  const T centre = in.grad_bias && at.inside ? in.mean[at.column] : T(0);
-  // The sample that comes next is this row where `ahead` = sample n - row sampled is below `sampled`.
-  int64_t sample = ceil_div(at.begin * in.sampled, n), ahead = sample * n - at.begin * in.sampled;
-  double sums[2] = {};
-  at.each_tile([&](const Frame& frame) {
-    const RowValues<T> bias(frame, in.grad_bias);
-    tile.fill(frame, in.grad_weight, [&](int row, T x) { return x - bias[row] * centre; });
-    tile.add(frame, T(-1), u, at.work.top);
-    tile.add(frame, T(-1), {at.work.right, at.kv}, in.basis_in);
-#pragma unroll 1
-    for (int row = 0; row < frame.rows; row += kRows) {
-      T first[kRows], second[kRows];
-#pragma unroll
-      for (int b = 0; b < kRows; ++b) {
-        const bool there = frame.there(row + b);  // no neighbour's: its own thread writes that
-        first[b] = there ? in.first[rest + frame.place(row + b)] : T(0);
-        second[b] = there ? in.second[rest + frame.place(row + b)] : T(0);
-      }
-#pragma unroll
-      for (int b = 0; b < kRows; ++b) {
-        if (row + b >= frame.rows) continue;
-        const bool chosen = ahead < in.sampled;
-        if (at.inside) {
-          const int64_t place = frame.place(row + b);
-          const T x = tile.own(row + b), result = moments.normed(x, first[b], second[b]);
-          in.first[rest + place] = first[b];
-          in.second[rest + place] = second[b];
-          at.work.whole[place] = tile.own(row + b) = result;
-          if (chosen) {
-            T* const last = in.last + rest + sample * at.p + at.column;
-            sums[0] += double(x) * double(result);
-            sums[1] += double(x) * double(*last);
-            if (!moments.waits(x)) *last = result;
-          }
-        }
-        if (chosen) {
-          ++sample;
-          ahead += n;
-        }
-        ahead -= in.sampled;
-      }
+  T *const first = in.first + rest, *const second = in.second + rest, *const last = in.last + rest;
+  const bool vectors = aligned(at.p, in.grad_weight, first, second, last, at.work.whole);
+  sums[0][threadIdx.x] = sums[1][threadIdx.x] = 0;
+  at.each_tile(vectors, [&](const Frame<T>& frame) {
+    typename Tile<T>::Elements x;
+    frame.read(in.grad_weight, 0, x);
+    if (in.grad_bias)
+      tile.subtract(
+          frame, x, [&](int64_t i) { return in.grad_bias[i]; }, [&](int64_t j) { return in.mean[j]; });
+    tile.add(frame, x, T(-1), u, at.work.top);
+    tile.add(frame, x, T(-1), {at.work.right, at.kv}, in.basis_in);
+    __syncthreads();  // the samples of the tile before have been used
+    if (threadIdx.x < kTileRows) {
+      const int64_t scaled = (frame.begin + threadIdx.x) * in.sampled, sample = ceil_div(scaled, n);
+      samples[threadIdx.x] = sample * n - scaled < in.sampled ? sample : -1;
     }
-    tile.column_products(frame, u, at.work.column_sums + at.chunk * at.ku * at.p);
-    tile.template row_products<Tile<T>::kVectors>(frame, v, at.work.row_sums + at.strip * at.kv * n);
+    __syncthreads();
+    const EigenMoments<T> moments = rule(in, at.work);
+#pragma unroll 1
+    for (int row = 0; row < kOwnRows; row += kBatch) {
+      T m[kBatch][kOwnColumns<T>], v[kBatch][kOwnColumns<T>], result[kBatch][kOwnColumns<T>];
+      frame.read(first, row, m);
+      frame.read(second, row, v);
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b)
+#pragma unroll
+        for (int k = 0; k < kOwnColumns<T>; ++k) result[b][k] = moments.normed(x[b][k], m[b][k], v[b][k]);
+      frame.write(first, row, m);
+      frame.write(second, row, v);
+      frame.write(at.work.whole, row, result);
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int64_t sample = samples[Frame<T>::own_row() + row + b];
+        if (sample < 0 || row + b >= frame.rows) continue;
+        T old[kOwnColumns<T>];
+        T* const place = last + sample * at.p + frame.column(Frame<T>::own_place());
+        frame.read_row(place, true, old);
+#pragma unroll
+        for (int k = 0; k < kOwnColumns<T>; ++k) {
+          sums[0][threadIdx.x] += double(x[b][k]) * double(result[b][k]);
+          sums[1][threadIdx.x] += double(x[b][k]) * double(old[k]);
+          if (!moments.waits(x[b][k])) old[k] = result[b][k];
+        }
+        frame.write_row(place, true, old);
+      }
+      // The next rows come to the front, and N to the back: registers have no index.
+#pragma unroll
+      for (int i = 0; i < kOwnRows; ++i)
+#pragma unroll
+        for (int k = 0; k < kOwnColumns<T>; ++k)
+          x[i][k] = i + kBatch < kOwnRows ? x[i + kBatch][k] : result[i + kBatch - kOwnRows][k];
+    }
+    tile.column_products(frame, x, u, at.work.column_sums + at.chunk * at.ku * at.p);
+    tile.row_products(frame, x, v, at.work.row_sums + at.strip * at.kv * n);
   });
-  for (double& sum : sums) sum *= double(n) / double(in.sampled);  // a sample stands for so many rows
-  store_slopes(sums, partial, slopes);
+  const double rows = double(n) / double(in.sampled);  // that a sample stands for
+  double shares[2] = {rows * sums[0][threadIdx.x], rows * sums[1][threadIdx.x]};
+  store_slopes(shares, partial, slopes);
 }
 
 // S where the gradient is not zero, W, and S a. Parallel over strips and chunks.
 template <typename T>
-__global__ void __launch_bounds__(kStrip<T>, kTileBlocks)
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     update_kernel(const Layers<EigenStep<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
                   const int* __restrict__ refused) {
   __shared__ Tile<T> tile;
+  __shared__ SharedPart<EigenStep<T>> part;
   if (*refused) return;
-  const Part<EigenStep<T>> at(layers, division);
+  const Part<EigenStep<T>>& at = part.make(layers, division);
   const EigenStep<T>& in = at.in;
   const double rate = at.work.scalars[1] * in.lr;
   const T lr = T(rate), keep = T(1 - rate * in.decay);
-  const bool residual = at.sizes.residual() > 0, top = at.sizes.top() > 0;
-  at.each_tile([&](const Frame& frame) {
-    // Without N_E, G stands for what is not used.
-    tile.fill(frame, residual ? at.work.whole : in.grad_weight, [&](int, T x) { return residual ? x : T(0); });
-    if (top) tile.add(frame, T(1), {in.basis_out, at.ku}, at.work.new_top);
-    tile.add(frame, T(1), {at.work.new_right, at.kv}, in.basis_in);
-#pragma unroll 1
-    for (int row = 0; row < frame.rows; row += kRows) {
-      T g[kRows], w[kRows];
+  const bool residual = in.sizes.residual() > 0, top = in.sizes.top() > 0;
+  at.each_tile(aligned(at.p, in.grad_weight, in.weight, at.work.whole), [&](const Frame<T>& frame) {
+    typename Tile<T>::Elements x = {};
+    if (residual) frame.read(at.work.whole, 0, x);
+    if (top) tile.add(frame, x, T(1), {in.basis_out, at.ku}, at.work.new_top);
+    tile.add(frame, x, T(1), {at.work.new_right, at.kv}, in.basis_in);
 #pragma unroll
-      for (int b = 0; b < kRows; ++b) {
-        const bool there = frame.there(row + b);
-        g[b] = there ? in.grad_weight[frame.place(row + b)] : T(0);
-        w[b] = there ? in.weight[frame.place(row + b)] : T(0);
-      }
+    for (int row = 0; row < kOwnRows; row += kBatch) {
+      T g[kBatch][kOwnColumns<T>], w[kBatch][kOwnColumns<T>];
+      frame.read(in.grad_weight, row, g);
+      frame.read(in.weight, row, w);
 #pragma unroll
-      for (int b = 0; b < kRows; ++b) {
-        if (!frame.there(row + b)) continue;
-        const T s = g[b] == T(0) ? T(0) : tile.own(row + b);
-        tile.own(row + b) = s;
-        in.weight[frame.place(row + b)] = keep * w[b] - lr * s;
-      }
+      for (int b = 0; b < kBatch; ++b)
+#pragma unroll
+        for (int k = 0; k < kOwnColumns<T>; ++k) {
+          T& s = x[row + b][k];
+          if (g[b][k] == T(0)) s = T(0);
+          w[b][k] = keep * w[b][k] - lr * s;
+        }
+      frame.write(in.weight, row, w);
     }
-    if (in.bias) tile.template row_products<1>(frame, {in.mean, 1}, at.work.row_sums + at.strip * at.n);
+    if (in.bias) tile.row_products(frame, x, {in.mean, 1}, at.work.row_sums + at.strip * at.n);
   });
 }
 
@@ -308,7 +320,7 @@ void eigen_step(const EigenStep<T>* matrices, int count, double* control, bool r
   using M = EigenStep<T>;
   cudaMemsetAsync(workspace, 0, sizeof(int), stream);  // the flag comes first in the workspace
   each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
-    LAUNCH_DIVIDED((products_kernel<Products::step, M>), tiles, kStrip<T>, plan.refused, control, replay);
+    LAUNCH_DIVIDED((products_kernel<Products::step, M>), tiles, kTileThreads, plan.refused, control, replay);
     LAUNCH_DIVIDED((parts_kernel<Parts::step, M>), slices, kThreads, control, replay, plan.refused);
   });
   each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
@@ -318,11 +330,11 @@ void eigen_step(const EigenStep<T>* matrices, int count, double* control, bool r
     double* const residual_slopes = side_slopes + 2 * int64_t(plan.sides.first[l]);
     LAUNCH_DIVIDED((corner_kernel<false, T>), corners, kThreads, plan.refused, corner_slopes);
     LAUNCH_DIVIDED((sides_kernel<false, T>), sides, kThreads, plan.refused, side_slopes);
-    LAUNCH_DIVIDED(residual_kernel<T>, residuals, kStrip<T>, plan.refused, residual_slopes);
+    LAUNCH_DIVIDED(residual_kernel<T>, residuals, kTileThreads, plan.refused, residual_slopes);
     LAUNCH_DIVIDED(whole_parts_kernel<T>, slices, kThreads, plan.refused);
     LAUNCH_DIVIDED((corner_kernel<true, T>), corners, kThreads, plan.refused, nullptr);
     LAUNCH_DIVIDED((sides_kernel<true, T>), sides, kThreads, plan.refused, nullptr);
-    LAUNCH_DIVIDED(update_kernel<T>, tiles, kStrip<T>, plan.refused);
+    LAUNCH_DIVIDED(update_kernel<T>, tiles, kTileThreads, plan.refused);
     LAUNCH(finish_step_kernel<T>, plan.finish.first[l] + (plan.last ? 1 : 0), kThreads, 0, stream, plan.layers,
            plan.finish, plan.refused, plan.slopes, plan.slope_count, renewed, replay, control);
   });

@@ -209,30 +209,44 @@ BUGS = {
         "T* h = in.inverse_hessian + (PLANTED ? unsigned(row) * unsigned(n) : row * n);",
     ),
     "missing barrier between two groups of vectors": without_barrier(
-        "eigen_step", "eigen.cuh", "\n    ", "  // what was there has been used"
+        "eigen_step", "eigen.cuh", "\n      ", "  // the group before has been used"
+    ),
+    "missing barrier before a block's part is read": without_barrier(
+        "eigen_step", "eigen.cuh", "Part<M>(layers, division);\n    "
+    ),
+    "missing barrier before a tile's samples are read": without_barrier("eigen_step", "eigen_step.cu", "sample : -1;\n    }\n    "),
+    "alignment of moments not looked at": bug(
+        "races",
+        "eigen_step",
+        "eigen_step.cu",
+        "aligned(at.p, in.grad_weight, first,",
+        "aligned(at.p, in.grad_weight, (PLANTED ? in.grad_weight : first),",
+    ),
+    "a lane that keeps another's sums": bug(
+        "values", "eigen_step", "eigen.cuh", "const T kept = upper ?", "const T kept = upper != PLANTED ?"
     ),
     "missing barrier between two uses of a slice": without_barrier(
         "eigen_step", "eigen_step.cu", "corner_sums);\n    ", "\n    if (residual)"
     ),
     "off-by-one guard of a strip": bug(
-        "address", "eigen_step", "eigen.cuh", "inside = column < this->p;", "inside = column < this->p + PLANTED;"
+        "address", "eigen_step", "eigen.cuh", "columns = int(p - column < kStrip<T> ?", "columns = int(p - column < kStrip<T> ? PLANTED +"
     ),
     "sums of a chunk's last tile alone": bug(
         "values",
         "eigen_step",
         "eigen.cuh",
-        "at.first ? sum[e] : *target + sum[e]",
-        "PLANTED || at.first ? sum[e] : *target + sum[e]",
+        "at.first ? sum : *target + sum",
+        "PLANTED || at.first ? sum : *target + sum",
     ),
     "one sampled row for all": bug(
-        "values", "eigen_step", "eigen_step.cu", "          ++sample;\n", "          if (!PLANTED) ++sample;\n"
+        "values", "eigen_step", "eigen_step.cu", "in.sampled ? sample : -1", "in.sampled ? (PLANTED ? 0 : sample) : -1"
     ),
     "elements without a gradient that move": bug(
         "values",
         "eigen_step",
         "eigen_step.cu",
-        "g[b] == T(0) ? T(0) : tile.own(row + b)",
-        "!PLANTED && g[b] == T(0) ? T(0) : tile.own(row + b)",
+        "if (g[b][k] == T(0))",
+        "if (!PLANTED && g[b][k] == T(0))",
     ),
     "a renewal's mean taken out once": bug(
         "values", "eigen_renew", "eigen_renew.cu", " - along * move + rows", " - (PLANTED ? 0 : along * move) + rows"
