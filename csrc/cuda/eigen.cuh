@@ -302,19 +302,19 @@ struct SharedPart {
   }
 };
 
-// Sums over kLanes lanes, kStep apart: each keeps its share of them, in v[0], v[1], ... The lanes of a warp must all
-// call it.
-template <int kLanes, int kStep, int kCount, typename T>
+// Sums over kLanes lanes, kStep apart, of the first kHeld values: each keeps its share of them, in v[0], v[1], ... The
+// lanes of a warp must all call it.
+template <int kLanes, int kStep, int kHeld, int kCount, typename T>
 __device__ __forceinline__ void scatter_sums(T (&v)[kCount]) {
+  if constexpr (kLanes > 1) {
+    constexpr int kHalf = kHeld / 2, kApart = kLanes / 2 * kStep;
+    const bool upper = threadIdx.x & kApart;
 #pragma unroll
-  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
-    const int half = kCount * lanes / kLanes;
-    const bool upper = threadIdx.x & (lanes * kStep);
-#pragma unroll
-    for (int k = 0; k < half; ++k) {
-      const T kept = upper ? v[half + k] : v[k], given = upper ? v[k] : v[half + k];
-      v[k] = kept + __shfl_xor_sync(0xffffffffu, given, lanes * kStep);
+    for (int k = 0; k < kHalf; ++k) {
+      const T kept = upper ? v[kHalf + k] : v[k], given = upper ? v[k] : v[kHalf + k];
+      v[k] = kept + __shfl_xor_sync(0xffffffffu, given, kApart);
     }
+    scatter_sums<kLanes / 2, kStep, kHalf>(v);
   }
 }
 
@@ -458,7 +458,7 @@ struct Tile {
         for (int i = 0; i < kOwnRows; ++i)
 #pragma unroll
           for (int k = 0; k < kOwnColumns<T>; ++k) sum[k] += l[i] * x[i][k];
-        scatter_sums<kRowLanes, kColumnLanes>(sum);
+        scatter_sums<kRowLanes, kColumnLanes, kOwnColumns<T>>(sum);
         T* const target = &sums[half][e][Frame<T>::own_place(lane / kColumnLanes * kKept)];
 #pragma unroll
         for (int k = 0; k < kKept; ++k) target[k] = sum[k];
@@ -497,7 +497,7 @@ struct Tile {
         for (int i = 0; i < kOwnRows; ++i)
 #pragma unroll
           for (int k = 0; k < kOwnColumns<T>; ++k) sum[i] += x[i][k] * r[k];
-        scatter_sums<kColumnLanes, 1>(sum);
+        scatter_sums<kColumnLanes, 1, kOwnRows>(sum);
         sums[half][e][own] = sum[0];
       }
       __syncthreads();

@@ -12,7 +12,10 @@
 namespace secondorder::cuda {
 namespace {
 
-constexpr int kIdle = 2;  // the flag where no bases are to be renewed
+constexpr int kIdle = 2;        // the flag where no bases are to be renewed
+constexpr int kSideGroup = 16;  // vectors of a basis that are taken off another together
+constexpr int kSideRun = 4;     // of them, and elements of a thread, whose loads are under way together
+constexpr double kSure = 0.7;   // of a vector's length, where so much is left once is enough
 
 // The flag of all launches, and w of every matrix. One block, a thread each.
 template <typename T>
@@ -97,38 +100,105 @@ __device__ __forceinline__ void each_element(int64_t n, F&& f) {
   for (int64_t i = threadIdx.x; i < n; i += kSideThreads) f(i);
 }
 
-// |row|, squares in double: those of a float may leave its range.   row [n]
-template <typename T>
-__device__ __forceinline__ double norm(int64_t n, const T* row, double (*partial)[kWarp]) {
-  double square[1] = {};
-  each_element(n, [&](int64_t i) { square[0] += double(row[i]) * double(row[i]); });
-  block_sum(square, partial);
-  return std::sqrt(square[0]);
+// What the threads of a side sum in.
+struct SideSums {
+  double partial[kSideGroup][kSideThreads / kWarp], total[kSideGroup], square[1][kWarp];
+};
+
+// Replaces each of kSideGroup values by its sum over the block, with fewer shuffles than block_sum. Every thread must
+// call it.
+__device__ __forceinline__ void side_sums(double (&v)[kSideGroup], SideSums& memory) {
+  constexpr int kWarps = kSideThreads / kWarp;
+  static_assert(2 * kSideGroup == kWarp && kWarps <= kWarp, "two lanes have a sum, then a lane a warp's");
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  scatter_sums<kSideGroup, 1, kSideGroup>(v);
+  v[0] += __shfl_xor_sync(0xffffffffu, v[0], kSideGroup);
+  if (lane < kSideGroup) memory.partial[lane][warp] = v[0];
+  __syncthreads();
+  for (int c = warp; c < kSideGroup; c += kWarps) {
+    const double sum = warp_sum(lane < kWarps ? memory.partial[c][lane] : 0.0);
+    if (lane == 0) memory.total[c] = sum;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int c = 0; c < kSideGroup; ++c) v[c] = memory.total[c];
 }
 
-// row -= its projection on the q rows of the basis, kGroup at a time.   basis [q, n], row [n]
-template <typename T>
-__device__ __forceinline__ void strip(int64_t n, int64_t q, const T* basis, T* row, double (*partial)[kWarp]) {
-  for (int64_t group = 0; group < q; group += kGroup) {
-    T sums[kGroup] = {};
-    each_element(n, [&](int64_t i) {
-      const T x = row[i];
+// Goes over a row and up to kSideGroup of `count` vectors, kSideRun elements of a thread at a time: run(x, e, b) with
+// those x of the row and b of the kSideRun vectors from e on, of which one behind the last is the last once more; then
+// end(x, place, there) with the place of each, and whether it is there. What is not there is zero.
+//   vectors [count, n], row [n]
+template <typename T, typename Run, typename End>
+__device__ __forceinline__ void each_run(int64_t n, int64_t count, const T* vectors, const T* row, Run&& run,
+                                         End&& end) {
+  for (int64_t i = threadIdx.x; i < n; i += kSideRun * kSideThreads) {
+    bool there[kSideRun];
+    T x[kSideRun], b[kSideRun][kSideRun];
 #pragma unroll
-      for (int e = 0; e < kGroup; ++e)
-        if (group + e < q) sums[e] += x * basis[(group + e) * n + i];
-    });
-    double along[kGroup];
+    for (int j = 0; j < kSideRun; ++j) {
+      there[j] = i + j * kSideThreads < n;
+      x[j] = there[j] ? row[i + j * kSideThreads] : T(0);
+    }
 #pragma unroll
-    for (int e = 0; e < kGroup; ++e) along[e] = double(sums[e]);
-    block_sum(along, partial);
-    each_element(n, [&](int64_t i) {
-      T x = row[i];
+    for (int e = 0; e < kSideGroup; e += kSideRun) {
+      if (e >= count) continue;
+      const T* from = vectors + e * n + i;
 #pragma unroll
-      for (int e = 0; e < kGroup; ++e)
-        if (group + e < q) x -= T(along[e]) * basis[(group + e) * n + i];
-      row[i] = x;
-    });
+      for (int v = 0; v < kSideRun; ++v) {
+#pragma unroll
+        for (int j = 0; j < kSideRun; ++j) b[v][j] = there[j] ? from[j * kSideThreads] : T(0);
+        if (e + v + 1 < count) from += n;
+      }
+      run(x, e, b);
+    }
+#pragma unroll
+    for (int j = 0; j < kSideRun; ++j) end(x[j], i + j * kSideThreads, there[j]);
   }
+}
+
+// row -= its projection on the q rows of the basis, kSideGroup at a time; returns its length then, of squares in
+// double: those of a float may leave its range.   basis [q, n], row [n]
+template <typename T>
+__device__ __forceinline__ double strip(int64_t n, int64_t q, const T* basis, T* row, SideSums& memory) {
+  using Run = T[kSideRun];
+  double square[1] = {};
+  for (int64_t group = 0; group == 0 || group < q; group += kSideGroup) {
+    const int64_t count = q - group;
+    const T* const vectors = basis + group * n;
+    T sums[kSideGroup] = {};
+    if (q > 0) {
+      each_run(
+          n, count, vectors, row,
+          [&](const Run& x, int e, const Run(&b)[kSideRun]) {
+#pragma unroll
+            for (int v = 0; v < kSideRun; ++v)
+#pragma unroll
+              for (int j = 0; j < kSideRun; ++j) sums[e + v] += x[j] * b[v][j];
+          },
+          [](T, int64_t, bool) {});
+      double along[kSideGroup];
+#pragma unroll
+      for (int e = 0; e < kSideGroup; ++e) along[e] = double(sums[e]);
+      side_sums(along, memory);
+#pragma unroll
+      for (int e = 0; e < kSideGroup; ++e) sums[e] = e < count ? T(along[e]) : T(0);
+    }
+    square[0] = 0;
+    each_run(
+        n, count, vectors, row,
+        [&](Run& x, int e, const Run(&b)[kSideRun]) {
+#pragma unroll
+          for (int v = 0; v < kSideRun; ++v)
+#pragma unroll
+            for (int j = 0; j < kSideRun; ++j) x[j] -= sums[e + v] * b[v][j];
+        },
+        [&](T x, int64_t i, bool there) {
+          if (there) row[i] = x;
+          square[0] += double(x) * double(x);
+        });
+  }
+  block_sum(square, memory.square);
+  return std::sqrt(square[0]);
 }
 
 // Rows made orthonormal in their order, with their lengths before; one that depends on those before it is drawn anew.
@@ -136,7 +206,8 @@ __device__ __forceinline__ void strip(int64_t n, int64_t q, const T* basis, T* r
 template <typename T>
 __global__ void __launch_bounds__(kSideThreads, 1)
     orthonormal_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const int* __restrict__ refused) {
-  __shared__ double partial[kGroup][kWarp];
+  using Run = T[kSideRun];
+  __shared__ SideSums memory;
   if (*refused) return;
   const Here<EigenRenewal<T>> at(layers.layer[blockIdx.x / 2], 0);
   const bool out = blockIdx.x % 2 == 0;
@@ -145,25 +216,51 @@ __global__ void __launch_bounds__(kSideThreads, 1)
   T* const lengths = out ? at.work.length_out : at.work.length_in;
   constexpr double kTolerance = 16 * kRounding<T>;
   double largest = 0;
-  for (int64_t q = 0; q < k; ++q) largest = std::fmax(largest, norm(n, basis + q * n, partial));
+  for (int64_t group = 0; group < k; group += kSideGroup) {
+    double squares[kSideGroup] = {};
+    const T* const vectors = basis + group * n;
+    each_run(
+        n, k - group, vectors, vectors,
+        [&](const Run&, int e, const Run(&b)[kSideRun]) {
+#pragma unroll
+          for (int v = 0; v < kSideRun; ++v)
+#pragma unroll
+            for (int j = 0; j < kSideRun; ++j) squares[e + v] += double(b[v][j]) * double(b[v][j]);
+        },
+        [](T, int64_t, bool) {});
+    side_sums(squares, memory);
+#pragma unroll
+    for (int e = 0; e < kSideGroup; ++e) {
+      if (group + e >= k) continue;
+      const double length = std::sqrt(squares[e]);
+      largest = std::fmax(largest, length);
+      if (int(threadIdx.x) == e) lengths[group + e] = T(length);
+    }
+  }
+  __syncthreads();
   for (int64_t q = 0; q < k; ++q) {
     T* const row = basis + q * n;
-    const double start = norm(n, row, partial);
-    strip(n, q, basis, row, partial);
-    double length = norm(n, row, partial);
-    const bool kept = length > kTolerance * start && length > kTolerance * largest;
-    if (threadIdx.x == 0) lengths[q] = kept ? T(length) : T(0);
-    if (!kept) {
-      each_element(n, [&](int64_t i) { row[i] = T(eigen_refill(i, q)); });
-      strip(n, q, basis, row, partial);
-      length = norm(n, row, partial);
-    }
-    for (int pass = 0; pass < 2; ++pass) {
+    const double start = double(lengths[q]);
+    double before = start;  // its length before the projection is taken off
+    bool seen = false;      // whether it was found to depend on those before it or not
+    for (;;) {
+      const double length = strip(n, q, basis, row, memory);
+      if (!seen) {
+        seen = true;
+        const bool kept = length > kTolerance * start && length > kTolerance * largest;
+        if (threadIdx.x == 0) lengths[q] = kept ? T(length) : T(0);
+        if (!kept) {
+          each_element(n, [&](int64_t i) { row[i] = T(eigen_refill(i, q)); });
+          before = kLargest<double>;
+          continue;
+        }
+      }
+      // Where most of a row was taken off, rounding is left along those before it, which goes at a second time.
+      const bool again = length < kSure * before;
       const double inverse = 1 / length;
       each_element(n, [&](int64_t i) { row[i] = T(double(row[i]) * inverse); });
-      if (pass == 1) break;
-      strip(n, q, basis, row, partial);
-      length = norm(n, row, partial);
+      if (!again) break;
+      before = 0;
     }
   }
 }

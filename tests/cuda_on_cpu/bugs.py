@@ -307,7 +307,7 @@ BUGS = {
         "values", "eigen_renew", "eigen_renew.cu", "row[w] * b[w * kv + v]", "row[w] * b[PLANTED ? v * kv + w : w * kv + v]"
     ),
     "one Gram-Schmidt pass": bug(
-        "values", "eigen_lost_directions", "eigen_renew.cu", "if (pass == 1) break;", "if (PLANTED || pass == 1) break;"
+        "values", "eigen_lost_directions", "eigen_renew.cu", "if (!again) break;", "if (PLANTED || !again) break;"
     ),
     "a bias whose gradient is not looked at": bug(
         "values",
