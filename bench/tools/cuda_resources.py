@@ -82,7 +82,7 @@ def occupancy(source: str, kernel: Kernel) -> int:
     name = kernel.name.split("<")[0]
     warps = THREADS.get(name, 256) // 32
     if source.startswith("eigen") and name in TILED:
-        warps = 2 if "double" in kernel.name else 4
+        warps = 4
     registers = -(-kernel.registers // 8) * 8 * 32 * warps
     shared = kernel.shared + 1024  # what the system keeps of each block's
     return min(64 // warps, 65536 // registers, 228 * 1024 // shared) * warps

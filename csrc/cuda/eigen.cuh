@@ -476,7 +476,8 @@ struct Tile {
     }
   }
 
-  // out[v, row] = sum over the strip's columns of vectors[v, column] x[row, column]   vectors [count, p], out [count, n]
+  // out[v, row] = sum over the strip's columns of vectors[v, column] x[row, column]   vectors [count, p], out [count,
+  // n]
   __device__ __forceinline__ void row_products(const Frame<T>& at, const Elements& x, const Vectors<T>& vectors,
                                                T* out) {
     const int lane = threadIdx.x % kWarp, half = threadIdx.x / kWarp % kTileWarps;

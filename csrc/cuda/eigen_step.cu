@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidualBlocks<T>)
   __shared__ Tile<T> tile;
   __shared__ SharedPart<EigenStep<T>> part;
   __shared__ double sums[2][kTileThreads];  // of each thread
-  __shared__ int64_t samples[kTileRows];  // which a row of the tile is, or -1: none
+  __shared__ int64_t samples[kTileRows];    // which a row of the tile is, or -1: none
   __shared__ double partial[2][kWarp];
   if (*refused) return;
   const Part<EigenStep<T>>& at = part.make(layers, division);
@@ -74,8 +74,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidualBlocks<T>)
     typename Tile<T>::Elements x;
     frame.read(in.grad_weight, 0, x);
     if (in.grad_bias)
-      tile.subtract(
-          frame, x, [&](int64_t i) { return in.grad_bias[i]; }, [&](int64_t j) { return in.mean[j]; });
+      tile.subtract(frame, x, [&](int64_t i) { return in.grad_bias[i]; }, [&](int64_t j) { return in.mean[j]; });
     tile.add(frame, x, T(-1), u, at.work.top);
     tile.add(frame, x, T(-1), {at.work.right, at.kv}, in.basis_in);
     __syncthreads();  // the samples of the tile before have been used

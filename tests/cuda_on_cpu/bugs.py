@@ -214,13 +214,15 @@ BUGS = {
     "missing barrier before a block's part is read": without_barrier(
         "eigen_step", "eigen.cuh", "Part<M>(layers, division);\n    "
     ),
-    "missing barrier before a tile's samples are read": without_barrier("eigen_step", "eigen_step.cu", "sample : -1;\n    }\n    "),
+    "missing barrier before a tile's samples are read": without_barrier(
+        "eigen_step", "eigen_step.cu", "sample : -1;\n    }\n    "
+    ),
     "alignment of moments not looked at": bug(
         "races",
         "eigen_step",
         "eigen_step.cu",
-        "aligned(at.p, in.grad_weight, first,",
-        "aligned(at.p, in.grad_weight, (PLANTED ? in.grad_weight : first),",
+        "vectors = aligned(at.p, in.grad_weight, first, second, last, at.work.whole);",
+        "vectors = PLANTED ? aligned(at.p, in.grad_weight) : aligned(at.p, in.grad_weight, first, second, last, at.work.whole);",
     ),
     "a lane that keeps another's sums": bug(
         "values", "eigen_step", "eigen.cuh", "const T kept = upper ?", "const T kept = upper != PLANTED ?"
@@ -229,7 +231,11 @@ BUGS = {
         "eigen_step", "eigen_step.cu", "corner_sums);\n    ", "\n    if (residual)"
     ),
     "off-by-one guard of a strip": bug(
-        "address", "eigen_step", "eigen.cuh", "columns = int(p - column < kStrip<T> ?", "columns = int(p - column < kStrip<T> ? PLANTED +"
+        "address",
+        "eigen_step",
+        "eigen.cuh",
+        "columns = int(p - column < kStrip<T> ?",
+        "columns = int(p - column < kStrip<T> ? PLANTED +",
     ),
     "sums of a chunk's last tile alone": bug(
         "values",
