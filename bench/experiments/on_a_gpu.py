@@ -3,7 +3,7 @@
 `python -m bench.experiments.on_a_gpu --data-dir DIR [--seconds 12] [--only characters]`
 
 Peers have a learning rate from a grid, a warm-up of 100 steps and a cosine to zero over their seconds; EigenAdam has neither,
-and once more with both. No weight decay. Evaluations do not count. The characters are those of the standard library's modules:
+and once more with both. EigenAdam and AdamW once more with their passes and steps as a CUDA graph. No weight decay. Evaluations do not count. The characters are those of the standard library's modules:
 nothing is downloaded.
 """
 
@@ -31,6 +31,7 @@ WARM_UP = 100  # steps of a peer's schedule
 REHEARSAL = 12  # steps before a run
 QUEUED = 20  # steps between two looks at the clock
 EVALUATIONS = 12
+FIRST_STEPS = 6  # before one is captured
 CONTEXT = 256  # characters
 WIDTH = 384  # of the transformer
 
@@ -184,19 +185,24 @@ def resnet(device: str, data_dir: Path | None, seed: int, batch: int = 128) -> T
 TASKS: dict[str, Callable[[str, Path | None, int], Task]] = {"characters": characters, "resnet": resnet}
 
 
+Rate = float | Tensor
+
+
 @dataclass
 class Method:
     """An optimizer by its learning rate, and the rates to choose from; without any it has no schedule either."""
 
-    make: Callable[[nn.Module, float], torch.optim.Optimizer]
+    make: Callable[[nn.Module, Rate], torch.optim.Optimizer]
     rates: tuple[float, ...] = ()
+    captured: bool = False  # whether its steps are replays of a CUDA graph; its rate is then a tensor
 
 
-def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
+def adamw(model: nn.Module, lr: Rate) -> torch.optim.Optimizer:
+    captured = isinstance(lr, Tensor)
+    return torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0, fused=True, capturable=captured)
 
 
-def sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+def sgd(model: nn.Module, lr: Rate) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, fused=True)
 
 
@@ -204,11 +210,17 @@ OWN = {
     "EigenAdam": Method(lambda model, lr: so.EigenAdam(model)),
     "EigenAdam with the schedule": Method(lambda model, lr: so.EigenAdam(model, lr), (1.0,)),
 }
+CAPTURED = {
+    "EigenAdam with the schedule, CUDA graph": Method(lambda model, lr: so.EigenAdam(model, lr, capturable=True), (1.0,), True),
+    "AdamW, CUDA graph": Method(adamw, (1e-3, 2e-3), True),
+}
 METHODS: dict[str, dict[str, Method]] = {
     "characters": OWN
-    | {"AdamW": Method(adamw, (5e-4, 1e-3, 2e-3)), "Muon": Method(peers.muon, (1e-3, 3e-3)), "SOAP": Method(peers.soap, (3e-3,))},
+    | {"AdamW": Method(adamw, (5e-4, 1e-3, 2e-3)), "Muon": Method(peers.muon, (1e-3, 3e-3)), "SOAP": Method(peers.soap, (3e-3,))}
+    | CAPTURED,
     "resnet": OWN
-    | {"AdamW": Method(adamw, (5e-4, 1e-3, 3e-3)), "SGD": Method(sgd, (0.03, 0.1, 0.3)), "SOAP": Method(peers.soap, (3e-3,))},
+    | {"AdamW": Method(adamw, (5e-4, 1e-3, 3e-3)), "SGD": Method(sgd, (0.03, 0.1, 0.3)), "SOAP": Method(peers.soap, (3e-3,))}
+    | CAPTURED,
 }
 
 
@@ -239,24 +251,63 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+class Step:
+    """One training step on a batch: forward, backward and the optimizer's own."""
+
+    def __init__(self, task: Task, optimizer: torch.optim.Optimizer):
+        self.task, self.optimizer = task, optimizer
+
+    def __call__(self, *batch: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.task.loss(*batch).backward()
+        self.optimizer.step()
+
+
+class CapturedStep(Step):
+    """After the first steps a replay of one CUDA graph, into whose inputs every batch is copied."""
+
+    graph: torch.cuda.CUDAGraph | None = None
+    made = 0
+
+    def __call__(self, *batch: Tensor) -> None:
+        if self.made < FIRST_STEPS:
+            self.made += 1
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                super().__call__(*batch)
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if self.graph is None:
+            self.inputs, self.graph = [x.clone() for x in batch], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                super().__call__(*self.inputs)
+        for x, new in zip(self.inputs, batch, strict=True):
+            x.copy_(new)
+        self.graph.replay()
+
+
 def trained(task_name: str, name: str, lr: float | None, seed: int, seconds: float, device: str, data_dir: Path | None) -> Run:
     """Trains for these seconds, after some steps of another copy that make everything ready."""
     method, run = METHODS[task_name][name], Run(task_name, name, lr, seed)
     spent = due = 0.0
 
-    def begun() -> tuple[Task, torch.optim.Optimizer]:
+    def begun() -> Step:
         torch.manual_seed(seed)
         task = TASKS[task_name](device, data_dir, seed)
-        return task, method.make(task.model, lr or 1.0)
+        rate = torch.tensor(lr, device=device) if method.captured else lr or 1.0
+        return (CapturedStep if method.captured else Step)(task, method.make(task.model, rate))
 
-    def advance(task: Task, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        for step in range(steps):
+    def advance(step: Step, steps: int) -> None:
+        for k in range(steps):
             if lr is not None:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * factor(run.steps + step, spent / seconds)
-            optimizer.zero_grad()
-            task.loss(*task.batch()).backward()
-            optimizer.step()
+                rate = lr * factor(run.steps + k, spent / seconds)
+                for group in step.optimizer.param_groups:
+                    if method.captured:
+                        group["lr"].fill_(rate)
+                    else:
+                        group["lr"] = rate
+            step(*step.task.batch())
         wait(device)
 
     def evaluate(task: Task) -> None:
@@ -265,19 +316,19 @@ def trained(task_name: str, name: str, lr: float | None, seed: int, seconds: flo
         for series, value in zip((run.seconds, run.train, run.test, run.score), (spent, *values), strict=True):
             series.append(value)
 
-    advance(*begun(), steps=REHEARSAL)
-    task, optimizer = begun()
-    run.data = task.data
+    advance(begun(), REHEARSAL)
+    step = begun()
+    run.data = step.task.data
     wait(device)
     while spent < seconds:
         begin = time.perf_counter()
-        advance(task, optimizer, QUEUED)
+        advance(step, QUEUED)
         spent += time.perf_counter() - begin
         run.steps += QUEUED
         if spent >= due and spent < seconds:
             due = spent + seconds / EVALUATIONS
-            evaluate(task)
-    evaluate(task)
+            evaluate(step.task)
+    evaluate(step.task)
     run.milliseconds = 1e3 * spent / run.steps
     return run
 
@@ -287,6 +338,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--seconds", type=float, default=12.0)
     parser.add_argument("--only", choices=TASKS)
+    parser.add_argument("--methods", nargs="*", help="these alone; by default all")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_training.json")
     arguments = parser.parse_args()
@@ -297,7 +349,11 @@ def main() -> None:
     runs = [run for run in stored if run["task"] != arguments.only]
     for task in [arguments.only] if arguments.only else TASKS:
         for name, method in METHODS[task].items():
+            if arguments.methods and name not in arguments.methods:
+                continue
             for lr in method.rates or (None,):
+                if method.captured and arguments.device != "cuda":
+                    continue
                 run = trained(task, name, lr, 0, arguments.seconds, arguments.device, arguments.data_dir)
                 runs.append(vars(run))
                 report = {"card": card, **machine, "seconds": arguments.seconds, "runs": runs}
