@@ -3,8 +3,8 @@
 `python -m bench.experiments.on_a_gpu --data-dir DIR [--seconds 12] [--only characters]`
 
 Peers have a learning rate from a grid, a warm-up of 100 steps and a cosine to zero over their seconds; EigenAdam has neither,
-and once more with both. EigenAdam and AdamW once more with their passes and steps as a CUDA graph. No weight decay. Evaluations do not count. The characters are those of the standard library's modules:
-nothing is downloaded.
+and once more with both. EigenAdam and AdamW have runs whose passes and steps are a CUDA graph. No weight decay. Evaluations do
+not count. The characters are those of the standard library's modules: nothing is downloaded.
 """
 
 import argparse

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "cuda.md"
 RESULTS = ROOT / "bench" / "results"
 NETS = ("3072-1024-512-256-128-64-32-16-10", "784-4096-4096-10")
+SMALL_NET = "784-256-128-64-32-10"
 
 Row = dict[str, Any]
 
@@ -75,10 +76,10 @@ def operators(rows: list[Row]) -> str:
 
 
 def passes(rows: list[Row]) -> str:
-    """EigenAdam's operators and kernels in the sessions before and after the passes were reworked."""
-    columns = ["fourth session, µs", "fifth session, µs", "calls a step"]
+    """EigenAdam's operators and kernels in the sessions before and after the passes were reworked, where both are known."""
+    columns = ["fifth session, µs", "seventh session, µs", "calls a step"]
     names = [f"{net.split('-')[0]}-...: {column}" for net in NETS for column in columns]
-    kinds = list(dict.fromkeys(row["what"] for row in rows))
+    kinds = list(dict.fromkeys(row["what"] for row in rows if all(column in row for column in columns)))
     found = {(row["net"], row["what"]): row for row in rows}
     cells = [[f"`{kind}`", *(number(found[net, kind][column]) for net in NETS for column in columns)] for kind in kinds]
     return table(["", *names], cells)
@@ -99,14 +100,17 @@ def tasks(runs: list[Row]) -> str:
 
 def tables() -> dict[str, str]:
     """The tables by the names of their markers."""
-    h200, h100, trained = (json.loads((RESULTS / f"gpu_{name}.json").read_text()) for name in ("h200", "h100", "training"))
+    names = ("h200", "h100", "training", "training_captured")
+    h200, h100, trained, captured = (json.loads((RESULTS / f"gpu_{name}.json").read_text()) for name in names)
     rows, later = h200["rows"], h100["rows"]
     return {
         "recursion": recursion(rows["recursion"]),
         "training": "\n\n".join(training(rows["training"], net, "third") for net in NETS),
-        "training-h100": "\n\n".join(training(later["training"], net, "fourth") for net in NETS),
+        "training-h100": "\n\n".join(training(later["training"], net, "sixth") for net in NETS),
+        "training-captured": "\n\n".join(training(later["training"], net, "seventh") for net in (*NETS, SMALL_NET)),
         "passes": passes(later["passes"]),
         "tasks": tasks(trained["runs"]),
+        "tasks-captured": tasks(captured["runs"]),
         "operators": operators(rows["operators"]),
     }
 
