@@ -18,10 +18,10 @@ constexpr int kTileWarps = 2, kRowLanes = 4, kColumnLanes = kWarp / kRowLanes, k
 constexpr int kTileThreads = kTileWarps * kTileWarps * kWarp;
 constexpr int kTileRows = kTileWarps * kRowLanes * kOwnRows;
 constexpr int kVectors = 16;       // of a basis that tiles take at a time
-constexpr int kBatch = 1;          // own rows of several matrices whose loads are under way together
+constexpr int kBatch = 1;          // own rows that Adam's rule and the update take at a time, from all matrices
 constexpr int kTileBlocks = 4;     // with tiles that fit a multiprocessor, at least: 128 registers for each thread
 constexpr int kGroup = 8;          // vectors of a basis that a kernel without tiles takes at a time
-constexpr int kRows = 4;           // pairs of vectors that are computed with together
+constexpr int kRows = 4;           // pairs of vectors whose dot products a warp computes together
 constexpr int kThreads = 256;      // of the kernels without tiles
 constexpr int kBlocks = 2;         // of them that fit a multiprocessor, at least
 constexpr int kSideThreads = 512;  // of a block that makes a basis orthonormal
@@ -154,9 +154,9 @@ struct Vectors {
   int64_t count;
 };
 
-// A tile of a matrix and the thread's elements in it. Of kColumnLanes Vectors beside each other it has one where
-// `vectors`, else every kColumnLanes-th column: either way lanes read whole sectors together. In shared memory, where
-// columns have places, what a thread has stands together.
+// A tile of a matrix and the thread's elements in it. Of each kRun columns the thread has one Vector where `vectors`,
+// else every kColumnLanes-th column: either way lanes read whole sectors together. In shared memory, where columns
+// have places, what a thread has of each kRun stands together.
 template <typename T>
 struct Frame {
   static constexpr int kSize = Vector<T>::kSize, kRun = kColumnLanes * kSize;

@@ -1,5 +1,6 @@
 // The renewals of EigenAdam's bases, all matrices of a net in each launch, and the sketches of a layer's inputs:
 //
+//   begin       whether bases are renewed, and with which share
 //   products, parts, products, candidates, orthonormal    new bases: two passes over G
 //   curvature   of matrices with a bias Hessian: its product with U, in place of G's
 //   overlaps, turns, moments    U'^T U and V^T V', which the first moments of C, R, T are turned by
