@@ -128,7 +128,7 @@ class Recursion(Curvature):
             found.append(OutputHessian(loss.hessian.values, loss.hessian.convex, loss.scale.reshape(())))
         if len(found) == 1:
             return found[0]
-        refuse_capture("several losses of one output")
+        refuse_capture("second loss of one output")
         scales = host_numbers([loss.scale for loss in record.losses if loss.scale is not None])
         total = functools.reduce(_dense_sum, [each.values * scale for each, scale in zip(found, scales, strict=True)])
         return OutputHessian(total, all(each.convex for each in found) and min(scales) >= 0)

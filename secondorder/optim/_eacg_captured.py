@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from secondorder._tensors import captured_now
 from secondorder.errors import NonFiniteError
-from secondorder.optim import _momentum
+from secondorder.optim import _captures, _momentum
 from secondorder.optim._eacg_replays import Replays, move, rate
-from secondorder.optim._eigen_replays import check_kernels
 from secondorder.optim._layerwise import Groups, LayerwiseOptimizer
 from secondorder.optim._numbers import check_arguments, check_numbers
 from secondorder.solvers import EACGSolver, Factors
@@ -30,7 +29,7 @@ class Net(NamedTuple):
 
 
 class CapturableOptimizer(LayerwiseOptimizer):
-    """A layerwise optimizer whose steps by EA-CG a CUDA graph may capture; a subclass makes those that none captures."""
+    """A layerwise optimizer whose steps by EA-CG a CUDA graph may capture; a subclass makes the steps that none captures."""
 
     _capturable = False
     _captured_instead = "make the optimizer with capturable=True"
@@ -56,16 +55,16 @@ class CapturableOptimizer(LayerwiseOptimizer):
 
     @abstractmethod
     def _net(self, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], groups: Groups) -> Net:
-        """What `_updated` takes, from the layers to be updated."""
+        """Returns what `_updated` takes of the layers to be updated."""
 
     @abstractmethod
     def _updated(
         self, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], net: Net, solver: EACGSolver, lr: list[float]
     ) -> Tensor:
-        """Solves and updates all layers, and returns the iterations, -1 where a layer has prevented that."""
+        """Solves all layers, and updates them if every solution is finite; returns their iterations, -1 where one is not."""
 
     def _forget_replays(self) -> None:
-        """No step was captured that has this state."""
+        """Starts anew, as if no graph had captured a step: none has one with the present state."""
         self._replays = Replays(layer.weight for layer in self._layers)
         self._untold = 0  # refused replays that no error has told of
         self._weighs = False  # whether the last step's targets did not all count alike
@@ -146,7 +145,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
         ):
             if problem:
                 raise RuntimeError(f"{name}: expected no capture of a CUDA graph {why}")
-        check_kernels(type(self).__name__, next(iter(self._layers)).weight.device)
+        _captures.check_kernels(type(self).__name__, next(iter(self._layers)).weight.device)
         self._check_captured_rates()
         return True
 
@@ -161,7 +160,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
     def _captured_update(
         self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups, solver: EACGSolver
     ) -> None:
-        """Launches what `_fused_update` does; the device decides whether the step is made, and otherwise moves all by 0.
+        """Launches the kernels of a step; the device decides whether it is made, and otherwise moves everything by 0.
 
         `factors`, those in `covered` included, are not averaged yet.
         """
@@ -224,7 +223,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
                     move(p, v, group, rates[id(group)])
 
     def _check_state(self, net: Net, with_momentum: list[Tensor]) -> None:
-        """Raises where the state is not all made, in whose places a captured step writes."""
+        """Raises where a tensor of the state is missing, since a captured step writes to tensors that are there."""
         averages = [p for group in self.param_groups for p in group["params"]] if self._average else []
         made = not net.started and self._replays.ready
         for name, parameters in (("factors", net.weights), ("momentum", with_momentum), ("average", averages)):
@@ -236,7 +235,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
             )
 
     def _allowed(self, others: list[tuple[Tensor, dict[str, Any]]], velocities: list[Tensor]) -> Tensor:
-        """Whether all is as a step needs it but for the layers' solutions, a boolean on the device."""
+        """Returns whether a step may be made if the layers' solutions are finite, a boolean on the device."""
         conditions = [self._replays.true(), *(loss.assumed for loss in self._tape.losses if loss.assumed is not None)]
         for (p, group), v in zip(others, velocities, strict=True):
             if v.numel():

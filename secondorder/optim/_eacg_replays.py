@@ -1,4 +1,4 @@
-"""The steps of EACG that replays of a CUDA graph make.
+"""What EACG's captured steps, which replays of a CUDA graph make, share with those that Python makes.
 
 A replay launches the captured kernels again, at the same addresses and with the same numbers. So the counts are on the device,
 and the state stays where it is. Python counts no replay, and catches up when it reads its counts again.
@@ -43,7 +43,7 @@ class Replays:
             self._places[p] = _tensors(state)
 
     def keep(self, states: States) -> None:
-        """Has captured steps go on from a step that Python has made."""
+        """Gives the device the counts and numbers that a step by Python has left, so that replays go on from there."""
         counts = [[float(states.get(weight, {}).get(name, 0)) for name in _COUNTS] for weight in self._rows]
         if self._counts is None:
             device = next(iter(self._rows)).device

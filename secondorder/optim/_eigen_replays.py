@@ -7,9 +7,9 @@ replays, and catches up when it reads its counts again.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from secondorder.optim import _captures
 from secondorder.optim._eigen_state import FIRST_STEPS, STEPS, is_current
 from secondorder.optim._matrices import Matrix, computed_in
 
@@ -33,7 +33,7 @@ class Replays:
 
     def ready(self, matrix: Matrix, states: States) -> bool:
         """Whether a pass that is captured can show inputs of a matrix; where it cannot, `check` says why."""
-        return has_kernels(matrix.weight.device) and is_current(states.get(matrix.weight, {}), matrix.weight)
+        return _captures.has_kernels(matrix.weight.device) and is_current(states.get(matrix.weight, {}), matrix.weight)
 
     def check(self, present: Sequence[Matrix], states: States, captured: bool) -> None:
         """Raises where a step cannot be captured; or must not be made, for captured steps take it that all counts go on together.
@@ -48,7 +48,7 @@ class Replays:
                 changed their dtype or device since the last one; or there are no kernels to be captured.
         """
         if captured:
-            check_kernels(self._owner, present[0].weight.device)
+            _captures.check_kernels(self._owner, present[0].weight.device, ", or capture passes alone")
         weights = {matrix.weight for matrix in present}
         if self and (self._weights != weights if captured else not self._weights <= weights):
             raise RuntimeError(
@@ -90,17 +90,3 @@ class Replays:
                 state["unseen"] += renewals if state["unseen"] else 0
         shared["steps"] = now
         return now != before
-
-
-def check_kernels(owner: str, device: torch.device) -> None:
-    """Raises where a CUDA graph that captures a step would find plain PyTorch."""
-    if not has_kernels(device):
-        raise RuntimeError(
-            f"{owner}.step(): expected kernels for CUDA where a CUDA graph captures the step, got plain PyTorch, which reads "
-            "numbers of the device; compile the extension with CUDA (docs/install.md), or capture passes alone"
-        )
-
-
-def has_kernels(device: torch.device) -> bool:
-    """Whether the operators run as kernels on a device, if it is CUDA's; plain PyTorch reads numbers, which no graph can."""
-    return device.type != "cuda" or torch._C._dispatch_has_kernel_for_dispatch_key("secondorder::eigen_step_", "CUDA")

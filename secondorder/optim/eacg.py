@@ -256,7 +256,7 @@ class EACG(CapturableOptimizer):
     def _updated(
         self, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], net: Net, solver: EACGSolver, lr: list[float]
     ) -> Tensor:
-        """Solves and updates all layers, and returns the iterations, -1 where a layer has prevented that."""
+        """Solves and updates all layers in one call of `ops.eacg_update_`."""
         return ops.eacg_update_(
             [each["bias_hessian"] for each in covered.values()],
             [each["mean_input"] for each in covered.values()],
@@ -293,9 +293,8 @@ class EACG(CapturableOptimizer):
 
         def numbers(p: Tensor) -> list[Any]:
             own = [groups[p][key] for key in ("lr", "momentum", "weight_decay", "decoupled_weight_decay")]
-            return [
-                id(each) if captured and isinstance(each, Tensor) else each for each in own
-            ]  # to compare them is to read them
+            # To compare the values of tensors is to read them, which no capture can.
+            return [id(each) if captured and isinstance(each, Tensor) else each for each in own]
 
         several, biases = len(self.param_groups) > 1, set()
         for weight, bias in map(parameters_of, layers):

@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import secondorder as so
-from secondorder.optim import _eigen_replays, _matrices
+from secondorder.optim import _captures, _matrices
 from secondorder.optim._eigen_state import STEPS
 
 
@@ -146,7 +146,7 @@ def test_a_captured_step_moves_nothing_between_devices(make, monkeypatch):
             optimizer.state[fakes[p]] = {key: there(t) if isinstance(t, torch.Tensor) else t for key, t in own.items()}
             fakes[p].grad = there(p)
         optimizer._hook()  # knows by the state what is a map
-        monkeypatch.setattr(_eigen_replays, "has_kernels", lambda device: True)
+        monkeypatch.setattr(_captures, "has_kernels", lambda device: True)
         # To index a tensor in Python asks for the device, too.
         monkeypatch.setattr(_matrices, "_patches", lambda module, x: x.new_empty(9, module.weight.flatten(1).shape[1]))
         seen = torch.ones(1, requires_grad=True)
@@ -271,7 +271,7 @@ def test_plain_pytorch_is_not_captured(monkeypatch):
     model, data = plain()
     optimizer = so.EigenAdam(model, capturable=True)
     steps(model, optimizer, data)
-    monkeypatch.setattr(_eigen_replays, "has_kernels", lambda device: False)
+    monkeypatch.setattr(_captures, "has_kernels", lambda device: False)
     with monkeypatch.context() as patch:
         patch.setattr(so.ops, "eigen_sketch_", None)  # nor called in the forward pass
         refused(optimizer, model, data, "kernels for CUDA where a CUDA graph captures the step, got plain PyTorch")
