@@ -74,7 +74,7 @@ def demangle(symbols: list[str]) -> dict[str, str]:
 
 
 THREADS = {"directions_kernel": 512, "orthonormal_kernel": 512}  # others: 256
-TILED = {"products_kernel", "residual_kernel", "update_kernel", "whole_kernel", "remainder_kernel"}  # of eigen_*.cu
+TILED = {"products_kernel", "residual_kernel", "update_kernel"}  # of eigen_*.cu
 
 
 def occupancy(source: str, kernel: Kernel) -> int:

@@ -79,8 +79,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             "nystrom" (m x m, by conjugate gradients), or "auto", which chooses by m and P.
         memory: how many bytes J may take. A larger J is not formed: products with it are computed from its factors.
         seed: of the generator that draws the rows.
-        max_iter: how many steps a call of `step` takes at most on one batch, as L-BFGS's does. Each but the first spares a call
-            of the closure.
+        max_iter: how many steps a call of `step` makes at most, all on one batch, as L-BFGS's does. Each but the first spares a
+            call of the closure.
         nonfinite: what a step does when it meets NaN or inf: "error" raises `secondorder.NonFiniteError`; "skip" counts the step
             in `skipped_steps`. Neither changes anything else.
 
@@ -137,11 +137,11 @@ class LevenbergMarquardt(SecondOrderOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
-        """Makes one step, or up to `max_iter`, of which the last lowers nothing where there are fewer.
+        """Makes one step, or up to `max_iter`: fewer if one of them lowers nothing, with which the call ends.
 
-        A step calls the closure three times or more, the first one some 60 to 90 times. Within a call of `step` every call of the
-        closure starts from the same state of torch's random generators, so that it draws the same points each time; the next call
-        draws new ones.
+        A step calls the closure three times or more, or twice or more if it goes on from one of the same call; the first step of
+        all calls it some 60 to 90 times. Within a call of `step` every call of the closure starts from the same state of torch's
+        random generators, so that it draws the same points each time; the next call draws new ones.
 
         Args:
             closure: returns the loss with its graph: a scalar, or [(residual, weight), ...], which stands for the sum of

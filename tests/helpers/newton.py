@@ -1,10 +1,13 @@
-"""The optimizers of any curvature and solver, and one of them by its learning rate."""
+"""Optimizers that find their step, with every solver; and EACG or LayerwiseNewton, by a learning rate or without."""
 
 import secondorder as so
 from secondorder.solvers import SOLVERS
 
 OPTIMIZERS = {
-    **{f"EACG {s}": lambda m, c, s=s: so.LayerwiseNewton(m, c, solver=s, inverse_every=3, average=True) for s in SOLVERS},
+    **{
+        f"LayerwiseNewton {s}": lambda m, c, s=s: so.LayerwiseNewton(m, c, solver=s, inverse_every=3, average=True)
+        for s in SOLVERS
+    },
     "LayerwiseNewton": lambda m, c: so.LayerwiseNewton(m, c, curvature_every=2, weight_decay=1e-3),
     "KFAC": lambda m, c: so.KFAC(m, c, inverse_every=2),
     "KFRA": lambda m, c: so.KFRA(m, c),
@@ -13,5 +16,5 @@ OPTIMIZERS = {
 
 
 def stepping(model, criterion, lr, alpha=0.1, **kwargs):
-    """EACG with this learning rate, or LayerwiseNewton."""
+    """EACG with this learning rate; None: LayerwiseNewton."""
     return so.LayerwiseNewton(model, criterion, **kwargs) if lr is None else so.EACG(model, criterion, lr, alpha=alpha, **kwargs)

@@ -80,7 +80,7 @@ def test_an_error_takes_back_the_step_that_failed_alone():
     torch.manual_seed(0)
     net, x, y = regression()
     optimizer = so.LevenbergMarquardt(net.parameters(), race=False, max_iter=4)
-    twin_net, twin = regression()[0], None
+    twin_net = regression()[0]
     twin_net.load_state_dict(net.state_dict())
     twin = so.LevenbergMarquardt(twin_net.parameters(), race=False, max_iter=2)
     closure, calls = counted(lambda: mse_loss(twin_net(x), y))
