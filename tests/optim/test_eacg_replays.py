@@ -8,11 +8,12 @@ import copy
 import dataclasses
 import math
 import pickle
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.captures import capturing
 from helpers.eigen import batch, network, values
 from helpers.host_reads import HostReads
 from helpers.training import assert_same
@@ -46,14 +47,6 @@ class Mixed(nn.Module):
 def mixed():
     torch.manual_seed(0)
     return Mixed().double()
-
-
-@contextmanager
-def capturing():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_initialized", lambda: True)
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        yield
 
 
 DATA = [batch(seed) for seed in range(7)]

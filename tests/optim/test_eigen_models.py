@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.captures import capturing
 from helpers.eigen import batch, network, train, values
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -269,12 +270,10 @@ def test_forward_passes_that_show_nothing(change):
     train(model, optimizer, range(3, 9), dtype=torch.float32)
 
 
-def test_passes_that_a_cuda_graph_captures_show_nothing(monkeypatch):
+def test_passes_that_a_cuda_graph_captures_show_nothing():
     model = network()
     optimizer = so.EigenAdam(model)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "is_initialized", lambda: True)
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with capturing():
         loss = model(torch.randn(9, 25, dtype=torch.float64)).square().mean()
     loss.backward()
     optimizer.step()  # at the first, a lazy layer has shown none

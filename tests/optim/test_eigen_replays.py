@@ -6,11 +6,12 @@ Python can tell, while `control` goes on: Python counts nothing, and gives the o
 
 import copy
 import math
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.captures import capturing
 from helpers.eigen import batch, network, train, values
 from helpers.host_reads import HostReads
 from torch import nn
@@ -46,18 +47,10 @@ def plain():
     return network(), [batch(seed) for seed in range(5)]
 
 
-@contextmanager
-def capturing():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_initialized", lambda: True)
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        yield
-
-
 def steps(model, optimizer, batches, captured=False, change=lambda t: None):
     """Steps in a row, as replays of a CUDA graph make them if they are captured."""
     for t, (x, y) in enumerate(batches):
-        with capturing() if captured else pytest.MonkeyPatch.context():
+        with capturing() if captured else nullcontext():
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()

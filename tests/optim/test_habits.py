@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from helpers import kinds
+from helpers.captures import capturing
 from helpers.habits import batch, every, everything, fixed, network, reloaded, step, train
 from helpers.optimizers import ALL, FIXED, parameters
 from helpers.training import assert_same
@@ -176,15 +177,12 @@ def test_arguments_that_would_do_nothing_are_refused(name, argument):
 
 
 @pytest.mark.parametrize("name", kinds.NAMES)
-def test_a_step_within_the_capture_of_a_cuda_graph_is_refused(name, monkeypatch):
+def test_a_step_within_the_capture_of_a_cuda_graph_is_refused(name):
     model, optimizer, step = kinds.made(name)
     step()
     before = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match=rf"{name}.step\(\): expected no capture of a CUDA graph"):
+    with capturing(), pytest.raises(RuntimeError, match=rf"{name}.step\(\): expected no capture of a CUDA graph"):
         optimizer.step(lambda: pytest.fail("the closure was called"))
-    monkeypatch.undo()
     assert_same([model.state_dict(), optimizer.state_dict()], before)
 
 
