@@ -126,7 +126,7 @@ def probe(output: Tensor, source: Node, second: bool) -> AutogradMap | None:
             return None
         d2 = None
         if second and d1.requires_grad:
-            check_second_derivatives([d1])
+            check_second_derivatives([d1], [source])
             (d2,) = torch.autograd.grad(d1, edge, torch.ones_like(d1), retain_graph=True, allow_unused=True)
     return AutogradMap(d1.detach(), d2 if d2 is None else d2.detach())
 

@@ -59,17 +59,18 @@ def autograd_root(loss: Tensor, source: Node, inner: GradientEdge | None = None,
     return DenseRoot((vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)).to(diagonal.dtype))
 
 
-def check_second_derivatives(gradients: Iterable[Tensor | None]) -> None:
+def check_second_derivatives(gradients: Iterable[Tensor | None], inner: Iterable[Node]) -> None:
     """Raises where gradients come from a function marked `once_differentiable`, whose second derivatives torch takes for zero.
 
     Args:
         gradients: what was taken with `create_graph=True`; None: there is none.
+        inner: the nodes of the tensors by which they are differentiated, beyond which nothing is looked at.
 
     Raises:
         RuntimeError: there is one.
     """
     stack = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
-    seen = set(stack)
+    seen = {*stack, *inner}
     while stack:
         node = stack.pop()
         if node.name() == "torch::autograd::Error":
@@ -90,7 +91,7 @@ def tangent_map(outer: Sequence[GradientEdge], inner: Sequence[GradientEdge]) ->
     with torch.enable_grad():
         u = [torch.zeros(m.shape, dtype=m.dtype, device=m.device, requires_grad=True) for m in made]
         transposed = torch.autograd.grad(outer, inner, u, create_graph=True, allow_unused=True)
-    check_second_derivatives(transposed)
+    check_second_derivatives(transposed, [edge.node for edge in inner])
 
     def tangent(t: Sequence[Tensor]) -> list[Tensor]:
         pairs = [(w, each.to(w.dtype)) for w, each in zip(transposed, t, strict=True) if w is not None and w.requires_grad]

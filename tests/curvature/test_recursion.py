@@ -355,6 +355,30 @@ def test_flattened_logits_have_the_analytic_hessian(monkeypatch):
     torch.testing.assert_close(PCH(-1.0).bias_hessians(tape.records())[model[2]], true)
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def test_a_probe_looks_no_further_than_the_layer_before():
+    """To walk the graph below it for every activation would cost as much as the depth squared."""
+    x = torch.linspace(-1, 1, 20).view(4, 5).requires_grad_()
+    (below,) = torch.autograd.grad(Doubled.apply(x).square().sum(), x, create_graph=True)
+    z = nn.Linear(5, 3)(below)
+    s = torch.sigmoid(z)
+    found = elementwise.probe(z * s, z.grad_fn, second=True)
+    torch.testing.assert_close(found.d1, s + z * s * (1 - s))
+    torch.testing.assert_close(found.d2, s * (1 - s) * (2 + z * (1 - 2 * s)))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        elementwise.probe(torch.tanh(Doubled.apply(z)), z.grad_fn, second=True)
+
+
 def test_what_is_not_elementwise_is_probed_once(monkeypatch):
     model, criterion = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2)).double(), nn.MSELoss()
     tape = Tape(linear_layers(model), criterion, diagonal=True)
