@@ -79,8 +79,11 @@ def idle_backward(
             called.extend(zip(roots, gradients, strict=True))
         after()
 
-    with replaced_backward(remember):
-        yield
+    try:
+        with replaced_backward(remember):
+            yield
+    finally:
+        _LOCAL.roots = []  # a closure that fails leaves its graph there
 
 
 def with_graph(owner: str, closure: Callable[[], Any], parameters: list[Tensor]) -> Callable[[], Any]:

@@ -39,7 +39,7 @@ class LeastSquaresLoss:
         self.owner, self.parameters = owner, parameters
         self._closure, self._random = closure, RandomState.now()
         self._after: RandomState | None = None
-        self._last: tuple[Tensor, Terms]  # of the last call
+        self._last: tuple[Tensor, Terms] | None = None  # of the last call
 
     def here(self, called: bool = False) -> Residuals:
         """The loss at the parameters' present values, with coefficients.
@@ -50,7 +50,7 @@ class LeastSquaresLoss:
         Raises:
             RuntimeError: it is no sum of squares with coefficients >= 0.
         """
-        result, terms = self._last if called else self._called()
+        result, terms = self._last if called and self._last is not None else self._called()
         weights = arriving(result, [*terms.squares, *terms.penalties])
         rounding = max(torch.finfo(t.dtype).eps for t in (result, self.parameters[0], *(term.residual for term in terms.squares)))
         values, weights = self._in_own_dtype(terms.squares), [c.to(self.parameters[0].dtype) for c in weights]
@@ -125,6 +125,7 @@ class LeastSquaresLoss:
 
     def _called(self) -> tuple[Tensor, Terms]:
         """Calls the closure; what it returned and its terms."""
+        self._last = None  # of two calls' graphs one is freed before the other one is made
         result = self._call()
         with torch.enable_grad():
             self._last = result, find_terms(result, Reach(self.parameters), self.owner)
