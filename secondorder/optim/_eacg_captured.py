@@ -184,12 +184,12 @@ class CapturableOptimizer(LayerwiseOptimizer):
         for layer, new in averaged.items():
             for name, before in self.state[layer.weight]["factors"].items():
                 _keep_if(made, before, new[name])
+        replays.count(made, net.weights, [layer.weight for layer in averaged])
         if self._average:
             share = torch.where(made, replays.parameter_share(), 0.0)
             for p in groups:
                 average = self.state[p]["average"]
                 average.lerp_(p.to(average.dtype), share.to(average.dtype))
-        replays.count(made, net.weights, [layer.weight for layer in averaged])
         replays.add(self.state)
 
     def _averaged(self, factors: dict[nn.Linear, Factors], groups: Groups) -> dict[nn.Linear, Factors]:

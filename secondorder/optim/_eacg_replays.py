@@ -76,8 +76,8 @@ class Replays:
         return dict(zip(self._rows, shares.to(dtype).unbind(), strict=True))
 
     def parameter_share(self) -> Tensor:
-        """1 - beta_t of `update_averages` after this step."""
-        return (1 / (self._column(0).max() + 1)).clamp(min=0.05)
+        """1 - beta_t of `update_averages` after the steps that were counted."""
+        return (1 / self._column(0).max()).clamp(min=0.05)
 
     def count(self, made: Tensor, stepped: Iterable[Tensor], renewed: Iterable[Tensor]) -> None:
         """Counts a step of these layers, by their weights, and a renewal of these; or that it was refused."""

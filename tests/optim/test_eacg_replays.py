@@ -344,6 +344,22 @@ def test_a_layer_that_has_no_state_yet_is_not_captured():
     assert [optimizer.state_dict()["state"][i]["step"] for i in (0, 2)] == [3, 7]
 
 
+def test_averages_go_by_the_layer_with_most_steps_though_it_is_frozen():
+    models = []
+    for captured in (False, True):
+        model = network()
+        optimizer = so.EACG(model, F.cross_entropy, lr=0.3, average=True, capturable=captured)
+        model[2:].requires_grad_(False)
+        steps(model, optimizer, DATA[:4])
+        model[2:].requires_grad_(True)
+        model[0].requires_grad_(False)
+        steps(model, optimizer, DATA[:1])
+        steps(model, optimizer, DATA[:4], captured)
+        with optimizer.averaged_parameters():
+            models.append(values(model))
+    torch.testing.assert_close(*models, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
