@@ -24,7 +24,7 @@ class Replays:
     """
 
     def __init__(self, weights: Iterable[Tensor]):
-        self._rows = {weight: row for row, weight in enumerate(weights)}
+        self._rows = {weight: row for row, weight in enumerate(dict.fromkeys(weights))}  # layers may share one
         self._counts: Tensor | None = None  # [layers + 1, 2] in float64: `_COUNTS` of each layer; last the refused steps
         self._places: dict[Tensor, dict[str, Any]] = {}  # by parameter: the tensors that captured steps read and write
 

@@ -344,6 +344,23 @@ def test_a_layer_that_has_no_state_yet_is_not_captured():
     assert [optimizer.state_dict()["state"][i]["step"] for i in (0, 2)] == [3, 7]
 
 
+def tied():
+    """Two layers with one weight but biases of their own, which the fallback updates."""
+    torch.manual_seed(0)
+    sizes = (25, 12, 12, 12, 3)
+    layers = [nn.Linear(k, n) for k, n in zip(sizes, sizes[1:], strict=False)]
+    layers[2].weight = layers[1].weight
+    return nn.Sequential(*(each for layer in layers[:-1] for each in (layer, nn.Tanh())), layers[-1]).double()
+
+
+def test_a_weight_that_two_layers_share_is_counted_once():
+    model, optimizer, twin, eager = made(tied, average=True)
+    for own, other, captured in ((model, optimizer, True), (twin, eager, False)):
+        steps(own, other, DATA[:2])
+        steps(own, other, DATA, captured)
+    assert_alike(model, optimizer, twin, eager)
+
+
 def test_averages_go_by_the_layer_with_most_steps_though_it_is_frozen():
     models = []
     for captured in (False, True):
