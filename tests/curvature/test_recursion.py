@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.curvatures import CRITERIA, Branching, network
+from helpers.curvatures import CRITERIA, Branching, Doubled, network
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import hessian_block, linear_names, pch_by_loops, pos_eig_matrix
@@ -353,17 +353,6 @@ def test_flattened_logits_have_the_analytic_hessian(monkeypatch):
         model[2], lambda z, t: criterion(z, t), torch.tanh(model[0](x)).detach().flatten(0, 1), y.view(-1), "bias"
     )
     torch.testing.assert_close(PCH(-1.0).bias_hessians(tape.records())[model[2]], true)
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return 2 * grad
 
 
 def test_a_probe_looks_no_further_than_the_layer_before():

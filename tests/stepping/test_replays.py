@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.curvatures import Doubled
 from helpers.losses import CE, FAMILY, Normed, X, Y, net, penalty
 from helpers.optimizers import parameters
 from torch import nn
@@ -203,17 +204,6 @@ def test_arguments_by_name_are_those_by_position(kind, make, with_closure):
         found.append(parameters(model))
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[2])
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return 2 * grad
 
 
 class Once(nn.Module):
