@@ -277,7 +277,7 @@ OPTIMIZERS: dict[str, tuple[Make, bool]] = {
     "KBFGSL": (lambda m, c: so.KBFGSL(m, c, lr=0.1), True),
 }
 FIRST_STEPS = 6  # before one is captured
-NETS = {"3072-1024-512-256-128-64-32-16-10": 1000, "784-4096-4096-10": 1024}  # the batch
+NETS = {"3072-1024-512-256-128-64-32-16-10": 1000, "784-4096-4096-10": 1024, "784-256-128-64-32-10": 100}  # the batch
 PERIOD = 20  # steps: a multiple of every period of renewal, and as many as KFAC renews its inverses at first
 
 

@@ -188,6 +188,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
                     self._check_finite(here)
                     there, called = self._advance(run, here, generator)
                     before = [p.detach().clone() for p in parameters]
+                    self._tell_of_interpolation(run)
                     if left == 0 or (there is here and called):  # nothing lowers the loss
                         break
                     here = loss.here(called)
@@ -215,15 +216,18 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             return value
         finally:
             loss.leave()
+        return value
+
+    def _tell_of_interpolation(self, run: GaussNewtonStep) -> None:
+        """Says once that a step has gone back since only the residuals drawn still fell."""
         if run.interpolates and "interpolation" not in self._told:
             self._told.add("interpolation")
             warn(
-                f"{name}: the residuals held out lie above the others, and have not fallen for {HELD_PATIENCE} steps: the points "
-                "are being interpolated, or noise is fitted. It has gone back, with more damping. "
-                "More points, or new ones in every step, let it go on; so does holdout=False, for data without noise or where "
-                "the least loss itself is sought."
+                f"{type(self).__name__}: the residuals held out lie above the others, and have not fallen for {HELD_PATIENCE} "
+                "steps: the points are being interpolated, or noise is fitted. It has gone back, with more damping. More points, "
+                "or new ones in every step, let it go on; so does holdout=False, for data without noise or where the least loss "
+                "itself is sought."
             )
-        return value
 
     def _check_finite(self, here: Residuals) -> None:
         """Raises NonFiniteError where the loss or a residual is NaN or inf."""

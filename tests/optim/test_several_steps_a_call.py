@@ -1,10 +1,12 @@
 """`max_iter` of LevenbergMarquardt: a call of `step` makes as many steps as so many calls, with fewer calls of the closure."""
 
+import math
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers.least_squares import flat, float64, poisson, regression  # noqa: F401
+from helpers.least_squares import flat, float64, noisy, poisson, regression  # noqa: F401
 from torch.nn.functional import mse_loss
 
 import secondorder as so
@@ -97,6 +99,27 @@ def test_an_error_takes_back_the_step_that_failed_alone():
         optimizer.step(failing)
     torch.testing.assert_close(flat(net), flat(twin_net), rtol=0, atol=0)
     assert optimizer.state_dict()["state"][0]["step"] == 2
+
+
+def test_interpolation_is_told_of_though_a_later_step_fails():
+    """By the step that goes back, not at the end of the call."""
+    calls_in_all = []
+    for last in (math.inf, None):
+        torch.manual_seed(0)
+        net, loss, _ = noisy()
+        closure, calls = counted(loss)
+        limit = last or calls_in_all[0] - 1
+
+        def failing(closure=closure, calls=calls, limit=limit):
+            if len(calls) == limit:
+                raise ArithmeticError("the data ended")
+            return closure()
+
+        optimizer = so.LevenbergMarquardt(net.parameters(), race=False, max_iter=60)
+        ended = nullcontext() if last else pytest.raises(ArithmeticError, match="the data ended")
+        with ended, pytest.warns(UserWarning, match="the points are being interpolated"):
+            optimizer.step(failing)
+        calls_in_all.append(len(calls))
 
 
 @pytest.mark.parametrize("max_iter", [0, 2.0, True, None])
