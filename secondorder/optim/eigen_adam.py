@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from secondorder import ops
 from secondorder._layers import linear_layers
 from secondorder._tape.hooks import remove_handles
 from secondorder._tensors import captured_now, cast, is_sharded
@@ -19,7 +18,6 @@ from secondorder.errors import NonFiniteError
 from secondorder.optim._bias_hessians import BiasHessians, chosen_curvature
 from secondorder.optim._eigen_inputs import Sketches
 from secondorder.optim._eigen_rates import SLOW, Rates, check_group, rates_and_decays, rates_on_device
-from secondorder.optim._eigen_renewal import DECAY, Renewal, finite_or_zero, planned_renewal
 from secondorder.optim._eigen_replays import Replays
 from secondorder.optim._eigen_saved import as_kept, with_room
 from secondorder.optim._eigen_state import (
@@ -37,6 +35,7 @@ from secondorder.optim._eigen_state import (
     new_state,
     step_length,
 )  # fmt: skip
+from secondorder.optim._eigen_step import EigenStep
 from secondorder.optim._matrices import (
     InputHook,
     Matrix,
@@ -48,15 +47,7 @@ from secondorder.optim._matrices import (
 )  # fmt: skip
 from secondorder.optim._numbers import check_arguments, warn_of_short_steps
 from secondorder.optim._optimizer import SecondOrderOptimizer, leave_group
-from secondorder.optim._sharded import (
-    MOMENTS,
-    ShardedOperators,
-    Shards,
-    captured_here,
-    found_shards,
-    moments_here,
-    new_sharded_state,
-)  # fmt: skip
+from secondorder.optim._sharded import Shards, captured_here, found_shards, new_sharded_state
 from secondorder.optim._tables import Lookups, share_of_numbers
 
 MANY_ROWS = 256  # of a layer's inputs: from here on its bases have twice as many directions
@@ -495,74 +486,48 @@ class EigenAdam(SecondOrderOptimizer):
 
     @torch.compiler.disable  # its bookkeeping has nothing to compile
     def _step(self) -> None:
+        name, sign, recorded = f"{type(self).__name__}.step()", -1 if self._maximize() else 1, self._hessians
         numbers = self._rates.read(self.param_groups, self._on_device)
-        sign, recorded = -1 if self._maximize() else 1, self._hessians
         if self._matrices is None or self._ids_now() != self._ids:
             self._hook()  # a group's list of parameters may have been changed by hand
         present = [m for m in self._table() if m.weight.grad is not None or (m.bias is not None and m.bias.grad is not None)]
         if not present:
             self._find_none()
             return
-        operands = Operands(f"{type(self).__name__}.step()", present, sign)
+        operands = Operands(name, present, sign)
         captured = self._captured(present)
-        shared, due = self._shared(), captured or self._renewing()
-        control = shared["control"]
+        renewing = captured or self._renewing()
         if not captured:
             self._read_report()
         self._sketches.expect(captured)
-        # The numbers that the operators are told belong to this count of steps; replays go on from there.
-        replay = (self._renew_every, shared["steps"]) if captured else ()
         for matrix in present:
             if matrix.could_be_numbers and not self.state[matrix.weight].get("step"):
                 self._find_numbers(matrix)
-        states = [self._state(matrix, 0) for matrix in present]
-        shares = self._lookups.shares(present, states, self._sum_ if self._several else None) if due else {}
-        means = [state["mean"] for state in states]
-        hessians = {}
-        if recorded is not None and due:
+        states, shared = [self._state(matrix, 0) for matrix in present], self._shared()
+        replay = (self._renew_every, shared["steps"]) if captured else ()
+        step = EigenStep(name, present, states, operands, shared["control"], self._shards, replay)
+        shares: dict[Matrix, float] = {}
+        if renewing:
+            shares = self._lookups.shares(present, states, self._sum_ if self._several else None)
             trained = {p: group for group in self.param_groups for p in group["params"]}
-            hessians = recorded.of_step(trained, sign, self._group)
-        renewal = self._renew(present, states, means, control, operands, hessians, replay, numbers) if due else None
-        further = {}
-        if self._capturable and self._shards is None:
-            places = [self._places[matrix] for matrix in present]
-            further["rate"] = rates_on_device(self.param_groups, self._on_device, places, control)
-        beta1, beta2 = self.param_groups[0]["betas"]
-        self._operators(present, states).eigen_step_(
-            operands.weights, operands.biases, *(self._moments(present, states, name) for name in MOMENTS),
-            [s["size"] for s in states], control, operands.weight_grads, operands.bias_grads, means,
-            [s["basis_out"] for s in states], [s["basis_in"] for s in states],
-            *rates_and_decays(present, states, shares, numbers, self._places), [s["step"] for s in states], beta1, beta2,
-            self.param_groups[0]["eps"], due, *replay, **further,
-        )  # fmt: skip
-        if captured:  # the step is not made yet
-            operands.write_back()
+            hessians = {} if recorded is None else recorded.of_step(trained, sign, self._group)
+            sketches = self._sketches.averaged(present, self.state, self._sum_) if self._several else self._sketches.of
+            self._tell_lost(step.renew(sketches, hessians), numbers)
+        rates = rates_and_decays(present, states, shares, numbers, self._places)
+        places = [self._places[matrix] for matrix in present]
+        step.move(rates, self.param_groups[0], rates_on_device(self.param_groups, self._on_device, places, shared["control"]))
+        if captured:
+            step.note_captured()
             self._replays.add(present)
-            if renewal is not None:
-                renewal.note_captured()
-            return
-        if self._taken(control):
-            operands.write_back()
-            self._count(present, states, means, shares, renewal)
+        elif self._taken(shared["control"]):
+            step.note_made(shares)
+            self._count(present)
 
-    def _count(
-        self,
-        present: list[Matrix],
-        states: list[dict[str, Any]],
-        means: list[Tensor],
-        shares: dict[Matrix, float],
-        renewal: Renewal | None,
-    ) -> None:
-        """Notes in the states that a step was made, and what it has found."""
-        for matrix, state, mean in zip(present, states, means, strict=True):
-            state["step"] += 1
+    def _count(self, present: list[Matrix]) -> None:
+        """Counts a step that was made."""
+        for matrix in present:
             if matrix.bias is not None:
-                self.state[matrix.bias]["step"] = state["step"]
-            state["mean"] = mean
-        for matrix, share in shares.items():
-            self.state[matrix.weight]["share"] = share
-        if renewal is not None:
-            renewal.note_made()
+                self.state[matrix.bias]["step"] = self.state[matrix.weight]["step"]
         shared = self._shared()
         shared["steps"] += 1
         if shared["steps"] == SLOW:
@@ -617,51 +582,16 @@ class EigenAdam(SecondOrderOptimizer):
         if share is not None and share < 1:
             self._state(matrix, 0)["share"] = share
 
-    def _operators(self, present: list[Matrix], states: list[dict[str, Any]]) -> Any:
-        """Returns what has `eigen_renew_` and `eigen_step_` for these matrices."""
-        return ops if self._shards is None else ShardedOperators(self._shards, present, states)
-
-    def _moments(self, present: list[Matrix], states: list[dict[str, Any]], name: str) -> list[Any]:
-        """Returns a moment of all parts of every matrix, as `_operators` take it."""
-        if self._shards is None:
-            return [state[name] for state in states]
-        return [moments_here(matrix, state, name) for matrix, state in zip(present, states, strict=True)]
-
-    def _renew(
-        self,
-        present: list[Matrix],
-        states: list[dict[str, Any]],
-        means: list[Tensor],
-        control: Tensor,
-        operands: Operands,
-        hessians: dict[Tensor, Tensor],
-        replay: tuple[int, ...],
-        numbers: list[tuple[float, float]],
-    ) -> Renewal:
-        """Renews the bases of all matrices from their inputs' sketches and their gradients or bias Hessians.
-
-        Where a CUDA graph captures the step, `replay` says when the counts hold. See `planned_renewal` for `means`.
-        """
-        name = type(self).__name__
-        sketches = self._sketches.averaged(present, self.state, self._sum_) if self._several else self._sketches.of
-        renewal = planned_renewal(f"{name}.step()", present, states, means, sketches, hessians, bool(replay))
+    def _tell_lost(self, lost: list[str], numbers: list[tuple[float, float]]) -> None:
+        """Warns once of layers whose inputs are not seen."""
         # DCP makes a step with a learning rate of 0 before it loads a state.
-        if renewal.lost and "unseen" not in self._announced and any(lr for lr, _ in numbers):
+        if lost and "unseen" not in self._announced and any(lr for lr, _ in numbers):
             self._announced.add("unseen")
             warn(
-                f"{name} sees no inputs of {', '.join(renewal.lost)}: the layers run in a compiled graph or under torch.func, "
-                "have been pruned or parametrized since the optimizer was made, or are not called as modules. Their bases are "
-                "those of their gradients."
+                f"{type(self).__name__} sees no inputs of {', '.join(lost)}: the layers run in a compiled graph or under "
+                "torch.func, have been pruned or parametrized since the optimizer was made, or are not called as modules. Their "
+                "bases are those of their gradients."
             )
-        if renewal.renewed:
-            self._operators(present, states).eigen_renew_(
-                means, [s["basis_out"] for s in states], [s["basis_in"] for s in states], [s["scale_out"] for s in states],
-                [s["scale_in"] for s in states], self._moments(present, states, "exp_avg"), control, operands.weight_grads,
-                operands.bias_grads, [finite_or_zero(sketch.sums) for sketch, _, _ in renewal.given],
-                [finite_or_zero(hessian) for _, hessian, _ in renewal.given], [sketch.rows for sketch, _, _ in renewal.given],
-                [share for _, _, share in renewal.given], *((*replay, DECAY) if replay else ()),
-            )  # fmt: skip
-        return renewal
 
     def _taken(self, control: Tensor) -> bool:
         """Returns whether the step was made; on CUDA it takes that for granted, and `_read_report` learns the truth later.
