@@ -11,6 +11,7 @@ A pair of runs has the same problem, seed and seconds, and so the same loss at f
   before its seconds have passed, the seconds until then count.
 - **Score**: a difference in the score's own unit, as points of accuracy or decibels, or in percent of the peer's where it is an
   error. Above zero is better for scores, below zero for errors.
+- **Stopped in time**: the same of each run's best score, at any of its evaluations.
 
 A problem's number is the median over seeds; the best peer of a problem is the one with the lowest median of final losses. A name
 that goes on after a method's own, behind a comma, is the method in another setting, which is none of its peers.
@@ -56,9 +57,11 @@ def loss_ratio(own: Run, peer: Run, signed: bool = False) -> float:
     return max(own_final, lowest) / max(peer_final, lowest)
 
 
-def score_difference(own: Run, peer: Run, higher: bool) -> float:
+def score_difference(own: Run, peer: Run, higher: bool, in_time: bool = False) -> float:
     """See the module."""
-    return own.score[-1] - peer.score[-1] if higher else 100 * (own.score[-1] / peer.score[-1] - 1)
+    best = max if higher else min
+    own_score, peer_score = (best(run.score) if in_time else run.score[-1] for run in (own, peer))
+    return own_score - peer_score if higher else 100 * (own_score / peer_score - 1)
 
 
 def paired(value: Callable[..., float], own: list[Run], peer: list[Run], *options: bool) -> float:
@@ -133,15 +136,17 @@ def _ratios(own: list[Run], peer: list[Run], signed: bool) -> list[str]:
 
 
 def scores(problems: list[Problem], best: dict[str, Best], methods: list[str]) -> str:
-    """Markdown: scores at the end, and how the first method's differs from the best peer's and from the best Adam's."""
+    """Markdown: scores at the end; how the first method's differs from the best peer's, stopped in time, too, and from Adam's."""
     own = methods[0]
-    lines = [row(["", "score", *methods, "to the best peer's", "to Adam's"]), "|---" * (len(methods) + 4) + "|"]
+    columns = ["", "score", *methods, "to the best peer's", "stopped in time", "to Adam's"]
+    lines = [row(columns), "|---" * len(columns) + "|"]
     for problem in problems:
         runs = best[problem.name]
         cells = [problem.name, problem.score_name]
         cells += [spread([run.score[-1] for run in runs[method]]) for method in methods]
-        for other in (best_peer(runs, own), "Adam"):
-            difference = paired(score_difference, runs[own], runs[other], problem.higher)
+        peer = best_peer(runs, own)
+        for other, in_time in ((peer, False), (peer, True), ("Adam", False)):
+            difference = paired(score_difference, runs[own], runs[other], problem.higher, in_time)
             cells.append(f"{difference:+.3g}" + ("" if problem.higher else " %"))
         lines.append(row(cells))
     return "\n".join(lines)
@@ -150,23 +155,24 @@ def scores(problems: list[Problem], best: dict[str, Best], methods: list[str]) -
 def summary(problems: list[Problem], best: dict[str, Best], methods: list[str]) -> str:
     """Markdown: geometric means over the problems, the worst, and on how many the first method is ahead, in every setting."""
     own = methods[0]
-    columns = ["", "against", "time ratio, mean", "worst", "ahead on", "loss ratio, mean", "worst", "better score on"]
+    columns = ["", "against", "time ratio, mean", "worst", "ahead on", "loss ratio, mean", "worst", "better score on", "stopped in time"]
     lines = [row(columns), "|---" * len(columns) + "|"]
     against_best = [(name, "") for name in (own, *settings_of(methods))]
     for name, peer in (*against_best, *((own, peer) for peer in peers_of(own, methods))):
-        times, losses, better = {}, {}, 0
+        times, losses, better = {}, {}, [0, 0]
         for problem in problems:
             runs = best[problem.name]
             pair = runs[name], runs[peer or best_peer(runs, own)]
             times[problem.name] = paired(time_ratio, *pair, problem.signed)
             losses[problem.name] = paired(loss_ratio, *pair, problem.signed)
-            difference = paired(score_difference, *pair, problem.higher)
-            better += difference > 0 if problem.higher else difference < 0
+            for in_time in (False, True):
+                difference = paired(score_difference, *pair, problem.higher, in_time)
+                better[in_time] += difference > 0 if problem.higher else difference < 0
         lines.append(
             row([
                 name, peer or "the best peer",
                 *mean_and_worst(times), f"{sum(ratio < 1 for ratio in times.values())} of {len(problems)}",
-                *mean_and_worst(losses), f"{better} of {len(problems)}",
+                *mean_and_worst(losses), *(f"{count} of {len(problems)}" for count in better),
             ])
         )  # fmt: skip
     return "\n".join(lines)

@@ -60,6 +60,13 @@ def test_scores_differ_in_their_unit_and_errors_in_percent():
     assert score_difference(own, peer, False) == pytest.approx(5)
 
 
+def test_runs_stopped_in_time_have_their_best_scores():
+    own, peer = run([1.0], score=84.0), run([1.0], score=80.0)
+    own.score[:], peer.score[:] = [70.0, 90.0, 84.0], [95.0, 60.0, 80.0]
+    assert score_difference(own, peer, True, True) == -5
+    assert score_difference(own, peer, False, True) == pytest.approx(100 * 10 / 60)
+
+
 def test_medians_are_over_seeds_in_pairs():
     own = [run([8.0, 1.0], seed=0), run([8.0, 6.0], seed=1), run([8.0, 2.0], seed=2)]
     peer = [run([8.0, 4.0], "peer", seed=2), run([8.0, 4.0], "peer", seed=0), run([8.0, 2.0], "peer", seed=1)]
@@ -86,10 +93,10 @@ def test_the_summary_has_means_the_worst_and_counts():
     }
     # Time: 1 of 2 seconds; 2 seconds over the 1 after which Adam is at 4. Loss: 2 / 4; 4 / 3.5.
     lines = comparison.summary([first, second], best, ["own", "own, falling", "Adam"]).splitlines()
-    assert lines[4] == "| own | Adam | 1.00 | 2.00, second | 1 of 2 | 0.76 | 1.14, second | 1 of 2 |"
+    assert lines[4] == "| own | Adam | 1.00 | 2.00, second | 1 of 2 | 0.76 | 1.14, second | 1 of 2 | 1 of 2 |"
     assert lines[2] == lines[4].replace("Adam", "the best peer")
     # Its other setting, which is no peer: at Adam's loss after 1.4 and 2 of 2 seconds.
-    assert lines[3] == "| own, falling | the best peer | 0.84 | 1.00, second | 1 of 2 | 0.50 | 1.00, second | 1 of 2 |"
+    assert lines[3] == "| own, falling | the best peer | 0.84 | 1.00, second | 1 of 2 | 0.50 | 1.00, second | 1 of 2 | 1 of 2 |"
     assert len(lines) == 5
 
 
