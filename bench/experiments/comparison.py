@@ -155,7 +155,17 @@ def scores(problems: list[Problem], best: dict[str, Best], methods: list[str]) -
 def summary(problems: list[Problem], best: dict[str, Best], methods: list[str]) -> str:
     """Markdown: geometric means over the problems, the worst, and on how many the first method is ahead, in every setting."""
     own = methods[0]
-    columns = ["", "against", "time ratio, mean", "worst", "ahead on", "loss ratio, mean", "worst", "better score on", "stopped in time"]
+    columns = [
+        "",
+        "against",
+        "time ratio, mean",
+        "worst",
+        "ahead on",
+        "loss ratio, mean",
+        "worst",
+        "better score on",
+        "stopped in time",
+    ]
     lines = [row(columns), "|---" * len(columns) + "|"]
     against_best = [(name, "") for name in (own, *settings_of(methods))]
     for name, peer in (*against_best, *((own, peer) for peer in peers_of(own, methods))):

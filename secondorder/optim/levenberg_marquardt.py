@@ -42,14 +42,20 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         theta <- theta + lr d + lr^2 a / 2,   (J^T J + diag(t) + mu I) d = -(J^T r + t theta),   (...) a = -J^T r'',
 
     where r'' is the second derivative of r along d, and a is the geodesic acceleration, which is left out if it is large beside
-    d. The system is solved in m or P dimensions, whichever are fewer, by Cholesky's method, and beyond 1500 rows by conjugate
+    d. By how much the residuals there miss r + J d is then corrected with the same J and mu, up to three times:
+
+        theta <- theta - (J^T J + diag(t) + mu I)^-1 J^T (r(theta) - (r + J d)).
+
+    The system is solved in m or P dimensions, whichever are fewer, by Cholesky's method, and beyond 1500 rows by conjugate
     gradients with a Nystrom preconditioner of rank 200.
 
     **Rows.** Each step draws `rows` residuals at random, which stand for all; if the parameters are no more than `rows`, it draws
     at least four for each parameter. After 4 steps without a new record of the whole loss it draws 1.5 times as many.
 
     **Acceptance.** A step is taken if the loss of the rows drawn falls and the whole loss stays below twice its record. mu
-    follows the ratio of the reduction to the predicted one (Nielsen's rule). A step tries at most 12 values of mu.
+    follows the ratio of the reduction to the predicted one (Nielsen's rule). A step tries at most 12 values of mu. It is
+    corrected where it would not be taken, or where that ratio is below 0.75, as long as a correction is shorter than a tenth of d
+    and lowers the loss of the rows drawn.
 
     **Residuals held out.** With fewer than 4 residuals for each parameter, a tenth of each term with 100 or more is held out. If
     12 steps bring no new record of the loss of those held out, and it is at least a tenth above that of the others, the points
@@ -71,6 +77,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         rows: how many residuals a step draws; each term gets at least half of an equal share. None: all.
         max_rows: how many residuals a step draws at most, once their number grows. None: all.
         acceleration: whether steps are bent by the geodesic acceleration, which costs one more call of the closure in each step.
+        corrections: how often a step is corrected at most, >= 0; each costs a call of the closure, and no Jacobian.
         damping: the start of mu, relative to the mean of the diagonal of J J^T, > 0.
         race: whether the first call tries two starts. Without it the first step begins with `damping`.
         holdout: whether a tenth of the residuals is held out, of terms with 100 or more that data enter through layers. None: if
@@ -91,7 +98,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     memory goes to J [rows, P] and J J^T.
 
     Source: Levenberg (1944) and Marquardt (1963); Nielsen (1999) for the damping; Transtrum & Sethna (2012) for the acceleration;
-    Frangella, Tropp & Udell (2021) for the preconditioner.
+    Fan (2012) for corrections with the same Jacobian; Frangella, Tropp & Udell (2021) for the preconditioner.
     """
 
     def __init__(
@@ -102,6 +109,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         rows: int | None = 300,
         max_rows: int | None = None,
         acceleration: bool = True,
+        corrections: int = 3,
         damping: float = 1e-3,
         race: bool = True,
         holdout: bool | None = None,
@@ -124,11 +132,12 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             ("memory", memory, isinstance(memory, int) and memory >= 0, "to be an int >= 0"),
             ("seed", seed, isinstance(seed, int), "to be an int"),
             ("max_iter", max_iter, type(max_iter) is int and max_iter >= 1, "to be an int >= 1"),
+            ("corrections", corrections, type(corrections) is int and corrections >= 0, "to be an int >= 0"),
             ("nonfinite", nonfinite, nonfinite in ("error", "skip"), "'error' or 'skip'"),
         ]
         check_arguments(name, checks)
         self._settings = Settings(
-            min(rows or math.inf, max_rows or math.inf), max_rows or math.inf, acceleration, holdout, solver, memory
+            min(rows or math.inf, max_rows or math.inf), max_rows or math.inf, acceleration, corrections, holdout, solver, memory
         )
         self._damping, self._race, self._seed, self._max_iter, self._nonfinite = damping, race, seed, max_iter, nonfinite
         self._reset()

@@ -20,6 +20,8 @@ from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals
 TRIES = 12  # a step tries at most so many dampings
 PROBE = 0.1  # the second derivative along a step is taken at this share of the step
 BEND = 0.75  # an acceleration is left out if its double is not less than this times the step
+ENOUGH = 0.75  # a step is corrected while it lowers the loss of the rows drawn by less than this share of what was predicted,
+CHORD = 0.1  # by less than this times the step
 RISE = 2.0  # a step that lowers the loss of the rows drawn may raise the whole loss to so many times its record
 PATIENCE = 4  # after so many steps without a new record of the whole loss more rows are drawn,
 GROWTH = 1.5  # so many times as many
@@ -74,6 +76,7 @@ class Settings(NamedTuple):
     rows: float
     max_rows: float
     acceleration: bool
+    corrections: int
     holdout: bool | None
     solver: str
     memory: int
@@ -88,6 +91,15 @@ class _Rows(NamedTuple):
     scale: Tensor  # [m], the same of all blocks
     whole: bool  # whether these are all residuals
     held: list[tuple[Tensor, Tensor, Tensor]]  # of each block: those held out and the others, as in `flat`, and their roots of c
+
+
+class _Trial(NamedTuple):
+    """The residuals where a step leads."""
+
+    values: list[Tensor]  # those of all terms
+    whole: float  # the whole loss
+    drawn: float  # the loss of the rows drawn
+    held: list[float]  # the mean losses that `_held` returns
 
 
 class GaussNewtonStep:
@@ -139,7 +151,8 @@ class GaussNewtonStep:
             damping = (mu * problem.trace.double()).to(theta.dtype)
             solve, failed = problem.at(damping)
             delta = problem.step(solve, r, theta, damping)
-            linear = self._drawn_objective(r + jacobian.mv(self._lr * delta), theta + self._lr * delta, here)
+            aim = r + jacobian.mv(self._lr * delta)
+            linear = self._drawn_objective(aim, theta + self._lr * delta, here)
             trace, start, end, fails = host_numbers([problem.trace, at_start, linear, failed])
             if not math.isfinite(trace):
                 raise NonFiniteError(f"{loss.owner}.step(): the Jacobian holds NaN or inf; no parameter and no state has changed")
@@ -152,26 +165,22 @@ class GaussNewtonStep:
             moved = theta + self._lr * delta
             if settings.acceleration:
                 moved = moved + self._lr**2 * self._acceleration(here, rows, jacobian, solve, r, theta, delta)
-            loss.move(moved)
-            values = loss.there(here)
-            all_of_them = loss.objective(values, here)
-            of_drawn = all_of_them if rows.whole else self._drawn_objective(self._taken(values, rows), loss.flat(), here)
-            now, drawn, *held = host_numbers([all_of_them, of_drawn, *self._held(values, rows)])
             limit = whole if rows.whole else RISE * (min(whole, progress.record) if same else whole)
-            if drawn < start and now < limit and predicted > 0:
-                ratio = (start - drawn) / predicted
+            trial = self._trial(here, rows, moved)
+            if predicted > 0:
+                trial = self._corrected(trial, here, rows, aim, solve, delta, (start, end, limit))
+            if trial.drawn < start and trial.whole < limit and predicted > 0:
+                ratio = (start - trial.drawn) / predicted
                 if ratio > SUSPECT:
                     reached = loss.flat()
                     loss.move(theta)
                     self._check_same(before, here, 1e-2)
-                    loss.move(reached)
-                    values = loss.there(here)
+                    trial = self._trial(here, rows, reached)
                 least = max(HELD_DECAY * progress.least, LEAST_DAMPING)
                 mu = max(mu * max(1 / 3, 1 - (2 * ratio - 1) ** 3), least)
-                progress = self._recorded(
-                    progress._replace(damping=mu, least=least, growth=2.0, ratio=ratio, whole=now), now, rows.whole
-                )
-                return self._held_out(here._replace(values=values, objective=now), progress, rows, held)
+                progress = progress._replace(damping=mu, least=least, growth=2.0, ratio=ratio, whole=trial.whole)
+                progress = self._recorded(progress, trial.whole, rows.whole)
+                return self._held_out(here._replace(values=trial.values, objective=trial.whole), progress, rows, trial.held)
             mu, growth = mu * growth, 2 * growth
         loss.move(theta)
         self._check_same(before, here, 1e-2)
@@ -355,6 +364,46 @@ class GaussNewtonStep:
         return [i for i, error in enumerate(errors) if not error <= tolerance * size]
 
     # --- parts of a step ---
+
+    def _trial(self, here: Residuals, rows: _Rows, theta: Tensor) -> _Trial:
+        """Moves the parameters, and evaluates the residuals there."""
+        self._loss.move(theta)
+        values = self._loss.there(here)
+        whole = self._loss.objective(values, here)
+        drawn = whole if rows.whole else self._drawn_objective(self._taken(values, rows), theta, here)
+        now, of_drawn, *held = host_numbers([whole, drawn, *self._held(values, rows)])
+        return _Trial(values, now, of_drawn, held)
+
+    def _corrected(
+        self, trial: _Trial, here: Residuals, rows: _Rows, aim: Tensor, solve: Callable[[Tensor], Tensor], delta: Tensor,
+        losses: tuple[float, float, float],
+    ) -> _Trial:  # fmt: skip
+        """Corrects a step by chords until it is as good as the linear model promises, or cannot be corrected.
+
+        By how much the residuals miss the linear model's, r + J delta, is solved for with the same Jacobian. A correction costs
+        one call of the closure; a step with a smaller damping, in place of one that fails, costs two, and is shorter.
+
+        Args:
+            trial: where the step has led.
+            here: the residuals where it began.
+            rows: the rows of the step.
+            aim: the residuals r + J delta of these rows.
+            solve: the step's solve, at its damping.
+            delta: the step without acceleration.
+            losses: of the rows drawn that at the start, and that of `aim`; and the limit of the whole loss.
+        """
+        start, end, limit = losses
+        for _ in range(self._settings.corrections):
+            if not math.isfinite(trial.drawn) or (start - trial.drawn > ENOUGH * (start - end) and trial.whole < limit):
+                break
+            at, correction = self._loss.flat(), solve(self._taken(trial.values, rows) - aim)
+            if not bool(correction.norm() < CHORD * delta.norm()):
+                break
+            corrected = self._trial(here, rows, at - correction)
+            if not corrected.drawn < trial.drawn:
+                return self._trial(here, rows, at)  # since a graph holds for the parameters' values of its own call alone
+            trial = corrected
+        return trial
 
     def _acceleration(
         self, here: Residuals, rows: _Rows, jacobian: Jacobian, solve: Callable[[Tensor], Tensor], r: Tensor, theta: Tensor,

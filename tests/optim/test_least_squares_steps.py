@@ -55,6 +55,42 @@ def test_the_acceleration_is_half_the_second_derivative():
     torch.testing.assert_close(theta.detach() - before, d + acceleration / 2, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("twist", "corrections", "made"), [(0.0, 0, 0), (0.3, 3, 1), (0.8, 1, 1), (0.8, 2, 2), (0.8, 3, 3), (0.8, 9, 3)]
+)
+def test_corrections_are_chords_by_the_same_jacobian(twist, corrections, made):
+    # A narrow valley: along it the residuals hardly fall, and its walls bend by as much.
+    mixed = torch.linalg.qr(torch.randn(7, 2))[0]
+    theta, penalties, calls = nn.Parameter(torch.zeros(2)), torch.tensor([1e-5, 2e-5]), []
+
+    def residual(t):
+        return mixed @ torch.stack([t[0] + 0.03 * t[1] ** 2 + twist * t[0] * t[1], 0.03 * (t[1] - 1)])
+
+    def loss(t):
+        return residual(t).square().sum() + (penalties * t**2).sum()
+
+    def closure():
+        calls.append(theta.detach().clone())
+        return loss(theta)
+
+    before = theta.detach().clone()
+    j, r = torch.autograd.functional.jacobian(residual, before), residual(before)
+    matrix = j.T @ j + torch.diag(penalties) + 1e-4 * j.square().sum() / 7 * torch.eye(2)
+    d = -torch.linalg.solve(matrix, j.T @ r + penalties * before)
+    aim, places = r + j @ d, [before + d]
+    promised = loss(before) - aim @ aim - penalties @ (before + d) ** 2
+    while len(places) <= corrections and loss(before) - loss(places[-1]) <= 0.75 * promised:
+        c = torch.linalg.solve(matrix, j.T @ (residual(places[-1]) - aim))
+        assert c.norm() < 0.1 * d.norm()
+        places.append(places[-1] - c)
+        assert loss(places[-1]) < loss(places[-2])
+    assert len(places) == 1 + made
+    optimizer = so.LevenbergMarquardt([theta], rows=None, race=False, acceleration=False, corrections=corrections, damping=1e-4)
+    optimizer.step(closure)
+    torch.testing.assert_close(theta.detach(), places[-1], rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(calls[-1 - made :], places, rtol=1e-8, atol=1e-12)
+
+
 def test_a_linear_problem_is_solved_at_once():
     layer, x, y = nn.Linear(4, 1), torch.randn(30, 4), torch.randn(30, 1)
     optimizer = so.LevenbergMarquardt(layer.parameters(), race=False, damping=1e-14)
