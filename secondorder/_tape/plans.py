@@ -205,14 +205,13 @@ def _block(term: int, elements: Tensor | None, r: Output, found: Uses, parameter
 def _check_width(use: Use, rows: Tensor, parameter: Tensor) -> None:
     """Raises RuntimeError where an outer product is not of the parameter's size."""
     if use.operand is None:
-        numel = rows.shape[1]
+        outer = rows[:1].unsqueeze(2)
     elif len(use.operand) != len(rows):
         raise RuntimeError
     else:
         pair = (use.operand[:1], rows[:1]) if use.swapped else (rows[:1], use.operand[:1])
         outer = pair[0].unsqueeze(2) * pair[1].unsqueeze(1)
-        numel = (outer if use.back is None else use.back(outer)).numel()
-    if numel != parameter.numel():
+    if (outer if use.back is None else use.back(outer)).numel() != parameter.numel():
         raise RuntimeError
 
 

@@ -5,6 +5,8 @@ For a product Z = A W^T the gradient of a residual r_k is the sum over its rows 
 arrives at Z. So all rows of a Jacobian come from one backward pass.
 """
 
+import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +16,8 @@ from torch.autograd.graph import Node
 from torch.nn import functional as F
 
 from secondorder._tape.residuals import LEAF, kind, signed_dim
+
+BLOCKS = 2**22  # numbers in the rows of a batch of matrices of which each has its own block of columns, at most
 
 Back = Callable[[Tensor], Tensor]  # takes m gradients of one tensor to those of another, [m, ...] to [m, ...]
 
@@ -197,6 +201,10 @@ def _flip(gradient: Tensor) -> Tensor:
     return gradient.transpose(-1, -2)
 
 
+def _reshape(shape: torch.Size) -> Back:
+    return lambda gradient: gradient.reshape(len(gradient), *shape)
+
+
 def _composed(steps: list[Back]) -> Back:
     def back(gradient: Tensor) -> Tensor:
         for step in steps:
@@ -209,7 +217,8 @@ def _composed(steps: list[Back]) -> Back:
 def _transposes(node: Any, name: str) -> bool:
     """Returns whether a node is the transpose of a matrix."""
     if name == "TransposeBackward":
-        return {signed_dim(node._saved_dim0), signed_dim(node._saved_dim1)} in ({0, 1}, {-1, -2})
+        dims = {signed_dim(node._saved_dim0), signed_dim(node._saved_dim1)}
+        return dims in ({0, 1}, {-1, -2}) and len(node._input_metadata[0].shape) == 2
     return name == "TBackward" or (name == "PermuteBackward" and tuple(node._saved_dims) in ((1, 0), (-1, -2)))
 
 
@@ -239,6 +248,9 @@ def _step_back(node: Any, name: str) -> Back | None:
         if isinstance(other, Tensor) and other.numel() > 1:
             return None
         return (lambda g: g * other) if name == "MulBackward" else (lambda g: g / other)
+    if name == "SelectBackward":
+        sizes, dim, chosen = tuple(node._saved_self_sym_sizes), signed_dim(node._saved_dim), signed_dim(node._saved_index)
+        return lambda g: torch.ops.aten.select_backward(g, [len(g), *sizes], dim % len(sizes) + 1, chosen)
     if name == "SliceBackward":
         sizes, where = tuple(node._saved_self_sym_sizes), (node._saved_dim, node._saved_start, node._saved_end, node._saved_step)
         dim = signed_dim(where[0]) % len(sizes)
@@ -295,9 +307,48 @@ def _mm(node: Any, index: dict[int, int]) -> Found:
 
 
 def _bmm(node: Any, index: dict[int, int]) -> Found:
-    """Handles batches of one, or with an operand that the whole batch shares."""
+    """Handles batches of one, an operand that the whole batch shares, and matrices of which each member of the batch has its own.
+
+    Member j of the latter is block j of a matrix whose blocks stand below each other, and its operand fills block j of a row.
+    """
     for position, use in _product(node, index, 0, ("_saved_self", "_saved_mat2")):
-        yield position, use if use.back is None else use._replace(back=_composed([lambda g: g.unsqueeze(1), use.back]))
+        shape = _shape(node.next_functions[position])
+        back = [] if use.back is None else [use.back]
+        if shape[0] == 1 or _repeats(node.next_functions[position][0]):
+            yield position, use._replace(back=_composed([lambda g: g.unsqueeze(1), *back]) if back else None)
+            continue
+        members, operand, rows = shape[0], use.operand, use.rows
+        if operand is None or members * max(operand.numel(), _shape((node, 0)).numel()) > BLOCKS:
+            continue
+        if use.swapped:
+            operand = _in_blocks(operand, members)
+        else:
+            rows = _composed([use.rows, functools.partial(_in_blocks, members=members)])
+        if back:
+            back = [_reshape(shape), *back]
+        yield position, use._replace(operand=operand, rows=rows, back=_composed(back) if back else None)
+
+
+def _in_blocks(rows: Tensor, members: int) -> Tensor:
+    """Returns rows [members n, a] as [members n, members a], those of member j in columns j a to (j + 1) a, beside zeros."""
+    of_members = rows.view(members, -1, 1, rows.shape[1])
+    unit = torch.eye(members, dtype=rows.dtype, device=rows.device).view(members, 1, members, 1)
+    return (unit * of_members).view(len(rows), -1)
+
+
+def _repeats(node: Any) -> bool:
+    """Returns whether an operand that is made of a parameter repeats its numbers."""
+    while node is not None and node.name() != LEAF:
+        if kind(node) == "ExpandBackward" and math.prod(node._saved_self_sym_sizes) < _shape((node, 0)).numel():
+            return True
+        node = node.next_functions[0 if node.next_functions[0][0] is not None else -1][0]
+    return False
+
+
+def _shape(edge: tuple[Any, int]) -> torch.Size:
+    """Returns the shape of the tensor that an edge of the graph stands for."""
+    node, number = edge
+    return torch.Size(node._input_metadata[number].shape)
 
 
 def _addmm(node: Any, index: dict[int, int]) -> Found:
@@ -306,17 +357,31 @@ def _addmm(node: Any, index: dict[int, int]) -> Found:
 
 
 def _vector(node: Any, index: dict[int, int], position: int, scale: float, other: Tensor | None) -> Found:
-    """Handles a vector along the last dimension, or a number, that every row is given, times `scale` and the tensor `other`."""
-    for made in _made_of(node.next_functions[position][0], index):
-        parameter = made.parameter
-        if made.back is not None or made.flipped or (parameter.ndim and parameter.shape[-1] != parameter.numel()):
+    """Handles a number, a vector or a tensor that is repeated for every row of the result, times `scale` and the tensor `other`.
+
+    If it is repeated between its dimensions, as a bias [members, 1, n] is, row i of member j gives e_j x G_ji.
+    """
+    edge, whole = node.next_functions[position], _shape((node, 0))
+    for made in _made_of(edge[0], index):
+        shape = _shape(edge)
+        aligned = (1,) * (len(whole) - len(shape)) + tuple(shape)
+        last = next(i for i in range(len(whole) + 1) if aligned[i:] == whole[i:])
+        before = [i for i in range(last) if aligned[i] > 1]
+        members = math.prod(whole[i] for i in before)
+        alone = last == 0 and math.prod(aligned[:-1]) > 1  # it is not repeated
+        if made.flipped or alone or (before and members * whole.numel() > BLOCKS):
             continue
 
-        def rows(gradient: Tensor, width: int = parameter.numel()) -> Tensor:
+        def rows(
+            gradient: Tensor, width: int = whole[last:].numel(), before: list[int] = before, members: int = members
+        ) -> Tensor:
             scaled = gradient if other is None else gradient * other
-            return scale * scaled.reshape(-1, width)
+            if not before:
+                return scale * scaled.reshape(-1, width)
+            return _in_blocks(scale * scaled.movedim(before, list(range(len(before)))).reshape(-1, width), members)
 
-        yield position, Use(node, index[id(parameter)], rows, None, False, None)
+        back = None if made.back is None else _composed([_reshape(shape), made.back])
+        yield position, Use(node, index[id(made.parameter)], rows, None, False, back)
 
 
 def _mv(node: Any, index: dict[int, int]) -> Found:

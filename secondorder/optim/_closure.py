@@ -1,5 +1,6 @@
 """Closures that a step calls more than once: `loss.backward()` then does nothing, or something else than torch's."""
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# The default of a `closure` that a step needs: inspect.signature then shows none, as of L-BFGS, and frameworks look there.
+NEEDED: Any = inspect.Parameter.empty
 
 _LOCAL = threading.local()  # .stack: what stands in for backward in this thread; .roots: what it was called on
 _LOCK = threading.Lock()

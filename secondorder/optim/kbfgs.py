@@ -14,6 +14,7 @@ from secondorder._tape import ForwardState
 from secondorder._tensors import host_numbers, to_compute_dtype
 from secondorder.errors import NonFiniteError
 from secondorder.optim._base import CurvatureOptimizer, check_instances
+from secondorder.optim._closure import NEEDED
 from secondorder.optim._closure_pass import ClosurePass, kept_gradients
 from secondorder.optim._kbfgs_inputs import InputMoments
 from secondorder.optim._kbfgs_layer import (
@@ -244,7 +245,7 @@ class KBFGS(CurvatureOptimizer):
             self.state[layer.weight].update(start)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Callable[[], Tensor] = NEEDED) -> Tensor:  # type: ignore[override]
         """One step; calls the closure at least twice.
 
         Args:
@@ -291,10 +292,10 @@ class KBFGS(CurvatureOptimizer):
         self._growth.see(value)
         return loss
 
-    def _usable(self, closure: Callable[[], Tensor] | None) -> Callable[[], Tensor]:
+    def _usable(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Returns the closure; raises RuntimeError if there is none, or a GradScaler, which could not call it again."""
         name = type(self).__name__
-        if closure is None:
+        if closure is None or closure is NEEDED:
             raise RuntimeError(
                 f"{name}.step(): expected a closure, since the loss is needed at two points: a function that calls "
                 "optimizer.zero_grad(), computes the loss, calls loss.backward() and returns the loss"

@@ -11,7 +11,7 @@ from secondorder._tape.factored import Buffer
 from secondorder._tape.plans import Plan
 from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
-from secondorder.optim._closure import idle_backward, with_graph
+from secondorder.optim._closure import NEEDED, idle_backward, with_graph
 from secondorder.optim._numbers import Numbers, check_arguments, check_numbers, warn_of_short_steps
 from secondorder.optim._optimizer import SecondOrderOptimizer
 from secondorder.optim.eigen_adam import EigenAdam
@@ -145,7 +145,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         warn_of_short_steps(name, lr)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] = NEEDED) -> Tensor:  # type: ignore[override]
         """Makes one step, or up to `max_iter`: fewer if one of them lowers nothing, with which the call ends.
 
         A step calls the closure three times or more, or twice or more if it goes on from one of the same call; the first step of
@@ -169,7 +169,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         """
         name = type(self).__name__
         self._refuse_capture()
-        if closure is None:
+        if closure is None or closure is NEEDED:
             raise RuntimeError(
                 f"{name}.step(): expected a closure, since the loss is needed at several points: a function that computes "
                 "and returns the loss; it may call optimizer.zero_grad() and loss.backward(), which do nothing here"

@@ -260,3 +260,16 @@ def test_a_state_of_another_solver_is_refused_at_once():
     with pytest.raises(ValueError, match="EACG.load_state_dict.*: expected the state of the solver KFI, got one of EACGSolver"):
         optimizer.load_state_dict(saved)
     assert_same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("name", [*ALL, "EigenAdam", "LevenbergMarquardt"])
+def test_the_signature_of_step_says_who_needs_a_closure(name):
+    model = nn.Linear(3, 2)
+    optimizer = ALL[name](model, nn.MSELoss()) if name in ALL else getattr(so, name)(model.parameters())
+    needs = inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty
+    assert needs == (name in ("KBFGS", "KBFGSL", "LevenbergMarquardt"))
+    assert inspect.signature(torch.optim.LBFGS.step).parameters["closure"].default is inspect.Parameter.empty  # as torch's own
+    if needs:
+        for call in (optimizer.step, lambda: optimizer.step(None)):
+            with pytest.raises(RuntimeError, match="expected a closure, since"):
+                call()

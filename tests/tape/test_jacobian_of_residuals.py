@@ -6,7 +6,7 @@ from helpers.least_squares import float64  # noqa: F401
 from helpers.residuals import close, compared, gradient, mlp, points
 from torch import nn
 from torch.func import functional_call, hessian, vmap
-from torch.nn.functional import mse_loss
+from torch.nn.functional import mse_loss, silu
 
 CASES = {}
 
@@ -357,6 +357,49 @@ def coefficients_of_basis_functions():
     return [c], lambda: (((basis @ c).exp() - 1) ** 2).mean()
 
 
+@case
+def an_ensemble_of_weights():
+    first, last = nn.Parameter(torch.rand(3, 2, 4)), nn.Parameter(torch.rand(3, 1, 4))
+    bias, x = nn.Parameter(torch.rand(3, 1, 4)), points(5)
+
+    def loss():
+        inputs = x.expand(3, 5, 2)
+        u = torch.bmm(torch.tanh(torch.bmm(inputs, first) + bias), last.transpose(1, 2))
+        return ((gradient(u, x) - 1) ** 2).mean() + (torch.matmul(first.mT, x.T) ** 2).sum()
+
+    return [first, bias, last], loss
+
+
+@case
+def splines_on_edges():
+    edges, slopes, last = nn.Parameter(torch.rand(2, 4, 5)), nn.Parameter(torch.rand(2, 4)), nn.Parameter(torch.rand(4, 1, 5))
+    x, knots = points(6), torch.linspace(0, 1, 5)
+
+    def basis(x):
+        return torch.exp(-((x.unsqueeze(2) - knots) ** 2))
+
+    def loss():
+        u = torch.einsum("ijk,jlk->ijl", basis(x), edges) + slopes[None] * silu(x)[:, :, None]
+        u = torch.einsum("ijk,jlk->il", basis(u.sum(1)), last)
+        u_x = gradient(u, x)
+        return (u_x.sum(1) ** 2).mean() + mse_loss(gradient(u_x[:, :1], x), x)
+
+    return [edges, slopes, last], loss
+
+
+@case
+def slopes_that_are_rows_of_a_parameter():
+    net, x, slopes = mlp(1), points(7, 1), nn.Parameter(torch.rand(3, 8))
+
+    def loss():
+        u = net[0](x)
+        for a in (slopes[0], slopes[-1], 2 * slopes[1, :]):
+            u = torch.tanh(a * u)
+        return ((gradient(u.sum(1), x) + 1) ** 2).mean()
+
+    return [*net[0].parameters(), slopes], loss
+
+
 FALLBACKS = {}
 
 
@@ -398,12 +441,6 @@ def functional_derivatives():
         return ((h[:, 0, 0] + h[:, 1, 1] - 1) ** 2).mean()
 
     return net.parameters(), loss
-
-
-@fallback
-def an_ensemble_of_weights():
-    w, x = nn.Parameter(torch.rand(3, 2, 4)), torch.rand(5, 2)
-    return [w], lambda: (torch.bmm(x.expand(3, 5, 2), w) ** 2).mean()
 
 
 @fallback
