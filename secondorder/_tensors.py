@@ -40,6 +40,11 @@ def refuse_capture(what: str) -> None:
         )
 
 
+def plain(t: Any) -> Any:
+    """Returns a tensor without what a subclass of Tensor adds, as names of its columns; all else and parameters as they are."""
+    return t.as_subclass(Tensor) if isinstance(t, Tensor) and type(t) not in _WHOLE else t
+
+
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns `t.to(dtype)`, without a call of torch if that is `t` itself: with small layers such calls dominate a step."""
     return t if t.dtype == dtype else t.to(dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder._tape.square_roots import ROOTS
-from secondorder._tensors import host_numbers
+from secondorder._tensors import host_numbers, plain
 
 # Nodes that a loss may be made of above its squares: each is linear in every input, with constants that autograd knows.
 _LINEAR = {
@@ -148,7 +148,7 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
         if square is not None:
             constant |= kind(node) == "BinaryCrossEntropyWithLogitsBackward"  # the entropy of its targets
             is_parameter = square.residual.is_leaf
-            (penalties if is_parameter else squares).append(square)
+            (penalties if is_parameter else squares).append(square._replace(residual=plain(square.residual)))
             continue
         name = kind(node)
         inputs = [f for f, _ in node.next_functions]

@@ -16,6 +16,7 @@ from torch.autograd.graph import Node
 from torch.nn import functional as F
 
 from secondorder._tape.residuals import LEAF, kind, signed_dim
+from secondorder._tensors import plain
 
 BLOCKS = 2**22  # numbers in the rows of a batch of matrices of which each has its own block of columns, at most
 
@@ -299,7 +300,7 @@ def _product(node: Any, index: dict[int, int], left: int, operands: tuple[str, s
             # dB = A^T G, one outer(A_i, G_i) a row of A; dA = G B^T, one outer(G_i, B_i) a column of B.
             swapped = (position == left + 1) != made.flipped
             scaled = rows if scale == 1 else (lambda g, rows=rows: scale * rows(g))
-            yield position, Use(node, index[id(made.parameter)], scaled, rows(operand.detach()), swapped, made.back)
+            yield position, Use(node, index[id(made.parameter)], scaled, rows(plain(operand).detach()), swapped, made.back)
 
 
 def _mm(node: Any, index: dict[int, int]) -> Found:
@@ -389,7 +390,7 @@ def _mv(node: Any, index: dict[int, int]) -> Found:
     for made in _made_of(node.next_functions[1][0], index):
         if made.back is None and made.parameter.ndim == 1 and node._saved_self is not None:
             rows: Callable[[Tensor], Tensor] = lambda g: g.reshape(-1, 1)  # noqa: E731
-            yield 1, Use(node, index[id(made.parameter)], rows, node._saved_self.detach(), False, None)
+            yield 1, Use(node, index[id(made.parameter)], rows, plain(node._saved_self).detach(), False, None)
 
 
 def _add(node: Any, index: dict[int, int]) -> Found:
@@ -410,14 +411,14 @@ def _mul(node: Any, index: dict[int, int]) -> Found:
     for position, other in ((0, "_saved_other"), (1, "_saved_self")):
         value = getattr(node, other)
         if isinstance(value, Tensor):
-            yield from _vector(node, index, position, 1.0, value.detach())
+            yield from _vector(node, index, position, 1.0, plain(value).detach())
 
 
 def _convolution(node: Any, index: dict[int, int]) -> Found:
     """Handles convolutions, whose rows are the positions of the output: a gradient, and the patch that the kernel sees."""
     weight = _made_of(node.next_functions[1][0], index)
     bias = _made_of(node.next_functions[2][0], index) if len(node.next_functions) > 2 else []
-    x: Tensor = node._saved_input.detach()
+    x = plain(node._saved_input).detach()
     if node._saved_transposed or node._saved_groups != 1 or x.ndim not in (3, 4):
         return
 
@@ -447,7 +448,7 @@ def _trilinear(node: Any, index: dict[int, int]) -> Found:
             if expansions[position] != (0,) or made.back is not None or made.flipped:  # a weight for every row
                 continue
             first, second = (
-                _expanded(getattr(node, f"_saved_i{i + 1}").detach(), expansions[i]) for i in range(3) if i != position
+                _expanded(plain(getattr(node, f"_saved_i{i + 1}")).detach(), expansions[i]) for i in range(3) if i != position
             )
 
             def rows(gradient: Tensor, other: Tensor = first * second) -> Tensor:

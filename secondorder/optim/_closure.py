@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secondorder._tensors import plain
+
 # The default of a `closure` that a step needs: inspect.signature then shows none, as of L-BFGS, and frameworks look there.
 NEEDED: Any = inspect.Parameter.empty
 
@@ -112,7 +114,7 @@ def with_graph(owner: str, closure: Callable[[], Any], parameters: list[Tensor])
         with_own_graph = is_loss and value.requires_grad
         if with_own_graph and calls > 1:  # seen at the first call
             return value
-        loss = torch.stack([root.reshape(()) for root in roots]).sum()
+        loss = torch.stack([plain(root).reshape(()) for root in roots]).sum()
         if not torch.allclose(loss.detach(), torch.as_tensor(value).detach().to(loss), equal_nan=True):
             raise RuntimeError(
                 f"{owner}.step(): expected the closure to return the loss that it calls backward on, {float(loss.detach()):.6g}, "

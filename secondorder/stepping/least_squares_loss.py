@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secondorder._random import RandomState
 from secondorder._tape.residuals import Reach, Term, Terms, arriving, check_signs, coefficients, find_terms, negative
-from secondorder._tensors import host_numbers
+from secondorder._tensors import host_numbers, plain
 
 Closure = Callable[[], Any]
 
@@ -138,6 +138,7 @@ class LeastSquaresLoss:
         before = [(p._version, p.detach().clone() if p.is_cpu else None) for p in self.parameters]
         with torch.enable_grad():
             result = self._closure()
+            result = plain(result)
         if written := [p for p, (v, old) in zip(self.parameters, before, strict=True) if p._version != v or _differs(p, old)]:
             raise RuntimeError(
                 f"{self.owner}.step(): expected a closure that leaves the parameters as they are, but it writes to the one of "
@@ -174,7 +175,7 @@ class LeastSquaresLoss:
                     "itself; give what it squares, (u - y, weight) for mse_loss(u, y), or return the scalar loss without a list"
                 )
         with torch.enable_grad():
-            return torch.stack([(weight * r.square()).mean() for r, weight in result]).sum()
+            return torch.stack([(plain(weight) * plain(r).square()).mean() for r, weight in result]).sum()
 
     def _is_loss(self, r: Tensor) -> bool:
         """Whether the graph of a scalar shows a sum of squares and nothing beside it, as it does not for |u|^2 - 1."""

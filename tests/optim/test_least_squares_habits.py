@@ -229,3 +229,44 @@ def test_a_closure_that_writes_to_a_parameter_is_refused(write):
         for _ in range(3):
             optimizer.step(closure)
     assert torch.equal(p, torch.ones(2))
+
+
+class Labelled(torch.Tensor):
+    """A tensor whose methods read labels that results of other operations lack, as PDE frameworks have them."""
+
+    labels: list
+
+    def _labelled(self, name, *args, **kwargs):
+        result = getattr(self.as_subclass(torch.Tensor), name)(*args, **kwargs).as_subclass(Labelled)
+        result.labels = self.labels
+        return result
+
+
+for method in ("to", "detach", "reshape", "clone", "flatten", "view", "__getitem__", "transpose", "square", "expand"):
+    setattr(Labelled, method, lambda self, *args, name=method, **kwargs: self._labelled(name, *args, **kwargs))
+
+
+@pytest.mark.parametrize("returned", ["loss", "detached", "pair"])
+def test_tensors_with_labels(returned):
+    losses = {}
+    for labelled in (False, True):
+        torch.manual_seed(0)
+        net, x, y = regression()
+        scale = nn.Parameter(torch.ones(6))
+        optimizer = so.LevenbergMarquardt([*net.parameters(), scale])
+        if labelled:
+            x = x.as_subclass(Labelled)
+            x.labels = ["x", "y"]
+
+        def closure(net=net, x=x, y=y, scale=scale):
+            u = net[2](scale * torch.tanh(torch.nn.functional.linear(x, net[0].weight, net[0].bias)))
+            assert isinstance(u, Labelled) == isinstance(x, Labelled) and not hasattr(u, "labels")
+            if returned == "pair":
+                return [(u - y, 2.0)]
+            loss = 2 * ((u - y) ** 2).mean()
+            loss.backward()
+            return loss if returned == "loss" else loss.as_subclass(torch.Tensor).detach()
+
+        losses[labelled] = [float(optimizer.step(closure)) for _ in range(4)]
+    assert losses[True] == losses[False]
+    assert losses[True][-1] < 1e-2 * losses[True][0]
