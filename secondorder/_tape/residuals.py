@@ -34,6 +34,7 @@ _SUMS = {
 
 LEAF = "torch::autograd::AccumulateGrad"
 _NEITHER = "neither a square nor linear"
+_PRODUCT = "a product or quotient of two things that depend on the parameters"
 _COMPLEX = "a power of complex numbers, whose real part has no sign: write z.abs() ** 2 for the square of their absolute value"
 
 
@@ -143,7 +144,8 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
             constant = True
             continue
         if _complex_power(node):
-            raise _refused(owner, node, _COMPLEX)
+            _refuse(owner, loss, node, _COMPLEX)
+            continue
         square = _square(node, reach)
         if square is not None:
             constant |= kind(node) == "BinaryCrossEntropyWithLogitsBackward"  # the entropy of its targets
@@ -155,15 +157,16 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
         if name in _PRODUCTS:
             dependent = [f for f in inputs if f is not None and reach(f)]
             if len(dependent) > 1 or (name == "DivBackward" and not reach(inputs[0])):
-                raise _refused(owner, node, "a product or quotient of two things that depend on the parameters")
-            stack.extend(dependent)
+                _refuse(owner, loss, node, _PRODUCT)
+            else:
+                stack.extend(dependent)
         elif name == "LerpBackward" and len(inputs) == 3 and reach(inputs[2]) and (reach(inputs[0]) or reach(inputs[1])):
-            raise _refused(owner, node, "a product or quotient of two things that depend on the parameters")
+            _refuse(owner, loss, node, _PRODUCT)
         elif _is_linear(node):
             constant |= name in _SUMS and (None in inputs or len(inputs) == 1)
             stack.extend(f for f in inputs if f is not None)
         else:
-            raise _refused(owner, node, _NEITHER)
+            _refuse(owner, loss, node, _NEITHER)
     if not squares:  # a loss of squares of parameters alone: they are its residuals
         squares, penalties = [term._replace(residual=term.residual.clone()) for term in penalties], []
     if not squares:
@@ -191,11 +194,16 @@ _INSTEAD = {
 }
 
 
-def _refused(owner: str, node: Node, what: str) -> RuntimeError:
+def _refuse(owner: str, loss: Tensor, node: Node, what: str) -> None:
+    """Raises RuntimeError, unless the loss has the coefficient zero there, as that of 0 * penalty; all nodes above are linear."""
+    if len(node._input_metadata) == 1:
+        (coefficient,) = torch.autograd.grad(loss, [GradientEdge(node, 0)], retain_graph=True)
+        if not bool(coefficient.any()):
+            return
     trained = [f for f, _ in node.next_functions if f is not None and f.name() == LEAF]  # factors that are parameters
     names = [node.name()] if what == _NEITHER else [f.name() for f in trained]
     hint = next((text + ". " for starts, text in _INSTEAD.items() for name in names if name.startswith(starts)), "")
-    return RuntimeError(
+    raise RuntimeError(
         f"{owner}.step(): expected the loss to be a sum of means or sums of squares, each times a constant, but {node.name()} "
         f"is {what}. {hint}Take squares of residuals (r ** 2, nn.functional.mse_loss), Huber's loss, smooth L1, the soft margin, "
         "binary cross-entropy with logits or cross-entropy; detach weights that are computed from residuals; or return "

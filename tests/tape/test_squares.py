@@ -153,6 +153,28 @@ def test_what_is_no_sum_of_squares_is_refused(loss, message):
         of_loss(list(net.parameters()), loss(net(torch.rand(5, 2))))
 
 
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        lambda u, w: 0.0 * u.abs().sum(),
+        lambda u, w: torch.zeros(()) * (u.exp() * u).sum(),
+        lambda u, w: torch.add(torch.zeros(()), w.sum(), alpha=0) + 0 * w[0],
+        lambda u, w: (torch.tensor([0.0, 0.0]) * u.sum(0).sqrt().exp()).sum() / 3,
+        lambda u, w: 0 * (u.to(torch.complex128) ** 2).real.sum(),
+    ],
+)
+def test_terms_with_the_coefficient_zero_are_left_out(penalty):
+    net, x = mlp(2, 2), torch.rand(5, 2)
+    w = torch.nn.Parameter(torch.rand(3))
+    u = net(x)
+    values, c, _ = of_loss([*net.parameters(), w], (u**2).mean() + penalty(u.exp(), w))
+    (residual,) = values
+    close(residual.detach(), u.detach())
+    close(c[0], torch.full_like(u.detach(), 0.1))
+    with pytest.raises(RuntimeError, match="neither a square nor linear|a power of complex|a product or quotient"):
+        of_loss([*net.parameters(), w], (u**2).mean() + penalty(u.exp(), w) + 1e-9 * (u.exp().sum() + w.sum()))
+
+
 def test_what_is_linear_in_a_parameter_is_refused():
     net = mlp()
     with pytest.raises(RuntimeError, match="AccumulateGrad is neither a square nor linear"):
