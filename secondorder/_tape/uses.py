@@ -185,6 +185,8 @@ def _made_of(node: Node | None, index: dict[int, int]) -> list[_Made]:
                 _Made(f.variable, False, _composed([*steps, back]))  # type: ignore[union-attr]
                 for f, back in zip(leaves, both, strict=True)
             ]
+        if name == "MulBackward" and len(node.next_functions) == 2 and all(f is not None for f, _ in node.next_functions):
+            return _made_of_both(saved, index, [*steps, *([_flip] * (flips % 2) if not steps else [])])
         if _transposes(saved, name) and not steps:
             flips += 1
         else:
@@ -196,6 +198,32 @@ def _made_of(node: Node | None, index: dict[int, int]) -> list[_Made]:
             steps.append(step)
         node = node.next_functions[0 if node.next_functions[0][0] is not None else -1][0]
     return []
+
+
+def _made_of_both(node: Any, index: dict[int, int], steps: list[Back]) -> list[_Made]:
+    """Returns the parameters that a product of two tensors is made of if both are made of parameters; none otherwise.
+
+    Args:
+        node: the product.
+        index: the position of each parameter, by its id.
+        steps: what takes gradients of the operand to those of the product.
+    """
+    found = []
+    for edge, other in zip(
+        node.next_functions, (plain(node._saved_other).detach(), plain(node._saved_self).detach()), strict=True
+    ):
+        shape, factors = _shape(edge), _made_of(edge[0], index)
+        if not factors:
+            return []
+        aligned = (1,) * (len(_shape((node, 0))) - len(shape)) + tuple(shape)
+
+        def back(gradient: Tensor, other: Tensor = other, aligned: tuple[int, ...] = aligned) -> Tensor:
+            return (gradient * other).sum_to_size(len(gradient), *aligned)
+
+        for made in factors:
+            last = [_flip] if made.flipped else [] if made.back is None else [made.back]
+            found.append(_Made(made.parameter, False, _composed([*steps, back, _reshape(shape), *last])))
+    return found
 
 
 def _flip(gradient: Tensor) -> Tensor:
@@ -307,12 +335,18 @@ def _mm(node: Any, index: dict[int, int]) -> Found:
     return _product(node, index, 0, ("_saved_self", "_saved_mat2"))
 
 
-def _bmm(node: Any, index: dict[int, int]) -> Found:
+def _bmm(
+    node: Any,
+    index: dict[int, int],
+    left: int = 0,
+    operands: tuple[str, str] = ("_saved_self", "_saved_mat2"),
+    scale: float = 1.0,
+) -> Found:
     """Handles batches of one, an operand that the whole batch shares, and matrices of which each member of the batch has its own.
 
     Member j of the latter is block j of a matrix whose blocks stand below each other, and its operand fills block j of a row.
     """
-    for position, use in _product(node, index, 0, ("_saved_self", "_saved_mat2")):
+    for position, use in _product(node, index, left, operands, scale):
         shape = _shape(node.next_functions[position])
         back = [] if use.back is None else [use.back]
         if shape[0] == 1 or _repeats(node.next_functions[position][0]):
@@ -354,6 +388,11 @@ def _shape(edge: tuple[Any, int]) -> torch.Size:
 
 def _addmm(node: Any, index: dict[int, int]) -> Found:
     yield from _product(node, index, 1, ("_saved_mat1", "_saved_mat2"), float(node._saved_alpha))
+    yield from _vector(node, index, 0, float(node._saved_beta), None)
+
+
+def _baddbmm(node: Any, index: dict[int, int]) -> Found:
+    yield from _bmm(node, index, 1, ("_saved_batch1", "_saved_batch2"), float(node._saved_alpha))
     yield from _vector(node, index, 0, float(node._saved_beta), None)
 
 
@@ -466,6 +505,7 @@ def _expanded(t: Tensor, dims: tuple[int, ...]) -> Tensor:
 _HANDLERS: dict[str, Callable[[Any, dict[int, int]], Found]] = {
     "MmBackward": _mm,
     "BmmBackward": _bmm,
+    "BaddbmmBackward": _baddbmm,
     "MvBackward": _mv,
     "AddmmBackward": _addmm,
     "AddBackward": _add,

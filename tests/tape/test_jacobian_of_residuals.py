@@ -365,6 +365,7 @@ def an_ensemble_of_weights():
     def loss():
         inputs = x.expand(3, 5, 2)
         u = torch.bmm(torch.tanh(torch.bmm(inputs, first) + bias), last.transpose(1, 2))
+        u = u + torch.baddbmm(bias[:, :, :1], torch.tanh(inputs), first[:, :, :1], beta=2, alpha=3)
         return ((gradient(u, x) - 1) ** 2).mean() + (torch.matmul(first.mT, x.T) ** 2).sum()
 
     return [first, bias, last], loss
@@ -385,6 +386,24 @@ def splines_on_edges():
         return (u_x.sum(1) ** 2).mean() + mse_loss(gradient(u_x[:, :1], x), x)
 
     return [edges, slopes, last], loss
+
+
+@case
+def weights_that_are_products_of_parameters():
+    x, wide, scale, last = (
+        points(6),
+        nn.Parameter(torch.rand(4, 2, 5)),
+        nn.Parameter(torch.rand(4, 2)),
+        nn.Parameter(torch.rand(4)),
+    )
+    knots = torch.linspace(0, 1, 5)
+
+    def loss():
+        basis = torch.exp(-((x.unsqueeze(2) - knots) ** 2)).flatten(1)
+        u = torch.tanh(torch.nn.functional.linear(basis, (wide * scale.unsqueeze(2)).flatten(1))) @ (last * scale[:, 0] * last)
+        return ((gradient(u, x) - 1) ** 2).mean() + ((x @ (scale * scale).T) ** 2).mean()
+
+    return [wide, scale, last], loss
 
 
 @case
