@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable
+from operator import ge
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from secondorder.optim._eigen_state import (
     SLOPE,
     captured,
     cast_state,
+    directions,
     has_no_basis,
     is_current,
     new_control,
@@ -338,14 +340,20 @@ class EigenAdam(SecondOrderOptimizer):
             rows: how many inputs it sees at a time, 0 if none have been seen.
         """
         state = self.state[matrix.weight]
+        # Ranks must agree, though one of them may see no inputs; and a new optimizer has the shapes of a checkpoint's tensors.
+        rank = self._directions(rows >= MANY_ROWS or self._several)
         if "basis_out" in state:
             if not is_current(state, matrix.weight):
                 self.state[matrix.weight] = state = cast_state(state, matrix.weight)
-            return state
-        # Ranks must agree, though one of them may see no inputs; and a new optimizer has the shapes of a checkpoint's tensors.
-        many = rows >= MANY_ROWS or self._several
+            # A layer that a dry run has called with a few inputs may train on many.
+            made = len(state["basis_out"]), len(state["basis_in"])
+            if state["step"] or not matrix.eigen or all(map(ge, made, directions(matrix, rank))):
+                return state
+            for key in state.keys() - set(SHARED):
+                del state[key]
+            self._sketches.of.pop(matrix, None)
         new = new_sharded_state if is_sharded(matrix.weight) else new_state
-        state.update(new(matrix, self._directions(many)))
+        state.update(new(matrix, rank))
         if matrix.bias is not None:
             self.state[matrix.bias].setdefault("step", 0)  # DCP demands a state of every parameter
         return state

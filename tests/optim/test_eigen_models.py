@@ -186,6 +186,25 @@ def test_patches_of_fake_tensors_leave_nothing_behind():
         assert input_rows(conv, mode.from_tensor(x)).shape == (40, 18)
 
 
+def test_a_dry_run_does_not_decide_how_many_directions_a_layer_has():
+    made = []
+    for rows in ((300,), (1, 300)):  # of the calls before the first step
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(9, 60), nn.Tanh(), nn.Linear(60, 60), nn.Tanh(), nn.Linear(60, 2)).double()
+        optimizer = so.EigenAdam(model)
+        for m in rows:
+            loss = model(torch.randn(m, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).square().mean()
+        loss.backward()
+        optimizer.step()
+        made.append([optimizer.state[layer.weight] for layer in model[::2]])
+        assert [[len(state["basis_out"]), len(state["basis_in"])] for state in made[-1]] == [[16, 9], [16, 16], [2, 16]]
+        model(torch.randn(2, 9, dtype=torch.float64)).square().mean().backward()  # few inputs change nothing any more
+        optimizer.step()
+        assert len(optimizer.state[model[2].weight]["basis_in"]) == 16
+    for one, other in zip(*made, strict=True):
+        torch.testing.assert_close(one["mean"], other["mean"])
+
+
 def test_what_is_found_in_a_model():
     """Without it every matrix stands alone; with it layers have their biases, and tables and norms are no matrices."""
     found = {matrix.name: matrix for matrix in matrices(Attention().parameters(), None)}
