@@ -30,6 +30,7 @@ from secondorder._tape.graph import (
     claim_product,
     compiled_error,
     compiled_parameters,
+    is_reshaping,
     is_view_of,
     metadata,
     multiplied,
@@ -40,9 +41,18 @@ from secondorder._tape.hooks import CallHook, EagerForward, remove_handles
 from secondorder._tape.layers import LayerRecord, connect, recursion_order
 from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossCall, ModelCall, version
 from secondorder._tape.roots import term_of_its_own
-from secondorder._tape.ways import find_way, keeps_rows
+from secondorder._tape.ways import find_way, keeps_rows, logits_of
 from secondorder._tensors import captured_now, compute_dtype, refuse_capture
-from secondorder.criteria import LateMasses, OutputHessian, analytic_hessian, autograd_hessian, by_position, divides_by_masses
+from secondorder.criteria import (
+    LateMasses,
+    OutputHessian,
+    analytic_hessian,
+    autograd_hessian,
+    by_position,
+    divides_by_masses,
+    link_of,
+)
+from secondorder.criteria.known import LOG_SOFTMAX
 
 # (criterion, loss, autograd node of the one linear layer's output that it depends on, its arguments) -> the recursion's start
 OutputHessianOf = Callable[[nn.Module, Tensor, Node, tuple[Any, ...], dict[str, Any]], OutputHessian]
@@ -200,9 +210,8 @@ class Tape:
         if node.name() == COMPILED:
             raise compiled_error(f"layer {self.names[layer]!r} runs")
         input = args[0] if args else kwargs["input"]
-        call = LayerCall(
-            layer, input.detach(), version(input), input.grad_fn is None, output=output.detach(), output_version=output._version
-        )
+        given = input.grad_fn is None and not isinstance(input, nn.Parameter)
+        call = LayerCall(layer, input.detach(), version(input), given, output=output.detach(), output_version=output._version)
         made_by = input.grad_fn
         if made_by is not None:
             call.inputs_from = links = self._links(call, input, made_by)
@@ -324,7 +333,9 @@ class Tape:
         nodes, passed, products = source_nodes(made_by, self._key)
         self._refuse_compiled_layers(made_by, passed)
         if not nodes:
-            self.missing = "the criterion was called, but not on what linear layers returned in training mode"
+            self.missing = "the criterion was called, but not on what linear layers returned in training mode" + _hidden_by(
+                passed
+            )
             return
         self.multiplied |= multiplied(products, self._claimed)
         if COMPILED in passed:
@@ -375,7 +386,7 @@ class Tape:
                 isinstance(output, Tensor)
                 and output.dim() > 0
                 and output.shape[-1] == width
-                and is_view_of(output.grad_fn, nodes[0])
+                and is_view_of(self._logits_node(output), nodes[0])
             ):
                 call.hessian = analytic_hessian(self.criterion, output.detach(), *args[1:], **kwargs)
             if call.hessian is None:
@@ -386,6 +397,13 @@ class Tape:
                 call.hessian = None if call.flat else hessian
                 if call.flat:
                     self._keep_gradient(nodes[0])
+
+    def _logits_node(self, output: Tensor) -> Node | None:
+        """Returns the node of what the criterion's formula is at: its argument, or what log_softmax was taken of there."""
+        if link_of(self.criterion) != LOG_SOFTMAX:
+            return output.grad_fn
+        edge = logits_of(output, -1, is_reshaping)
+        return None if edge is None else edge.node
 
     def _see_repeats(self, loss: LossCall, made_by: Node) -> None:
         """Finds the layers that a loss uses several times: the recursion starts anew there, and at the layers that lead there."""
@@ -415,6 +433,15 @@ def _instances(sources: list[LayerCall], args: tuple[Any, ...]) -> int | None:
         if (output.dim() > 1 and output.shape[-1] == width) or (output.dim() == 1 and width == 1):
             return sum(rows)
     return rows[0] if len(set(rows)) == 1 else None
+
+
+def _hidden_by(names: list[str]) -> str:
+    """Returns what to say of a torch.autograd.Function among these nodes, which may call layers out of the graph's sight."""
+    own = next((name for name in names if name.endswith("Backward") and name != COMPILED), None)  # torch's end in a number
+    if own is None:
+        return ""
+    name = own.removesuffix("Backward")
+    return f" ({name}, a torch.autograd.Function, does not show the layers that it calls: do without it, or take EigenAdam)"
 
 
 def _detached(tree: Any) -> Any:

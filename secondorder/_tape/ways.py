@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder._tape.graph import PRODUCTS, RESHAPING
+from secondorder._tape.graph import PRODUCTS, RESHAPING, is_turning
 from secondorder._tape.residuals import LEAF, adds_constant, kind, linear_node, signed_dim
 
 # Node -> the function that it is of its one input.
@@ -137,6 +137,34 @@ def preactivation(output: GradientEdge) -> GradientEdge:
             break
         node, number = following[0]  # type: ignore[assignment]
     return GradientEdge(node, number)
+
+
+# Nodes that leave some of the rows out, or repeat them.
+_SELECTING = {"IndexBackward", "IndexSelectBackward", "SelectBackward", "SliceBackward", "SplitBackward", "UnbindBackward"}
+
+
+def is_selecting(node: Node) -> bool:
+    """Tells whether a node keeps numbers as they are, some of them, in another shape, order or dtype."""
+    return is_turning(node) or kind(node) in _SELECTING
+
+
+def logits_of(log_probabilities: Tensor, classes: int, passes: Callable[[Node], bool]) -> GradientEdge | None:
+    """Returns where the logits stand that log_softmax was taken of; None: the tensor comes from it by other nodes, or not at all.
+
+    Args:
+        log_probabilities: with their graph.
+        classes: the dimension of their classes.
+        passes: tells whether a node may stand between log_softmax and them.
+    """
+    node: Any = log_probabilities.grad_fn
+    while node is not None and passes(node):
+        node = node.next_functions[0][0]
+    if node is None or kind(node) != "LogSoftmaxBackward":
+        return None
+    if node._input_metadata[0].shape[signed_dim(node._saved_dim)] != log_probabilities.shape[classes]:
+        return None
+    before, number = node.next_functions[0]
+    return None if before is None else GradientEdge(before, number)
 
 
 def is_affine(output: GradientEdge, source: Node) -> bool:

@@ -22,7 +22,7 @@ from secondorder import ops
 from secondorder._tensors import refuse_capture
 from secondorder.criteria.known import evaluated, is_convex, normalizer
 from secondorder.criteria.losses import BoundedClassificationLoss, CompositeLoss, TukeyBiweightLoss
-from secondorder.criteria.roots import OutputRoot, bce_with_logits_root, cross_entropy_root, likelihood_root
+from secondorder.criteria.roots import OutputRoot, as_cross_entropy, bce_with_logits_root, cross_entropy_root, likelihood_root
 from secondorder.errors import NonFiniteError
 from secondorder.linalg import pos_eig
 
@@ -97,11 +97,12 @@ class OutputHessian:
 def analytic_hessian(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: Any) -> OutputHessian | None:
     """H = sum_i d^2 L / dz_i dz_i^T for the criteria that have an analytic form here; None for every other.
 
-    They are nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss, their functions, and the two criteria of this package.
+    They are nn.CrossEntropyLoss, nn.NLLLoss, nn.MSELoss, nn.BCEWithLogitsLoss, their functions, and the two criteria of this
+    package.
 
     Args:
         criterion: a module.
-        output: z, what it is called on, [..., K].
+        output: z, what it is called on, [..., K]; by NLLLoss log_softmax of z.
         *args: what else it is called with, the target first.
         **kwargs: the same by name.
     """
@@ -174,6 +175,10 @@ def _cross_entropy(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tenso
     return OutputHessian(torch.addmm(torch.diag(weighted.sum(0)), root.p.T, weighted, alpha=-1), convex=True)
 
 
+def _nll(criterion: nn.NLLLoss, output: Tensor, target: Tensor) -> OutputHessian | None:
+    return _cross_entropy(as_cross_entropy(criterion), output, target)  # softmax of log-probabilities gives the probabilities
+
+
 def _mse(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> OutputHessian | None:
     if target.shape != output.shape:  # broadcast: autograd counts the terms
         return None
@@ -211,6 +216,7 @@ def _tukey(criterion: TukeyBiweightLoss, output: Tensor, target: Tensor) -> Outp
 
 _FORMULAS: dict[type, Callable[..., OutputHessian | None]] = {
     nn.CrossEntropyLoss: _cross_entropy,
+    nn.NLLLoss: _nll,
     nn.MSELoss: _mse,
     nn.BCEWithLogitsLoss: _bce_with_logits,
     BoundedClassificationLoss: _bounded_classification,

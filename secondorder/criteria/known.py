@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from secondorder._tensors import Arriving, captured_now, to_compute_dtype
 from secondorder.criteria.losses import CompositeLoss, FunctionCriterion
 
+LOG_SOFTMAX = "LogSoftmaxBackward"  # the name of its autograd node
 _FUNCTIONS: dict[Callable[..., Tensor], type[nn.Module]] = {
     F.cross_entropy: nn.CrossEntropyLoss,
     F.nll_loss: nn.NLLLoss,
@@ -43,6 +44,8 @@ def evaluated(
 def by_position(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A criterion's arguments with output and target by position and, for functions that are known, all others by name.
 
+    Those of a mean square in this order, also where the call has the target first.
+
     Args:
         criterion: a module or a `FunctionCriterion`.
         args: the criterion's arguments by position, of one call.
@@ -59,6 +62,9 @@ def by_position(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         if name not in named:
             break
         args = (*args, named.pop(name))
+    if _kind(criterion) is nn.MSELoss and len(args) == 2:  # it does not know which is which
+        first, second = (isinstance(each, Tensor) and each.requires_grad for each in args)
+        args = (args[1], args[0]) if second and not first else args
     return args, named
 
 
@@ -247,7 +253,7 @@ def link_of(criterion: nn.Module) -> str | None:
     Args:
         criterion: a module or a `FunctionCriterion`.
     """
-    return {nn.NLLLoss: "LogSoftmaxBackward", nn.BCELoss: "SigmoidBackward"}.get(_kind(criterion))
+    return {nn.NLLLoss: LOG_SOFTMAX, nn.BCELoss: "SigmoidBackward"}.get(_kind(criterion))
 
 
 def _kind(criterion: nn.Module) -> type[nn.Module]:

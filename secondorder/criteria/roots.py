@@ -265,8 +265,12 @@ def cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: T
 
 
 def _nll_root(criterion: nn.NLLLoss, output: Tensor, target: Tensor) -> SoftmaxRoot | ClassesElsewhere | None:
-    same = nn.CrossEntropyLoss(criterion.weight, ignore_index=criterion.ignore_index, reduction=criterion.reduction)
-    return _cross_entropy_root(same, output, target)  # softmax of log-probabilities gives the probabilities
+    return _cross_entropy_root(as_cross_entropy(criterion), output, target)  # softmax of log-probabilities gives probabilities
+
+
+def as_cross_entropy(criterion: nn.NLLLoss) -> nn.CrossEntropyLoss:
+    """Returns what a negative log-likelihood is of the logits that log_softmax was taken of."""
+    return nn.CrossEntropyLoss(criterion.weight, ignore_index=criterion.ignore_index, reduction=criterion.reduction)
 
 
 def _mse_root(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> GaussianRoot | None:

@@ -1,6 +1,10 @@
 """Bias Hessians from columns: a square root of the output's Hessian, taken back through the graph of the forward pass.
 
 The columns s_ic give delta_ic = J_i^T s_ic at every layer, and H = sum_i sum_c delta_ic delta_ic^T. They know no obstacle.
+
+Column c of all instances goes back at once. Where several instances depend on one row of a layer (through attention, a norm over
+the batch, a recurrent decoder, a graph) their delta_ic arrive there as a sum, whose square has terms of pairs of instances. Each
+s_ic has a random sign, so that these terms are zero in expectation. Where each row leads to one instance nothing changes.
 """
 
 from dataclasses import dataclass
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder._tape import LayerRecord, is_affine, is_reshaping, is_view_of
+from secondorder._tape import LayerRecord, is_affine, is_reshaping, is_selecting, is_view_of, logits_of
 from secondorder.criteria import (
     CompositeLoss,
     LikelihoodRoot,
@@ -21,25 +25,40 @@ from secondorder.criteria import (
     likelihood_root,
     link_of,
 )
+from secondorder.criteria.known import LOG_SOFTMAX
+from secondorder.criteria.roots import ClassesElsewhere, ScalarRoot
 from secondorder.curvature.base import Curvature, convex_argument, register
 
 
 def logits_edge(criterion: nn.Module, output: Tensor) -> GradientEdge | None:
-    """Returns the edge of the tensor at which a likelihood's root is taken, or None if the graph does not have it.
+    """Returns the edge of the tensor that a likelihood is convex in, or None if the graph does not have it.
 
     For a likelihood of log-probabilities or probabilities this tensor is the argument of log_softmax or of the sigmoid. It has
-    the numbers of the output; for the sigmoid its shape may differ.
+    the numbers of the output, or more where some of the log-probabilities are selected; its shape may differ.
     """
     node, link = output.grad_fn, link_of(criterion)
     assert node is not None
     if link is None:
         return GradientEdge(node, output.output_nr)
-    while link == "SigmoidBackward" and is_reshaping(node) and node.next_functions[0][0] is not None:
+    if link == LOG_SOFTMAX:
+        return logits_of(output, min(1, output.dim() - 1), is_selecting)
+    while is_reshaping(node) and node.next_functions[0][0] is not None:
         node = node.next_functions[0][0]
     if not node.name().startswith(link):
         return None
     before, number = node.next_functions[0]
     return None if before is None else GradientEdge(before, number)
+
+
+def _columns_edge(criterion: nn.Module, output: Tensor) -> GradientEdge | None:
+    """Returns the edge where a likelihood's columns start: that of its logits, or None if the graph does not have these.
+
+    The columns of log-probabilities start at these, since they add up to zero over the classes: log_softmax leaves them as they
+    are on their way to the logits.
+    """
+    assert output.grad_fn is not None
+    logits = logits_edge(criterion, output)
+    return GradientEdge(output.grad_fn, output.output_nr) if logits is not None and link_of(criterion) == LOG_SOFTMAX else logits
 
 
 def convex_at(criterion: nn.Module, source: Node, args: tuple[Any, ...]) -> bool:
@@ -63,11 +82,11 @@ def gauss_newton_root(
     """
     output = args[0] if args else None
     if isinstance(output, Tensor) and output.grad_fn is not None:
-        root, edge = likelihood_root(criterion, output.detach(), *args[1:], **kwargs), logits_edge(criterion, output)
+        root, edge = likelihood_root(criterion, output.detach(), *args[1:], **kwargs), _columns_edge(criterion, output)
         if root is not None and edge is not None:
             composite = isinstance(criterion, CompositeLoss)  # at its inner value alone: the Hessian at the source may not be
-            if source is None or composite or (is_view_of(edge.node, source) and output.shape[-1:] == _shape(source)[-1:]):
-                return edge, _Reshaped(root, _shape(edge.node, edge.output_nr))
+            if source is None or composite or _starts_there(criterion, output, root, source):
+                return edge, _Reshaped(_Signed(root), _shape(edge.node, edge.output_nr))
     if source is None:
         raise ValueError(
             f"expected one linear layer's output to enter {criterion}, got several; use curvature='pch-abs', "
@@ -75,16 +94,46 @@ def gauss_newton_root(
         )
     z, inner = GradientEdge(source, 0), convex_argument(source, args)
     if inner is not None and is_convex(criterion):
-        return z, autograd_root(loss, source, inner, convex=True)
+        return z, _Signed(autograd_root(loss, source, inner, convex=True))
     try:
-        return z, autograd_root(loss, source, convex=convex_at(criterion, source, args))
+        return z, _Signed(autograd_root(loss, source, convex=convex_at(criterion, source, args)))
     except ValueError as error:
         try:
             if inner is not None:
-                return z, autograd_root(loss, source, inner)
+                return z, _Signed(autograd_root(loss, source, inner))
         except ValueError:
             pass  # the first error is of what everybody knows, the last layer
         raise error from None
+
+
+def _starts_there(criterion: nn.Module, output: Tensor, root: LikelihoodRoot, source: Node) -> bool:
+    """Whether a likelihood's columns say all of every row of the last linear layer's output, and are no more than its width.
+
+    They do where no row of that becomes several of the criterion's, as when images are rows of pixels.
+    """
+    logits, shape = logits_edge(criterion, output), _shape(source)
+    if logits is None or root.count > shape[-1] or output.numel() > root.count * shape[:-1].numel():
+        return False
+    return is_convex(criterion) or is_view_of(logits.node, source) or is_affine(logits, source)
+
+
+@dataclass(frozen=True)
+class _Signed:
+    """Gives every instance's columns random signs, the same at every step and without a generator of torch's."""
+
+    root: OutputRoot
+
+    @property
+    def count(self) -> int:
+        return self.root.count
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        found = self.root.columns(begin, end)
+        shape = list(found.shape)
+        if not isinstance(self.root, ScalarRoot):  # the other roots have their K numbers in one dimension
+            shape[2 if isinstance(self.root, ClassesElsewhere) and len(shape) > 2 else -1] = 1
+        signs = torch.randint(2, shape, generator=torch.Generator().manual_seed(begin), dtype=torch.int8)
+        return found * (2 * signs - 1).to(found.device, found.dtype)
 
 
 @dataclass(frozen=True)
@@ -143,7 +192,7 @@ class FisherExact(FromColumns):
         if isinstance(output, Tensor) and output.grad_fn is not None:
             root = self._root(criterion, output.detach(), *args[1:], **kwargs)
             drawn = isinstance(root, _Samples) and isinstance(root.root, SampledRoot)  # its gradients are at the output itself
-            edge = GradientEdge(output.grad_fn, output.output_nr) if drawn else logits_edge(criterion, output)
+            edge = GradientEdge(output.grad_fn, output.output_nr) if drawn else _columns_edge(criterion, output)
         if root is None or edge is None:
             raise ValueError(
                 "expected a criterion that is a likelihood the Fisher matrix's labels can be drawn from, called with the "

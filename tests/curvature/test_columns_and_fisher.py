@@ -46,6 +46,66 @@ def test_columns_know_no_obstacle(curvature, kind):
     assert_blocks(blocks(model, criterion, CURVATURES[curvature], (x, y)), gauss_newton_blocks(model, criterion, x, y))
 
 
+class Coupling(nn.Module):
+    """[m, T, 4] -> rows [m T, 3], of which several depend on each row of the layers below."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.last, self.kind = nn.Linear(4, 6), nn.Linear(6, 3), kind
+        self.norm, self.recurrent = nn.BatchNorm1d(6), nn.GRU(6, 6, batch_first=True)
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.kind == "attention":
+            output = self.last((h @ h.mT).softmax(-1) @ h)
+        elif self.kind == "batch norm":
+            output = self.last(self.norm(h.flatten(0, 1)).view_as(h).tanh())
+        elif self.kind == "decoder":
+            output = self.last(self.recurrent(h[:, :1].expand(-1, x.shape[1], -1))[0])
+        else:  # nodes of a graph; the last layer's rows are mixed, too
+            neighbours = (x @ x.mT > 0).double()
+            output = neighbours @ self.last((neighbours @ h).tanh())
+        return output.flatten(0, 1)
+
+
+def blocks_of_coupled_rows(model, criterion, x, y):
+    """sum_ij J_ij^T H_i J_ij for every linear layer, J_ij the Jacobian of row i of the output by row j of the layer's."""
+    z = {}
+    layers = {name: layer for name, layer in model.named_children() if isinstance(layer, nn.Linear)}
+    handles = [layer.register_forward_hook(lambda *call, n=name: z.update({n: call[2]})) for name, layer in layers.items()]
+    output = model(x)
+    for handle in handles:
+        handle.remove()
+    m, k = output.shape
+    top = torch.autograd.functional.hessian(lambda u: criterion(u, y), output.detach())
+    top = torch.stack([top[i, :, i] for i in range(m)])
+    unit = torch.eye(m * k).double().view(m, k, m, k).flatten(0, 1)
+    jacobians = torch.autograd.grad(output, list(z.values()), unit, is_grads_batched=True)
+    jacobians = [jacobian.reshape(m, k, -1, jacobian.shape[-1]) for jacobian in jacobians]
+    return {name: torch.einsum("ikja,ikl,iljb->ab", j, top, j) for name, j in zip(z, jacobians, strict=True)}
+
+
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.MSELoss()], ids=repr)
+@pytest.mark.parametrize("kind", ["attention", "batch norm", "decoder", "graph"])
+def test_rows_on_which_several_instances_depend_have_the_sum_of_their_blocks(kind, criterion):
+    torch.manual_seed(0)
+    model, x, y = Coupling(kind).double(), torch.randn(60, 4, 4).double(), torch.randn(240, 3).double()
+    target = y.argmax(1) if isinstance(criterion, nn.CrossEntropyLoss) else y
+    expected = blocks_of_coupled_rows(model, criterion, x, target)
+    for curvature in ("kflr", "fisher-exact"):
+        actual = blocks(model, criterion, CURVATURES[curvature], (x, target))
+        for name, block in expected.items():  # up to the signs' noise
+            assert (actual[name] - block).norm() < 0.2 * block.norm(), name
+
+
+def test_signs_of_columns_leave_random_numbers_alone():
+    model, x, y = Coupling("decoder").double(), torch.randn(3, 5, 4).double(), torch.randn(15, 3).double()
+    state = torch.get_rng_state()
+    first, second = (blocks(model, nn.MSELoss(), CURVATURES["kflr"], (x, y)) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("name", CONVEX)
 def test_gauss_newton_is_exact_for_one_instance_and_the_recursion_for_many(name):
     criterion, target = CONVEX[name]

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from helpers.curvatures import assert_blocks, blocks, gauss_newton_blocks, network
+from oracles import hessian_block
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,7 +13,7 @@ import secondorder as so
 from secondorder._layers import linear_layers
 from secondorder._tape import Tape
 from secondorder.criteria import FunctionCriterion
-from secondorder.curvature import CURVATURES
+from secondorder.curvature import CURVATURES, FisherMC
 
 
 class Behind(nn.Module):
@@ -149,6 +150,84 @@ def test_nll_of_log_softmax_is_cross_entropy(name, weighted):
         tape.remove()
     for layer, block in found[0].items():
         torch.testing.assert_close(found[1][layer], block)
+
+
+@pytest.mark.parametrize("name", ["pch-abs", "gauss-newton", "kflr", "fisher-exact", "fisher-mc"])
+def test_a_mean_square_does_not_know_its_target(name):
+    model, x, y = network([4, 6, 3], nn.Tanh()), torch.randn(9, 4).double(), torch.randn(9, 3).double()
+    found = []
+    for criterion in (nn.MSELoss(), FunctionCriterion(F.mse_loss)):
+        for swapped in (False, True):
+            tape = Tape(
+                linear_layers(model), criterion, diagonal=CURVATURES[name].diagonal, columns=CURVATURES[name].columns,
+                output_hessian=CURVATURES[name].output_hessian,
+            )  # fmt: skip
+            torch.manual_seed(0)
+            z = model(x)
+            (criterion(y, z) if swapped else criterion(z, y)).backward()
+            found.append(CURVATURES[name].bias_hessians(tape.records()))
+            tape.remove()
+    for other in found[1:]:
+        assert all(torch.equal(other[layer], block) for layer, block in found[0].items())
+
+
+ROWS = torch.tensor([13, 1, 7, 29, 20])
+SELECTED = {  # what the loop does with the log-probabilities [6, 5, 3], the same of the logits, and of the labels [6, 5]
+    "flattened": (lambda z: z.log_softmax(-1).view(-1, 3), lambda z: z.view(-1, 3), lambda y: y.flatten()),
+    "some rows": (
+        lambda z: z.view(-1, 3).log_softmax(1)[ROWS], lambda z: z.view(-1, 3)[ROWS], lambda y: y.flatten()[ROWS]
+    ),
+    "classes second": (lambda z: z.log_softmax(-1).transpose(1, 2), lambda z: z.view(-1, 3), lambda y: y),
+    "last of a sequence": (lambda z: z.log_softmax(-1)[:, -1], lambda z: z[:, -1], lambda y: y[:, -1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SELECTED)
+@pytest.mark.parametrize("name", ["kflr", "fisher-exact", "fisher-mc"])
+def test_nll_of_log_softmax_that_is_reshaped_or_selected_is_cross_entropy(name, kind):
+    log_probabilities, logits, labels = SELECTED[kind]
+    body, x, y = network([4, 6, 3], nn.Tanh()), torch.randn(6, 5, 4).double(), torch.randint(3, (6, 5))
+    curvature = FisherMC(3000) if name == "fisher-mc" else CURVATURES[name]
+    z = [layer(x).detach() for layer in (body[0], body)]
+    top = torch.func.hessian(lambda u: F.cross_entropy(logits(u), labels(y).flatten()))(z[1]).view(30, 3, 30, 3)
+    top = torch.stack([top[i, :, i] for i in range(30)])
+    jacobian = torch.einsum("kh,ih->ikh", body[2].weight.detach(), 1 - z[0].tanh().view(30, 6) ** 2)
+    expected = {"0": torch.einsum("ika,ikl,ilb->ab", jacobian, top, jacobian), "2": top.sum(0)}
+    found = blocks(nn.Sequential(*body, Then(log_probabilities)), nn.NLLLoss(), curvature, (x, labels(y)))
+    rtol = 0.1 if name == "fisher-mc" else 1e-9
+    for layer, block in expected.items():
+        assert (found[layer] - block).norm() <= rtol * block.norm()
+
+
+class Then(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize("shape", [(30,), (6, 5)])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"weight": torch.tensor([1.0, 0.3, 2.0]).double()}, {"ignore_index": 1, "reduction": "sum"}]
+)
+def test_the_hessian_of_nll_of_log_softmax_is_by_formula(monkeypatch, shape, kwargs):
+    body, x, y = network([4, 6, 3], nn.Tanh()), torch.randn(*shape, 4).double(), torch.randint(3, (30,))
+    true = hessian_block(body[2], nn.CrossEntropyLoss(**kwargs), body[1](body[0](x)).detach().reshape(-1, 6), y, "bias")
+    monkeypatch.setattr("secondorder._tape.tape.autograd_hessian", None)
+    model = nn.Sequential(*body, nn.LogSoftmax(-1), nn.Flatten(0, -2))
+    for name in ("pch-abs", "gauss-newton"):
+        torch.testing.assert_close(blocks(model, nn.NLLLoss(**kwargs), CURVATURES[name], (x, y))["2"], true)
+
+
+def test_nll_of_log_softmax_over_another_dimension_has_no_formula():
+    body, x, y = network([4, 6, 3], nn.Tanh()), torch.randn(30, 4).double(), torch.randint(3, (30,))
+    found = blocks(nn.Sequential(*body, nn.LogSoftmax(0)), nn.NLLLoss(), CURVATURES["pch-abs"], (x, y))["2"]
+    hessian = torch.func.hessian(lambda z: F.nll_loss(z.log_softmax(0), y))(body(x).detach())
+    torch.testing.assert_close(found, hessian.sum((0, 2)), rtol=1e-9, atol=1e-9)
 
 
 def test_nll_of_anything_else_is_no_likelihood():
