@@ -172,15 +172,21 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         return closure()
 
     def _records(self) -> list[LayerRecord]:
-        """The layers that the losses since the last step reach; warns of those where the recursion starts anew."""
+        """The layers that the losses since the last step reach; warns once of all those where the recursion starts anew."""
         records = super()._records()
+        new: dict[str, list[str]] = {}  # names of layers by obstacle
         for record in records:
             if self._curvature.restarts and record.obstacle and record.layer not in self._restarts:
                 self._restarts[record.layer] = record.obstacle
-                warn(
-                    f"the output of layer {self._layers[record.layer]!r} {record.obstacle}; the bias Hessian's recursion is not "
-                    "defined there. The layer gets its empirical Fisher block, and the recursion starts anew from it."
-                )
+                new.setdefault(record.obstacle, []).append(repr(self._layers[record.layer]))
+        if new:
+            outputs = (("layer " if len(names) == 1 else "each of the layers ") + ", ".join(names) for names in new.values())
+            found = "; ".join(f"the output of {names} {obstacle}" for names, obstacle in zip(outputs, new, strict=True))
+            layers = "The layer" if sum(map(len, new.values())) == 1 else "Each of these layers"
+            warn(
+                f"{found}; the bias Hessian's recursion is not defined there. {layers} gets its empirical Fisher block, and the "
+                "recursion starts anew from it."
+            )
         return records
 
     @abstractmethod

@@ -281,7 +281,8 @@ class KBFGS(CurvatureOptimizer):
             raise RuntimeError(
                 f"{name}.step(): expected a closure that calls loss.backward() on what linear layers of the model have computed, "
                 "got gradients, but none w.r.t. their outputs. Gradients that are set by hand, as from torch.autograd.grad, do "
-                "not give these"
+                "not give these, nor do those of layers that a torch.autograd.Function calls, as of an adjoint method: for these "
+                "take EigenAdam"
             )
         self._tell_other_uses(first.gradient, first.multiplied)
         with self._whole_or_nothing():

@@ -65,7 +65,12 @@ class LinearChain:
 
 
 def linear_chain(loss: LossCall, parameters: list[Tensor]) -> LinearChain | None:
-    """Returns the recorded net, if it is a chain of these parameters alone that ends in the criterion's one argument."""
+    """Returns the recorded net, if it is a chain from a given tensor to the criterion's one argument; else None.
+
+    Args:
+        loss: the criterion's call.
+        parameters: those that it may be a function of; others of them do not matter to it.
+    """
     if loss.arguments is None or loss.arguments.from_layer is None:
         return None
     place = {p: i for i, p in enumerate(parameters)}
@@ -77,8 +82,7 @@ def linear_chain(loss: LossCall, parameters: list[Tensor]) -> LinearChain | None
         maps.append(links[0].map)
         calls.append(links[0].source)
     layers = [call.layer for call in reversed(calls)]
-    own = {p for layer in layers for p in (layer.weight, layer.bias) if p is not None}
-    if not calls[-1].given or not place.keys() <= own or len(set(layers)) < len(layers):
+    if not calls[-1].given or len(set(layers)) < len(layers):
         return None
     inputs = [_flat(call.input) for call in reversed(calls)]
     saved = [KnownActivation(t.activation, t.parameter, _flat(t.saved)) for t in maps[::-1]]

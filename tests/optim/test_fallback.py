@@ -90,6 +90,27 @@ def test_a_non_elementwise_function_warns_once_and_trains():
     assert losses[-1] < losses[0]
 
 
+def test_one_warning_names_all_layers_where_the_recursion_starts_anew():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.a, self.b = nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, h):
+            return h + self.b(torch.tanh(self.a(self.norm(h))))
+
+    model = nn.Sequential(nn.Linear(5, 6), *(Block() for _ in range(3)), nn.Linear(6, 3)).double()
+    criterion, (x, y) = nn.CrossEntropyLoss(), batch()
+    optimizer = so.EACG(model, criterion)
+    with pytest.warns(UserWarning) as caught:
+        losses = [one_step(model, criterion, optimizer, x, y) for _ in range(2)]
+    assert losses[1] < losses[0]
+    (message,) = [str(w.message) for w in caught if "recursion" in str(w.message)]
+    assert "the output of each of the layers '0', '1.b', '2.b' is used in several places" in message
+    assert "the output of layer '3.b' is combined with other linear layers" in message
+    assert "Each of these layers gets its empirical Fisher block" in message
+
+
 def test_a_layer_whose_weight_is_frozen_is_named_as_the_reason():
     model, criterion = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), nn.CrossEntropyLoss()
     model[0].weight.requires_grad_(False)

@@ -394,7 +394,28 @@ class WithNumbers(nn.Module):
         return nn.functional.cross_entropy(output, target), {"rows": len(target)}
 
 
+class Adjoint(torch.autograd.Function):
+    """Calls a model without a graph, and again in the backward pass, as adjoint methods do."""
+
+    @staticmethod
+    def forward(ctx, model, x, *parameters):
+        ctx.model, ctx.x, ctx.parameters = model, x, parameters
+        return model(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            return None, None, *torch.autograd.grad(ctx.model(ctx.x), ctx.parameters, grad)
+
+
+def by_an_adjoint(model, criterion):
+    loss = criterion(Adjoint.apply(model, X, *model.parameters()), LABELS)
+    loss.backward()
+    return loss
+
+
 MISSED = [
+    (by_an_adjoint, nn.CrossEntropyLoss(), "Adjoint, a torch.autograd.Function, does not show the layers .*take EigenAdam"),
     (by_hand, nn.CrossEntropyLoss(), r"no backward\(\) has gone through what it returned: .*torch.autograd.grad"),
     (by_another, nn.CrossEntropyLoss(), "has not been called since the last step"),
     (in_eval_mode, nn.CrossEntropyLoss(), "not on what linear layers returned in training mode"),
@@ -415,16 +436,19 @@ def test_the_reason_why_nothing_was_recorded_is_named(use, criterion, reason, op
 
 
 @pytest.mark.parametrize("optimizer", [so.KBFGS, so.KBFGSL])
-def test_gradients_by_hand_in_a_closure_are_refused(optimizer):
+@pytest.mark.parametrize(
+    ("use", "reason"), [(by_hand, "torch.autograd.grad"), (by_an_adjoint, "as of an adjoint method: for these take EigenAdam")]
+)
+def test_gradients_by_hand_in_a_closure_are_refused(optimizer, use, reason):
     torch.manual_seed(0)
     model, criterion = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), nn.CrossEntropyLoss()
     made, before = optimizer(model, criterion), [p.clone() for p in model.parameters()]
 
     def closure():
         made.zero_grad()
-        return by_hand(model, criterion)
+        return use(model, criterion)
 
-    with pytest.raises(RuntimeError, match=r"expected a closure that calls loss.backward\(\) .*torch.autograd.grad"):
+    with pytest.raises(RuntimeError, match=rf"expected a closure that calls loss.backward\(\) .*{reason}"):
         made.step(closure)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 

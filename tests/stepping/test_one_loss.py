@@ -74,6 +74,21 @@ class Stateful(nn.Module):
         return self.head(hidden)
 
 
+class Learnt(nn.Module):
+    """A net whose input is a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.input, self.net = nn.Parameter(torch.linspace(-1, 1, 120).double().view(24, 5)), net(5, 6, 3)
+
+    def forward(self, x):
+        return self.net(self.input)
+
+
+def heads():
+    return nn.ModuleList([net(5, 6, 6), *(nn.Sequential(nn.Tanh(), nn.Linear(6, 3)).double() for _ in range(2))])
+
+
 class Skipping(nn.Module):
     """Layers left out at random, by torch's or Python's generator."""
 
@@ -139,6 +154,13 @@ USES = {
         lambda: Normed(1), nn.BCELoss(), lambda m, c: c(torch.sigmoid(m(X).squeeze(-1)), (Y > 0).double()), ReplayedLoss, False,
     ),
     "two calls": (Normed, CE, lambda m, c: c(m(X), Y) + 0.5 * c(m(X.flip(0)), Y), ReplayedLoss, True),
+    "two nets": (
+        lambda: nn.ModuleList([net(5, 6, 1), net(5, 4, 1)]), nn.MSELoss(),
+        lambda m, c: c(m[0](X).squeeze(1), X.sum(1)) + c(m[1](X).squeeze(1), X.sum(1)), ChainLoss, True,
+    ),
+    "two heads": (heads, CE, lambda m, c: c(m[1](h := m[0](X)), Y) + 0.5 * c(m[2](h), Y.flip(0)), ChainLoss, True),
+    "target first": (lambda: net(5, 6, 1), nn.MSELoss(), lambda m, c: c(X.sum(1), m(X).squeeze(-1)), ChainLoss, True),
+    "a parameter as input": (Learnt, CE, lambda m, c: c(m(X), Y), ReplayedLoss, None),
     "a sum": (lambda: net(5, 6, 3), lambda z, y: (z - y).square().sum(), lambda m, c: c(m(X), X[:, :3]), ChainLoss, True),
     "InfoNCE": (lambda: net(5, 6, 4), flat_nce, lambda m, c: c(m(X)), ChainLoss, False),
     "time first": (lambda: net(5, 6, 1), nn.MSELoss(), lambda m, c: c(m(SEQUENCES), SEQUENCES[..., :1]), ChainLoss, True),
