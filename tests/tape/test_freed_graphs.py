@@ -1,6 +1,7 @@
 """A graph is freed when its loss is, without the garbage collector: hooks and records make no cycles with its nodes."""
 
 import gc
+import sys
 import weakref
 
 import pytest
@@ -65,3 +66,17 @@ def test_a_graph_is_freed_with_its_loss(name, with_backward):
         optimizer.step(closure)
     optimizer.zero_grad()
     assert not len(marks)
+
+
+def test_forward_passes_give_up_no_reference_to_none():
+    """Before Python 3.12 a process ends with "deallocating None" when the last is gone; later ones do not count them."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    optimizer = so.EACG(model, nn.CrossEntropyLoss(), lr=0.1)
+    x, target = torch.randn(8, 4), torch.arange(8) % 3
+    optimizer.criterion(model(x), target)
+    gc.collect()
+    before = sys.getrefcount(None)
+    for _ in range(100):
+        optimizer.criterion(model(x), target)
+    gc.collect()
+    assert abs(sys.getrefcount(None) - before) < 50
