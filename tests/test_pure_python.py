@@ -77,8 +77,8 @@ def test_setup_without_the_extension_needs_no_compiler_and_no_torch():
 
 
 def test_setup_says_at_once_what_else_there_is():
-    windows = "import setuptools, sys; sys.platform = 'win32'; sys.argv = ['setup.py', '-q', '--version']; exec(open('setup.py').read())"
-    done = run("-W", "default", "-c", windows)
+    windows = "import setuptools, sys; sys.platform = 'win32'; sys.argv = ['setup.py', '-q', '--version']; "
+    done = run("-W", "default", "-c", windows + "exec(open('setup.py').read())")
     assert done.returncode != 0
     assert "cannot be compiled on Windows. To install without the compiled extension, set SECONDORDER_EXTENSION=0" in done.stderr
 
