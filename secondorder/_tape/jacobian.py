@@ -92,7 +92,7 @@ def _parts(
             pieces.setdefault(use.parameter, []).append(piece)
         else:
             left, right = Part(*span, [piece]).factors
-            dense = use.back(torch.bmm(left.mT, right)).flatten(1)
+            dense = use.back(torch.bmm(left.mT, right)).reshape(len(left), -1)
             found.setdefault(use.parameter, []).append(Part(*span, [], dense))
     for p, each in pieces.items():
         found.setdefault(p, []).append(Part(*span, each))

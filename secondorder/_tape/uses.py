@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from secondorder._tape.residuals import LEAF, kind, signed_dim
 from secondorder._tensors import plain
 
+_ELEMENTWISE = {"NegBackward", "MulBackward", "DivBackward", "CloneBackward", "AliasBackward", "ToCopyBackward"}
 BLOCKS = 2**22  # numbers in the rows of a batch of matrices of which each has its own block of columns, at most
 
 Back = Callable[[Tensor], Tensor]  # takes m gradients of one tensor to those of another, [m, ...] to [m, ...]
@@ -253,9 +254,13 @@ def _transposes(node: Any, name: str) -> bool:
 
 def _step_back(node: Any, name: str) -> Back | None:
     """Returns what takes gradients [m, ...] of a node's output to those of its one input; None: the node is not known."""
-    if name in ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "ExpandBackward"):
+    if name in ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward"):
         sizes = tuple(node._saved_self_sym_sizes)
         return lambda g: g.reshape(len(g), *sizes)
+    if name == "ExpandBackward":
+        sizes = tuple(node._saved_self_sym_sizes)
+        ones = (1,) * (len(_shape((node, 0))) - len(sizes))
+        return lambda g: g.sum_to_size(len(g), *ones, *sizes).reshape(len(g), *sizes)
     if name in ("CloneBackward", "AliasBackward", "ToCopyBackward"):
         return lambda g: g  # the parameter's dtype follows in the end
     if name == "UnsqueezeBackward":
@@ -281,9 +286,9 @@ def _step_back(node: Any, name: str) -> Back | None:
         sizes, dim, chosen = tuple(node._saved_self_sym_sizes), signed_dim(node._saved_dim), signed_dim(node._saved_index)
         return lambda g: torch.ops.aten.select_backward(g, [len(g), *sizes], dim % len(sizes) + 1, chosen)
     if name == "SliceBackward":
-        sizes, where = tuple(node._saved_self_sym_sizes), (node._saved_dim, node._saved_start, node._saved_end, node._saved_step)
-        dim = signed_dim(where[0]) % len(sizes)
-        return lambda g: torch.ops.aten.slice_backward(g, [len(g), *sizes], dim + 1, *where[1:])
+        sizes, saved = tuple(node._saved_self_sym_sizes), (node._saved_dim, node._saved_start, node._saved_end)
+        dim, start, end = (signed_dim(v) for v in saved)
+        return lambda g: torch.ops.aten.slice_backward(g, [len(g), *sizes], dim % len(sizes) + 1, start, end, node._saved_step)
     return None
 
 
@@ -366,18 +371,26 @@ def _bmm(
 
 def _in_blocks(rows: Tensor, members: int) -> Tensor:
     """Returns rows [members n, a] as [members n, members a], those of member j in columns j a to (j + 1) a, beside zeros."""
-    of_members = rows.view(members, -1, 1, rows.shape[1])
+    of_members = rows.reshape(members, -1, 1, rows.shape[1])
     unit = torch.eye(members, dtype=rows.dtype, device=rows.device).view(members, 1, members, 1)
-    return (unit * of_members).view(len(rows), -1)
+    return (unit * of_members).reshape(len(rows), -1)
 
 
 def _repeats(node: Any) -> bool:
-    """Returns whether an operand that is made of a parameter repeats its numbers."""
-    while node is not None and node.name() != LEAF:
-        if kind(node) == "ExpandBackward" and math.prod(node._saved_self_sym_sizes) < _shape((node, 0)).numel():
-            return True
-        node = node.next_functions[0 if node.next_functions[0][0] is not None else -1][0]
-    return False
+    """Returns whether a batch of matrices repeats one matrix, which is expanded and at most transposed and scaled after that."""
+    while (name := kind(node)) != "ExpandBackward":
+        inputs = [f for f, _ in node.next_functions if f is not None]
+        if name == "TransposeBackward":
+            keeps = {signed_dim(node._saved_dim0) % 3, signed_dim(node._saved_dim1) % 3} == {1, 2}
+        elif name == "PermuteBackward":
+            keeps = signed_dim(node._saved_dims[0]) % 3 == 0
+        else:
+            keeps = name in _ELEMENTWISE
+        if not keeps or len(inputs) != 1:
+            return False
+        node = inputs[0]
+    sizes = node._saved_self_sym_sizes
+    return math.prod(sizes[:-2]) == 1 and tuple(sizes[-2:]) == _shape((node, 0))[-2:]
 
 
 def _shape(edge: tuple[Any, int]) -> torch.Size:

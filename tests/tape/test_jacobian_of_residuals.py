@@ -419,6 +419,48 @@ def slopes_that_are_rows_of_a_parameter():
     return [*net[0].parameters(), slopes], loss
 
 
+@case
+def a_number_that_is_scaled_before_it_is_used():
+    net, x, k = mlp(), points(), nn.Parameter(torch.tensor(0.3))
+
+    def loss():
+        u = net(x)
+        return ((gradient(u, x)[:, :1] + (-k) * u + 2 * k) ** 2).mean() + ((x @ (net[0].weight * k).T - k * k) ** 2).mean()
+
+    return [*net.parameters(), k], loss
+
+
+@case
+def ends_of_a_flat_vector():
+    flat, x = nn.Parameter(torch.rand(15)), points()
+
+    def loss():
+        u = torch.tanh(x @ flat[:8].view(2, 4) + flat[-4:]) @ flat[-7:-3].view(4, 1)
+        return ((gradient(u, x) - 1) ** 2).mean()
+
+    return [flat], loss
+
+
+@case
+def members_from_the_left():
+    first, last, x = nn.Parameter(torch.rand(3, 4, 2)), nn.Parameter(torch.rand(3, 4, 1)), points(5)
+    return [first, last], lambda: (torch.bmm(last.mT, torch.tanh(torch.bmm(first, x.T.expand(3, 2, 5)))) ** 2).mean()
+
+
+@case
+def matrices_that_are_expanded():
+    w, column, scale = (nn.Parameter(torch.rand(*shape)) for shape in ((1, 3, 3), (3, 1, 3), (3, 1, 1)))
+    x = torch.rand(3, 5, 3)
+
+    def loss():
+        e = w.expand(3, 3, 3)
+        factors = [e * scale, column.expand(3, 3, 3), e.mT, -2 * e.permute(0, 2, 1), e.transpose(0, 1), e.permute(2, 0, 1)]
+        four = torch.stack([x, 2 * x]) @ column.mT.expand(3, 3, 2)
+        return (torch.tanh(sum(torch.bmm(x, factor) for factor in factors)).sum(2) ** 2).mean() + (four.sum(3) ** 2).mean()
+
+    return [w, column, scale], loss
+
+
 FALLBACKS = {}
 
 
