@@ -26,7 +26,7 @@ from secondorder.criteria import (
     link_of,
 )
 from secondorder.criteria.known import LOG_SOFTMAX
-from secondorder.criteria.roots import ClassesElsewhere, ScalarRoot
+from secondorder.criteria.roots import ClassesElsewhere, PulledBackRoot, ScalarRoot
 from secondorder.curvature.base import Curvature, convex_argument, register
 
 
@@ -128,6 +128,8 @@ class _Signed:
         return self.root.count
 
     def columns(self, begin: int, end: int) -> Tensor:
+        if isinstance(self.root, PulledBackRoot):  # the shape that its function returns says which numbers are an instance's
+            return self.root.transposed(_Signed(self.root.root).columns(begin, end))
         found = self.root.columns(begin, end)
         shape = list(found.shape)
         if not isinstance(self.root, ScalarRoot):  # the other roots have their K numbers in one dimension

@@ -33,7 +33,8 @@ class Replays:
 
     def ready(self, matrix: Matrix, states: States) -> bool:
         """Whether a pass that is captured can show inputs of a matrix; where it cannot, `check` says why."""
-        return _captures.has_kernels(matrix.weight.device) and is_current(states.get(matrix.weight, {}), matrix.weight)
+        state = states.get(matrix.weight, {})
+        return _captures.has_kernels(matrix.weight.device) and is_current(state, matrix.weight) and state["step"] > 0
 
     def check(self, present: Sequence[Matrix], states: States, captured: bool) -> None:
         """Raises where a step cannot be captured; or must not be made, for captured steps take it that all counts go on together.

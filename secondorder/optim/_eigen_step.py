@@ -42,8 +42,8 @@ class EigenStep:
         self._means = [state["mean"] for state in states]  # a renewal may find the first ones
         self._renewal: Renewal | None = None
 
-    def renew(self, sketches: Mapping[Matrix, Sketch], hessians: Mapping[Tensor, Tensor]) -> list[str]:
-        """Renews the bases from the inputs' sketches and from gradients or bias Hessians.
+    def plan_renewal(self, sketches: Mapping[Matrix, Sketch], hessians: Mapping[Tensor, Tensor]) -> list[str]:
+        """Decides what bases are renewed from: the inputs' sketches, and gradients or bias Hessians. Nothing changes yet.
 
         Args:
             sketches: of the inputs that forward passes have shown since the last step.
@@ -53,9 +53,13 @@ class EigenStep:
             The names of the layers whose inputs are not seen any more.
         """
         captured = bool(self._replay)
-        plan = planned_renewal(self._owner, self._matrices, self._states, self._means, sketches, hessians, captured)
-        self._renewal = plan
-        if plan.renewed:
+        self._renewal = planned_renewal(self._owner, self._matrices, self._states, self._means, sketches, hessians, captured)
+        return self._renewal.lost
+
+    def renew(self) -> None:
+        """Renews the bases if that is planned, unless a number is not finite."""
+        plan = self._renewal
+        if plan is not None and plan.renewed:
             self._operators.eigen_renew_(
                 self._means, *map(self._of_states, ("basis_out", "basis_in", "scale_out", "scale_in")),
                 self._moments("exp_avg"), self._control, self._operands.weight_grads, self._operands.bias_grads,
@@ -63,7 +67,6 @@ class EigenStep:
                 [finite_or_zero(hessian) for _, hessian, _ in plan.given], [sketch.rows for sketch, _, _ in plan.given],
                 [share for _, _, share in plan.given], *((*self._replay, DECAY) if self._replay else ()),
             )  # fmt: skip
-        return plan.lost
 
     def move(self, rates_and_decays: tuple[list[float], ...], group: Mapping[str, Any], rate: Tensor | None) -> None:
         """Moves all weights and biases, unless a number is not finite, which `control` tells.

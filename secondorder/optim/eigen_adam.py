@@ -335,6 +335,8 @@ class EigenAdam(SecondOrderOptimizer):
     def _state(self, matrix: Matrix, rows: int) -> dict[str, Any]:
         """Returns a matrix' state, and makes it when its inputs or its gradient are first seen.
 
+        Before its first step it is made anew where more inputs show that its bases are to have more directions.
+
         Args:
             matrix: the matrix.
             rows: how many inputs it sees at a time, 0 if none have been seen.
@@ -520,10 +522,12 @@ class EigenAdam(SecondOrderOptimizer):
             trained = {p: group for group in self.param_groups for p in group["params"]}
             hessians = {} if recorded is None else recorded.of_step(trained, sign, self._group)
             sketches = self._sketches.averaged(present, self.state, self._sum_) if self._several else self._sketches.of
-            self._tell_lost(step.renew(sketches, hessians), numbers)
+            self._tell_lost(step.plan_renewal(sketches, hessians), numbers)  # where warnings are errors nothing has changed yet
         rates = rates_and_decays(present, states, shares, numbers, self._places)
         places = [self._places[matrix] for matrix in present]
-        step.move(rates, self.param_groups[0], rates_on_device(self.param_groups, self._on_device, places, shared["control"]))
+        on_device = rates_on_device(self.param_groups, self._on_device, places, shared["control"])
+        step.renew()
+        step.move(rates, self.param_groups[0], on_device)
         if captured:
             step.note_captured()
             self._replays.add(present)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import secondorder as so
 from secondorder._tape import columns
-from secondorder.criteria import BoundedClassificationLoss, FunctionCriterion
+from secondorder.criteria import BoundedClassificationLoss, CompositeLoss, FunctionCriterion
 from secondorder.curvature import CURVATURES, FisherMC
 
 
@@ -85,7 +85,9 @@ def blocks_of_coupled_rows(model, criterion, x, y):
     return {name: torch.einsum("ikja,ikl,iljb->ab", j, top, j) for name, j in zip(z, jacobians, strict=True)}
 
 
-@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.MSELoss()], ids=repr)
+@pytest.mark.parametrize(
+    "criterion", [nn.CrossEntropyLoss(), nn.MSELoss(), CompositeLoss(torch.neg, nn.MSELoss())], ids=["CE", "MSE", "composite"]
+)
 @pytest.mark.parametrize("kind", ["attention", "batch norm", "decoder", "graph"])
 def test_rows_on_which_several_instances_depend_have_the_sum_of_their_blocks(kind, criterion):
     torch.manual_seed(0)

@@ -124,6 +124,20 @@ def test_composite_losses_of_other_criteria(outer):
             torch.testing.assert_close(change, same[name], rtol=1e-4, atol=1e-6)
 
 
+class Transposed(nn.Module):
+    def forward(self, z):
+        return z.mT
+
+
+def test_composite_losses_with_classes_in_dimension_1():
+    body, inner = network([4, 6, 3], nn.Tanh()), nn.Softsign()
+    x, y, criterion = torch.randn(5, 7, 4).double(), torch.randint(3, (5, 7)), nn.CrossEntropyLoss()
+    expected = gauss_newton_blocks(nn.Sequential(*body, inner), criterion, x.flatten(0, 1), y.flatten())
+    model = nn.Sequential(*body, Transposed())
+    for curvature in ("kflr", "fisher-exact"):
+        assert_blocks(blocks(model, CompositeLoss(inner, criterion), CURVATURES[curvature], (x, y)), expected)
+
+
 @pytest.mark.parametrize("optimizer", [so.KFLR, so.KFAC])
 def test_the_mixture_is_trained(optimizer):
     """Eq. 27's, whose true Hessian is indefinite; and the step's quadratic model is that of the Gauss-Newton matrix."""

@@ -230,6 +230,21 @@ def test_a_compiled_layer_is_told_of_once():
     assert losses[-1] < losses[0]
 
 
+def test_where_warnings_are_errors_a_step_that_warns_changes_nothing():
+    model, x = network(), torch.randn(9, 25).double()
+    optimizer = so.EigenAdam(model)
+    optimizer.remove_hooks()
+    model(x).square().mean().backward()
+    optimizer.step()
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="sees no inputs of"):
+        warnings.simplefilter("error")
+        optimizer.step()
+    torch.testing.assert_close((model.state_dict(), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+    optimizer.step()
+    assert optimizer.state[model[0].weight]["renewals"] == 2
+
+
 def test_a_layer_that_shows_no_inputs_any_more_goes_on_from_its_gradients():
     """At first its basis stays, so that one forward pass in between does no harm; after some renewals a warning says so."""
     model = network(torch.float32)

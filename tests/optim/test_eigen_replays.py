@@ -216,6 +216,13 @@ def test_the_first_steps_are_made_without_a_capture(before):
     refused(optimizer, model, data, f"5 steps, with a renewal of bases, .* got {before} of '0.weight'; call")
 
 
+def test_a_capture_makes_no_bases():
+    model, _ = plain()
+    optimizer = so.EigenAdam(model, capturable=True)
+    model(batch(0, 9)[0])
+    refused(optimizer, model, [batch(1, 300)], "5 steps, with a renewal of bases, .* got 0 of '0.weight'; call")
+
+
 def test_schedulers_need_a_learning_rate_on_the_device():
     model, data = plain()
     optimizer = so.EigenAdam(model, capturable=True)
