@@ -150,7 +150,10 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
         if square is not None:
             constant |= kind(node) == "BinaryCrossEntropyWithLogitsBackward"  # the entropy of its targets
             is_parameter = square.residual.is_leaf
-            (penalties if is_parameter else squares).append(square._replace(residual=plain(square.residual)))
+            if is_parameter:  # known by its identity
+                penalties.append(square)
+            else:
+                squares.append(square._replace(residual=plain(square.residual)))
             continue
         name = kind(node)
         inputs = [f for f, _ in node.next_functions]

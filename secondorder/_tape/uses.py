@@ -33,6 +33,7 @@ class Use(NamedTuple):
     operand: Tensor | None  # A [rows, b]; None: the parameter is a vector, and its gradient is G_i
     swapped: bool  # whether the gradient is outer(A_i, G_i)
     back: Back | None  # takes these gradients to those of the parameter; None: the two differ in shape at most
+    blocks: int = 1  # a row of the operand fills one of so many blocks of columns beside zeros
 
 
 class Uses(NamedTuple):
@@ -357,16 +358,16 @@ def _bmm(
         if shape[0] == 1 or _repeats(node.next_functions[position][0]):
             yield position, use._replace(back=_composed([lambda g: g.unsqueeze(1), *back]) if back else None)
             continue
-        members, operand, rows = shape[0], use.operand, use.rows
+        members, operand, rows, blocks = shape[0], use.operand, use.rows, 1
         if operand is None or members * max(operand.numel(), _shape((node, 0)).numel()) > BLOCKS:
             continue
         if use.swapped:
-            operand = _in_blocks(operand, members)
+            operand, blocks = _in_blocks(operand, members), members
         else:
             rows = _composed([use.rows, functools.partial(_in_blocks, members=members)])
         if back:
             back = [_reshape(shape), *back]
-        yield position, use._replace(operand=operand, rows=rows, back=_composed(back) if back else None)
+        yield position, use._replace(operand=operand, rows=rows, back=_composed(back) if back else None, blocks=blocks)
 
 
 def _in_blocks(rows: Tensor, members: int) -> Tensor:

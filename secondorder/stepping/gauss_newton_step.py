@@ -272,8 +272,8 @@ class GaussNewtonStep:
         """
         if any(2 * self._loss.parameters[p].numel() > block.size for p in block.others):
             return False
-        operands = [self._uses[block.term].uses[k].operand for k in block.uses]
-        return any(a is not None and 2 * int(a.count_nonzero()) > a.numel() for a in operands)
+        uses = [self._uses[block.term].uses[k] for k in block.uses]
+        return any(u.operand is not None and 2 * u.blocks * int(u.operand.count_nonzero()) > u.operand.numel() for u in uses)
 
     def _draw(self, plan: Plan, here: Residuals, progress: Progress) -> _Rows:
         """Draws residuals: from each block in proportion to its size, but at least half of an equal share."""

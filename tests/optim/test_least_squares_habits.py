@@ -270,3 +270,18 @@ def test_tensors_with_labels(returned):
         losses[labelled] = [float(optimizer.step(closure)) for _ in range(4)]
     assert losses[True] == losses[False]
     assert losses[True][-1] < 1e-2 * losses[True][0]
+
+
+def test_penalties_of_parameters_of_a_subclass():
+    class Named(nn.Parameter):
+        pass
+
+    ends = []
+    for kind in (nn.Parameter, Named):
+        torch.manual_seed(0)
+        w, x, y = kind(torch.randn(3, 1)), torch.randn(20, 3), torch.randn(20, 1)
+        optimizer = so.LevenbergMarquardt([w], race=False)
+        for _ in range(2):
+            optimizer.step(lambda w=w, x=x, y=y: mse_loss(torch.tanh(x @ w), y) + 0.1 * (w**2).sum())
+        ends.append(w.detach().as_subclass(torch.Tensor))
+    assert torch.equal(*ends)

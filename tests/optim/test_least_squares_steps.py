@@ -419,6 +419,15 @@ def test_nothing_is_held_out_where_residuals_are_many():
     assert optimizer.metrics()["excess"] == 0
 
 
+def test_residuals_of_ensembles_are_held_out():
+    first, bias, last = (nn.Parameter(torch.randn(3, *shape)) for shape in ((2, 20), (1, 20), (20, 1)))
+    x = torch.rand(3, 200, 2)
+    y = x.sum(2, keepdim=True).sin() + 0.1 * torch.randn(3, 200, 1)
+    optimizer = so.LevenbergMarquardt([first, bias, last], race=False, holdout=True)
+    optimizer.step(lambda: mse_loss(torch.bmm(torch.tanh(torch.bmm(x, first) + bias), last), y))
+    assert optimizer.metrics()["excess"] > 0
+
+
 def fields():
     """Parameters that stand for themselves: name, loss of [n] values and its least value's linear system A u = b."""
     y, d = torch.sin(torch.linspace(0, 6, 120)) + 0.2 * torch.randn(120), torch.eye(120).diff(n=2, dim=0)
