@@ -42,9 +42,9 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         theta <- theta + lr d + lr^2 a / 2,   (J^T J + diag(t) + mu I) d = -(J^T r + t theta),   (...) a = -J^T r'',
 
     where r'' is the second derivative of r along d, and a is the geodesic acceleration, which is left out if it is large beside
-    d. By how much the residuals there miss r + J d is then corrected with the same J and mu, up to three times:
+    d. By how much the residuals there miss r + lr J d is then corrected with the same J and mu, up to three times:
 
-        theta <- theta - (J^T J + diag(t) + mu I)^-1 J^T (r(theta) - (r + J d)).
+        theta <- theta - lr (J^T J + diag(t) + mu I)^-1 J^T (r(theta) - (r + lr J d)).
 
     The system is solved in m or P dimensions, whichever are fewer, by Cholesky's method, and beyond 1500 rows by conjugate
     gradients with a Nystrom preconditioner of rank 200.
@@ -77,7 +77,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         rows: how many residuals a step draws; each term gets at least half of an equal share. None: all.
         max_rows: how many residuals a step draws at most, once their number grows. None: all.
         acceleration: whether steps are bent by the geodesic acceleration, which costs one more call of the closure in each step.
-        corrections: how often a step is corrected at most, >= 0; each costs a call of the closure, and no Jacobian.
+        corrections: how often a step is corrected at most, >= 0; each costs a call of the closure, one that
+            raises the loss two, and no Jacobian.
         damping: the start of mu, relative to the mean of the diagonal of J J^T, > 0.
         race: whether the first call tries two starts. Without it the first step begins with `damping`.
         holdout: whether a tenth of the residuals is held out, of terms with 100 or more that data enter through layers. None: if

@@ -396,8 +396,8 @@ class GaussNewtonStep:
         for _ in range(self._settings.corrections):
             if not math.isfinite(trial.drawn) or (start - trial.drawn > ENOUGH * (start - end) and trial.whole < limit):
                 break
-            at, correction = self._loss.flat(), solve(self._taken(trial.values, rows) - aim)
-            if not bool(correction.norm() < CHORD * delta.norm()):
+            at, correction = self._loss.flat(), self._lr * solve(self._taken(trial.values, rows) - aim)
+            if not bool(correction.norm() < CHORD * (self._lr * delta).norm()):
                 break
             corrected = self._trial(here, rows, at - correction)
             if not corrected.drawn < trial.drawn:

@@ -91,6 +91,24 @@ def test_corrections_are_chords_by_the_same_jacobian(twist, corrections, made):
     torch.testing.assert_close(calls[-1 - made :], places, rtol=1e-8, atol=1e-12)
 
 
+def test_corrections_move_no_parameter_further_than_its_lr():
+    mixed = torch.linalg.qr(torch.randn(7, 2))[0]
+    theta, slow = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(()))
+    groups = [{"params": [theta]}, {"params": [slow], "lr": 1e-6}]
+    optimizer = so.LevenbergMarquardt(groups, rows=None, race=False, acceleration=False, damping=1e-4)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        residual = mixed @ torch.stack([theta[0] + slow + 0.03 * theta[1] ** 2, 0.03 * (theta[1] - 1)])
+        return residual.square().sum()
+
+    optimizer.step(closure)
+    assert len(calls) == 4  # one of them a correction
+    assert theta[0] < -0.01
+    assert slow.abs() < 1e-7
+
+
 def test_a_linear_problem_is_solved_at_once():
     layer, x, y = nn.Linear(4, 1), torch.randn(30, 4), torch.randn(30, 1)
     optimizer = so.LevenbergMarquardt(layer.parameters(), race=False, damping=1e-14)
