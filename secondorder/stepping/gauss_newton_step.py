@@ -166,9 +166,7 @@ class GaussNewtonStep:
             if settings.acceleration:
                 moved = moved + self._lr**2 * self._acceleration(here, rows, jacobian, solve, r, theta, delta)
             limit = whole if rows.whole else RISE * (min(whole, progress.record) if same else whole)
-            trial = self._trial(here, rows, moved)
-            if predicted > 0:
-                trial = self._corrected(trial, here, rows, aim, solve, delta, (start, end, limit))
+            trial = self._corrected(moved, here, rows, aim, solve, delta, (start, end, limit))
             if trial.drawn < start and trial.whole < limit and predicted > 0:
                 ratio = (start - trial.drawn) / predicted
                 if ratio > SUSPECT:
@@ -375,34 +373,37 @@ class GaussNewtonStep:
         return _Trial(values, now, of_drawn, held)
 
     def _corrected(
-        self, trial: _Trial, here: Residuals, rows: _Rows, aim: Tensor, solve: Callable[[Tensor], Tensor], delta: Tensor,
+        self, moved: Tensor, here: Residuals, rows: _Rows, aim: Tensor, solve: Callable[[Tensor], Tensor], delta: Tensor,
         losses: tuple[float, float, float],
     ) -> _Trial:  # fmt: skip
-        """Corrects a step by chords until it is as good as the linear model promises, or cannot be corrected.
+        """Makes a step, and corrects it by chords until it is as good as the linear model promises, or cannot be corrected.
 
-        By how much the residuals miss the linear model's, r + J delta, is solved for with the same Jacobian. A correction costs
-        one call of the closure; a step with a smaller damping, in place of one that fails, costs two, and is shorter.
+        By how much the residuals miss the linear model's, r + lr J delta, is solved for with the same Jacobian. A correction
+        costs one call of the closure; a step with more damping, in place of one that fails, costs two, and is shorter.
 
         Args:
-            trial: where the step has led.
+            moved: where the step leads.
             here: the residuals where it began.
             rows: the rows of the step.
-            aim: the residuals r + J delta of these rows.
+            aim: the residuals r + lr J delta of these rows.
             solve: the step's solve, at its damping.
             delta: the step without acceleration.
             losses: of the rows drawn that at the start, and that of `aim`; and the limit of the whole loss.
         """
         start, end, limit = losses
-        for _ in range(self._settings.corrections):
+        trial = self._trial(here, rows, moved)
+        for _ in range(self._settings.corrections if end < start else 0):
             if not math.isfinite(trial.drawn) or (start - trial.drawn > ENOUGH * (start - end) and trial.whole < limit):
                 break
             at, correction = self._loss.flat(), self._lr * solve(self._taken(trial.values, rows) - aim)
             if not bool(correction.norm() < CHORD * (self._lr * delta).norm()):
                 break
-            corrected = self._trial(here, rows, at - correction)
-            if not corrected.drawn < trial.drawn:
-                return self._trial(here, rows, at)  # since a graph holds for the parameters' values of its own call alone
-            trial = corrected
+            drawn = trial.drawn
+            del trial  # its graph is freed before the next one is made
+            trial = self._trial(here, rows, at - correction)
+            if not trial.drawn < drawn:
+                del trial
+                return self._trial(here, rows, at)
         return trial
 
     def _acceleration(

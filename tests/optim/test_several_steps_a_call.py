@@ -154,6 +154,23 @@ def test_the_graphs_of_earlier_calls_are_freed(max_iter):
     assert max(alive) <= 2  # where the step began, and at the damping tried before
 
 
+def test_graphs_of_corrections_are_freed():
+    torch.manual_seed(0)
+    mixed, t = torch.linalg.qr(torch.randn(7, 2))[0], torch.nn.Parameter(torch.zeros(2))
+    marks, alive = weakref.WeakSet(), []
+
+    def closure():
+        alive.append(len(marks))
+        residual = mixed @ torch.stack([t[0] + 0.03 * t[1] ** 2 + 0.8 * t[0] * t[1], 0.03 * (t[1] - 1)])
+        mark = residual.grad_fn.metadata["mark"] = Mark()
+        marks.add(mark)
+        return residual.square().sum()
+
+    so.LevenbergMarquardt([t], rows=None, race=False, acceleration=False, damping=1e-4).step(closure)
+    assert len(alive) > 5  # some of them corrections
+    assert max(alive) == 1  # where the step began
+
+
 def test_a_closure_that_fails_leaves_no_graph():
     torch.manual_seed(0)
     net, loss = poisson()
