@@ -4,6 +4,7 @@
 take a few nodes. Each is linear, and then applied by differentiating its backward pass, or one of the functions named here.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -157,14 +158,36 @@ def logits_of(log_probabilities: Tensor, classes: int, passes: Callable[[Node], 
         passes: tells whether a node may stand between log_softmax and them.
     """
     node: Any = log_probabilities.grad_fn
+    number, dim = log_probabilities.output_nr, classes % log_probabilities.dim()
     while node is not None and passes(node):
-        node = node.next_functions[0][0]
+        before = _dim_before(node, number, dim)
+        if before is None:
+            return None
+        dim, (node, number) = before, node.next_functions[0]
     if node is None or kind(node) != "LogSoftmaxBackward":
         return None
-    if node._input_metadata[0].shape[signed_dim(node._saved_dim)] != log_probabilities.shape[classes]:
+    if signed_dim(node._saved_dim) % len(node._input_metadata[0].shape) != dim:
         return None
     before, number = node.next_functions[0]
     return None if before is None else GradientEdge(before, number)
+
+
+def _dim_before(node: Any, number: int, dim: int) -> int | None:
+    """Returns where a dimension of a node's output stands in its one input; None: not in one place alone, or it is mixed."""
+    before, place = node.next_functions[0]
+    if before is None:
+        return None
+    made, given = node._input_metadata[number].shape, before._input_metadata[place].shape
+    if kind(node) == "TransposeBackward":
+        first, second = (signed_dim(saved) % len(given) for saved in (node._saved_dim0, node._saved_dim1))
+        return {first: second, second: first}.get(dim, dim)
+    if kind(node) == "PermuteBackward":
+        return int(signed_dim(node._saved_dims[dim])) % len(given)
+    if kind(node) == "TBackward":
+        return len(given) - 1 - dim
+    inner = math.prod(made[dim + 1 :])
+    found = [i for i, size in enumerate(given) if size == made[dim] and math.prod(given[i + 1 :]) == inner]
+    return found[0] if len(found) == 1 else None
 
 
 def is_affine(output: GradientEdge, source: Node) -> bool:

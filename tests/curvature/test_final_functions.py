@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import secondorder as so
 from secondorder._layers import linear_layers
-from secondorder._tape import Tape
+from secondorder._tape import Tape, is_selecting, logits_of
 from secondorder.criteria import FunctionCriterion
 from secondorder.curvature import CURVATURES, FisherMC
 
@@ -197,6 +197,32 @@ def test_nll_of_log_softmax_that_is_reshaped_or_selected_is_cross_entropy(name, 
     rtol = 0.1 if name == "fisher-mc" else 1e-9
     for layer, block in expected.items():
         assert (found[layer] - block).norm() <= rtol * block.norm()
+
+
+@pytest.mark.parametrize(
+    ("shape", "function"),
+    [
+        ((4, 4), lambda z: z.log_softmax(1).T),
+        ((4, 4), lambda z: z.log_softmax(0)),
+        ((3, 4, 2), lambda z: z.log_softmax(1).view(6, 4)),
+    ],
+    ids=["transposed", "over instances", "viewed"],
+)
+def test_log_probabilities_over_another_dimension_than_the_classes_are_no_logits(shape, function):
+    z = torch.randn(shape, requires_grad=True)
+    assert logits_of(function(z), 1, is_selecting) is None
+
+
+def test_logits_are_those_that_log_softmax_was_taken_of():
+    z = torch.randn(5, 4, 4, requires_grad=True)
+    for u, function, classes in [
+        (2 * z, lambda u: u.log_softmax(2).view(20, 4), 1), (2 * z, lambda u: u.log_softmax(1).transpose(1, 2), 2),
+        (2 * z, lambda u: u.log_softmax(1).permute(1, 0, 2), 0), (2 * z, lambda u: u.log_softmax(-1)[2:4, 1], 1),
+        (2 * z[0], lambda u: u.log_softmax(0).T, -1),
+    ]:  # fmt: skip
+        edge = logits_of(function(u), classes, is_selecting)
+        assert edge is not None
+        assert edge.node is u.grad_fn
 
 
 class Then(nn.Module):
