@@ -342,14 +342,17 @@ class EigenAdam(SecondOrderOptimizer):
             rows: how many inputs it sees at a time, 0 if none have been seen.
         """
         state = self.state[matrix.weight]
+        made = "basis_out" in state
+        if made and not is_current(state, matrix.weight):
+            self.state[matrix.weight] = state = cast_state(state, matrix.weight)
+        if made and state["step"]:
+            return state
         # Ranks must agree, though one of them may see no inputs; and a new optimizer has the shapes of a checkpoint's tensors.
         rank = self._directions(rows >= MANY_ROWS or self._several)
-        if "basis_out" in state:
-            if not is_current(state, matrix.weight):
-                self.state[matrix.weight] = state = cast_state(state, matrix.weight)
+        if made:
             # A layer that a dry run has called with a few inputs may train on many.
-            made = len(state["basis_out"]), len(state["basis_in"])
-            if state["step"] or not matrix.eigen or all(map(ge, made, directions(matrix, rank))):
+            present = len(state["basis_out"]), len(state["basis_in"])
+            if not matrix.eigen or all(map(ge, present, directions(matrix, rank))):
                 return state
             for key in state.keys() - set(SHARED):
                 del state[key]
