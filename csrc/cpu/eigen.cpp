@@ -18,11 +18,13 @@
 #include "../ops/eigen.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace secondorder::cpu {
 namespace {
 
 constexpr int64_t kGroup = 16;  // rows that stay in the caches from one product with them to the next
+constexpr int64_t kRows = 4;    // rows of the parameters that move at a time
 
 // Rows of a matrix [n, p] that one block has: small matrices are one block, others at most eight.
 int64_t block_rows(int64_t n, int64_t p) {
@@ -40,18 +42,24 @@ void for_blocks(int64_t n, int64_t p, F&& f) {
 
 // sum over blocks: x [blocks, size] -> its first row.
 template <typename T>
-void add_blocks(std::vector<T>& x, int64_t blocks, int64_t size) {
+void add_blocks(T* x, int64_t blocks, int64_t size) {
   for (int64_t b = 1; b < blocks; ++b)
     for (int64_t i = 0; i < size; ++i) x[i] += x[b * size + i];
 }
 
 // x [rows, columns] -> its transpose
 template <typename T>
-std::vector<T> transposed(int64_t rows, int64_t columns, const T* x) {
-  std::vector<T> out(rows * columns);
+void transpose(int64_t rows, int64_t columns, const T* x, T* out) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < columns; ++j) out[j * rows + i] = x[i * columns + j];
-  return out;
+}
+
+// x [n] -> -x
+template <typename T>
+T* negative(Scratch& scratch, int64_t n, const T* x) {
+  T* const minus = scratch.take<T>(n);
+  std::transform(x, x + n, minus, [](T value) { return -value; });
+  return minus;
 }
 
 // A matrix of the net, its bases, and its gradient in the parts that EigenSizes names.
@@ -60,10 +68,11 @@ struct Matrix {
   EigenSizes size{};
   const T *gradient = nullptr, *bias_gradient = nullptr, *mean = nullptr;  // G [n, p], g [n] or null, a [p]
   const T *out = nullptr, *in = nullptr;                                   // U^T [ku, n], V^T [kv, p]
-  std::vector<T> u;                                                        // U [n, ku]
-  std::vector<T> projected, above;                                         // G' V [n, kv], U^T G' [ku, p]
-  std::vector<T> corner, right, top;                                       // C, R, T
+  T* u = nullptr;                                                          // U [n, ku]
+  T *projected = nullptr, *above = nullptr;                                // G' V [n, kv], U^T G' [ku, p]
+  T *corner = nullptr, *right = nullptr, *top = nullptr;                   // C, R, T
   double squares = 0, bias_squares = 0;                                    // |G|^2, |g|^2
+  Scratch scratch;                                                         // has U and all that comes after it
 
   const Kernels<T>& k = kernels<T>();
 
@@ -77,114 +86,101 @@ struct Matrix {
   // C, R, T of the gradient, what they are made of, and its size.
   void project() {
     const int64_t n = size.n, p = size.p, ku = size.ku, kv = size.kv, c = size.c(), count = blocks();
-    u = transposed(ku, n, out);
-    projected.resize(n * kv);
-    above.assign(count * ku * p, T(0));
-    std::vector<double> sums(count, 0.0);
+    u = scratch.take<T>(n * ku);
+    transpose(ku, n, out, u);
+    projected = scratch.take<T>(n * kv);
+    above = scratch.zeros<T>(count * ku * p);
+    double* const sums = scratch.zeros<double>(count);
     for_blocks(n, p, [&](int64_t b, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i += kGroup) {
         const int64_t rows = std::min(kGroup, end - i);
         const T* x = gradient + i * p;
         sums[b] += double(k.dot(rows * p, x, x));
-        k.products(rows, p, x, kv, in, projected.data() + i * kv, kv);
-        T* sum = above.data() + b * ku * p;
+        k.products(rows, p, x, kv, in, projected + i * kv, kv);
+        T* sum = above + b * ku * p;
         k.low_rank(ku, p, sum, rows, out + i, n, x, sum);
       }
     });
-    squares = std::accumulate(sums.begin(), sums.end(), 0.0);
+    squares = std::accumulate(sums, sums + count, 0.0);
     bias_squares = bias_gradient ? double(k.dot(n, bias_gradient, bias_gradient)) : 0;
     add_blocks(above, count, ku * p);
-    above.resize(ku * p);
     if (bias_gradient) {
-      std::vector<T> shift(kv), along(ku, T(0));  // a^T V, U^T g
-      k.products(1, p, mean, kv, in, shift.data(), kv);
-      k.low_rank(n, kv, projected.data(), 1, negative(n, bias_gradient).data(), 1, shift.data(), projected.data());
-      k.products(ku, n, out, 1, bias_gradient, along.data(), 1);
-      k.low_rank(ku, p, above.data(), 1, negative(ku, along.data()).data(), 1, mean, above.data());
+      T *shift = scratch.take<T>(kv), *along = scratch.zeros<T>(ku);  // a^T V, U^T g
+      k.products(1, p, mean, kv, in, shift, kv);
+      k.low_rank(n, kv, projected, 1, negative(scratch, n, bias_gradient), 1, shift, projected);
+      k.products(ku, n, out, 1, bias_gradient, along, 1);
+      k.low_rank(ku, p, above, 1, negative(scratch, ku, along), 1, mean, above);
     }
-    right.resize(n * c);
+    right = scratch.take<T>(n * c);
     for (int64_t i = 0; i < n; ++i) {
-      std::copy_n(projected.data() + i * kv, kv, right.data() + i * c);
+      std::copy_n(projected + i * kv, kv, right + i * c);
       if (bias_gradient) right[i * c + kv] = bias_gradient[i];
     }
-    corner.assign(ku * c, T(0));
-    k.low_rank(ku, c, corner.data(), n, out, n, right.data(), corner.data());
-    if (size.right())
-      k.low_rank(n, c, right.data(), ku, negative(n * ku, u.data()).data(), ku, corner.data(), right.data());
+    corner = scratch.take<T>(ku * c);
+    k.low_rank(ku, c, nullptr, n, out, n, right, corner);
+    if (size.right()) k.low_rank(n, c, right, ku, negative(scratch, n * ku, u), ku, corner, right);
     if (size.top()) {  // U^T G' - C V^T, without the bias' column
-      std::vector<T> minus(ku * kv);
+      T* const minus = scratch.take<T>(ku * kv);
       for (int64_t q = 0; q < ku; ++q)
         for (int64_t s = 0; s < kv; ++s) minus[q * kv + s] = -corner[q * c + s];
-      top.resize(ku * p);
-      k.low_rank(ku, p, above.data(), kv, minus.data(), kv, in, top.data());
+      top = scratch.take<T>(ku * p);
+      k.low_rank(ku, p, above, kv, minus, kv, in, top);
     }
-  }
-
-  std::vector<T> negative(int64_t n_, const T* x) const {
-    std::vector<T> minus(n_);
-    std::transform(x, x + n_, minus.begin(), [](T value) { return -value; });
-    return minus;
   }
 
   // E = G + l r: l [n, w], r [w, p], with w = (1 with a bias) + kv + ku.
   struct LowRank {
     int64_t width;
-    std::vector<T> l, r;
+    T *l, *r;
   };
-  LowRank residual() const {
-    const int64_t n = size.n, p = size.p, ku = size.ku, kv = size.kv;
-    LowRank f{size.c() + ku, {}, {}};
-    f.l.resize(n * f.width);
+  LowRank residual(Scratch& own) const {
+    const int64_t n = size.n, p = size.p, ku = size.ku, kv = size.kv, width = size.c() + ku;
+    const LowRank f{width, own.take<T>(n * width), own.take<T>(width * p)};
+    T* l = f.l;
     for (int64_t i = 0; i < n; ++i) {
-      T* l = f.l.data() + i * f.width;
       if (size.bias) *l++ = -bias_gradient[i];
       for (int64_t s = 0; s < kv; ++s) *l++ = -projected[i * kv + s];
       for (int64_t q = 0; q < ku; ++q) *l++ = -u[i * ku + q];
     }
-    f.r.reserve(f.width * p);
-    if (size.bias) f.r.insert(f.r.end(), mean, mean + p);
-    f.r.insert(f.r.end(), in, in + kv * p);
-    f.r.insert(f.r.end(), top.begin(), top.end());
+    T* r = size.bias ? std::copy_n(mean, p, f.r) : f.r;
+    r = std::copy_n(in, kv * p, r);
+    std::copy_n(top, ku * p, r);
     return f;
   }
 
   // S = N_E + l r and y [n] from parts of N: w = ku + kv. nv = N_E V [n, kv] and nu = U^T N_E [ku, p], null without
-  // N_E.
-  LowRank whole(const T* c_part, const T* r_part, const T* t_part, const T* nv, const T* nu, std::vector<T>& y) const {
-    const int64_t n = size.n, p = size.p, ku = size.ku, kv = size.kv, c = size.c();
-    const bool bias = size.bias;
+  // N_E; y is null without a bias.
+  LowRank whole(Scratch& own, const T* c_part, const T* r_part, const T* t_part, const T* nv, const T* nu, T* y) const {
+    const int64_t n = size.n, p = size.p, ku = size.ku, kv = size.kv, c = size.c(), width = ku + kv;
     // Inside the bases' span of the outputs: N_C - U^T N_R + (U^T N_E V, 0).
-    std::vector<T> inside(c_part, c_part + ku * c);
+    T *inside = own.take<T>(ku * c), *both = own.take<T>(ku * kv);
+    std::copy_n(c_part, ku * c, inside);
     if (size.right()) {
-      std::vector<T> minus(ku * c, T(0));
-      k.low_rank(ku, c, minus.data(), n, out, n, r_part, minus.data());
+      T* const minus = own.take<T>(ku * c);
+      k.low_rank(ku, c, nullptr, n, out, n, r_part, minus);
       for (int64_t i = 0; i < ku * c; ++i) inside[i] -= minus[i];
     }
     if (nu) {
-      std::vector<T> both(ku * kv);
-      k.products(ku, p, nu, kv, in, both.data(), kv);
+      k.products(ku, p, nu, kv, in, both, kv);
       for (int64_t q = 0; q < ku; ++q)
         for (int64_t s = 0; s < kv; ++s) inside[q * c + s] += both[q * kv + s];
     }
-    std::vector<T> x(n * c);  // N_R + U inside
-    k.low_rank(n, c, size.right() ? r_part : nullptr, ku, u.data(), ku, inside.data(), x.data());
-    LowRank f{ku + kv, std::vector<T>(n * (ku + kv)), std::vector<T>((ku + kv) * p, T(0))};
-    y.assign(bias ? n : 0, T(0));
+    T* const x = own.take<T>(n * c);  // N_R + U inside
+    k.low_rank(n, c, size.right() ? r_part : nullptr, ku, u, ku, inside, x);
+    const LowRank f{width, own.take<T>(n * width), own.zeros<T>(width * p)};
+    T* l = f.l;
     for (int64_t i = 0; i < n; ++i) {
-      T* l = f.l.data() + i * f.width;
       for (int64_t q = 0; q < ku; ++q) *l++ = u[i * ku + q];
       for (int64_t s = 0; s < kv; ++s) *l++ = x[i * c + s] - (nv ? nv[i * kv + s] : T(0));
-      if (bias) y[i] = x[i * c + kv];
+      if (y) y[i] = x[i * c + kv];
     }
     if (size.top()) {  // N_T (I - V V^T) - U^T N_E
-      std::vector<T> both(ku * kv);
-      k.products(ku, p, t_part, kv, in, both.data(), kv);
-      for (T& value : both) value = -value;
-      k.low_rank(ku, p, t_part, kv, both.data(), kv, in, f.r.data());
+      k.products(ku, p, t_part, kv, in, both, kv);
+      k.low_rank(ku, p, t_part, kv, negative(own, ku * kv, both), kv, in, f.r);
       if (nu)
         for (int64_t i = 0; i < ku * p; ++i) f.r[i] -= nu[i];
     }
-    std::copy_n(in, kv * p, f.r.data() + ku * p);
+    std::copy_n(in, kv * p, f.r + ku * p);
     return f;
   }
 };
@@ -239,19 +235,23 @@ void eigen_sketch_(const at::Tensor& sketch, const at::Tensor& inputs, const at:
     using T = scalar_t;
     const Kernels<T>& loops = kernels<T>();
     const int64_t blocks = ceil_div(m, block_rows(m, p)), size = (k + 1) * p;
-    std::vector<T> sums(blocks * size, T(0));
+    Scratch scratch;
+    T* const sums = scratch.zeros<T>(blocks * size);
     const T *x = h.const_data_ptr<T>(), *directions = optional_data<T>(v), *minus = optional_data<T>(c);
+    T* const groups = scratch.take<T>(blocks * kGroup * p);  // of shifted inputs
+    T* const places = scratch.take<T>(blocks * 2 * kGroup * (k + 1));
     for_blocks(m, p, [&](int64_t b, int64_t begin, int64_t end) {
-      std::vector<T> row(kGroup * p), coordinates(kGroup * (k + 1), T(1));  // the last coordinate, 1, sums the rows
+      T* const row = groups + b * kGroup * p;
+      T *coordinates = places + b * 2 * kGroup * (k + 1), *turned = coordinates + kGroup * (k + 1);
+      std::fill_n(coordinates, kGroup * (k + 1), T(1));  // the last coordinate, 1, sums the rows
       for (int64_t i = begin; i < end; i += kGroup) {
         const int64_t rows = std::min(kGroup, end - i);
-        const T* shifted = minus ? row.data() : x + i * p;
-        for (int64_t r = 0; minus && r < rows; ++r)
-          loops.combine(p, T(1), x + (i + r) * p, T(-1), minus, row.data() + r * p);
-        loops.products(rows, p, shifted, k, directions, coordinates.data(), k + 1);
-        const std::vector<T> turned = transposed(rows, k + 1, coordinates.data());
-        T* sum = sums.data() + b * size;
-        loops.low_rank(k + 1, p, sum, rows, turned.data(), rows, shifted, sum);
+        const T* shifted = minus ? row : x + i * p;
+        for (int64_t r = 0; minus && r < rows; ++r) loops.combine(p, T(1), x + (i + r) * p, T(-1), minus, row + r * p);
+        loops.products(rows, p, shifted, k, directions, coordinates, k + 1);
+        transpose(rows, k + 1, coordinates, turned);
+        T* sum = sums + b * size;
+        loops.low_rank(k + 1, p, sum, rows, turned, rows, shifted, sum);
       }
     });
     add_blocks(sums, blocks, size);
@@ -264,19 +264,19 @@ void eigen_sketch_(const at::Tensor& sketch, const at::Tensor& inputs, const at:
 // The rows of x [k, n] made orthonormal in their order; lengths [k] are theirs before, 0 for one that depended on the
 // others and was drawn anew.
 template <typename T>
-void orthonormalize(int64_t k, int64_t n, T* x, T* lengths) {
+void orthonormalize(Scratch& scratch, int64_t k, int64_t n, T* x, T* lengths) {
   const Kernels<T>& loops = kernels<T>();
   const T tolerance = 16 * std::numeric_limits<T>::epsilon();
-  std::vector<T> along(k);
+  T* const along = scratch.take<T>(k);
   const auto length = [&](const T* row) { return T(std::sqrt(loops.dot(n, row, row))); };
   T largest = 0;
   for (int64_t q = 0; q < k; ++q) largest = std::max(largest, length(x + q * n));
   for (int64_t q = 0; q < k; ++q) {
     T* row = x + q * n;
     const auto strip = [&] {
-      loops.products(1, n, row, q, x, along.data(), q);
+      loops.products(1, n, row, q, x, along, q);
       for (int64_t s = 0; s < q; ++s) along[s] = -along[s];
-      loops.low_rank(1, n, row, q, along.data(), q, x, row);
+      loops.low_rank(1, n, row, q, along, q, x, row);
     };
     const auto scale = [&](T factor) { loops.combine(n, factor, row, T(0), row, row); };
     const T start = length(row);
@@ -295,40 +295,33 @@ void orthonormalize(int64_t k, int64_t n, T* x, T* lengths) {
 
 // basis, scale <- qr((1 - share) scale basis + share product), [k, n] each
 template <typename T>
-void renew_side(int64_t k, int64_t n, T share, std::vector<T>& product, T* basis, T* scale) {
+void renew_side(Scratch& scratch, int64_t k, int64_t n, T share, T* product, T* basis, T* scale) {
   for (int64_t q = 0; q < k; ++q)
-    kernels<T>().combine(n, (1 - share) * scale[q], basis + q * n, share, product.data() + q * n,
-                         product.data() + q * n);
-  orthonormalize(k, n, product.data(), scale);
-  std::copy(product.begin(), product.end(), basis);
+    kernels<T>().combine(n, (1 - share) * scale[q], basis + q * n, share, product + q * n, product + q * n);
+  orthonormalize(scratch, k, n, product, scale);
+  std::copy_n(product, k * n, basis);
 }
 
 // The first moments in new bases: C <- A C B, R <- R B, T <- A T with A = U'^T U and B = V^T V', but for the bias'
 // column. E stays: what turns into the bases, or out of them, is little from one renewal to the next.
 template <typename T>
-void turn(const EigenSizes& size, const T* old_out, const T* old_in, const T* out, const T* in, T* first) {
+void turn(Scratch& scratch, const EigenSizes& size, const T* old_out, const T* old_in, const T* out, const T* in,
+          T* first) {
   const Kernels<T>& loops = kernels<T>();
   const int64_t n = size.n, p = size.p, ku = size.ku, kv = size.kv, c = size.c();
-  std::vector<T> a(ku * ku), b(c * c, T(0));
-  loops.products(ku, n, out, ku, old_out, a.data(), ku);
-  loops.products(kv, p, old_in, kv, in, b.data(), c);
+  T *a = scratch.take<T>(ku * ku), *b = scratch.zeros<T>(c * c);
+  loops.products(ku, n, out, ku, old_out, a, ku);
+  loops.products(kv, p, old_in, kv, in, b, c);
   if (size.bias) b[c * c - 1] = 1;
   const auto product = [&](int64_t rows, int64_t inner, int64_t columns, const T* x, const T* y) {
-    std::vector<T> result(rows * columns);
-    loops.low_rank(rows, columns, nullptr, inner, x, inner, y, result.data());
+    T* const result = scratch.take<T>(rows * columns);
+    loops.low_rank(rows, columns, nullptr, inner, x, inner, y, result);
     return result;
   };
   T *right = first + size.corner(), *top = right + size.right();
-  const std::vector<T> corner = product(ku, c, c, product(ku, ku, c, a.data(), first).data(), b.data());
-  std::copy(corner.begin(), corner.end(), first);
-  if (size.right()) {
-    const std::vector<T> turned = product(n, c, c, right, b.data());
-    std::copy(turned.begin(), turned.end(), right);
-  }
-  if (size.top()) {
-    const std::vector<T> turned = product(ku, ku, p, a.data(), top);
-    std::copy(turned.begin(), turned.end(), top);
-  }
+  std::copy_n(product(ku, c, c, product(ku, ku, c, a, first), b), size.corner(), first);
+  if (size.right()) std::copy_n(product(n, c, c, right, b), size.right(), right);
+  if (size.top()) std::copy_n(product(ku, ku, p, a, top), size.top(), top);
 }
 
 template <typename T>
@@ -337,19 +330,22 @@ void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, 
   const Kernels<T>& loops = kernels<T>();
   const int64_t n = matrix.size.n, p = matrix.size.p, ku = matrix.size.ku, kv = matrix.size.kv;
   const bool bias = matrix.size.bias;
-  const std::vector<T> old_out(basis_out, basis_out + ku * n), old_in(basis_in, basis_in + kv * p);
-  std::vector<T> inputs(kv * p, T(0)), outputs(ku * n, T(0));
+  Scratch scratch;
+  T *old_out = scratch.take<T>(ku * n), *old_in = scratch.take<T>(kv * p);
+  std::copy_n(basis_out, ku * n, old_out);
+  std::copy_n(basis_in, kv * p, old_in);
+  T *inputs = scratch.zeros<T>(kv * p), *outputs = scratch.take<T>(ku * n);
   if (rows) {
     // sum (x - d)(x - d)^T V = sum x x^T V - (sum x)(d^T V) - d (sum x)^T V + rows d (d^T V), d the mean's move
     const T *sum = sketch + kv * p, count = T(rows);
-    std::vector<T> move(p, T(0)), vd(kv), vx(kv);
+    T *move = scratch.zeros<T>(p), *vd = scratch.take<T>(kv), *vx = scratch.take<T>(kv);
     if (bias)
       for (int64_t j = 0; j < p; ++j) {
         move[j] = share * sum[j] / count;
         mean[j] += move[j];
       }
-    loops.products(1, p, move.data(), kv, basis_in, vd.data(), kv);
-    loops.products(1, p, sum, kv, basis_in, vx.data(), kv);
+    loops.products(1, p, move, kv, basis_in, vd, kv);
+    loops.products(1, p, sum, kv, basis_in, vx, kv);
     for (int64_t q = 0; q < kv; ++q)
       for (int64_t j = 0; j < p; ++j)
         inputs[q * p + j] = (sketch[q * p + j] - vd[q] * sum[j] - vx[q] * move[j] + count * vd[q] * move[j]) / count;
@@ -357,29 +353,29 @@ void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, 
   // G'^T G' V, where no inputs were seen, and G' G'^T U, where there is no H, with the new mean.
   if (!rows || !hessian) matrix.project();
   if (!rows) {
-    const std::vector<T> turned = transposed(n, kv, matrix.projected.data());
-    loops.low_rank(kv, p, inputs.data(), n, turned.data(), n, matrix.gradient, inputs.data());
+    T* const turned = scratch.take<T>(kv * n);
+    transpose(n, kv, matrix.projected, turned);
+    loops.low_rank(kv, p, inputs, n, turned, n, matrix.gradient, inputs);
     if (bias) {  // less (g^T G' V)^T a^T
-      std::vector<T> along(kv, T(0));
-      loops.products(kv, n, turned.data(), 1, matrix.bias_gradient, along.data(), 1);
-      loops.low_rank(kv, p, inputs.data(), 1, matrix.negative(kv, along.data()).data(), 1, mean, inputs.data());
+      T* const along = scratch.take<T>(kv);
+      loops.products(kv, n, turned, 1, matrix.bias_gradient, along, 1);
+      loops.low_rank(kv, p, inputs, 1, negative(scratch, kv, along), 1, mean, inputs);
     }
   }
   if (hessian) {
-    loops.low_rank(ku, n, nullptr, n, basis_out, n, hessian, outputs.data());
+    loops.low_rank(ku, n, nullptr, n, basis_out, n, hessian, outputs);
   } else {
-    std::vector<T> along(ku, T(0)), product(n * ku);  // G' (U^T G')^T
-    loops.products(n, p, matrix.gradient, ku, matrix.above.data(), product.data(), ku);
+    T *along = scratch.take<T>(ku), *product = scratch.take<T>(n * ku);  // G' (U^T G')^T
+    loops.products(n, p, matrix.gradient, ku, matrix.above, product, ku);
     if (bias) {
-      loops.products(1, p, mean, ku, matrix.above.data(), along.data(), ku);
-      loops.low_rank(n, ku, product.data(), 1, matrix.negative(n, matrix.bias_gradient).data(), 1, along.data(),
-                     product.data());
+      loops.products(1, p, mean, ku, matrix.above, along, ku);
+      loops.low_rank(n, ku, product, 1, negative(scratch, n, matrix.bias_gradient), 1, along, product);
     }
-    outputs = transposed(n, ku, product.data());
+    transpose(n, ku, product, outputs);
   }
-  renew_side(kv, p, share, inputs, basis_in, scale_in);
-  renew_side(ku, n, share, outputs, basis_out, scale_out);
-  turn(matrix.size, old_out.data(), old_in.data(), basis_out, basis_in, first);
+  renew_side(scratch, kv, p, share, inputs, basis_in, scale_in);
+  renew_side(scratch, ku, n, share, outputs, basis_out, scale_out);
+  turn(scratch, matrix.size, old_out, old_in, basis_out, basis_in, first);
 }
 
 void eigen_renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList basis_in, at::TensorList scale_out,
@@ -450,79 +446,75 @@ void step(Matrix<T>& matrix, const State<T>& state, const Rates& rates, double b
     if (!rule.lazy) std::copy_n(made, elements, last);
     for (int64_t i = 0; rule.lazy && i < elements; ++i) last[i] = rule.waits(x[i]) ? last[i] : made[i];
   };
-  std::vector<T> normed(rest);  // N's C, R, T
+  Scratch scratch;
+  T* const normed = scratch.take<T>(rest);  // N's C, R, T
   int64_t at = 0;
-  for (const auto& [part, elements] : {std::pair{&matrix.corner, size.corner()}, std::pair{&matrix.right, size.right()},
-                                       std::pair{&matrix.top, size.top()}}) {
+  for (const auto& [part, elements] : {std::pair{matrix.corner, size.corner()}, std::pair{matrix.right, size.right()},
+                                       std::pair{matrix.top, size.top()}}) {
     if (!elements) continue;
-    slopes[1] += double(loops.dot(elements, part->data(), state.last + at));
-    slopes[0] +=
-        double(loops.moments(elements, part->data(), rule, state.first + at, state.second + at, normed.data() + at));
-    remember(elements, part->data(), normed.data() + at, state.last + at);
+    slopes[1] += double(loops.dot(elements, part, state.last + at));
+    slopes[0] += double(loops.moments(elements, part, rule, state.first + at, state.second + at, normed + at));
+    remember(elements, part, normed + at, state.last + at);
     at += elements;
   }
 
-  at::Tensor memory;  // N's E
-  T* residual = nullptr;
-  std::vector<T> nv, nu;
+  T *residual = nullptr, *nv = nullptr, *nu = nullptr;  // N's E, its products with V and U
   if (size.residual()) {
-    memory = at::empty({n, p}, at::CppTypeToScalarType<T>::value);
-    residual = memory.mutable_data_ptr<T>();
-    nv.resize(n * kv);
-    nu.assign(count * ku * p, T(0));
+    residual = scratch.take<T>(n * p);
+    nv = scratch.take<T>(n * kv);
+    nu = scratch.zeros<T>(count * ku * p);
     std::vector<int64_t> sample(n, -1);  // which of the sampled rows a row is
     for (int64_t s = 0; s < state.sampled; ++s) sample[eigen_sampled_row(s, state.sampled, n)] = s;
     const double share = double(n) / double(state.sampled);
-    const auto f = matrix.residual();
+    const auto f = matrix.residual(scratch);
     std::vector<double> along(count, 0.0), along_last(count, 0.0);
+    T* const groups = scratch.take<T>(count * kGroup * p);
     for_blocks(n, p, [&](int64_t b, int64_t begin, int64_t end) {
-      std::vector<T> x(kGroup * p);
+      T* const x = groups + b * kGroup * p;
       for (int64_t i = begin; i < end; i += kGroup) {
         const int64_t rows = std::min(kGroup, end - i);
-        loops.low_rank(rows, p, matrix.gradient + i * p, f.width, f.l.data() + i * f.width, f.width, f.r.data(),
-                       x.data());
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t at_row = rest + (i + r) * p, s = sample[i + r];
-          const T slope = loops.moments(p, x.data() + r * p, rule, state.first + at_row, state.second + at_row,
-                                        residual + (i + r) * p);
+        loops.low_rank(rows, p, matrix.gradient + i * p, f.width, f.l + i * f.width, f.width, f.r, x);
+        for (int64_t r = 0, next; r < rows; r = next) {  // a sampled row, or all up to the next one
+          const int64_t s = sample[i + r], here = (i + r) * p;
+          for (next = r + 1; s < 0 && next < rows && sample[i + next] < 0;) ++next;
+          const T slope = loops.moments((next - r) * p, x + r * p, rule, state.first + rest + here,
+                                        state.second + rest + here, residual + here);
           if (s < 0) continue;
           T* last = state.last + rest + s * p;
           along[b] += share * double(slope);
-          along_last[b] += share * double(loops.dot(p, x.data() + r * p, last));
-          remember(p, x.data() + r * p, residual + (i + r) * p, last);
+          along_last[b] += share * double(loops.dot(p, x + r * p, last));
+          remember(p, x + r * p, residual + here, last);
         }
-        loops.products(rows, p, residual + i * p, kv, matrix.in, nv.data() + i * kv, kv);
-        T* sum = nu.data() + b * ku * p;
+        loops.products(rows, p, residual + i * p, kv, matrix.in, nv + i * kv, kv);
+        T* sum = nu + b * ku * p;
         loops.low_rank(ku, p, sum, rows, matrix.out + i, n, residual + i * p, sum);
       }
     });
     add_blocks(nu, count, ku * p);
-    nu.resize(ku * p);
     slopes[0] = std::accumulate(along.begin(), along.end(), slopes[0]);
     slopes[1] = std::accumulate(along_last.begin(), along_last.end(), slopes[1]);
   }
 
-  std::vector<T> y;
+  T* const y = size.bias ? scratch.take<T>(n) : nullptr;
   const auto f =
-      matrix.whole(normed.data(), normed.data() + size.corner(), normed.data() + size.corner() + size.right(),
-                   residual ? nv.data() : nullptr, residual ? nu.data() : nullptr, y);
+      matrix.whole(scratch, normed, normed + size.corner(), normed + size.corner() + size.right(), nv, nu, y);
   const T keep = T(1 - rates.length * rates.lr * rates.decay), rate = T(rates.length * rates.lr);
-  for_blocks(n, p, [&](int64_t, int64_t begin, int64_t end) {
-    std::vector<T> s(kGroup * p);
-    T shift[kGroup];
-    for (int64_t i = begin; i < end; i += 4) {
-      const int64_t rows = std::min<int64_t>(4, end - i);
-      loops.low_rank(rows, p, residual ? residual + i * p : nullptr, f.width, f.l.data() + i * f.width, f.width,
-                     f.r.data(), s.data());
-      loops.descend(rows * p, keep, rate, matrix.gradient + i * p, s.data(), state.weight + i * p);
-      if (!size.bias) continue;
-      loops.products(rows, p, s.data(), 1, matrix.mean, shift, 1);
+  T* const steps = scratch.take<T>(count * kRows * p);
+  for_blocks(n, p, [&](int64_t b, int64_t begin, int64_t end) {
+    T* const s = steps + b * kRows * p;
+    T shift[kRows];
+    for (int64_t i = begin; i < end; i += kRows) {
+      const int64_t rows = std::min(kRows, end - i);
+      loops.low_rank(rows, p, residual ? residual + i * p : nullptr, f.width, f.l + i * f.width, f.width, f.r, s);
+      loops.descend(rows * p, keep, rate, matrix.gradient + i * p, s, state.weight + i * p);
+      if (!y) continue;
+      loops.products(rows, p, s, 1, matrix.mean, shift, 1);
       for (int64_t r = 0; r < rows; ++r) y[i + r] -= shift[r];
     }
   });
   if (size.bias)
     loops.descend(n, T(1 - rates.length * rates.lr_bias * rates.decay_bias), T(rates.length * rates.lr_bias),
-                  matrix.bias_gradient, y.data(), state.bias);
+                  matrix.bias_gradient, y, state.bias);
 }
 
 void eigen_step_(at::TensorList weight, at::TensorList bias, at::TensorList first, at::TensorList second,
