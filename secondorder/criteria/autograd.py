@@ -112,11 +112,12 @@ def _rows_of(loss: Tensor, source: Node, inner: GradientEdge | None) -> tuple[Te
     z = GradientEdge(source, 0)
     edge = z if inner is None else inner
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(loss, edge, create_graph=True)
+        (gradient,) = torch.autograd.grad(loss, edge, create_graph=True, allow_unused=True)
     tangent = None if inner is None else tangent_map([edge], [z])
     made: Any = source._input_metadata[0]
     zero = torch.zeros(made.shape, dtype=made.dtype, device=made.device)
-    if not gradient.requires_grad:  # a loss that is linear there
+    # A loss that is linear there, or that takes but derivatives of z by what z is made of.
+    if gradient is None or not gradient.requires_grad:
         return zero, None
 
     def product(v: Tensor) -> Tensor:

@@ -276,8 +276,7 @@ class ReplayedLoss(RecordedLoss):
             if not by_rows or first is None or len(first) != rows.count or call.instances not in (None, rows.count):
                 raise RuntimeError("the rows of the loss are not those of the model's input")
         self._leaves = [p.detach().requires_grad_() for p in here]
-        with torch.enable_grad():
-            tensors, loss = self._evaluated(self._leaves)
+        tensors, loss = self._evaluated(self._leaves)
         pairs = list(zip(tensors, recorded if rows is None else map(rows.of, recorded), strict=True))
         self._same_shapes = all(again.shape == before.shape for again, before in pairs)
         if rows is None:
@@ -298,8 +297,7 @@ class ReplayedLoss(RecordedLoss):
 
     def value(self, parameters: list[Tensor]) -> Tensor:
         """Returns the loss at these parameters, [] in float64."""
-        with torch.no_grad():
-            return self.at_start.factor * self._evaluated(parameters)[1].reshape(()).double()
+        return self.at_start.factor * self._evaluated(parameters)[1].detach().reshape(()).double()
 
     def products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
         """Returns what gives x_k^T g [k] and x_k^T G x_l [k, k], in float64 on the CPU; x_k have the parameters' shapes."""
@@ -317,7 +315,8 @@ class ReplayedLoss(RecordedLoss):
         given = (call.args, call.kwargs) if self.rows is None else tree_map(self.rows.of, (call.args, call.kwargs))
         values = {name: call.state.buffer(buffer) for name, buffer in self.model.named_buffers()}
         values |= dict(zip(self.names, parameters, strict=True))
-        with self.muted(), call.state.restored(), differentiable_twice(self.model):
+        # A model may differentiate by its input, so that gradients are enabled also where none is wanted of the parameters.
+        with self.muted(), call.state.restored(), differentiable_twice(self.model), torch.enable_grad():
             leaves = tree_leaves(functional_call(self.model, values, *given))
             tensors = [way(leaves[position]) for position, way in self.arguments.from_model]
             return tensors, self._loss(tensors)

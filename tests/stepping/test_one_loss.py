@@ -74,6 +74,20 @@ class Stateful(nn.Module):
         return self.head(hidden)
 
 
+class Differentiating(nn.Module):
+    """A net and its derivatives by its input, as of an energy with its forces, or of an equation's solution."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net(5, 6, 1)
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        energy = self.net(x)
+        (slope,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        return torch.cat([energy, slope], 1)
+
+
 class Learnt(nn.Module):
     """A net whose input is a parameter."""
 
@@ -160,6 +174,7 @@ USES = {
     ),
     "two heads": (heads, CE, lambda m, c: c(m[1](h := m[0](X)), Y) + 0.5 * c(m[2](h), Y.flip(0)), ChainLoss, True),
     "target first": (lambda: net(5, 6, 1), nn.MSELoss(), lambda m, c: c(X.sum(1), m(X).squeeze(-1)), ChainLoss, True),
+    "derivatives within": (Differentiating, nn.MSELoss(), lambda m, c: c(m(X), X.repeat(1, 2)[:, :6]), ReplayedLoss, True),
     "a parameter as input": (Learnt, CE, lambda m, c: c(m(X), Y), ReplayedLoss, None),
     "a sum": (lambda: net(5, 6, 3), lambda z, y: (z - y).square().sum(), lambda m, c: c(m(X), X[:, :3]), ChainLoss, True),
     "InfoNCE": (lambda: net(5, 6, 4), flat_nce, lambda m, c: c(m(X)), ChainLoss, False),

@@ -37,6 +37,12 @@ def actor_critic(m, c):
     return c(value, X.sum(1)) - (log_p[:, 0] * advantage).mean() + 0.1 * (log_p * log_p.exp()).sum(1).mean()
 
 
+def equation(m, c):
+    x = X.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(m(x).sum(), x, create_graph=True)
+    return c(slope, X)
+
+
 OUTSIDE = {
     "L2": (lambda: net(5, 6, 3), CE, lambda m, c: c(m(X), Y) + penalty(m, 2)),
     "L1": (lambda: net(5, 6, 3), CE, lambda m, c: c(m(X), Y) + penalty(m, 1)),
@@ -44,6 +50,7 @@ OUTSIDE = {
     "auxiliary": (WithHidden, CE, lambda m, c: c(m(X), Y) + m.hidden.square().mean()),
     "generator": (lambda: net(5, 6, 3), nn.BCEWithLogitsLoss(), generator_step),
     "actor-critic": (lambda: net(5, 6, 3), nn.MSELoss(), actor_critic),
+    "derivatives": (lambda: net(5, 6, 1), nn.MSELoss(), equation),
     "two modules": (Normed, CE, lambda m, c: c(m.second(torch.tanh(m.norm(m.first(X)))), Y)),
     "two backward passes": (lambda: net(5, 6, 3), CE, lambda m, c: (c(m(X), Y), penalty(m, 2))),
 }
@@ -65,7 +72,7 @@ def test_terms_outside_of_the_criterion_are_an_error_or_trained_by_a_closure(ter
     torch.manual_seed(0)
     model = build().double()
     # KFAC's and KFLR's curvatures want the criterion to be a likelihood, or convex, in the last layer's output.
-    kwargs = {"curvature": "pch-abs"} if term in ("generator", "actor-critic") else {}
+    kwargs = {"curvature": "pch-abs"} if term in ("generator", "actor-critic", "derivatives") else {}
     optimizer = make(model, criterion, weight_decay=0.0, **kwargs)
     before = parameters(model)
     optimizer.zero_grad()
@@ -82,6 +89,25 @@ def test_terms_outside_of_the_criterion_are_an_error_or_trained_by_a_closure(ter
     losses = [float(optimizer.step(closure)) for _ in range(12)]
     assert all(b <= a + 1e-9 for a, b in zip(losses, losses[1:])), losses  # one batch: no step raises what is trained
     assert losses[-1] < losses[0] - 0.05 * abs(losses[0])
+
+
+@pytest.mark.parametrize("make", [so.LayerwiseNewton, so.KFRA, so.KFLR])
+def test_a_criterion_that_takes_derivatives_alone_is_trained_by_a_closure(make):
+    """The loss does not depend on the criterion's argument itself."""
+    torch.manual_seed(0)
+    model = net(5, 6, 1)
+    optimizer = make(model, lambda u, x: (torch.autograd.grad(u.sum(), x, create_graph=True)[0] - x).square().mean())
+
+    def closure():
+        optimizer.zero_grad()
+        x = X.clone().requires_grad_()
+        loss = optimizer.criterion(model(x), x)
+        loss.backward()
+        return loss.detach()
+
+    losses = [float(optimizer.step(closure)) for _ in range(12)]
+    assert all(b <= a + 1e-9 for a, b in zip(losses, losses[1:])), losses
+    assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("make", FAMILY)
