@@ -51,7 +51,7 @@ class CurvatureErrors:
 
     @property
     def totals(self) -> dict[str, float | None]:
-        """The Frobenius distances of the block-diagonal matrices, each the root of the sum of its layers' squares."""
+        """Returns the Frobenius distances of the block-diagonal matrices, each the root of the sum of its layers' squares."""
         return {
             name: None if errors is None else sum(e**2 for e in errors.values()) ** 0.5 for name, errors in self.errors.items()
         }
@@ -423,7 +423,7 @@ class _GaussNewton:
 def _bias_blocks(
     model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, curvatures: Sequence[str | Curvature]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor] | None]]:
-    """The true Hessian's blocks by layer, and each curvature's, as an optimizer has them; symmetric, in float64."""
+    """Returns the true Hessian's blocks by layer, and each curvature's, as an optimizer has them; symmetric, in float64."""
     true = true_bias_hessians(model, criterion, x, y)  # first: an error of the model's or the criterion's own is raised here
     blocks: dict[str, dict[str, Tensor] | None] = {}
     for given in curvatures:
@@ -504,7 +504,7 @@ def _named(model: nn.Module) -> list[tuple[nn.Linear, str]]:
 
 
 def _own(layer: str) -> tuple[str, str]:
-    """The names of a layer's parameters."""
+    """Returns the names of a layer's parameters."""
     prefix = f"{layer}." if layer else ""
     return f"{prefix}weight", f"{prefix}bias"
 

@@ -12,7 +12,7 @@ from secondorder.errors import NonFiniteError
 
 
 def pos_eig(eigenvalues: Tensor, gamma: float) -> Tensor:
-    """Pos-Eig_gamma of eigenvalues: a negative one l becomes gamma l (Chen et al., between Eq. 3 and 4)."""
+    """Returns Pos-Eig_gamma of eigenvalues: a negative one l becomes gamma l (Chen et al., between Eq. 3 and 4)."""
     return torch.where(eigenvalues < 0, gamma * eigenvalues, eigenvalues)
 
 
@@ -69,7 +69,7 @@ def unchecked() -> Iterator[list[Tensor]]:
 
 
 def inverse(matrix: Tensor, name: str) -> Tensor:
-    """The inverse of a positive semi-definite matrix [..., n, n] that rounding may have left indefinite.
+    """Returns the inverse of a positive semi-definite matrix [..., n, n] that rounding may have left indefinite.
 
     A product with it is several times as fast as the two triangular solves with a Cholesky factor.
 
@@ -88,7 +88,7 @@ def inverse(matrix: Tensor, name: str) -> Tensor:
 
 
 def eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, rounding's negative ones set to 0, and eigenvectors of a positive semi-definite matrix [n, n].
+    """Returns the eigenvalues, rounding's negative ones set to 0, and eigenvectors of a positive semi-definite matrix [n, n].
 
     In float32 LAPACK may fail to converge on an ill-conditioned matrix; it is then done in float64.
 
@@ -120,7 +120,7 @@ def gram(matrix: Tensor, result: Tensor) -> Tensor:
 
 
 def shifted(matrix: Tensor, scale: float | Tensor, shift: float | Tensor) -> Tensor:
-    """scale M + shift I, a new tensor [n, n]."""
+    """Returns scale M + shift I, a new tensor [n, n]."""
     result = scale * matrix
     result.diagonal().add_(shift)
     return result

@@ -153,7 +153,7 @@ class BackwardLog:
         return accumulated
 
     def _outside(self, loss: Node) -> str | None:
-        """What the run that has reached a loss is of besides recorded ones; None: nothing, or it does not matter."""
+        """Returns what the run that has reached a loss is of besides recorded ones; None: nothing, or it does not matter."""
         if self._watched is None:
             return None
         key, parameters = self._watched

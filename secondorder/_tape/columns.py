@@ -28,7 +28,7 @@ def column_blocks(
     counting: Callable[[torch.Size], Counting],
     left_out: Container[nn.Linear] = (),
 ) -> dict[LayerCall, Tensor]:
-    """The sums over columns of delta delta^T [n_out, n_out] for every recorded layer upstream of `edge`, in chunks of columns.
+    """Returns the sums over columns of delta delta^T [n_out, n_out] for every recorded layer upstream of `edge`, by chunks.
 
     Args:
         edge: where the columns start.

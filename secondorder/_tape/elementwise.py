@@ -32,7 +32,7 @@ class KnownActivation:
 
     @property
     def curved(self) -> bool:
-        """Whether sigma'' is not identically 0."""
+        """Tells whether sigma'' is not identically 0."""
         return self.activation not in _PIECEWISE_LINEAR
 
 
@@ -45,7 +45,7 @@ class AutogradMap:
 
     @property
     def curved(self) -> bool:
-        """Whether sigma'' is not identically 0."""
+        """Tells whether sigma'' is not identically 0."""
         return self.d2 is not None
 
 
@@ -89,13 +89,13 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def activation_function(known: KnownActivation) -> Callable[[Tensor], Tensor]:
-    """The function itself."""
+    """Returns the function itself."""
     function = _ACTIVATIONS[known.activation]
     return lambda z: function(z, known.parameter)
 
 
 def analytic(node: Any, output: Tensor, source: Node, preactivation: Callable[[], Tensor]) -> KnownActivation | None:
-    """The analytic form of what autograd node `node` made of node `source`'s tensor, if it is one known activation of it.
+    """Returns the analytic form of what autograd node `node` made of node `source`'s tensor, if it is one known activation of it.
 
     `output` is what it made, detached; `preactivation` gives the values of the other, and is called only where they are needed.
     """
@@ -155,7 +155,7 @@ def merge(maps: list[ElementwiseMap], samples: int | None = None) -> Elementwise
 
 
 def of_rows(function: ElementwiseMap, rows: Tensor) -> ElementwiseMap:
-    """The same of some rows, [m, n]."""
+    """Returns the same of some rows, [m, n]."""
 
     def kept(t: Tensor) -> Tensor:
         return flatten_batch([t]).index_select(0, rows)
@@ -166,7 +166,7 @@ def of_rows(function: ElementwiseMap, rows: Tensor) -> ElementwiseMap:
 
 
 def weighted(function: ElementwiseMap, weights: Tensor) -> AutogradMap:
-    """The same with rows of d1 so scaled that E[d1 d1^T] is the mean with these weights [m]; d2 is left as it is."""
+    """Returns the same with rows of d1 so scaled that E[d1 d1^T] is the mean with these weights [m]; d2 is left as it is."""
     d1, d2 = derivatives(function)
     d1, d2 = flatten_batch([d1]), None if d2 is None else flatten_batch([d2])
     return AutogradMap(d1 * (weights * (len(weights) / weights.sum())).sqrt().to(d1.dtype).unsqueeze(1), d2)

@@ -28,7 +28,7 @@ class Part:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """The sizes U, a and b of the factors."""
+        """Returns the sizes U, a and b of the factors."""
         uses = sum(1 if piece.rows is None else piece.rows.shape[1] for piece in self.pieces)
         left, right, _ = self.pieces[0]
         return uses, left.shape[1], 1 if right is None else right.shape[1]

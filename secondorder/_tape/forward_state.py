@@ -36,7 +36,7 @@ class ForwardState:
         self._buffers = {buffer: buffer.clone() for buffer in buffers if written is None or buffer in written}
 
     def written(self) -> set[Tensor]:
-        """The buffers that have been written to since; the first time also those whose versions do not tell."""
+        """Returns the buffers that have been written to since; the first time also those whose versions do not tell."""
         changed = {buffer for buffer, version in self._versions if buffer._version != version}
         if self._by_values:
             changed |= {buffer for buffer, values in self._buffers.items() if not torch.equal(buffer, values)}
@@ -89,7 +89,7 @@ def _restore(attributes: list[tuple[nn.Module, dict[str, Any]]]) -> None:
 
 
 def _other_generators() -> tuple[Any, Any]:
-    """The states of Python's generator and, where it is in use, of NumPy's."""
+    """Returns the states of Python's generator and, where it is in use, of NumPy's."""
     numpy = sys.modules.get("numpy")
     return random.getstate(), None if numpy is None else numpy.random.get_state()
 

@@ -21,7 +21,7 @@ exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: 
 
 
 def compiling() -> bool:
-    """Whether what is called may be compiled. Where it may not, torch.compiler.disable would only cost: in every forward pass."""
+    """Tells whether what is called may be compiled. If not, torch.compiler.disable would only cost, in every forward pass."""
     return torch.compiler.is_compiling() or _compiler() is not None
 
 
@@ -30,7 +30,7 @@ class Recorder(Protocol):
 
     @property
     def active(self) -> bool:
-        """Whether calls are recorded."""
+        """Tells whether calls are recorded."""
 
 
 class _Report:

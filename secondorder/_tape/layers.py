@@ -31,11 +31,11 @@ class LayerRecord:
 
     @property
     def instances(self) -> int:
-        """How many rows the calls have together."""
+        """Returns how many rows the calls have together."""
         return sum(self._rows())
 
     def input(self, samples: int | None = None) -> Tensor:
-        """The inputs h [m, n_in] of the rows that count, or those of at most `samples` of them of each call.
+        """Returns the inputs h [m, n_in] of the rows that count, or those of at most `samples` of them of each call.
 
         Where rows have weights, other rows whose plain mean and second moment are the weighted ones of these.
         """
@@ -44,13 +44,13 @@ class LayerRecord:
 
     @property
     def counted(self) -> float:
-        """How many rows count, or the sum of their weights."""
+        """Returns how many rows count, or the sum of their weights."""
         pairs = zip(self._rows(), self.counting(), strict=True)
         return sum(n if each.total is None else each.total for n, each in pairs)
 
     @property
     def weighted(self) -> bool:
-        """Whether the rows that count do not all count alike."""
+        """Tells whether the rows that count do not all count alike."""
         return any(each.weights is not None for each in self.counting())
 
     def grad_outputs(self) -> list[tuple[Tensor, LossCall]]:
@@ -59,7 +59,7 @@ class LayerRecord:
         return [(call.grad_output, loss) for call, loss in pairs if call.grad_output is not None]
 
     def map(self) -> ElementwiseMap:
-        """What lies between this layer and `next`, over the rows that count [m, n_out].
+        """Returns what lies between this layer and `next`, over the rows that count [m, n_out].
 
         Where these have weights, E[d1 d1^T] is the weighted one; d2 stands with gradients, which hold the weights.
         """
@@ -78,7 +78,7 @@ class LayerRecord:
         return flatten_batch([_for_all(grad, rows, self.samples) for grad, rows in pairs])
 
     def _rows(self) -> list[int]:
-        """How many rows every call has."""
+        """Returns how many rows every call has."""
         return [call.input.shape[:-1].numel() for call in self.calls]
 
     def counting(self) -> list[Counting]:
@@ -94,7 +94,7 @@ class LayerRecord:
         return [rows.of_rows(t) for t, rows in zip(tensors, self.counting(), strict=True)]
 
     def _weights(self, samples: int | None) -> Tensor | None:
-        """The weights [m] of the rows that count, or of at most `samples` of them of each call; None: all count alike."""
+        """Returns the weights [m] of the rows that count, or of at most `samples` of them of each call; None: all count alike."""
         if not self.weighted:
             return None
         own = [
@@ -148,7 +148,7 @@ def recursion_order(records: dict[nn.Linear, LayerRecord]) -> list[LayerRecord]:
 
 
 def _for_all(gradient: Tensor, counting: Counting, samples: int | None) -> Tensor:
-    """The `subsample` of a gradient [..., n] of rows that count, so scaled that its sum stands for the sum over all of them."""
+    """Returns the `subsample` of a gradient [..., n] of rows that count, scaled so that its sum stands for that over all."""
     if samples is None:
         return gradient
     factor = counting.share(gradient.shape[:-1].numel(), samples)

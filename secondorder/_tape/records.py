@@ -49,11 +49,11 @@ class LayerCall:
 
     @property
     def overwritten(self) -> bool:
-        """Whether the input has been written to since; a frozen layer's may be."""
+        """Tells whether the input has been written to since; a frozen layer's may be."""
         return self.layer.weight.requires_grad and version(self.input) != self.input_version
 
     def preactivation(self) -> Tensor:
-        """The preactivation z = W h + b, computed anew where an in-place activation has overwritten it."""
+        """Returns the preactivation z = W h + b, computed anew where an in-place activation has overwritten it."""
         if self.output is not None and self.output._version == self.output_version:
             return self.output
         with torch.no_grad():
@@ -109,7 +109,7 @@ class CriterionArguments:
     from_model: list[tuple[int, Way]]  # for each the position among the leaves of that output, and the way
 
     def tensors(self) -> list[Tensor]:
-        """The trained arguments."""
+        """Returns the trained arguments."""
         leaves = tree_leaves((self.args, self.kwargs))
         return [leaves[position] for position in self.trained]
 

@@ -17,7 +17,7 @@ _ENGINE = torch.autograd.graph._engine_run_backward.__code__
 
 
 def backward_roots(loss: Node) -> list[Node] | None:
-    """The nodes that the run of the engine which has reached `loss` began with; None: they are not to be found.
+    """Returns the nodes that the run of the engine which has reached `loss` began with; None: they are not to be found.
 
     The engine tells nobody, but the call that has started it is still under way: in this thread or, where nodes run on a GPU, in
     another one.
@@ -34,7 +34,7 @@ def backward_roots(loss: Node) -> list[Node] | None:
 
 
 def term_outside(roots: list[Node], recorded: Callable[[Node], bool], parameters: Iterable[Tensor]) -> str | None:
-    """The name of a node that depends on a parameter by another way than through a recorded loss; None: there is none.
+    """Returns the name of a node that depends on a parameter by another way than through a recorded loss; None: there is none.
 
     Args:
         roots: what backward() was called on.
@@ -53,7 +53,7 @@ def term_outside(roots: list[Node], recorded: Callable[[Node], bool], parameters
 
 
 def term_of_its_own(loss: Tensor, arguments: Any, parameters: Iterable[Tensor]) -> str | None:
-    """The name of a node by which a criterion's loss depends on a parameter past its arguments; None: there is none.
+    """Returns the name of a node by which a criterion's loss depends on a parameter past its arguments; None: there is none.
 
     A parameter among the arguments is one, too: it is no function of parameters that could be evaluated at others.
     """
@@ -73,7 +73,7 @@ def upstream(start: Node) -> set[Node]:
 
 
 def _started(frame: FrameType | None) -> list[Node] | None:
-    """What the innermost run that a thread has started begins with."""
+    """Returns what the innermost run that a thread has started begins with."""
     while frame is not None:
         if frame.f_code is _ENGINE:
             outputs = frame.f_locals["t_outputs"]
@@ -84,7 +84,7 @@ def _started(frame: FrameType | None) -> list[Node] | None:
 
 
 def _above(roots: list[Node], sought: Callable[[Node], bool]) -> set[Node]:
-    """The nodes sought and those between the roots and them; the walk ends at the first of them on every path."""
+    """Returns the nodes sought and those between the roots and them; the walk ends at the first of them on every path."""
     parents: dict[Node, list[Node]] = {root: [] for root in roots}
     stack, found = list(parents), []
     while stack:

@@ -30,7 +30,7 @@ def _smooth_l1(node: Any) -> Tensor | None:
 
 
 def _linear_beyond(u: Tensor, bound: float, factor: float) -> Tensor:
-    """The root of factor u^2 within the bound, and of its tangent beyond."""
+    """Returns the root of factor u^2 within the bound, and of its tangent beyond."""
     inside = u.abs() <= bound
     far = torch.where(inside, bound, u.abs())
     outside = torch.sign(u) * (factor * bound * (2 * far - bound)).sqrt()
@@ -76,7 +76,7 @@ def _soft_margin(node: Any) -> Tensor | None:
 
 
 def _cross_entropy(node: Any) -> Tensor | None:
-    """The negative log-probability of each instance's class, times its weight: one residual for an instance."""
+    """Returns the negative log-probability of each instance's class, times its weight: one residual for an instance."""
     log_probability, target = node._saved_self, node._saved_target
     counts = target != node._saved_ignore_index
     chosen = target.where(counts, 0)

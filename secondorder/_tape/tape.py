@@ -143,17 +143,17 @@ class Tape:
 
     @property
     def losses(self) -> list[LossCall]:
-        """The criterion's calls that a backward pass has gone through since the last `clear`."""
+        """Returns the criterion's calls that a backward pass has gone through since the last `clear`."""
         return self._log.losses
 
     @property
     def outside(self) -> str | None:
-        """What else than recorded losses backward passes came from since the last `clear`, with `keep_inputs`; None: nothing."""
+        """Returns what else than recorded losses backward passes came from since `clear`, with `keep_inputs`; None: nothing."""
         return self._log.outside
 
     @property
     def active(self) -> bool:
-        """Whether calls are recorded."""
+        """Tells whether calls are recorded."""
         return self.recording and not self._muted
 
     @contextmanager

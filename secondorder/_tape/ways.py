@@ -67,16 +67,16 @@ class Way:
 
     @property
     def by_rows(self) -> bool:
-        """Whether it may be applied to some rows alone."""
+        """Tells whether it may be applied to some rows alone."""
         return not self.pieces
 
     @property
     def affine(self) -> bool:
-        """Whether it is linear but for a constant."""
+        """Tells whether it is linear but for a constant."""
         return all(isinstance(piece, LinearPiece) for piece in self.pieces)
 
     def __call__(self, t: Tensor) -> Tensor:
-        """The argument, for a tensor of all rows or, where it is `by_rows`, of fewer."""
+        """Returns the argument, for a tensor of all rows or, where it is `by_rows`, of fewer."""
         for piece in self.pieces:
             t = piece(t)
         return t.reshape(self.shape if self.pieces or not self.shape else (-1, *self.shape[1:]))
@@ -112,7 +112,7 @@ _REORDERING = {
 
 
 def keeps_rows(argument: Any) -> bool:
-    """Whether nothing between an argument and the matrix products before it takes rows in another order.
+    """Tells whether nothing between an argument and the matrix products before it takes rows in another order.
 
     In an argument of three dimensions or more a transposition puts the classes into dimension 1.
     """
@@ -191,7 +191,7 @@ def _dim_before(node: Any, number: int, dim: int) -> int | None:
 
 
 def is_affine(output: GradientEdge, source: Node) -> bool:
-    """Whether a tensor is linear in that of `source` alone, or so but for a constant."""
+    """Tells whether a tensor is linear in that of `source` alone, or so but for a constant."""
     node: Node | None = output.node
     while node is not None and node is not source:
         following = [each for each, _ in node.next_functions if each is not None]
@@ -202,7 +202,7 @@ def is_affine(output: GradientEdge, source: Node) -> bool:
 def _pieces(
     path: list[tuple[Node, int]], start: tuple[Node, int], values: Tensor, argument: Tensor
 ) -> list[Callable[[Tensor], Tensor]] | None:
-    """The functions along a path that goes from the argument up to `start`, in the order in which they act."""
+    """Returns the functions along a path that goes from the argument up to `start`, in the order in which they act."""
     if all(kind(node) in RESHAPING for node, _ in path):
         return []
     # The path's runs of linear nodes, and its functions, from the start on.

@@ -14,9 +14,9 @@ from secondorder.errors import second_derivatives
 
 
 def autograd_hessian(loss: Tensor, source: Node, inner: GradientEdge | None = None) -> OutputHessian:
-    """H = sum_i d^2 L / dz_i dz_i^T [K, K] of any scalar loss L, by double backward; with u = u(z), sum_i J_i^T H_u J_i.
+    """Returns H = sum_i d^2 L / dz_i dz_i^T [K, K] of any scalar loss L, by double backward; with u = u(z), sum_i J_i^T H_u J_i.
 
-    Needs K backward passes through the criterion, or two where it acts on every element of z on its own. Instances must not
+    Needs K + 3 backward passes through the criterion, or 3 where it acts on every element of z on its own. Instances must not
     be coupled by the criterion; a coupling enters as if it stood within the instances.
 
     Args:
@@ -33,7 +33,7 @@ def autograd_hessian(loss: Tensor, source: Node, inner: GradientEdge | None = No
 
 
 def autograd_root(loss: Tensor, source: Node, inner: GradientEdge | None = None, convex: bool = False) -> OutputRoot:
-    """A square root of every instance's H_i = d^2 L / dz_i dz_i^T [K, K], by double backward; with u = u(z), of J_i^T H_u J_i.
+    """Returns a square root of every instance's H_i = d^2 L / dz_i dz_i^T, by double backward; with u = u(z), of J_i^T H_u J_i.
 
     Args:
         loss: L, a scalar with its graph.
@@ -81,7 +81,7 @@ def check_second_derivatives(gradients: Iterable[Tensor | None], inner: Iterable
 
 
 def tangent_map(outer: Sequence[GradientEdge], inner: Sequence[GradientEdge]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """t -> J t, J the derivative of the tensors at `outer` by those at `inner`, by double backward.
+    """Returns t -> J t, J the derivative of the tensors at `outer` by those at `inner`, by double backward.
 
     Args:
         outer: where the values stand in the graph.

@@ -43,13 +43,13 @@ class OutputHessian:
     scale: Tensor | None = None
 
     def scaled(self) -> "OutputHessian":
-        """The same without `scale`; waits for the device."""
+        """Returns the same without `scale`; waits for the device."""
         if self.scale is None:
             return self
         return OutputHessian(self.values * self.scale, self.convex and bool(self.scale >= 0))
 
     def positive(self, gamma: float) -> Tensor:
-        """Pos-Eig_gamma(H) (Chen et al., Eq. 8a), dense [K, K], a new tensor.
+        """Returns Pos-Eig_gamma(H) (Chen et al., Eq. 8a), dense [K, K], a new tensor.
 
         Args:
             gamma: what a negative eigenvalue is multiplied by, <= 0.
@@ -72,7 +72,7 @@ class OutputHessian:
         return ((vectors * pos_eig(eigenvalues, gamma)) @ vectors.T).to(self.values.dtype)
 
     def is_semidefinite(self) -> bool:
-        """Whether H is known to be positive semi-definite, or dense and seen to be; where it is not finite the step says so."""
+        """Tells whether H is known, or seen, to be positive semi-definite; also where it is not finite, which the step says."""
         if self.convex or not self.values.isfinite().all():
             return True
         if self.values.dim() == 1:  # some instance's is not
@@ -80,7 +80,7 @@ class OutputHessian:
         return lowest_eigenvalue(torch.linalg.eigvalsh(symmetrized(self.values).double()), self.values.dtype) is None
 
     def semidefinite(self) -> Tensor:
-        """H itself, dense [K, K], a new tensor, which Gauss-Newton needs to be positive semi-definite.
+        """Returns H itself, dense [K, K], a new tensor, which Gauss-Newton needs to be positive semi-definite.
 
         Raises:
             NonFiniteError: it has entries that are not finite.
@@ -95,7 +95,7 @@ class OutputHessian:
 
 
 def analytic_hessian(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: Any) -> OutputHessian | None:
-    """H = sum_i d^2 L / dz_i dz_i^T for the criteria that have an analytic form here; None for every other.
+    """Returns H = sum_i d^2 L / dz_i dz_i^T for the criteria that have an analytic form here; None for every other.
 
     They are nn.CrossEntropyLoss, nn.NLLLoss, nn.MSELoss, nn.BCEWithLogitsLoss, their functions, and the two criteria of this
     package.
@@ -114,7 +114,7 @@ KnownForm = OutputHessian | OutputRoot | Literal["convex"] | None
 
 
 def known_form(criterion: nn.Module, output: Any, *args: Any, **kwargs: Any) -> KnownForm:
-    """What the quadratic model of a step takes for the Hessian of a criterion.
+    """Returns what the quadratic model of a step takes for the Hessian of a criterion.
 
     H for the criteria that are known not to be convex; the root of J_i^T H_i J_i for a `CompositeLoss`; "convex" for those known
     to be so in the output; None for every other.
@@ -133,7 +133,7 @@ def known_form(criterion: nn.Module, output: Any, *args: Any, **kwargs: Any) -> 
 
 
 def symmetrized(hessian: Tensor) -> Tensor:
-    """(H + H^T) / 2 [..., K, K], free of rounding's asymmetry.
+    """Returns (H + H^T) / 2 [..., K, K], free of rounding's asymmetry.
 
     Raises:
         NonFiniteError: H holds NaN or inf.
@@ -159,7 +159,7 @@ def check_semidefinite(eigenvalues: Tensor, dtype: torch.dtype) -> None:
 
 
 def lowest_eigenvalue(eigenvalues: Tensor, dtype: torch.dtype) -> float | None:
-    """The least eigenvalue, where it is negative by more than rounding in `dtype` explains; NaN never is."""
+    """Returns the least eigenvalue, where it is negative by more than rounding in `dtype` explains; NaN never is."""
     lowest = eigenvalues.min()
     return float(lowest) if lowest < -(torch.finfo(dtype).eps ** 0.5) * eigenvalues.abs().max() else None
 

@@ -27,7 +27,7 @@ _CONVEX = (nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
 def evaluated(
     table: dict[type, Callable[..., Any]], criterion: nn.Module, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """What the table's formula for this criterion gives, or None if it has none."""
+    """Returns what the table's formula for this criterion gives, or None if it has none."""
     if isinstance(criterion, FunctionCriterion):
         module = _FUNCTIONS.get(criterion.function)
         if module is None or len(args) != 1 or not kwargs.keys() <= inspect.signature(module).parameters.keys():
@@ -42,7 +42,7 @@ def evaluated(
 
 
 def by_position(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A criterion's arguments with output and target by position and, for functions that are known, all others by name.
+    """Returns a criterion's arguments with output and target by position and, for functions that are known, all others by name.
 
     Those of a mean square in this order, also where the call has the target first.
 
@@ -69,7 +69,7 @@ def by_position(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _leading(criterion: Any) -> list[str]:
-    """The names of a criterion's first two arguments, as far as they are known."""
+    """Returns the names of a criterion's first two arguments, as far as they are known."""
     if isinstance(criterion, CompositeLoss):
         return ["output", *_leading(criterion.outer)[1:]]
     try:
@@ -82,12 +82,12 @@ def _leading(criterion: Any) -> list[str]:
 
 
 def normalizer(criterion: Any, count: int) -> float:
-    """What the sum over `count` terms is divided by; NaN for a mean over none, as the loss itself is."""
+    """Returns what the sum over `count` terms is divided by; NaN for a mean over none, as the loss itself is."""
     return 1.0 if criterion.reduction == "sum" else float(count) or math.nan
 
 
 def row_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
-    """The weight [m] of every row in what a mean is divided by; None: it is divided by a number of rows, or of their elements.
+    """Returns the weight [m] of every row in what a mean is divided by; None: that is a number of rows, or of their elements.
 
     Args:
         criterion: a module or a `FunctionCriterion`; cross-entropy and the negative log-likelihood of class indices have such
@@ -102,7 +102,7 @@ def row_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None
 
 
 def divides_by_masses(criterion: nn.Module, args: tuple[Any, ...]) -> bool:
-    """Whether a mean of the criterion is divided by the sum of its `element_masses`, rather than by their number.
+    """Tells whether a mean of the criterion is divided by the sum of its `element_masses`, rather than by their number.
 
     Args:
         criterion: a module or a `FunctionCriterion`.
@@ -113,7 +113,7 @@ def divides_by_masses(criterion: nn.Module, args: tuple[Any, ...]) -> bool:
 
 
 def element_masses(criterion: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
-    """The weight of every element of the target in a loss with ignored classes, or with weights of classes or elements.
+    """Returns the weight of every element of the target in a loss with ignored classes, or with weights of classes or elements.
 
     It waits for the device where there are ignored classes alone.
 
@@ -167,11 +167,11 @@ class LateMasses:
 
     @property
     def possible(self) -> bool:
-        """Whether there may be any."""
+        """Tells whether there may be any."""
         return self._found
 
     def __call__(self) -> Tensor | None:
-        """The weights, or None where all count alike."""
+        """Returns the weights, or None where all count alike."""
         if not self._found:
             return None
         if self._all_count is not None and self._all_count.read():
@@ -237,7 +237,7 @@ def _has_probabilities(args: tuple[Any, ...]) -> bool:
 
 
 def is_convex(criterion: nn.Module) -> bool:
-    """Whether it is known to be convex in its first argument.
+    """Tells whether it is known to be convex in its first argument.
 
     Args:
         criterion: a module or a `FunctionCriterion`.
@@ -246,7 +246,7 @@ def is_convex(criterion: nn.Module) -> bool:
 
 
 def link_of(criterion: nn.Module) -> str | None:
-    """The name of the autograd node of what a likelihood's first argument is to be made by of its logits; None: it takes these.
+    """Returns the name of the autograd node that makes a likelihood's first argument of its logits; None: it takes these.
 
     The curvature of NLLLoss is in the log_softmax before it, and that of BCELoss in the sigmoid.
 
@@ -257,5 +257,5 @@ def link_of(criterion: nn.Module) -> str | None:
 
 
 def _kind(criterion: nn.Module) -> type[nn.Module]:
-    """A criterion's type, or that of the module that its function stands for."""
+    """Returns a criterion's type, or that of the module that its function stands for."""
     return _FUNCTIONS.get(criterion.function, type(criterion)) if isinstance(criterion, FunctionCriterion) else type(criterion)

@@ -23,7 +23,7 @@ class BoundedClassificationLoss(nn.Module):
         self.delta, self.epsilon, self.reduction = delta, epsilon, _checked_reduction(reduction)
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """The scalar loss.
+        """Returns the scalar loss.
 
         Args:
             output: logits [m, K].
@@ -50,7 +50,7 @@ class TukeyBiweightLoss(nn.Module):
         self.c, self.reduction = c, _checked_reduction(reduction)
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """The scalar loss.
+        """Returns the scalar loss.
 
         Args:
             output: of any shape.
@@ -105,11 +105,11 @@ class CompositeLoss(nn.Module):
 
     @property
     def reduction(self) -> str:
-        """That of `outer`."""
+        """Returns that of `outer`."""
         return str(self.outer.reduction)
 
     def forward(self, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The scalar loss.
+        """Returns the scalar loss.
 
         Args:
             output: the network's [m, K].
@@ -135,7 +135,7 @@ class FunctionCriterion(nn.Module):
         return self.function(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        """The function's name."""
+        """Returns the function's name."""
         return getattr(self.function, "__name__", repr(self.function))
 
 

@@ -20,17 +20,17 @@ class OutputRoot(Protocol):
 
     @property
     def count(self) -> int:
-        """How many columns an instance has."""
+        """Returns how many columns an instance has."""
 
     def columns(self, begin: int, end: int) -> Tensor:
-        """The columns from `begin` to before `end`, [end - begin, *output.shape]."""
+        """Returns the columns from `begin` to before `end`, [end - begin, *output.shape]."""
 
 
 class LikelihoodRoot(OutputRoot, Protocol):
     """The root of a criterion that is -log p(target | output)."""
 
     def sample(self) -> Tensor:
-        """The gradient of the loss where each label is drawn from the model, [*output.shape]; E[s_i s_i^T] = H_i."""
+        """Returns the gradient of the loss where each label is drawn from the model, [*output.shape]; E[s_i s_i^T] = H_i."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class SoftmaxRoot:
 
     @property
     def count(self) -> int:
-        """K."""
+        """Returns K."""
         return self.p.shape[1]
 
     def columns(self, begin: int, end: int) -> Tensor:
-        """The columns from `begin` to before `end`, [end - begin, *output.shape]."""
+        """Returns the columns from `begin` to before `end`, [end - begin, *output.shape]."""
         one_hot = torch.eye(self.count, dtype=self.p.dtype, device=self.p.device)[begin:end]
         return (self.p - one_hot.unsqueeze(1)) * (self.mass * self.p[:, begin:end].T).sqrt().unsqueeze(-1)
 
     def sample(self) -> Tensor:
-        """Categorical labels."""
+        """Draws categorical labels."""
         # The label is drawn as torch.multinomial draws it, without its checks, which wait for the device. A NaN stays in p and so
         # in the result, where the step's own check sees it.
         label = (self.p.nan_to_num(nan=1.0) / torch.empty_like(self.p).exponential_()).argmax(1)
@@ -66,18 +66,18 @@ class GaussianRoot:
 
     @property
     def count(self) -> int:
-        """K."""
+        """Returns K."""
         return self.root.shape[-1]
 
     def columns(self, begin: int, end: int) -> Tensor:
-        """The columns from `begin` to before `end`, [end - begin, *output.shape]."""
+        """Returns the columns from `begin` to before `end`, [end - begin, *output.shape]."""
         columns = self.root.new_zeros(end - begin, *self.root.shape)
         for row, k in enumerate(range(begin, end)):
             columns[row, ..., k] = self.root[..., k]
         return columns
 
     def sample(self) -> Tensor:
-        """Labels with Gaussian noise."""
+        """Draws labels with Gaussian noise."""
         return self.root * torch.randn_like(self.root)
 
 
@@ -89,7 +89,7 @@ class BernoulliRoot(GaussianRoot):
     mass: Tensor  # [..., K]
 
     def sample(self) -> Tensor:
-        """Bernoulli labels."""
+        """Draws Bernoulli labels."""
         return self.mass.sqrt() * (self.p - (torch.rand_like(self.p) < self.p).to(self.p.dtype))
 
 
@@ -101,11 +101,11 @@ class DenseRoot:
 
     @property
     def count(self) -> int:
-        """K."""
+        """Returns K."""
         return self.root.shape[-1]
 
     def columns(self, begin: int, end: int) -> Tensor:
-        """The columns from `begin` to before `end`, [end - begin, *output.shape]."""
+        """Returns the columns from `begin` to before `end`, [end - begin, *output.shape]."""
         return self.root[..., begin:end].movedim(-1, 0)
 
 
@@ -117,11 +117,11 @@ class ScalarRoot:
     count = 1
 
     def columns(self, begin: int, end: int) -> Tensor:
-        """The columns from `begin` to before `end`, [end - begin, m]."""
+        """Returns the columns from `begin` to before `end`, [end - begin, m]."""
         return self.root.root.unsqueeze(0)[begin:end]
 
     def sample(self) -> Tensor:
-        """Labels of the root's likelihood."""
+        """Draws labels of the root's likelihood."""
         return self.root.sample()
 
 
@@ -134,15 +134,15 @@ class PulledBackRoot:
 
     @property
     def count(self) -> int:
-        """That of the root."""
+        """Returns that of the root."""
         return self.root.count
 
     def columns(self, begin: int, end: int) -> Tensor:
-        """The columns from `begin` to before `end`, [end - begin, *output.shape]."""
+        """Returns the columns from `begin` to before `end`, [end - begin, *output.shape]."""
         return self.transposed(self.root.columns(begin, end))
 
     def sample(self) -> Tensor:
-        """Labels of the root's likelihood."""
+        """Draws labels of the root's likelihood."""
         return self.transposed(self.root.sample().unsqueeze(0)).squeeze(0)
 
 
@@ -163,7 +163,7 @@ class SampledRoot:
     named: dict[str, Any] = field(default_factory=dict)
 
     def sample(self) -> Tensor:
-        """The gradient of the loss where each label is drawn from the model, [*output.shape], on the scale of a root's column."""
+        """Returns the loss's gradient for labels drawn from the model, [*output.shape], on the scale of a root's column."""
         with torch.no_grad():
             target = self.criterion.sample(self.output)  # type: ignore[operator]
         with torch.enable_grad():
@@ -176,12 +176,12 @@ class SampledRoot:
 
 
 def likelihood_root(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: Any) -> LikelihoodRoot | None:
-    """The root for the criteria known to be a negative log-likelihood, at `output` [..., K]; None for every other.
+    """Returns the root for the criteria known to be a negative log-likelihood, at `output` [..., K]; None for every other.
 
     They are nn.CrossEntropyLoss (categorical), nn.NLLLoss (the same, of the logits that log_softmax was taken of), nn.MSELoss
     (Gaussian), nn.BCEWithLogitsLoss (Bernoulli) and nn.BCELoss (the same, of the logits that the sigmoid was taken of), and their
-    functions. For them it is a root of the Hessian itself: the Fisher
-    matrix is the Gauss-Newton matrix. For a `CompositeLoss` of one of them it is a root of J_i^T H_i J_i.
+    functions. For them it is a root of the Hessian itself, since the Fisher matrix is the Gauss-Newton matrix. For a
+    `CompositeLoss` of one of them it is a root of J_i^T H_i J_i.
 
     Args:
         criterion: a module.
@@ -214,15 +214,15 @@ class ClassesElsewhere:
 
     @property
     def count(self) -> int:
-        """K."""
+        """Returns K."""
         return self.root.count
 
     def columns(self, begin: int, end: int) -> Tensor:
-        """The columns from `begin` to before `end`, [end - begin, *output.shape]."""
+        """Returns the columns from `begin` to before `end`, [end - begin, *output.shape]."""
         return self._placed(self.root.columns(begin, end))
 
     def sample(self) -> Tensor:
-        """Categorical labels."""
+        """Draws categorical labels."""
         return self._placed(self.root.sample().unsqueeze(0)).squeeze(0)
 
     def _placed(self, columns: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ def _cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: 
 
 
 def cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> SoftmaxRoot | None:
-    """The root of softmax cross-entropy with weights, smoothing and ignored targets, at logits [m, K]; None for other shapes."""
+    """Returns the root of cross-entropy with weights, smoothing and ignored targets, at logits [m, K]; None for other shapes."""
     # L = -sum_i sum_k t_ik log p_ik / N with t the weighted, smoothed target: H_i = (sum_k t_ik) (diag p_i - p_i p_i^T) / N.
     if output.dim() != 2:
         return None
@@ -280,7 +280,7 @@ def _mse_root(criterion: nn.MSELoss, output: Tensor, target: Tensor) -> Gaussian
 
 
 def bce_with_logits_root(criterion: nn.BCEWithLogitsLoss, output: Tensor, target: Tensor) -> BernoulliRoot:
-    """The root of binary cross-entropy with weights, at logits [..., K]."""
+    """Returns the root of binary cross-entropy with weights, at logits [..., K]."""
     return _bernoulli_root(criterion, output.sigmoid(), target, criterion.pos_weight)
 
 

@@ -107,7 +107,7 @@ def gauss_newton_root(
 
 
 def _starts_there(criterion: nn.Module, output: Tensor, root: LikelihoodRoot, source: Node) -> bool:
-    """Whether a likelihood's columns say all of every row of the last linear layer's output, and are no more than its width.
+    """Tells whether a likelihood's columns say all of every row of the last linear layer's output, and are at most its width.
 
     They do where no row of that becomes several of the criterion's, as when images are rows of pixels.
     """

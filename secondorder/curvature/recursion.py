@@ -31,13 +31,13 @@ class Recursion(Curvature):
     restarts = True
 
     def _top(self, hessian: OutputHessian) -> Tensor:
-        """The recursion's start [K, K]."""
+        """Returns the recursion's start [K, K]."""
         raise NotImplementedError
 
     def bias_hessians(
         self, records: list[LayerRecord], averaged: dict[nn.Linear, dict[str, Tensor]] | None = None
     ) -> dict[nn.Linear, Tensor]:
-        """H of every recorded layer; consecutive layers with known activations between them take one call of an operator."""
+        """Returns H of every recorded layer; one operator call serves consecutive layers with known activations between them."""
         if averaged is not None:
             return super().bias_hessians(records, averaged)
         hessians: dict[nn.Linear, Tensor] = {}
@@ -68,7 +68,7 @@ class Recursion(Curvature):
         return hessians
 
     def _descend(self, top: Tensor, chain: list[tuple[LayerRecord, LayerRecord, KnownActivation]]) -> list[Tensor]:
-        """H of layers each of which follows the next one, from `top`, that of the layer after the first."""
+        """Returns H of layers each of which follows the next one, from `top`, that of the layer after the first."""
         return ops.bias_hessian_chain(
             top,
             [cast(following.weight.detach(), top.dtype) for _, following, _ in chain],
@@ -80,7 +80,7 @@ class Recursion(Curvature):
         )
 
     def _step(self, record: LayerRecord, following: LayerRecord, between: AutogradMap, hessian: Tensor) -> Tensor:
-        """H of a layer from that of the one after it, with any function between them."""
+        """Returns H of a layer from that of the one after it, with any function between them."""
         dtype = hessian.dtype
         grad = None if between.d2 is None else self._grad_activation(record, dtype)
         d2 = None if between.d2 is None or grad is None else cast(between.d2, dtype)
@@ -91,7 +91,7 @@ class Recursion(Curvature):
         return None if grad is None else cast(grad, dtype)
 
     def local(self, record: LayerRecord) -> list[RankTerm]:
-        """What of this process's instances H depends on, to be averaged over ranks."""
+        """Returns what of this process's instances H depends on, to be averaged over ranks."""
         if record.losses:
             top = self._output_hessian(record).scaled()
             values = torch.diag(top.values) if top.values.dim() == 1 else top.values
@@ -188,7 +188,7 @@ class GaussNewton(Recursion):
     def output_hessian(  # a method here, None in the base
         self, criterion: nn.Module, loss: Tensor, source: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> OutputHessian:
-        """H^k on the scale of the loss."""
+        """Returns H^k on the scale of the loss."""
         inner = convex_argument(source, args)
         if convex_at(criterion, source, args):
             return OutputHessian(autograd_hessian(loss, source).values, convex=True)
@@ -205,7 +205,7 @@ class GaussNewton(Recursion):
 
 
 def _is_copied(record: LayerRecord) -> bool:
-    """Whether the operands of the recursion's step to this layer are copies of what was recorded: joined, cast or weighted.
+    """Tells whether the operands of the recursion's step to this layer are copies of what was recorded: joined, cast or weighted.
 
     Such a step is taken alone, so that there are one layer's copies at a time.
     """

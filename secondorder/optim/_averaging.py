@@ -11,7 +11,7 @@ from secondorder._tensors import compute_dtype
 
 
 def update_averages(parameters: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]], steps: int) -> None:
-    """average <- beta_t average + (1 - beta_t) theta_t,   beta_t = min(0.95, 1 - 1/t), after step t."""
+    """Sets average <- beta_t average + (1 - beta_t) theta_t,   beta_t = min(0.95, 1 - 1/t), after step t."""
     beta = min(0.95, 1 - 1 / steps)
     for p in parameters:
         own = p.detach().to(compute_dtype(p.dtype), copy=True)

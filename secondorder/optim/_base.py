@@ -155,7 +155,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
 
     @property
     def _ranks(self) -> RankReducer | None:
-        """The other processes whose gradients are averaged with this one's."""
+        """Returns the other processes whose gradients are averaged with this one's."""
         if self._ddp is None or dist.get_world_size(self._ddp.process_group) == 1:
             return None
         return RankReducer(self._ddp.process_group, next(self._model.parameters()).device)
@@ -183,7 +183,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         self._tape.remove()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As every torch optimizer's, for parameters of the model, and for those of the criterion, which leave their group."""
+        """Adds a group of parameters of the model, or of the criterion, which leave their group."""
         given = param_group["params"]
         given = param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
         moving = {p for p in given if isinstance(p, Tensor) and p in self._criterion_parameters}
@@ -200,11 +200,11 @@ class CurvatureOptimizer(SecondOrderOptimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped for NaN or inf: by nonfinite="skip", or because GradScaler found inf. Part of the state_dict."""
+        """Returns how many steps nonfinite="skip" has skipped, or GradScaler, for inf. Part of the state_dict."""
         return int(self.param_groups[0]["skipped_steps"])
 
     def metrics(self) -> dict[str, float]:
-        """Numbers worth logging.
+        """Returns numbers worth logging.
 
         Returns:
             "coverage": the share of all trained numbers that a curvature has covered, rather than the fallback.
@@ -220,7 +220,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         }
 
     def __repr__(self) -> str:
-        """The groups, and which curvature each layer and which parameters the fallback."""
+        """Returns the groups, and which curvature each layer and which parameters the fallback."""
         lines = [super().__repr__()]
         for layer, name in self._layers.items():
             lines.append(f"{name or '(the model)'} ({layer.in_features} -> {layer.out_features}): {self._described(layer)}")
@@ -228,7 +228,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         return "\n".join([*lines, f"fallback (SGD): {', '.join(others)}"] if others else lines)
 
     def _described(self, layer: nn.Linear) -> str:
-        """The curvature of a layer."""
+        """Returns the curvature of a layer."""
         if not layer.weight.requires_grad:
             return "frozen"
         if layer.weight in self._uncovered or layer.weight in self._fallback.warned:
@@ -238,13 +238,13 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         return self._curvature_name
 
     def _groups(self) -> dict[Tensor, dict[str, Any]]:
-        """The param_group of every parameter, once the groups' numbers are known to be valid."""
+        """Returns the param_group of every parameter, once the groups' numbers are known to be valid."""
         for group in self.param_groups:
             check_numbers(f"{type(self).__name__}.step()", group, self._numbers)
         return {p: group for group in self.param_groups for p in group["params"]}
 
     def _gradients(self) -> dict[Tensor, Tensor]:
-        """The gradients, at least in float32, of what is minimised: the loss or its negative, and coupled weight decay."""
+        """Returns the gradients of what is minimised, the loss or its negative, with coupled decay; at least in float32."""
         maximize, gradients = self._maximize(), {}
         for group in self.param_groups:
             decay = 0.0 if group.get("decoupled_weight_decay", False) else float(group["weight_decay"])
@@ -307,7 +307,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
                 )
 
     def _records(self) -> list[LayerRecord]:
-        """The layers that the losses since the last step reach, or an error that says what is missing."""
+        """Returns the layers that the losses since the last step reach, or an error that says what is missing."""
         records = recorded_layers(type(self).__name__, self._tape)
         self._tell_other_uses((record.layer for record in records), self._tape.multiplied)
         return records
@@ -341,7 +341,7 @@ def as_criterion(owner: str, criterion: Any) -> nn.Module:
 
 
 def recorded_layers(owner: str, tape: Tape) -> list[LayerRecord]:
-    """The layers that the losses since an optimizer's last step reach, or an error that says what is missing."""
+    """Returns the layers that the losses since an optimizer's last step reach, or an error that says what is missing."""
     records = tape.records()
     if not records:
         raise RuntimeError(
@@ -369,7 +369,7 @@ def check_instances(owner: str, inputs: Iterable[Tensor]) -> None:
 
 
 def _supported_layers(owner: str, model: nn.Module) -> dict[nn.Linear, str]:
-    """The model's linear layers with their names, once the trainable ones are known to be what curvatures can be taken of."""
+    """Returns the model's linear layers with their names, after a check that curvatures can be taken of the trainable ones."""
     layers, reasons = linear_layers(model), uncovered(model)
     lazy = [name for name, module in model.named_modules() if isinstance(module, nn.modules.lazy.LazyModuleMixin)]
     if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):

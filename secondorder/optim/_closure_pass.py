@@ -43,7 +43,7 @@ class _Use:
 
     @property
     def weight(self) -> float:
-        """How much its rows count together."""
+        """Returns how much its rows count together."""
         return float(len(self.input)) if self.total is None else self.total
 
 
@@ -133,7 +133,7 @@ class ClosurePass:
                 self._weighed.append((masses if keeps_rows(args[0]) else None, loss.grad_fn))
 
     def input(self, layer: nn.Linear) -> Tensor:
-        """The instances' h [m, n_in]; where they have weights, other rows whose plain mean and second moment are the weighted."""
+        """Returns the instances' h [m, n_in]; if they have weights, rows whose plain mean and second moment are the weighted."""
         if layer not in self._inputs:
             uses = self._uses[layer]
             rows, weights = flatten_batch([use.input for use in uses]), [use.weights for use in uses]
@@ -144,28 +144,28 @@ class ClosurePass:
         return self._inputs[layer]
 
     def instances(self, layer: nn.Linear) -> int:
-        """How many rows the layer's calls have together."""
+        """Returns how many rows the layer's calls have together."""
         return self._instances[layer] if layer in self._instances else sum(len(use.input) for use in self._uses[layer])
 
     def weight(self, layer: nn.Linear) -> float:
-        """How much the rows of the layer's calls count together."""
+        """Returns how much the rows of the layer's calls count together."""
         return sum(use.weight for use in self._uses[layer])
 
     def mean_input(self, layer: nn.Linear) -> Tensor:
-        """E[h] [n_in]."""
+        """Returns E[h] [n_in]."""
         if layer not in self._mean_inputs:
             self._mean_inputs[layer] = self.input(layer).mean(0)
         return self._mean_inputs[layer]
 
     def second_moment(self, layer: nn.Linear, average: Tensor | None = None, decay: float = 0.0) -> Tensor:
-        """A <- decay A + (1 - decay) E[h h^T], in place where A is given (`average`)."""
+        """Sets A <- decay A + (1 - decay) E[h h^T], in place where A is given (`average`)."""
         if layer not in self._second_moments:
             return layer_second_moment(layer, self.input(layer), self.mean_input(layer), average, decay)
         moment = self._second_moments[layer]
         return moment if average is None else average.lerp_(moment, 1 - decay)
 
     def mean_preactivation(self, layer: nn.Linear) -> Tensor:
-        """E[z] [n_out]."""
+        """Returns E[z] [n_out]."""
         if layer in self._mean_preactivations:
             return self._mean_preactivations[layer]
         uses = self._uses[layer]
@@ -202,7 +202,7 @@ class ClosurePass:
         return float(mean_loss)
 
     def same_data(self, first: "ClosurePass") -> Tensor | bool:
-        """Whether the first call of a layer, on whose input no covered weight acts, has that of `first`."""
+        """Tells whether the first call of a layer, on whose input no covered weight acts, has that of `first`."""
         if not first._uses:
             return True
         layer, before = min(((layer, use) for layer, uses in first._uses.items() for use in uses), key=lambda pair: pair[1].order)
@@ -267,7 +267,7 @@ class ClosurePass:
 
 
 def layer_input(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The h [m, n_in] of a call, in the state's dtype."""
+    """Returns the h [m, n_in] of a call, in the state's dtype."""
     h: Tensor = args[0] if args else kwargs["input"]
     return flatten_batch([h.detach()]).to(compute_dtype(layer.weight.dtype))
 
@@ -299,7 +299,7 @@ def _ones(rows: Tensor) -> Tensor:
 
 
 def layer_second_moment(layer: nn.Linear, h: Tensor, mean: Tensor, average: Tensor | None = None, decay: float = 0.0) -> Tensor:
-    """A <- decay A + (1 - decay) E[h h^T], in place where A is given (`average`); with a bias h ends in a 1."""
+    """Sets A <- decay A + (1 - decay) E[h h^T], in place where A is given (`average`); with a bias h ends in a 1."""
     n = layer.in_features
     moment = second_moment(h) if len(h) else h.new_zeros(n, n)
     if average is None:

@@ -70,7 +70,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
         self._weighs = False  # whether the last step's targets did not all count alike
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """One step from the gradients of the backward passes since the last one.
+        """Makes one step from the gradients of the backward passes since the last one.
 
         Args:
             closure: evaluates the model anew, calls backward() and returns the loss; optional.
@@ -90,17 +90,17 @@ class CapturableOptimizer(LayerwiseOptimizer):
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        """The optimizer without its graphs."""
+        """Returns the optimizer without its graphs."""
         self._catch_up()
         return {**super().__getstate__(), "_replays": Replays(layer.weight for layer in self._layers)}
 
     def state_dict(self) -> dict[str, Any]:
-        """As every torch optimizer's."""
+        """Returns the state, as every torch optimizer does."""
         self._catch_up()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every torch optimizer's; a step is then to be captured anew.
+        """Loads a state as every torch optimizer does; a step is then to be captured anew.
 
         Raises:
             ValueError: the state is of another optimizer, or of one with another solver.
@@ -111,7 +111,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped for NaN or inf, replays included. Part of the state_dict; after a capture it waits for the device."""
+        """Returns how many steps NaN or inf has prevented, replays included. Part of the state_dict; after a capture it waits."""
         self._catch_up()
         return super().skipped_steps
 
@@ -193,7 +193,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
         replays.add(self.state)
 
     def _averaged(self, factors: dict[nn.Linear, Factors], groups: Groups) -> dict[nn.Linear, Factors]:
-        """The new factors, averaged with those of the state, which stay."""
+        """Returns the new factors, averaged with those of the state, which stay."""
         averaged: dict[nn.Linear, Factors] = {}
         shares: dict[tuple[float, torch.dtype], dict[Tensor, Tensor]] = {}
         for layer, new in factors.items():

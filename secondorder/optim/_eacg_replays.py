@@ -29,12 +29,12 @@ class Replays:
         self._places: dict[Tensor, dict[str, Any]] = {}  # by parameter: the tensors that captured steps read and write
 
     def __bool__(self) -> bool:
-        """Whether a step was captured, so that the device may have made more steps than Python knows of."""
+        """Tells whether a step was captured, so that the device may have made more steps than Python knows of."""
         return bool(self._places)
 
     @property
     def ready(self) -> bool:
-        """Whether the device has the counts."""
+        """Tells whether the device has the counts."""
         return self._counts is not None
 
     def add(self, states: States) -> None:
@@ -66,17 +66,17 @@ class Replays:
     # --- within a captured step ----------------------------------------------------------------------------------------------
 
     def true(self) -> Tensor:
-        """True [], on the device."""
+        """Returns True [], on the device."""
         assert self._counts is not None
         return torch.ones((), dtype=torch.bool, device=self._counts.device)
 
     def factor_shares(self, decay: float, dtype: torch.dtype) -> dict[Tensor, Tensor]:
-        """What each layer's new factors weigh in their bias-corrected average (see `FactorSource`), [] by weight."""
+        """Returns what each layer's new factors weigh in their bias-corrected average (see `FactorSource`), [] by weight."""
         shares = (1 - decay) / (1 - decay ** (self._column(1) + 1))
         return dict(zip(self._rows, shares.to(dtype).unbind(), strict=True))
 
     def parameter_share(self) -> Tensor:
-        """1 - beta_t of `update_averages` after the steps that were counted."""
+        """Returns 1 - beta_t of `update_averages` after the steps that were counted."""
         return (1 / self._column(0).max()).clamp(min=0.05)
 
     def count(self, made: Tensor, stepped: Iterable[Tensor], renewed: Iterable[Tensor]) -> None:
@@ -94,13 +94,13 @@ class Replays:
 
 
 def rate(lr: float | Tensor, made: Tensor) -> Tensor:
-    """A learning rate on the device, in float64; 0 where the step is refused."""
+    """Returns a learning rate on the device, in float64; 0 where the step is refused."""
     number = lr.double().reshape(()) if isinstance(lr, Tensor) else torch.full_like(made, lr, dtype=torch.float64)
     return torch.where(made, number, 0.0)
 
 
 def move(p: Tensor, v: Tensor, group: Group, rate: Tensor, sign: float = 1.0) -> None:
-    """p <- (1 - rate weight_decay) p + sign rate v, as `_momentum.apply`, for a finite v."""
+    """Sets p <- (1 - rate weight_decay) p + sign rate v, as `_momentum.apply`, for a finite v."""
     decay = float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0
     shrink, step = 1 - rate * decay, sign * rate * v
     if p.dtype == v.dtype:

@@ -28,11 +28,11 @@ class Replays:
         self._weights: set[Tensor] = set()  # of the matrices that they have; none: there are no such steps
 
     def __bool__(self) -> bool:
-        """Whether there are any, so that the device may have made more steps than Python knows of."""
+        """Tells whether there are any, so that the device may have made more steps than Python knows of."""
         return bool(self._weights)
 
     def ready(self, matrix: Matrix, states: States) -> bool:
-        """Whether a pass that is captured can show inputs of a matrix; where it cannot, `check` says why."""
+        """Tells whether a pass that is captured can show inputs of a matrix; where it cannot, `check` says why."""
         state = states.get(matrix.weight, {})
         return _captures.has_kernels(matrix.weight.device) and is_current(state, matrix.weight) and state["step"] > 0
 

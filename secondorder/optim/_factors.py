@@ -31,7 +31,7 @@ class FactorSource:
         self, records: list[LayerRecord], groups: Mapping[Tensor, dict[str, Any]], state: Mapping[Tensor, dict[str, Any]],
         ranks: RankReducer | None,
     ) -> dict[nn.Linear, Factors]:  # fmt: skip
-        """The factors of every recorded layer with a gradient and an instance, averaged with those in `state`, which stay.
+        """Returns the factors of every recorded layer with a gradient and an instance, averaged with those in `state`.
 
         With x_k the factors of renewal k and the group's `factor_decay`, the bias-corrected average of n of them is
         sum_k decay^(n-k) x_k / sum_k decay^(n-k).
@@ -106,5 +106,5 @@ class FactorSource:
 
 
 def _at_least_one(inputs: Tensor) -> Tensor:
-    """The inputs [m, n_in], or a row of zeros where there are none, which then counts for nothing."""
+    """Returns the inputs [m, n_in], or a row of zeros where there are none, which then counts for nothing."""
     return inputs if len(inputs) else inputs.new_zeros(1, inputs.shape[1])

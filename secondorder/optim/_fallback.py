@@ -41,7 +41,7 @@ class Fallback:
     def parameters(
         self, param_groups: list[dict[str, Any]], gradients: dict[Tensor, Tensor], covered: Sequence[Tensor]
     ) -> list[tuple[Tensor, dict[str, Any]]]:
-        """The parameters with a gradient outside of `covered`, each with its group; warns of new ones.
+        """Returns the parameters with a gradient outside of `covered`, each with its group; warns of new ones.
 
         Raises:
             RuntimeError: there are some, and the kind is "error".
@@ -80,7 +80,7 @@ class Fallback:
         self, param_groups: list[dict[str, Any]], gradients: dict[Tensor, Tensor], covered: Sequence[Tensor],
         state: Mapping[Tensor, dict[str, Any]],
     ) -> list[Update]:  # fmt: skip
-        """The updates of all parameters with a gradient outside of `covered`.
+        """Returns the updates of all parameters with a gradient outside of `covered`.
 
         Raises:
             NonFiniteError: one is not finite.
@@ -92,6 +92,6 @@ class Fallback:
         return updates
 
     def apply(self, updates: list[Update], state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """v <- momentum v + g, p <- (1 - lr weight_decay) p - lr v."""
+        """Sets v <- momentum v + g, p <- (1 - lr weight_decay) p - lr v."""
         for p, velocity, group in updates:
             _momentum.apply(p, velocity, group, state, -1.0)

@@ -109,7 +109,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """One step from the gradients of the backward passes since the last one.
+        """Makes one step from the gradients of the backward passes since the last one.
 
         Args:
             closure: evaluates the model anew, calls backward() and returns the loss; optional.
@@ -157,22 +157,22 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         return loss
 
     def _captured(self) -> bool:
-        """Whether a CUDA graph captures this step, which must then be possible."""
+        """Tells whether a CUDA graph captures this step, which must then be possible."""
         self._refuse_capture()
         return False
 
     def _lacks_factors(self, weight: Tensor | None, curved: Groups) -> bool:
-        """Whether a layer is to be trained by a curvature, which it has never had."""
+        """Tells whether a layer is to be trained by a curvature, which it has never had."""
         if weight is None or weight.grad is None or weight not in curved or weight in self._fallback.warned:
             return False
         return "factors" not in self.state.get(weight, {})
 
     def _called(self, closure: Callable[[], Tensor]) -> Tensor:
-        """The closure's loss."""
+        """Returns the closure's loss."""
         return closure()
 
     def _records(self) -> list[LayerRecord]:
-        """The layers that the losses since the last step reach; warns once of all those where the recursion starts anew."""
+        """Returns the layers that the losses since the last step reach; warns once of those where the recursion starts anew."""
         records = super()._records()
         new: dict[str, list[str]] = {}  # names of layers by obstacle
         for record in records:
@@ -207,7 +207,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every torch optimizer's; also takes checkpoints of before version 0.2, where each factor had a key of its own.
+        """Loads a state as every torch optimizer does, also from before version 0.2, where each factor had a key of its own.
 
         Raises:
             ValueError: the state is of an optimizer with another solver.
@@ -238,7 +238,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         return max((state.get("step", 0) for state in self.state.values()), default=0)
 
     def _renewing(self) -> bool:
-        """Whether the next step, or the one being taken, renews the factors."""
+        """Tells whether the next step, or the one being taken, renews the factors."""
         return self._curvature_every == 1 or _due(self._steps(), self._curvature_every)
 
     def _schedule(self) -> None:
@@ -246,7 +246,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         self._tape.recording = self._renewing()
 
     def _covered(self, factors: dict[nn.Linear, Factors], groups: Groups) -> dict[nn.Linear, Factors]:
-        """The layers to be updated, with their factors, new or old."""
+        """Returns the layers to be updated, with their factors, new or old."""
         covered = dict(factors)
         if len(factors) < len(self._layers):
             for layer in self._layers:
@@ -345,7 +345,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         systems: dict[nn.Linear, tuple[float, float]],
         fresh: bool,
     ) -> tuple[dict[Tensor, Tensor], dict[nn.Linear, Factors], list[tuple[nn.Linear, str]]]:
-        """The same, and the layers that the solver says are not finite, with its reasons."""
+        """Returns the same, and the layers that the solver says are not finite, with its reasons."""
         directions, prepared, bad = {}, {}, []
         for layer, factors in covered.items():
             weight, bias, state = layer.weight, layer.bias, self.state.get(layer.weight, {})
@@ -410,7 +410,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
 
 def _due(steps: int, every: int) -> bool:
-    """Whether what is renewed every so many steps is renewed now; at first, when it changes fastest, at every step."""
+    """Tells whether what is renewed every so many steps is renewed now; at first, when it changes fastest, at every step."""
     return steps < every or steps % every == 0
 
 

@@ -47,13 +47,13 @@ class Matrix:
 
     @property
     def could_be_numbers(self) -> bool:
-        """Whether it may turn out to be no map: no module is known that uses it, and it has two sides."""
+        """Tells whether it may turn out to be no map: no module is known that uses it, and it has two sides."""
         p = self.weight
         return not (self.modules or self.lookups) and p.dim() >= 2 and 1 < len(p) < p.numel()
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """[n, p]."""
+        """Returns [n, p]."""
         numel = self.weight.numel() * (1 + self.weight.is_complex())
         if self.weight.dim() < 2:
             return 1, numel
@@ -62,7 +62,7 @@ class Matrix:
 
     @cached_property
     def shape_here(self) -> tuple[int, int]:
-        """What this process has of it: all, or of a DTensor some rows, and of one of a single dimension some elements as rows."""
+        """Returns the shape of what this process has: all, or some rows of a DTensor (elements, if it has one dimension)."""
         if not is_sharded(self.weight):
             return self.shape
         rows = here(self.weight).shape[0]
@@ -70,17 +70,17 @@ class Matrix:
 
     @cached_property
     def as_it_is(self) -> bool:
-        """Whether its parameters are real tensors that are all here."""
+        """Tells whether its parameters are real tensors that are all here."""
         return not (self.weight.is_complex() or is_sharded(self.weight))
 
     @property
     def numel(self) -> int:
-        """How many numbers it has with its bias."""
+        """Returns how many numbers it has with its bias."""
         return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
 
 
 def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matrix]:
-    """The parameters as matrices.
+    """Returns the parameters as matrices.
 
     Without a model, every parameter with two or more dimensions is a matrix of its own. With one, its linear layers and
     convolutions give each weight its bias and its inputs, and what they do not know, as attention's or an LSTM's weights, is a
@@ -122,7 +122,7 @@ def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matr
 
 
 def computed_in(p: Tensor) -> torch.dtype:
-    """What a parameter is computed in: at least float32, and of complex numbers the parts."""
+    """Returns what a parameter is computed in: at least float32, and of complex numbers the parts."""
     return compute_dtype(p.dtype.to_real() if p.is_complex() else p.dtype)
 
 
@@ -211,7 +211,7 @@ class Operands:
 
 
 def _multiplies(module: nn.Module) -> bool:
-    """Whether a module's output is its weight times its input, plus its bias, by torch's own forward."""
+    """Tells whether a module's output is its weight times its input, plus its bias, by torch's own forward."""
     if isinstance(module, NonDynamicallyQuantizableLinear):  # attention's, which is not called
         return False
     if isinstance(module, _LINEAR):
@@ -265,7 +265,7 @@ class InputHook:
 
 
 def is_plain(inputs: Any) -> bool:
-    """Whether inputs are numbers that can be summed up: of an ordinary tensor, not one of vmap's or jvp's, and some."""
+    """Tells whether inputs are numbers that can be summed up: of an ordinary tensor, not one of vmap's or jvp's, and some."""
     return (
         isinstance(inputs, Tensor)
         and inputs.layout is torch.strided
@@ -276,7 +276,7 @@ def is_plain(inputs: Any) -> bool:
 
 
 def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
-    """The rows [m, p] that a module's weight is multiplied with, evenly spread ones where there are many: inputs, or patches."""
+    """Returns the rows [m, p] that a module's weight multiplies, inputs or patches: evenly spread ones where they are many."""
     if isinstance(module, _LINEAR):
         rows = inputs.reshape(-1, inputs.shape[-1])
         stride, places = math.ceil(len(rows) / ROWS), math.prod(inputs.shape[1:-1])

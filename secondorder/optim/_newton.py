@@ -81,7 +81,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
         self._told = False  # whether the warning that the model does not repeat itself has been given
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every torch optimizer's; also takes what an optimizer with lr=None has saved before version 0.2.
+        """Loads a state as every torch optimizer does, also what an optimizer with lr=None has saved before version 0.2.
 
         Raises:
             ValueError: the state is of an optimizer with a fixed learning rate.
@@ -94,7 +94,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
         super().load_state_dict({**state_dict, "param_groups": [_renamed(group) for group in state_dict["param_groups"]]})
 
     def metrics(self) -> dict[str, float]:
-        """Numbers worth logging.
+        """Returns numbers worth logging.
 
         Returns:
             "step_size" and "momentum": c and c' of the last step, lr included; 0 if the step was taken back. "ratio": the last
@@ -117,7 +117,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
         }
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """One step from the gradients of the backward passes since the last one.
+        """Makes one step from the gradients of the backward passes since the last one.
 
         Args:
             closure: evaluates the model anew, calls backward() and returns the loss. It is needed, and called more than once,
@@ -160,7 +160,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
             self._evaluating = False
 
     def _loss(self, parameters: dict[Tensor, str], steps: int, transfer: Transfer) -> LocalLoss | ClosureLoss:
-        """The loss that backward() was called on, from what was recorded or by the closure.
+        """Returns the loss that backward() was called on, from what was recorded or by the closure.
 
         Its numbers come to the host by the transfer.
 
@@ -287,7 +287,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
 
 
 def _mean_square(factors: Factors, width: int) -> Tensor | float:
-    """The mean square of a layer's inputs, from whichever statistic of them there is; 1 where there is none."""
+    """Returns the mean square of a layer's inputs, from whichever statistic of them there is; 1 where there is none."""
     if "input_second_moment" in factors:
         return factors["input_second_moment"].diagonal().mean()
     if "mean_square_input" in factors:
@@ -296,7 +296,7 @@ def _mean_square(factors: Factors, width: int) -> Tensor | float:
 
 
 def _damping(group: dict[str, Any]) -> Damping | None:
-    """What the last step has left in a group; None before the first."""
+    """Returns what the last step has left in a group; None before the first."""
     if group["tau"] is None:
         return None
     trend, found = LossTrend(*group["loss_trend"]), group.get("coefficients", (0.0, 0.0))  # which older checkpoints lack

@@ -25,10 +25,10 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:
-        """Numbers worth logging, by names: plain floats, also before the first step. Waits for the device; a step does not."""
+        """Returns numbers worth logging, by name: floats, also before the first step. Waits for the device; a step does not."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As every torch optimizer's.
+        """Adds a group as every torch optimizer does.
 
         Raises:
             TypeError: a parameter is no tensor; or it is a DTensor, and not for an optimizer that can do with some of its rows.
@@ -51,7 +51,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"{type(self).__name__}: {WHOLE}, got a DTensor of placements {p.placements}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every torch optimizer's, but the state keeps its dtype: under bfloat16 parameters the factors are float32.
+        """Loads a state as every torch optimizer does, but keeps its dtype: under bfloat16 parameters factors are float32.
 
         Raises:
             ValueError: the state is of another optimizer or of other parameters; nothing has changed.
@@ -71,7 +71,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             first.remove()
 
     def _shapes(self, p: Tensor) -> dict[str, tuple[int, ...] | None] | None:
-        """What the state of a parameter may hold: by its name the shape of a tensor, or None for what has none of its own.
+        """Returns what the state of a parameter may hold, by name: the shape of a tensor, or None for what has none of its own.
 
         Within dictionaries other names may stand, too. None: the optimizer checks by itself.
         """
@@ -103,7 +103,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                     )
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
-        """The state once more, of its own dtype and sharing no memory with `state_dict`."""
+        """Takes the state once more, in its own dtype and without sharing memory with `state_dict`."""
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved, own, strict=True):
@@ -135,12 +135,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             )
 
     def _on_device(self, lr: Any) -> bool:
-        """Whether a captured step reads this learning rate on the device."""
+        """Tells whether a captured step reads this learning rate on the device."""
         device = next(p.device for group in self.param_groups for p in group["params"])
         return isinstance(lr, Tensor) and lr.device == device
 
     def _maximize(self) -> bool:
-        """Whether the loss is maximised: one answer for all groups, for one loss."""
+        """Tells whether the loss is maximised: one answer for all groups, for one loss."""
         maximize = {bool(group["maximize"]) for group in self.param_groups}
         if len(maximize) > 1:
             raise ValueError(f"{type(self).__name__}.step(): expected maximize to be the same in all param_groups")
@@ -159,7 +159,7 @@ def leave_group(p: Tensor, groups: list[dict[str, Any]]) -> None:
 
 
 def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a parameter's state by their names, also those within dictionaries."""
+    """Returns the tensors of a parameter's state by their names, also those within dictionaries."""
     for key, value in state.items():
         if isinstance(value, Tensor):
             yield key, value

@@ -319,7 +319,7 @@ class ShardedOperators:
 
 
 def _nothing() -> Rows:
-    """The task of a matrix that has no bases to be renewed."""
+    """Returns the task of a matrix that has no bases to be renewed."""
     yield []
 
 

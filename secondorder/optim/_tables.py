@@ -30,7 +30,7 @@ class Lookups:
         self._counts[matrix] = self._counts.get(matrix, 0) + indices.numel()
 
     def shares(self, present: list[Matrix], states: list[dict[str, Any]], sum_: Sum | None) -> dict[Matrix, float]:
-        """The share of its rows that a step meets, at most, of every table in its first steps.
+        """Returns the share of its rows that a step meets, at most, of every table in its first steps.
 
         Args:
             present: the matrices with a gradient.
@@ -48,7 +48,7 @@ class Lookups:
 
 
 def share_of_numbers(matrix: Matrix, most: float, sum_: Sum | None) -> float | None:
-    """The share of its rows that a step meets, of a matrix whose first gradient is no map's; None where it may be a map's.
+    """Returns the share of its rows that a step meets, of a matrix whose first gradient is no map's; None if it may be one's.
 
     A table is met where a batch indexes it: its other rows' gradients are zero. Numbers that stand for themselves, as deviations,
     gates or pixels, have much the same gradient: half of its mean square is that of its mean. In a basis this would be one

@@ -150,7 +150,7 @@ class EACG(CapturableOptimizer):
             self._allow_captures(curvature, solver)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every torch optimizer's.
+        """Loads a state as every torch optimizer does.
 
         Raises:
             ValueError: the state is of an optimizer that finds its own step size.
@@ -163,7 +163,7 @@ class EACG(CapturableOptimizer):
         super().load_state_dict(state_dict)
 
     def metrics(self) -> dict[str, float]:
-        """Numbers worth logging. Waits for the device; a step does not compute them.
+        """Returns numbers worth logging. Waits for the device; a step does not compute them.
 
         Returns:
             "damping": alpha of the first group. "trace": the sum of the traces of all layers' bias Hessians H, on the scale of
@@ -288,7 +288,7 @@ class EACG(CapturableOptimizer):
                 directions[p] = directions[p] * factor.to(directions[p].dtype)
 
     def _fusible(self, layers: Iterable[nn.Linear], groups: Groups) -> bool:
-        """Whether `ops.eacg_update_` knows all that the groups ask for."""
+        """Tells whether `ops.eacg_update_` knows all that the groups ask for."""
         captured = self._capturable and captured_now()
 
         def numbers(p: Tensor) -> list[Any]:
@@ -320,6 +320,6 @@ class EACG(CapturableOptimizer):
 
 
 def _max_norm(weight: Tensor, group: dict[str, Any]) -> float:
-    """The largest length of [P, d] for a weight [n_out, n_in], by its group's `max_step`, which older checkpoints lack."""
+    """Returns the largest length of [P, d] for a weight [n_out, n_in], by its group's `max_step`; older checkpoints lack it."""
     bound = group.get("max_step")
     return math.inf if bound is None else float(bound) * math.sqrt(len(weight))

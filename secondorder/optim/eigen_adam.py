@@ -297,7 +297,7 @@ class EigenAdam(SecondOrderOptimizer):
 
     @property
     def _first(self) -> Tensor:
-        """The first parameter, whose state has what belongs to all."""
+        """Returns the first parameter, whose state has what belongs to all."""
         return next(p for group in self.param_groups for p in group["params"])
 
     def _shared(self) -> dict[str, Any]:
@@ -313,7 +313,7 @@ class EigenAdam(SecondOrderOptimizer):
 
     @property
     def _several(self) -> bool:
-        """Whether several processes have inputs."""
+        """Tells whether several processes have inputs."""
         return self._shards is not None or (self._group is not None and dist.get_world_size(self._group) > 1)
 
     def _sum_(self, t: Tensor) -> None:
@@ -387,7 +387,7 @@ class EigenAdam(SecondOrderOptimizer):
             self._hook()
 
     def state_dict(self) -> dict[str, Any]:
-        """As every torch optimizer's; a weight that may turn out to be no map has the same shapes either way, as DCP demands."""
+        """Returns the state; that of a weight has the same shapes whether it turns out to be a map or not, as DCP demands."""
         self._catch_up()
         found, weights = super().state_dict(), {matrix.weight: matrix for matrix in self._table()}
         for group, own in zip(found["param_groups"], self.param_groups, strict=True):
@@ -397,7 +397,7 @@ class EigenAdam(SecondOrderOptimizer):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every torch optimizer's; the state has the dtype that its parameter is computed in.
+        """Loads a state as every torch optimizer does, in the dtype that each parameter is computed in.
 
         Raises:
             ValueError: it is the state of another kind of optimizer, of other parameters, or of an EigenAdam that was made with
@@ -429,7 +429,7 @@ class EigenAdam(SecondOrderOptimizer):
             self.state[p] = cast_state(self.state[p], p)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As every torch optimizer's; parameters that were frozen so far move from the group they are in."""
+        """Adds a group as every torch optimizer does; parameters that were frozen so far move from the group they are in."""
         before = [{**group, "params": list(group["params"])} for group in self.param_groups]
         constructed = "_matrices" in self.__dict__ and self._matrices is not None
         params = param_group.get("params") if isinstance(param_group, dict) else None
@@ -674,11 +674,11 @@ class EigenAdam(SecondOrderOptimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were not made since a gradient was not finite. Part of the state_dict; waits for the device."""
+        """Returns how many steps were not made since a gradient was not finite. Part of the state_dict; waits for the device."""
         return int(self._shared()["control"][REFUSED])
 
     def metrics(self) -> dict[str, float]:
-        """Numbers worth logging. Waits for the device; a step does not compute them.
+        """Returns numbers worth logging. Waits for the device; a step does not compute them.
 
         Returns:
             "length": the step length, without lr. "slope": the average slope along the present step, per step length.

@@ -205,7 +205,7 @@ class KBFGS(CurvatureOptimizer):
             )
 
     def _output_shapes(self, n: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of what `_start_output` makes."""
+        """Returns the shapes of what `_start_output` makes."""
         return {"inverse_output": (n, n)}
 
     @torch.no_grad()
@@ -246,7 +246,7 @@ class KBFGS(CurvatureOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] = NEEDED) -> Tensor:  # type: ignore[override]
-        """One step; calls the closure at least twice.
+        """Makes one step; calls the closure at least twice.
 
         Args:
             closure: `zero_grad` of this optimizer or gradients set to None, forward and backward on one mini-batch, the same at
@@ -309,14 +309,14 @@ class KBFGS(CurvatureOptimizer):
         return closure
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As every torch optimizer's."""
+        """Forgets the gradients, as every torch optimizer does."""
         super().zero_grad(set_to_none)
         self._zeroed[0] = True
 
     def _update(
         self, closure: Callable[[], Tensor], loss_before: float | Tensor, first: ClosurePass, random: RandomState
     ) -> None:
-        """The step from the first call's loss and records."""
+        """Makes the step from the first call's loss and records."""
         if first.gradient and not any(first.instances(layer) for layer in first.gradient):
             check_instances(type(self).__name__, [first.input(layer) for layer in first.gradient])
         self._idle = {p for n in first.gradient if not first.instances(n) for p in n.parameters(recurse=False)}
@@ -392,7 +392,7 @@ class KBFGS(CurvatureOptimizer):
         }
 
     def metrics(self) -> dict[str, float]:
-        """Numbers worth logging: what `diagnostics` counts layer by layer, as means over all layers and the steps so far.
+        """Returns numbers worth logging: what `diagnostics` counts layer by layer, as means over all layers and the steps so far.
 
         Returns:
             "halvings": the mean number of halvings of a step. "rejected": the share of steps given up after 10 halvings.
@@ -408,7 +408,7 @@ class KBFGS(CurvatureOptimizer):
         return {**shares, **super().metrics()}
 
     def _start(self, layer: nn.Linear, second_moment: Tensor, damping: float) -> dict[str, Any]:
-        """The state of a layer before its first step, with A as given."""
+        """Returns the state of a layer before its first step, with A as given."""
         zeros = second_moment.new_zeros
         n_out, n = layer.out_features, len(second_moment)
         inverse = damped_inverse(second_moment, damping)
@@ -429,7 +429,7 @@ class KBFGS(CurvatureOptimizer):
         }
 
     def _start_output(self, zero: Tensor) -> dict[str, Tensor]:
-        """The state that stands for H_g = I."""
+        """Returns the state that stands for H_g = I."""
         return {"inverse_output": torch.eye(len(zero), dtype=zero.dtype, device=zero.device)}
 
     def _preconditioned(self, states: list[dict[str, Any]], gradients: list[Tensor]) -> list[Tensor]:
@@ -446,7 +446,7 @@ class KBFGS(CurvatureOptimizer):
     def _check_finite(
         self, loss: float | Tensor, parameters: dict[nn.Linear, list[Tensor]], gradients: dict[Tensor, Tensor]
     ) -> float:
-        """The loss as a number, if it and all gradients are finite."""
+        """Returns the loss as a number, if it and all gradients are finite."""
         owners = [layer for layer, each in parameters.items() for _ in each]
         norms = torch._foreach_norm([gradients[p] for each in parameters.values() for p in each]) if owners else ()
         value, *sizes = host_numbers([loss, *norms])
@@ -485,7 +485,7 @@ class KBFGS(CurvatureOptimizer):
     def _batch_gradients(
         self, layer: nn.Linear, state: dict[str, Any], gradients: dict[Tensor, Tensor], groups: dict[Tensor, dict[str, Any]]
     ) -> list[Tensor]:
-        """The gradients of a layer's parameters, with the mini-batch before where its second call has left one."""
+        """Returns the gradients of a layer's parameters, with the mini-batch before where its second call has left one."""
         if not self._doubled or "second_gradient" not in state:
             return list(gradients.values())
         doubled = []
@@ -497,7 +497,7 @@ class KBFGS(CurvatureOptimizer):
         return doubled
 
     def _second_gradients(self, parameters: dict[nn.Linear, list[Tensor]], sign: float) -> dict[nn.Linear, Tensor]:
-        """The gradients of [W | b] that the closure's second call has left, where they are finite."""
+        """Returns the gradients of [W | b] that the closure's second call has left, where they are finite."""
         left = {layer: [p.grad for p in each if p.grad is not None] for layer, each in parameters.items()}
         gradients = {
             layer: torch.cat([sign * to_compute_dtype(g).view(layer.out_features, -1) for g in left[layer]], 1)

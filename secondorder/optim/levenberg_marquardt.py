@@ -252,7 +252,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             )
 
     def _advance(self, run: GaussNewtonStep, here: Residuals, generator: torch.Generator) -> tuple[Residuals, bool]:
-        """One step, or the race of starts before the first one; keeps its state.
+        """Makes one step, or the race of starts before the first one; keeps its state.
 
         Returns:
             The loss where it leads, `here` itself if nothing lowers it; whether the closure was called last there.
@@ -272,11 +272,11 @@ class LevenbergMarquardt(SecondOrderOptimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped for NaN or inf by nonfinite="skip". Part of the state_dict."""
+        """Returns how many steps nonfinite="skip" has skipped. Part of the state_dict."""
         return int(self.param_groups[0]["skipped_steps"])
 
     def metrics(self) -> dict[str, float]:
-        """Numbers worth logging.
+        """Returns numbers worth logging.
 
         Returns:
             "damping": mu relative to tr(J J^T). "rows": how many residuals the next step draws, inf for all. "ratio": the last
@@ -289,7 +289,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         return {**found, "skipped_steps": float(self.skipped_steps)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every torch optimizer's.
+        """Loads a state as every torch optimizer does.
 
         Raises:
             ValueError: it is that of another optimizer.
@@ -304,7 +304,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As every torch optimizer's; the parameters are of the dtype and on the device of the others.
+        """Adds a group as every torch optimizer does; its parameters are of the dtype and on the device of the others.
 
         Raises:
             TypeError: a parameter is not of the others' dtype, or not of a floating one.
@@ -329,7 +329,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state and what it was made with."""
+        """Returns the state and what it was made with."""
         own = ("_settings", "_damping", "_race", "_seed", "_max_iter", "_nonfinite")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 
@@ -339,13 +339,13 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         self._reset()
 
     def _reset(self) -> None:
-        """What is no part of the state."""
+        """Sets up what is no part of the state."""
         self._plans: dict[object, tuple[Plan, int]] = {}
         self._told: set[int | str] = set()
         self._buffer = Buffer()
 
     def _first(self) -> Tensor:
-        """The parameter whose state holds that of all."""
+        """Returns the parameter whose state holds that of all."""
         first: Tensor = self.param_groups[0]["params"][0]
         return first
 

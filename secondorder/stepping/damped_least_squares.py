@@ -60,7 +60,7 @@ class DampedLeastSquares:
             self._diagonal += penalties
 
     def at(self, mu: Tensor | float) -> "tuple[Callable[[Tensor], Tensor], Tensor | float]":
-        """b [m] -> x [P] at a damping, and not 0 where the matrix is not positive definite within rounding: then x is nothing."""
+        """Returns b [m] -> x [P] at a damping, and not 0 if rounding leaves the matrix indefinite: then x is nothing."""
         jacobian = self._jacobian
         if self.solver == "nystrom":
             assert self._nystrom is not None
@@ -86,7 +86,7 @@ class DampedLeastSquares:
         return solve, info
 
     def step(self, solve: Callable[[Tensor], Tensor], r: Tensor, theta: Tensor, mu: Tensor | float) -> Tensor:
-        """The minimum d [P], with the solve of this mu."""
+        """Returns the minimum d [P], with the solve of this mu."""
         if self._penalties is None:
             return -solve(r)
         # With base = -t theta / (t + mu) the rest is the minimum of |r + J base + J d'|^2 + d'^T diag(t + mu) d'.

@@ -42,7 +42,7 @@ class LeastSquaresLoss:
         self._last: tuple[Tensor, Terms] | None = None  # of the last call
 
     def here(self, called: bool = False) -> Residuals:
-        """The loss at the parameters' present values, with coefficients.
+        """Returns the loss at the parameters' present values, with coefficients.
 
         Args:
             called: whether the closure was called last at these values, and is not called again.
@@ -68,7 +68,7 @@ class LeastSquaresLoss:
         return found._replace(value=value, objective=objective)
 
     def there(self, start: Residuals) -> list[Tensor]:
-        """The residuals at the parameters' present values, each of the shape that it had at the start."""
+        """Returns the residuals at the parameters' present values, each of the shape that it had at the start."""
         values = self._in_own_dtype(self._called()[1].squares)
         if [v.shape for v in values] != [v.shape for v in start.values]:
             raise RuntimeError(
@@ -78,7 +78,7 @@ class LeastSquaresLoss:
         return values
 
     def again(self, start: Residuals) -> Residuals:
-        """The loss at the parameters' present values, with the coefficients of the start."""
+        """Returns the loss at the parameters' present values, with the coefficients of the start."""
         values = self.there(start)
         return start._replace(values=values, objective=float(self.objective(values, start)))
 
@@ -100,14 +100,14 @@ class LeastSquaresLoss:
                 )
 
     def objective(self, values: Sequence[Tensor], start: Residuals) -> Tensor:
-        """The loss without its constant, [], with the coefficients of the start."""
+        """Returns the loss without its constant, [], with the coefficients of the start."""
         terms = [(c * r.detach().square()).sum(dtype=torch.float64) for c, r in zip(start.weights, values, strict=True)]
         if start.penalties is not None:
             terms.append((start.penalties * self.flat().square()).sum(dtype=torch.float64))
         return functools.reduce(torch.add, terms)
 
     def flat(self) -> Tensor:
-        """The parameters' present values [P]."""
+        """Returns the parameters' present values [P]."""
         return torch.cat([p.detach().flatten() for p in self.parameters])
 
     @torch.no_grad()
@@ -132,7 +132,7 @@ class LeastSquaresLoss:
         return self._last
 
     def _call(self) -> Tensor:
-        """The closure's scalar loss."""
+        """Returns the closure's scalar loss."""
         if self._after is not None:
             self._random.restore()
         before = [(p._version, p.detach().clone() if p.is_cpu else None) for p in self.parameters]
@@ -178,7 +178,7 @@ class LeastSquaresLoss:
             return torch.stack([(plain(weight) * plain(r).square()).mean() for r, weight in result]).sum()
 
     def _is_loss(self, r: Tensor) -> bool:
-        """Whether the graph of a scalar shows a sum of squares and nothing beside it, as it does not for |u|^2 - 1."""
+        """Tells whether the graph of a scalar shows a sum of squares and nothing beside it, as it does not for |u|^2 - 1."""
         try:
             with torch.enable_grad():
                 terms = find_terms(r, Reach(self.parameters), self.owner)
@@ -197,12 +197,12 @@ class LeastSquaresLoss:
 
 
 def _expands(shape: torch.Size, target: torch.Size) -> bool:
-    """Whether a tensor of a shape expands to another one."""
+    """Tells whether a tensor of a shape expands to another one."""
     return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape[::-1], target[::-1], strict=False))
 
 
 def _instead(result: object) -> str:
-    """What to return in place of what is no loss."""
+    """Returns what to return in place of what is no loss."""
     if isinstance(result, int | float):
         return "return the loss with its graph, not loss.item()"
     if result is None:
@@ -215,7 +215,7 @@ def _is_pair(pair: object) -> bool:
 
 
 def _differs(p: Tensor, old: Tensor | None) -> bool:
-    """Whether a parameter has other numbers than before, as by a write to p.data, which no version counts.
+    """Tells whether a parameter has other numbers than before, as by a write to p.data, which no version counts.
 
     Not seen on other devices than the CPU (None), where to look would be a wait.
     """

@@ -39,14 +39,14 @@ class TrialLoss(QuadraticTerms, Protocol):
 
     @property
     def start(self) -> float:
-        """The loss there."""
+        """Returns the loss there."""
 
     @property
     def instances(self) -> int:
-        """How many instances it is of."""
+        """Returns how many instances it is of."""
 
     def value(self, parameters: list[Tensor]) -> float:
-        """The loss at other values; inf where they are not finite."""
+        """Returns the loss at other values; inf where they are not finite."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class DampingSchedule:
     tries: int = 8
 
     def adapted(self, tau: float, rho: float) -> float:
-        """Tau after a step of reduction ratio rho (Botev et al., B.3.1)."""
+        """Returns tau after a step of reduction ratio rho (Botev et al., B.3.1)."""
         factor = self.omega**self.every
         return tau * factor if rho > 0.75 else tau / factor if rho < 0.25 else tau
 
     def start(self, instances: int) -> float:
-        """Tau's start, relative to the first loss, for a step of so many instances."""
+        """Returns tau's start, relative to the first loss, for a step of so many instances."""
         return min(1.0, max(1e-4, 250 / max(1, instances) ** 2)) if self.tau is None else self.tau
 
 
@@ -101,7 +101,7 @@ class LossTrend:
     long: float  # and over some 20
 
     def seen(self, loss: float, tau: float) -> tuple["LossTrend", bool]:
-        """With a new batch's loss, at the damping of the moment; whether the losses rise."""
+        """Returns the trend with a new batch's loss, at the damping of the moment, and whether the losses rise."""
         short, long = 0.7 * self.short + 0.3 * loss, 0.95 * self.long + 0.05 * loss
         if short > long + 0.2 * abs(long):
             return LossTrend(self.least, min(4 * max(self.floor, tau), 400 * self.least), short, short), True
@@ -133,7 +133,7 @@ class LevenbergMarquardtLoop:
         self, loss: TrialLoss, directions: Directions[Prepared], gradients: list[Tensor], eta: list[float],
         previous: list[Tensor] | None, damping: Damping | None, steps: int, lr: float = 1.0, metric: list[float] | None = None,
     ) -> tuple[list[Tensor], Prepared | None, Damping | None]:  # fmt: skip
-        """One step: delta = lr (c P + c' previous), c and c' minimising the quadratic model of the regularised loss.
+        """Makes one step: delta = lr (c P + c' previous), c and c' minimising the quadratic model of the regularised loss.
 
         Where the loss has not fallen at theta + delta, the step is taken back and tried with a larger damping, without the
         previous one. If that does not help either, delta is zero. A change that is predicted to be below the loss' rounding, and
@@ -215,7 +215,7 @@ class LevenbergMarquardtLoop:
         return delta, accepted, Damping(tau, gamma, damping.trend, rho, coefficients)
 
     def _entered(self, loss: TrialLoss, damping: Damping | None, gradients: list[Tensor]) -> tuple[Damping, bool]:
-        """The dampings with which a step begins, and whether the losses of new batches rise."""
+        """Returns the dampings with which a step begins, and whether the losses of new batches rise."""
         rule = self.schedule
         if damping is None:
             scale = _scale(loss, gradients)
@@ -229,7 +229,7 @@ class LevenbergMarquardtLoop:
 
 
 def _scale(loss: TrialLoss, gradients: list[Tensor]) -> float:
-    """What dampings are relative to: the first loss, or the curvature along its gradient where that loss says nothing of it."""
+    """Returns what dampings are relative to: the first loss, or the curvature along its gradient if that loss tells nothing."""
     transfer = Transfer()
     squares = transfer.numbers([g.double().square().sum() for g in gradients])
     terms = loss.products([gradients], transfer)

@@ -67,7 +67,7 @@ class LocalLoss(LossOverRanks):
 
     @functools.cached_property
     def start(self) -> float:
-        """The loss at the parameters' own values."""
+        """Returns the loss at the parameters' own values."""
         return self._mean(lambda: sum(piece.start for piece in self.pieces))
 
     def _value(self, parameters: list[Tensor]) -> float:
