@@ -1,7 +1,7 @@
 """Poisson's equation by DeepXDE, with its PyTorch backend: the optimizer is given to `model.compile`, and that is all.
 
-    pip install deepxde
-    python examples/deepxde_poisson.py [--steps 150]
+pip install deepxde
+python examples/deepxde_poisson.py [--steps 150]
 """
 
 import argparse
