@@ -59,8 +59,8 @@ class Sketches:
         sketch = self.of.get(matrix)
         if sketch is None:
             shift = state["mean"]
-            if not state["renewals"] and shift.numel() and alone:
-                shift = rows.mean(0)  # the state gets it once it is known to be finite
+            if not state["renewals"] and shift.numel() and alone and (mean := rows.mean(0)).isfinite().all():
+                shift = mean  # which the state gets with the next step, be that of other inputs
             sketch = self.of[matrix] = Sketch(rows.new_zeros(len(state["basis_in"]) + 1, rows.shape[1]), shift)
         ops.eigen_sketch_(sketch.sums, rows, state["basis_in"], sketch.shift, *replay)
         sketch.rows += len(rows)

@@ -99,6 +99,20 @@ def captured(matrix: Matrix, state: dict[str, Any]) -> Tensor:
     return torch.where(whole > 0, squares[: -n * p].sum() / whole, 0.0)
 
 
+def forget(state: dict[str, Any], *kept: str) -> None:
+    """Drops a parameter's own state, but for what is to be kept, so that it begins anew."""
+    for key in state.keys() - {*SHARED, *kept}:
+        del state[key]
+
+
+def fits(matrix: Matrix, state: dict[str, Any]) -> bool:
+    """Returns whether a state with bases is one of such a matrix: of its shape, with or without a bias, and bases or none."""
+    shape = state["basis_out"].shape[-1], state["basis_in"].shape[-1]
+    return (
+        shape == matrix.shape and (state["mean"].numel() > 0) == (matrix.bias is not None) and has_no_basis(state) != matrix.eigen
+    )
+
+
 def has_no_basis(state: dict[str, Any]) -> bool:
     """Returns whether it is the state of a matrix whose elements each stand for themselves."""
     return "basis_in" in state and not len(state["basis_in"])
@@ -122,7 +136,7 @@ def check_state(owner: str, matrix: Matrix | None, state: dict[str, Any]) -> Non
         wanted = "no state for a bias" if matrix is None else f"the state of a matrix of shape {list(matrix.shape)}"
         named = "" if matrix is None else f" for {matrix.name!r}"
         raise ValueError(f"{owner}: expected {wanted}{named}, got one of {list(shape)}")
-    if (state["mean"].numel() > 0) != (matrix.bias is not None) or has_no_basis(state) == matrix.eigen:
+    if not fits(matrix, state):
         raise ValueError(
             f"{owner}: expected the state of an optimizer that was made as this one is, got one for {matrix.name!r} that "
             "knows another bias or basis; give both the model, or neither"

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -79,13 +79,16 @@ class Matrix:
         return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
 
 
-def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matrix]:
+def matrices(
+    parameters: Iterable[Tensor], model: nn.Module | None, states: Mapping[Tensor, dict[str, Any]] | None = None
+) -> list[Matrix]:
     """Returns the parameters as matrices.
 
     Without a model, every parameter with two or more dimensions is a matrix of its own. With one, its linear layers and
     convolutions give each weight its bias and its inputs, and what they do not know, as attention's or an LSTM's weights, is a
     matrix of its own; the tables of embeddings, vectors, and what has a single row or column, are no matrices. Integers, as of
-    frozen layers that are quantized, are left alone.
+    frozen layers that are quantized, are left alone. A weight goes with its bias if both are trained, or neither; and whatever
+    has been frozen since, one that has a state, in `states`, goes on as it has begun.
     """
     wanted = {p: f"parameter {i}" for i, p in enumerate(parameters) if p.is_floating_point() or p.is_complex()}
     if model is not None:
@@ -97,7 +100,7 @@ def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matr
         own = None if isinstance(module, torch.jit.ScriptModule) else module._parameters.get("weight")
         if own is None or own not in wanted or own.is_complex():
             continue
-        if _multiplies(module):
+        if multiplies(module):
             users.setdefault(own, []).append(module)
         elif isinstance(module, _TABLES):
             tables.setdefault(own, []).append(module)
@@ -109,7 +112,11 @@ def matrices(parameters: Iterable[Tensor], model: nn.Module | None) -> list[Matr
         bias: Tensor | None = modules[0]._parameters.get("bias")
         alike = all(module._parameters.get("bias") is bias for module in modules)
         alike = alike and getattr(bias, "placements", None) == getattr(weight, "placements", None)
-        if bias is not None and bias in wanted and alike and bias not in taken and weight.requires_grad == bias.requires_grad:
+        if bias is None or bias not in wanted or not alike or bias in taken:
+            continue
+        known = (states or {}).get(weight, {}).get("mean")
+        together = weight.requires_grad == bias.requires_grad if known is None else known.numel() > 0
+        if together:
             biases[weight] = bias
             taken.add(bias)
     found = []
@@ -142,7 +149,8 @@ class Operands:
         sign: -1 where the loss is maximised.
 
     Raises:
-        RuntimeError: parameters are on several devices or of several dtypes, expanded, or have sparse gradients.
+        RuntimeError: parameters are on several devices or of several dtypes, expanded, of other shapes than before, or have
+            sparse gradients.
     """
 
     def __init__(self, owner: str, present: list[Matrix], sign: int):
@@ -156,6 +164,11 @@ class Operands:
         for matrix in present:
             own, grad = self._of(owner, matrix.weight, matrix, present[0])
             if own.shape != matrix.shape_here:
+                if own.numel() != math.prod(matrix.shape_here):
+                    raise RuntimeError(
+                        f"{owner}: expected parameters of the shapes that they have had so far, got {list(matrix.weight.shape)} "
+                        f"for {matrix.name!r}; make a new optimizer"
+                    )
                 own, grad = own.detach().view(matrix.shape_here), grad.reshape(matrix.shape_here)
             self.weights.append(own)
             self.weight_grads.append(grad)
@@ -210,9 +223,9 @@ class Operands:
             raise RuntimeError(f"{owner}: expected dense gradients, got a sparse one for {matrix.name!r}; use sparse=False")
 
 
-def _multiplies(module: nn.Module) -> bool:
+def multiplies(module: nn.Module) -> bool:
     """Tells whether a module's output is its weight times its input, plus its bias, by torch's own forward."""
-    if isinstance(module, NonDynamicallyQuantizableLinear):  # attention's, which is not called
+    if isinstance(module, NonDynamicallyQuantizableLinear) or "forward" in vars(module):  # attention's is not called
         return False
     if isinstance(module, _LINEAR):
         return type(module).forward is nn.Linear.forward

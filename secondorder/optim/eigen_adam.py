@@ -1,7 +1,7 @@
 """EigenAdam: Adam in the eigenbasis of the expectation-approximated curvature."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from operator import ge
 from typing import Any
 
@@ -31,6 +31,8 @@ from secondorder.optim._eigen_state import (
     captured,
     cast_state,
     directions,
+    fits,
+    forget,
     has_no_basis,
     is_current,
     new_control,
@@ -46,6 +48,7 @@ from secondorder.optim._matrices import (
     input_rows,
     is_plain,
     matrices,
+    multiplies,
 )  # fmt: skip
 from secondorder.optim._numbers import check_arguments, warn_of_short_steps
 from secondorder.optim._optimizer import SecondOrderOptimizer, leave_group
@@ -93,7 +96,8 @@ class EigenAdam(SecondOrderOptimizer):
         eps: added to the root of the second moments, relative to the largest root mean square of the parameter's gradient so far.
             So a step does not depend on the scale of the loss.
         weight_decay: shrinks the parameters by lr l weight_decay at each step, apart from the gradient, as AdamW does.
-        renew_every: the bases are renewed at every `renew_every`-th step, >= 1.
+        renew_every: the bases are renewed at every `renew_every`-th step, >= 1. With 1 the step length stays at its start, 0.01:
+            where a renewal comes between, the slope along the step before is not known.
         curvature: which matrix U is the basis of. "gradient": E[G' G'^T], which needs no criterion. "pch-abs", "pch-clip",
             "pch-clip-all", "gauss-newton", "kflr", "fisher-mc", "fisher-exact", "fisher-empirical", or a
             `secondorder.curvature.Curvature`: the bias Hessian H of a linear layer, on any scale, from the forward passes before
@@ -202,11 +206,16 @@ class EigenAdam(SecondOrderOptimizer):
 
     # --- the model -----------------------------------------------------------------------------------------------------------
 
-    def _hook(self) -> None:
-        """Finds the matrices of the present parameters, and lays hooks on the layers that show their inputs."""
+    def _hook(self, states: Mapping[Tensor, dict[str, Any]] | None = None) -> None:
+        """Finds the matrices of the present parameters, and lays hooks on the layers that show their inputs.
+
+        Args:
+            states: the states of weights that are about to take the place of the present ones, if any.
+        """
         remove_handles(self._handles)
         self._forget()
         self._matrices = None
+        self._table(states)
         if self._hooked:
             hook = InputHook(self)
             if self._model is not None and not self._table():  # with lazy layers it happens at the model's next call
@@ -239,8 +248,12 @@ class EigenAdam(SecondOrderOptimizer):
         self._hooked = False
         self._hook()
 
-    def _table(self) -> list[Matrix]:
-        """Returns the matrices of all groups' parameters; none before the first call of a model with lazy layers."""
+    def _table(self, states: Mapping[Tensor, dict[str, Any]] | None = None) -> list[Matrix]:
+        """Returns the matrices of all groups' parameters; none before the first call of a model with lazy layers.
+
+        Args:
+            states: by which they are found if that is to be done; None: the present ones.
+        """
         if self._matrices is None:
             own = [p for group in self.param_groups for p in group["params"]]
             if any(isinstance(p, nn.UninitializedParameter) for p in own):
@@ -251,7 +264,7 @@ class EigenAdam(SecondOrderOptimizer):
                     f"{type(self).__name__}: expected curvature='gradient' with DTensor parameters, got {self._curvature!r}, "
                     "which needs whole weights"
                 )
-            self._matrices = matrices(own, self._model)
+            self._matrices = matrices(own, self._model, self.state if states is None else states)
             self._ids = self._ids_now()
             place = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
             self._places = {m: (place[m.weight], place[m.weight if m.bias is None else m.bias]) for m in self._matrices}
@@ -261,7 +274,18 @@ class EigenAdam(SecondOrderOptimizer):
                     self._owner |= dict.fromkeys((*matrix.modules, *matrix.lookups), matrix)
                 if not matrix.modules and has_no_basis(self.state.get(matrix.weight, {})):
                     matrix.eigen = False  # its first gradient has shown that it is no map
+                if states is None:
+                    self._drop_unfit(matrix)
         return self._matrices
+
+    def _drop_unfit(self, matrix: Matrix) -> None:
+        """Drops states that were made before the layer was changed, as by pruning, or its bias came into or left the groups."""
+        state = self.state.get(matrix.weight, {})
+        if "basis_out" in state and not fits(matrix, state):
+            forget(state)
+            self._replays = Replays(type(self).__name__)  # CUDA graphs have the old tensors
+        if matrix.bias is not None:
+            forget(self.state.get(matrix.bias, {}), "step")
 
     def _ids_now(self) -> list[list[int]]:
         """Returns the identities of the groups' parameters."""
@@ -288,7 +312,11 @@ class EigenAdam(SecondOrderOptimizer):
         if matrix.lookups:
             self._lookups.add(matrix, inputs)
             return
+        if not multiplies(module):
+            return  # it has been given another forward, which may do anything with its input
         rows = cast(input_rows(module, inputs.detach()), computed_in(matrix.weight))
+        if rows.shape[1] != matrix.shape[1]:
+            return  # the weight has another shape, as the step will say
         state = self._state(matrix, len(rows))
         replay = (self._shared()["control"], self._renew_every) if captured else ()
         self._sketches.add(matrix, state, rows, not (self._several or rows.is_cuda or captured), replay)
@@ -354,8 +382,7 @@ class EigenAdam(SecondOrderOptimizer):
             present = len(state["basis_out"]), len(state["basis_in"])
             if not matrix.eigen or all(map(ge, present, directions(matrix, rank))):
                 return state
-            for key in state.keys() - set(SHARED):
-                del state[key]
+            forget(state)
             self._sketches.of.pop(matrix, None)
         new = new_sharded_state if is_sharded(matrix.weight) else new_state
         state.update(new(matrix, rank))
@@ -403,22 +430,17 @@ class EigenAdam(SecondOrderOptimizer):
             ValueError: it is the state of another kind of optimizer, of other parameters, or of an EigenAdam that was made with
                 other arguments.
         """
-        self._hook()
         name = f"{type(self).__name__}.load_state_dict()"
         own = [p for group in self.param_groups for p in group["params"]]
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        known = {i: p for i, p in zip(saved, own, strict=False) if state_dict["state"].get(i)}
+        self._hook({p: state_dict["state"][i] for i, p in known.items()})
         weights = {matrix.weight: matrix for matrix in self._table()}
-        before = [matrix.eigen for matrix in weights.values()]
         try:
-            kept = {
-                i: as_kept(name, weights.get(p), state_dict["state"][i])
-                for i, p in zip(saved, own, strict=False)
-                if state_dict["state"].get(i)
-            }
+            kept = {i: as_kept(name, weights.get(p), state_dict["state"][i]) for i, p in known.items()}
             super().load_state_dict({**state_dict, "state": {**state_dict["state"], **kept}})
         except BaseException:
-            for matrix, eigen in zip(weights.values(), before, strict=True):
-                matrix.eigen = eigen
+            self._hook()
             raise
         self._seeing, self._replays = None, Replays(type(self).__name__)  # CUDA graphs have the old tensors
         self._schedule()
@@ -591,9 +613,7 @@ class EigenAdam(SecondOrderOptimizer):
         share = share_of_numbers(matrix, most, self._sum_ if is_sharded(matrix.weight) else None)
         if matrix.eigen != (share is None):
             matrix.eigen = share is None
-            state = self.state[matrix.weight]
-            for key in state.keys() - set(SHARED):  # a step that was refused has left them
-                del state[key]
+            forget(self.state[matrix.weight])  # what a step that was refused has left
         if share is not None and share < 1:
             self._state(matrix, 0)["share"] = share
 
@@ -604,8 +624,8 @@ class EigenAdam(SecondOrderOptimizer):
             self._announced.add("unseen")
             warn(
                 f"{type(self).__name__} sees no inputs of {', '.join(lost)}: the layers run in a compiled graph or under "
-                "torch.func, have been pruned or parametrized since the optimizer was made, or are not called as modules. Their "
-                "bases are those of their gradients."
+                "torch.func, have been pruned, parametrized or given another forward since the optimizer was made, or are not "
+                "called as modules. Their bases are those of their gradients."
             )
 
     def _taken(self, control: Tensor) -> bool:
