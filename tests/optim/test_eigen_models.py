@@ -265,7 +265,9 @@ def test_layers_that_are_pruned_later_are_told_of_once_and_go_on():
     optimizer = so.EigenAdam(model)
     train(model, optimizer, range(10), dtype=torch.float32)
     prune.random_unstructured(model[0], "weight", 0.3)
-    with pytest.warns(UserWarning, match="sees no inputs of 0.weight: .* have been pruned, parametrized or given another forward") as caught:
+    with pytest.warns(
+        UserWarning, match="sees no inputs of 0.weight: .* have been pruned, parametrized or given another forward"
+    ) as caught:
         losses = train(model, optimizer, range(10, 60), dtype=torch.float32)
     assert len(caught) == 1
     assert losses[-1] < losses[0]
