@@ -39,8 +39,12 @@ class Scratch {
   }
 
  private:
-  static constexpr int64_t kLine = 64;        // bytes of a cache line, which c10's blocks begin
+  static constexpr int64_t kLine = 64;  // bytes of a cache line, which c10's blocks begin
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr int64_t kBlock = 0;  // every array has a block of its own: AddressSanitizer sees what passes its end
+#else
   static constexpr int64_t kBlock = 1 << 16;  // bytes of a block, at least
+#endif
 
   std::vector<c10::DataPtr> blocks_;
   char* next_ = nullptr;
