@@ -9,12 +9,15 @@ The averages come before the recursion, which is not linear in them; from there 
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from secondorder.errors import NonFiniteError
 
@@ -80,7 +83,9 @@ class RankReducer:
         terms = self.all(compute, lambda terms: [(term.name, tuple(term.value.shape)) for term in terms])
         if not terms:
             return []
-        weights = torch.tensor([1.0 if term.instances is None else term.instances for term in terms], dtype=torch.float64)
+        weights = torch.tensor(
+            [1.0 if term.instances is None else term.instances for term in terms], dtype=torch.float64, device="cpu"
+        )
         dtype = max((term.value.dtype for term in terms), key=lambda d: torch.finfo(d).bits)
         scaled = [
             # The mean over no instance is NaN.
@@ -116,3 +121,29 @@ class RankReducer:
         dist.all_reduce(flat, group=self.group)
         parts = flat.split([t.numel() for t in like.values()])
         return {key: part.view(t.shape).to(t.device, t.dtype) for (key, t), part in zip(like.items(), parts, strict=True)}
+
+
+@contextmanager
+def in_one_process(owner: str) -> Iterator[None]:
+    """Within it a call of DistributedDataParallel over several processes raises RuntimeError, since their steps would differ.
+
+    Args:
+        owner: the name of an optimizer that knows of no other process.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        yield
+        return
+
+    def refuse(module: nn.Module, _: Any) -> None:
+        if isinstance(module, DistributedDataParallel) and dist.get_world_size(module.process_group) > 1:
+            raise RuntimeError(
+                f"{owner}.step(): expected a net in one process, got one in DistributedDataParallel over "
+                f"{dist.get_world_size(module.process_group)} of them, whose steps would differ; train in one process, or take "
+                "EigenAdam"
+            )
+
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()

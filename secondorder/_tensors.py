@@ -138,7 +138,7 @@ class Arriving:
     def __init__(self, flag: Tensor):
         self._flag, self._event = flag, None
         if flag.is_cuda:
-            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+            self._flag = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 

@@ -18,9 +18,14 @@ class Piece(NamedTuple):
     right: Tensor | None  # [R, b]; None: the parameter is a vector
     rows: Tensor | None  # [m, T], where R stands for none; None: to row k that of the factors' row k
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The sizes a and b of the factors."""
+        return self.left.shape[1], 1 if self.right is None else self.right.shape[1]
+
 
 class Part:
-    """A parameter's columns in the rows from `start` to `stop`: the sum of some pieces, or `dense` [m, numel]."""
+    """A parameter's columns in the rows from `start` to `stop`: the sum of pieces of equal sizes, or `dense` [m, numel]."""
 
     def __init__(self, start: int, stop: int, pieces: list[Piece], dense: Tensor | None = None):
         self.start, self.stop, self.pieces, self.dense = start, stop, pieces, dense
@@ -30,8 +35,7 @@ class Part:
     def shape(self) -> tuple[int, int, int]:
         """Returns the sizes U, a and b of the factors."""
         uses = sum(1 if piece.rows is None else piece.rows.shape[1] for piece in self.pieces)
-        left, right, _ = self.pieces[0]
-        return uses, left.shape[1], 1 if right is None else right.shape[1]
+        return uses, *self.pieces[0].sizes
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -44,6 +48,11 @@ class Part:
             ]
             self._factors = (left[0], right[0]) if len(left) == 1 else (torch.cat(left, 1), torch.cat(right, 1))
         return self._factors
+
+    def matrices(self) -> Tensor:
+        """Returns the columns of pieces [m, a, b]."""
+        left, right = self.factors
+        return torch.bmm(left.mT, right)
 
 
 def _taken(rows: Tensor, wanted: Tensor | None) -> Tensor:

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from secondorder._tape.residuals import LEAF, kind, without_number
-
-# The name of a compiled graph's autograd node.
-COMPILED = "CompiledFunctionBackward"
+from secondorder._tape.residuals import COMPILED, LEAF, kind, without_number
 
 # Nodes that keep the numbers and change the shape. The last is DistributedDataParallel's, around the output.
 RESHAPING = {

@@ -77,7 +77,7 @@ def _parts(
     block: Block, drawn: Tensor | None, uses: list[Use], arriving: dict[Node, Tensor | None], span: Span, dtype: torch.dtype
 ) -> dict[int, list[Part]]:
     """Returns what a block's uses add to each parameter's columns, in the parameters' dtype, also if data are in float64."""
-    pieces: dict[int, list[Piece]] = {}
+    pieces: dict[tuple[int, int, int], list[Piece]] = {}
     found: dict[int, list[Part]] = {}
     for k, rows in zip(block.uses, block.rows, strict=True):
         use = uses[k]
@@ -89,13 +89,15 @@ def _parts(
         operand = None if use.operand is None else use.operand.to(dtype)
         piece = Piece(operand, g, wanted) if use.swapped and operand is not None else Piece(g, operand, wanted)
         if use.back is None:
-            pieces.setdefault(use.parameter, []).append(piece)
+            pieces.setdefault((use.parameter, *piece.sizes), []).append(piece)
         else:
-            left, right = Part(*span, [piece]).factors
-            dense = use.back(torch.bmm(left.mT, right)).reshape(len(left), -1)
+            dense = use.back(Part(*span, [piece]).matrices()).reshape(span[1] - span[0], -1)
             found.setdefault(use.parameter, []).append(Part(*span, [], dense))
-    for p, each in pieces.items():
-        found.setdefault(p, []).append(Part(*span, each))
+    for (p, *_), each in pieces.items():
+        part = Part(*span, each)
+        if any(before.pieces for before in found.get(p, [])):  # a vector that is a row here and a column there
+            part = Part(*span, [], part.matrices().flatten(1))
+        found.setdefault(p, []).append(part)
     return found
 
 

@@ -101,12 +101,16 @@ def _by_rows(r: Tensor, weights: Tensor, elements: Tensor, parameters: list[Tens
             return _by_rows(r, weights, elements, parameters, 1)  # vmap does not know all nodes, as those of compiled graphs
         for each, gradient in zip(found, gradients, strict=True):
             if gradient is not None:
-                each[start : start + len(chosen)] = gradient.reshape(len(chosen), -1)
+                each[start : start + len(chosen)] = gradient.to_dense().reshape(len(chosen), -1)
     return found
 
 
 def _by_columns(r: Tensor, weights: Tensor, elements: Tensor, parameters: list[tuple[int, Tensor]]) -> dict[int, Tensor]:
-    """Returns the columns [m, numel] of parameters, by a backward pass through a backward pass for each column."""
+    """Returns the columns [m, numel] of parameters, by a backward pass through a backward pass for each column.
+
+    Left out are parameters whose gradient is not the sum of what these passes find, as it is not where a function of the user's
+    own computes a part of it that autograd does not see.
+    """
     found: dict[int, Tensor] = {}
     if not parameters:
         return found
@@ -122,5 +126,8 @@ def _by_columns(r: Tensor, weights: Tensor, elements: Tensor, parameters: list[t
         elif gradient.requires_grad:
             ones = torch.eye(len(gradient), dtype=r.dtype, device=r.device)
             columns = [torch.autograd.grad(gradient, dual, one, retain_graph=True)[0].flatten()[elements] for one in ones]
-            found[p] = torch.stack(columns, 1) * scale
+            each = torch.stack(columns, 1) * scale
+            tolerance = 1e-10 if r.dtype == torch.float64 else 1e-3
+            if torch.allclose(each.sum(0), gradient.detach(), rtol=tolerance, atol=tolerance * float(each.norm())):
+                found[p] = each
     return found

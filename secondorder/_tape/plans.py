@@ -33,6 +33,8 @@ class Block(NamedTuple):
         others: the positions of parameters whose columns need backward passes of their own, and the nodes by which they enter.
         inner: where residuals mix several instances' rows of products, and each product only depends on its own instance: the
             plan of these products. Then J is the residuals' derivatives by the products times the products' own Jacobian.
+        incomplete: whether some residual has no row of a product that has rows of no residual. Their gradients may have been
+            zero by chance, as behind a ReLU, so that this may not be known yet.
     """
 
     term: int
@@ -42,6 +44,7 @@ class Block(NamedTuple):
     rows: list[Tensor | None]
     others: dict[int, str]
     inner: "Plan | None" = None
+    incomplete: bool = False
 
     def chosen(self, drawn: Tensor | None, device: torch.device) -> Tensor:
         """Returns the positions in the tensor of those of the block's residuals that are drawn; None: of all."""
@@ -79,7 +82,7 @@ def make_plan(residuals: Sequence[Tensor], uses: Sequence[Uses], parameters: Seq
         found, mixed = _blocks(term, Output(r, r), u, parameters)
         inner = _inner(r, u, parameters) if mixed else None
         if inner is not None:
-            found = [Block(term, None, r.numel(), [], [], dict(u.others), inner)]
+            found = [Block(term, None, r.numel(), [], [], dict(u.others), inner, any(b.incomplete for b in inner.blocks))]
         blocks += found
     return _in_passes(signature(uses), blocks, uses)
 
@@ -174,11 +177,11 @@ def _block(term: int, elements: Tensor | None, r: Output, found: Uses, parameter
     n = r.like.numel() if elements is None else len(elements)
     others = dict(found.others)
     nodes = list(dict.fromkeys(use.node for use in found.uses))
-    numbers = 1 + torch.randperm(n, generator=torch.Generator().manual_seed(n)).to(r.like) / n
+    numbers = 1 + torch.randperm(n, generator=torch.Generator().manual_seed(n), device="cpu").to(r.like) / n
     arriving = [gradients_at(nodes, [r.edge], [seed(r.like, elements, v)]) for v in (torch.ones_like(numbers), numbers)]
     taken: list[int] = []
     maps: list[Tensor | None] = []
-    mixed = False
+    mixed = incomplete = False
     for k, use in enumerate(found.uses):
         if use.parameter in others:
             continue
@@ -188,7 +191,9 @@ def _block(term: int, elements: Tensor | None, r: Output, found: Uses, parameter
                 continue
             one, two = use.rows(first), use.rows(second)
             _check_width(use, one, parameters[use.parameter])
-            maps.append(_match(one, two, numbers))
+            rows = _match(one, two, numbers)
+            incomplete |= rows is not None and bool((rows == len(one)).all(1).any() and (rows < len(one)).sum() < len(one))
+            maps.append(rows)
             taken.append(k)
         except _MixedError:
             mixed = True
@@ -196,14 +201,17 @@ def _block(term: int, elements: Tensor | None, r: Output, found: Uses, parameter
         except RuntimeError:  # of a shape that the use does not expect
             others[use.parameter] = use.node.name()
     keep = [i for i, k in enumerate(taken) if found.uses[k].parameter not in others]
-    return Block(term, elements, n, [taken[i] for i in keep], [maps[i] for i in keep], others), mixed
+    block = Block(term, elements, n, [taken[i] for i in keep], [maps[i] for i in keep], others, incomplete=incomplete)
+    return block, mixed
 
 
 # --- the rows of one use ---
 
 
 def _check_width(use: Use, rows: Tensor, parameter: Tensor) -> None:
-    """Raises RuntimeError where an outer product is not of the parameter's size."""
+    """Raises RuntimeError where an outer product is not of the parameter's size, or of complex numbers."""
+    if rows.is_complex():
+        raise RuntimeError
     if use.operand is None:
         outer = rows[:1].unsqueeze(2)
     elif len(use.operand) != len(rows):
@@ -230,10 +238,11 @@ def _match(one: Tensor, two: Tensor, numbers: Tensor) -> Tensor | None:
         _MixedError: a row is of several residuals.
     """
     n, rows = len(numbers), len(one)
-    tolerance = (1e-6 if one.dtype == torch.float64 else 1e-3) * float(two.norm())
+    of_row, of_all = (1e-6, 1e-12) if one.dtype == torch.float64 else (1e-3, 1e-5)
+    tolerance = of_row * one.norm(dim=1) + of_all * one.norm()  # residuals of one tensor may have units of their own
 
     def fits(owner: Tensor) -> bool:
-        return float((two - numbers[owner].unsqueeze(1) * one).norm()) <= tolerance
+        return bool(((two - numbers[owner].unsqueeze(1) * one).norm(dim=1) <= tolerance).all())
 
     positions = torch.arange(rows, device=one.device)
     if rows == n and fits(positions):

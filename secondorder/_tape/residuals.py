@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from secondorder._tape.square_roots import ROOTS
 from secondorder._tensors import host_numbers, plain
@@ -33,6 +33,9 @@ _SUMS = {
 }  # fmt: skip
 
 LEAF = "torch::autograd::AccumulateGrad"
+# The name of a compiled graph's autograd node.
+COMPILED = "CompiledFunctionBackward"
+_UNNUMBERED = {"_DDPSinkBackward", COMPILED}  # functions in Python that are known by their names
 _NEITHER = "neither a square nor linear"
 _PRODUCT = "a product or quotient of two things that depend on the parameters"
 _COMPLEX = "a power of complex numbers, whose real part has no sign: write z.abs() ** 2 for the square of their absolute value"
@@ -61,8 +64,12 @@ def kind(node: Node) -> str:
 
 
 def without_number(name: str) -> str:
-    """Returns the kind of a node with this name."""
-    return name.rstrip("0123456789")
+    """Returns the kind of a node with this name.
+
+    A node without a number is that of a `torch.autograd.Function`, which may have the name of one of torch's own: `class Mul`.
+    """
+    found = name.rstrip("0123456789")
+    return f"{name}()" if found == name and name.endswith("Backward") and name not in _UNNUMBERED else found
 
 
 def signed_dim(dim: int) -> int:
@@ -149,10 +156,10 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
         square = _square(node, reach)
         if square is not None:
             constant |= kind(node) == "BinaryCrossEntropyWithLogitsBackward"  # the entropy of its targets
-            is_parameter = square.residual.is_leaf
-            if is_parameter:  # known by its identity
-                penalties.append(square)
-            else:
+            if square.residual.is_leaf:  # a parameter, or a copy of one by hooks on saved tensors
+                leaf: Any = get_gradient_edge(square.residual).node
+                penalties.append(square._replace(residual=leaf.variable))
+            elif square.residual.numel():
                 squares.append(square._replace(residual=plain(square.residual)))
             continue
         name = kind(node)
@@ -271,7 +278,7 @@ def _root(square: Any, reach: Reach) -> Term:
         first = reach(node.next_functions[0][0])
         if not first and kind(node) == "DivBackward":
             break
-        other = torch.as_tensor(node._saved_other if first else node._saved_self).detach()
+        other = torch.as_tensor(node._saved_other if first else node._saved_self, device=value.device).detach()
         factors.append(1 / other if kind(node) == "DivBackward" else other)
         node = node.next_functions[0 if first else 1][0]
     inner, summed, shape = _within(node)

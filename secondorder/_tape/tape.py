@@ -26,7 +26,6 @@ from secondorder._tape.columns import Columns, column_blocks
 from secondorder._tape.elementwise import ElementwiseMap
 from secondorder._tape.forward_state import ForwardState
 from secondorder._tape.graph import (
-    COMPILED,
     claim_product,
     compiled_error,
     compiled_parameters,
@@ -40,6 +39,7 @@ from secondorder._tape.graph import (
 from secondorder._tape.hooks import CallHook, EagerForward, remove_handles
 from secondorder._tape.layers import LayerRecord, connect, recursion_order
 from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossCall, ModelCall, version
+from secondorder._tape.residuals import COMPILED
 from secondorder._tape.roots import term_of_its_own
 from secondorder._tape.ways import find_way, keeps_rows, logits_of
 from secondorder._tensors import captured_now, compute_dtype, refuse_capture

@@ -69,6 +69,13 @@ _POSITIONS = {
 # The beginnings of the names of nodes that send rows by an index, and the names under which they may have saved it.
 _BY_VALUE = ("Index", "Gather", "Take", "Scatter", "Masked", "Sort", "Topk", "Embedding", "Where")
 _INDICES = ("_saved_indices", "_saved_index", "_saved_mask", "_saved_condition")
+# Products, which send rows where a constant operand is not zero, and the names under which they have saved their operands.
+_OPERANDS = {
+    "MmBackward": ("_saved_self", "_saved_mat2"),
+    "BmmBackward": ("_saved_self", "_saved_mat2"),
+    "MvBackward": ("_saved_self", "_saved_vec"),
+    "SparseAddmmBackward": ("", "_saved_mat1", "_saved_mat2"),
+}
 
 
 def find_uses(root: Tensor | Node, index: dict[int, int]) -> Uses:
@@ -98,6 +105,7 @@ def find_uses(root: Tensor | Node, index: dict[int, int]) -> Uses:
             position = index.get(id(node.variable))  # type: ignore[attr-defined]
             if position is not None:
                 others.setdefault(position, user)
+                signature.append(position)
             continue
         if node in seen:
             continue
@@ -116,6 +124,8 @@ def find_uses(root: Tensor | Node, index: dict[int, int]) -> Uses:
             known = _indices(node)
             by_value |= known is None
             signature.append((known, getattr(node, "_saved_dim", None)))
+        if name in _OPERANDS and not handled:
+            signature.append(_patterns(node, _OPERANDS[name]))
         stack.extend((f, name) for i, (f, _) in enumerate(node.next_functions) if f is not None and i not in handled)
     return Uses(uses, others, tuple(signature), by_value)
 
@@ -149,7 +159,26 @@ def _indices(node: Node) -> tuple[Any, ...] | None:
     tensors = [t for value in found for t in (value if isinstance(value, list | tuple) else [value]) if t is not None]
     if not tensors or not all(isinstance(t, Tensor) and t.is_cpu for t in tensors):
         return None
-    return tuple((tuple(t.shape), hash(t.detach().contiguous().numpy().tobytes())) for t in tensors)
+    return tuple(map(_hashed, tensors))
+
+
+def _patterns(node: Any, operands: tuple[str, ...]) -> tuple[Any, ...]:
+    """Returns hashes of where a product's constant operands are not zero, on the CPU: elsewhere to look would be a wait."""
+    constant = [getattr(node, name) for name, (f, _) in zip(operands, node.next_functions, strict=True) if f is None and name]
+    return tuple(_hashed(place) for t in constant if isinstance(t, Tensor) and t.is_cpu for place in _places(t))
+
+
+def _places(t: Tensor) -> list[Tensor]:
+    """Returns what tells where a matrix is not zero."""
+    if t.layout == torch.sparse_coo:
+        return [t._indices()]
+    if t.layout == torch.sparse_csr:
+        return [t.crow_indices(), t.col_indices()]
+    return [t != 0] if t.layout == torch.strided else []
+
+
+def _hashed(t: Tensor) -> tuple[Any, ...]:
+    return tuple(t.shape), hash(t.detach().contiguous().numpy().tobytes())
 
 
 def _hashable(value: Any) -> Any:
@@ -329,7 +358,7 @@ def _product(node: Any, index: dict[int, int], left: int, operands: tuple[str, s
     for position, other, rows in ((left + 1, operands[0], _flat), (left, operands[1], _columns)):
         for made in _made_of(node.next_functions[position][0], index):
             operand = getattr(node, other)
-            if operand is None:
+            if operand is None or operand.layout != torch.strided:
                 continue
             # dB = A^T G, one outer(A_i, G_i) a row of A; dA = G B^T, one outer(G_i, B_i) a column of B.
             swapped = (position == left + 1) != made.flipped

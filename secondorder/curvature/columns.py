@@ -134,7 +134,7 @@ class _Signed:
         shape = list(found.shape)
         if not isinstance(self.root, ScalarRoot):  # the other roots have their K numbers in one dimension
             shape[2 if isinstance(self.root, ClassesElsewhere) and len(shape) > 2 else -1] = 1
-        signs = torch.randint(2, shape, generator=torch.Generator().manual_seed(begin), dtype=torch.int8)
+        signs = torch.randint(2, shape, generator=torch.Generator().manual_seed(begin), dtype=torch.int8, device="cpu")
         return found * (2 * signs - 1).to(found.device, found.dtype)
 
 

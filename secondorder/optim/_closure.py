@@ -115,10 +115,11 @@ def with_graph(owner: str, closure: Callable[[], Any], parameters: list[Tensor])
         if with_own_graph and calls > 1:  # seen at the first call
             return value
         loss = torch.stack([plain(root).reshape(()) for root in roots]).sum()
-        if not torch.allclose(loss.detach(), torch.as_tensor(value).detach().to(loss), equal_nan=True):
+        given = torch.as_tensor(value, device=loss.device).detach()
+        if not torch.allclose(loss.detach(), given.to(loss), equal_nan=True):
             raise RuntimeError(
                 f"{owner}.step(): expected the closure to return the loss that it calls backward on, {float(loss.detach()):.6g}, "
-                f"got {float(torch.as_tensor(value).detach()):.6g}: neither a part of it nor scaled; a GradScaler is not "
+                f"got {float(given):.6g}: neither a part of it nor scaled; a GradScaler is not "
                 "supported"
             )
         if with_own_graph:

@@ -187,7 +187,8 @@ class ClosurePass:
             found = [RankTerm("loss", torch.tensor(loss, dtype=torch.float64, device=ranks.device))]
             for layer, gradient in self.gradient.items():
                 found.append(RankTerm(names[layer], gradient))
-                found.append(RankTerm(names[layer], torch.tensor(float(self.instances(layer)), dtype=torch.float64)))
+                count = torch.tensor(float(self.instances(layer)), dtype=torch.float64, device="cpu")
+                found.append(RankTerm(names[layer], count))
                 found += [RankTerm(names[layer], mean(layer), self.weight(layer)) for _, mean in stores]
             return found
 

@@ -48,7 +48,7 @@ class Replays:
         if self._counts is None:
             device = next(iter(self._rows)).device
             self._counts = torch.zeros(len(counts) + 1, len(_COUNTS), dtype=torch.float64, device=device)
-        self._counts[:-1].copy_(torch.tensor(counts, dtype=torch.float64))
+        self._counts[:-1].copy_(torch.tensor(counts, dtype=torch.float64, device="cpu"))
         for p, places in self._places.items():
             _put(states[p], places)
 

@@ -86,7 +86,7 @@ class FactorSource:
             found = []
             for record in records:
                 local.append((record.layer, False, "instances"))
-                count = torch.tensor(float(record.instances), dtype=torch.float64)
+                count = torch.tensor(float(record.instances), dtype=torch.float64, device="cpu")
                 found.append(RankTerm(f"{self.names[record.layer]}: instances", count))
                 for term in self.curvature.local(record):
                     local.append((record.layer, False, term.name))

@@ -172,7 +172,7 @@ class EACG(CapturableOptimizer):
             trained numbers that a curvature has covered, rather than the fallback. "skipped_steps": how many steps NaN or inf has
             prevented.
         """
-        zero = torch.zeros((), dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
         hessians = [state["factors"]["bias_hessian"] for state in self.state.values() if "factors" in state]
         velocities = [state["momentum"] for state in self.state.values() if "momentum" in state]
         traces = [hessian.diagonal().sum(dtype=torch.float64) for hessian in hessians]

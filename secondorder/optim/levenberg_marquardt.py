@@ -1,5 +1,6 @@
 """LevenbergMarquardt: exact Gauss-Newton steps for losses that are sums of squares."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secondorder._distributed import in_one_process
 from secondorder._tape.factored import Buffer
 from secondorder._tape.plans import Plan
 from secondorder._warnings import warn
@@ -18,6 +20,7 @@ from secondorder.optim.eigen_adam import EigenAdam
 from secondorder.stepping.damped_least_squares import SOLVERS
 from secondorder.stepping.gauss_newton_step import HELD_PATIENCE, GaussNewtonStep, Progress, Settings
 from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals
+from secondorder.stepping.race import race
 
 _NUMBERS: Numbers = {"lr": (lambda v: 0 < v < 2, "in (0, 2)")}
 
@@ -73,7 +76,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         params: a model, parameters, or param_groups, of one floating dtype on one device. Coefficients of an equation that are to
             be found are parameters like any other. Parameters that do not require a gradient are left alone.
         lr: multiplies the step, in (0, 2); a group's own for its parameters. Schedulers change it as they change any learning
-            rate; none is needed.
+            rate, and leave parameters alone where they set it to zero; none is needed.
         rows: how many residuals a step draws; each term gets at least half of an equal share. None: all.
         max_rows: how many residuals a step draws at most, once their number grows. None: all.
         acceleration: whether steps are bent by the geodesic acceleration, which costs one more call of the closure in each step.
@@ -101,6 +104,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     Source: Levenberg (1944) and Marquardt (1963); Nielsen (1999) for the damping; Transtrum & Sethna (2012) for the acceleration;
     Fan (2012) for corrections with the same Jacobian; Frangella, Tropp & Udell (2021) for the preconditioner.
     """
+
+    _moved: list[Tensor]  # by the last step; none: it is not known
 
     def __init__(
         self,
@@ -164,8 +169,9 @@ class LevenbergMarquardt(SecondOrderOptimizer):
 
         Raises:
             RuntimeError: the loss is no sum of squares, a coefficient is negative, the closure's residuals are not the same at
-                every call, or a CUDA graph is being captured. As with any error, parameters and state are those before the step
-                that failed, so that those of the same call that came before it are kept.
+                every call, the net is in DistributedDataParallel over several processes, or a CUDA graph is being captured. As
+                with any error, parameters and state are those before the step that failed, so that those of the same call that
+                came before it are kept.
             NonFiniteError: the loss or the Jacobian holds NaN or inf, with nonfinite="error".
         """
         name = type(self).__name__
@@ -178,25 +184,30 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         if not callable(closure):
             raise TypeError(f"{name}.step(): expected a closure, a function that returns the loss, got {type(closure).__name__}")
         # torch warns of a parameter that is given twice, and takes it.
-        parameters = list(dict.fromkeys(p for group in self.param_groups for p in group["params"] if p.requires_grad))
+        parameters = list(
+            dict.fromkeys(p for group in self.param_groups for p in group["params"] if p.requires_grad and p.numel())
+        )
         if not parameters:
             raise RuntimeError(f"{name}.step(): expected a parameter that requires a gradient, got none")
+        rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        moving = [p for p in parameters if rates[p] != 0]
         generator = torch.Generator().manual_seed(self._seed)
         if state := self.state.get(self._first()):
-            generator.set_state(state["generator"])
+            generator.set_state(state["generator"].cpu())
         before = [p.detach().clone() for p in parameters]
-        loss = LeastSquaresLoss(name, with_graph(name, closure, parameters), parameters)
-        run = GaussNewtonStep(
-            loss, self._settings, self._plans, generator, self._lr(parameters), self._slow, self._buffer, EigenAdam
-        )
+        loss = LeastSquaresLoss(name, with_graph(name, closure, parameters), moving or parameters)
+        lr, slow = _by_element(moving, rates), functools.partial(self._slow, moving)
+        run = GaussNewtonStep(loss, self._settings, self._plans, generator, lr, slow, self._buffer)
         value: Tensor | None = None
         try:
-            with idle_backward(name):
+            with idle_backward(name), in_one_process(name):
                 here = loss.here()
                 value = here.loss.detach().clone()
                 for left in reversed(range(self._max_iter)):
                     self._check_finite(here)
-                    there, called = self._advance(run, here, generator)
+                    if not moving:
+                        break
+                    there, called = self._advance(run, here, moving, generator)
                     before = [p.detach().clone() for p in parameters]
                     self._tell_of_interpolation(run)
                     if left == 0 or (there is here and called):  # nothing lowers the loss
@@ -251,23 +262,28 @@ class LevenbergMarquardt(SecondOrderOptimizer):
                 "parameter and no state has changed"
             )
 
-    def _advance(self, run: GaussNewtonStep, here: Residuals, generator: torch.Generator) -> tuple[Residuals, bool]:
-        """Makes one step, or the race of starts before the first one; keeps its state.
+    def _advance(
+        self, run: GaussNewtonStep, here: Residuals, moving: list[Tensor], generator: torch.Generator
+    ) -> tuple[Residuals, bool]:
+        """Makes one step of the parameters `moving`, or the race of starts before the first one; keeps its state.
 
         Returns:
             The loss where it leads, `here` itself if nothing lowers it; whether the closure was called last there.
         """
         state, raced = self.state.get(self._first(), {}), False
         if state:
-            there, progress = run.step(here, Progress(**{key: state[key] for key in Progress._fields}))
+            progress = Progress(**{key: state[key] for key in Progress._fields})
+            others = self._moved and [id(p) for p in self._moved] != [id(p) for p in moving]
+            there, progress = run.step(here, progress.with_new_record() if others else progress)
         elif raced := self._race:
-            there, progress = run.race(here, self._damping)
+            there, progress = race(run, here, self._damping, EigenAdam)
         else:
             rows = sum(r.numel() for r in here.values)
             start = Progress(self._damping / min(rows, self._settings.rows), self._settings.rows, first=here.objective)
             there, progress = run.step(here, start)
         steps = state.get("step", 0) + 1
         self.state[self._first()] = {**progress._asdict(), "generator": generator.get_state(), "step": steps}
+        self._moved = moving
         return there, not raced
 
     @property
@@ -341,7 +357,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     def _reset(self) -> None:
         """Sets up what is no part of the state."""
         self._plans: dict[object, tuple[Plan, int]] = {}
-        self._told: set[int | str] = set()
+        self._told: set[Tensor | str] = set()
+        self._moved = list[Tensor]()
         self._buffer = Buffer()
 
     def _first(self) -> Tensor:
@@ -349,29 +366,29 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         first: Tensor = self.param_groups[0]["params"][0]
         return first
 
-    def _lr(self, parameters: list[Tensor]) -> float | Tensor:
-        rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        each = [rates[id(p)] for p in parameters]
-        if len(set(each)) == 1:
-            return each[0]
-        return torch.cat(
-            [torch.full((p.numel(),), rate, dtype=p.dtype, device=p.device) for p, rate in zip(parameters, each, strict=True)]
-        )
-
-    def _slow(self, nodes: dict[int, str]) -> None:
-        """Says once of every parameter, by its position, that its columns cost a backward pass for each residual."""
-        new = {position: node for position, node in nodes.items() if position not in self._told}
+    def _slow(self, parameters: list[Tensor], nodes: dict[int, str]) -> None:
+        """Says once of every parameter, by its position among these, that its columns cost a backward pass for each residual."""
+        new = {parameters[position]: node for position, node in nodes.items() if parameters[position] not in self._told}
         if not new:
             return
         self._told |= new.keys()
-        trained = [
-            f"{known!r} {tuple(p.shape)}" if known else f"the parameter of shape {tuple(p.shape)}"
+        names = {
+            p: f"{known!r} {tuple(p.shape)}" if known else f"the parameter of shape {tuple(p.shape)}"
             for group in self.param_groups
             for p, known in zip(group["params"], group.get("param_names", [None] * len(group["params"])), strict=True)
-            if p.requires_grad
-        ]
-        entries = "; ".join(f"{trained[position]} by {node}" for position, node in new.items())
+        }
+        entries = "; ".join(f"{names[p]} by {node}" for p, node in new.items())
         warn(
             f"{type(self).__name__} needs a backward pass for each residual drawn, since what follows enters by a node whose "
             f"rows are not the residuals' own: {entries}. The steps are exact, and slow."
         )
+
+
+def _by_element(parameters: list[Tensor], rates: dict[Tensor, float]) -> float | Tensor:
+    """Returns the learning rate of all parameters, or that of each element [P] where they differ."""
+    each = [rates[p] for p in parameters]
+    if len(set(each)) <= 1:
+        return each[0] if each else 0.0
+    return torch.cat(
+        [torch.full((p.numel(),), rate, dtype=p.dtype, device=p.device) for p, rate in zip(parameters, each, strict=True)]
+    )

@@ -94,7 +94,7 @@ def eigen_step_(
     rate: Tensor | None = None,
 ) -> None:
     """Applies Adam's rule to every part of every gradient, and adapts the step length by the slopes."""
-    rates = (torch.ones(len(weight), 2) if rate is None else rate).tolist()
+    rates = (torch.ones(len(weight), 2, device="cpu") if rate is None else rate).tolist()
     valid = all(0 <= number < math.inf for pair in rates for number in pair)
     if control[UNRENEWED] or not valid or not _squares_are_finite([*grad_weight, *grad_bias], control):
         control[REFUSED] += 1
@@ -145,7 +145,7 @@ def eigen_control_(control: Tensor, slope: float, last_slope: float, renewed: bo
             length *= math.exp(0.05 * max(-1.0, r + 0.6))
         length = min(max(length, 1e-6), 0.1)
     entries = [length, oscillations, average, last_average, t + 1, refused, unrenewed]
-    control.copy_(torch.tensor(entries, dtype=control.dtype))
+    control.copy_(torch.tensor(entries, dtype=control.dtype, device="cpu"))
 
 
 def _in_one_process(rows: Generator[list[Tensor], list[Tensor], Any]) -> Any:

@@ -228,7 +228,7 @@ def _centred(grad_weight: Tensor, grad_bias: Tensor, mean: Tensor, v: Tensor, bi
 def _hashed_row(n: int, q: int) -> Tensor:
     """Returns n numbers in [-1, 1): 32-bit hashes of their positions and q, the same in every process and kernel."""
     mask = 2**32 - 1
-    u = (torch.arange(n) * 2654435761 + q * 40503 + 12345) & mask
+    u = (torch.arange(n, device="cpu") * 2654435761 + q * 40503 + 12345) & mask
     u = ((u ^ (u >> 15)) * 2246822519) & mask
     u = u ^ (u >> 13)
     return u.double() / 2**31 - 1

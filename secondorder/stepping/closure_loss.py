@@ -100,7 +100,7 @@ class ClosureLoss(LossOverRanks):
 
         def sums() -> tuple[Tensor, Tensor]:
             with self._differentiating():
-                zero = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+                zero = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device="cpu")
                 return self.sign * first(), sum((scale * found()[1] for scale, found in terms), zero) + outside()
 
         return sums
@@ -127,7 +127,7 @@ class ClosureLoss(LossOverRanks):
     def _outside(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[Tensor]:
         """Returns what gives the positive part of the form of the Hessian of the terms outside of the criterion."""
         if not self._curved:
-            return lambda: torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+            return lambda: torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device="cpu")
         columns = []
         for vector in vectors:
             by_parameter = dict(zip(self.parameters, vector, strict=True))

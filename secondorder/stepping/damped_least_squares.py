@@ -99,7 +99,7 @@ def _nystrom(jacobian: Jacobian, generator: torch.Generator) -> tuple[Tensor, Te
     m = jacobian.rows
     k = min(RANK, m)
     like = jacobian.like
-    directions = torch.randn(m, k, dtype=like.dtype, generator=generator).to(like.device)
+    directions = torch.randn(m, k, dtype=like.dtype, generator=generator, device="cpu").to(like.device)
     directions = torch.linalg.qr(directions)[0]
     sketch = jacobian.mm(jacobian.rmm(directions))
     shift = 45 * torch.finfo(like.dtype).eps * sketch.norm()

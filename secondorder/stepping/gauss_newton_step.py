@@ -1,4 +1,4 @@
-"""Exact Gauss-Newton steps on random rows of the Jacobian: their damping, acceleration and acceptance, and the race of starts."""
+"""Exact Gauss-Newton steps on random rows of the Jacobian: their damping, acceleration, corrections and acceptance."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from secondorder._tape.factored import Buffer, Jacobian
-from secondorder._tape.graph import COMPILED
 from secondorder._tape.jacobian import jacobian
 from secondorder._tape.plans import Block, Plan, make_plan, signature
+from secondorder._tape.residuals import COMPILED
 from secondorder._tape.uses import find_uses
 from secondorder._tensors import host_numbers
 from secondorder.errors import NonFiniteError
 from secondorder.stepping.damped_least_squares import DampedLeastSquares
+from secondorder.stepping.drawn_rows import DrawnRows, draw_rows
 from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals
 
 TRIES = 12  # a step tries at most so many dampings
@@ -28,10 +29,9 @@ GROWTH = 1.5  # so many times as many
 OVER = 4  # rows drawn for each parameter, at least, if the parameters are no more than the rows asked for: then they fix a step
 MANY = 20  # so many residuals with a backward pass each are slow
 SUSPECT = 2.0  # above this ratio of reduction and predicted reduction the residuals at the start are evaluated and compared anew
-SHARE = 0.5  # each term has at least this share of an equal share of the rows
 LEAST_DAMPING = 1e-16
-HELD = 10  # one of so many residuals is held out,
-HELD_BLOCK = 100  # in blocks with at least so many,
+# A Jacobian is rounding, as where derivatives cancel out, below so many times eps |r| / |theta|.
+ROUNDING = 100
 HELD_RATIO = 4  # if there are fewer than so many residuals for each parameter
 HELD_PATIENCE = 12  # a step goes back after so many steps without a new record of the loss of residuals held out,
 HELD_EXCESS = 1.1  # if that loss is then so many times that of the others
@@ -39,16 +39,6 @@ HELD_DAMPING = 100.0  # on the way back mu is multiplied by this, and the produc
 HELD_DECAY = 0.9  # which is multiplied by this in every step
 HELD_NOISE = 1e-5  # below this share of the first loss, the residuals held out have too little noise to be held out any more
 PLANS = 16  # plans are kept for graphs of so many structures
-
-RACE_STEPS = 6  # steps of each start
-RACE_ROWS = 150  # rows drawn in these steps
-RACE_WARM_UP = 40  # steps of a first-order optimizer that the warm start begins with, and more until the loss has halved,
-RACE_LONGEST = 120  # but no more than these
-RACE_DAMPING = 1e-2  # mu after these steps, relative to tr(J J^T)
-# With so few parameters the cold start comes first, since it mostly ends the race, and a warm start costs most of a fit.
-RACE_FEW = 20
-RACE_END = 1e-3  # a start whose loss comes below this share of the first loss ends the race,
-RACE_FALL = 0.5  # and so does one whose second half of steps brings the loss below this share of that after the first half
 
 
 class Progress(NamedTuple):
@@ -69,6 +59,10 @@ class Progress(NamedTuple):
     least: float = LEAST_DAMPING  # a lower bound on mu
     first: float = 0.0  # the whole loss where training began
 
+    def with_new_record(self) -> "Progress":
+        """Returns it for another batch or other parameters, whose residuals held out have no record."""
+        return self._replace(held=math.inf, held_since=0, best=None, released=False)
+
 
 class Settings(NamedTuple):
     """The arguments of the optimizer that steps take."""
@@ -82,24 +76,13 @@ class Settings(NamedTuple):
     memory: int
 
 
-class _Rows(NamedTuple):
-    """The residuals that a step looks at."""
-
-    drawn: list[Tensor | None]  # of each block, the positions of those drawn; None: all
-    flat: Tensor  # [m], their positions among the residuals of all terms, flattened
-    scales: list[Tensor]  # of each block, the root of c n / m
-    scale: Tensor  # [m], the same of all blocks
-    whole: bool  # whether these are all residuals
-    held: list[tuple[Tensor, Tensor, Tensor]]  # of each block: those held out and the others, as in `flat`, and their roots of c
-
-
 class _Trial(NamedTuple):
     """The residuals where a step leads."""
 
     values: list[Tensor]  # those of all terms
     whole: float  # the whole loss
     drawn: float  # the loss of the rows drawn
-    held: list[float]  # the mean losses that `_held` returns
+    held: list[float]  # what `held_losses` returns
 
 
 class GaussNewtonStep:
@@ -114,28 +97,28 @@ class GaussNewtonStep:
         slow: called with the parameters that cost a backward pass for each of many residuals, by their positions, and with the
             node by which each enters.
         buffer: memory for matrices.
-        first_order: makes an optimizer of parameters that steps by their gradients.
     """
 
     def __init__(
         self, loss: LeastSquaresLoss, settings: Settings, plans: dict[object, tuple[Plan, int]], generator: torch.Generator,
         lr: float | Tensor, slow: Callable[[dict[int, str]], None], buffer: Buffer,
-        first_order: Callable[[Sequence[Tensor]], torch.optim.Optimizer],
     ):  # fmt: skip
-        self._buffer, self._first_order = buffer, first_order
+        self._buffer = buffer
         self.interpolates = False  # whether a step has gone back, since only the residuals drawn still fell
-        self._loss, self._settings, self._plans = loss, settings, plans
+        self.loss, self.settings, self._plans = loss, settings, plans
         self._generator, self._lr, self._slow = generator, lr, slow
         self._index = {id(p): i for i, p in enumerate(loss.parameters)}
 
     def step(self, here: Residuals, progress: Progress) -> tuple[Residuals, Progress]:
         """Makes one step; returns the residuals where it leads, and what it leaves to the next step."""
-        loss, settings = self._loss, self._settings
+        loss, settings = self.loss, self.settings
         plan = self._plan(here, progress)
         theta, whole = loss.flat(), here.objective
         same = abs(whole - progress.whole) <= 1e-6 * whole
-        if not same or (progress.best is not None and len(progress.best) != len(theta)):  # another batch, or other parameters
-            progress = progress._replace(held=math.inf, held_since=0, best=None, released=False)
+        if not same or (progress.best is not None and len(progress.best) != len(theta)):
+            progress = progress.with_new_record()
+        if same and whole > RISE * progress.record:  # no step leads there: the record is that of another loss
+            progress = progress._replace(record=whole, since=0)
         rows = self._draw(plan, here, progress)
         jacobian = self._jacobian(plan, here, rows)
         if jacobian is None:
@@ -143,7 +126,7 @@ class GaussNewtonStep:
             rows = self._draw(plan, here, progress)
             jacobian = self._jacobian(plan, here, rows)
             assert jacobian is not None
-        r, before = self._taken(here.values, rows), [v.detach() for v in here.values]
+        r, before = rows.taken(here.values), [v.detach() for v in here.values]
         problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator, self._buffer)
         at_start = self._drawn_objective(r, theta, here)
         mu, growth = progress.damping, progress.growth
@@ -153,11 +136,12 @@ class GaussNewtonStep:
             delta = problem.step(solve, r, theta, damping)
             aim = r + jacobian.mv(self._lr * delta)
             linear = self._drawn_objective(aim, theta + self._lr * delta, here)
-            trace, start, end, fails = host_numbers([problem.trace, at_start, linear, failed])
+            trace, start, end, fails, length = host_numbers([problem.trace, at_start, linear, failed, theta.norm()])
             if not math.isfinite(trace):
                 raise NonFiniteError(f"{loss.owner}.step(): the Jacobian holds NaN or inf; no parameter and no state has changed")
-            if trace == 0 and here.penalties is None:
-                return here, progress
+            noise = ROUNDING * torch.finfo(theta.dtype).eps * math.sqrt(start) / (1 + length)
+            if math.sqrt(trace) <= noise and here.penalties is None:
+                return here, progress._replace(ratio=0.0)
             if fails:
                 mu = max(10 * mu, LEAST_DAMPING)
                 continue
@@ -177,48 +161,13 @@ class GaussNewtonStep:
                 least = max(HELD_DECAY * progress.least, LEAST_DAMPING)
                 mu = max(mu * max(1 / 3, 1 - (2 * ratio - 1) ** 3), least)
                 progress = progress._replace(damping=mu, least=least, growth=2.0, ratio=ratio, whole=trial.whole)
-                progress = self._recorded(progress, trial.whole, rows.whole)
+                progress = self._recorded(progress, trial.whole, rows)
                 return self._held_out(here._replace(values=trial.values, objective=trial.whole), progress, rows, trial.held)
             mu, growth = mu * growth, 2 * growth
         loss.move(theta)
         self._check_same(before, here, 1e-2)
         progress = progress._replace(damping=min(10 * progress.damping, 1.0), growth=2.0, ratio=0.0)
-        return self._held_out(here, progress, rows, host_numbers(self._held(here.values, rows)))
-
-    def race(self, here: Residuals, damping: float) -> tuple[Residuals, Progress]:
-        """Makes some steps from each of two starts, and goes on from the lowest loss.
-
-        The first steps decide which minimum is reached. The warm start begins with steps of a first-order optimizer; the cold one
-        with the parameters as they are, and with a mu of `damping` times the mean of J J^T's diagonal.
-        """
-        loss = self._loss
-        theta, first = loss.flat(), here.objective
-        rows = min(RACE_ROWS, self._settings.rows)
-        drawn = min(rows, sum(r.numel() for r in here.values))
-        best: tuple[float, Tensor, Residuals, Progress] | None = None
-        starts = [(RACE_DAMPING, True), (damping / drawn, False)]
-        for mu, warm in starts[::-1] if len(theta) < RACE_FEW else starts:
-            progress = Progress(mu, rows, first=first)
-            loss.move(theta)
-            now = self._warmed_up(here) if warm else loss.again(here)
-            values = []
-            for _ in range(RACE_STEPS):
-                now, progress = self.step(now, progress)
-                if progress.ratio == 0:  # it was taken back, and has left the graph behind
-                    now = loss.again(here)
-                values.append(now.objective)
-            value = values[-1]
-            if best is None or value < best[0] or math.isnan(best[0]):
-                best = value, loss.flat(), now, progress
-            if value < RACE_END * first or value < RACE_FALL * values[RACE_STEPS // 2 - 1]:
-                break
-        assert best is not None
-        if not best[0] < first:  # the parameters were trained before
-            loss.move(theta)
-            return here, Progress(damping / drawn, self._settings.rows, first=first)
-        value, theta, now, progress = best
-        loss.move(theta)
-        return now, progress._replace(rows=self._settings.rows, growth=2.0, record=value, since=0)
+        return self._held_out(here, progress, rows, host_numbers(rows.held_losses(here.values)))
 
     # --- the Jacobian of some rows ---
 
@@ -226,10 +175,11 @@ class GaussNewtonStep:
         """Returns the plan of the residuals' graph, and makes one for a structure that is new.
 
         A plan is checked when it is new, at the 2nd, 4th, 8th, ... step, and after a step that failed: gradients that were zero
-        when it was made, as behind a ReLU or a last layer of zeros, did not show which residual they belong to.
+        when it was made, as behind a ReLU or a last layer of zeros, did not show which residual they belong to. One that may lack
+        rows for this reason is checked at every step.
         """
         uses = [find_uses(r, self._index) for r in here.values]
-        self._loss.check_dtypes(use.operand for each in uses for use in each.uses if use.operand is not None)
+        self.loss.check_dtypes(use.operand for each in uses for use in each.uses if use.operand is not None)
         self._uses, self._key = uses, None if any(u.by_value for u in uses) else signature(uses)
         known = None if self._key is None else self._plans.get(self._key)
         if known is None:
@@ -237,11 +187,12 @@ class GaussNewtonStep:
             return self._new_plan(here)
         plan, times = known[0], known[1] + 1
         self._plans[self._key] = plan, times
-        self._new, self._unchecked = False, times & (times - 1) == 0 or progress.ratio == 0
+        incomplete = any(block.incomplete for block in plan.blocks)
+        self._new, self._unchecked = False, incomplete or times & (times - 1) == 0 or progress.ratio == 0
         return plan
 
     def _new_plan(self, here: Residuals) -> Plan:
-        plan = make_plan(here.values, self._uses, self._loss.parameters)
+        plan = make_plan(here.values, self._uses, self.loss.parameters)
         self._new = self._unchecked = True
         if self._key is not None:
             if len(self._plans) >= PLANS:
@@ -251,12 +202,12 @@ class GaussNewtonStep:
 
     def _check_same(self, values: Sequence[Tensor], here: Residuals, tolerance: float) -> None:
         """Raises RuntimeError if the closure's residuals at the present parameters are no longer these values."""
-        pairs = zip(values, self._loss.there(here), strict=True)
+        pairs = zip(values, self.loss.there(here), strict=True)
         norms = host_numbers([norm for old, new in pairs for norm in ((old - new).norm(), old.norm())])
         for difference, size in zip(norms[::2], norms[1::2], strict=True):
             if not difference <= tolerance * size:
                 raise RuntimeError(
-                    f"{self._loss.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, "
+                    f"{self.loss.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, "
                     "but they differ at the same parameters. Draw the batch outside of the closure, or by torch's own "
                     "generators, which start every call of a step alike; layers that change with every call, as spectral_norm "
                     "does, belong in eval mode."
@@ -268,58 +219,24 @@ class GaussNewtonStep:
         It does where data pass through layers. Where parameters stand for themselves, as a field's values or in penalties, no
         residual says anything of another one.
         """
-        if any(2 * self._loss.parameters[p].numel() > block.size for p in block.others):
+        if any(2 * self.loss.parameters[p].numel() > block.size for p in block.others):
             return False
         uses = [self._uses[block.term].uses[k] for k in block.uses]
         return any(u.operand is not None and 2 * u.blocks * int(u.operand.count_nonzero()) > u.operand.numel() for u in uses)
 
-    def _draw(self, plan: Plan, here: Residuals, progress: Progress) -> _Rows:
-        """Draws residuals: from each block in proportion to its size, but at least half of an equal share."""
-        rows, total = progress.rows, sum(block.size for block in plan.blocks)
-        self._total = total
-        parameters = sum(p.numel() for p in self._loss.parameters)
+    def _draw(self, plan: Plan, here: Residuals, progress: Progress) -> DrawnRows:
+        """Draws as many residuals as `progress` and the number of parameters ask for."""
+        parameters = sum(p.numel() for p in self.loss.parameters)
+        rows = progress.rows
         if parameters <= rows:
-            rows = min(max(rows, OVER * parameters), self._settings.max_rows)
-        whole = rows >= total
-        holds = total < HELD_RATIO * parameters if self._settings.holdout is None else self._settings.holdout
-        holds &= not progress.released
-        fixed = torch.Generator().manual_seed(HELD)
-        offsets = [0]
-        for r in here.values:
-            offsets.append(offsets[-1] + r.numel())
-        drawn: list[Tensor | None] = []
-        flat, scales, held = [], [], []
-        for block in plan.blocks:
-            c = here.weights[block.term].reshape(-1)
-            all_elements = block.chosen(None, c.device) + offsets[block.term]
-            d, kept = None, block.size
-            if holds and block.size >= HELD_BLOCK and self._fed(block):
-                order = torch.randperm(block.size, generator=fixed)
-                out, inside = order[: block.size // HELD], order[block.size // HELD :]
-                ordered = all_elements[order.to(c.device, non_blocking=True)]
-                held.append((*ordered.split([len(out), len(inside)]), c[ordered - offsets[block.term]].sqrt()))
-                kept, d = len(inside), inside
-            if not whole:
-                equal = int(SHARE * rows / len(plan.blocks))
-                m = min(kept, max(math.ceil(rows * block.size / total), equal, 2))
-                chosen = torch.randperm(kept, generator=self._generator)[:m]
-                d = chosen if d is None else d[chosen]
-            if d is not None:
-                d = d.sort()[0].to(c.device, non_blocking=True)
-                c = c * (block.size / len(d))
-            elements = block.chosen(d, c.device)
-            drawn.append(d)
-            flat.append(elements + offsets[block.term])
-            scales.append(c[elements].sqrt())
-        return _Rows(drawn, torch.cat(flat), scales, torch.cat(scales), whole and not held, held)
+            rows = min(max(rows, OVER * parameters), self.settings.max_rows)
+        few = sum(block.size for block in plan.blocks) < HELD_RATIO * parameters
+        holds = not progress.released and (few if self.settings.holdout is None else self.settings.holdout)
+        return draw_rows(plan.blocks, here, rows, self._generator, lambda block: holds and self._fed(block))
 
-    def _taken(self, values: Sequence[Tensor], rows: _Rows) -> Tensor:
-        """Returns the weighted residuals of these rows [m]."""
-        return torch.cat([v.detach().flatten() for v in values])[rows.flat] * rows.scale
-
-    def _jacobian(self, plan: Plan, here: Residuals, rows: _Rows) -> Jacobian | None:
+    def _jacobian(self, plan: Plan, here: Residuals, rows: DrawnRows) -> Jacobian | None:
         """Returns the Jacobian of these rows; None: a plan that was right before is wrong now."""
-        parameters = self._loss.parameters
+        parameters = self.loss.parameters
         found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn, self._buffer)
         if self._unchecked:
             wrong = self._wrong(plan, here, rows, found)
@@ -331,7 +248,7 @@ class GaussNewtonStep:
                 found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn, self._buffer)
                 if wrong := self._wrong(plan, here, rows, found):
                     raise RuntimeError(
-                        f"{self._loss.owner}.step(): the Jacobian of the parameter of shape {tuple(parameters[wrong[0]].shape)} "
+                        f"{self.loss.owner}.step(): the Jacobian of the parameter of shape {tuple(parameters[wrong[0]].shape)} "
                         "is not that of autograd; its graph is not understood"
                     )
             self._slow(
@@ -344,36 +261,38 @@ class GaussNewtonStep:
             )
         return found
 
-    def _wrong(self, plan: Plan, here: Residuals, rows: _Rows, found: Jacobian) -> list[int]:
+    def _wrong(self, plan: Plan, here: Residuals, rows: DrawnRows, found: Jacobian) -> list[int]:
         """Returns the parameters whose columns disagree with one backward pass for a random combination of the rows."""
-        parameters = self._loss.parameters
+        parameters = self.loss.parameters
         generator = torch.Generator().manual_seed(len(rows.flat))
-        u = torch.randn(len(rows.flat), generator=generator, dtype=torch.float64).to(rows.scale)
+        u = torch.randn(len(rows.flat), generator=generator, dtype=torch.float64, device="cpu").to(rows.scale)
         seeds = torch.cat([v.detach().flatten() for v in here.values]).zero_().index_add_(0, rows.flat, u * rows.scale)
         weights = [w.view_as(v) for w, v in zip(seeds.split([v.numel() for v in here.values]), here.values, strict=True)]
         right = torch.autograd.grad(here.values, parameters, weights, retain_graph=True, allow_unused=True)
         ours = found.rmv(u).split([p.numel() for p in parameters])
-        pairs = [(o, torch.zeros_like(o) if t is None else t.flatten()) for o, t in zip(ours, right, strict=True)]
-        norms = [torch.cat([t for _, t in pairs]).norm(), *((o - t).norm() for o, t in pairs)]
-        size, *errors = torch.stack(norms).tolist()  # one wait for the device
+        pairs = [(o, torch.zeros_like(o) if t is None else t.to_dense().flatten()) for o, t in zip(ours, right, strict=True)]
+        combined = (u * rows.taken(here.values)).norm()
+        norms = [torch.cat([t for _, t in pairs]).norm(), combined, self.loss.flat().norm(), *((o - t).norm() for o, t in pairs)]
+        size, value, length, *errors = torch.stack(norms).tolist()  # one wait for the device
         if not math.isfinite(size):  # the trace will say so
             return []
         tolerance = 1e-8 if rows.scale.dtype == torch.float64 else 1e-3
-        return [i for i, error in enumerate(errors) if not error <= tolerance * size]
+        bound = tolerance * size + ROUNDING * torch.finfo(rows.scale.dtype).eps * value / (1 + length)
+        return [i for i, error in enumerate(errors) if not error <= bound]
 
     # --- parts of a step ---
 
-    def _trial(self, here: Residuals, rows: _Rows, theta: Tensor) -> _Trial:
+    def _trial(self, here: Residuals, rows: DrawnRows, theta: Tensor) -> _Trial:
         """Moves the parameters, and evaluates the residuals there."""
-        self._loss.move(theta)
-        values = self._loss.there(here)
-        whole = self._loss.objective(values, here)
-        drawn = whole if rows.whole else self._drawn_objective(self._taken(values, rows), theta, here)
-        now, of_drawn, *held = host_numbers([whole, drawn, *self._held(values, rows)])
+        self.loss.move(theta)
+        values = self.loss.there(here)
+        whole = self.loss.objective(values, here)
+        drawn = whole if rows.whole else self._drawn_objective(rows.taken(values), theta, here)
+        now, of_drawn, *held = host_numbers([whole, drawn, *rows.held_losses(values)])
         return _Trial(values, now, of_drawn, held)
 
     def _corrected(
-        self, moved: Tensor, here: Residuals, rows: _Rows, aim: Tensor, solve: Callable[[Tensor], Tensor], delta: Tensor,
+        self, moved: Tensor, here: Residuals, rows: DrawnRows, aim: Tensor, solve: Callable[[Tensor], Tensor], delta: Tensor,
         losses: tuple[float, float, float],
     ) -> _Trial:  # fmt: skip
         """Makes a step, and corrects it by chords until it is as good as the linear model promises, or cannot be corrected.
@@ -392,10 +311,10 @@ class GaussNewtonStep:
         """
         start, end, limit = losses
         trial = self._trial(here, rows, moved)
-        for _ in range(self._settings.corrections if end < start else 0):
+        for _ in range(self.settings.corrections if end < start else 0):
             if not math.isfinite(trial.drawn) or (start - trial.drawn > ENOUGH * (start - end) and trial.whole < limit):
                 break
-            at, correction = self._loss.flat(), self._lr * solve(self._taken(trial.values, rows) - aim)
+            at, correction = self.loss.flat(), self._lr * solve(rows.taken(trial.values) - aim)
             if not bool(correction.norm() < CHORD * (self._lr * delta).norm()):
                 break
             drawn = trial.drawn
@@ -407,12 +326,12 @@ class GaussNewtonStep:
         return trial
 
     def _acceleration(
-        self, here: Residuals, rows: _Rows, jacobian: Jacobian, solve: Callable[[Tensor], Tensor], r: Tensor, theta: Tensor,
+        self, here: Residuals, rows: DrawnRows, jacobian: Jacobian, solve: Callable[[Tensor], Tensor], r: Tensor, theta: Tensor,
         delta: Tensor,
     ) -> Tensor:  # fmt: skip
         """Returns half of the geodesic acceleration along a step if it is small, else zero (Transtrum & Sethna, 2012)."""
-        self._loss.move(theta + PROBE * delta)
-        probed = self._taken(self._loss.there(here), rows)
+        self.loss.move(theta + PROBE * delta)
+        probed = rows.taken(self.loss.there(here))
         bend = (2 / PROBE) * ((probed - r) / PROBE - jacobian.mv(delta))
         acceleration = -0.5 * solve(bend)
         return torch.where(2 * acceleration.norm() < BEND * delta.norm(), acceleration, 0.0)
@@ -423,19 +342,7 @@ class GaussNewtonStep:
             total = total + (here.penalties * theta.square()).sum(dtype=torch.float64)
         return total
 
-    def _held(self, values: Sequence[Tensor], rows: _Rows) -> list[Tensor]:
-        """Returns the mean loss of the residuals held out, and of the others of their blocks; nothing if none are held out."""
-        if not rows.held:
-            return []
-        flat = torch.cat([v.detach().flatten() for v in values])
-        sums = [torch.zeros((), dtype=torch.float64, device=flat.device)] * 2
-        for out, inside, scale in rows.held:
-            squares = (flat[torch.cat([out, inside])] * scale).square().double()
-            parts = squares.split([len(out), len(inside)])
-            sums = [total + part.mean() * len(squares) for total, part in zip(sums, parts, strict=True)]
-        return sums
-
-    def _held_out(self, there: Residuals, progress: Progress, rows: _Rows, means: list[float]) -> tuple[Residuals, Progress]:
+    def _held_out(self, there: Residuals, progress: Progress, rows: DrawnRows, means: list[float]) -> tuple[Residuals, Progress]:
         """Goes back to the least loss of the residuals held out if only that of the others still falls: these are interpolated.
 
         At a minimum of the others, the residuals held out join them, unless holding out was asked for.
@@ -444,18 +351,18 @@ class GaussNewtonStep:
             there: the residuals where the step has led.
             progress: what the steps so far have left.
             rows: the rows of the step.
-            means: what `_held` returns there.
+            means: the losses of `rows` that `held_losses` returns there.
         """
         if not means:
             return there, progress._replace(excess=0.0)
         held, others = means
         progress = progress._replace(excess=held / max(others, torch.finfo(torch.float64).tiny))
-        ended = progress.ratio == 0 and len(rows.flat) + sum(len(out) for out, _, _ in rows.held) == self._total
+        ended = progress.ratio == 0 and len(rows.flat) + sum(len(out) for out, _, _ in rows.held) == rows.total
         clean = held < HELD_NOISE * progress.first
-        if (ended or clean) and self._settings.holdout is None:
+        if (ended or clean) and self.settings.holdout is None:
             return there, progress._replace(released=True, best=None)
         if held < progress.held:
-            progress = progress._replace(held=held, held_since=0, best=self._loss.flat())
+            progress = progress._replace(held=held, held_since=0, best=self.loss.flat())
             if not ended:
                 return there, progress
         if progress.held_since + 1 < HELD_PATIENCE and not ended:
@@ -463,42 +370,18 @@ class GaussNewtonStep:
         if progress.excess < HELD_EXCESS or progress.best is None:
             return there, progress._replace(held_since=0)
         self.interpolates = True
-        self._loss.move(progress.best)
-        there = self._loss.again(there)
+        self.loss.move(progress.best)
+        there = self.loss.again(there)
         mu, whole = min(HELD_DAMPING * progress.damping, 1.0), there.objective
         return there, progress._replace(damping=mu, least=mu, held_since=0, whole=whole, record=whole)
 
-    def _recorded(self, progress: Progress, now: float, whole: bool) -> Progress:
+    def _recorded(self, progress: Progress, now: float, rows: DrawnRows) -> Progress:
         """Notes the whole loss; after some steps without a new record the next step draws more rows."""
-        if whole:
+        if rows.whole:
             return progress
         if now < progress.record:
             return progress._replace(record=now, since=0)
         if progress.since + 1 < PATIENCE:
             return progress._replace(since=progress.since + 1)
-        rows = min(progress.rows * GROWTH, self._settings.max_rows, self._total)
-        return progress._replace(rows=rows, record=now, since=0)
-
-    def _warmed_up(self, here: Residuals) -> Residuals:
-        """Makes some steps of a first-order optimizer; returns the residuals where they lead."""
-        loss, parameters = self._loss, self._loss.parameters
-        kept = [p.grad for p in parameters]
-        optimizer = self._first_order(parameters)
-        try:
-            for step in range(RACE_LONGEST):
-                values = loss.there(here)
-                if step >= RACE_WARM_UP and loss.objective(values, here) < here.objective / 2:
-                    break
-                with torch.enable_grad():
-                    total = sum((c * r.square()).sum() for c, r in zip(here.weights, values, strict=True))
-                    if here.penalties is not None:
-                        each = here.penalties.split([p.numel() for p in parameters])
-                        total = total + sum((t.view_as(p) * p.square()).sum() for t, p in zip(each, parameters, strict=True))
-                gradients = torch.autograd.grad(total, parameters, allow_unused=True)  # type: ignore[arg-type]
-                for p, g in zip(parameters, gradients, strict=True):
-                    p.grad = g
-                optimizer.step()
-        finally:
-            for p, gradient in zip(parameters, kept, strict=True):
-                p.grad = gradient
-        return loss.again(here)
+        more = max(progress.rows, min(progress.rows * GROWTH, self.settings.max_rows, rows.total))
+        return progress._replace(rows=more, record=now, since=0)

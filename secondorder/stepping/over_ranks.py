@@ -46,7 +46,7 @@ class LossOverRanks(ABC):
         """Returns the mean over ranks."""
         if self.ranks is None:
             return compute()
-        return float(self.ranks.mean(lambda: torch.tensor(compute(), dtype=torch.float64)))
+        return float(self.ranks.mean(lambda: torch.tensor(compute(), dtype=torch.float64, device="cpu")))
 
     @contextmanager
     def _differentiating(self) -> Iterator[None]:

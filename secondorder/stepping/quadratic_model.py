@@ -89,7 +89,7 @@ def _dots(
 ) -> Later[tuple[Tensor, Tensor, Tensor]]:
     """Returns what gives x_k^T g [k], x_k^T D x_l and x_k^T diag(eta) x_l [k, k], in float64 on the CPU."""
     flat = [[t.reshape(-1) for t in vector] for vector in [*vectors, gradients]]
-    rows, columns = torch.triu_indices(len(vectors), len(flat), offset=0)
+    rows, columns = torch.triu_indices(len(vectors), len(flat), offset=0, device="cpu")
     pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
     dots = [torch.dot(a, b) for i, j in pairs for a, b in zip(flat[i], flat[j], strict=True)]
     found = transfer.later(torch.stack(dots).view(len(pairs), len(eta)))
@@ -101,8 +101,8 @@ def _dots(
 
     def sums() -> tuple[Tensor, Tensor, Tensor]:
         products = found()
-        plain, decay = matrix(products.sum(1)), matrix(products @ torch.tensor(eta, dtype=torch.float64))
-        inner = plain if metric is None else matrix(products @ torch.tensor(metric, dtype=torch.float64))
+        plain, decay = matrix(products.sum(1)), matrix(products @ products.new_tensor(eta))
+        inner = plain if metric is None else matrix(products @ products.new_tensor(metric))
         return plain[:, -1], inner[:, :-1], decay[:, :-1]
 
     return sums

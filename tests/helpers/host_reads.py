@@ -21,7 +21,8 @@ READS = {
 class HostReads(TorchDispatchMode):
     """Counts the reads of tensors that stand for a device's, by where they happen in the package.
 
-    These are the ones given, what is computed from them, and what is made with a `device` argument; not what `.cpu()` returns.
+    These are the ones given, what is computed from them, and what is made with a `device` argument; not what
+    `.cpu()` returns, or what is made on the "cpu" in so many words.
     """
 
     def __init__(self, tensors: list[Tensor]):
@@ -74,7 +75,7 @@ class _Calls(TorchFunctionMode):
         if func == Tensor.is_cpu.__get__ and is_on_device(args[0]):
             return False
         result = func(*args, **(kwargs or {}))
-        if (kwargs or {}).get("device") is not None and isinstance(result, Tensor):
+        if (kwargs or {}).get("device") not in (None, "cpu") and isinstance(result, Tensor):
             result._on_device = True
         return result
 

@@ -37,7 +37,10 @@ def brute_force(plan, values, scales, drawn, parameters):
         flat = values[block.term].flatten()
         for k, e in enumerate(block.chosen(d, flat.device)):
             gradients = torch.autograd.grad(flat[e], parameters, retain_graph=True, allow_unused=True)
-            columns = [torch.zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, gradients, strict=True)]
+            columns = [
+                torch.zeros(p.numel()) if g is None else g.to_dense().flatten()
+                for p, g in zip(parameters, gradients, strict=True)
+            ]
             rows.append(scale[k] * torch.cat(columns))
     return torch.stack(rows)
 

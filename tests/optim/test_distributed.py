@@ -197,6 +197,7 @@ def worker(rank, ranks, folder):
         results[case] = parameters(model), saved
     results["faults"] = {name: faults(name, rank, ranks) for name in FAILING}
     results["refused"] = refused(rank)
+    results["in one process"] = in_one_process(rank)
     results["solved"] = solved(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -253,6 +254,21 @@ def refused(rank):
     except RuntimeError as error:
         return str(error)
     return "nothing"
+
+
+def in_one_process(rank):
+    """LevenbergMarquardt's steps of a net alone, and its error for the net in DistributedDataParallel."""
+    inner = network()
+    model, x = DistributedDataParallel(inner), rank_batch(0, rank, 4)[0]
+    optimizer = so.LevenbergMarquardt(inner, race=False)
+    before = parameters(model)
+    try:
+        optimizer.step(lambda: model(x).square().mean())
+    except RuntimeError as error:
+        message = str(error)
+    unchanged = torch.equal(before, parameters(model))
+    optimizer.step(lambda: inner(x).square().mean())
+    return message, unchanged
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -313,6 +329,13 @@ def test_ranks_share_out_the_solutions(run):
 def test_an_optimizer_that_does_not_know_of_ddp(run):
     for results in run:
         assert "the model is called by DistributedDataParallel" in results["refused"]
+
+
+def test_an_optimizer_of_one_process_refuses_ddp(run):
+    for results in run:
+        message, unchanged = results["in one process"]
+        assert f"expected a net in one process, got one in DistributedDataParallel over {len(run)} of them" in message
+        assert unchanged
 
 
 def test_means_of_little_weight(tmp_path):

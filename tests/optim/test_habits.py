@@ -47,6 +47,19 @@ def test_a_likelihood_is_maximized_too(name):
         assert losses[-1] > losses[0]
 
 
+@pytest.mark.parametrize("name", kinds.NAMES)
+def test_another_default_device_changes_nothing(name):
+    """Such as that of scripts that begin by torch.set_default_device("cuda")."""
+    ends = []
+    for device in ("cpu", "meta"):
+        model, _, step = kinds.made(name)
+        with torch.device(device):
+            for _ in range(4):
+                step()
+        ends.append(parameters(model))
+    assert torch.equal(*ends)
+
+
 def test_maximize_differs_between_groups():
     model = network()
     optimizer = so.LayerwiseNewton(model, nn.CrossEntropyLoss())

@@ -204,5 +204,5 @@ def test_reads_are_counted() -> None:
         (x + 1).tolist()
         bool(x.any())
         number = x[0].sum().cpu()
-        float(number), torch.zeros(2, device="cpu").tolist()
+        float(number), torch.zeros(2, device=x.device).tolist(), torch.zeros(2, device="cpu").tolist()
     assert sum(reads.found.values()) == 5

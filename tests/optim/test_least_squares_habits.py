@@ -5,12 +5,13 @@ import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from helpers.least_squares import flat, float64, noisy, poisson, regression  # noqa: F401
 from torch import nn
 from torch.nn.functional import mse_loss
 
 import secondorder as so
-from secondorder.stepping import gauss_newton_step
+from secondorder.stepping import race
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
@@ -105,6 +106,87 @@ def test_frozen_parameters_stay_and_may_be_unfrozen():
         optimizer.step(lambda: mse_loss(net(x), y))
 
 
+def last_norm():
+    """A net whose last node takes two parameters."""
+    return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 3), nn.LayerNorm(3)), torch.randn(40, 2), torch.randn(40, 3)
+
+
+def test_parameters_of_one_node_may_be_frozen_and_unfrozen():
+    """With them the graph's nodes stay the same, and what is known of the graph does not hold."""
+    net, x, y = last_norm()
+    optimizer = so.LevenbergMarquardt(net.parameters(), race=False)
+    for frozen in ([net[3].weight], [], [net[3].bias], [net[3].weight, net[3].bias], []):
+        net.requires_grad_(True)
+        for p in frozen:
+            p.requires_grad_(False)
+        for _ in range(3):
+            before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+            optimizer.step(lambda: mse_loss(net(x), y))
+            after = flat(net)
+        again = so.LevenbergMarquardt(net.parameters(), race=False)  # it knows nothing of graphs
+        net.load_state_dict(before[0])
+        again.load_state_dict(before[1])
+        again.step(lambda: mse_loss(net(x), y))
+        torch.testing.assert_close(flat(net), after, rtol=1e-12, atol=1e-14)
+
+
+def test_a_learning_rate_of_zero_moves_nothing():
+    """As the first one of a warm-up by a scheduler, or the last one of an annealing."""
+    net, x, y = regression()
+    optimizer, before, calls = so.LevenbergMarquardt(net.parameters()), flat(net), []
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: float(k == 1))
+
+    def closure():
+        calls.append(1)
+        return mse_loss(net(x), y)
+
+    first = optimizer.step(closure)
+    assert first == mse_loss(net(x), y)
+    assert torch.equal(flat(net), before) and len(calls) == 1 and not optimizer.state
+    scheduler.step()
+    optimizer.step(closure)
+    moved, state = flat(net), str(optimizer.state_dict()["state"])
+    assert not torch.equal(moved, before)
+    scheduler.step()
+    optimizer.step(closure)
+    assert torch.equal(flat(net), moved) and str(optimizer.state_dict()["state"]) == state
+
+
+def test_a_group_whose_learning_rate_is_zero_is_frozen():
+    net, x, y = regression()
+    other, first = copy.deepcopy(net), flat(net[0])
+    other[0].requires_grad_(False)
+    groups = [{"params": net[0].parameters()}, {"params": net[2].parameters()}]
+    optimizer, frozen = so.LevenbergMarquardt(groups, race=False), so.LevenbergMarquardt(other.parameters(), race=False)
+    optimizer.param_groups[0]["lr"] = 0.0
+    for _ in range(3):
+        optimizer.step(lambda: mse_loss(net(x), y))
+        frozen.step(lambda: mse_loss(other(x), y))
+    assert torch.equal(flat(net[0]), first)
+    torch.testing.assert_close(flat(net), flat(other))
+
+
+def test_what_is_held_out_does_not_lead_other_parameters_back():
+    """Two layers of one size are trained in turn: the record of one says nothing of the other."""
+    layers = [nn.Linear(2, 12), nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 1)]
+    net = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2], nn.Tanh(), layers[3])
+    x = torch.rand(300, 2)
+    y = torch.sin(3 * x[:, :1]) + 0.3 * torch.randn(300, 1)
+    optimizer = so.LevenbergMarquardt(net.parameters(), holdout=True, race=False)
+    net.requires_grad_(False)
+    layers[1].requires_grad_(True)
+    for _ in range(3):
+        optimizer.step(lambda: mse_loss(net(x), y))
+    state = optimizer.state[layers[0].weight]
+    record = state["best"].clone()
+    torch.testing.assert_close(record, flat(layers[1]))
+    state["held"] = 0.0  # no later step comes below this record
+    layers[1].requires_grad_(False)
+    layers[2].requires_grad_(True)
+    optimizer.step(lambda: mse_loss(net(x), y))
+    torch.testing.assert_close(optimizer.state[layers[0].weight]["best"], flat(layers[2]))
+
+
 def test_what_is_held_out_begins_anew_with_other_parameters():
     net, loss, _ = noisy()
     net[0].requires_grad_(False)
@@ -149,6 +231,84 @@ def test_targets_that_are_left_out_after_they_are_squared_are_refused(loss):
     assert torch.isfinite(optimizer.step(lambda: loss(net(x), y)))
     assert optimizer.skipped_steps == 1
     torch.testing.assert_close(flat(net), before, rtol=0, atol=0)
+
+
+def test_a_warm_start_that_ends_where_the_loss_is_not_finite_is_left_out():
+    """As the steps of the first-order optimizer may, beyond the domain of a root or a logarithm."""
+    k, x = nn.Parameter(torch.tensor([0.01])), torch.linspace(0.1, 1, 40)
+    net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = so.LevenbergMarquardt([k, *net.parameters()])
+
+    def closure():
+        return ((k.sqrt() * x - 0.01 * x) ** 2).mean() + 1e-4 * mse_loss(net(x.unsqueeze(1))[:, 0], x)
+
+    losses = [float(optimizer.step(closure)) for _ in range(6)]
+    assert losses[-1] < 1e-2 * losses[0]
+    assert torch.isfinite(flat(net)).all() and k.item() > 0
+
+
+def test_another_default_device_changes_nothing():
+    """Such as that of scripts that begin by torch.set_default_device("cuda")."""
+    ends = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        net, loss, _ = noisy()
+        optimizer = so.LevenbergMarquardt(net.parameters(), rows=50, holdout=True, solver="nystrom")
+        with torch.device(device):
+            for _ in range(3):
+                optimizer.step(lambda loss=loss, net=net: loss() + (2 * net[0].weight.norm() / 3) ** 2)
+        ends.append(flat(net))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("rows", [10, None])
+def test_terms_without_residuals_and_parameters_without_numbers_count_for_nothing(rows):
+    """As a batch may have none of the points that are known."""
+    net, x, y = regression()
+    other, none = copy.deepcopy(net), nn.Parameter(torch.zeros(0))
+    first = so.LevenbergMarquardt(net.parameters(), rows=rows)
+    second = so.LevenbergMarquardt([*other.parameters(), none], rows=rows)
+    for _ in range(3):
+        first.step(lambda: mse_loss(net(x), y))
+        second.step(lambda: ((other(x[:0]) + none.sum()) ** 2).sum() + mse_loss(other(x) + none.sum(), y))
+    assert torch.equal(flat(net), flat(other))
+
+
+@pytest.mark.parametrize("kept", [torch.autograd.graph.save_on_cpu, None])
+def test_losses_within_a_checkpoint_or_on_another_device_are_those_without(kept):
+    net, x, y = regression()
+    ends = []
+    for hooked in (False, True):
+        model = copy.deepcopy(net)
+
+        def loss(x, model=model):
+            return mse_loss(model(x), y) + 0.1 * sum((p**2).sum() for p in model.parameters())
+
+        def closure(loss=loss, hooked=hooked):
+            if not hooked:
+                return loss(x)
+            if kept is None:
+                return torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False)
+            with kept():
+                return loss(x)
+
+        optimizer = so.LevenbergMarquardt(model.parameters(), race=False)
+        for _ in range(3):
+            optimizer.step(closure)
+        ends.append(flat(model))
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_a_step_without_any_gradient_counts_as_failed():
+    net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1, bias=False))
+    x = torch.rand(30, 2)
+    optimizer = so.LevenbergMarquardt(net.parameters(), race=False)
+    optimizer.step(lambda: mse_loss(net(x), x[:, :1]))
+    assert optimizer.metrics()["ratio"] > 0
+    with torch.no_grad():
+        net[0].bias.fill_(-100.0)
+    optimizer.step(lambda: mse_loss(net(x), x[:, :1]))
+    assert optimizer.metrics()["ratio"] == 0
 
 
 def test_an_error_in_a_trial_takes_the_step_back():
@@ -206,11 +366,11 @@ def test_the_warm_up_goes_on_until_the_loss_has_halved(monkeypatch):
     monkeypatch.setattr(so.EigenAdam, "step", lambda self, closure=None: steps.append(1) or own(self, closure))
     fast, x, y = regression()
     so.LevenbergMarquardt(fast.parameters()).step(lambda: mse_loss(fast(x), y))
-    assert len(steps) == gauss_newton_step.RACE_WARM_UP
+    assert len(steps) == race.WARM_UP
     steps.clear()
     slow = nn.Linear(20, 1)
     so.LevenbergMarquardt(slow.parameters()).step(lambda: ((slow(torch.ones(5, 20)) - 1e6) ** 2).mean())
-    assert len(steps) == gauss_newton_step.RACE_LONGEST
+    assert len(steps) == race.LONGEST
 
 
 @pytest.mark.parametrize("write", [lambda p: p.clamp_(-10, 10), lambda p: p.clamp_(0, 1), lambda p: p.data.clamp_(0, 1)])

@@ -214,6 +214,36 @@ def test_no_more_rows_are_drawn_than_there_are():
     assert optimizer.metrics()["rows"] == 30
 
 
+def test_a_small_batch_does_not_lower_the_rows():
+    net, x, y = regression(400, 20)
+    optimizer = so.LevenbergMarquardt(net.parameters(), rows=300, holdout=True, race=False)
+    batches = [400, *[110] * 8, 400]  # in the small ones a tenth is held out, and steps soon bring no record
+    for m in batches:
+        noise = torch.randn(m, 1)
+        optimizer.step(lambda m=m, noise=noise: mse_loss(net(x[:m]), y[:m] + noise))
+    assert optimizer.metrics()["rows"] >= 300
+
+
+@pytest.mark.parametrize("changed", ["weight", "points"])
+def test_training_goes_on_after_the_loss_has_changed(changed):
+    """As it does where a coefficient is raised or points are drawn anew: the record of the loss before is out of reach."""
+    net = nn.Sequential(nn.Linear(2, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 1))
+    weight, x = 1.0, torch.rand(400, 2)
+
+    def closure():
+        return weight * mse_loss(net(x), torch.sin(4 * x[:, :1] * x[:, 1:]))
+
+    optimizer = so.LevenbergMarquardt(net.parameters(), rows=100, holdout=False)
+    for _ in range(12):
+        optimizer.step(closure)
+    if changed == "weight":
+        weight = 1e4
+    else:
+        x = 1.5 * torch.rand(400, 2)
+    losses = [float(optimizer.step(closure)) for _ in range(16)]
+    assert losses[-1] < 0.5 * losses[1]
+
+
 def test_where_there_is_nothing_to_gain_nothing_moves():
     net, x, _ = regression()
     y = net(x).detach()
@@ -345,6 +375,85 @@ def test_rows_in_another_order_by_the_same_nodes_are_found_at_once(order):
     optimizer.step(lambda: mse_loss(order(net(x), True), order(y, True)))
     matrix = j.T @ j + mu * j.square().sum() * torch.eye(len(before))
     torch.testing.assert_close(flat(net) - before, -torch.linalg.solve(matrix, j.T @ r), rtol=1e-6, atol=1e-9)
+
+
+def late(make, monkeypatch):
+    """How far the Jacobians of ten steps are from backward passes for each residual, where something changes before the sixth.
+
+    Args:
+        make: returns a net, its loss, and what changes something.
+    """
+    errors = []
+    own = gauss_newton_step.GaussNewtonStep._jacobian
+
+    def watched(self, plan, here, rows):
+        found = own(self, plan, here, rows)
+        if found is not None:
+            with torch.enable_grad():
+                r = (torch.cat([v.flatten() for v in here.values])[rows.flat] * rows.scale).unbind()
+            right = [torch.autograd.grad(one, parameters, retain_graph=True, materialize_grads=True) for one in r]
+            dense = torch.stack([torch.cat([g.flatten() for g in row]) for row in right])
+            errors.append(float((found.rmm(torch.eye(len(r))).T - dense).norm() / dense.norm()))
+        return found
+
+    monkeypatch.setattr(gauss_newton_step.GaussNewtonStep, "_jacobian", watched)
+    net, loss, change = make()
+    parameters = list(net.parameters())
+    optimizer = so.LevenbergMarquardt(parameters, race=False)
+    for k in range(10):
+        if k == 5:
+            change()
+        optimizer.step(loss)
+    return max(errors)
+
+
+SELECTIONS = {
+    "mm": lambda p, u: p @ u,
+    "mv": lambda p, u: (p @ u[:, 0]).unsqueeze(1),
+    "bmm": lambda p, u: torch.bmm(p.unsqueeze(0), u.unsqueeze(0))[0],
+    "from the right": lambda p, u: (u.T @ p.T).T,
+    "sparse": lambda p, u: torch.sparse.mm(p.to_sparse(), u),
+    "rows": lambda p, u: p.to_sparse_csr() @ u,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_another_matrix_that_selects_points_is_noticed_at_once(name, monkeypatch):
+    def make():
+        net, x, y = regression()
+        chosen = [torch.eye(40)[torch.randperm(40)[:25]]]
+
+        def change():
+            chosen[0] = torch.eye(40)[torch.randperm(40)[:25]]
+
+        return net, lambda: mse_loss(SELECTIONS[name](chosen[0], net(x)), chosen[0] @ y), change
+
+    assert late(make, monkeypatch) < 1e-12
+
+
+def test_points_that_no_unit_has_seen_are_noticed_at_once(monkeypatch):
+    def make():
+        net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+        x, rows = torch.randn(60, 2), torch.randperm(60)[:45]
+
+        def change():
+            with torch.no_grad():
+                net[0].weight.neg_()  # other units are dead
+
+        return net, lambda: mse_loss(net(x)[rows], torch.sin(x[rows, :1])), change
+
+    assert late(make, monkeypatch) < 1e-12
+
+
+def test_derivatives_that_cancel_out_move_nothing():
+    """Only rounding is left of the Jacobian, in which no two ways of computing it agree."""
+    net, x, _ = regression(15, 6, 3)
+    optimizer, before = so.LevenbergMarquardt(net.parameters(), race=False), flat(net)
+    for _ in range(3):
+        optimizer.step(lambda: ((net(x).softmax(1).sum(1) - 0.5) ** 2).mean())
+    assert torch.equal(flat(net), before)
+    assert optimizer.metrics()["ratio"] == 0
 
 
 def test_layers_that_mix_instances_are_exact_and_said_to_be_slow():

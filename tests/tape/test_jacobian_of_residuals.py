@@ -420,6 +420,30 @@ def slopes_that_are_rows_of_a_parameter():
 
 
 @case
+def vectors_that_are_rows_here_and_columns_there():
+    w, layer, x = nn.Parameter(torch.rand(5)), nn.Linear(5, 1), torch.rand(11, 5)
+    member, inputs = nn.Parameter(torch.rand(3, 1, 4)), torch.rand(3, 7, 1)
+
+    def loss():
+        once = torch.tanh(x @ w) + (x * w).tanh().sum(1)
+        twice = torch.tanh(layer(x)) + (x * layer.weight).tanh().sum(1, keepdim=True)
+        return (once**2).mean() + (twice**2).mean() + (torch.tanh(torch.bmm(inputs, member) + member) ** 2).mean()
+
+    return [w, *layer.parameters(), member], loss
+
+
+@case
+def residuals_of_different_units_in_one_tensor():
+    net, x = mlp(), points(40)
+
+    def loss():
+        u = net(x)[:, 0]
+        return (torch.cat([1e8 * (u[:20] - 1), u[20:].view(2, 10).T.reshape(-1)]) ** 2).mean()
+
+    return net.parameters(), loss
+
+
+@case
 def a_number_that_is_scaled_before_it_is_used():
     net, x, k = mlp(), points(), nn.Parameter(torch.tensor(0.3))
 
@@ -468,6 +492,69 @@ def fallback(make):
     """A case with parameters that need backward passes of their own."""
     FALLBACKS[make.__name__] = make
     return make
+
+
+class Mm(torch.autograd.Function):
+    """Has the name of a node of torch's own."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w**2
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ (w**2).T, 2 * w * (x.T @ g)
+
+
+class Mean(torch.autograd.Function):
+    """Turns its rows around, which a mean does not."""
+
+    @staticmethod
+    def forward(ctx, u):
+        return u.flip(0)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.flip(0)
+
+
+@fallback
+def functions_with_the_names_of_torchs_own():
+    net, x, w = mlp(), points(), nn.Parameter(torch.rand(2, 2))
+    return [*net.parameters(), w], lambda: ((Mean.apply(net(Mm.apply(x, w))) - x[:, :1]) ** 2).mean()
+
+
+class Cube(torch.autograd.Function):
+    """A solver of the user's own, whose backward pass is NumPy's."""
+
+    @staticmethod
+    def forward(ctx, k):
+        ctx.save_for_backward(k)
+        return k**3
+
+    @staticmethod
+    def backward(ctx, g):
+        (k,) = ctx.saved_tensors
+        return torch.from_numpy(g.detach().numpy() * 3 * k.detach().numpy() ** 2)
+
+
+@fallback
+def a_coefficient_whose_second_derivative_is_seen_in_part():
+    net, x, k = mlp(), points(), nn.Parameter(torch.tensor([0.7]))
+    return [*net.parameters(), k], lambda: ((Cube.apply(k) * net(x) + k.exp()) ** 2).mean()
+
+
+@fallback
+def sparse_matrices():
+    nodes, table, last = nn.Parameter(torch.rand(6, 3)), nn.Embedding(6, 3, sparse=True), nn.Linear(3, 1)
+    adjacency, rows = (torch.rand(6, 6).round() + torch.eye(6)).to_sparse(), torch.tensor([0, 4, 4, 1, 2, 0])
+
+    def loss():
+        return mse_loss(last(torch.tanh(adjacency @ nodes)), torch.ones(6, 1)) + (last(table(rows).tanh()) ** 2).mean()
+
+    return [nodes, *table.parameters(), *last.parameters()], loss
 
 
 @fallback

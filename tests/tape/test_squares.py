@@ -179,3 +179,23 @@ def test_what_is_linear_in_a_parameter_is_refused():
     net = mlp()
     with pytest.raises(RuntimeError, match="AccumulateGrad is neither a square nor linear"):
         of_loss(list(net.parameters()), (net(torch.rand(5, 2)) ** 2).mean() + net[0].bias.sum())
+
+
+class Sum(torch.autograd.Function):
+    """Has the name of a node of torch's own, and is not linear."""
+
+    @staticmethod
+    def forward(ctx, squares):
+        ctx.save_for_backward(squares)
+        return squares.sum() ** 3
+
+    @staticmethod
+    def backward(ctx, g):
+        (squares,) = ctx.saved_tensors
+        return 3 * g * squares.sum() ** 2 * torch.ones_like(squares)
+
+
+def test_a_function_with_the_name_of_a_linear_node_is_refused():
+    net, x = mlp(), torch.rand(5, 2)
+    with pytest.raises(RuntimeError, match="SumBackward is neither a square nor linear"):
+        find_terms(0 + Sum.apply(net(x) ** 2), Reach(net.parameters()), "test")
