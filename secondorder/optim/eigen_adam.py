@@ -87,7 +87,8 @@ class EigenAdam(SecondOrderOptimizer):
 
     Args:
         params: a model, whose parameters are all trained; or parameters or param_groups, as torch's optimizers take them.
-        lr: what multiplies the step length that is found, >= 0. Schedulers change it as any learning rate; none is needed.
+        lr: what multiplies the step length that is found, >= 0. Schedulers change it as any learning rate; none is needed. With
+            0 a parameter counts as one without a gradient.
         model: where `params` are parameters or groups, the model that they are of, so that its layers' inputs are seen. None:
             every parameter with two or more dimensions is a matrix without them.
         betas: the decay of the first and second moments.
@@ -529,6 +530,10 @@ class EigenAdam(SecondOrderOptimizer):
         if not present:
             self._find_none()
             return
+        if not all(lr for lr, _ in numbers):
+            present = self._moving(present, numbers)
+            if not present:
+                return
         operands = Operands(name, present, sign)
         captured = self._captured(present)
         renewing = captured or self._renewing()
@@ -547,7 +552,7 @@ class EigenAdam(SecondOrderOptimizer):
             trained = {p: group for group in self.param_groups for p in group["params"]}
             hessians = {} if recorded is None else recorded.of_step(trained, sign, self._group)
             sketches = self._sketches.averaged(present, self.state, self._sum_) if self._several else self._sketches.of
-            self._tell_lost(step.plan_renewal(sketches, hessians), numbers)  # where warnings are errors nothing has changed yet
+            self._tell_lost(step.plan_renewal(sketches, hessians))  # where warnings are errors nothing has changed yet
         rates = rates_and_decays(present, states, shares, numbers, self._places)
         places = [self._places[matrix] for matrix in present]
         on_device = rates_on_device(self.param_groups, self._on_device, places, shared["control"])
@@ -606,6 +611,14 @@ class EigenAdam(SecondOrderOptimizer):
                 "load_state_dict(assign=True), make a new optimizer."
             )
 
+    def _moving(self, present: list[Matrix], numbers: list[tuple[float, float]]) -> list[Matrix]:
+        """Returns the matrices whose learning rate is not 0: slopes along steps that are not made would lengthen others."""
+        moving = [matrix for matrix in present if any(numbers[place][0] for place in self._places[matrix])]
+        self._shared()
+        for matrix in present:  # DCP makes a step with a learning rate of 0 before it loads their states
+            self._state(matrix, 0)
+        return moving
+
     def _find_numbers(self, matrix: Matrix) -> None:
         """Decides by a matrix' first gradient whether it is a map, or numbers that each stand for themselves."""
         # Without a model this looks at every layer's weight, and an instance leaves half of a layer's ReLUs idle.
@@ -617,10 +630,9 @@ class EigenAdam(SecondOrderOptimizer):
         if share is not None and share < 1:
             self._state(matrix, 0)["share"] = share
 
-    def _tell_lost(self, lost: list[str], numbers: list[tuple[float, float]]) -> None:
+    def _tell_lost(self, lost: list[str]) -> None:
         """Warns once of layers whose inputs are not seen."""
-        # DCP makes a step with a learning rate of 0 before it loads a state.
-        if lost and "unseen" not in self._announced and any(lr for lr, _ in numbers):
+        if lost and "unseen" not in self._announced:
             self._announced.add("unseen")
             warn(
                 f"{type(self).__name__} sees no inputs of {', '.join(lost)}: the layers run in a compiled graph or under "

@@ -47,6 +47,36 @@ def test_a_scheduler_sets_the_step():
         scheduler.step()
 
 
+def test_where_the_learning_rate_is_zero_there_is_no_step():
+    """Slopes along steps that are not made lengthen no step."""
+    models = [network(), network()]
+    optimizers = [so.EigenAdam(model) for model in models]
+    for t in range(30):
+        if t in (0, 9):
+            optimizers[0].param_groups[0]["lr"] = 0.0
+            train(models[0], optimizers[0], range(40))
+            optimizers[0].param_groups[0]["lr"] = 1.0
+        for model, optimizer in zip(models, optimizers, strict=True):
+            train(model, optimizer, [t])
+    assert torch.equal(values(models[0]), values(models[1]))
+    assert optimizers[0].metrics()["length"] == optimizers[1].metrics()["length"]
+
+
+def test_a_group_whose_learning_rate_is_zero_is_frozen():
+    models = [network(), network()]
+    optimizers = [so.EigenAdam([{"params": m[:2].parameters()}, {"params": m[2:].parameters()}], model=m) for m in models]
+    optimizers[0].param_groups[0]["lr"] = 0.0
+    models[1][0].requires_grad_(False)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, range(30))
+    assert torch.equal(values(models[0]), values(models[1]))
+    optimizers[0].param_groups[0]["lr"] = 1.0
+    models[1][0].requires_grad_(True)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, range(30, 50))
+    assert torch.equal(values(models[0]), values(models[1]))
+
+
 def test_groups_must_agree_where_one_number_serves_all():
     model = network()
     with pytest.raises(ValueError, match="expected betas to be two numbers"):
