@@ -1,6 +1,7 @@
 """Helpers on tensors: batches as rows, subsamples of them, and the dtype that numbers are computed in."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -63,6 +64,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def to_compute_dtype(t: Tensor) -> Tensor:
     """Returns the tensor in its compute dtype, at least float32."""
     return t if t.dtype is torch.float32 else cast(t, compute_dtype(t.dtype))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it torch computes in the dtypes of the tensors on such devices, where torch.autocast would have it round them."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def subsample(instances: Tensor, samples: int | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secondorder import reference
 from secondorder._extension import compiled  # importing it registers the kernels
+from secondorder._tensors import without_autocast
 from secondorder._warnings import warn
 
 library = torch.ops.secondorder
@@ -54,7 +55,8 @@ def _stand_in(twin: Callable[..., Any]) -> Callable[..., Any]:
     """Makes an implementation of a twin; where the extension is there, it says once for each type of device that it is used."""
 
     def computed(*args: Any) -> Any:
-        untold = {tensor.device.type for tensor in _tensors(args)} - _told
+        devices = [tensor.device for tensor in _tensors(args)]
+        untold = {device.type for device in devices} - _told
         if compiled is not None and untold:
             _told.update(untold)
             warn(
@@ -62,7 +64,8 @@ def _stand_in(twin: Callable[..., Any]) -> Callable[..., Any]:
                 "same steps, several times as slow (docs/install.md). Kernels for CUDA are compiled where both torch and the "
                 "machine have it."
             )
-        with torch.no_grad():  # the fake implementations promise contiguous results
+        with torch.no_grad(), without_autocast(next(iter(devices), torch.device("cpu"))):
+            # The fake implementations promise contiguous results.
             return tree_map_only(Tensor, Tensor.contiguous, twin(*args))
 
     return computed

@@ -1,8 +1,13 @@
-"""Mixed precision: what torch.amp.GradScaler leaves for a step to undo."""
+"""Mixed precision: what torch.amp.GradScaler leaves for a step to undo, and steps within torch.autocast."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
 import torch
+
+Step = TypeVar("Step", bound=Callable[..., Any])
 
 
 def unscaling_factor(optimizer: torch.optim.Optimizer, grad_scaler: Any) -> float | None:
@@ -33,6 +38,43 @@ def unscaling_factor(optimizer: torch.optim.Optimizer, grad_scaler: Any) -> floa
         f"{type(optimizer).__name__}.step(): the gradients were unscaled by scaler.unscale_(optimizer), and the curvature "
         "must be, too: tell the optimizer its scaler once, by optimizer.grad_scaler = scaler"
     )
+
+
+def outside_autocast(step: Step) -> Step:
+    """Makes `step(self, closure)` compute in the tensors' own dtypes within torch.autocast, as torch's optimizers do.
+
+    The closure is called as within it. The rounded copies that autocast keeps of weights are forgotten before each of its calls,
+    and after the step, since the weights have moved.
+    """
+
+    @functools.wraps(step)
+    def outside(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        own = next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
+        kinds = [kind for kind in dict.fromkeys(("cpu", own)) if torch.is_autocast_enabled(kind)]
+        if not kinds:
+            return step(self, *args, **kwargs)
+        dtypes = {kind: torch.get_autocast_dtype(kind) for kind in kinds}
+        cached = torch.is_autocast_cache_enabled()
+
+        def within(closure: Any) -> Any:
+            def called() -> Any:
+                torch.clear_autocast_cache()
+                with ExitStack() as stack:
+                    for kind, dtype in dtypes.items():
+                        stack.enter_context(torch.autocast(kind, dtype, cache_enabled=cached))
+                    return closure()
+
+            return called if callable(closure) else closure
+
+        try:
+            with ExitStack() as stack:
+                for kind in dtypes:
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+                return step(self, *map(within, args), **{name: within(value) for name, value in kwargs.items()})
+        finally:
+            torch.clear_autocast_cache()
+
+    return outside  # type: ignore[return-value]
 
 
 def restore_scale(optimizer: torch.optim.Optimizer) -> None:

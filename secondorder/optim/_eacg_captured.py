@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from secondorder._tensors import captured_now
 from secondorder.errors import NonFiniteError
 from secondorder.optim import _captures, _momentum
-from secondorder.optim._eacg_replays import Replays, move, rate
+from secondorder.optim._eacg_replays import EACGReplays, move, rate
 from secondorder.optim._layerwise import Groups, LayerwiseOptimizer
 from secondorder.optim._numbers import check_arguments, check_numbers
 from secondorder.solvers import EACGSolver, Factors
@@ -65,7 +65,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
 
     def _forget_replays(self) -> None:
         """Starts anew, as if no graph had captured a step: none has one with the present state."""
-        self._replays = Replays(layer.weight for layer in self._layers)
+        self._replays = EACGReplays(layer.weight for layer in self._layers)
         self._untold = 0  # refused replays that no error has told of
         self._weighs = False  # whether the last step's targets did not all count alike
 
@@ -92,7 +92,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Returns the optimizer without its graphs."""
         self._catch_up()
-        return {**super().__getstate__(), "_replays": Replays(layer.weight for layer in self._layers)}
+        return {**super().__getstate__(), "_replays": EACGReplays(layer.weight for layer in self._layers)}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state, as every torch optimizer does."""

@@ -16,7 +16,7 @@ States = Mapping[Tensor, dict[str, Any]]
 _COUNTS = ("step", "factor_updates")  # of a weight's state
 
 
-class Replays:
+class EACGReplays:
     """What captured steps and those that Python makes have in common: the counts, and the places of the state.
 
     Args:

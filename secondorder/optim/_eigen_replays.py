@@ -16,7 +16,7 @@ from secondorder.optim._matrices import Matrix, computed_in
 States = Mapping[Tensor, dict[str, Any]]
 
 
-class Replays:
+class EigenReplays:
     """What is known of the steps that CUDA graphs have captured.
 
     Args:

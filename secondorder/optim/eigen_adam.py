@@ -16,10 +16,11 @@ from secondorder._tensors import captured_now, cast, is_sharded
 from secondorder._warnings import warn
 from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
+from secondorder.optim._amp import outside_autocast
 from secondorder.optim._bias_hessians import BiasHessians, chosen_curvature
 from secondorder.optim._eigen_inputs import Sketches
 from secondorder.optim._eigen_rates import SLOW, Rates, check_group, rates_and_decays, rates_on_device
-from secondorder.optim._eigen_replays import Replays
+from secondorder.optim._eigen_replays import EigenReplays
 from secondorder.optim._eigen_saved import as_kept, with_room
 from secondorder.optim._eigen_state import (
     FIRST_STEPS,
@@ -203,7 +204,7 @@ class EigenAdam(SecondOrderOptimizer):
         self._rates = Rates(type(self).__name__)
         # A copy of control on its way from the device, and the event of its arrival.
         self._report: tuple[Tensor, Any] | None = None
-        self._replays = Replays(type(self).__name__)
+        self._replays = EigenReplays(type(self).__name__)
 
     # --- the model -----------------------------------------------------------------------------------------------------------
 
@@ -284,7 +285,7 @@ class EigenAdam(SecondOrderOptimizer):
         state = self.state.get(matrix.weight, {})
         if "basis_out" in state and not fits(matrix, state):
             forget(state)
-            self._replays = Replays(type(self).__name__)  # CUDA graphs have the old tensors
+            self._replays = EigenReplays(type(self).__name__)  # CUDA graphs have the old tensors
         if matrix.bias is not None:
             forget(self.state.get(matrix.bias, {}), "step")
 
@@ -443,7 +444,7 @@ class EigenAdam(SecondOrderOptimizer):
         except BaseException:
             self._hook()
             raise
-        self._seeing, self._replays = None, Replays(type(self).__name__)  # CUDA graphs have the old tensors
+        self._seeing, self._replays = None, EigenReplays(type(self).__name__)  # CUDA graphs have the old tensors
         self._schedule()
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
@@ -481,6 +482,7 @@ class EigenAdam(SecondOrderOptimizer):
 
     # --- the step ------------------------------------------------------------------------------------------------------------
 
+    @outside_autocast
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one step from the parameters' gradients.

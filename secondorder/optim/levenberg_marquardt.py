@@ -13,6 +13,7 @@ from secondorder._tape.factored import Buffer
 from secondorder._tape.plans import Plan
 from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
+from secondorder.optim._amp import outside_autocast
 from secondorder.optim._closure import NEEDED, idle_backward, with_graph
 from secondorder.optim._numbers import Numbers, check_arguments, check_numbers, warn_of_short_steps
 from secondorder.optim._optimizer import SecondOrderOptimizer
@@ -150,6 +151,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         super().__init__(list(params.parameters()) if isinstance(params, nn.Module) else params, {"lr": lr, "skipped_steps": 0})
         warn_of_short_steps(name, lr)
 
+    @outside_autocast
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] = NEEDED) -> Tensor:  # type: ignore[override]
         """Makes one step, or up to `max_iter`: fewer if one of them lowers nothing, with which the call ends.
