@@ -13,15 +13,25 @@ from secondorder._tape.graph import (
     source_nodes,
 )  # fmt: skip
 from secondorder._tape.layers import LayerRecord
-from secondorder._tape.records import Counting, CriterionArguments, LayerCall, Link, LossCall, ModelCall, aligned, as_weighted
+from secondorder._tape.records import (
+    Counting,
+    CriterionArguments,
+    LayerCall,
+    Link,
+    LossCall,
+    ModelCall,
+    aligned,
+    as_weighted,
+    is_recorded,
+)
 from secondorder._tape.roots import term_of_its_own, term_outside, upstream
 from secondorder._tape.tape import OutputHessianOf, Tape
-from secondorder._tape.ways import is_affine, is_selecting, keeps_rows, logits_of, preactivation
+from secondorder._tape.ways import is_affine, is_selecting, keeps_rows, logits_of, preactivation, taken_from
 
 __all__ = [
     "AutogradMap", "Columns", "Counting", "CriterionArguments", "ElementwiseMap", "ForwardState", "KnownActivation",
     "LayerCall", "LayerRecord", "Link", "LossCall", "ModelCall", "OutputHessianOf", "Tape", "activation_function", "aligned",
-    "as_weighted", "claim_product", "derivatives", "is_affine", "is_reshaping", "is_selecting", "is_view_of", "keeps_rows",
-    "logits_of", "metadata", "multiplied", "preactivation", "refuse_reentrant_checkpoint", "source_nodes", "term_of_its_own",
-    "term_outside", "upstream",
+    "as_weighted", "claim_product", "derivatives", "is_affine", "is_recorded", "is_reshaping", "is_selecting", "is_view_of",
+    "keeps_rows", "logits_of", "metadata", "multiplied", "preactivation", "refuse_reentrant_checkpoint", "source_nodes",
+    "taken_from", "term_of_its_own", "term_outside", "upstream",
 ]  # fmt: skip

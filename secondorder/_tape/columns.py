@@ -9,12 +9,13 @@ from torch.autograd.graph import GradientEdge, Node
 
 from secondorder._tape.graph import metadata, source_nodes
 from secondorder._tape.records import Counting, LayerCall
-from secondorder._tensors import subsample
+from secondorder._tensors import subsample, to_compute_dtype, without_autocast
 from secondorder.criteria import OutputRoot
 
 # (criterion, loss, the autograd node of the output of the one linear layer that the loss depends on, or None, the criterion's
 # arguments by position and by name) -> the edge of the graph where columns start, and the root whose columns they are.
-Columns = Callable[[nn.Module, Tensor, Node | None, tuple[Any, ...], dict[str, Any]], tuple[GradientEdge, OutputRoot]]
+# None: the Hessian is zero, or is in sum over instances that the criterion compares.
+Columns = Callable[[nn.Module, Tensor, Node | None, tuple[Any, ...], dict[str, Any]], tuple[GradientEdge, OutputRoot | None]]
 
 # At most so many numbers of all layers' deltas are held at once.
 _BUDGET = 2**25
@@ -51,7 +52,7 @@ def column_blocks(
             [edge], [GradientEdge(node, 0) for node in nodes], [columns], retain_graph=True, is_grads_batched=True
         )
         for call, delta in zip(calls, deltas, strict=True):
-            flat = delta.reshape(len(delta), delta.shape[1:-1].numel(), delta.shape[-1])
+            flat = to_compute_dtype(delta).reshape(len(delta), delta.shape[1:-1].numel(), delta.shape[-1])
             share: Tensor | float = 1.0
             if samples is not None and flat.shape[1] > samples:
                 rows = counting(call.input.shape[:-1])
@@ -59,5 +60,6 @@ def column_blocks(
                 share = rows.share(flat.shape[1], samples)
                 flat = subsample(flat, samples)
             chosen = flat.flatten(0, 1)
-            blocks[call] = chosen.T @ chosen * share + blocks.get(call, 0)
+            with without_autocast(chosen.device):
+                blocks[call] = chosen.T @ chosen * share + blocks.get(call, 0)
     return blocks

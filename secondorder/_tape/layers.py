@@ -30,6 +30,11 @@ class LayerRecord:
     _counting: list[Counting] | None = None
 
     @property
+    def without_columns(self) -> bool:
+        """Whether the losses have no columns for it, since their Hessian is zero."""
+        return self.block is None and any(loss.flat for loss in self.origins)
+
+    @property
     def instances(self) -> int:
         """Returns how many rows the calls have together."""
         return sum(self._rows())

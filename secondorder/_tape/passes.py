@@ -47,14 +47,13 @@ def gradients_at(nodes: list[Node], outputs: Sequence[Tensor | GradientEdge], se
 
 
 def gradients_by_seed(r: Tensor, inputs: Sequence[Any], seeds: Tensor) -> Sequence[Tensor | None]:
-    """Returns the gradients of `inputs` for each of the seeds [k, ...], as [k, ...]; by vmap if it knows all nodes."""
-    try:
-        with warnings.catch_warnings():
+    """Returns the gradients of `inputs` for each of the seeds [k, ...], as [k, ...]; by vmap if there are several."""
+    if len(seeds) > 1:
+        with warnings.catch_warnings(), suppress(RuntimeError):  # vmap does not know all nodes, as those of compiled graphs
             warnings.simplefilter("ignore")  # vmap warns of nodes that it takes one after another
             return torch.autograd.grad(r, inputs, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True)
-    except RuntimeError:
-        each = [torch.autograd.grad(r, inputs, one, retain_graph=True, allow_unused=True) for one in seeds]
-        return [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]
+    each = [torch.autograd.grad(r, inputs, one, retain_graph=True, allow_unused=True) for one in seeds]
+    return [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]
 
 
 def columns_by_passes(
@@ -86,19 +85,8 @@ def _by_rows(r: Tensor, weights: Tensor, elements: Tensor, parameters: list[Tens
     found = [r.new_zeros(len(elements), t.numel(), dtype=t.dtype) for t in parameters]
     for start in range(0, len(elements), batch):
         chosen = elements[start : start + batch]
-        ones = weights.new_zeros(len(chosen), len(weights))
-        ones.scatter_(1, chosen.unsqueeze(1), weights[chosen].unsqueeze(1))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # vmap warns of nodes that it takes one after another
-                gradients = torch.autograd.grad(
-                    r, parameters, (ones if batch > 1 else ones[0]).view(*ones.shape[: batch > 1], *r.shape),
-                    retain_graph=True, allow_unused=True, is_grads_batched=batch > 1,
-                )  # fmt: skip
-        except RuntimeError:
-            if batch == 1:
-                raise
-            return _by_rows(r, weights, elements, parameters, 1)  # vmap does not know all nodes, as those of compiled graphs
+        seeds = weights.new_zeros(len(chosen), len(weights)).scatter_(1, chosen.unsqueeze(1), weights[chosen].unsqueeze(1))
+        gradients = gradients_by_seed(r, parameters, seeds.view(-1, *r.shape))
         for each, gradient in zip(found, gradients, strict=True):
             if gradient is not None:
                 each[start : start + len(chosen)] = gradient.to_dense().reshape(len(chosen), -1)

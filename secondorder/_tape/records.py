@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from secondorder._tape.elementwise import ElementwiseMap
 from secondorder._tape.forward_state import ForwardState
+from secondorder._tape.graph import metadata
 from secondorder._tape.ways import Way
 from secondorder._tensors import flatten_batch, refuse_capture, subsample
 from secondorder.criteria import OutputHessian
@@ -36,6 +38,7 @@ class LayerCall:
     used: bool = False  # by another layer or by the criterion
     grad_output: Tensor | None = None  # [..., n_out], kept only where `keeps_gradient`
     keeps_gradient: bool = False
+    multiplied: set[Tensor] = field(default_factory=set)  # parameters in products between the layers before and the input
 
     def upstream(self) -> list["LayerCall"]:
         """This call and all that it depends on."""
@@ -66,7 +69,12 @@ class LayerCall:
             link.grad = None
             link.map = None if release else link.map
         if release:
-            self.input, self.output, self.inputs_from = _RELEASED, None, []
+            self.input, self.output, self.inputs_from, self.multiplied = _RELEASED, None, [], set()
+
+
+def is_recorded(node: Node) -> bool:
+    """Tells whether a node made the output of a recorded call of a layer."""
+    return any(isinstance(value, LayerCall) for value in metadata(node).values())
 
 
 @dataclass(eq=False, slots=True)
@@ -208,6 +216,7 @@ class LossCall:
     outside: str | None = None  # what depends on a parameter in it, but not through these arguments; None: nothing
     blocks: dict[LayerCall, Tensor] = field(default_factory=dict)  # sum of delta delta^T [n_out, n_out] over its columns
     repeated: set[nn.Linear] = field(default_factory=set)  # the layers that it uses several times
+    multiplied: set[Tensor] = field(default_factory=set)  # parameters in products between these layers and it
     # Of the target's elements; called where they are needed, since that may wait for the device.
     masses: Callable[[], Tensor | None] = _alike
     normalized: bool = True  # whether a mean is divided by the sum of these, rather than by their number
@@ -246,7 +255,7 @@ class LossCall:
         """Forgets the backward passes; with `release` the forward pass, too."""
         self.scale, self.released = None, release
         if release:
-            self.masses, self._counting, self.assumed = _alike, None, None
+            self.masses, self._counting, self.assumed, self.multiplied = _alike, None, None, set()
         if release and self.arguments is not None:
             if self.arguments.model is not None:
                 self.arguments.model.release()

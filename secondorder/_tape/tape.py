@@ -83,8 +83,7 @@ class Tape:
         output_hessian: returns the recursion's start if no formula does, given the arguments of `columns`; None: the Hessian.
 
     `recording` may be switched off and on at any time. `tied` are the layers that are recorded as another one. `missing` says why
-    there are no records. `multiplied` are the parameters that a loss has multiplied with outside of these layers' calls, as by
-    F.linear(h, layer.weight).
+    there are no records.
     """
 
     def __init__(
@@ -105,7 +104,6 @@ class Tape:
         self.missing = _NOT_CALLED  # why there may be no records
         self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
         self._claimed = self._key + ".weight"  # likewise of what these multiply their inputs with
-        self.multiplied: set[Tensor] = set()
         self._muted = False
         self._keeps_inputs = keep_inputs
         self._watched = list(model.parameters()) if model is not None and keep_inputs else []
@@ -145,6 +143,14 @@ class Tape:
     def losses(self) -> list[LossCall]:
         """Returns the criterion's calls that a backward pass has gone through since the last `clear`."""
         return self._log.losses
+
+    @property
+    def multiplied(self) -> set[Tensor]:
+        """Parameters that these losses have multiplied with outside of the layers' calls, as by F.linear(h, layer.weight)."""
+        found: set[Tensor] = set()
+        for loss in self.losses:
+            found.update(loss.multiplied, *(call.multiplied for call in loss.calls()))
+        return found
 
     @property
     def outside(self) -> str | None:
@@ -263,7 +269,7 @@ class Tape:
         """Returns the links from the layers that the input of a layer's call comes from."""
         layer = call.layer
         nodes, passed, products = source_nodes(made_by, self._key)
-        self.multiplied |= multiplied(products, self._claimed)
+        call.multiplied = multiplied(products, self._claimed)
         self._refuse_compiled_layers(made_by, passed)
         if len(nodes) != 1:
             names = sorted({repr(self.names[metadata(node)[self._key].layer]) for node in nodes[:4]})
@@ -337,7 +343,6 @@ class Tape:
                 passed
             )
             return
-        self.multiplied |= multiplied(products, self._claimed)
         if COMPILED in passed:
             raise compiled_error("the criterion, or what comes before it, runs")
         if loss.dim() != 0:
@@ -348,6 +353,7 @@ class Tape:
         args, kwargs = by_position(criterion, args, kwargs)
         reduction = getattr(criterion, "reduction", kwargs.get("reduction", "mean"))
         call = LossCall([self._use(node, criterion) for node in nodes], None, loss.detach(), mean=reduction != "sum")
+        call.multiplied = multiplied(products, self._claimed)
         call.instances, call.captured = _instances(call.sources, args), captured_now()
         if len(args) > 1:
             masses = LateMasses(criterion, (None, *_detached(args[1:])), _detached(kwargs))
@@ -375,7 +381,13 @@ class Tape:
         if self.columns is not None:
             with self.muted():
                 edge, root = self.columns(self.criterion, loss, nodes[0] if len(nodes) == 1 else None, args, kwargs)
-                call.blocks = column_blocks(edge, root, self._key, self.samples, call.counting, self.wide)
+                if root is not None:
+                    call.blocks = column_blocks(edge, root, self._key, self.samples, call.counting, self.wide)
+            call.flat = root is None
+            if call.flat:
+                assert loss.grad_fn is not None
+                for node in source_nodes(loss.grad_fn, self._key, nearest=False)[0]:
+                    self._keep_gradient(node)
         elif len(nodes) > 1:  # the recursion starts anew at each of them
             for node in nodes:
                 self._keep_gradient(node)

@@ -7,7 +7,7 @@ take a few nodes. Each is linear, and then applied by differentiating its backwa
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +149,35 @@ def is_selecting(node: Node) -> bool:
     return is_turning(node) or kind(node) in _SELECTING
 
 
+# Of these those that may repeat some.
+_REPEATING = {"IndexBackward", "IndexSelectBackward", "ExpandBackward"}
+
+
+class Origin(NamedTuple):
+    """Tells where the tensor stands that numbers are taken from, where a dimension of theirs is in it, and if some may repeat."""
+
+    edge: GradientEdge
+    dim: int | None
+    repeats: bool
+
+
+def taken_from(output: GradientEdge, dim: int | None, passes: Callable[[Node], bool]) -> Origin:
+    """Walks back from an output over nodes that pass, as long as its dimension `dim`, if given, stays in one place, in order."""
+    node, number, repeats = output.node, output.output_nr, False
+    while passes(node):
+        before, place = node.next_functions[0]
+        if before is None or before.name() == LEAF:
+            break
+        if dim is not None:
+            dim_before = _dim_before(node, number, dim)
+            if dim_before is None:
+                break
+            dim = dim_before
+        repeats |= kind(node) in _REPEATING
+        node, number = before, place
+    return Origin(GradientEdge(node, number), dim, repeats)
+
+
 def logits_of(log_probabilities: Tensor, classes: int, passes: Callable[[Node], bool]) -> GradientEdge | None:
     """Returns where the logits stand that log_softmax was taken of; None: the tensor comes from it by other nodes, or not at all.
 
@@ -157,26 +186,20 @@ def logits_of(log_probabilities: Tensor, classes: int, passes: Callable[[Node], 
         classes: the dimension of their classes.
         passes: tells whether a node may stand between log_softmax and them.
     """
-    node: Any = log_probabilities.grad_fn
-    number, dim = log_probabilities.output_nr, classes % log_probabilities.dim()
-    while node is not None and passes(node):
-        before = _dim_before(node, number, dim)
-        if before is None:
-            return None
-        dim, (node, number) = before, node.next_functions[0]
-    if node is None or kind(node) != "LogSoftmaxBackward":
+    if log_probabilities.grad_fn is None:
         return None
-    if signed_dim(node._saved_dim) % len(node._input_metadata[0].shape) != dim:
+    start = GradientEdge(log_probabilities.grad_fn, log_probabilities.output_nr)
+    edge, dim, _ = taken_from(start, classes % log_probabilities.dim(), passes)
+    node: Any = edge.node
+    if kind(node) != "LogSoftmaxBackward" or signed_dim(node._saved_dim) % len(node._input_metadata[0].shape) != dim:
         return None
     before, number = node.next_functions[0]
     return None if before is None else GradientEdge(before, number)
 
 
 def _dim_before(node: Any, number: int, dim: int) -> int | None:
-    """Returns where a dimension of a node's output stands in its one input; None: not in one place alone, or it is mixed."""
+    """Returns where a dimension of a node's output stands in its one input; None: not in one place alone, or not in order."""
     before, place = node.next_functions[0]
-    if before is None:
-        return None
     made, given = node._input_metadata[number].shape, before._input_metadata[place].shape
     if kind(node) == "TransposeBackward":
         first, second = (signed_dim(saved) % len(given) for saved in (node._saved_dim0, node._saved_dim1))
@@ -185,9 +208,23 @@ def _dim_before(node: Any, number: int, dim: int) -> int | None:
         return int(signed_dim(node._saved_dims[dim])) % len(given)
     if kind(node) == "TBackward":
         return len(given) - 1 - dim
+    if kind(node) in ("SelectBackward", "UnbindBackward"):
+        return dim + (signed_dim(node._saved_dim) % len(given) <= dim)
     inner = math.prod(made[dim + 1 :])
     found = [i for i, size in enumerate(given) if size == made[dim] and math.prod(given[i + 1 :]) == inner]
-    return found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 and found[0] not in _indexed(node, len(given)) else None
+
+
+def _indexed(node: Any, dims: int) -> set[int]:
+    """Returns the dimensions of its input that a node takes by an index."""
+    if kind(node) == "IndexSelectBackward":
+        return {signed_dim(node._saved_dim) % dims}
+    found, dim = set(), 0
+    for index in node._saved_indices if kind(node) == "IndexBackward" else ():
+        width = index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
+        found |= set(range(dim, dim + width)) if index is not None else set()
+        dim += width
+    return found
 
 
 def is_affine(output: GradientEdge, source: Node) -> bool:

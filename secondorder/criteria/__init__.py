@@ -2,13 +2,23 @@
 
 from secondorder.criteria.autograd import autograd_hessian, autograd_root, check_second_derivatives, tangent_map
 from secondorder.criteria.hessians import KnownForm, OutputHessian, analytic_hessian, known_form
-from secondorder.criteria.known import LateMasses, by_position, divides_by_masses, element_masses, is_convex, link_of, row_masses
+from secondorder.criteria.known import (
+    LateMasses,
+    by_position,
+    divides_by_masses,
+    element_masses,
+    is_convex,
+    is_fixed,
+    link_of,
+    of_difference,
+    row_masses,
+)
 from secondorder.criteria.losses import BoundedClassificationLoss, CompositeLoss, FunctionCriterion, TukeyBiweightLoss
-from secondorder.criteria.roots import LikelihoodRoot, OutputRoot, SampledRoot, likelihood_root
+from secondorder.criteria.roots import LikelihoodRoot, OutputRoot, SampledRoot, added_up, likelihood_root
 
 __all__ = [
     "BoundedClassificationLoss", "CompositeLoss", "FunctionCriterion", "KnownForm", "LateMasses", "LikelihoodRoot",
-    "OutputHessian", "OutputRoot", "SampledRoot", "TukeyBiweightLoss", "analytic_hessian", "autograd_hessian", "autograd_root",
-    "by_position", "check_second_derivatives", "divides_by_masses", "element_masses", "is_convex", "known_form",
-    "likelihood_root", "link_of", "row_masses", "tangent_map",
+    "OutputHessian", "OutputRoot", "SampledRoot", "TukeyBiweightLoss", "added_up", "analytic_hessian", "autograd_hessian",
+    "autograd_root", "by_position", "check_second_derivatives", "divides_by_masses", "element_masses", "is_convex", "is_fixed",
+    "known_form", "likelihood_root", "link_of", "of_difference", "row_masses", "tangent_map",
 ]  # fmt: skip

@@ -17,23 +17,28 @@ def autograd_hessian(loss: Tensor, source: Node, inner: GradientEdge | None = No
     """Returns H = sum_i d^2 L / dz_i dz_i^T [K, K] of any scalar loss L, by double backward; with u = u(z), sum_i J_i^T H_u J_i.
 
     Needs K + 3 backward passes through the criterion, or 3 where it acts on every element of z on its own. Instances must not
-    be coupled by the criterion; a coupling enters as if it stood within the instances.
+    be coupled by the criterion; a coupling enters as if it stood within the instances. Where that leaves nothing but rounding, as
+    of differences between instances, H is 0.
 
     Args:
         loss: L, a scalar with its graph.
         source: the node of the graph whose tensor is z [..., K].
         inner: where u stands in the graph, between z and L: H_u is then the Hessian there, J_i = du/dz_i; None: it is z itself.
     """
-    diagonal, rows = _rows_of(loss, source, inner)
+    diagonal, rows, rounding = _rows_of(loss, source, inner)
     k = diagonal.shape[-1]
     if rows is None:
         convex = not diagonal.numel() or lowest_eigenvalue(diagonal, diagonal.dtype) is None
         return OutputHessian((diagonal.clamp(min=0) if convex else diagonal).reshape(-1, k).sum(0), convex)
-    return OutputHessian(torch.stack([row.reshape(-1, k).sum(0) for row in rows]), convex=False)
+    sums, largest = zip(*((row.reshape(-1, k).sum(0), row.abs().max()) for row in rows), strict=True)
+    flat = torch.stack(largest).max() <= rounding
+    return OutputHessian(torch.stack(sums).masked_fill(flat, 0), convex=False)
 
 
-def autograd_root(loss: Tensor, source: Node, inner: GradientEdge | None = None, convex: bool = False) -> OutputRoot:
+def autograd_root(loss: Tensor, source: Node, inner: GradientEdge | None = None, convex: bool = False) -> OutputRoot | None:
     """Returns a square root of every instance's H_i = d^2 L / dz_i dz_i^T, by double backward; with u = u(z), of J_i^T H_u J_i.
+
+    None where these are zero, as an absolute value's, or where a coupling makes them so.
 
     Args:
         loss: L, a scalar with its graph.
@@ -45,12 +50,14 @@ def autograd_root(loss: Tensor, source: Node, inner: GradientEdge | None = None,
     Raises:
         ValueError: an H_i is not positive semi-definite.
     """
-    diagonal, rows = _rows_of(loss, source, inner)
+    diagonal, rows, rounding = _rows_of(loss, source, inner)
+    hessians = diagonal if rows is None else torch.stack(list(rows), -1)
+    if (hessians.abs() <= rounding).all():
+        return None
     if rows is None:
         if not convex:
             check_semidefinite(diagonal, diagonal.dtype)
         return GaussianRoot(diagonal.clamp(min=0).sqrt())
-    hessians = torch.stack(list(rows), -1)
     if not torch.isfinite(hessians).all():
         return DenseRoot(hessians)  # NaN is left to the step's own check
     eigenvalues, vectors = torch.linalg.eigh(symmetrized(hessians).double())
@@ -107,8 +114,11 @@ def tangent_map(outer: Sequence[GradientEdge], inner: Sequence[GradientEdge]) ->
     return tangent
 
 
-def _rows_of(loss: Tensor, source: Node, inner: GradientEdge | None) -> tuple[Tensor, Iterator[Tensor] | None]:
-    """Every instance's H_i: its diagonal [..., K] and None, or its row sums and its rows, K tensors [..., K]."""
+def _rows_of(loss: Tensor, source: Node, inner: GradientEdge | None) -> tuple[Tensor, Iterator[Tensor] | None, Tensor | float]:
+    """Every instance's H_i: its diagonal [..., K] and None, or its row sums and its rows, K tensors [..., K].
+
+    Last the size up to which all rows together may be rounding of zero.
+    """
     z = GradientEdge(source, 0)
     edge = z if inner is None else inner
     with torch.enable_grad():
@@ -118,7 +128,7 @@ def _rows_of(loss: Tensor, source: Node, inner: GradientEdge | None) -> tuple[Te
     zero = torch.zeros(made.shape, dtype=made.dtype, device=made.device)
     # A loss that is linear there, or that takes but derivatives of z by what z is made of.
     if gradient is None or not gradient.requires_grad:
-        return zero, None
+        return zero, None, 0.0
 
     def product(v: Tensor) -> Tensor:
         with second_derivatives():
@@ -131,12 +141,14 @@ def _rows_of(loss: Tensor, source: Node, inner: GradientEdge | None) -> tuple[Te
 
     # A diagonal Hessian has H v = (H 1) * v for every v.
     diagonal, v = product(torch.ones_like(zero)), irregular(zero)
-    if ((product(v) - diagonal * v).abs() <= 1e-4 * diagonal.abs().max()).all():
-        return diagonal, None
+    hv = product(v)
+    if ((hv - diagonal * v).abs() <= 1e-4 * diagonal.abs().max()).all():
+        return diagonal, None, 0.0
 
     def unit(k: int) -> Tensor:
         v = torch.zeros_like(zero)
         v[..., k] = 1
         return v
 
-    return diagonal, (product(unit(k)) for k in range(zero.shape[-1]))
+    rounding = torch.finfo(hv.dtype).eps ** 0.75 * hv.abs().max()
+    return diagonal, (product(unit(k)) for k in range(zero.shape[-1])), rounding

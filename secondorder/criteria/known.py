@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secondorder._tensors import Arriving, captured_now, to_compute_dtype
+from secondorder._tensors import Arriving, captured_now, to_compute_dtype, without_autocast
 from secondorder.criteria.losses import CompositeLoss, FunctionCriterion
 
 LOG_SOFTMAX = "LogSoftmaxBackward"  # the name of its autograd node
@@ -27,7 +27,9 @@ _CONVEX = (nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
 def evaluated(
     table: dict[type, Callable[..., Any]], criterion: nn.Module, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Returns what the table's formula for this criterion gives, or None if it has none."""
+    """Returns what the table's formula for this criterion gives, or None if it has none; all of them are for fixed targets."""
+    if not is_fixed(args):
+        return None
     if isinstance(criterion, FunctionCriterion):
         module = _FUNCTIONS.get(criterion.function)
         if module is None or len(args) != 1 or not kwargs.keys() <= inspect.signature(module).parameters.keys():
@@ -36,7 +38,7 @@ def evaluated(
     formula = table.get(type(criterion))
     if formula is None or len(args) != 1 or kwargs:
         return None
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(output.device):
         # Not in the dtype of half-precision outputs, as under autocast: rounded so, H would not be positive semi-definite.
         return formula(criterion, to_compute_dtype(output), args[0])
 
@@ -243,6 +245,30 @@ def is_convex(criterion: nn.Module) -> bool:
         criterion: a module or a `FunctionCriterion`.
     """
     return _kind(criterion) in _CONVEX
+
+
+def is_fixed(targets: tuple[Any, ...]) -> bool:
+    """Tells whether a criterion's target depends on nothing that is trained.
+
+    Args:
+        targets: its arguments after the output.
+    """
+    return not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in targets)
+
+
+def of_difference(criterion: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the arguments of a mean square of an output and a target that are both trained: their difference, and zero.
+
+    Args:
+        criterion: a module or a `FunctionCriterion`.
+        args: of its call; those of any other come back as they are.
+    """
+    if _kind(criterion) is not nn.MSELoss or len(args) != 2 or is_fixed(args[:1]) or is_fixed(args[1:]):
+        return args
+    with torch.enable_grad():
+        difference = args[0] - args[1]
+        difference = difference.unsqueeze(-1) if difference.dim() == 1 else difference  # of one number for each instance
+    return difference, torch.zeros_like(difference, requires_grad=False)
 
 
 def link_of(criterion: nn.Module) -> str | None:

@@ -207,10 +207,11 @@ def likelihood_root(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: 
 
 @dataclass(frozen=True)
 class ClassesElsewhere:
-    """Of logits of another shape than [m, K]: of one instance, [K], or with the classes in dimension 1, [m, K, ...]."""
+    """Of logits of another shape than [m, K]: of one instance, [K], or with the classes in another dimension, [m, K, ...]."""
 
     root: SoftmaxRoot  # of the logits as rows [.., K]
     shape: torch.Size  # of the logits with the classes last
+    dim: int  # where their classes are
 
     @property
     def count(self) -> int:
@@ -219,15 +220,15 @@ class ClassesElsewhere:
 
     def columns(self, begin: int, end: int) -> Tensor:
         """Returns the columns from `begin` to before `end`, [end - begin, *output.shape]."""
-        return self._placed(self.root.columns(begin, end))
+        return self.placed(self.root.columns(begin, end))
 
     def sample(self) -> Tensor:
         """Draws categorical labels."""
-        return self._placed(self.root.sample().unsqueeze(0)).squeeze(0)
+        return self.placed(self.root.sample().unsqueeze(0)).squeeze(0)
 
-    def _placed(self, columns: Tensor) -> Tensor:
-        columns = columns.reshape(len(columns), *self.shape)
-        return columns.movedim(-1, 2) if len(self.shape) > 2 else columns
+    def placed(self, columns: Tensor) -> Tensor:
+        """Returns columns [count, rows, K] in the shape of the logits."""
+        return columns.reshape(len(columns), *self.shape).movedim(-1, 1 + self.dim)
 
 
 def _cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> SoftmaxRoot | ClassesElsewhere | None:
@@ -235,11 +236,49 @@ def _cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: 
         return cross_entropy_root(criterion, output, target)
     if output.dim() == 0:
         return None
-    logits, probabilities = output.movedim(1 if output.dim() > 1 else 0, -1), target.is_floating_point()
+    dim = min(1, output.dim() - 1)
+    logits, probabilities = output.movedim(dim, -1), target.is_floating_point()
     labels = target.movedim(1 if target.dim() > 1 else 0, -1) if probabilities else target
     rows = logits.reshape(-1, logits.shape[-1])
     root = cross_entropy_root(criterion, rows, labels.reshape(rows.shape if probabilities else -1))
-    return None if root is None else ClassesElsewhere(root, logits.shape)
+    return None if root is None else ClassesElsewhere(root, logits.shape, dim)
+
+
+def added_up(root: OutputRoot, back: Callable[[Tensor], Tensor], dim: int | None) -> OutputRoot | None:
+    """Returns the root at a tensor of which the output's numbers are taken, some of them several times: their H_i add up.
+
+    Args:
+        root: at the output.
+        back: takes a gradient of the output to that of this tensor.
+        dim: where its classes are; None: it has none.
+
+    Returns:
+        None: it is a root of which this is not known.
+    """
+    if isinstance(root, BernoulliRoot):
+        mass = back(root.mass)
+        p = _shared(back(root.mass * root.p), mass)
+        return BernoulliRoot((mass * p * (1 - p)).sqrt(), p, mass)
+    if type(root) is GaussianRoot:
+        return GaussianRoot(back(root.root.square()).sqrt())
+    if dim is None:
+        return None
+    # All uses of a row have its p: sum_i mass_i p_ik adds up to mass p_k.
+    if isinstance(root, SoftmaxRoot):
+        weighted = back(root.p * root.mass.unsqueeze(1))
+    elif isinstance(root, ClassesElsewhere):
+        weighted = back(root.placed((root.root.p * root.root.mass.unsqueeze(1)).unsqueeze(0)).squeeze(0))
+    else:
+        return None
+    weighted = weighted.movedim(dim, -1)
+    flat = weighted.reshape(-1, weighted.shape[-1])
+    mass = flat.sum(1)
+    return ClassesElsewhere(SoftmaxRoot(_shared(flat, mass.unsqueeze(1)), mass), weighted.shape, dim)
+
+
+def _shared(weighted: Tensor, mass: Tensor) -> Tensor:
+    """Returns weighted / mass; 0 where both are."""
+    return weighted / mass.masked_fill(mass == 0, 1)
 
 
 def cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> SoftmaxRoot | None:

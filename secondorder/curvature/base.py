@@ -8,6 +8,7 @@ from torch.autograd.graph import GradientEdge, Node
 from secondorder._distributed import RankTerm
 from secondorder._tape import Columns, LayerRecord, OutputHessianOf, is_affine
 from secondorder._tensors import cast
+from secondorder.criteria import is_fixed
 
 
 class Curvature:
@@ -117,12 +118,14 @@ def curvature_by_name(name: str | Curvature) -> Curvature:
 def convex_argument(source: Node, args: tuple[Any, ...]) -> GradientEdge | None:
     """Returns the edge of a criterion's first argument, if that is a function of the last layer's output that is not affine.
 
+    None where its target is trained, too.
+
     Args:
         source: the node of that output.
         args: the criterion's.
     """
     node = args[0].grad_fn if args and isinstance(args[0], Tensor) else None
-    if node is None:
+    if node is None or not is_fixed(args[1:]):
         return None
     edge = GradientEdge(node, args[0].output_nr)
     return None if is_affine(edge, source) else edge

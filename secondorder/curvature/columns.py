@@ -4,9 +4,11 @@ The columns s_ic give delta_ic = J_i^T s_ic at every layer, and H = sum_i sum_c 
 
 Column c of all instances goes back at once. Where several instances depend on one row of a layer (through attention, a norm over
 the batch, a recurrent decoder, a graph) their delta_ic arrive there as a sum, whose square has terms of pairs of instances. Each
-s_ic has a random sign, so that these terms are zero in expectation. Where each row leads to one instance nothing changes.
+s_ic has a random sign, so that these terms are zero in expectation. Where each row leads to one instance nothing changes. Rows
+that the criterion sees several times, by an index, have one root of their summed Hessians.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,20 +16,24 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder._tape import LayerRecord, is_affine, is_reshaping, is_selecting, is_view_of, logits_of
+from secondorder._tape import LayerRecord, is_affine, is_recorded, is_reshaping, is_selecting, is_view_of, logits_of, taken_from
 from secondorder.criteria import (
     CompositeLoss,
     LikelihoodRoot,
     OutputRoot,
     SampledRoot,
+    added_up,
     autograd_root,
     is_convex,
+    is_fixed,
     likelihood_root,
     link_of,
+    of_difference,
 )
 from secondorder.criteria.known import LOG_SOFTMAX
-from secondorder.criteria.roots import ClassesElsewhere, PulledBackRoot, ScalarRoot
+from secondorder.criteria.roots import ClassesElsewhere, PulledBackRoot, ScalarRoot, SoftmaxRoot
 from secondorder.curvature.base import Curvature, convex_argument, register
+from secondorder.curvature.empirical import empirical_fisher
 
 
 def logits_edge(criterion: nn.Module, output: Tensor) -> GradientEdge | None:
@@ -66,26 +72,33 @@ def convex_at(criterion: nn.Module, source: Node, args: tuple[Any, ...]) -> bool
     output = args[0] if args else None
     if not isinstance(output, Tensor) or output.grad_fn is None or not (is_convex(criterion) or link_of(criterion)):
         return False
+    if not is_fixed(args[1:]):
+        return False
     edge = logits_edge(criterion, output)
     return edge is not None and is_affine(edge, source)
 
 
 def gauss_newton_root(
     criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[GradientEdge, OutputRoot]:
+) -> tuple[GradientEdge, OutputRoot | None]:
     """Returns the edge of the last linear layer's output z, and a root of every instance's Gauss-Newton matrix there.
 
-    This matrix is the criterion's Hessian at z, or J_u^T H_u J_u for a criterion that is convex in its argument u(z) alone.
+    This matrix is the criterion's Hessian at z, or J_u^T H_u J_u for a criterion that is convex in its argument u(z) alone. That
+    of a mean square whose target is trained, too, is that of the difference. No root: the matrix is zero.
 
     Raises:
         ValueError: the criterion is convex in neither, or several linear layers enter it and no root is known of it.
     """
-    output = args[0] if args else None
+    single = of_difference(criterion, args)
+    output = single[0] if single else None
     if isinstance(output, Tensor) and output.grad_fn is not None:
-        root, edge = likelihood_root(criterion, output.detach(), *args[1:], **kwargs), _columns_edge(criterion, output)
+        root: OutputRoot | None = likelihood_root(criterion, output.detach(), *single[1:], **kwargs)
+        edge = _columns_edge(criterion, output)
         if root is not None and edge is not None:
-            composite = isinstance(criterion, CompositeLoss)  # at its inner value alone: the Hessian at the source may not be
-            if source is None or composite or _starts_there(criterion, output, root, source):
+            edge, root = _before_repeats(criterion, edge, root, output)
+            # At a composite loss's inner value, or at a difference, alone: the Hessian at the source may not be.
+            there = source is None or isinstance(criterion, CompositeLoss) or single is not args
+            if there or _starts_there(criterion, output, edge, root, source):
                 return edge, _Reshaped(_Signed(root), _shape(edge.node, edge.output_nr))
     if source is None:
         raise ValueError(
@@ -94,25 +107,57 @@ def gauss_newton_root(
         )
     z, inner = GradientEdge(source, 0), convex_argument(source, args)
     if inner is not None and is_convex(criterion):
-        return z, _Signed(autograd_root(loss, source, inner, convex=True))
+        return z, _signed(autograd_root(loss, source, inner, convex=True))
     try:
-        return z, _Signed(autograd_root(loss, source, convex=convex_at(criterion, source, args)))
+        return z, _signed(autograd_root(loss, source, convex=convex_at(criterion, source, args)))
     except ValueError as error:
         try:
             if inner is not None:
-                return z, _Signed(autograd_root(loss, source, inner))
+                return z, _signed(autograd_root(loss, source, inner))
         except ValueError:
             pass  # the first error is of what everybody knows, the last layer
         raise error from None
 
 
-def _starts_there(criterion: nn.Module, output: Tensor, root: LikelihoodRoot, source: Node) -> bool:
+def _before_repeats(
+    criterion: nn.Module, edge: GradientEdge, root: OutputRoot, output: Tensor
+) -> tuple[GradientEdge, OutputRoot]:
+    """Returns the edge and the root of the tensor that a likelihood's rows are taken from, if some may be taken several times."""
+    log_probabilities = link_of(criterion) == LOG_SOFTMAX
+    classes = min(1, output.dim() - 1) if isinstance(root, SoftmaxRoot | ClassesElsewhere) else None
+    ways, begin = [], edge
+    while True:
+        origin = taken_from(begin, classes, lambda node: is_selecting(node) and not is_recorded(node))
+        ways.append((begin, origin))
+        if not (log_probabilities and origin.edge.node.name().startswith(LOG_SOFTMAX)):
+            break
+        (before, number), classes = origin.edge.node.next_functions[0], origin.dim
+        assert before is not None
+        begin = GradientEdge(before, number)
+    if not any(origin.repeats for _, origin in ways):
+        return edge, root
+    total = root
+    for begin, origin in ways:
+        found = added_up(total, functools.partial(_back, begin, origin.edge), origin.dim)
+        if found is None:
+            return edge, root
+        total = found
+    return origin.edge, total
+
+
+def _back(begin: GradientEdge, end: GradientEdge, gradient: Tensor) -> Tensor:
+    """Takes a gradient at `begin` to the one at `end`, before it."""
+    gradient = gradient.reshape(_shape(begin.node, begin.output_nr))
+    return gradient if begin == end else torch.autograd.grad([begin], [end], [gradient], retain_graph=True)[0].to(gradient.dtype)
+
+
+def _starts_there(criterion: nn.Module, output: Tensor, edge: GradientEdge, root: OutputRoot, source: Any) -> bool:
     """Tells whether a likelihood's columns say all of every row of the last linear layer's output, and are at most its width.
 
     They do where no row of that becomes several of the criterion's, as when images are rows of pixels.
     """
-    logits, shape = logits_edge(criterion, output), _shape(source)
-    if logits is None or root.count > shape[-1] or output.numel() > root.count * shape[:-1].numel():
+    logits, shape, size = logits_edge(criterion, output), _shape(source), _shape(edge.node, edge.output_nr).numel()
+    if logits is None or root.count > shape[-1] or size > root.count * shape[:-1].numel():
         return False
     return is_convex(criterion) or is_view_of(logits.node, source) or is_affine(logits, source)
 
@@ -133,9 +178,13 @@ class _Signed:
         found = self.root.columns(begin, end)
         shape = list(found.shape)
         if not isinstance(self.root, ScalarRoot):  # the other roots have their K numbers in one dimension
-            shape[2 if isinstance(self.root, ClassesElsewhere) and len(shape) > 2 else -1] = 1
+            shape[1 + self.root.dim if isinstance(self.root, ClassesElsewhere) else -1] = 1
         signs = torch.randint(2, shape, generator=torch.Generator().manual_seed(begin), dtype=torch.int8, device="cpu")
         return found * (2 * signs - 1).to(found.device, found.dtype)
+
+
+def _signed(root: OutputRoot | None) -> OutputRoot | None:
+    return None if root is None else _Signed(root)
 
 
 @dataclass(frozen=True)
@@ -165,14 +214,18 @@ class FromColumns(Curvature):
 
     def columns(  # a method here, None in the base
         self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[GradientEdge, OutputRoot]:
-        """Returns the edge of the graph where the columns start, and the root that has these columns."""
+    ) -> tuple[GradientEdge, OutputRoot | None]:
+        """Returns the edge of the graph where the columns start, and the root that has these columns; None: it is zero."""
         raise NotImplementedError
 
     def _block(self, record: LayerRecord, above: dict[nn.Linear, Tensor]) -> Tensor:
-        # No block: the criterion sees this layer by another way than the columns take, by which it has no curvature.
+        if record.block is not None:
+            return record.block
+        if record.without_columns:
+            return empirical_fisher(record)
+        # The criterion sees this layer by another way than the columns take, by which it has no curvature.
         n_out = record.layer.out_features
-        return record.layer.weight.new_zeros(n_out, n_out) if record.block is None else record.block
+        return record.layer.weight.new_zeros(n_out, n_out)
 
 
 @dataclass(frozen=True)
@@ -187,8 +240,9 @@ class FisherExact(FromColumns):
 
     def columns(
         self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[GradientEdge, OutputRoot]:
-        """Returns the edge of the graph where the columns start, and the root that has these columns."""
+    ) -> tuple[GradientEdge, OutputRoot | None]:
+        """Returns the edge of the graph where the columns start, and the root that has these columns; None: it is zero."""
+        args = of_difference(criterion, args)
         output = args[0] if args else None
         root, edge = None, None
         if isinstance(output, Tensor) and output.grad_fn is not None:
@@ -267,8 +321,8 @@ class KFLRCurvature(FromColumns):
 
     def columns(
         self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[GradientEdge, OutputRoot]:
-        """Returns the edge of the graph where the columns start, and the root that has these columns."""
+    ) -> tuple[GradientEdge, OutputRoot | None]:
+        """Returns the edge of the graph where the columns start, and the root that has these columns; None: it is zero."""
         return gauss_newton_root(criterion, loss, source, args, kwargs)
 
 

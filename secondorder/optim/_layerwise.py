@@ -15,6 +15,7 @@ from secondorder._warnings import warn
 from secondorder.curvature import Curvature, curvature_by_name
 from secondorder.errors import NonFiniteError
 from secondorder.linalg import unchecked
+from secondorder.optim._amp import outside_autocast
 from secondorder.optim._averaging import swapped_with_averages, update_averages
 from secondorder.optim._base import CurvatureOptimizer
 from secondorder.optim._factors import FactorSource
@@ -106,7 +107,9 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         self._curvature_name = f"{curvature} by {solver}"
         self._factors = FactorSource(self._curvature, self._solver, curvature_samples, self._layers)
         self._curvature_every, self._inverse_every, self._average = curvature_every, inverse_every, average
+        self._told_flat = False  # whether the warning of a criterion without curvature has been given
 
+    @outside_autocast
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Makes one step from the gradients of the backward passes since the last one.
@@ -174,6 +177,12 @@ class LayerwiseOptimizer(CurvatureOptimizer):
     def _records(self) -> list[LayerRecord]:
         """Returns the layers that the losses since the last step reach; warns once of those where the recursion starts anew."""
         records = super()._records()
+        if self._curvature.columns and not self._told_flat and any(record.without_columns for record in records):
+            self._told_flat = True
+            warn(
+                f"the Hessian of {self.criterion} is zero, or is in sum over instances that it compares; the layers get their "
+                "empirical Fisher blocks."
+            )
         new: dict[str, list[str]] = {}  # names of layers by obstacle
         for record in records:
             if self._curvature.restarts and record.obstacle and record.layer not in self._restarts:

@@ -31,8 +31,8 @@ class OutputCurvature:
 
     It is the Hessian itself, or its negative, where its form has one sign on every row of z for the tangents at hand, as for a
     criterion that is convex. Else it is J_u^T H_u J_u, where that is so for the Hessian H_u at the criterion's arguments u(z), as
-    for MSE behind a sigmoid. Else, for one tensor z, every row has Pos-Eig_{-1} of the mean over rows; for several, Pos-Eig_{-1}
-    acts on the form itself.
+    for MSE behind a sigmoid. Else, for one tensor z, every row has Pos-Eig_{-1} of the mean over rows; for several, and where
+    that mean is zero, as of differences between rows, Pos-Eig_{-1} acts on the form itself.
 
     Args:
         loss: a scalar with its graph.
@@ -90,7 +90,9 @@ class OutputCurvature:
             return found
         alone = len(self._outputs) == 1 and self._outputs[0].output_nr == 0  # of a node with several the others stay together
         if alone and self.gradients[0].shape[-1:].numel() <= _MOST_OUTPUTS:
-            return self._by_mean(tangents, autograd_hessian(self._loss, self._outputs[0].node)).double().cpu()
+            mean = autograd_hessian(self._loss, self._outputs[0].node)
+            if mean.values.any():  # else it compares instances
+                return self._by_mean(tangents, mean).double().cpu()
         form = self._forms(tangents, Transfer())()[0] if at_arguments else forms[0]
         values, vectors = torch.linalg.eigh(form)
         return (vectors * values.abs()) @ vectors.T

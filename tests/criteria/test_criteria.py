@@ -184,6 +184,14 @@ def test_half_precision_outputs():
     assert torch.linalg.eigvalsh(result.values)[0] > -1e-6
 
 
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0]))])
+def test_a_hessian_is_not_rounded_where_autocast_is_in_force(criterion):
+    output = 2 * values().float()
+    expected = analytic_hessian(criterion, output, CLASSES).values
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(analytic_hessian(criterion, output, CLASSES).values, expected)
+
+
 def test_broadcast_targets():
     output, target = values()[:, :1], values()[:, 0]
     assert analytic_hessian(nn.MSELoss(), output, target) is None

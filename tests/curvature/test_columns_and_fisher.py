@@ -38,6 +38,21 @@ def test_kflr_is_the_expected_gauss_newton_block(activation, name, monkeypatch):
     assert_blocks(blocks(model, criterion, CURVATURES["kflr"], (x, y)), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_columns_of_halves_add_up_in_single_precision(dtype, monkeypatch):
+    """Under autocast deltas have 16 bits, in which many small squares are lost beside their sum."""
+    torch.manual_seed(0)
+    model, criterion = network([4, 6, 600], nn.Tanh()).float(), nn.MSELoss()
+    x, y = torch.randn(7, 4), torch.randn(7, 600)
+    expected = blocks(model, criterion, CURVATURES["kflr"], (x, y))
+    monkeypatch.setattr(columns, "_BUDGET", 1)  # a column at a time
+    with torch.autocast("cpu", dtype):
+        actual = blocks(model, criterion, CURVATURES["kflr"], (x, y))
+    for name, block in expected.items():
+        assert actual[name].dtype == torch.float32
+        assert (actual[name] - block).norm() < 0.02 * block.norm()
+
+
 @pytest.mark.parametrize("kind", ["norm", "softmax", "residual", "heads"])
 @pytest.mark.parametrize("curvature", ["kflr", "fisher-exact"])
 def test_columns_know_no_obstacle(curvature, kind):
@@ -98,6 +113,69 @@ def test_rows_on_which_several_instances_depend_have_the_sum_of_their_blocks(kin
         actual = blocks(model, criterion, CURVATURES[curvature], (x, target))
         for name, block in expected.items():  # up to the signs' noise
             assert (actual[name] - block).norm() < 0.2 * block.norm(), name
+
+
+class Taken(nn.Module):
+    """A net whose rows the criterion sees several times, or not at all."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.last, self.way = nn.Linear(4, 6), nn.Linear(6, 3), way
+
+    def forward(self, x):
+        return self.way(self.last(self.first(x).tanh()))
+
+
+INDEX = torch.tensor([0, 3, 3, 5, 0, 3])
+WAYS = {
+    "index": lambda z: z[INDEX],
+    "more rows than there are": lambda z: z[INDEX.repeat(2)],
+    "index_select": lambda z: z.index_select(0, INDEX),
+    "repeat_interleave": lambda z: z.repeat_interleave(2, 0),
+    "expand": lambda z: z.unsqueeze(1).expand(-1, 4, -1).reshape(-1, 3),
+    "three dimensions": lambda z: z.view(2, 3, 3)[[0, 1, 1, 0]].flatten(0, 1),
+    "two indices": lambda z: z.view(2, 3, 3)[[0, 1, 1, 0], [2, 2, 2, 0]],
+    "a sequence": lambda z: z.view(6, 3)[INDEX],
+    "columns": lambda z: z[INDEX][:, [2, 2, 0]],  # whose classes are others than the layer's outputs
+}
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(torch.tensor([1.0, 3.0, 0.5]).double(), ignore_index=1), nn.MSELoss(),
+     nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0))],
+    ids=["CE", "weights", "MSE", "BCE"],
+)  # fmt: skip
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_that_a_criterion_sees_several_times_have_the_sum_of_their_hessians(way, criterion):
+    torch.manual_seed(0)
+    model, x = Taken(WAYS[way]).double(), torch.randn(6, 4).double()
+    y = torch.rand_like(model(x)).detach()
+    target = y.argmax(1) if isinstance(criterion, nn.CrossEntropyLoss) else y
+    expected = blocks_of_coupled_rows(model, criterion, x, target)
+    for curvature in ("kflr", "fisher-exact"):
+        actual = blocks(model, criterion, CURVATURES[curvature], (x, target))
+        if way == "columns" and isinstance(criterion, nn.CrossEntropyLoss):  # random signs stand in
+            assert all((actual[name] - block).norm() < block.norm() for name, block in expected.items())
+        else:
+            assert_blocks(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("way", "logits"),
+    [
+        (lambda z: F.log_softmax(z, 1)[INDEX], lambda z: z[INDEX]),
+        (lambda z: F.log_softmax(z[INDEX], 1), lambda z: z[INDEX]),
+        (lambda z: F.log_softmax(z[INDEX], 1)[INDEX], lambda z: z[INDEX][INDEX]),
+        (lambda z: F.log_softmax(z.T, 0)[:, INDEX].T, lambda z: z[INDEX]),
+    ],
+)
+def test_log_probabilities_of_rows_that_are_seen_several_times(way, logits):
+    model, x, y = Taken(way).double(), torch.randn(6, 4).double(), torch.randint(3, (6,))
+    plain = Taken(logits).double()
+    plain.load_state_dict(model.state_dict())
+    expected = blocks_of_coupled_rows(plain, nn.CrossEntropyLoss(), x, y)
+    assert_blocks(blocks(model, nn.NLLLoss(), CURVATURES["kflr"], (x, y)), expected)
 
 
 def test_signs_of_columns_leave_random_numbers_alone():

@@ -68,6 +68,27 @@ def test_a_graph_is_freed_with_its_loss(name, with_backward):
     assert not len(marks)
 
 
+@pytest.mark.parametrize("name", MAKE)
+def test_inputs_that_are_multiplied_with_are_freed(name):
+    """They are no parameters whose products with other tensors are to be told of."""
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), nn.CrossEntropyLoss()
+    optimizer, target, seen = MAKE[name](model, criterion), torch.arange(8) % 3, []
+
+    def closure():
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        seen.append(weakref.ref(x))
+        optimizer.zero_grad()
+        loss = criterion(model((x @ x.mT).softmax(-1) @ x), target)
+        loss.backward()
+        return loss.detach()
+
+    for _ in range(3):
+        optimizer.step(closure)
+    optimizer.zero_grad()
+    assert [x() for x in seen[:-2]] == [None] * len(seen[:-2])
+
+
 def test_forward_passes_give_up_no_reference_to_none():
     """Before Python 3.12 a process ends with "deallocating None" when the last is gone; later ones do not count them."""
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))

@@ -305,6 +305,18 @@ def test_derivatives_penalties_and_frozen_weights_are_no_products_outside(optimi
     assert not said_of_products(model, "EACG", lambda criterion: criterion(model(x), x) + model[2].weight.square().sum())
 
 
+@pytest.mark.parametrize("optimizer", ["EACG", "KFLR", "KBFGS"])
+def test_products_of_passes_that_no_loss_goes_through_are_not_told_of(optimizer):
+    torch.manual_seed(0)
+    model, x, y = Mirrored(lambda z, w: z @ w).double(), torch.randn(9, 5).double(), torch.randn(9, 4).double()
+
+    def loss(criterion):
+        criterion(model(x), x)  # for a log
+        return criterion(model.code(torch.tanh(model.hidden(x))), y)
+
+    assert not said_of_products(model, optimizer, loss)
+
+
 def test_tied_layers_train_as_one_layer_called_twice():
     results = []
     for tied in (True, False):

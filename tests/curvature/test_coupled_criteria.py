@@ -1,0 +1,176 @@
+"""Criteria that see a net twice, or compare its instances with one another."""
+
+import warnings
+
+import pytest
+import torch
+from helpers.curvatures import assert_blocks, gauss_newton_blocks, network
+from torch import nn
+from torch.nn import functional as F
+
+import secondorder as so
+from secondorder._layers import linear_layers
+from secondorder._tape import Tape
+from secondorder.criteria import FunctionCriterion
+from secondorder.curvature import CURVATURES, KFLRCurvature
+
+
+def blocks_of(model, criterion, curvature, compute):
+    layers = linear_layers(model)
+    tape = Tape(
+        layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns,
+        output_hessian=curvature.output_hessian,
+    )  # fmt: skip
+    compute().backward()
+    hessians = curvature.bias_hessians(tape.records())
+    tape.remove()
+    return {layers[layer]: h for layer, h in hessians.items()}
+
+
+class Of(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, z):
+        return self.function(z)
+
+
+BOTH_SIDES = {
+    "two calls": lambda criterion, net, a, b: criterion(net(a), net(b)),
+    "one call": lambda criterion, net, a, b: criterion(*net(torch.cat([a, b])).chunk(2)),
+    "by name": lambda criterion, net, a, b: criterion(target=net(a), input=net(b)),
+    "an index": lambda criterion, net, a, b: criterion(net(torch.cat([a, b]))[: len(a)], net(torch.cat([a, b]))[len(a) :]),
+}
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("function", ["numbers", "sigmoid", "pairs"])
+def test_a_mean_square_of_functions_of_two_outputs_has_the_curvature_of_both(function, calls):
+    """Of one number for each instance, behind a final function, and of more numbers than the layer has."""
+    outputs = 1 if function == "numbers" else 3
+    of = {"numbers": lambda z: z.squeeze(1), "sigmoid": torch.sigmoid, "pairs": lambda z: z.repeat(1, 2) * z[:, :1]}[function]
+    net, (a, b), criterion = network([4, 6, outputs], nn.Tanh()), torch.randn(2, 5, 4).double(), nn.MSELoss()
+
+    def compute():
+        return criterion(of(net(a)), of(net(b))) if calls == 2 else criterion(*map(of, net(torch.cat([a, b])).chunk(2)))
+
+    model = nn.Sequential(*net, Of(lambda z: of(z).unsqueeze(1) if function == "numbers" else of(z)))
+    zero = torch.zeros_like(model(a)).detach()
+    sides = [gauss_newton_blocks(model, criterion, x, zero) for x in (a, b)]
+    actual = blocks_of(net, criterion, CURVATURES["kflr"], compute)
+    assert_blocks(actual, {name: block + sides[1][name] for name, block in sides[0].items()})
+
+
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.MSELoss(reduction="sum"), FunctionCriterion(F.mse_loss)], ids=str)
+@pytest.mark.parametrize("way", BOTH_SIDES)
+def test_a_mean_square_of_two_outputs_has_the_curvature_of_both(way, criterion):
+    """Of the difference, with every row of the layers by itself, as of a layer that is used several times."""
+    net, (a, b) = network([4, 6, 3], nn.Tanh()), torch.randn(2, 5, 4).double()
+    zero, scale = torch.zeros(5, 3).double(), 15 if getattr(criterion, "reduction", "mean") == "sum" else 1
+    sides = [gauss_newton_blocks(net, nn.MSELoss(), x, zero) for x in (a, b)]
+    expected = {name: scale * (block + sides[1][name]) for name, block in sides[0].items()}
+    for name in ("kflr", "fisher-exact"):
+        assert_blocks(blocks_of(net, criterion, CURVATURES[name], lambda: BOTH_SIDES[way](criterion, net, a, b)), expected)
+
+
+def test_labels_are_drawn_for_both_sides():
+    net, (a, b), criterion = network([4, 6, 3], nn.Tanh()), torch.randn(2, 5, 4).double(), nn.MSELoss()
+    compute = lambda: criterion(net(a), net(b))  # noqa: E731
+    expected = blocks_of(net, criterion, CURVATURES["fisher-exact"], compute)
+    actual = blocks_of(net, criterion, so.curvature.FisherMC(20000), compute)
+    for name, block in expected.items():
+        assert (actual[name] - block).norm() < 0.05 * block.norm()
+
+
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss()], ids=str)
+def test_other_criteria_with_a_target_that_is_trained_are_refused(criterion):
+    """They are not convex in both."""
+    net, (a, b) = network([4, 6, 3], nn.Tanh()), torch.randn(2, 5, 4).double()
+    for name in ("kflr", "fisher-exact", "fisher-mc"):
+        with pytest.raises(ValueError, match="pch-abs"):
+            blocks_of(net, criterion, CURVATURES[name], lambda: criterion(net(a), net(b).softmax(1)))
+
+
+@pytest.mark.parametrize("curvature", ["pch-abs", "gauss-newton"])
+def test_a_formula_takes_no_target_for_fixed_that_is_trained(curvature):
+    """The Hessian of (z - z^2 / 4)^2 is another one than that of (z - y)^2."""
+    criterion, x, net = nn.MSELoss(), torch.randn(5, 4).double(), network([4, 3], nn.Tanh())
+
+    def compute():
+        z = net(x)
+        return criterion(z, z.square() / 4)
+
+    z = net(x).detach()
+    second = 2 * (1 - z / 2) ** 2 - (z - z.square() / 4)  # of each instance's loss by its z, times 1 / 15 for the mean
+    expected = second.sum(0) / 15
+    assert (second < 0).any()
+    assert (expected > 0).all()
+    (block,) = blocks_of(net, criterion, CURVATURES[curvature], compute).values()
+    torch.testing.assert_close(block, torch.diag(expected))
+
+
+def differences(scores, target):
+    """Of one output: which of two instances is the higher."""
+    return F.softplus((scores.mT - scores) * (target - target.mT).sign()).mean()
+
+
+def centred(z, target):
+    return ((z - z.mean(0) - target) ** 2).mean()
+
+
+COMPARING = {
+    "ranking": (FunctionCriterion(differences), 1),
+    "centred": (FunctionCriterion(centred), 3),
+    "absolute values": (nn.L1Loss(), 3),
+    "linear": (FunctionCriterion(lambda z, y: (z * y).sum()), 3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", COMPARING)
+def test_columns_of_a_hessian_that_is_zero_are_gradients(name, dtype):
+    """All layers get their empirical Fisher blocks, as the last one does from the recursion."""
+    criterion, outputs = COMPARING[name]
+    net = network([4, 6, outputs], nn.Tanh()).to(dtype)
+    x, y = torch.randn(7, 4).to(dtype), torch.randn(7, outputs).to(dtype)
+    compute = lambda: criterion(net(x), y)  # noqa: E731
+    expected = blocks_of(net, criterion, CURVATURES["fisher-empirical"], compute)
+    actual = blocks_of(net, criterion, KFLRCurvature(), compute)
+    for layer, block in expected.items():
+        assert block.any()
+        torch.testing.assert_close(actual[layer], block)
+    top = blocks_of(net, criterion, CURVATURES["pch-abs"], compute)
+    torch.testing.assert_close(top["2"], expected["2"])
+
+
+def test_an_optimizer_says_once_that_a_criterion_has_no_curvature():
+    net = network([4, 6, 3], nn.Tanh()).float()
+    optimizer, x, y, losses = so.KFLR(net, nn.L1Loss()), torch.randn(40, 4), torch.randn(40, 3), []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(10):
+            optimizer.zero_grad()
+            losses.append(optimizer.criterion(net(x), y))
+            losses[-1].backward()
+            optimizer.step()
+    assert [("L1Loss() is zero" in str(w.message)) for w in caught] == [True]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:secondorder")
+@pytest.mark.parametrize("optimizer", [so.LayerwiseNewton, so.KFRA, so.KFLR])
+@pytest.mark.parametrize("name", ["ranking", "centred"])
+def test_criteria_that_compare_instances_train(name, optimizer):
+    torch.manual_seed(1)
+    criterion, outputs = COMPARING[name]
+    net, x = network([5, 8, outputs], nn.Tanh()).float(), torch.randn(50, 5)
+    trained, y, losses = optimizer(net, criterion), (x @ torch.randn(5, outputs)).tanh(), []
+    for _ in range(40):
+        trained.zero_grad()
+        losses.append(criterion(net(x), y))
+        losses[-1].backward()
+        trained.step()
+    assert losses[-1] < 0.5 * losses[0]
