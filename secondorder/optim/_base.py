@@ -45,6 +45,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         output_hessian: gives the recursion's start where no formula does; None: the criterion's Hessian.
         samples: of every forward pass at most so many instances enter the curvature's expectations; None: all.
         max_factor_dim: layers with more outputs are left to the fallback, >= 1; None: there is no limit.
+        max_input_dim: likewise of inputs.
         maximize: whether the loss is to be maximised: everything is then as for its negative.
         decoupled_weight_decay: whether weight decay shrinks the parameters by themselves, rather than being part of the gradient;
             None: it always is part of the gradient, and no group says so.
@@ -79,6 +80,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         output_hessian: OutputHessianOf | None = None,
         samples: int | None = None,
         max_factor_dim: int | None = None,
+        max_input_dim: int | None = None,
         maximize: bool = False,
         decoupled_weight_decay: bool | None = True,
         nonfinite: str = "error",
@@ -111,12 +113,15 @@ class CurvatureOptimizer(SecondOrderOptimizer):
                 "give them to an optimizer of their own"
             )
             own = {}
-        check_arguments(name, [("max_factor_dim", max_factor_dim, max_factor_dim is None or max_factor_dim >= 1, ">= 1 or None")])
+        limits = [("max_factor_dim", max_factor_dim, "out_features"), ("max_input_dim", max_input_dim, "in_features")]
+        check_arguments(name, [(key, limit, limit is None or limit >= 1, ">= 1 or None") for key, limit, _ in limits])
         self._uncovered = uncovered(model)
         for layer, layer_name in layers.items():
-            if max_factor_dim is not None and layer.out_features > max_factor_dim:
-                reason = f"layer {layer_name!r} has {layer.out_features} outputs, more than max_factor_dim = {max_factor_dim}"
-                self._uncovered.update({p: reason for p in layer.parameters(recurse=False) if p.requires_grad})
+            for key, limit, side in limits:
+                size = getattr(layer, side)
+                if limit is not None and size > limit:
+                    reason = f"layer {layer_name!r} has {size} {side.replace('_features', 'puts')}, more than {key} = {limit}"
+                    self._uncovered.update({p: reason for p in layer.parameters(recurse=False) if p.requires_grad})
         unseen = "no recorded loss depends on what its layer returns in training mode"
         reasons = {
             p: unseen if layer.weight.requires_grad else f"the weight of layer {layer_name!r} is frozen"

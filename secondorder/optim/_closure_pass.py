@@ -1,7 +1,7 @@
 """What one call of a closure leaves behind at every linear layer: K-BFGS' inputs, mean preactivations and their gradients."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,7 @@ class _Use:
     layer: nn.Linear
     input: Tensor  # [m, n_in]
     mean_preactivation: Tensor  # [n_out]
+    products: set[Tensor]  # parameters that are multiplied with between the layers before and the input
     weights: Tensor | None = None  # of the rows, [m]; None: 1 each
     total: float | None = None  # of these; None: m
 
@@ -68,10 +69,10 @@ class ClosurePass:
         self, layers: Mapping[nn.Linear, str], tied: Mapping[nn.Linear, nn.Linear], sign: float = 1.0, parameters: bool = True,
         lend: Callable[[], None] = lambda: None, criterion: nn.Module | None = None,
     ):  # fmt: skip
-        self._layers, self._tied = layers, tied
+        self.layers, self._tied = layers, tied
         self.sign = sign
-        self._parameters, self._lend, self._criterion = parameters, lend, criterion
-        self.multiplied: set[Tensor] = set()  # parameters that the loss has multiplied with outside of these layers' calls
+        self._parameters, self._lend, self.criterion = parameters, lend, criterion
+        self._products: set[Tensor] = set()  # parameters that the loss multiplies with between the layers' calls and it
         # Of the criterion's calls whose targets may have weights, None where its rows are in another order, and the loss's nodes.
         self._weighed: list[tuple[LateMasses | None, Node]] = []
         self._key = f"secondorder.pass.{id(self)}"  # of the uses in the metadata of their outputs' autograd nodes
@@ -86,15 +87,18 @@ class ClosurePass:
         # Means over all ranks, once the ranks have been averaged.
         self._mean_preactivations: dict[nn.Linear, Tensor] = {}
         self._second_moments: dict[nn.Linear, Tensor] = {}
-        self.weight_gradients: dict[nn.Linear, Tensor] = {}  # of sign times the loss w.r.t. [W | b]; the caller fills it
         # [n_out] of every layer: dL/dz summed over the instances, L being sign times the loss; a mean where the loss is one.
         self.gradient: dict[nn.Linear, Tensor] = {}
 
+    def again(self, parameters: bool, lend: Callable[[], None]) -> "ClosurePass":
+        """Returns one that records another call of the same closure."""
+        return ClosurePass(self.layers, self._tied, self.sign, parameters, lend, self.criterion)
+
     def __enter__(self) -> "ClosurePass":
-        layers = [*self._layers, *self._tied]
+        layers = [*self.layers, *self._tied]
         self._handles = [layer.register_forward_hook(self._forward, with_kwargs=True) for layer in layers]
-        if self._criterion is not None:
-            self._handles.append(self._criterion.register_forward_hook(self._see_targets, with_kwargs=True))
+        if self.criterion is not None:
+            self._handles.append(self.criterion.register_forward_hook(self._see_targets, with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -117,13 +121,17 @@ class ClosurePass:
                 if masses is not None:
                     _weigh([use for use in own if seen[use] == 1], masses)  # in several calls a row has several weights
         self._weighed.clear()
-        self._see_products(loss.grad_fn)
+        self._products = self._multiplied(loss.grad_fn)
         return loss.detach()
 
-    def _see_products(self, start: Node | None) -> None:
-        """Notes what is multiplied with between a tensor and the calls of layers that it depends on."""
-        if self._parameters and start is not None:
-            self.multiplied |= multiplied(source_nodes(start, self._key)[2], self._claimed)
+    @property
+    def multiplied(self) -> set[Tensor]:
+        """Parameters that the loss has multiplied with outside of these layers' calls."""
+        return self._products.union(*(use.products for uses in self._uses.values() for use in uses))
+
+    def _multiplied(self, start: Node | None) -> set[Tensor]:
+        """Returns what is multiplied with between a tensor and the calls of layers that it depends on."""
+        return multiplied(source_nodes(start, self._key)[2], self._claimed) if self._parameters and start is not None else set()
 
     def _see_targets(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
         if torch.is_grad_enabled() and isinstance(loss, Tensor) and loss.grad_fn is not None:
@@ -162,7 +170,21 @@ class ClosurePass:
         if layer not in self._second_moments:
             return layer_second_moment(layer, self.input(layer), self.mean_input(layer), average, decay)
         moment = self._second_moments[layer]
-        return moment if average is None else average.lerp_(moment, 1 - decay)
+        return moment if average is None else average.lerp_(moment[: len(average), : len(average)], 1 - decay)
+
+    def mean_square(self, layer: nn.Linear) -> Tensor:
+        """Returns E[|h|^2] []."""
+        if layer in self._second_moments:
+            return self._second_moments[layer].diagonal().sum()
+        h = self.input(layer)
+        return h.square().sum() / max(len(h), 1)
+
+    def rows(self, layer: nn.Linear, bias: bool) -> Tensor | None:
+        """Returns X [m, n] with the second moment X^T X / m, of this process's instances; None: it is over all ranks."""
+        if layer in self._second_moments:
+            return None
+        h = self.input(layer)
+        return torch.cat([h, h.new_ones(len(h), 1)], 1) if bias else h
 
     def mean_preactivation(self, layer: nn.Linear) -> Tensor:
         """Returns E[z] [n_out]."""
@@ -177,19 +199,22 @@ class ClosurePass:
         pairs = [(use, share / sum(shares)) for use, share in zip(uses, shares, strict=True) if len(use.input)]
         return torch.stack([use.mean_preactivation * share for use, share in pairs]).sum(0)
 
-    def average(self, ranks: RankReducer, names: dict[nn.Linear, str], loss: float, inputs: bool = False) -> float:
-        """Makes all means, those of the inputs if asked for, and the gradients those over all ranks; returns the mean loss."""
-        stores = [(self._mean_preactivations, self.mean_preactivation)]
-        if inputs:
-            stores += [(self._mean_inputs, self.mean_input), (self._second_moments, self.second_moment)]
+    def average(self, ranks: RankReducer, loss: float, inputs: Container[nn.Linear] = ()) -> float:
+        """Makes all means and gradients those over all ranks, also the means of these layers' inputs; returns the mean loss."""
+
+        def stores(layer: nn.Linear) -> list[tuple[dict[nn.Linear, Tensor], Callable[[nn.Linear], Tensor]]]:
+            found: list[Any] = [(self._mean_preactivations, self.mean_preactivation)]
+            if layer in inputs:
+                found += [(self._mean_inputs, self.mean_input), (self._second_moments, self.second_moment)]
+            return found
 
         def terms() -> list[RankTerm]:
             found = [RankTerm("loss", torch.tensor(loss, dtype=torch.float64, device=ranks.device))]
             for layer, gradient in self.gradient.items():
-                found.append(RankTerm(names[layer], gradient))
+                name = self.layers[layer]
                 count = torch.tensor(float(self.instances(layer)), dtype=torch.float64, device="cpu")
-                found.append(RankTerm(names[layer], count))
-                found += [RankTerm(names[layer], mean(layer), self.weight(layer)) for _, mean in stores]
+                found += [RankTerm(name, gradient), RankTerm(name, count)]
+                found += [RankTerm(name, mean(layer), self.weight(layer)) for _, mean in stores(layer)]
             return found
 
         mean_loss, *rest = ranks.average(terms)
@@ -197,23 +222,32 @@ class ClosurePass:
         for layer in self.gradient:
             self.gradient[layer] = next(values)
             instances[layer] = round(float(next(values)) * ranks.size)
-            for store, _ in stores:
+            for store, _ in stores(layer):
                 store[layer] = next(values)
         self._instances = instances
         return float(mean_loss)
 
-    def same_data(self, first: "ClosurePass") -> Tensor | bool:
-        """Tells whether the first call of a layer, on whose input no covered weight acts, has that of `first`."""
+    def same_data(self, first: "ClosurePass", name: str) -> Tensor | bool:
+        """Tells whether the first call of a layer, on whose input no covered weight acts, has that of `first`.
+
+        Raises:
+            RuntimeError: the layer was called on another number of rows.
+        """
         if not first._uses:
             return True
         layer, before = min(((layer, use) for layer, uses in first._uses.items() for use in uses), key=lambda pair: pair[1].order)
-        if layer in self._uses:
-            after = min(self._uses[layer], key=lambda use: use.order)
-            new, old = after.input.mean(0), before.input.mean(0)
-            # Equal but for the rounding of whatever comes before that layer.
-            if sum(len(use.input) for use in self._uses[layer]) == sum(len(use.input) for use in first._uses[layer]):
-                return (new - old).norm() <= 1e-3 * old.norm()
-        return False
+        rows = [sum(len(use.input) for use in uses) for uses in (first._uses[layer], self._uses.get(layer, []))]
+        if rows[0] != rows[1]:
+            raise RuntimeError(
+                f"{name}.step(): expected the closure to evaluate the same mini-batch at every call, but it calls layer "
+                f"{self.layers[layer]!r} on {rows[0]} rows, and then on {rows[1]}. Draw the batch outside of the closure. A "
+                "solver of differential equations whose steps adapt takes others at other weights, by which no means can be "
+                "compared: give it steps of fixed length (method='rk4' in torchdiffeq), or take EigenAdam. No parameter and no "
+                "state has changed."
+            )
+        new, old = min(self._uses[layer], key=lambda use: use.order).input.mean(0), before.input.mean(0)
+        # Equal but for the rounding of whatever comes before that layer.
+        return (new - old).norm() <= 1e-3 * old.norm()
 
     @staticmethod
     def check_same_data(same: bool, name: str) -> None:
@@ -231,12 +265,12 @@ class ClosurePass:
             not torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None
         ):  # of other tensors than the loss's
             return
-        self._see_products((args[0] if args else kwargs["input"]).grad_fn)
+        products = self._multiplied((args[0] if args else kwargs["input"]).grad_fn)
         input, layer = layer_input(layer, args, kwargs), self._tied.get(layer, layer)
-        refuse_reentrant_checkpoint(self._layers[layer])
+        refuse_reentrant_checkpoint(self.layers[layer])
         dtype = compute_dtype(layer.weight.dtype)
         mean = flatten_batch([output.detach()]).mean(0, dtype=dtype)
-        use = _Use(self._calls, output.shape[:-1], layer, input, mean)
+        use = _Use(self._calls, output.shape[:-1], layer, input, mean, products)
         self._calls += 1
         anchor = output.new_zeros(()).expand(output.shape).requires_grad_()
 
@@ -254,7 +288,7 @@ class ClosurePass:
         if self._parameters and output.grad_fn is not None:
             claim_product(output.grad_fn, self._claimed)
         output.add_(anchor)
-        if self._criterion is not None and output.grad_fn is not None:
+        if self.criterion is not None and output.grad_fn is not None:
             metadata(output.grad_fn)[self._key] = use
 
     def _backward_to_anchors(

@@ -40,11 +40,29 @@ def see_curvature(state: dict[str, Any], decay: float, ss: float, sy: float, yy:
     state["scale"] = math.exp(before + share * (curvature - before))
 
 
-def damped_inverse(a: Tensor, damping: float) -> Tensor:
-    """Returns (A + damping I)^-1 [n, n], symmetric; NaN if A + damping I is not positive definite."""
-    factor, failed = torch.linalg.cholesky_ex(a + damping * torch.eye(len(a), dtype=a.dtype, device=a.device))
-    inverse = torch.cholesky_inverse(torch.where(failed == 0, factor, math.nan))
+def damped_inverse(a: Tensor, damping: float, rows: Tensor | None = None) -> Tensor:
+    """Returns (A + damping I)^-1 [n, n], symmetric; NaN if A + damping I is not positive definite.
+
+    Args:
+        a: A [n, n].
+        damping: > 0.
+        rows: X [m, n] with A = X^T X / m, if there is one. Few of them are cheaper by Woodbury's identity,
+            (A + damping I)^-1 = (I - X^T (X X^T + m damping I)^-1 X) / damping.
+    """
+    if rows is not None and 0 < 2 * len(rows) < len(a):
+        half = torch.linalg.solve_triangular(_cholesky(rows @ rows.T, len(rows) * damping), rows, upper=False)
+        inverse = (half.T @ half).neg_()
+        inverse.diagonal().add_(1)
+        inverse /= damping
+    else:
+        inverse = torch.cholesky_inverse(_cholesky(a, damping))
     return ((inverse + inverse.T) / 2).contiguous()
+
+
+def _cholesky(a: Tensor, shift: float) -> Tensor:
+    """Returns L with L L^T = A + shift I; NaN if that is not positive definite."""
+    factor, failed = torch.linalg.cholesky_ex(a + shift * torch.eye(len(a), dtype=a.dtype, device=a.device))
+    return torch.where(failed == 0, factor, math.nan)
 
 
 def trained_parameters(layer: nn.Linear, gradients: dict[Tensor, Tensor]) -> list[Tensor]:

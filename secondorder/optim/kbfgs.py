@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from secondorder import ops
-from secondorder._distributed import RankTerm
 from secondorder._random import RandomState
-from secondorder._tape import ForwardState
-from secondorder._tensors import host_numbers, to_compute_dtype
+from secondorder._tensors import host_numbers
 from secondorder.errors import NonFiniteError
+from secondorder.optim._amp import outside_autocast
 from secondorder.optim._base import CurvatureOptimizer, check_instances
 from secondorder.optim._closure import NEEDED
-from secondorder.optim._closure_pass import ClosurePass, kept_gradients
+from secondorder.optim._closure_pass import ClosurePass
 from secondorder.optim._kbfgs_inputs import InputMoments
 from secondorder.optim._kbfgs_layer import (
     Pair,
@@ -24,15 +23,13 @@ from secondorder.optim._kbfgs_layer import (
     columns,
     damped_inverse,
     damping_of,
-    move,
-    products,
     scaled_gradients,
     see_curvature,
     trained_parameters,
 )
+from secondorder.optim._kbfgs_trials import Trials
 from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments
 
-_HALVINGS = 10  # of a step before it is given up
 _INPUT_INVERSES = ("hessian-action", "exact")
 # pairs -> the operators' arguments `damped` and `bounded`.
 _PAIRS = {"damped": (True, False), "damped-bounded": (True, True), "bounded": (False, True)}
@@ -103,6 +100,8 @@ class KBFGS(CurvatureOptimizer):
             with a finite loss after it is taken, as by the authors.
         max_factor_dim: limit on n_out of a layer, >= 1, since H_g has n_out^2 numbers; None: no limit. The fallback updates wider
             layers, and a warning names them once.
+        max_input_dim: limit on n_in of a layer, >= 1, since A and H_a have n_in^2 numbers each; None: no limit. The fallback
+            updates wider layers, and a warning names them once.
         fallback: what happens to parameters outside of the linear layers. "sgd": SGD updates them after the step, and a warning
             names them once. "error": `step` raises an error.
         maximize: whether to maximise the loss: the whole step is then that of the negative loss.
@@ -153,6 +152,7 @@ class KBFGS(CurvatureOptimizer):
         bias_correction: bool = True,
         max_increase: float = 0.05,
         max_factor_dim: int | None = 4096,
+        max_input_dim: int | None = 16384,
         fallback: str = "sgd",
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
@@ -171,7 +171,8 @@ class KBFGS(CurvatureOptimizer):
             "weight_decay": weight_decay, "momentum": 0.0,
         }  # fmt: skip
         super().__init__(
-            model, criterion, defaults, diagonal=False, fallback=fallback, max_factor_dim=max_factor_dim, maximize=maximize,
+            model, criterion, defaults, diagonal=False, fallback=fallback, max_factor_dim=max_factor_dim,
+            max_input_dim=max_input_dim, maximize=maximize,
             decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip
         # Nothing is recorded: K-BFGS needs means over two passes alone, which `ClosurePass` takes during a step.
@@ -187,7 +188,8 @@ class KBFGS(CurvatureOptimizer):
         if layer is None:
             return {"momentum": tuple(p.shape)}
         n, k = p.shape
-        k += layer.bias is not None and layer.bias.requires_grad
+        bias = layer.bias if layer.bias is not None and layer.bias.requires_grad else None
+        k += any(each is bias for group in self.param_groups for each in group["params"])
         return {
             **dict.fromkeys(("scale", "scale_pairs", *_COUNTS)), "momentum": tuple(p.shape), "gradient": (n, k),
             "second_gradient": (n, k),
@@ -244,6 +246,7 @@ class KBFGS(CurvatureOptimizer):
         for layer, start in starts.items():
             self.state[layer.weight].update(start)
 
+    @outside_autocast
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] = NEEDED) -> Tensor:  # type: ignore[override]
         """Makes one step; calls the closure at least twice.
@@ -288,7 +291,8 @@ class KBFGS(CurvatureOptimizer):
         with self._whole_or_nothing():
             value: float | Tensor = sign * loss
             if self._ranks is not None:
-                value = first.average(self._ranks, self._layers, float(value), inputs=True)
+                covered = [layer for layer in self._layers if layer.weight not in self._uncovered]
+                value = first.average(self._ranks, float(value), covered)
             self._update(closure, value, first, random)
         self._growth.see(value)
         return loss
@@ -326,23 +330,27 @@ class KBFGS(CurvatureOptimizer):
         others = self._fallback.updates(
             self.param_groups, gradients, [p for each in parameters.values() for p in each], self.state
         )
-        loss = self._check_finite(loss_before, parameters, gradients)
+        loss = self._check_finite(loss_before, parameters, gradients, first)
 
         directions, updates = self._directions(parameters, gradients, first, groups)
-        trial, pairs, halvings = self._try(closure, loss, parameters, directions, first, random)
+        limit = math.inf if self._max_increase == math.inf else loss + self._max_increase * abs(loss)
+        trials = Trials(
+            type(self).__name__, closure, first, random, self._model, [p for group in self.param_groups for p in group["params"]],
+            self._doubled, self._ddp, self._ranks,
+        )  # fmt: skip
+        step = trials.take(parameters, directions, groups, limit)
         self._fallback.apply(others, self.state)
-        second = {} if trial is None else trial.weight_gradients
         for layer in layers:
             state = self.state[layer.weight]
             state.update(updates[layer])
             state["step"] += 1
-            state["halvings"] += halvings
-            state["rejected"] += trial is None
+            state["halvings"] += step.halvings
+            state["rejected"] += step.pairs is None
         for layer in self._layers:  # also of those left out: the others have moved since
             self.state.get(layer.weight, {}).pop("second_gradient", None)
-            if layer in second:
-                self.state[layer.weight]["second_gradient"] = second[layer]
-        self._update_factors(layers, first, pairs if trial is not None else None)
+            if layer in step.gradients:
+                self.state[layer.weight]["second_gradient"] = step.gradients[layer]
+        self._update_factors(layers, first, step.pairs)
 
     def _update_factors(self, layers: list[nn.Linear], first: ClosurePass, pairs: dict[nn.Linear, Pair] | None) -> None:
         """Updates A, H_a and, where the step was taken, H_g of these layers; counts what was made, damped and left out.
@@ -407,11 +415,11 @@ class KBFGS(CurvatureOptimizer):
         shares = {name: sum(counts[name] for counts in layers) / steps for name in _COUNTS if name != "step"}
         return {**shares, **super().metrics()}
 
-    def _start(self, layer: nn.Linear, second_moment: Tensor, damping: float) -> dict[str, Any]:
-        """Returns the state of a layer before its first step, with A as given."""
+    def _start(self, layer: nn.Linear, second_moment: Tensor, damping: float, rows: Tensor | None = None) -> dict[str, Any]:
+        """Returns the state of a layer before its first step, with A as given; X^T X / m of `rows` if there are."""
         zeros = second_moment.new_zeros
         n_out, n = layer.out_features, len(second_moment)
-        inverse = damped_inverse(second_moment, damping)
+        inverse = damped_inverse(second_moment, damping, rows)
         if not inverse.isfinite().all():
             raise NonFiniteError(
                 f"{type(self).__name__}: expected finite inputs of layer {self._layers[layer]!r}, whose E[h h^T] has an inverse "
@@ -444,13 +452,25 @@ class KBFGS(CurvatureOptimizer):
         return ops.damped_bfgs_update_(h, s, y, group["mu1"], damping_of(group, "damping_g"), *self._pairs)
 
     def _check_finite(
-        self, loss: float | Tensor, parameters: dict[nn.Linear, list[Tensor]], gradients: dict[Tensor, Tensor]
+        self,
+        loss: float | Tensor,
+        parameters: dict[nn.Linear, list[Tensor]],
+        gradients: dict[Tensor, Tensor],
+        first: ClosurePass,
     ) -> float:
-        """Returns the loss as a number, if it and all gradients are finite."""
+        """Returns the loss as a number, if it, all gradients and the squares of all inputs are finite."""
         owners = [layer for layer, each in parameters.items() for _ in each]
         norms = torch._foreach_norm([gradients[p] for each in parameters.values() for p in each]) if owners else ()
-        value, *sizes = host_numbers([loss, *norms])
-        bad = dict.fromkeys(layer for layer, size in zip(owners, sizes, strict=True) if not math.isfinite(size))
+        value, *sizes = host_numbers([loss, *norms, *(first.mean_square(layer) for layer in parameters)])
+        own, of_inputs = sizes[: len(owners)], sizes[len(owners) :]
+        bad = dict.fromkeys(layer for layer, size in zip(owners, own, strict=True) if not math.isfinite(size))
+        large = [layer for layer, size in zip(parameters, of_inputs, strict=True) if not math.isfinite(size)]
+        if large and not bad and math.isfinite(value):
+            names = ", ".join(repr(self._layers[layer]) for layer in large)
+            raise NonFiniteError(
+                f"{type(self).__name__}.step(): the inputs of layer {names} hold NaN or inf, or have squares that overflow; no "
+                "parameter and no state has changed. Scale the inputs, or skip this batch."
+            )
         if bad or not math.isfinite(value):
             names = ", ".join(repr(self._layers[layer]) for layer in bad)
             raise NonFiniteError(
@@ -471,9 +491,10 @@ class KBFGS(CurvatureOptimizer):
         states, updates = [], {}
         for layer, each in parameters.items():
             state, group = self.state.get(layer.weight, {}), groups[layer.weight]
-            if "step" not in state:
-                moment = first.second_moment(layer)
-                state = self._start(layer, moment, damping_of(group, "damping_a"))
+            n = layer.in_features + len(each) - 1
+            if "step" not in state or state["gradient"].shape[1] != n:  # whether the bias is trained may change
+                moment, rows = first.second_moment(layer)[:n, :n].contiguous(), first.rows(layer, len(each) > 1)
+                state = self._start(layer, moment, damping_of(group, "damping_a"), rows)
             states.append(state)
             batch = self._batch_gradients(layer, state, {p: gradients[p] for p in each}, groups)
             decay = group["decay"]
@@ -495,120 +516,6 @@ class KBFGS(CurvatureOptimizer):
                 before = before.add(p, alpha=float(groups[p]["weight_decay"]))
             doubled.append((gradient + before) / 2)
         return doubled
-
-    def _second_gradients(self, parameters: dict[nn.Linear, list[Tensor]], sign: float) -> dict[nn.Linear, Tensor]:
-        """Returns the gradients of [W | b] that the closure's second call has left, where they are finite."""
-        left = {layer: [p.grad for p in each if p.grad is not None] for layer, each in parameters.items()}
-        gradients = {
-            layer: torch.cat([sign * to_compute_dtype(g).view(layer.out_features, -1) for g in left[layer]], 1)
-            for layer, each in parameters.items()
-            if len(left[layer]) == len(each)
-        }
-        if self._ranks is not None:
-            averages = self._ranks.average(lambda: [RankTerm(self._layers[layer], g) for layer, g in gradients.items()])
-            gradients = dict(zip(gradients, averages, strict=True))
-        finite = host_numbers([g.isfinite().all() for g in gradients.values()])
-        return {layer: g for (layer, g), good in zip(gradients.items(), finite, strict=True) if good}
-
-    def _try(
-        self,
-        closure: Callable[[], Tensor],
-        loss: float,
-        parameters: dict[nn.Linear, list[Tensor]],
-        directions: list[Tensor],
-        first: ClosurePass,
-        random: RandomState,
-    ) -> tuple[ClosurePass | None, dict[nn.Linear, Pair], int]:
-        """Takes the step, halved until the loss is acceptable; takes it back if none is, or if an error is raised.
-
-        Returns:
-            The pass after the step, None if it was given up; the pairs of the layers that have one; how often it was halved.
-        """
-        groups = self._groups()
-        before = {layer: [p.clone() for p in each] for layer, each in parameters.items()}
-        limit = math.inf if self._max_increase == math.inf else loss + self._max_increase * abs(loss)
-        after = RandomState.now()
-        accepted: tuple[ClosurePass, dict[nn.Linear, Pair]] | None = None
-        try:
-            everything = dict.fromkeys([*self._model.parameters(), *(p for group in self.param_groups for p in group["params"])])
-            state = ForwardState(nn.ModuleList([self._model, self.criterion]))  # as the first call leaves it
-            with kept_gradients(everything, self._ddp) as lend:
-                for halvings in range(_HALVINGS + 1):
-                    for (layer, each), direction in zip(parameters.items(), directions, strict=True):
-                        move(each, before[layer], direction, [groups[p] for p in each], 0.5**halvings)
-                    random.restore()
-                    for p in everything if self._doubled else ():  # of a trial before; the closure need not clear them
-                        p.grad = None
-                    accepted = self._trial(closure, parameters, first, state, lend, limit)
-                    if accepted is not None:
-                        break
-        finally:
-            after.restore()
-            if accepted is None:
-                for layer, each in parameters.items():
-                    for p, value_before in zip(each, before[layer], strict=True):
-                        p.copy_(value_before)
-        return (None, {}, halvings) if accepted is None else (*accepted, halvings)
-
-    def _trial(
-        self,
-        closure: Callable[[], Tensor],
-        parameters: dict[nn.Linear, list[Tensor]],
-        first: ClosurePass,
-        state: ForwardState,
-        lend: Callable[[], None],
-        limit: float,
-    ) -> tuple[ClosurePass, dict[nn.Linear, Pair]] | None:
-        """Calls the closure at the moved parameters.
-
-        Returns:
-            This pass, and (s, y) of the layers where they are finite; None if the loss is above the limit, or something is not
-            finite.
-        """
-        trial = ClosurePass(
-            self._layers, self._tape.tied, first.sign, parameters=self._doubled, lend=lend, criterion=self.criterion
-        )
-        value, same = self._evaluated(closure, trial, first, state)
-        if same is False:
-            trial.check_same_data(False, type(self).__name__)
-        moves = {
-            layer: (
-                trial.mean_preactivation(layer) - first.mean_preactivation(layer),
-                trial.gradient[layer] - first.gradient[layer],
-            )
-            for layer in parameters
-            if layer in trial.gradient and trial.instances(layer)  # else the model left it out
-        }
-        # The loss may be finite though a weight is not, where the unit is saturated: so the weights are checked.
-        sizes = torch._foreach_norm([p for each in parameters.values() for p in each if p.numel()], math.inf)
-        usable = [torch.isfinite(s + y).all() for s, y in moves.values()]
-        wanted = [number for s, y in moves.values() for number in products(s, y)]
-        loss, same_here, *rest = host_numbers([value, same, *sizes, *usable, *wanted])
-        trial.check_same_data(bool(same_here), type(self).__name__)
-        if not (math.isfinite(loss) and loss <= limit and all(map(math.isfinite, rest[: len(sizes)]))):
-            return None
-        if self._doubled:
-            trial.weight_gradients = self._second_gradients(parameters, first.sign)
-        good, numbers = rest[len(sizes) :][: len(moves)], rest[len(sizes) + len(moves) :]
-        return trial, {layer: (*pair, numbers[3 * k : 3 * k + 3]) for k, (layer, pair) in enumerate(moves.items()) if good[k]}
-
-    def _evaluated(
-        self, closure: Callable[[], Tensor], trial: ClosurePass, first: ClosurePass, state: ForwardState
-    ) -> tuple[Tensor | float, Tensor | bool]:
-        """Calls the closure for a trial; returns the loss over all ranks, and whether its data is that of the first call."""
-        name, ranks = type(self).__name__, self._ranks
-
-        def run() -> tuple[Tensor, Tensor | bool]:
-            with trial, state.buffers_kept():
-                value = first.sign * trial.run(closure, name)
-            return value, trial.same_data(first)
-
-        def checked() -> float:
-            value, same = host_numbers(run())
-            trial.check_same_data(bool(same), name)
-            return value
-
-        return run() if ranks is None else (trial.average(ranks, self._layers, ranks.all(checked)), True)
 
     def _update_inputs(self, layers: list[nn.Linear], first: ClosurePass, group: dict[str, Any]) -> Tensor:
         """Updates A and H_a of the layers of a group; returns the updates' statuses."""

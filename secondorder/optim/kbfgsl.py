@@ -64,6 +64,8 @@ class KBFGSL(KBFGS):
             correction, as in the authors' published experiments, so that the first steps are short.
         max_increase: a step after which the loss is higher by more than this times its size is halved, >= 0. math.inf: every step
             with a finite loss after it is taken, as by the authors.
+        max_input_dim: limit on n_in of a layer, >= 1, since A and H_a have n_in^2 numbers each; None: no limit. The fallback
+            updates wider layers, and a warning names them once.
         fallback: what happens to parameters outside of the linear layers. "sgd": SGD updates them after the step, and a warning
             names them once. "error": `step` raises an error.
         maximize: whether to maximise the loss: the whole step is then that of the negative loss.
@@ -104,6 +106,7 @@ class KBFGSL(KBFGS):
         weight_decay: float = 0.0,
         bias_correction: bool = True,
         max_increase: float = 0.05,
+        max_input_dim: int | None = 16384,
         fallback: str = "sgd",
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
@@ -114,7 +117,8 @@ class KBFGSL(KBFGS):
             model, criterion, lr, damping=damping, damping_a=damping_a, damping_g=damping_g, mu1=mu1, pairs=pairs,
             input_inverse=input_inverse, doubled_batch=doubled_batch, scale=scale, max_step=max_step, decay=decay,
             weight_decay=weight_decay,
-            bias_correction=bias_correction, max_increase=max_increase, max_factor_dim=None, fallback=fallback, maximize=maximize,
+            bias_correction=bias_correction, max_increase=max_increase, max_factor_dim=None, max_input_dim=max_input_dim,
+            fallback=fallback, maximize=maximize,
             decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip
         self._memory = memory

@@ -9,6 +9,8 @@ from helpers.kbfgs import autoencoder, closure_of
 from torch import nn
 
 import secondorder as so
+from secondorder.optim._kbfgs_layer import damped_inverse
+from secondorder.optim._kbfgs_trials import Trials
 
 
 def test_a_failure_after_the_trial_changes_nothing(monkeypatch):
@@ -18,7 +20,7 @@ def test_a_failure_after_the_trial_changes_nothing(monkeypatch):
     def fail(*_):
         raise RuntimeError("another rank has failed")
 
-    monkeypatch.setattr(optimizer, "_second_gradients", fail)
+    monkeypatch.setattr(Trials, "_finite_gradients", fail)
     closure = closure_of(optimizer, model, nn.MSELoss(), x, x)
     unchanged(model, optimizer, lambda: optimizer.step(closure), RuntimeError, "another rank has failed")
 
@@ -226,7 +228,10 @@ def test_bad_closures_change_nothing(steps):
 
     unchanged(model, optimizer, lambda: optimizer.step(), RuntimeError, "expected a closure")
     unchanged(model, optimizer, lambda: optimizer.step(next_batch), RuntimeError, "same mini-batch at every call")
-    unchanged(model, optimizer, lambda: optimizer.step(other_size), RuntimeError, "same mini-batch at every call")
+    unchanged(
+        model, optimizer, lambda: optimizer.step(other_size), RuntimeError,
+        "same mini-batch at every call, but it calls layer '0' on 20 rows, and then on 10",
+    )  # fmt: skip
     unchanged(model, optimizer, lambda: optimizer.step(fails_at_second_call), KeyError, "second call")
     unchanged(
         model, optimizer, lambda: optimizer.step(closure_of(optimizer, model, nn.MSELoss(), bad, x)), RuntimeError,
@@ -259,6 +264,89 @@ def test_bad_closures_change_nothing(steps):
 def test_constructor_arguments_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         so.KBFGSL(autoencoder(), nn.MSELoss(), **options)
+
+
+def test_a_solver_whose_steps_adapt_is_refused_with_what_to_do():
+    torch.manual_seed(0)
+    model = autoencoder()
+    optimizer, x, steps = so.KBFGS(model, nn.MSELoss()), torch.randn(20, 7).double(), iter([2, 3])
+
+    def closure():
+        optimizer.zero_grad()
+        z, n = x, next(steps)
+        for _ in range(n):
+            z = z + model(z) / n
+        loss = z.square().mean()
+        loss.backward()
+        return loss
+
+    message = "calls layer '0' on 40 rows, and then on 60.*give it steps of fixed length"
+    unchanged(model, optimizer, lambda: optimizer.step(closure), RuntimeError, message)
+
+
+def test_inputs_whose_squares_overflow_change_nothing():
+    """Their units are saturated, and so the loss and its gradients are finite."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer, x, y = so.KBFGS(model, nn.MSELoss()), torch.randn(10, 3), torch.randn(10, 2)
+    closure = closure_of(optimizer, model, nn.MSELoss(), 1e25 * x, y)
+    for _ in range(2):
+        unchanged(model, optimizer, lambda: optimizer.step(closure), so.NonFiniteError, "inputs of layer '0' .* squares that")
+        optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, y))
+
+
+@pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
+def test_biases_may_be_frozen_unfrozen_and_left_out_of_the_groups(cls):
+    """A step is that of a net that has never had them, or has begun with them."""
+    torch.manual_seed(0)
+    x, criterion = torch.randn(20, 7).double(), nn.MSELoss()
+    with_biases, without = autoencoder(), autoencoder(bias=False)
+    without.load_state_dict({name: p for name, p in with_biases.state_dict().items() if name.endswith("weight")})
+    for p in with_biases.parameters():
+        if p.dim() == 1:
+            p.data.zero_()
+    fresh = copy.deepcopy(with_biases)
+    optimizer, plain = cls(with_biases, criterion, max_step=None), cls(without, criterion, max_step=None)
+    biases = [p for p in with_biases.parameters() if p.dim() == 1]
+    optimizer.param_groups[0]["params"] = [p for p in with_biases.parameters() if p.dim() == 2]
+    for _ in range(3):
+        for each, model in ((optimizer, with_biases), (plain, without)):
+            each.step(closure_of(each, model, criterion, x, x))
+    for name, p in without.named_parameters():
+        torch.testing.assert_close(p, with_biases.get_parameter(name))
+    with_biases.load_state_dict(fresh.state_dict())
+    optimizer.add_param_group({"params": biases})
+    other = cls(fresh, criterion, max_step=None)
+    for each, model in ((optimizer, with_biases), (other, fresh)):
+        each.step(closure_of(each, model, criterion, x, x))
+    for name, p in fresh.named_parameters():
+        torch.testing.assert_close(p, with_biases.get_parameter(name))
+    for p in biases:
+        p.requires_grad_(False)
+    moved = [p.clone() for p in with_biases.parameters()]
+    optimizer.step(closure_of(optimizer, with_biases, criterion, x, x))
+    assert all(torch.equal(p, q) != (p.dim() == 2) for p, q in zip(with_biases.parameters(), moved, strict=True))
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_the_inverse_from_a_few_rows_is_that_of_their_second_moment(scale):
+    rows = scale * torch.randn(9, 40)
+    exact = torch.linalg.inv(rows.double().T @ rows.double() / 9 + 0.5 * torch.eye(40).double())
+    found = damped_inverse(torch.full((40, 40), math.nan), 0.5, rows)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
+    assert torch.equal(found, found.T)
+
+
+@pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
+def test_layers_with_more_inputs_than_the_limit_get_the_fallback(cls):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(30, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(10, 30)
+    optimizer = cls(model, nn.MSELoss(), max_input_dim=29)
+    with pytest.warns(UserWarning, match="layer '0' has 30 inputs, more than max_input_dim = 29"):
+        optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x[:, :2]))
+    assert list(optimizer.diagnostics()) == ["2"]
 
 
 def test_zero_input_layer_is_skipped_and_counted():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from helpers.habits import batch, every, everything, network, one_call, train
-from helpers.optimizers import ALL, FIXED, parameters
+from helpers.kinds import NAMES, QUASI_NEWTON
+from helpers.optimizers import ALL, FIXED, OTHERS, parameters
 from helpers.training import assert_same
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -90,6 +91,60 @@ def test_autocast_trains(name):
     losses = [float(optimizer.step(closure).detach()) for _ in range(15)]
     assert losses[-1] < losses[0]
     assert {v.dtype for v in tree_leaves(dict(optimizer.state)) if isinstance(v, torch.Tensor)} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_within_autocast_is_that_outside(name):
+    """As of torch's own optimizers. A closure is called as within it, and sees the weights that have moved."""
+    found = []
+    for ambient in (False, True):
+        torch.manual_seed(0)
+        model = network(torch.float32)
+        first = model.parameters() if name == "LevenbergMarquardt" else model
+        criterion = nn.MSELoss() if name == "LevenbergMarquardt" else nn.CrossEntropyLoss()
+        optimizer = getattr(so, name)(first, *([] if name in OTHERS else [criterion]))
+        dtypes, losses = set(), []
+        for seed in range(6):
+            x, y = batch(seed, m=40, dtype=torch.float32)
+            y = nn.functional.one_hot(y, 3).float() if name == "LevenbergMarquardt" else y
+
+            def closure(optimizer=optimizer, model=model, criterion=criterion, x=x, y=y, dtypes=dtypes):
+                optimizer.zero_grad()
+                dtypes.add(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+                with torch.autocast("cpu", enabled=False):
+                    loss = criterion(model(x), y)
+                    loss.backward()
+                return loss
+
+            with torch.autocast("cpu", torch.bfloat16, enabled=ambient):
+                if name in ("LevenbergMarquardt", *QUASI_NEWTON):
+                    losses.append(float(optimizer.step(closure).detach()))
+                else:
+                    losses.append(float(closure().detach()))
+                    optimizer.step()
+        assert dtypes == {ambient and torch.bfloat16}
+        found.append((parameters(model), losses))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+@every
+def test_a_loop_within_one_autocast_sees_the_weights_that_have_moved(name):
+    """Autocast keeps rounded copies of weights until its outermost end."""
+    torch.manual_seed(0)
+    model = network(torch.float32)
+    optimizer = ALL[name](model, nn.CrossEntropyLoss(), **({"lr": 0.01} if name in FIXED else {}))
+    x, y = batch(m=40, dtype=torch.float32)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = optimizer.criterion(model(x), y)
+        loss.backward()
+        return loss
+
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [float(optimizer.step(closure).detach()) for _ in range(15)]
+    assert losses[-1] < losses[0]
 
 
 def test_a_failed_step_under_grad_scaler_can_be_tried_again():
