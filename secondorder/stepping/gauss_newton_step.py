@@ -30,7 +30,7 @@ OVER = 4  # rows drawn for each parameter, at least, if the parameters are no mo
 MANY = 20  # so many residuals with a backward pass each are slow
 SUSPECT = 2.0  # above this ratio of reduction and predicted reduction the residuals at the start are evaluated and compared anew
 LEAST_DAMPING = 1e-16
-# A Jacobian is rounding, as where derivatives cancel out, below so many times eps |r| / |theta|.
+# A Jacobian may be rounding, as where derivatives cancel out, below so many times eps |r| / (1 + |theta|).
 ROUNDING = 100
 HELD_RATIO = 4  # if there are fewer than so many residuals for each parameter
 HELD_PATIENCE = 12  # a step goes back after so many steps without a new record of the loss of residuals held out,
@@ -130,7 +130,7 @@ class GaussNewtonStep:
         problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator, self._buffer)
         at_start = self._drawn_objective(r, theta, here)
         mu, growth = progress.damping, progress.growth
-        for _ in range(TRIES):
+        for attempt in range(TRIES):
             damping = (mu * problem.trace.double()).to(theta.dtype)
             solve, failed = problem.at(damping)
             delta = problem.step(solve, r, theta, damping)
@@ -140,7 +140,9 @@ class GaussNewtonStep:
             if not math.isfinite(trace):
                 raise NonFiniteError(f"{loss.owner}.step(): the Jacobian holds NaN or inf; no parameter and no state has changed")
             noise = ROUNDING * torch.finfo(theta.dtype).eps * math.sqrt(start) / (1 + length)
-            if math.sqrt(trace) <= noise and here.penalties is None:
+            tiny = attempt == 0 and here.penalties is None and math.sqrt(trace) <= noise
+            # Beside residuals of 1e7 and more, as in pascals, a Jacobian is as small, but that of autograd.
+            if tiny and (trace == 0 or self._wrong(here, rows, jacobian, rounding=0)):
                 return here, progress._replace(ratio=0.0)
             if fails:
                 mu = max(10 * mu, LEAST_DAMPING)
@@ -239,14 +241,14 @@ class GaussNewtonStep:
         parameters = self.loss.parameters
         found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn, self._buffer)
         if self._unchecked:
-            wrong = self._wrong(plan, here, rows, found)
+            wrong = self._wrong(here, rows, found)
             if wrong and not self._new:
                 return None
             if wrong:
                 for block in plan.blocks:
                     block.others.update(dict.fromkeys(wrong, "a product"))
                 found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn, self._buffer)
-                if wrong := self._wrong(plan, here, rows, found):
+                if wrong := self._wrong(here, rows, found):
                     raise RuntimeError(
                         f"{self.loss.owner}.step(): the Jacobian of the parameter of shape {tuple(parameters[wrong[0]].shape)} "
                         "is not that of autograd; its graph is not understood"
@@ -261,8 +263,15 @@ class GaussNewtonStep:
             )
         return found
 
-    def _wrong(self, plan: Plan, here: Residuals, rows: DrawnRows, found: Jacobian) -> list[int]:
-        """Returns the parameters whose columns disagree with one backward pass for a random combination of the rows."""
+    def _wrong(self, here: Residuals, rows: DrawnRows, found: Jacobian, rounding: float = ROUNDING) -> list[int]:
+        """Returns the parameters whose columns disagree with one backward pass for a random combination of the rows.
+
+        Args:
+            here: the residuals, whose graph is there.
+            rows: the rows.
+            found: their Jacobian.
+            rounding: so many times eps |r| / (1 + |theta|) is no disagreement.
+        """
         parameters = self.loss.parameters
         generator = torch.Generator().manual_seed(len(rows.flat))
         u = torch.randn(len(rows.flat), generator=generator, dtype=torch.float64, device="cpu").to(rows.scale)
@@ -277,7 +286,7 @@ class GaussNewtonStep:
         if not math.isfinite(size):  # the trace will say so
             return []
         tolerance = 1e-8 if rows.scale.dtype == torch.float64 else 1e-3
-        bound = tolerance * size + ROUNDING * torch.finfo(rows.scale.dtype).eps * value / (1 + length)
+        bound = tolerance * size + rounding * torch.finfo(rows.scale.dtype).eps * value / (1 + length)
         return [i for i, error in enumerate(errors) if not error <= bound]
 
     # --- parts of a step ---

@@ -456,6 +456,17 @@ def test_derivatives_that_cancel_out_move_nothing():
     assert optimizer.metrics()["ratio"] == 0
 
 
+def test_targets_of_any_size_are_fitted():
+    """In single precision, where the Jacobian is small beside residuals of 1e8, as a stress in pascals."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 1)).float()
+    x = torch.linspace(-1, 1, 100, dtype=torch.float32)[:, None]
+    y = 1e8 * torch.sin(3 * x)
+    optimizer = so.LevenbergMarquardt(net.parameters())
+    losses = [float(optimizer.step(lambda: mse_loss(net(x), y))) for _ in range(30)]
+    assert losses[-1] < 0.2 * losses[0]
+
+
 def test_layers_that_mix_instances_are_exact_and_said_to_be_slow():
     net = nn.Sequential(nn.Linear(2, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1))
     x, y = torch.randn(20, 2), torch.randn(20, 1)
