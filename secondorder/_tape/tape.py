@@ -366,13 +366,19 @@ class Tape:
             call.outside = own and f"parameters that the criterion takes by itself (by {own})"
             with self.muted():
                 call.arguments = self._criterion_arguments(args, kwargs, nodes)
-        self._see_curvature(call, nodes, loss, args, kwargs)
+        self._see_curvature(call, nodes, loss, (*args[:1], *tree_map(self._fixed, args[1:])), kwargs)
         self.missing = (
             "the criterion was called, but no backward() has gone through what it returned: gradients that are set by hand, as "
             "from torch.autograd.grad, do not say of which loss they are"
         )
         self._see_repeats(call, made_by)
         self._log.watch_loss(call, made_by, loss.output_nr)
+
+    def _fixed(self, target: Any) -> Any:
+        """Detaches a target that no recorded layer has made, as one that another net has made: it is fixed as far as these go."""
+        if not isinstance(target, Tensor) or (target.grad_fn is not None and source_nodes(target.grad_fn, self._key)[0]):
+            return target
+        return target.detach()
 
     def _see_curvature(
         self, call: LossCall, nodes: list[Node], loss: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

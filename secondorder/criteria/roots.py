@@ -111,13 +111,13 @@ class DenseRoot:
 
 @dataclass(frozen=True)
 class ScalarRoot:
-    """Of a likelihood of one number per instance, [m]: one column for all, where `GaussianRoot` sees m numbers of one."""
+    """Of a likelihood of one number per instance, [m], or in all, []: one column, where `GaussianRoot` sees m numbers of one."""
 
-    root: GaussianRoot  # [m]
+    root: GaussianRoot  # [m], or []
     count = 1
 
     def columns(self, begin: int, end: int) -> Tensor:
-        """Returns the columns from `begin` to before `end`, [end - begin, m]."""
+        """Returns the columns from `begin` to before `end`, [end - begin, m], or [end - begin]."""
         return self.root.root.unsqueeze(0)[begin:end]
 
     def sample(self) -> Tensor:
@@ -185,12 +185,13 @@ def likelihood_root(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: 
 
     Args:
         criterion: a module.
-        output: what it is called on, [..., K]; by cross-entropy and NLL [m, K, ...], or [K] for one instance.
+        output: what it is called on, [..., K], or one number []; by cross-entropy and NLL [m, K, ...], or [K] for one instance.
         *args: what else it is called with, the target first.
         **kwargs: the same by name.
     """
     if not isinstance(criterion, CompositeLoss):
-        return evaluated(_ROOTS, criterion, output, args, kwargs)
+        root = evaluated(_ROOTS, criterion, output, args, kwargs)
+        return ScalarRoot(root) if isinstance(root, GaussianRoot) and output.dim() == 0 else root
     with torch.enable_grad():
         leaf = output.detach().requires_grad_()
         value = criterion.inner(leaf)

@@ -242,19 +242,19 @@ class FisherExact(FromColumns):
         self, criterion: nn.Module, loss: Tensor, source: Node | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[GradientEdge, OutputRoot | None]:
         """Returns the edge of the graph where the columns start, and the root that has these columns; None: it is zero."""
-        args = of_difference(criterion, args)
-        output = args[0] if args else None
+        single = of_difference(criterion, args)
+        output = single[0] if single else None
         root, edge = None, None
         if isinstance(output, Tensor) and output.grad_fn is not None:
-            root = self._root(criterion, output.detach(), *args[1:], **kwargs)
+            root = self._root(criterion, output.detach(), *single[1:], **kwargs)
             drawn = isinstance(root, _Samples) and isinstance(root.root, SampledRoot)  # its gradients are at the output itself
             edge = GradientEdge(output.grad_fn, output.output_nr) if drawn else _columns_edge(criterion, output)
         if root is None or edge is None:
             raise ValueError(
                 "expected a criterion that is a likelihood the Fisher matrix's labels can be drawn from, called with the "
-                "network's output first: cross-entropy, NLL of log_softmax, MSE, BCE with logits or of a sigmoid, a "
-                f"secondorder.criteria.CompositeLoss of these{self._others}; got {criterion}: use curvature='pch-abs' or "
-                "'fisher-empirical', which LayerwiseNewton and EACG take"
+                "network's output first, and not in its target: cross-entropy, NLL of log_softmax, MSE, BCE with logits or of a "
+                f"sigmoid, a secondorder.criteria.CompositeLoss of these{self._others}; got {criterion}: use curvature="
+                "'pch-abs' or 'fisher-empirical', which LayerwiseNewton and EACG take"
             )
         if isinstance(root, _Samples):
             return edge, _Reshaped(root, _shape(edge.node, edge.output_nr))

@@ -239,10 +239,11 @@ class KBFGS(CurvatureOptimizer):
             moments.see_model(self._model, inputs)
         else:
             moments.see_loss(loss, self.criterion, inputs)
-        starts = {
-            layer: self._start(layer, moment, damping_of(groups[layer.weight], "damping_a"))
-            for layer, moment in moments.averaged(self._ranks).items()
-        }
+        starts = {}
+        for layer, moment in moments.averaged(self._ranks).items():
+            if layer.bias not in groups:  # the bias is not trained here, though it may require gradients
+                moment = moment[: layer.in_features, : layer.in_features].contiguous()
+            starts[layer] = self._start(layer, moment, damping_of(groups[layer.weight], "damping_a"))
         for layer, start in starts.items():
             self.state[layer.weight].update(start)
 

@@ -60,8 +60,9 @@ def test_a_mean_square_of_functions_of_two_outputs_has_the_curvature_of_both(fun
     model = nn.Sequential(*net, Of(lambda z: of(z).unsqueeze(1) if function == "numbers" else of(z)))
     zero = torch.zeros_like(model(a)).detach()
     sides = [gauss_newton_blocks(model, criterion, x, zero) for x in (a, b)]
-    actual = blocks_of(net, criterion, CURVATURES["kflr"], compute)
-    assert_blocks(actual, {name: block + sides[1][name] for name, block in sides[0].items()})
+    for name in ("kflr", "fisher-exact"):
+        actual = blocks_of(net, criterion, CURVATURES[name], compute)
+        assert_blocks(actual, {name: block + sides[1][name] for name, block in sides[0].items()})
 
 
 @pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.MSELoss(reduction="sum"), FunctionCriterion(F.mse_loss)], ids=str)
@@ -92,6 +93,29 @@ def test_other_criteria_with_a_target_that_is_trained_are_refused(criterion):
     for name in ("kflr", "fisher-exact", "fisher-mc"):
         with pytest.raises(ValueError, match="pch-abs"):
             blocks_of(net, criterion, CURVATURES[name], lambda: criterion(net(a), net(b).softmax(1)))
+
+
+@pytest.mark.parametrize("curvature", ["kflr", "fisher-exact", "fisher-mc", "pch-abs"])
+def test_a_target_of_another_net_is_fixed_whether_it_is_detached_or_not(curvature):
+    """In single precision autograd's Hessians of a certain classifier are not positive semi-definite by rounding."""
+    net, teacher = (network([4, 6, 3], nn.Tanh()).float() for _ in range(2))
+    x, criterion, found = torch.randn(5, 4), nn.CrossEntropyLoss(), []
+    target = (5 * teacher(x)).softmax(1)
+    for y in (target.detach(), target):
+        torch.manual_seed(0)  # of the labels that are drawn
+        compute = lambda y=y: criterion(300 * net(x), y)  # noqa: E731
+        found.append(blocks_of(net, criterion, CURVATURES[curvature], compute))
+    for name, block in found[0].items():
+        assert torch.equal(found[1][name], block)
+
+
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.BCEWithLogitsLoss()], ids=str)
+@pytest.mark.parametrize("curvature", ["kflr", "fisher-exact"])
+def test_one_number_without_a_dimension_has_the_curvature_of_one_instance(curvature, criterion):
+    """As of the last batch, of one row, behind squeeze()."""
+    net, x, y = network([4, 6, 1], nn.Tanh()), torch.randn(1, 4).double(), torch.rand(1, 1).double()
+    expected = gauss_newton_blocks(net, criterion, x, y)
+    assert_blocks(blocks_of(net, criterion, CURVATURES[curvature], lambda: criterion(net(x).squeeze(), y.squeeze())), expected)
 
 
 @pytest.mark.parametrize("curvature", ["pch-abs", "gauss-newton"])

@@ -330,6 +330,16 @@ def test_biases_may_be_frozen_unfrozen_and_left_out_of_the_groups(cls):
     optimizer.load_state_dict(state)
 
 
+def test_initialize_counts_where_biases_are_left_out_of_the_groups():
+    torch.manual_seed(0)
+    model, x = autoencoder(), torch.randn(20, 7).double()
+    optimizer = so.KBFGS(model, nn.MSELoss())
+    optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.dim() == 2]
+    optimizer.initialize([3 * x, 5 * x])
+    optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x))
+    torch.testing.assert_close(optimizer.state[model[0].weight]["input_second_moment"], 17 * x.T @ x / 20)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 def test_the_inverse_from_a_few_rows_is_that_of_their_second_moment(scale):
     rows = scale * torch.randn(9, 40)
