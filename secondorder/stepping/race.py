@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from secondorder.errors import NonFiniteError
-from secondorder.stepping.gauss_newton_step import GaussNewtonStep, Progress
+from secondorder.stepping.gauss_newton_step import ROUNDING, GaussNewtonStep, Progress
 from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals
 
 STEPS = 6  # of each start
@@ -56,7 +56,8 @@ def race(run: GaussNewtonStep, here: Residuals, damping: float, first_order: Fir
         if value < END * first or value < FALL * values[STEPS // 2 - 1]:
             break
     assert best is not None
-    if not best[0] < first:  # the parameters were trained before
+    rounding = ROUNDING * torch.finfo(theta.dtype).eps
+    if not best[0] < (1 - rounding) * first:  # the parameters were trained before, or move nothing
         loss.move(theta)
         return here, Progress(damping / drawn, run.settings.rows, first=first)
     value, theta, now, progress = best
