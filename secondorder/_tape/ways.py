@@ -210,6 +210,9 @@ def _dim_before(node: Any, number: int, dim: int) -> int | None:
         return len(given) - 1 - dim
     if kind(node) in ("SelectBackward", "UnbindBackward"):
         return dim + (signed_dim(node._saved_dim) % len(given) <= dim)
+    if kind(node) in ("SliceBackward", "SplitBackward", "ExpandBackward"):  # seen from the last, dimensions stay in their places
+        same = dim - len(made) + len(given)
+        return same if same >= 0 and given[same] == made[dim] else None
     inner = math.prod(made[dim + 1 :])
     found = [i for i, size in enumerate(given) if size == made[dim] and math.prod(given[i + 1 :]) == inner]
     return found[0] if len(found) == 1 and found[0] not in _indexed(node, len(given)) else None

@@ -8,10 +8,11 @@ import torch
 from helpers.curvatures import CRITERIA, Branching, assert_blocks, blocks, gauss_newton_blocks, instance_gradients, network
 from oracles import hessian_block
 from torch import nn
+from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 
 import secondorder as so
-from secondorder._tape import columns
+from secondorder._tape import columns, is_selecting, taken_from
 from secondorder.criteria import BoundedClassificationLoss, CompositeLoss, FunctionCriterion
 from secondorder.curvature import CURVATURES, FisherMC
 
@@ -176,6 +177,23 @@ def test_log_probabilities_of_rows_that_are_seen_several_times(way, logits):
     plain.load_state_dict(model.state_dict())
     expected = blocks_of_coupled_rows(plain, nn.CrossEntropyLoss(), x, y)
     assert_blocks(blocks(model, nn.NLLLoss(), CURVATURES["kflr"], (x, y)), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "way", "dim"),
+    [
+        ((1, 4, 4, 2), lambda t: t[:, :, :1], 1),
+        ((1, 4, 4, 2), lambda t: t.split(1, 3)[1], 1),
+        ((4, 4), lambda t: t.expand(4, 4, 4), 0),
+        ((4, 1), lambda t: t.expand(4, 4), None),
+        ((4, 8), lambda t: t[:, 4:], None),
+    ],
+)
+def test_classes_stay_in_their_dimension_where_others_have_as_many_numbers(shape, way, dim):
+    given = torch.zeros(shape, requires_grad=True).exp()
+    made = way(given)
+    origin = taken_from(GradientEdge(made.grad_fn, made.output_nr), 1, is_selecting)
+    assert (origin.edge.node, origin.dim) == ((made.grad_fn, 1) if dim is None else (given.grad_fn, dim))
 
 
 def test_signs_of_columns_leave_random_numbers_alone():
