@@ -60,7 +60,7 @@ class Sketches:
         if sketch is None:
             shift = state["mean"]
             if not state["renewals"] and shift.numel() and alone and (mean := rows.mean(0)).isfinite().all():
-                shift = mean  # which the state gets with the next step, be that of other inputs
+                shift = mean  # the state gets it with the next step, even if that is of another forward pass
             sketch = self.of[matrix] = Sketch(rows.new_zeros(len(state["basis_in"]) + 1, rows.shape[1]), shift)
         ops.eigen_sketch_(sketch.sums, rows, state["basis_in"], sketch.shift, *replay)
         sketch.rows += len(rows)
