@@ -23,7 +23,7 @@ def is_sharded(t: Any) -> bool:
     return type(t) not in _WHOLE and isinstance(t, Tensor) and hasattr(t, "placements") and hasattr(t, "device_mesh")
 
 
-def here(t: Tensor) -> Tensor:
+def local_rows(t: Tensor) -> Tensor:
     """Returns this process' rows of a DTensor, without a graph; any other tensor as it is."""
     return t.detach().to_local() if is_sharded(t) else t  # type: ignore[attr-defined]
 
@@ -139,20 +139,25 @@ class Transfer:
 
 
 class Arriving:
-    """Sends a tensor of one boolean to the host; reading it waits only for what was queued on the GPU before it."""
+    """A tensor on its way to the host; reading it waits only for what was queued on the GPU before it was sent."""
 
-    def __init__(self, flag: Tensor):
-        self._flag, self._event = flag, None
-        if flag.is_cuda:
-            self._flag = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
+    def __init__(self, t: Tensor):
+        self._copy, self._event = t.detach(), None
+        if t.is_cuda:
+            self._copy = torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True).copy_(self._copy, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def read(self) -> bool:
-        """Returns its value."""
+    @property
+    def here(self) -> bool:
+        """Tells whether it has arrived, so that reading it does not wait."""
+        return self._event is None or self._event.query()
+
+    def read(self) -> Tensor:
+        """Returns the tensor."""
         if self._event is not None:
             self._event.synchronize()
-        return bool(self._flag)
+        return self._copy
 
 
 def host_numbers(numbers: Sequence[Tensor | float]) -> list[float]:

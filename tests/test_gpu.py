@@ -497,7 +497,7 @@ def test_eigen_adam_waits_for_nothing_and_tells_later_of_what_is_not_finite():
         step()
     step()
     assert optimizer.skipped_steps == 1
-    assert optimizer._shared()["steps"] == 16
+    assert optimizer._shared_state()["steps"] == 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

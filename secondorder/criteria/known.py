@@ -176,7 +176,7 @@ class LateMasses:
         """Returns the weights, or None where all count alike."""
         if not self._found:
             return None
-        if self._all_count is not None and self._all_count.read():
+        if self._all_count is not None and bool(self._all_count.read()):
             self._found = False
         elif self._masses is None:
             criterion, args, kwargs = self._of

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secondorder import ops
 from secondorder.optim._matrices import Matrix
-from secondorder.optim._tables import Sum
+from secondorder.optim._tables import AllReduce
 
 Replay = tuple[()] | tuple[Tensor, int]
 
@@ -33,17 +33,21 @@ class Sketches:
     """The sketches of the inputs that layers have had since the last step."""
 
     def __init__(self) -> None:
-        self.of: dict[Matrix, Sketch] = {}
+        self.by_matrix: dict[Matrix, Sketch] = {}
         self._captured = False  # whether a CUDA graph captures them
 
     def clear(self) -> None:
         """Forgets all sketches."""
-        self.of.clear()
+        self.by_matrix.clear()
+
+    def drop(self, matrix: Matrix) -> None:
+        """Forgets a matrix' sketch, if it has one."""
+        self.by_matrix.pop(matrix, None)
 
     def expect(self, captured: bool) -> None:
         """Forgets sketches that a CUDA graph has captured unless one captures this call, too, and the other way round."""
         if self._captured != captured:
-            self.of.clear()
+            self.by_matrix.clear()
             self._captured = captured
 
     def add(self, matrix: Matrix, state: dict[str, Any], rows: Tensor, alone: bool, replay: Replay = ()) -> None:
@@ -56,37 +60,39 @@ class Sketches:
             alone: whether no other process has inputs, and the mean of inputs is known without a wait for a device.
             replay: the control and how often bases are renewed, if a CUDA graph captures this call.
         """
-        sketch = self.of.get(matrix)
+        sketch = self.by_matrix.get(matrix)
         if sketch is None:
             shift = state["mean"]
             if not state["renewals"] and shift.numel() and alone and (mean := rows.mean(0)).isfinite().all():
                 shift = mean  # the state gets it with the next step, even if that is of another forward pass
-            sketch = self.of[matrix] = Sketch(rows.new_zeros(len(state["basis_in"]) + 1, rows.shape[1]), shift)
+            sketch = self.by_matrix[matrix] = Sketch(rows.new_zeros(len(state["basis_in"]) + 1, rows.shape[1]), shift)
         ops.eigen_sketch_(sketch.sums, rows, state["basis_in"], sketch.shift, *replay)
         sketch.rows += len(rows)
 
-    def averaged(self, present: list[Matrix], states: Mapping[Tensor, dict[str, Any]], sum_: Sum) -> dict[Matrix, Sketch]:
+    def averaged(
+        self, matrices: list[Matrix], states: Mapping[Tensor, dict[str, Any]], all_reduce_: AllReduce
+    ) -> dict[Matrix, Sketch]:
         """Returns the sketches of all processes' inputs, divided by the number of inputs.
 
         Args:
-            present: the matrices with a gradient.
+            matrices: the matrices with a gradient.
             states: the states, by weight.
-            sum_: sums a tensor over all processes, in place.
+            all_reduce_: sums a tensor over all processes, in place.
         """
-        wanted = [matrix for matrix in present if matrix.eigen and matrix.modules]
+        wanted = [matrix for matrix in matrices if matrix.has_bases and matrix.layers]
         if not wanted:
             return {}
-        own = []
+        local = []
         for matrix in wanted:
             state = states[matrix.weight]
             empty = state["basis_in"].new_zeros(len(state["basis_in"]) + 1, matrix.shape[1])
-            sketch = self.of.get(matrix) or Sketch(empty, state["mean"])
-            own += [sketch.sums.flatten(), empty.new_full((1,), sketch.rows)]
-        flat = torch.cat(own)
-        sum_(flat)
-        pieces = flat.split([piece.numel() for piece in own])
+            sketch = self.by_matrix.get(matrix) or Sketch(empty, state["mean"])
+            local += [sketch.sums.flatten(), empty.new_full((1,), sketch.rows)]
+        flat = torch.cat(local)
+        all_reduce_(flat)
+        pieces = flat.split([piece.numel() for piece in local])
         counts = pieces[1::2]
-        if any(matrix not in self.of or not self.of[matrix].rows for matrix in wanted):
+        if any(matrix not in self.by_matrix or not self.by_matrix[matrix].rows for matrix in wanted):
             # No process may have inputs of some matrix. A process that has inputs of each need not wait for the device.
             counts = torch.cat(counts).tolist()
         return {

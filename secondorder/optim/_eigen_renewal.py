@@ -14,20 +14,94 @@ DECAY = 0.9  # of the averages behind a basis, from one renewal to the next
 PATIENCE = 5  # renewals in a row at which a layer that has shown its inputs may show none
 
 
-class Renewal(NamedTuple):
-    """What `ops.eigen_renew_` takes of every matrix with a gradient, and which of these matrices have bases.
+class Given(NamedTuple):
+    """What `ops.eigen_renew_` takes of one matrix."""
+
+    sketch: Sketch  # of its inputs; with sums [0] V comes from the gradient
+    hessian: Tensor  # a bias Hessian; with [0] U comes from the gradient
+    share: float  # how much this renewal counts in the averages behind the bases
+
+
+class Renewed(NamedTuple):
+    """What the state of a matrix with bases notes of a renewal."""
+
+    state: dict[str, Any]
+    unseen: int  # how many renewals in a row, this one included, have seen no inputs of the matrix
+    curved: bool  # whether U is the basis of a bias Hessian
+
+
+class Renewal:
+    """What every matrix with a gradient gives to a renewal, and what is noted of it.
 
     Attributes:
-        given: of each matrix a sketch of its inputs, with sums [0] where V comes from the gradient; a bias Hessian, [0] where U
-            comes from the gradient; and how much this renewal counts in the averages behind the bases.
-        renewed: of each matrix with bases the state; how many renewals in a row, this one included, have seen no inputs of it;
-            and whether U is the basis of a bias Hessian.
+        given: what each matrix gives.
+        means: the mean inputs of each. A first mean that a sketch has found takes the place of the state's own, which gets it
+            once the step is made.
         lost: the names of layers that have shown no inputs for so long that V comes from their gradients from now on.
+
+    Args:
+        owner: who renews, for the error.
+        matrices: the matrices with a gradient.
+        states: their states.
+        sketches: the sketches of the inputs that forward passes have shown since the last step.
+        hessians: bias Hessians, by weight.
+        captured: whether a CUDA graph captures the step.
+
+    Raises:
+        RuntimeError: a graph captures the step without the forward pass before it, so that replays would see no inputs.
     """
 
-    given: list[tuple[Sketch, Tensor, float]]
-    renewed: list[tuple[dict[str, Any], int, bool]]
-    lost: list[str]
+    def __init__(
+        self,
+        owner: str,
+        matrices: list[Matrix],
+        states: list[dict[str, Any]],
+        sketches: Mapping[Matrix, Sketch],
+        hessians: Mapping[Tensor, Tensor],
+        captured: bool,
+    ):
+        self._owner, self._captured = owner, captured
+        self.lost: list[str] = []
+        self.given: list[Given] = []
+        self.means: list[Tensor] = []
+        self.renewed: list[Renewed] = []
+        nothing = states[0]["mean"].new_empty(0)
+        for matrix, state in zip(matrices, states, strict=True):
+            mean = state["mean"]
+            if not matrix.has_bases:  # it is given all the same: where its gradient is not finite, no basis may turn
+                self.given.append(Given(Sketch(nothing, mean), nothing, 1.0))
+            else:
+                sketch, unseen, share = self._inputs_of(matrix, state, sketches.get(matrix), nothing)
+                if not unseen and not state["renewals"]:
+                    mean = sketch.shift
+                curved = matrix.weight in hessians
+                if curved != state.get("curved", False):
+                    share = 1.0  # a gradient's second moments are on another scale than a bias Hessian
+                self.given.append(Given(sketch, hessians.get(matrix.weight, nothing), share))
+                self.renewed.append(Renewed(state, unseen, curved))
+            self.means.append(mean)
+
+    def _inputs_of(
+        self, matrix: Matrix, state: dict[str, Any], sketch: Sketch | None, nothing: Tensor
+    ) -> tuple[Sketch, int, float]:
+        """Returns the sketch that V is renewed by, for how many renewals no inputs were seen, and this renewal's share."""
+        share = (1 - DECAY) / (1 - DECAY ** (state["renewals"] + 1))
+        if sketch is not None:
+            return sketch, 0, share
+        mean, unseen, has_seen = state["mean"], state["unseen"] + 1, state["renewals"] > state["unseen"]
+        patience = PATIENCE if has_seen else 1  # a lazy layer shows no inputs before the first step
+        if self._captured and has_seen and unseen <= patience + 1:  # replays could not count these renewals
+            raise RuntimeError(
+                f"{self._owner}: expected the CUDA graph that captures the step to have the forward pass, too, got no inputs of "
+                f"{matrix.name!r}; capture zero_grad, forward and backward passes and step together"
+            )
+        if has_seen and unseen <= PATIENCE:  # inputs may be seen again: V stays
+            return Sketch(mean.new_zeros(len(state["basis_in"]) + 1, matrix.shape[1]), mean, 1), unseen, share
+        if unseen == patience + 1 and matrix.layers and matrix.weight.grad is not None:
+            self.lost.append(matrix.name)
+            if has_seen:
+                share = 1.0  # what inputs have shown is on another scale than what gradients will show
+        return Sketch(nothing, mean), unseen, share
 
     def note_made(self) -> None:
         """Notes in the states that the step with this renewal was made."""
@@ -41,61 +115,6 @@ class Renewal(NamedTuple):
         """Notes in the states which inputs a CUDA graph has captured with the step, since its replays see them, too."""
         for state, unseen, _ in self.renewed:
             state["unseen"] = min(unseen, state["unseen"])
-
-
-def planned_renewal(
-    owner: str,
-    present: list[Matrix],
-    states: list[dict[str, Any]],
-    means: list[Tensor],
-    sketches: Mapping[Matrix, Sketch],
-    hessians: Mapping[Tensor, Tensor],
-    captured: bool,
-) -> Renewal:
-    """Decides what each matrix gives to a renewal.
-
-    Args:
-        owner: who renews, for the error.
-        present: the matrices with a gradient.
-        states: their states.
-        means: their mean inputs. A first mean that a sketch has found takes its place here; the state gets it once the step is
-            made.
-        sketches: the sketches of the inputs that forward passes have shown since the last step.
-        hessians: bias Hessians, by weight.
-        captured: whether a CUDA graph captures the step.
-
-    Raises:
-        RuntimeError: a graph captures the step without the forward pass before it, so that replays would see no inputs.
-    """
-    renewal, nothing = Renewal([], [], []), means[0].new_empty(0)
-    for i, (matrix, state) in enumerate(zip(present, states, strict=True)):
-        if not matrix.eigen:  # it has no bases, but where its gradient is not finite no basis may turn
-            renewal.given.append((Sketch(nothing, means[i]), nothing, 1.0))
-            continue
-        sketch, unseen, share = sketches.get(matrix), 0, (1 - DECAY) / (1 - DECAY ** (state["renewals"] + 1))
-        if sketch is None:
-            unseen, has_seen = state["unseen"] + 1, state["renewals"] > state["unseen"]
-            patience = PATIENCE if has_seen else 1  # a lazy layer shows no inputs before the first step
-            if captured and has_seen and unseen <= patience + 1:  # replays could not count these renewals
-                raise RuntimeError(
-                    f"{owner}: expected the CUDA graph that captures the step to have the forward pass, too, got no inputs of "
-                    f"{matrix.name!r}; capture zero_grad, forward and backward passes and step together"
-                )
-            sketch = Sketch(nothing, means[i])
-            if has_seen and unseen <= PATIENCE:  # inputs may be seen again: V stays
-                sketch = Sketch(means[i].new_zeros(len(state["basis_in"]) + 1, matrix.shape[1]), means[i], 1)
-            elif unseen == patience + 1 and matrix.modules and matrix.weight.grad is not None:
-                renewal.lost.append(matrix.name)
-                if has_seen:
-                    share = 1.0  # what inputs have shown is on another scale than what gradients will show
-        elif not state["renewals"]:
-            means[i] = sketch.shift
-        curved = matrix.weight in hessians
-        if curved != state.get("curved", False):
-            share = 1.0  # a gradient's second moments are on another scale than a bias Hessian
-        renewal.given.append((sketch, hessians.get(matrix.weight, nothing), share))
-        renewal.renewed.append((state, unseen, curved))
-    return renewal
 
 
 def finite_or_zero(sums: Tensor) -> Tensor:

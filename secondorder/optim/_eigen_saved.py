@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from secondorder._tensors import is_sharded
-from secondorder.optim._eigen_state import SHARED, check_state, directions, has_no_basis, moment_lengths, sampled_rows
+from secondorder.optim._eigen_state import MOMENTS, SHARED, basis_sizes, check_state, has_no_bases, moment_lengths, sampled_rows
 from secondorder.optim._matrices import Matrix
-from secondorder.optim._sharded import MOMENTS, part_shapes, placed, relaid
+from secondorder.optim._sharded_state import part_shapes, placed, relaid
 
 
 def with_room(matrix: Matrix, state: dict[str, Any], rank: int) -> dict[str, Any]:
     """Returns a matrix' state as it is saved; `rank`: how many directions its bases would have if it were a map."""
-    if not matrix.could_be_numbers or "basis_out" not in state:
+    if not matrix.decided_by_gradient or "basis_out" not in state:
         return state
     (n, p), mean = matrix.shape, state["mean"]
-    ku, kv = (len(state["basis_out"]), len(state["basis_in"])) if matrix.eigen else directions(matrix, rank)
-    saved = {**state, "map": matrix.eigen, "share": state.get("share", 1.0)}
-    if not matrix.eigen:
+    ku, kv = (len(state["basis_out"]), len(state["basis_in"])) if matrix.has_bases else basis_sizes(matrix, rank)
+    saved = {**state, "map": matrix.has_bases, "share": state.get("share", 1.0)}
+    if not matrix.has_bases:
         saved |= {"basis_out": mean.new_zeros(ku, n), "basis_in": mean.new_zeros(kv, p)}
         saved |= {"scale_out": mean.new_zeros(ku), "scale_in": mean.new_zeros(kv)}
     if not is_sharded(matrix.weight):
@@ -77,8 +77,8 @@ def as_kept(owner: str, matrix: Matrix | None, state: dict[str, Any]) -> dict[st
         return state
     if matrix is not None:
         state = without_room(matrix, state)
-    if matrix is not None and matrix.could_be_numbers and "basis_in" in state:
-        matrix.eigen = not has_no_basis(state)  # as its first gradient has shown
+    if matrix is not None and matrix.decided_by_gradient and "basis_in" in state:
+        matrix.has_bases = not has_no_bases(state)  # as its first gradient has shown
     check_state(owner, matrix, state)
     assert matrix is not None
     return relaid(matrix, state)

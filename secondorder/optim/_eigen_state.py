@@ -12,6 +12,7 @@ from secondorder.optim._matrices import Matrix, computed_in
 LENGTH, OSCILLATIONS, SLOPE, LAST_SLOPE, STEPS, REFUSED, UNRENEWED = range(len(ops.CONTROL))
 
 SHARED = ("control", "steps", "refused", "first_loss")  # what the first parameter's state has for all of them
+MOMENTS = ("exp_avg", "exp_avg_sq", "last")  # of a matrix: the first, the second, and some rows of the last step
 FIRST_STEPS = 5  # so many steps renew bases, and count the rows of tables that are looked up
 SAMPLED = 4096  # of a parameter without bases, the slopes of so many elements stand for those of all
 
@@ -29,10 +30,10 @@ def step_length(entries: list[float]) -> float:
 
 
 def new_bases(matrix: Matrix, rank: int) -> dict[str, Any]:
-    """Returns the state of a matrix without moments, with random bases of as many directions as `directions` says."""
+    """Returns the state of a matrix without moments, with random bases of as many directions as `basis_sizes` says."""
     n, p = matrix.shape
     device, dtype = matrix.weight.device, computed_in(matrix.weight)
-    ku, kv = directions(matrix, rank) if matrix.eigen else (0, 0)
+    ku, kv = basis_sizes(matrix, rank) if matrix.has_bases else (0, 0)
     generator = torch.Generator("cpu").manual_seed(n * 1_000_003 + p)
 
     def basis(k: int, length: int) -> Tensor:
@@ -48,7 +49,7 @@ def new_bases(matrix: Matrix, rank: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def directions(matrix: Matrix, rank: int) -> tuple[int, int]:
+def basis_sizes(matrix: Matrix, rank: int) -> tuple[int, int]:
     """Returns how many directions the bases U and V of a map have: `rank`, or all if the side has at most 2 rank + 1."""
     ku, kv = (length if length <= 2 * rank + 1 else rank for length in matrix.shape)
     return ku, kv
@@ -90,8 +91,8 @@ def is_current(state: dict[str, Any], p: Tensor) -> bool:
     return "basis_out" in state and state["basis_out"].dtype is computed_in(p) and state["basis_out"].device == p.device
 
 
-def captured(matrix: Matrix, state: dict[str, Any]) -> Tensor:
-    """Returns the share of a gradient's mean square that is not in E, the part outside of both bases."""
+def captured_share(matrix: Matrix, state: dict[str, Any]) -> Tensor:
+    """Returns the share of a gradient's mean square that lies in either basis: all of it but E."""
     (n, p), squares = matrix.shape, state["exp_avg_sq"].double()  # E comes last in it
     if len(state["basis_out"]) == n or len(state["basis_in"]) == p:
         squares = torch.cat([squares, squares.new_zeros(n * p)])
@@ -99,21 +100,23 @@ def captured(matrix: Matrix, state: dict[str, Any]) -> Tensor:
     return torch.where(whole > 0, squares[: -n * p].sum() / whole, 0.0)
 
 
-def forget(state: dict[str, Any], *kept: str) -> None:
+def forget_state(state: dict[str, Any], *kept: str) -> None:
     """Drops a parameter's own state, but for what is to be kept, so that it begins anew."""
     for key in state.keys() - {*SHARED, *kept}:
         del state[key]
 
 
-def fits(matrix: Matrix, state: dict[str, Any]) -> bool:
+def fits_matrix(matrix: Matrix, state: dict[str, Any]) -> bool:
     """Returns whether a state with bases is one of such a matrix: of its shape, with or without a bias, and bases or none."""
     shape = state["basis_out"].shape[-1], state["basis_in"].shape[-1]
     return (
-        shape == matrix.shape and (state["mean"].numel() > 0) == (matrix.bias is not None) and has_no_basis(state) != matrix.eigen
+        shape == matrix.shape
+        and (state["mean"].numel() > 0) == (matrix.bias is not None)
+        and has_no_bases(state) != matrix.has_bases
     )
 
 
-def has_no_basis(state: dict[str, Any]) -> bool:
+def has_no_bases(state: dict[str, Any]) -> bool:
     """Returns whether it is the state of a matrix whose elements each stand for themselves."""
     return "basis_in" in state and not len(state["basis_in"])
 
@@ -136,7 +139,7 @@ def check_state(owner: str, matrix: Matrix | None, state: dict[str, Any]) -> Non
         wanted = "no state for a bias" if matrix is None else f"the state of a matrix of shape {list(matrix.shape)}"
         named = "" if matrix is None else f" for {matrix.name!r}"
         raise ValueError(f"{owner}: expected {wanted}{named}, got one of {list(shape)}")
-    if not fits(matrix, state):
+    if not fits_matrix(matrix, state):
         raise ValueError(
             f"{owner}: expected the state of an optimizer that was made as this one is, got one for {matrix.name!r} that "
             "knows another bias or basis; give both the model, or neither"

@@ -7,9 +7,14 @@ from torch import Tensor
 
 from secondorder import ops
 from secondorder.optim._eigen_inputs import Sketch
-from secondorder.optim._eigen_renewal import DECAY, Renewal, finite_or_zero, planned_renewal
-from secondorder.optim._matrices import Matrix, Operands
-from secondorder.optim._sharded import MOMENTS, ShardedOperators, Shards, moments_here
+from secondorder.optim._eigen_rates import MatrixRates
+from secondorder.optim._eigen_renewal import DECAY, Renewal, finite_or_zero
+from secondorder.optim._eigen_state import MOMENTS
+from secondorder.optim._matrices import Matrix
+from secondorder.optim._operands import Operands
+from secondorder.optim._sharded import Shards
+from secondorder.optim._sharded_state import local_moments
+from secondorder.optim._sharded_step import ShardedOperators
 
 
 class EigenStep:
@@ -18,7 +23,7 @@ class EigenStep:
     Args:
         owner: who makes it, for errors.
         matrices: the matrices with a gradient.
-        states: theirs.
+        states: their states.
         operands: their weights, biases and gradients, as operators take them.
         control: what finds the step length; see `ops.eigen_step_`.
         shards: the ranks that share the rows of the matrices, if any.
@@ -39,48 +44,49 @@ class EigenStep:
         self._operands, self._control, self._replay = operands, control, replay
         self._shards = shards
         self._operators: Any = ops if shards is None else ShardedOperators(shards, matrices, states)
-        self._means = [state["mean"] for state in states]  # a renewal may find the first ones
+        self._means = [state["mean"] for state in states]
         self._renewal: Renewal | None = None
 
     def plan_renewal(self, sketches: Mapping[Matrix, Sketch], hessians: Mapping[Tensor, Tensor]) -> list[str]:
         """Decides what bases are renewed from: the inputs' sketches, and gradients or bias Hessians. Nothing changes yet.
 
         Args:
-            sketches: of the inputs that forward passes have shown since the last step.
+            sketches: the sketches of the inputs that forward passes have shown since the last step.
             hessians: bias Hessians, by weight.
 
         Returns:
             The names of the layers whose inputs are not seen any more.
         """
-        captured = bool(self._replay)
-        self._renewal = planned_renewal(self._owner, self._matrices, self._states, self._means, sketches, hessians, captured)
+        self._renewal = Renewal(self._owner, self._matrices, self._states, sketches, hessians, captured=bool(self._replay))
+        self._means = self._renewal.means
         return self._renewal.lost
 
     def renew(self) -> None:
         """Renews the bases if that is planned, unless a number is not finite."""
-        plan = self._renewal
-        if plan is not None and plan.renewed:
+        renewal = self._renewal
+        if renewal is not None and renewal.renewed:
             self._operators.eigen_renew_(
                 self._means, *map(self._of_states, ("basis_out", "basis_in", "scale_out", "scale_in")),
                 self._moments("exp_avg"), self._control, self._operands.weight_grads, self._operands.bias_grads,
-                [finite_or_zero(sketch.sums) for sketch, _, _ in plan.given],
-                [finite_or_zero(hessian) for _, hessian, _ in plan.given], [sketch.rows for sketch, _, _ in plan.given],
-                [share for _, _, share in plan.given], *((*self._replay, DECAY) if self._replay else ()),
+                [finite_or_zero(given.sketch.sums) for given in renewal.given],
+                [finite_or_zero(given.hessian) for given in renewal.given], [given.sketch.rows for given in renewal.given],
+                [given.share for given in renewal.given], *((*self._replay, DECAY) if self._replay else ()),
             )  # fmt: skip
 
-    def move(self, rates_and_decays: tuple[list[float], ...], group: Mapping[str, Any], rate: Tensor | None) -> None:
+    def move(self, rates: MatrixRates, group: Mapping[str, Any], rates_on_device: Tensor | None) -> None:
         """Moves all weights and biases, unless a number is not finite, which `control` tells.
 
         Args:
-            rates_and_decays: what multiplies the step length of every weight and of every bias, and the weight decay of both.
+            rates: of every weight and bias.
             group: has the betas and eps of all.
-            rate: further factors of the step lengths that operators read, [matrices, 2]; None: there are none.
+            rates_on_device: further factors of the step lengths that operators read, [matrices, 2]; None: there are none.
         """
         self._operators.eigen_step_(
             self._operands.weights, self._operands.biases, *map(self._moments, MOMENTS), self._of_states("size"), self._control,
             self._operands.weight_grads, self._operands.bias_grads, self._means,
-            *map(self._of_states, ("basis_out", "basis_in")), *rates_and_decays, self._of_states("step"), *group["betas"],
-            group["eps"], self._renewal is not None, *self._replay, **({} if rate is None else {"rate": rate}),
+            *map(self._of_states, ("basis_out", "basis_in")), *rates, self._of_states("step"), *group["betas"],
+            group["eps"], self._renewal is not None, *self._replay,
+            **({} if rates_on_device is None else {"rate": rates_on_device}),
         )  # fmt: skip
 
     def note_captured(self) -> None:
@@ -89,27 +95,28 @@ class EigenStep:
         if self._renewal is not None:
             self._renewal.note_captured()
 
-    def note_made(self, shares: Mapping[Matrix, float]) -> None:
+    def note_made(self, row_shares: Mapping[Matrix, float]) -> None:
         """Notes in the states that the step was made, and what it has found.
 
         Args:
-            shares: the share of rows that was looked up, of the tables that were counted for this step.
+            row_shares: the share of rows that was looked up, of the tables that were counted for this step.
         """
         self._operands.write_back()
         for state, mean in zip(self._states, self._means, strict=True):
             state["step"] += 1
             state["mean"] = mean
         for matrix, state in zip(self._matrices, self._states, strict=True):
-            if matrix in shares:
-                state["share"] = shares[matrix]
+            if matrix in row_shares:
+                state["share"] = row_shares[matrix]
         if self._renewal is not None:
             self._renewal.note_made()
 
     def _of_states(self, key: str) -> list[Any]:
+        """Returns an entry of every matrix' state."""
         return [state[key] for state in self._states]
 
     def _moments(self, name: str) -> list[Any]:
         """Returns a moment of every matrix, as the operators take it."""
         if self._shards is None:
             return self._of_states(name)
-        return [moments_here(matrix, state, name) for matrix, state in zip(self._matrices, self._states, strict=True)]
+        return [local_moments(matrix, state, name) for matrix, state in zip(self._matrices, self._states, strict=True)]

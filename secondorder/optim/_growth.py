@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from secondorder._tensors import Arriving
 from secondorder._warnings import warn
 
 _FACTOR, _DECAY = 1000.0, 0.9
@@ -25,17 +25,17 @@ class LossGrowth:
     def __init__(self, owner: str, remedy: str):
         self.owner, self.remedy = owner, remedy
         self.steps, self.average, self.first, self.lowest = 0, 0.0, math.nan, math.inf
-        self.said = False
-        self._report: tuple[Tensor, Any] | None = None  # a loss on its way to the host, and the event of its arrival
+        self.warned = False
+        self._report: Arriving | None = None  # the loss of an earlier step
 
-    def see(self, loss: Tensor | float) -> None:
+    def observe(self, loss: Tensor | float) -> None:
         """Takes the loss of a step. It ignores one that is not finite, and never warns of losses that have been negative.
 
         The value of a tensor on a GPU is taken at one of the next calls, once reading it no longer waits for the device.
         """
         if isinstance(loss, Tensor):
             loss = self._arrived(loss.detach()) if loss.is_cuda else float(loss)
-        if self.said or not math.isfinite(loss):
+        if self.warned or not math.isfinite(loss):
             return
         self.steps += 1
         self.average = _DECAY * self.average + (1 - _DECAY) * loss
@@ -44,24 +44,19 @@ class LossGrowth:
             self.first = loss
         self.lowest = min(self.lowest, now)
         if self.lowest > 0 and now > _FACTOR * self.lowest and now > self.first:
-            self.said = True
+            self.warned = True
             warn(
                 f"the loss of {self.owner}, {now:.3g} on the average of the last steps, has grown a thousandfold from "
                 f"{self.lowest:.3g}: steps are too long; {self.remedy}"
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what is on its way."""
+        """Returns all but what is on its way."""
         return {**self.__dict__, "_report": None}
 
     def _arrived(self, loss: Tensor) -> float:
         """Sends a loss to the host; returns the one sent before, or NaN if that has not arrived yet."""
-        before, self._report = self._report, None
-        if before is not None and not before[1].query():
-            self._report = before
+        if self._report is not None and not self._report.here:
             return math.nan
-        copy = torch.empty((), dtype=loss.dtype, device="cpu", pin_memory=True).copy_(loss.reshape(()), non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._report = copy, event
-        return math.nan if before is None else float(before[0])
+        before, self._report = self._report, Arriving(loss.reshape(()))
+        return math.nan if before is None else float(before.read())

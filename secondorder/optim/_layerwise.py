@@ -154,7 +154,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         losses = self._tape.losses
         if taken and losses and not captured:
             mean = torch.stack([each.loss.double() for each in losses]).mean()
-            self._growth.see(-mean if self._maximize() else mean)
+            self._growth.observe(-mean if self._maximize() else mean)
         self._tape.clear(release=True)
         self._schedule()
         return loss

@@ -20,7 +20,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose state keeps its dtypes and is checked, and whose groups maximise or minimise alike."""
 
     _group_keys: ClassVar[tuple[str, ...]] = ()  # what tells a saved group of this optimizer, of any version, from others'
-    _by_rows: ClassVar[bool] = False  # whether parameters may be DTensors
+    _takes_shards: ClassVar[bool] = False  # whether parameters may be DTensors
     _captured_instead: ClassVar[str] = "call step() without a capture"
 
     @abstractmethod
@@ -43,7 +43,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                     "in a group, and give several models as one, nn.ModuleList([first, second])"
                 ) from error
             raise
-        if self._by_rows:
+        if self._takes_shards:
             return
         for p in self.param_groups[-1]["params"]:
             if is_sharded(p):

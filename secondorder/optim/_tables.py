@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder._tensors import device_for, here, real_view
+from secondorder._tensors import device_for, local_rows, real_view
 from secondorder.optim._eigen_state import FIRST_STEPS
 from secondorder.optim._matrices import Matrix
 
 LEAST_SHARE = 0.1  # of a table's rows: fewer that a step meets move by no more
 
-Sum = Callable[[Tensor], None]  # of a tensor over all processes that have inputs, in place
+AllReduce = Callable[[Tensor], None]  # sums a tensor over all processes that have inputs, in place
 
 
 class Lookups:
@@ -23,31 +23,34 @@ class Lookups:
         self._counts: dict[Matrix, int] = {}
 
     def clear(self) -> None:
+        """Forgets all lookups."""
         self._counts.clear()
 
     def add(self, matrix: Matrix, indices: Tensor) -> None:
         """Counts a lookup's rows."""
         self._counts[matrix] = self._counts.get(matrix, 0) + indices.numel()
 
-    def shares(self, present: list[Matrix], states: list[dict[str, Any]], sum_: Sum | None) -> dict[Matrix, float]:
+    def row_shares(
+        self, matrices: list[Matrix], states: list[dict[str, Any]], all_reduce_: AllReduce | None
+    ) -> dict[Matrix, float]:
         """Returns the share of its rows that a step meets, at most, of every table in its first steps.
 
         Args:
-            present: the matrices with a gradient.
-            states: theirs.
-            sum_: over all processes; None: this one is alone.
+            matrices: the matrices with a gradient.
+            states: their states.
+            all_reduce_: sums a tensor over all processes, in place; None: this one is alone.
         """
-        pairs = zip(present, states, strict=True)
+        pairs = zip(matrices, states, strict=True)
         tables = [matrix for matrix, state in pairs if matrix.lookups and state["step"] < FIRST_STEPS]
         counts = [float(self._counts.get(matrix, 0)) for matrix in tables]
-        if tables and sum_ is not None:  # all ranks must take the same step
+        if tables and all_reduce_ is not None:  # all ranks must take the same step
             total = torch.tensor(counts, device=tables[0].weight.device)
-            sum_(total)
+            all_reduce_(total)
             counts = total.tolist()
         return {m: _bounded(count / m.shape[0]) for m, count in zip(tables, counts, strict=True) if count}
 
 
-def share_of_numbers(matrix: Matrix, most: float, sum_: Sum | None) -> float | None:
+def share_if_no_map(matrix: Matrix, most: float, all_reduce_: AllReduce | None) -> float | None:
     """Returns the share of its rows that a step meets, of a matrix whose first gradient is no map's; None if it may be one's.
 
     A table is met where a batch indexes it: its other rows' gradients are zero. Numbers that stand for themselves, as deviations,
@@ -56,17 +59,17 @@ def share_of_numbers(matrix: Matrix, most: float, sum_: Sum | None) -> float | N
 
     Args:
         matrix: one that no layer is known to multiply with, [n, ...].
-        most: a table's share at most.
-        sum_: over all processes that have rows; None: this one has them all.
+        most: a matrix of which more than this share of the rows is met is no table.
+        all_reduce_: sums a tensor over all processes that have rows, in place; None: this one has them all.
     """
     p = matrix.weight
     if p.grad is None:
         return None
-    g = real_view(here(p.grad))
+    g = real_view(local_rows(p.grad))
     g = g.to(device_for(torch.float64, g), torch.float64).flatten(1)
     sums = torch.stack([(g != 0).any(1).sum().to(g.dtype), g.sum(), g.square().sum()])
-    if sum_ is not None:
-        sum_(sums)
+    if all_reduce_ is not None:
+        all_reduce_(sums)
     met, total, squares = sums.tolist()
     if p.dim() == 2 and 0 < met <= most * len(p):
         return _bounded(met / len(p))

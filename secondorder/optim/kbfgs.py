@@ -295,7 +295,7 @@ class KBFGS(CurvatureOptimizer):
                 covered = [layer for layer in self._layers if layer.weight not in self._uncovered]
                 value = first.average(self._ranks, float(value), covered)
             self._update(closure, value, first, random)
-        self._growth.see(value)
+        self._growth.observe(value)
         return loss
 
     def _usable(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -71,7 +71,7 @@ def test_a_layer_that_is_changed_begins_anew_and_others_go_on(change):
     assert sum(train(model, optimizer, range(12, 40))[-5:]) < sum(losses[:5])
     weight = getattr(model[2], "weight_orig", model[2].weight)
     assert optimizer.state[weight]["step"] == (35 if change == "pruned and back" else 32)  # the bias then stays by itself
-    assert optimizer.state[model[0].weight]["step"] == optimizer._shared()["steps"] > 32
+    assert optimizer.state[model[0].weight]["step"] == optimizer._shared_state()["steps"] > 32
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -128,5 +128,5 @@ def test_a_weight_that_gets_another_shape_is_named():
         F.cross_entropy(model(batch()[0]), batch()[1]).backward()
         with pytest.raises(RuntimeError, match=r"shapes that they have had so far, got \[30, 25\] for '0.weight'"):
             optimizer.step()
-        optimizer._shared()["steps"] -= 1
+        optimizer._shared_state()["steps"] -= 1
     assert torch.equal(values(model), before)

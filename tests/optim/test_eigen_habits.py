@@ -73,7 +73,7 @@ def test_frozen_and_unfrozen_layers():
     assert not torch.equal(model[0].weight, before)
     assert len(optimizer.param_groups) == 2
     assert found["slope"] != 0  # which was found before the first parameter changed its group
-    assert optimizer._shared()["steps"] == 8
+    assert optimizer._shared_state()["steps"] == 8
     model[2].weight.requires_grad_(False)  # but not its bias
     kept = model[2].weight.clone(), model[2].bias.clone()
     train(model, optimizer, range(3))

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 
 import secondorder as so
-from secondorder.optim._matrices import input_rows, matrices
+from secondorder.optim._layer_inputs import input_rows
+from secondorder.optim._matrices import find_matrices
 
 
 class Attention(nn.Module):
@@ -207,16 +208,16 @@ def test_a_dry_run_does_not_decide_how_many_directions_a_layer_has():
 
 def test_what_is_found_in_a_model():
     """Without it every matrix stands alone; with it layers have their biases, and tables and norms are no matrices."""
-    found = {matrix.name: matrix for matrix in matrices(Attention().parameters(), None)}
+    found = {matrix.name: matrix for matrix in find_matrices(Attention().parameters(), None)}
     assert all(matrix.bias is None for matrix in found.values())
     model = Attention()
-    found = {matrix.name: matrix for matrix in matrices(model.parameters(), model)}
+    found = {matrix.name: matrix for matrix in find_matrices(model.parameters(), model)}
     assert found["head.weight"].bias is model.head.bias
-    assert found["encoder.linear1.weight"].eigen
-    assert found["encoder.self_attn.in_proj_weight"].eigen
-    assert not found["encoder.self_attn.in_proj_weight"].modules
-    assert not found["embed.weight"].eigen
-    assert not found["encoder.norm1.weight"].eigen
+    assert found["encoder.linear1.weight"].has_bases
+    assert found["encoder.self_attn.in_proj_weight"].has_bases
+    assert not found["encoder.self_attn.in_proj_weight"].layers
+    assert not found["embed.weight"].has_bases
+    assert not found["encoder.norm1.weight"].has_bases
     assert "head.bias" not in found
 
 

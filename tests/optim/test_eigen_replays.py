@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import secondorder as so
-from secondorder.optim import _captures, _matrices
+from secondorder.optim import _captures, _layer_inputs
 from secondorder.optim._eigen_state import STEPS
 
 
@@ -138,15 +138,15 @@ def test_a_captured_step_moves_nothing_between_devices(make, monkeypatch):
         for p, own in state.items():
             optimizer.state[fakes[p]] = {key: there(t) if isinstance(t, torch.Tensor) else t for key, t in own.items()}
             fakes[p].grad = there(p)
-        optimizer._hook()  # knows by the state what is a map
+        optimizer._find_anew()  # knows by the state what is a map
         monkeypatch.setattr(_captures, "has_kernels", lambda device: True)
         # To index a tensor in Python asks for the device, too.
-        monkeypatch.setattr(_matrices, "_patches", lambda module, x: x.new_empty(9, module.weight.flatten(1).shape[1]))
+        monkeypatch.setattr(_layer_inputs, "_patches", lambda module, x: x.new_empty(9, module.weight.flatten(1).shape[1]))
         seen = torch.ones(1, requires_grad=True)
-        for module in {module for matrix in optimizer._table() for module in matrix.modules}:
-            optimizer._see(module, there(inputs[module]), seen, captured=True)
+        for module in {module for matrix in optimizer._all_matrices() for module in matrix.layers}:
+            optimizer._observe(module, there(inputs[module]), seen, captured=True)
         optimizer.step()
-    assert len(optimizer._replays._weights) == len(optimizer._table()) > 2
+    assert len(optimizer._replays._weights) == len(optimizer._all_matrices()) > 2
 
 
 def test_learning_rates_on_the_device_are_followed():
@@ -198,7 +198,7 @@ def test_replays_whose_gradients_are_not_finite_change_nothing_and_are_counted(n
             steps(model, optimizer, data[:1])
     steps(model, optimizer, data[:1])
     assert not torch.equal(values(model), before)
-    assert optimizer.state_dict()["state"][0]["steps"] == 10 == int(optimizer._shared()["control"][STEPS])
+    assert optimizer.state_dict()["state"][0]["steps"] == 10 == int(optimizer._shared_state()["control"][STEPS])
 
 
 def refused(optimizer, model, data, match):
@@ -260,7 +260,7 @@ def test_a_step_of_several_ranks_is_not_captured(monkeypatch):
     optimizer = so.EigenAdam(model, capturable=True)
     steps(model, optimizer, data)
     with monkeypatch.context() as patch:
-        patch.setattr(so.EigenAdam, "_several", True)
+        patch.setattr(so.EigenAdam, "_is_distributed", True)
         with capturing(), pytest.raises(RuntimeError, match="expected no capture of a CUDA graph where several ranks train"):
             F.cross_entropy(model(data[0][0]), data[0][1]).backward()
             optimizer.step()
@@ -307,9 +307,9 @@ def test_inputs_seen_before_replays_are_not_for_the_bases_that_these_have_made()
         steps(model, optimizer, data, captured=True)
         if passes:
             model(data[0][0] * 7)  # of which nobody takes a gradient
-        optimizer._shared()["control"][STEPS] += 5  # by replays, which call nothing in Python
+        optimizer._shared_state()["control"][STEPS] += 5  # by replays, which call nothing in Python
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(optimizer, "_see", lambda *_: None)
+            patch.setattr(optimizer, "_observe", lambda *_: None)
             steps(model, optimizer, data[:1])
         assert optimizer.state[model[0].weight]["unseen"] == 1
     assert torch.equal(*map(values, models))
@@ -320,7 +320,7 @@ def test_a_layer_that_shows_inputs_again_in_a_capture_is_seen():
     optimizer = so.EigenAdam(model, capturable=True)
     steps(model, optimizer, data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizer, "_see", lambda *_: None)
+        patch.setattr(optimizer, "_observe", lambda *_: None)
         steps(model, optimizer, data[:1])
     assert optimizer.metrics()["seen"] == 0
     steps(model, optimizer, data * 2, captured=True)
@@ -346,22 +346,22 @@ def test_other_parameters_than_the_captured_ones_are_refused():
 
 
 def test_places_that_a_graph_computes_are_not_kept():
-    _matrices._PLACES.clear()
-    _matrices._READ_BY_GRAPHS.clear()
+    _layer_inputs._KEPT.clear()
+    _layer_inputs._READ_BY_GRAPHS.clear()
     conv, x = nn.Conv2d(2, 3, 3), torch.randn(2, 2, 6, 7)
     with capturing():
-        rows = _matrices.input_rows(conv, x)
-    assert not _matrices._PLACES
-    assert torch.equal(_matrices.input_rows(conv, x), rows)
+        rows = _layer_inputs.input_rows(conv, x)
+    assert not _layer_inputs._KEPT
+    assert torch.equal(_layer_inputs.input_rows(conv, x), rows)
     with capturing():
-        assert torch.equal(_matrices.input_rows(conv, x), rows)
-    assert len(_matrices._PLACES) == 1
-    read = next(iter(_matrices._PLACES.values()))
+        assert torch.equal(_layer_inputs.input_rows(conv, x), rows)
+    assert len(_layer_inputs._KEPT) == 1
+    read = next(iter(_layer_inputs._KEPT.values()))
     for size in range(7, 60):
-        _matrices.input_rows(conv, torch.randn(1, 2, size, 6))
-    assert len(_matrices._PLACES) == 32
-    assert not any(each is read for each in _matrices._PLACES.values())
-    assert {read} == _matrices._READ_BY_GRAPHS  # a graph goes on to read it
+        _layer_inputs.input_rows(conv, torch.randn(1, 2, size, 6))
+    assert len(_layer_inputs._KEPT) == 32
+    assert not any(each is read for each in _layer_inputs._KEPT.values())
+    assert {read} == _layer_inputs._READ_BY_GRAPHS  # a graph goes on to read it
 
 
 def test_a_bias_hessian_is_not_captured():

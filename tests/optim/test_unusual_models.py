@@ -275,10 +275,10 @@ def test_noise_of_a_net_that_fits_everything_is_no_growth():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for loss in [1.0, 0.1, *[1e-9] * 50, 0.5, *[1e-9] * 50, float("nan"), 0.9]:
-            growth.see(loss)
+            growth.observe(loss)
         signs = so.optim._growth.LossGrowth("EACG", "lower lr")
         for loss in (-1.0, 1.0, 5000.0):  # a likelihood may be of either sign
-            signs.see(loss)
+            signs.observe(loss)
 
 
 def last_block(model, criterion, loss, curvature):
