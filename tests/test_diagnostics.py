@@ -107,7 +107,7 @@ def test_spectra_are_those_of_the_dense_blocks(criterion_name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [1, 7, 1000])
 def test_newton_steps_are_the_dense_ones(rows, dtype, monkeypatch):
-    monkeypatch.setattr(so.diagnostics, "_ROWS", rows)
+    monkeypatch.setattr(so.diagnostics.steps, "_ROWS", rows)
     criterion, target = CRITERIA["eq14"]
     model, x, y = network([4, 6, 5, 3], nn.Sigmoid()).to(dtype), torch.randn(7, 4).to(dtype), target(7, 3)
     newton = so.diagnostics.newton_step(model, criterion, x, y, damping=1e-2)
