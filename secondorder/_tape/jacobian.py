@@ -10,7 +10,8 @@ from torch.autograd.graph import GradientEdge, Node
 from secondorder._tape.factored import Buffer, Jacobian, Part, Piece
 from secondorder._tape.passes import Output, columns_by_passes, gradients_at, gradients_by_seed, output_of, seed
 from secondorder._tape.plans import Block, Plan
-from secondorder._tape.uses import Use, Uses, find_uses, frontier
+from secondorder._tape.row_uses import Use
+from secondorder._tape.uses import Uses, find_uses, frontier
 
 SEEDS = 2**22  # numbers in the seeds, or in the gradients of one product, of several residuals' passes that run together, at most
 

@@ -10,7 +10,8 @@ from torch.autograd.graph import Node
 from secondorder._tape.graph import RESHAPING
 from secondorder._tape.passes import BATCH, Output, gradients_at, output_of, seed
 from secondorder._tape.residuals import kind, signed_dim
-from secondorder._tape.uses import Use, Uses, find_uses, frontier
+from secondorder._tape.row_uses import Use
+from secondorder._tape.uses import Uses, find_uses, frontier
 
 PIECES = 64  # of a tensor of residuals, at most, where the residuals of one piece share no row of a product
 # The Jacobian of products that residuals mix has at most INNER numbers, and must not cost more than the residuals' own backward
