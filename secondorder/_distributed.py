@@ -125,7 +125,7 @@ class RankReducer:
 
 @contextmanager
 def in_one_process(owner: str) -> Iterator[None]:
-    """Within it a call of DistributedDataParallel over several processes raises RuntimeError, since their steps would differ.
+    """Raises where DistributedDataParallel is called within it over several processes, since their steps would differ.
 
     Args:
         owner: the name of an optimizer that knows of no other process.

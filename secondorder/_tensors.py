@@ -67,7 +67,7 @@ def to_compute_dtype(t: Tensor) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Within it torch computes in the dtypes of the tensors on such devices, where torch.autocast would have it round them."""
+    """Has torch compute within it in the dtypes of the tensors on such devices, where torch.autocast would have it round them."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 

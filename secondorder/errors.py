@@ -18,7 +18,7 @@ def second_derivatives(
     of: str = "criterion",
     instead: str = "EACG with curvature='fisher-empirical', or EigenAdam, which need no second derivative",
 ) -> Iterator[None]:
-    """Around code that differentiates twice.
+    """Raises torch's error for a missing second derivative with what to do: around code that differentiates twice.
 
     Args:
         of: what it differentiates.

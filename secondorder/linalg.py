@@ -56,7 +56,7 @@ _UNCHECKED: ContextVar[list[Tensor] | None] = ContextVar("_UNCHECKED", default=N
 
 @contextmanager
 def unchecked() -> Iterator[list[Tensor]]:
-    """Within it `inverse` takes every matrix for positive definite, so that it need not wait for the device.
+    """Has `inverse` take every matrix within it for positive definite, so that it need not wait for the device.
 
     It adds a tensor of 0 to the list for each; where another number turns up there, what was computed is to be done anew.
     """

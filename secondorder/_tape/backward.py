@@ -95,7 +95,7 @@ class BackwardLog:
 
     @contextmanager
     def rescaled(self, factor: float) -> Iterator[None]:
-        """Within it the records are those of a backward pass from `factor` times what backward() was called on."""
+        """Makes the records within it those of a backward pass from `factor` times what backward() was called on."""
         calls = dict.fromkeys(call for loss in self.losses for call in loss.calls())
         fields: list[tuple[Any, str]] = [(loss, "scale") for loss in self.losses] + [(call, "grad_output") for call in calls]
         fields += [(link, "grad") for call in calls for link in call.inputs_from]
@@ -110,7 +110,7 @@ class BackwardLog:
             raise
 
     def _enter_run(self, loss: LossCall, gradient: Tensor) -> None:
-        """A backward pass has reached a loss: from here to its end, the gradients that it leaves are collected.
+        """Begins to collect the gradients of a backward pass that has reached a loss, to its end.
 
         The loss's node is asked of the engine, since a hook that held it would keep its graph until the garbage collector runs.
         """
@@ -142,7 +142,7 @@ class BackwardLog:
         self.outside = self.outside or run.outside
 
     def _accumulation(self) -> Callable[[Tensor], None]:
-        """A hook for parameters that notices runs which have come from no recorded loss."""
+        """Returns a hook for parameters that notices runs which have come from no recorded loss."""
         reference = self._reference
 
         def accumulated(parameter: Tensor) -> None:
@@ -164,7 +164,7 @@ class BackwardLog:
         return None if found is None else f"a term by {found}"
 
     def _gradients(self) -> Iterator[tuple[Tensor | None, int]]:
-        """Every trainable weight's gradient, and its version."""
+        """Yields every trainable weight's gradient, and its version."""
         for layer in self._layers:
             weight, _ = parameters_of(layer)
             if weight is not None and weight.requires_grad:
@@ -173,5 +173,5 @@ class BackwardLog:
 
 
 def _graphless(gradient: Tensor) -> Tensor:
-    """Detached, but free where it is already."""
+    """Returns the gradient detached, at no cost where it is so already."""
     return gradient.detach() if gradient.requires_grad else gradient

@@ -110,7 +110,7 @@ def analytic(node: Any, output: Tensor, source: Node, preactivation: Callable[[]
 
 
 def probe(output: Tensor, source: Node, second: bool) -> AutogradMap | None:
-    """d1 and, if `second`, d2 of `output` as an elementwise function of node `source`'s tensor; None if it is not elementwise.
+    """Computes d1, and d2 if `second`, of `output` as an elementwise function of `source`'s tensor; None: it is not elementwise.
 
     An elementwise function has a diagonal Jacobian J, so J^T v = (J^T 1) * v for every v; an irregular one is tried.
     """
@@ -138,7 +138,7 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 
 
 def merge(maps: list[ElementwiseMap], samples: int | None = None) -> ElementwiseMap:
-    """One map for the union of several micro-batches' instances, or of `subsample`s of them, [m, n]."""
+    """Joins the maps of several micro-batches to one of all their instances, or of `subsample`s of them, [m, n]."""
     first, others = maps[0], maps[1:]
     if isinstance(first, KnownActivation):
         if not others and samples is None and first.saved.dim() == 2:
@@ -173,7 +173,7 @@ def weighted(function: ElementwiseMap, weights: Tensor) -> AutogradMap:
 
 
 def derivatives(function: ElementwiseMap) -> tuple[Tensor, Tensor | None]:
-    """d1 and d2 (None: identically 0) of either form."""
+    """Returns d1 and d2 (None: identically 0) of either form."""
     if isinstance(function, AutogradMap):
         return function.d1, function.d2
     d1, d2 = ops.activation_derivatives(function.saved, function.activation, function.parameter)

@@ -20,7 +20,7 @@ class Piece(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """The sizes a and b of the factors."""
+        """Returns the sizes a and b of the factors."""
         return self.left.shape[1], 1 if self.right is None else self.right.shape[1]
 
 
@@ -39,7 +39,7 @@ class Part:
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """L [m, U, a] and R [m, U, b]: the columns are the sum over u of outer(L_u, R_u)."""
+        """Returns L [m, U, a] and R [m, U, b]: the columns are the sum over u of outer(L_u, R_u)."""
         if self._factors is None:
             left = [_taken(piece.left, piece.rows) for piece in self.pieces]
             right = [

@@ -43,12 +43,12 @@ class ForwardState:
         return changed
 
     def buffer(self, buffer: Tensor) -> Tensor:
-        """A clone of the buffer's values at that time where the pass writes to it, else the buffer itself."""
+        """Returns a clone of the buffer's values at that time where the pass writes to it, else the buffer itself."""
         return self._buffers[buffer].clone() if buffer in self._buffers else buffer
 
     @contextmanager
     def buffers_kept(self) -> Iterator[None]:
-        """After it the buffers are as they were then."""
+        """Puts the buffers back at its end to what they were then."""
         try:
             yield
         finally:
@@ -57,7 +57,7 @@ class ForwardState:
 
     @contextmanager
     def restored(self, buffers: bool = False) -> Iterator[None]:
-        """Within it generators, attributes and, if asked for, buffers are as they were then; after it as before it.
+        """Puts generators, attributes and, if asked for, buffers back to what they were then; undoes that at its end.
 
         One thread at a time.
         """

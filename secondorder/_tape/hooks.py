@@ -119,7 +119,7 @@ class EagerForward:
             users.append(self)
 
     def _users(self) -> "list[EagerForward] | None":
-        """Who has needed the forward that is there; None: it is none of these, or another module's."""
+        """Returns who needs the forward that is there; None: it is none of these, or another module's."""
         module = self.module()
         forward = None if module is None else vars(module).get("forward")
         return forward._users if forward is not None and hasattr(forward, "_users") and forward._owner() is module else None

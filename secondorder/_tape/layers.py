@@ -31,7 +31,7 @@ class LayerRecord:
 
     @property
     def without_columns(self) -> bool:
-        """Whether the losses have no columns for it, since their Hessian is zero."""
+        """Tells whether the losses have no columns for it, since their Hessian is zero."""
         return self.block is None and any(loss.flat for loss in self.origins)
 
     @property
@@ -59,7 +59,7 @@ class LayerRecord:
         return any(each.weights is not None for each in self.counting())
 
     def grad_outputs(self) -> list[tuple[Tensor, LossCall]]:
-        """Each call's delta [..., n_out], with its loss; recorded only with an obstacle, or where the tape was told to."""
+        """Returns each call's delta [..., n_out], with its loss; they are kept with an obstacle, or where the tape is told to."""
         pairs = zip(self.calls, self.origins, strict=True)
         return [(call.grad_output, loss) for call, loss in pairs if call.grad_output is not None]
 
@@ -75,7 +75,7 @@ class LayerRecord:
         return merged if weights is None else elementwise.weighted(merged, weights)
 
     def grad_activation(self) -> Tensor | None:
-        """Gradient w.r.t. the input of `next` [m, n_out], its sum over the instances standing for all; None where sigma'' = 0."""
+        """Returns the gradient w.r.t. the input of `next` [m, n_out], whose sum stands for all rows; None where sigma'' = 0."""
         grads = [link.grad for link in self.links if link.grad is not None]
         if len(grads) < len(self.links):
             return None
@@ -87,7 +87,7 @@ class LayerRecord:
         return [call.input.shape[:-1].numel() for call in self.calls]
 
     def counting(self) -> list[Counting]:
-        """Which rows of every call count, those of no ignored target, and how much; all alike where none of any call does."""
+        """Tells which rows of every call count, those of no ignored target, and how much; all alike where none of any does."""
         if self._counting is None:
             pairs = zip(self.calls, self.origins, strict=True)
             found = [loss.counting(call.input.shape[:-1]) for call, loss in pairs]
@@ -95,7 +95,7 @@ class LayerRecord:
         return self._counting
 
     def _of_rows(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Of a tensor [..., n] of every call the rows that count."""
+        """Returns the rows that count, of a tensor [..., n] of every call."""
         return [rows.of_rows(t) for t, rows in zip(tensors, self.counting(), strict=True)]
 
     def _weights(self, samples: int | None) -> Tensor | None:
@@ -139,7 +139,7 @@ def connect(record: LayerRecord, records: dict[nn.Linear, LayerRecord], repeated
 
 
 def recursion_order(records: dict[nn.Linear, LayerRecord]) -> list[LayerRecord]:
-    """Each record after that of the layer which takes its output."""
+    """Returns each record after that of the layer which takes its output."""
     ordered: dict[LayerRecord, None] = {}
     for record in records.values():
         chain = []

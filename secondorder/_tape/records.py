@@ -41,7 +41,7 @@ class LayerCall:
     multiplied: set[Tensor] = field(default_factory=set)  # parameters in products between the layers before and the input
 
     def upstream(self) -> list["LayerCall"]:
-        """This call and all that it depends on."""
+        """Returns this call and all that it depends on."""
         found = dict.fromkeys([self])
         stack = [self]
         while stack:
@@ -122,7 +122,7 @@ class CriterionArguments:
         return [leaves[position] for position in self.trained]
 
     def replaced(self, tensors: list[Tensor], rows: Callable[[Tensor], Tensor] | None = None) -> tuple[Any, Any]:
-        """Args and kwargs with other trained arguments, the others changed by `rows`."""
+        """Returns args and kwargs with other trained arguments, the others changed by `rows`."""
         leaves, structure = tree_flatten((self.args, self.kwargs))
         if rows is not None:
             leaves = [rows(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -237,7 +237,7 @@ class LossCall:
         return aligned(self.masses(), shape)
 
     def counting(self, shape: torch.Size) -> Counting:
-        """Which rows of a tensor [*shape, n] count, by `row_masses`."""
+        """Tells which rows of a tensor [*shape, n] count, by `row_masses`."""
         masses = self.row_masses(shape)
         if masses is None:
             return Counting()
@@ -246,7 +246,7 @@ class LossCall:
         return self._counting
 
     def calls(self) -> list[LayerCall]:
-        """All calls of layers that it depends on."""
+        """Returns all calls of layers that it depends on."""
         if len(self.sources) == 1:
             return self.sources[0].upstream()
         return list(dict.fromkeys(call for source in self.sources for call in source.upstream()))

@@ -63,7 +63,7 @@ def term_of_its_own(loss: Tensor, arguments: Any, parameters: Iterable[Tensor]) 
 
 
 def upstream(start: Node) -> set[Node]:
-    """`start` and all nodes that it depends on."""
+    """Returns `start` and all nodes that it depends on."""
     found, stack = {start}, [start]
     while stack:
         new = {node for node, _ in stack.pop().next_functions if node is not None} - found

@@ -19,12 +19,12 @@ def _mse(node: Any) -> Tensor:
 
 
 def _huber(node: Any) -> Tensor:
-    """u^2 / 2 within delta, delta (|u| - delta / 2) beyond."""
+    """Returns the root of u^2 / 2 within delta, delta (|u| - delta / 2) beyond."""
     return _linear_beyond(node._saved_self - node._saved_target, float(node._saved_delta), 0.5)
 
 
 def _smooth_l1(node: Any) -> Tensor | None:
-    """u^2 / (2 beta) within beta, |u| - beta / 2 beyond."""
+    """Returns the root of u^2 / (2 beta) within beta, |u| - beta / 2 beyond."""
     beta = float(node._saved_beta)
     return _linear_beyond(node._saved_self - node._saved_target, beta, 0.5 / beta) if beta > 0 else None
 
@@ -38,7 +38,7 @@ def _linear_beyond(u: Tensor, bound: float, factor: float) -> Tensor:
 
 
 def _binary_cross_entropy(node: Any) -> Tensor | None:
-    """softplus(z) - t z, less its least value, the entropy of t in [0, 1].
+    """Returns the root of softplus(z) - t z, less its least value, the entropy of t in [0, 1].
 
     A positive class that counts p times is another target, p t / s, with the weight s = p t + 1 - t.
     """
@@ -60,7 +60,7 @@ def _binary_cross_entropy(node: Any) -> Tensor | None:
 
 
 def _near(z: Tensor, least: Tensor, t: Tensor) -> Tensor:
-    """(z - least) times the root of half the second derivative there, and two terms more."""
+    """Returns the root near its zero: z - least, times the root of half the second derivative there and two terms more."""
     d, h = z - least, t * (1 - t)
     third = h * (1 - 2 * t)
     fourth = h * (1 - 6 * h)
@@ -68,7 +68,7 @@ def _near(z: Tensor, least: Tensor, t: Tensor) -> Tensor:
 
 
 def _soft_margin(node: Any) -> Tensor | None:
-    """softplus(-t z)."""
+    """Returns the root of softplus(-t z)."""
     z, t = node._saved_self, node._saved_target
     if t.requires_grad:
         return None
@@ -76,7 +76,7 @@ def _soft_margin(node: Any) -> Tensor | None:
 
 
 def _cross_entropy(node: Any) -> Tensor | None:
-    """Returns the negative log-probability of each instance's class, times its weight: one residual for an instance."""
+    """Returns the root of the negative log-probability of each instance's class, times its weight: one residual each."""
     log_probability, target = node._saved_self, node._saved_target
     counts = target != node._saved_ignore_index
     chosen = target.where(counts, 0)

@@ -136,7 +136,7 @@ class Tape:
         self.missing = _NOT_CALLED
 
     def rescaled(self, factor: float) -> AbstractContextManager[None]:
-        """Within it the records are as if backward() had been called on `factor` times its tensor."""
+        """Makes the records within it as if backward() had been called on `factor` times its tensor."""
         return self._log.rescaled(factor)
 
     @property
@@ -146,7 +146,7 @@ class Tape:
 
     @property
     def multiplied(self) -> set[Tensor]:
-        """Parameters that these losses have multiplied with outside of the layers' calls, as by F.linear(h, layer.weight)."""
+        """Returns the parameters that these losses multiply with outside of layers' calls, as by F.linear(h, layer.weight)."""
         found: set[Tensor] = set()
         for loss in self.losses:
             found.update(loss.multiplied, *(call.multiplied for call in loss.calls()))
@@ -164,7 +164,7 @@ class Tape:
 
     @contextmanager
     def muted(self) -> Iterator[None]:
-        """Within it calls are not recorded, such as those that checkpointing makes in the tape's own autograd runs."""
+        """Leaves calls within it unrecorded, such as those that checkpointing makes in the tape's own autograd runs."""
         self._muted = True
         try:
             yield

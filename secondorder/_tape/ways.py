@@ -83,7 +83,7 @@ class Way:
 
 
 def find_way(argument: Tensor, begins: Callable[[Node, int], tuple[Start, Tensor] | None]) -> tuple[Start, Way] | None:
-    """Where an argument comes from, and how; None: by something else than linear nodes and known functions of one tensor.
+    """Finds where an argument comes from, and how; None: by something else than linear nodes and known functions of one tensor.
 
     Args:
         argument: with its graph.
@@ -130,7 +130,7 @@ def keeps_rows(argument: Any) -> bool:
 
 
 def preactivation(output: GradientEdge) -> GradientEdge:
-    """Where the last function with parameters before an output ends: what follows it is of one tensor, linear or known."""
+    """Finds where the last function with parameters before an output ends: what follows it is of one tensor, linear or known."""
     node, number = output.node, output.output_nr
     while linear_node(node) or kind(node) in _FUNCTIONS or kind(node) in RESHAPING:
         following = [edge for edge in node.next_functions if edge[0] is not None]

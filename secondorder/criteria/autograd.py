@@ -115,7 +115,7 @@ def tangent_map(outer: Sequence[GradientEdge], inner: Sequence[GradientEdge]) ->
 
 
 def _rows_of(loss: Tensor, source: Node, inner: GradientEdge | None) -> tuple[Tensor, Iterator[Tensor] | None, Tensor | float]:
-    """Every instance's H_i: its diagonal [..., K] and None, or its row sums and its rows, K tensors [..., K].
+    """Returns every instance's H_i: its diagonal [..., K] and None, or its row sums and its rows, K tensors [..., K].
 
     Last the size up to which all rows together may be rounding of zero.
     """

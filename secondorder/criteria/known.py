@@ -187,7 +187,7 @@ class LateMasses:
 def _target_weights(
     criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None, int] | None:
-    """A classifier's target, its class weights and the class that it ignores; None: it has no such target."""
+    """Returns a classifier's target, its class weights and the class that it ignores; None: it has no such target."""
     if isinstance(criterion, CompositeLoss):
         return _target_weights(criterion.outer, args, kwargs)
     if isinstance(criterion, FunctionCriterion):

@@ -331,7 +331,7 @@ def _bce_root(criterion: nn.BCELoss, output: Tensor, target: Tensor) -> Bernoull
 def _bernoulli_root(
     criterion: nn.BCEWithLogitsLoss | nn.BCELoss, p: Tensor, target: Tensor, pos_weight: Tensor | None
 ) -> BernoulliRoot:
-    """At the logits of the probabilities p [..., K]."""
+    """Returns the root at the logits of the probabilities p [..., K]."""
     mass = torch.full_like(p, 1 / normalizer(criterion, p.numel()))
     if pos_weight is not None:
         mass = mass * (1 + (pos_weight - 1) * target)

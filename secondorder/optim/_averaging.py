@@ -20,7 +20,7 @@ def update_averages(parameters: Iterable[Tensor], state: Mapping[Tensor, dict[st
 
 @contextmanager
 def swapped_with_averages(parameters: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> Iterator[None]:
-    """Within it every parameter that has an average holds that average."""
+    """Gives every parameter that has an average that average, within it."""
     averaged = [p for p in parameters if "average" in state.get(p, {})]
     own = [p.detach().clone() for p in averaged]
     try:

@@ -166,7 +166,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         return RankReducer(self._ddp.process_group, next(self._model.parameters()).device)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the tape, which hangs on the model's hooks, and what a scheduler has put around `step`."""
+        """Returns all but the tape, which hangs on the model's hooks, and what a scheduler has put around `step`."""
         kept = {key: value for key, value in self.__dict__.items() if key not in ("_tape", "step")}
         return {**kept, "_recording": self._tape.recording}
 
@@ -270,7 +270,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
 
     @contextmanager
     def _whole_or_nothing(self) -> Iterator[bool]:
-        """Around a step; yields whether it is to be taken.
+        """Makes a step succeed or change nothing; yields whether it is to be taken.
 
         Undoes what GradScaler did to the gradients and to what was recorded, sees to `maximize`, and handles a
         `NonFiniteError` as `nonfinite` says.
@@ -406,7 +406,7 @@ def _supported_layers(owner: str, model: nn.Module) -> dict[nn.Linear, str]:
 
 
 def _refuse_ddp(module: nn.Module, args: Any) -> None:
-    """A forward pre-hook of models whose optimizer does not know of the ranks."""
+    """Raises where DDP calls a model whose optimizer does not know of the ranks: a forward pre-hook."""
     if DistributedDataParallel._get_active_ddp_module() is not None:
         raise RuntimeError(
             "secondorder: the model is called by DistributedDataParallel, whose ranks must average the curvature, too, or they "

@@ -21,7 +21,7 @@ _backward: Any = torch.autograd.backward  # as it was before the first of them
 
 
 def torchs_backward(*args: Any, **kwargs: Any) -> None:
-    """torch.autograd.backward, also where `replaced_backward` has put something else in its place."""
+    """Calls torch.autograd.backward, also where `replaced_backward` has put something else in its place."""
     _backward(*args, **kwargs)
 
 
@@ -33,7 +33,7 @@ def _backward_here(*args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def replaced_backward(function: Callable[..., Any]) -> Iterator[None]:
-    """Within it `loss.backward()` in this thread calls `function`, with the arguments of torch.autograd.backward."""
+    """Has `loss.backward()` in this thread call `function` within it, with the arguments of torch.autograd.backward."""
     global _replaced, _backward
     with _LOCK:
         if _replaced == 0:
@@ -56,7 +56,7 @@ def replaced_backward(function: Callable[..., Any]) -> Iterator[None]:
 def idle_backward(
     owner: str, after: Callable[[], None] = lambda: None, called: list[tuple[Tensor, Tensor | None]] | None = None
 ) -> Iterator[None]:
-    """Within it `loss.backward()` in this thread computes nothing: it would free the graph, and its gradients are not needed.
+    """Has `loss.backward()` in this thread compute nothing within it: it would free the graph, and its gradients are not needed.
 
     A call with `create_graph=True` or with `inputs` raises RuntimeError, since a loss may be made of its gradients.
 

@@ -126,7 +126,7 @@ class ClosurePass:
 
     @property
     def multiplied(self) -> set[Tensor]:
-        """Parameters that the loss has multiplied with outside of these layers' calls."""
+        """Returns the parameters that the loss has multiplied with outside of these layers' calls."""
         return self._products.union(*(use.products for uses in self._uses.values() for use in uses))
 
     def _multiplied(self, start: Node | None) -> set[Tensor]:
@@ -295,7 +295,7 @@ class ClosurePass:
         self, tensors: Any, grad_tensors: Any = None, retain_graph: bool | None = None, create_graph: bool = False,
         grad_variables: Any = None, inputs: Any = None,
     ) -> None:  # fmt: skip
-        """torch.autograd.backward, but for the anchors alone."""
+        """Calls torch.autograd.backward, but for the anchors alone."""
         if self._anchors:
             torchs_backward(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs=self._anchors)
         self._lend()
@@ -329,7 +329,7 @@ def _weigh(uses: list[_Use], masses: Tensor) -> None:
 
 
 def _ones(rows: Tensor) -> Tensor:
-    """A weight of 1 for every row."""
+    """Returns a weight of 1 for every row."""
     return torch.ones(len(rows), dtype=torch.float64, device=rows.device)
 
 

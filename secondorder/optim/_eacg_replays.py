@@ -88,7 +88,7 @@ class EACGReplays:
         self._counts.select(0, -1).add_(made.logical_not())
 
     def _column(self, column: int) -> Tensor:
-        """A view of one count of all layers."""
+        """Returns a view of one count of all layers."""
         assert self._counts is not None
         return self._counts.select(1, column).narrow(0, 0, len(self._rows))
 
@@ -110,7 +110,7 @@ def move(p: Tensor, v: Tensor, group: Group, rate: Tensor, sign: float = 1.0) ->
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """A parameter's state without its numbers."""
+    """Returns a parameter's state without its numbers."""
     nested = {name: _tensors(value) for name, value in state.items() if isinstance(value, dict)}
     return {name: value for name, value in state.items() if isinstance(value, Tensor)} | nested
 

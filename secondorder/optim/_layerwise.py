@@ -232,7 +232,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         self._schedule()
 
     def averaged_parameters(self) -> AbstractContextManager[None]:
-        """Within it the model's parameters are their averages over the steps (Botev et al., Eq. 44, 45); not for training.
+        """Gives the model's parameters their averages over the steps, within it (Botev et al., Eq. 44, 45); not for training.
 
             average <- beta_t average + (1 - beta_t) theta_t,   beta_t = min(0.95, 1 - 1/t).
 
@@ -273,7 +273,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         fresh: bool,
         transfer: Transfer,
     ) -> tuple[Directions, Later[Directions | None]]:
-        """P and d of every covered layer by parameter, and what the solver prepared for it; not yet known to be finite.
+        """Returns P and d of every covered layer by parameter, and what the solver prepared for it; not yet known to be finite.
 
         Where several ranks train and it pays, each solves some of the layers; what they have prepared is then theirs alone.
 
@@ -318,7 +318,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         fresh: bool,
         transfer: Transfer,
     ) -> tuple[Directions, Later[Directions | None]]:
-        """All directions, by this rank alone."""
+        """Solves for all directions, by this rank alone."""
         arguments = (covered, grads, systems, fresh)
         with unchecked() as doubts:
             try:
@@ -329,7 +329,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 solved = None
 
         def looked_at() -> Directions:
-            """Once more with a check of every matrix, to tell which one was not positive definite or not finite."""
+            """Solves once more with a check of every matrix, to tell which one was not positive definite or not finite."""
             directions, prepared, bad = self._solutions(*arguments) if doubts or solved is None else solved
             if not all_finite(list(directions.values())):
                 own = {layer: [directions[p] for p in layer.parameters(recurse=False) if p in directions] for layer in prepared}
@@ -424,7 +424,7 @@ def _due(steps: int, every: int) -> bool:
 
 
 def _nested(state: dict[str, Any]) -> dict[str, Any]:
-    """A weight's state with its factors under one key."""
+    """Returns a weight's state with its factors under one key."""
     if "bias_hessian" not in state:
         return state
     factors = {name: state[name] for name in _FACTORS_BEFORE if name in state}

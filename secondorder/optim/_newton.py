@@ -147,7 +147,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
 
     @contextmanager
     def _quiet(self, after: Callable[[], None]) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
-        """Within it backward() calls `after`, and zero_grad() nothing; yields what backward() is called on."""
+        """Has backward() within it call `after`, and zero_grad() nothing; yields what backward() is called on."""
         self._evaluating = True
         roots: list[tuple[Tensor, Tensor | None]] = []
         try:
@@ -217,11 +217,11 @@ class NewtonOptimizer(LayerwiseOptimizer):
         }
 
     def _schedule(self) -> None:
-        """Every forward pass is recorded: the loss is evaluated anew at every step."""
+        """Has every forward pass recorded, since the loss is evaluated anew at every step."""
         self._tape.recording = True
 
     def _advance(self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups) -> None:
-        """A step whose size the quadratic model gives, checked before the parameters see it."""
+        """Makes a step whose size the quadratic model gives, checked before the parameters see it."""
         group, steps, lr = self.param_groups[0], self._steps(), self._one_lr()
         gradients = self._gradients()
         own = [p for layer in covered for p in layer.parameters(recurse=False)]
@@ -304,7 +304,7 @@ def _damping(group: dict[str, Any]) -> Damping | None:
 
 
 def _renamed(group: dict[str, Any]) -> dict[str, Any]:
-    """A saved group by today's keys."""
+    """Returns a saved group by today's keys."""
     if "watch" not in group:
         return group
     dropped = ("watch", "alpha", "momentum", "decoupled_weight_decay")

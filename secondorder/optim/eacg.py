@@ -200,7 +200,7 @@ class EACG(CapturableOptimizer):
             self._update(covered, factors, groups)
 
     def _update(self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups) -> None:
-        """A step by any solver."""
+        """Makes a step by any solver."""
         gradients = self._gradients()
         alphas = {layer: float(groups[layer.weight]["alpha"]) for layer in covered}
         systems = {layer: (1 - alpha, alpha) for layer, alpha in alphas.items()}
@@ -307,7 +307,7 @@ class EACG(CapturableOptimizer):
         return True
 
     def _momenta(self, parameters: list[Tensor], started: dict[Tensor, Tensor]) -> list[Tensor]:
-        """Their buffers; `started` gets the new ones, but for those of the empty tensors that stand for no bias."""
+        """Returns the parameters' momenta; `started` gets new ones, but for those of the empty tensors that stand for no bias."""
         buffers = []
         for p in parameters:
             buffer = self.state.get(p, {}).get("momentum")

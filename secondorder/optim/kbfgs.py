@@ -442,7 +442,7 @@ class KBFGS(CurvatureOptimizer):
         return {"inverse_output": torch.eye(len(zero), dtype=zero.dtype, device=zero.device)}
 
     def _preconditioned(self, states: list[dict[str, Any]], gradients: list[Tensor]) -> list[Tensor]:
-        """H_g M H_a of every layer, c times the direction."""
+        """Returns H_g M H_a of every layer, c times the direction."""
         pairs = zip(states, gradients, strict=True)
         return [ops.precondition(state["inverse_output"], m, state["inverse_input"]) for state, m in pairs]
 
@@ -488,7 +488,7 @@ class KBFGS(CurvatureOptimizer):
         first: ClosurePass,
         groups: dict[Tensor, dict[str, Any]],
     ) -> tuple[list[Tensor], dict[nn.Linear, dict[str, Any]]]:
-        """H_g M H_a / c of every layer, bounded, and what its state becomes after the step."""
+        """Returns H_g M H_a / c of every layer, bounded, and what its state becomes after the step."""
         states, updates = [], {}
         for layer, each in parameters.items():
             state, group = self.state.get(layer.weight, {}), groups[layer.weight]

@@ -352,7 +352,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """`load_state_dict` comes here too, with the state alone."""
+        """Takes a copy's state; `load_state_dict` comes here too, with the state alone."""
         super().__setstate__(state)
         self._reset()
 

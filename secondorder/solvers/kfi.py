@@ -59,7 +59,7 @@ class KFI(Solver):
 
 
 def _balance(mean_a: Tensor, hessian: Tensor) -> Tensor:
-    """Pi of KFI; a zero trace says nothing about the balance, so that it is 1 then."""
+    """Returns pi of KFI; a zero trace says nothing about the balance, so that it is 1 then."""
     mean_h = hessian.trace() / len(hessian)
     pi = (mean_a / mean_h).sqrt()
     return torch.where((mean_a > 0) & (mean_h > 0) & torch.isfinite(pi), pi, torch.ones_like(pi))

@@ -216,7 +216,7 @@ class ClosureLoss(LossOverRanks):
 
     @contextmanager
     def _moved(self, values: list[Tensor] | None) -> Iterator[None]:
-        """Within it the parameters have other values, unseen by the version counters that graphs go by."""
+        """Gives the parameters other values within it, unseen by the version counters that graphs go by."""
         if values is None:
             yield
             return

@@ -95,7 +95,7 @@ class DampedLeastSquares:
 
 
 def _nystrom(jacobian: Jacobian, generator: torch.Generator) -> tuple[Tensor, Tensor] | None:
-    """U [m, k] and l [k] with U diag(l) U^T near J J^T; None where rounding forbids."""
+    """Returns U [m, k] and l [k] with U diag(l) U^T near J J^T; None where rounding forbids."""
     m = jacobian.rows
     k = min(RANK, m)
     like = jacobian.like
@@ -118,7 +118,7 @@ def _nystrom(jacobian: Jacobian, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def _conjugate_gradients(jacobian: Jacobian, vectors: Tensor, values: Tensor, mu: Tensor | float, b: Tensor) -> Tensor:
-    """(J J^T + mu I)^-1 b to `RESIDUAL`, preconditioned by U diag(l) U^T."""
+    """Returns (J J^T + mu I)^-1 b to `RESIDUAL`, preconditioned by U diag(l) U^T."""
     weights = (values.min() + mu) / (values + mu) - 1
 
     def precondition(r: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ class GraphQuadratic:
 
 @contextmanager
 def differentiable_twice(model: nn.Module) -> Iterator[None]:
-    """Within it torch runs attention and recurrent nets by implementations that can be differentiated twice."""
+    """Has torch run attention and recurrent nets within it by implementations that can be differentiated twice."""
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):

@@ -50,6 +50,6 @@ class LossOverRanks(ABC):
 
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
-        """Around code that differentiates the loss twice."""
+        """Mutes the tape and explains missing second derivatives: around code that differentiates the loss twice."""
         with self.tape.muted(), second_derivatives("loss", "EACG or EigenAdam. No parameter and no state has changed"):
             yield

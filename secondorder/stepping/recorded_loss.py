@@ -323,7 +323,7 @@ class ReplayedLoss(RecordedLoss):
 
 
 def undisturbed(criterion: nn.Module) -> AbstractContextManager[None]:
-    """Within it calls of a criterion leave its buffers as they are; torch's own criteria never write to theirs."""
+    """Has calls of a criterion within it leave its buffers as they are; torch's own criteria never write to theirs."""
     if type(criterion).__module__.startswith("torch.nn.") or next(criterion.buffers(), None) is None:
         return nullcontext()
     return ForwardState(criterion).restored(buffers=True)
