@@ -139,6 +139,21 @@ class FunctionCriterion(nn.Module):
         return getattr(self.function, "__name__", repr(self.function))
 
 
+def as_criterion(owner: str, criterion: Any) -> nn.Module:
+    """Returns a criterion as a module, without torch.compile's wrapper.
+
+    Raises:
+        TypeError: it cannot be called.
+    """
+    if not callable(criterion):
+        raise TypeError(
+            f"{owner}: expected criterion to be an nn.Module or a function (output, target) -> loss, "
+            f"got {'none' if criterion is None else type(criterion).__name__}"
+        )
+    criterion = getattr(criterion, "_orig_mod", criterion)
+    return criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)
+
+
 def _checked_reduction(reduction: str) -> str:
     if reduction not in ("mean", "sum"):
         raise ValueError(f"expected reduction 'mean' or 'sum', got {reduction!r}")

@@ -10,17 +10,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from secondorder._distributed import RankReducer
-from secondorder._layers import linear_layers, uncovered
+from secondorder._layers import uncovered
 from secondorder._tape import Columns, LayerRecord, OutputHessianOf, Tape
-from secondorder._tensors import captured_now, to_compute_dtype
+from secondorder._tensors import to_compute_dtype
 from secondorder._warnings import warn
-from secondorder.criteria import FunctionCriterion
+from secondorder.criteria.losses import as_criterion
 from secondorder.errors import NonFiniteError
 from secondorder.optim._amp import restore_scale, unscaling_factor
+from secondorder.optim._coverage import fallback_reasons, supported_layers, too_wide
 from secondorder.optim._fallback import Fallback
 from secondorder.optim._growth import LossGrowth
-from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments, check_numbers
+from secondorder.optim._numbers import NUMBERS, Numbers, check_numbers
 from secondorder.optim._optimizer import WHOLE, SecondOrderOptimizer
+from secondorder.optim._recorded import recorded_layers
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DataParallel")
 
@@ -102,33 +104,10 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
         if any(cls.__name__ in _SHARDED for module in called.modules() for cls in type(module).__mro__):
             raise TypeError(f"{name}: {WHOLE}; FSDP's shards, and DataParallel's replicas, are not supported")
-        layers = _supported_layers(name, model)
-        own = {p: f"criterion.{n}" for n, p in self.criterion.named_parameters() if p.requires_grad and p not in names}
-        if own and (keep_inputs or ddp is not None):
-            why = (
-                "the quadratic model is one of the model's parameters" if keep_inputs else "DistributedDataParallel averages none"
-            )
-            warn(
-                f"the criterion's own parameters, {', '.join(map(repr, own.values()))}, are not trained by {name}, since {why}; "
-                "give them to an optimizer of their own"
-            )
-            own = {}
-        limits = [("max_factor_dim", max_factor_dim, "out_features"), ("max_input_dim", max_input_dim, "in_features")]
-        check_arguments(name, [(key, limit, limit is None or limit >= 1, ">= 1 or None") for key, limit, _ in limits])
-        self._uncovered = uncovered(model)
-        for layer, layer_name in layers.items():
-            for key, limit, side in limits:
-                size = getattr(layer, side)
-                if limit is not None and size > limit:
-                    reason = f"layer {layer_name!r} has {size} {side.replace('_features', 'puts')}, more than {key} = {limit}"
-                    self._uncovered.update({p: reason for p in layer.parameters(recurse=False) if p.requires_grad})
-        unseen = "no recorded loss depends on what its layer returns in training mode"
-        reasons = {
-            p: unseen if layer.weight.requires_grad else f"the weight of layer {layer_name!r} is frozen"
-            for layer, layer_name in layers.items()
-            for p in layer.parameters(recurse=False)
-        } | self._uncovered
-        self._fallback = Fallback(name, fallback, names | own, reasons)
+        layers = supported_layers(name, model)
+        own = self._trained_of_criterion(names, by_model=keep_inputs, by_ddp=ddp is not None)
+        self._uncovered = uncovered(model) | too_wide(name, layers, max_factor_dim, max_input_dim)
+        self._fallback = Fallback(name, fallback, names | own, fallback_reasons(layers, self._uncovered))
         check_numbers(name, defaults, self._numbers)
         defaults |= {"maximize": maximize, "skipped_steps": 0}
         if decoupled_weight_decay is not None:
@@ -157,6 +136,25 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         self._tape = Tape(layers, self.criterion, **self._tape_options)
         if ddp is None and dist.is_available() and dist.is_initialized():
             self._tape.handles.append(model.register_forward_pre_hook(_refuse_ddp))
+
+    def _trained_of_criterion(self, names: dict[Tensor, str], by_model: bool, by_ddp: bool) -> dict[Tensor, str]:
+        """Returns the criterion's own parameters that are trained, with their names; warns where none can be.
+
+        Args:
+            names: of the model's parameters.
+            by_model: whether steps are those of a quadratic model.
+            by_ddp: whether DDP averages the gradients.
+        """
+        trained = [(p, n) for n, p in self.criterion.named_parameters() if p.requires_grad and p not in names]
+        own: dict[Tensor, str] = {p: f"criterion.{n}" for p, n in trained}
+        if not own or not (by_model or by_ddp):
+            return own
+        why = "the quadratic model is one of the model's parameters" if by_model else "DistributedDataParallel averages none"
+        warn(
+            f"the criterion's own parameters, {', '.join(map(repr, own.values()))}, are not trained by {type(self).__name__}, "
+            f"since {why}; give them to an optimizer of their own"
+        )
+        return {}
 
     @property
     def _ranks(self) -> RankReducer | None:
@@ -314,10 +312,10 @@ class CurvatureOptimizer(SecondOrderOptimizer):
     def _records(self) -> list[LayerRecord]:
         """Returns the layers that the losses since the last step reach, or an error that says what is missing."""
         records = recorded_layers(type(self).__name__, self._tape)
-        self._tell_other_uses((record.layer for record in records), self._tape.multiplied)
+        self._warn_of_other_uses((record.layer for record in records), self._tape.multiplied)
         return records
 
-    def _tell_other_uses(self, layers: Iterable[nn.Linear], multiplied: set[Tensor]) -> None:
+    def _warn_of_other_uses(self, layers: Iterable[nn.Linear], multiplied: set[Tensor]) -> None:
         """Warns, once for each, of layers whose weight the loss has multiplied with outside of their calls, too."""
         new = [n for n in layers if n.weight in multiplied and n.weight not in self._uncovered and n not in self._used_otherwise]
         if new:
@@ -328,81 +326,6 @@ class CurvatureOptimizer(SecondOrderOptimizer):
                 "F.linear(h, layer.weight) or h @ layer.weight: the gradient has these products, the curvature has not. Call the "
                 "layers themselves, or train with secondorder.EigenAdam."
             )
-
-
-def as_criterion(owner: str, criterion: Any) -> nn.Module:
-    """Returns a criterion as a module, without torch.compile's wrapper.
-
-    Raises:
-        TypeError: it cannot be called.
-    """
-    if not callable(criterion):
-        raise TypeError(
-            f"{owner}: expected criterion to be an nn.Module or a function (output, target) -> loss, "
-            f"got {'none' if criterion is None else type(criterion).__name__}"
-        )
-    criterion = getattr(criterion, "_orig_mod", criterion)
-    return criterion if isinstance(criterion, nn.Module) else FunctionCriterion(criterion)
-
-
-def recorded_layers(owner: str, tape: Tape) -> list[LayerRecord]:
-    """Returns the layers that the losses since an optimizer's last step reach, or an error that says what is missing."""
-    records = tape.records()
-    if not records:
-        raise RuntimeError(
-            f"{owner}.step(): there are gradients, but no call of the criterion that leads to them was recorded. Compute "
-            f"the loss by the criterion given to the optimizer ({tape.criterion!r}; optimizer.criterion(output, target) "
-            "where it is a function), which returns nothing but the loss, with the model in training mode, and the gradients by "
-            f"loss.backward(); optimizer.zero_grad() forgets the calls before it. Here {tape.missing}."
-        )
-    captured = captured_now()
-    if any(loss.captured != captured for loss in tape.losses):
-        raise RuntimeError(
-            f"{owner}.step(): expected forward pass, backward pass and step to be captured in one CUDA graph, or none of them, "
-            f"got {'the step' if captured else 'passes'} alone, but the curvature of a step comes from its own forward pass"
-        )
-    check_instances(owner, (call.input for record in records for call in record.calls))
-    return records
-
-
-def check_instances(owner: str, inputs: Iterable[Tensor]) -> None:
-    """Raises where the layers' inputs [..., n_in] are of no instance at all."""
-    if all(0 in h.shape[:-1] for h in inputs):
-        raise ValueError(
-            f"{owner}.step(): expected at least one instance, got an empty batch; an expectation over it is undefined: skip it"
-        )
-
-
-def _supported_layers(owner: str, model: nn.Module) -> dict[nn.Linear, str]:
-    """Returns the model's linear layers with their names, after a check that curvatures can be taken of the trainable ones."""
-    layers, reasons = linear_layers(model), uncovered(model)
-    lazy = [name for name, module in model.named_modules() if isinstance(module, nn.modules.lazy.LazyModuleMixin)]
-    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
-        raise ValueError(
-            f"{owner}: expected layers that know their sizes, got the lazy {' and '.join(map(repr, lazy))}; "
-            "call the model once first"
-        )
-    trainable = [layer for layer in layers if layer.weight.requires_grad and layer.weight not in reasons]
-    if not trainable:
-        why = "".join(f"; {reason}" for reason in dict.fromkeys(reasons.values()))
-        if any(p.requires_grad for n in layers if not n.weight.requires_grad for p in n.parameters(recurse=False)):
-            why += "; the weights of its nn.Linear layers are frozen, and their biases alone have no curvature"
-        raise ValueError(
-            f"{owner}: expected a model with at least one trainable nn.Linear, got {type(model).__name__} with none{why}. "
-            "secondorder.EigenAdam trains any model"
-        )
-    for layer in trainable:
-        if not layer.weight.is_contiguous():
-            raise ValueError(
-                f"{owner}: expected contiguous weights, got strides {layer.weight.stride()} in layer {layers[layer]!r}; "
-                "make it contiguous first: layer.weight.data = layer.weight.data.contiguous()"
-            )
-        if layer.weight.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-            raise TypeError(
-                f"{owner}: expected parameters of dtype float32, float64 or bfloat16, got {layer.weight.dtype} "
-                f"in layer {layers[layer]!r}; for float16 keep the parameters in float32 and use torch.autocast"
-            )
-    return layers
 
 
 def _refuse_ddp(module: nn.Module, args: Any) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from secondorder._distributed import RankReducer
 from secondorder._layers import linear_layers, uncovered
 from secondorder._tape import LayerRecord, Tape
+from secondorder.criteria.losses import as_criterion
 from secondorder.curvature import CURVATURES, Curvature, curvature_by_name
-from secondorder.optim._base import as_criterion, recorded_layers
 from secondorder.optim._factors import FactorSource
+from secondorder.optim._recorded import recorded_layers
 
 
 class BiasHessians:

@@ -17,7 +17,7 @@ from secondorder.optim._numbers import check_arguments, check_numbers
 from secondorder.solvers import EACGSolver, Factors
 
 
-class Net(NamedTuple):
+class UpdateOperands(NamedTuple):
     """What `ops.eacg_update_` takes of all layers that a step updates; empty tensors stand for what a layer has not."""
 
     weights: list[Tensor]
@@ -32,7 +32,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
     """A layerwise optimizer whose steps by EA-CG a CUDA graph may capture; a subclass makes the steps that none captures."""
 
     _capturable = False
-    _captured_instead = "make the optimizer with capturable=True"
+    _instead_of_capture = "make the optimizer with capturable=True"
 
     def _allow_captures(self, curvature: Any, solver: Any) -> None:
         """Makes it capturable.
@@ -54,20 +54,25 @@ class CapturableOptimizer(LayerwiseOptimizer):
         self._forget_replays()
 
     @abstractmethod
-    def _net(self, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], groups: Groups) -> Net:
+    def _operands(self, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], groups: Groups) -> UpdateOperands:
         """Returns what `_updated` takes of the layers to be updated."""
 
     @abstractmethod
     def _updated(
-        self, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], net: Net, solver: EACGSolver, lr: list[float]
+        self,
+        covered: dict[nn.Linear, Factors],
+        gradients: dict[Tensor, Tensor],
+        operands: UpdateOperands,
+        solver: EACGSolver,
+        lr: list[float],
     ) -> Tensor:
         """Solves all layers, and updates them if every solution is finite; returns their iterations, -1 where one is not."""
 
     def _forget_replays(self) -> None:
         """Starts anew, as if no graph had captured a step: none has one with the present state."""
         self._replays = EACGReplays(layer.weight for layer in self._layers)
-        self._untold = 0  # refused replays that no error has told of
-        self._weighs = False  # whether the last step's targets did not all count alike
+        self._unreported = 0  # refused replays that no error has told of
+        self._weighs_targets = False  # whether the last step's targets did not all count alike
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Makes one step from the gradients of the backward passes since the last one.
@@ -121,7 +126,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
         """Counts the steps that replays of a CUDA graph have made, and those that were refused."""
         if self._capturable:
             refused = self._replays.catch_up(self.state)
-            self._untold += refused
+            self._unreported += refused
             for group in self.param_groups:
                 group["skipped_steps"] += refused
 
@@ -131,17 +136,20 @@ class CapturableOptimizer(LayerwiseOptimizer):
         name = f"{type(self).__name__}.step()"
         if not captured_now():
             self._catch_up()
-            untold, self._untold = self._untold, 0
-            if untold and self._nonfinite == "error":
+            unreported, self._unreported = self._unreported, 0
+            if unreported and self._nonfinite == "error":
                 raise NonFiniteError(
-                    f"{name}: {untold} replays of CUDA graphs have met NaN or inf, a target that the criterion ignores, or a "
+                    f"{name}: {unreported} replays of CUDA graphs have met NaN or inf, a target that the criterion ignores, or a "
                     "learning rate on the device outside of [0, 1]; they have changed no parameter and no state"
                 )
             return False
         for why, problem in (
             ("where several ranks train", self._ranks is not None),
             ("within GradScaler.step(); train in bfloat16, which needs no scaler", getattr(self, "found_inf", None) is not None),
-            ("where the criterion weighs or ignores targets, since by numbers of the device rows are chosen", self._weighs),
+            (
+                "where the criterion weighs or ignores targets, since by numbers of the device rows are chosen",
+                self._weighs_targets,
+            ),
         ):
             if problem:
                 raise RuntimeError(f"{name}: expected no capture of a CUDA graph {why}")
@@ -165,18 +173,20 @@ class CapturableOptimizer(LayerwiseOptimizer):
         `factors`, those in `covered` included, are not averaged yet.
         """
         gradients, replays = self._gradients(), self._replays
-        net = self._net(covered, gradients, groups)
-        if not net.momenta[0] and any(isinstance(group["lr"], Tensor) for group in net.groups):
-            net = net._replace(momenta=([torch.zeros_like(p) for p in net.weights], [torch.zeros_like(p) for p in net.biases]))
-        others = self._fallback.parameters(self.param_groups, gradients, [*net.weights, *net.biases])
-        self._check_state(net, [p for p, group in others if group["momentum"] != 0])
+        operands = self._operands(covered, gradients, groups)
+        if not operands.momenta[0] and any(isinstance(group["lr"], Tensor) for group in operands.groups):
+            operands = operands._replace(
+                momenta=([torch.zeros_like(p) for p in operands.weights], [torch.zeros_like(p) for p in operands.biases])
+            )
+        others = self._fallback.parameters(self.param_groups, gradients, [*operands.weights, *operands.biases])
+        self._check_state(operands, [p for p, group in others if group["momentum"] != 0])
         velocities = [_momentum.velocity(p, gradients[p], group, self.state) for p, group in others]
         averaged = self._averaged(factors, groups)
         made = self._allowed(others, velocities)
         if covered:
-            made = self._updated_if(made, {**covered, **averaged}, gradients, net, solver)
+            made = self._updated_if(made, {**covered, **averaged}, gradients, operands, solver)
         rates = {id(group): rate(group["lr"], made) for group in self.param_groups}
-        self._move_late(net, rates)
+        self._move_by_device_rates(operands, rates)
         for (p, group), v in zip(others, velocities, strict=True):
             move(p, torch.where(made, v, 0.0), group, rates[id(group)], -1.0)
             if group["momentum"] != 0:
@@ -184,7 +194,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
         for layer, new in averaged.items():
             for name, before in self.state[layer.weight]["factors"].items():
                 _keep_if(made, before, new[name])
-        replays.count(made, net.weights, [layer.weight for layer in averaged])
+        replays.count(made, operands.weights, [layer.weight for layer in averaged])
         if self._average:
             share = torch.where(made, replays.parameter_share(), 0.0)
             for p in groups:
@@ -204,7 +214,12 @@ class CapturableOptimizer(LayerwiseOptimizer):
         return averaged
 
     def _updated_if(
-        self, allowed: Tensor, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], net: Net, solver: EACGSolver
+        self,
+        allowed: Tensor,
+        covered: dict[nn.Linear, Factors],
+        gradients: dict[Tensor, Tensor],
+        operands: UpdateOperands,
+        solver: EACGSolver,
     ) -> Tensor:
         """Updates all layers if that is allowed and every solution is finite; returns whether it has, a boolean on the device.
 
@@ -212,21 +227,21 @@ class CapturableOptimizer(LayerwiseOptimizer):
         """
         first = next(iter(covered))  # whose NaN keeps the operator from updating any
         covered[first] = {**covered[first], "mean_input": torch.where(allowed, covered[first]["mean_input"], math.nan)}
-        lr = [0.0 if isinstance(group["lr"], Tensor) else float(group["lr"]) for group in net.groups]
-        return (self._updated(covered, gradients, net, solver, lr) >= 0).all()
+        lr = [0.0 if isinstance(group["lr"], Tensor) else float(group["lr"]) for group in operands.groups]
+        return (self._updated(covered, gradients, operands, solver, lr) >= 0).all()
 
-    def _move_late(self, net: Net, rates: dict[int, Tensor]) -> None:
+    def _move_by_device_rates(self, operands: UpdateOperands, rates: dict[int, Tensor]) -> None:
         """Moves the layers whose learning rate is on the device by their new momenta."""
-        for parameters, momenta in zip((net.weights, net.biases), net.momenta, strict=True):
-            for p, v, group in zip(parameters, momenta, net.groups, strict=bool(momenta)):
+        for parameters, momenta in zip((operands.weights, operands.biases), operands.momenta, strict=True):
+            for p, v, group in zip(parameters, momenta, operands.groups, strict=bool(momenta)):
                 if isinstance(group["lr"], Tensor):
                     move(p, v, group, rates[id(group)])
 
-    def _check_state(self, net: Net, with_momentum: list[Tensor]) -> None:
+    def _check_state(self, operands: UpdateOperands, with_momentum: list[Tensor]) -> None:
         """Raises where a tensor of the state is missing, since a captured step writes to tensors that are there."""
         averages = [p for group in self.param_groups for p in group["params"]] if self._average else []
-        made = not net.started and self._replays.ready
-        for name, parameters in (("factors", net.weights), ("momentum", with_momentum), ("average", averages)):
+        made = not operands.started and self._replays.ready
+        for name, parameters in (("factors", operands.weights), ("momentum", with_momentum), ("average", averages)):
             made = made and all(name in self.state.get(p, {}) for p in parameters)
         if not made:
             raise RuntimeError(

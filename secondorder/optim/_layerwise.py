@@ -107,7 +107,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         self._curvature_name = f"{curvature} by {solver}"
         self._factors = FactorSource(self._curvature, self._solver, curvature_samples, self._layers)
         self._curvature_every, self._inverse_every, self._average = curvature_every, inverse_every, average
-        self._told_flat = False  # whether the warning of a criterion without curvature has been given
+        self._warned_flat = False  # whether the warning of a criterion without curvature has been given
 
     @outside_autocast
     @torch.no_grad()
@@ -177,8 +177,8 @@ class LayerwiseOptimizer(CurvatureOptimizer):
     def _records(self) -> list[LayerRecord]:
         """Returns the layers that the losses since the last step reach; warns once of those where the recursion starts anew."""
         records = super()._records()
-        if self._curvature.columns and not self._told_flat and any(record.without_columns for record in records):
-            self._told_flat = True
+        if self._curvature.columns and not self._warned_flat and any(record.without_columns for record in records):
+            self._warned_flat = True
             warn(
                 f"the Hessian of {self.criterion} is zero, or is in sum over instances that it compares; the layers get their "
                 "empirical Fisher blocks."

@@ -78,7 +78,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
         self._loop, self._subsample = LevenbergMarquardtLoop(schedule), subsample
         self._closure: Closure | None = None  # of the step under way
         self._evaluating = False  # whether a closure is being called for a trial
-        self._told = False  # whether the warning that the model does not repeat itself has been given
+        self._warned = False  # whether the warning that the model does not repeat itself has been given
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state as every torch optimizer does, also what an optimizer with lr=None has saved before version 0.2.
@@ -178,8 +178,8 @@ class NewtonOptimizer(LayerwiseOptimizer):
             except CannotReplay as error:
                 obstacle = str(error)
         if recorded is not None and (recorded.faithful or self._closure is None):
-            if not recorded.faithful and not self._told:
-                self._told = True
+            if not recorded.faithful and not self._warned:
+                self._warned = True
                 warn(
                     "the model, or the criterion, gives something else when it is evaluated again, though the model's random "
                     "numbers, buffers and attributes are those of its forward pass: its weights were others then, or the "

@@ -21,7 +21,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     _group_keys: ClassVar[tuple[str, ...]] = ()  # what tells a saved group of this optimizer, of any version, from others'
     _takes_shards: ClassVar[bool] = False  # whether parameters may be DTensors
-    _captured_instead: ClassVar[str] = "call step() without a capture"
+    _instead_of_capture: ClassVar[str] = "call step() without a capture"
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:
@@ -118,7 +118,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if captured_now():
             raise RuntimeError(
                 f"{type(self).__name__}.step(): expected no capture of a CUDA graph, whose replays would repeat this step's "
-                f"count, learning rate and decisions; {self._captured_instead}"
+                f"count, learning rate and decisions; {self._instead_of_capture}"
             )
 
     def _check_captured_rates(self) -> None:

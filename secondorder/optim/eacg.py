@@ -13,7 +13,7 @@ from secondorder._tensors import Transfer, captured_now
 from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
 from secondorder.optim import _momentum
-from secondorder.optim._eacg_captured import CapturableOptimizer, Net
+from secondorder.optim._eacg_captured import CapturableOptimizer, UpdateOperands
 from secondorder.optim._layerwise import Groups
 from secondorder.optim._numbers import NUMBERS, Numbers
 from secondorder.solvers import EACGSolver, Factors, Solver, SolverOptions
@@ -187,7 +187,7 @@ class EACG(CapturableOptimizer):
     def _advance(self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], groups: Groups) -> None:
         captured = self._capturable and captured_now()
         if self._capturable and not captured:
-            self._weighs = any(loss.masses() is not None for loss in self._tape.losses)
+            self._weighs_targets = any(loss.masses() is not None for loss in self._tape.losses)
         if type(self._solver) is EACGSolver and self._fusible(covered, groups):  # a subclass may solve otherwise
             (self._captured_update if captured else self._fused_update)(covered, factors, groups, self._solver)
         elif captured:
@@ -224,20 +224,20 @@ class EACG(CapturableOptimizer):
     ) -> None:
         """Solves and updates all layers in one call, then commits every state."""
         gradients = self._gradients()
-        net = self._net(covered, gradients, groups)
-        others = self._fallback.updates(self.param_groups, gradients, [*net.weights, *net.biases], self.state)
+        operands = self._operands(covered, gradients, groups)
+        others = self._fallback.updates(self.param_groups, gradients, [*operands.weights, *operands.biases], self.state)
         if covered:
-            iterations = self._updated(covered, gradients, net, solver, [float(group["lr"]) for group in net.groups])
+            iterations = self._updated(covered, gradients, operands, solver, [float(group["lr"]) for group in operands.groups])
             bad = [layer for layer, count in zip(covered, iterations.tolist(), strict=True) if count < 0]
             if bad:
                 raise NonFiniteError(self._not_finite(dict.fromkeys(bad, "the solution overflows"), covered))
 
         self._fallback.apply(others, self.state)
         self._commit(covered, factors, {})
-        for parameter, buffer in net.started.items():
+        for parameter, buffer in operands.started.items():
             self.state[parameter]["momentum"] = buffer
 
-    def _net(self, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], groups: Groups) -> Net:
+    def _operands(self, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], groups: Groups) -> UpdateOperands:
         weights: list[Tensor] = []
         biases: list[Tensor] = []
         grad_biases: list[Tensor] = []
@@ -251,28 +251,33 @@ class EACG(CapturableOptimizer):
         started: dict[Tensor, Tensor] = {}
         if any(group["momentum"] != 0 for group in own):
             momenta = (self._momenta(weights, started), self._momenta(biases, started))
-        return Net(weights, biases, grad_biases, own, momenta, started)
+        return UpdateOperands(weights, biases, grad_biases, own, momenta, started)
 
     def _updated(
-        self, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], net: Net, solver: EACGSolver, lr: list[float]
+        self,
+        covered: dict[nn.Linear, Factors],
+        gradients: dict[Tensor, Tensor],
+        operands: UpdateOperands,
+        solver: EACGSolver,
+        lr: list[float],
     ) -> Tensor:
         """Solves and updates all layers in one call of `ops.eacg_update_`."""
         return ops.eacg_update_(
             [each["bias_hessian"] for each in covered.values()],
             [each["mean_input"] for each in covered.values()],
-            [gradients[weight] for weight in net.weights],
-            net.grad_biases,
-            net.weights,
-            net.biases,
-            *net.momenta,
+            [gradients[weight] for weight in operands.weights],
+            operands.grad_biases,
+            operands.weights,
+            operands.biases,
+            *operands.momenta,
             lr,
-            [float(group["alpha"]) for group in net.groups],
-            [float(group["momentum"]) for group in net.groups],
-            [float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0 for group in net.groups],
+            [float(group["alpha"]) for group in operands.groups],
+            [float(group["momentum"]) for group in operands.groups],
+            [float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0 for group in operands.groups],
             solver.max_cg,
             solver.eps_cg,
             solver.truncated,
-            [_max_norm(weight, group) for weight, group in zip(net.weights, net.groups, strict=True)],
+            [_max_norm(weight, group) for weight, group in zip(operands.weights, operands.groups, strict=True)],
         )
 
     def _shorten(self, directions: dict[Tensor, Tensor], layers: Iterable[nn.Linear], groups: Groups) -> None:

@@ -91,7 +91,7 @@ class EigenAdam(ObservingOptimizer):
     """
 
     _copied = (*ObservingOptimizer._copied, "_nonfinite")
-    _captured_instead = (
+    _instead_of_capture = (
         "make the optimizer with capturable=True, or capture forward and backward passes alone, and call step() after each replay"
     )
 

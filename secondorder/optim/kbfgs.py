@@ -12,7 +12,7 @@ from secondorder._random import RandomState
 from secondorder._tensors import host_numbers
 from secondorder.errors import NonFiniteError
 from secondorder.optim._amp import outside_autocast
-from secondorder.optim._base import CurvatureOptimizer, check_instances
+from secondorder.optim._base import CurvatureOptimizer
 from secondorder.optim._closure import NEEDED
 from secondorder.optim._closure_pass import ClosurePass
 from secondorder.optim._kbfgs_inputs import InputMoments
@@ -29,6 +29,7 @@ from secondorder.optim._kbfgs_layer import (
 )
 from secondorder.optim._kbfgs_trials import Trials
 from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments
+from secondorder.optim._recorded import check_instances
 
 _INPUT_INVERSES = ("hessian-action", "exact")
 # pairs -> the operators' arguments `damped` and `bounded`.
@@ -288,7 +289,7 @@ class KBFGS(CurvatureOptimizer):
                 "not give these, nor do those of layers that a torch.autograd.Function calls, as of an adjoint method: for these "
                 "take EigenAdam"
             )
-        self._tell_other_uses(first.gradient, first.multiplied)
+        self._warn_of_other_uses(first.gradient, first.multiplied)
         with self._whole_or_nothing():
             value: float | Tensor = sign * loss
             if self._ranks is not None:
