@@ -1,7 +1,8 @@
 """Optimizers that others made, for a model, as they are compared with this package's.
 
 Muon and COSMOS are made for the matrices of hidden layers; the output layer and the rest of a model get AdamW, as their authors
-have it. Weight decay is zero everywhere: what is compared first is the training loss. SOAP comes from PyPI's pytorch_optimizer.
+have it. Weight decay is zero everywhere: what is compared first is the training loss. SOAP, PSGD-Kron, Shampoo and Schedule-Free
+AdamW come from PyPI's pytorch_optimizer.
 COSMOS takes part where its authors' module COSMOS_optim (https://github.com/lliu606/COSMOS) can be imported. Muon and COSMOS
 orthogonalise in bfloat16, which a processor without instructions for it does a hundred times as slowly as float32: there they
 get the same iteration in float32. torch-levenberg-marquardt (PyPI) takes part where it is installed.
@@ -21,6 +22,7 @@ from torch.utils.benchmark import Timer
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 COSMOS_RANK = 64  # the authors' default
+RMSPROP_GRAFTING = 3  # pytorch_optimizer's number of it
 
 
 class Parts(torch.optim.Optimizer):
@@ -89,6 +91,32 @@ def soap(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     from pytorch_optimizer import SOAP
 
     return SOAP(model.parameters(), lr, betas=(0.95, 0.95), weight_decay=0, precondition_frequency=10)
+
+
+def psgd_kron(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """PSGD with Kronecker-factored preconditioners, at its implementation's defaults.
+
+    Without opt_einsum a step takes a hundred times as long.
+    """
+    from pytorch_optimizer import Kron
+
+    return Kron(model.parameters(), lr, weight_decay=0)
+
+
+def shampoo(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Shampoo with the step lengths of RMSprop, layer by layer, and new inverse roots every ten steps."""
+    from pytorch_optimizer import ScalableShampoo
+
+    return ScalableShampoo(
+        model.parameters(), lr, start_preconditioning_step=10, preconditioning_compute_steps=10, graft_type=RMSPROP_GRAFTING
+    )
+
+
+def schedule_free(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Schedule-Free AdamW: it evaluates the model at its average between `eval()` and `train()`."""
+    from pytorch_optimizer import ScheduleFreeAdamW
+
+    return ScheduleFreeAdamW(model.parameters(), lr, weight_decay=0)
 
 
 def has_cosmos() -> bool:

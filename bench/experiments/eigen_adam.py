@@ -1,7 +1,7 @@
 """EigenAdam as it is, untuned, against other optimizers at their best settings: on the papers' problems and everyday scripts."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,15 +31,23 @@ def _peer(name: str, make: Callable[..., torch.optim.Optimizer], fixed: list[flo
     return Method(name, lambda model, _, lr: make(model, lr), settings)
 
 
+_UNTUNED = Method(OWN, lambda model, _: so.EigenAdam(model))
 METHODS = [
-    Method(OWN, lambda model, _: so.EigenAdam(model)),
+    _UNTUNED,
     Method(FALLING, lambda model, _, lr: so.EigenAdam(model, lr), grid(lr=[1.0], linear=[1.0])),
     _peer("Adam", _adam, [1e-3, 3e-3, 1e-2], [3e-3, 1e-2]),
     _peer("Muon", peers.muon, [3e-3, 1e-2, 3e-2], [1e-2, 3e-2]),
     _peer("SOAP", peers.soap, [1e-3, 3e-3, 1e-2, 3e-2], [3e-3]),
 ]
+FURTHER = [  # peers that are made for larger nets, or whose averages take the place of a schedule
+    _UNTUNED,
+    _peer("Adam", _adam, [1e-3, 3e-3, 1e-2], [1e-2]),
+    _peer("Schedule-Free AdamW", peers.schedule_free, [1e-3, 3e-3, 1e-2, 3e-2], []),
+    _peer("Shampoo", peers.shampoo, [1e-3, 3e-3, 1e-2], [1e-2]),
+    _peer("PSGD-Kron", peers.psgd_kron, [1e-3, 3e-3, 1e-2], [3e-3]),
+]
 if peers.has_cosmos():
-    METHODS.append(_peer("COSMOS", peers.cosmos, [3e-3, 1e-2, 3e-2], [1e-2, 3e-2]))
+    FURTHER.append(_peer("COSMOS", peers.cosmos, [3e-3, 1e-2, 3e-2], [1e-2]))
 
 
 def _for(problems: list[Problem], seconds: float) -> list[Problem]:
@@ -65,7 +73,20 @@ SHOWN = {
     "transformer encoder": "transformer encoder, tokens",
     "labels, cross-entropy": "digits, 40 % of the labels random",
 }
-COMPARISONS: dict[str, list[Problem]] = {"eigen-adam": PAPERS, "everyday": SCRIPTS}
+
+
+@dataclass(frozen=True)
+class Contest:
+    problems: list[Problem]
+    methods: list[Method]
+    results: str  # the stored runs' file, without its ending
+
+
+COMPARISONS = {
+    "eigen-adam": Contest(PAPERS, METHODS, "eigen_adam"),
+    "everyday": Contest(SCRIPTS, METHODS, "eigen_adam"),
+    "further-peers": Contest(SCRIPTS, FURTHER, "further_peers"),
+}
 
 
 def compare(
@@ -93,11 +114,12 @@ def compare(
     Raises:
         ValueError: one of the chosen problems is none of this comparison's.
     """
-    problems = [problem for problem in COMPARISONS[name] if not chosen or problem.name in chosen]
+    contest = COMPARISONS[name]
+    problems = [problem for problem in contest.problems if not chosen or problem.name in chosen]
     if unknown := set(chosen or []) - {problem.name for problem in problems}:
-        raise ValueError(f"expected problems of {[problem.name for problem in COMPARISONS[name]]}, got {sorted(unknown)}")
-    methods = [method for method in METHODS if not only or method.name in only]
-    store = Store(results / "eigen_adam.jsonl")
+        raise ValueError(f"expected problems of {[problem.name for problem in contest.problems]}, got {sorted(unknown)}")
+    methods = [method for method in contest.methods if not only or method.name in only]
+    store = Store(results / f"{contest.results}.jsonl")
     if again:
         forgotten = {(problem.name, method.name) for problem in problems for method in methods}
         store.forget(lambda run: (run.problem, run.method) in forgotten)

@@ -67,6 +67,17 @@ def _hush(guest: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _averaged(optimizer: Any) -> Iterator[None]:
+    """Within it the model has the parameters that are to be evaluated, which Schedule-Free has to be asked for."""
+    switches = hasattr(optimizer, "eval")
+    if switches:
+        optimizer.eval()
+    yield
+    if switches:
+        optimizer.train()
+
+
 @lru_cache
 def _warm_up(problem: Problem, method: Method, data_dir: Path | None) -> None:
     """Two steps that are not counted: what happens once in a process, as imports do, is no part of a run."""
@@ -92,6 +103,7 @@ class Training:
         self.run = Run(problem.name, method.name, setting, seed, budget, self.task.data, environment())
         self.last_step = problem.epochs * self.task.steps_per_epoch
         self.steps, self.elapsed, self.done = 0, 0.0, False
+        self.optimizer: torch.optim.Optimizer | None = None
         self._evaluate()
         options = {key: value for key, value in setting.items() if key not in SCHEDULES}
         start = time.process_time()
@@ -140,7 +152,7 @@ class Training:
             group["lr"] = factor * rate
 
     def _evaluate(self) -> None:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _averaged(self.optimizer):
             loss, score = self.task.evaluate()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the training loss is {loss}")

@@ -159,8 +159,7 @@ def test_a_linear_setting_falls_to_zero_at_the_end():
 def test_what_is_stored_is_not_trained_again(tmp_path, monkeypatch):
     first, second = noisy("first"), replace(noisy("second"), higher=True)
     methods = [sgd("EigenAdam"), sgd("Adam", {"lr": 0.01}, {"lr": 0.1, "linear": 1.0})]
-    monkeypatch.setattr(eigen_adam, "METHODS", methods)
-    monkeypatch.setattr(eigen_adam, "COMPARISONS", {"few": [first, second]})
+    monkeypatch.setattr(eigen_adam, "COMPARISONS", {"few": eigen_adam.Contest([first, second], methods, "eigen_adam")})
     eigen_adam.compare("few", tmp_path, None, [0, 1], chosen=["first"])
     stored = Store(tmp_path / "eigen_adam.jsonl")
     assert [(r.method, r.seed) for r in stored.runs()] == [
