@@ -146,6 +146,21 @@ def test_turns_go_round(monkeypatch):
 
 
 @pytest.mark.usefixtures("_a_second_a_step")
+def test_schedule_free_is_evaluated_at_its_average():
+    method = Method("a", lambda model, _: peers.schedule_free(model, 0.1))
+    one = Training(noisy(), method, {}, 0, 32.0, None)
+    one.advance()
+    one.advance()
+    last = [p.detach().clone() for p in one.task.model.parameters()]
+    one.optimizer.eval()
+    average = one.task.evaluate()[0]
+    one.optimizer.train()
+    assert all(torch.allclose(p, q) for p, q in zip(last, one.task.model.parameters(), strict=True))
+    assert one.run.loss[-1] == pytest.approx(average, rel=1e-4)
+    assert one.run.loss[-1] != pytest.approx(one.task.evaluate()[0], rel=1e-4)
+
+
+@pytest.mark.usefixtures("_a_second_a_step")
 def test_a_linear_setting_falls_to_zero_at_the_end():
     one = Training(noisy(), sgd("a"), {"lr": 0.01, "linear": 1.0}, 0, 32.0, None)
     rates = []
@@ -203,7 +218,7 @@ def test_the_iteration_in_float32_is_muons(shape):
     assert torch.linalg.svdvals(own).max() < 1.3
 
 
-@pytest.mark.parametrize("make", [peers.muon, peers.soap])
+@pytest.mark.parametrize("make", [peers.muon, peers.soap, peers.schedule_free, peers.shampoo])
 def test_peers_take_the_whole_model_and_a_schedule(make):
     if make is peers.muon and not hasattr(torch.optim, "Muon"):
         pytest.skip("torch has no Muon before 2.9")
