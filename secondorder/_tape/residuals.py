@@ -21,7 +21,7 @@ _LINEAR = {
     "TrilBackward", "TriuBackward", "FlipBackward", "RollBackward", "Rot90Backward", "RepeatBackward", "UnfoldBackward",
     "TakeBackward", "ConstantPadNdBackward", "AvgPool2DBackward", "AvgPool3DBackward", "AdaptiveAvgPool2DBackward",
     "AdaptiveAvgPool3DBackward", "ScatterBackward", "ScatterAddBackward", "IndexAddBackward", "IndexCopyBackward",
-    "IndexPutBackward", "ViewAsRealBackward", "LerpBackward",
+    "IndexPutBackward", "ViewAsRealBackward", "LerpBackward", "torch::autograd::CopyBackwards",
 }  # fmt: skip
 # Products, which are linear in one factor if the others do not depend on the parameters.
 _PRODUCTS = {"MulBackward", "DivBackward", "DotBackward", "VdotBackward", "MvBackward", "MmBackward", "BmmBackward"}
@@ -36,6 +36,9 @@ LEAF = "torch::autograd::AccumulateGrad"
 # The name of a compiled graph's autograd node.
 COMPILED = "CompiledFunctionBackward"
 _UNNUMBERED = {"_DDPSinkBackward", COMPILED}  # functions in Python that are known by their names
+# A write to a part of a tensor, which hides by what operation: one that is linear keeps the loss the sum of the squares above.
+_WRITE = "torch::autograd::CopySlices"
+_WRITTEN = "a write to a part of a tensor, and something beside it adds a constant or may do so, so that it may not be linear"
 _NEITHER = "neither a square nor linear"
 _PRODUCT = "a product or quotient of two things that depend on the parameters"
 _COMPLEX = "a power of complex numbers, whose real part has no sign: write z.abs() ** 2 for the square of their absolute value"
@@ -139,7 +142,7 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
     Raises:
         RuntimeError: the graph has a node between the loss and a parameter that is neither linear nor a square.
     """
-    squares, penalties, constant = list[Term](), list[Term](), False
+    squares, penalties, constant, written = list[Term](), list[Term](), False, None
     seen: set[Node] = set()
     stack: list[Node] = [loss.grad_fn] if loss.grad_fn is not None else []
     while stack:
@@ -172,17 +175,23 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
                 stack.extend(dependent)
         elif name == "LerpBackward" and len(inputs) == 3 and reach(inputs[2]) and (reach(inputs[0]) or reach(inputs[1])):
             _refuse(owner, loss, node, _PRODUCT)
+        elif name == _WRITE:
+            written = node
+            stack.extend(f for f in inputs if f is not None)
         elif _is_linear(node):
             constant |= name in _SUMS and (None in inputs or len(inputs) == 1)
             stack.extend(f for f in inputs if f is not None)
         else:
             _refuse(owner, loss, node, _NEITHER)
+    if written is not None and constant:
+        _refuse(owner, loss, written, _WRITTEN)
     if not squares:  # a loss of squares of parameters alone: they are its residuals
         squares, penalties = [term._replace(residual=term.residual.clone()) for term in penalties], []
     if not squares:
         raise RuntimeError(
             f"{owner}.step(): expected the closure to return a loss that depends on a trained parameter, got one that does not; "
-            "return the scalar loss itself, neither detached nor a number"
+            "return the scalar loss itself, neither detached nor a number, and give torch.utils.checkpoint use_reentrant=False, "
+            "without which it hides parameters"
         )
     return Terms(squares[::-1], penalties[::-1], constant)
 
@@ -199,6 +208,7 @@ _INSTEAD = {
         "A term is linear in u. In an energy take the equation's residual, or L-BFGS; beside a multiplier m complete the square, "
         "(r + m / 2) ** 2 in place of r ** 2 + m * r"
     ),
+    (_WRITE,): "Stack, join or mask the terms in place of writing them: torch.stack, torch.cat, torch.where",
     (LEAF,): "Give trained weights of the terms to another optimizer",
     ("CompiledFunction",): "Compile the net, and leave the loss out of torch.compile",
 }
@@ -211,7 +221,7 @@ def _refuse(owner: str, loss: Tensor, node: Node, what: str) -> None:
         if not bool(coefficient.any()):
             return
     trained = [f for f, _ in node.next_functions if f is not None and f.name() == LEAF]  # factors that are parameters
-    names = [node.name()] if what == _NEITHER else [f.name() for f in trained]
+    names = [node.name()] if what in (_NEITHER, _WRITTEN) else [f.name() for f in trained]
     hint = next((text + ". " for starts, text in _INSTEAD.items() for name in names if name.startswith(starts)), "")
     raise RuntimeError(
         f"{owner}.step(): expected the loss to be a sum of means or sums of squares, each times a constant, but {node.name()} "

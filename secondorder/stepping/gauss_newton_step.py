@@ -30,8 +30,9 @@ OVER = 4  # rows drawn for each parameter, at least, if the parameters are no mo
 MANY = 20  # so many residuals with a backward pass each are slow
 SUSPECT = 2.0  # above this ratio of reduction and predicted reduction the residuals at the start are evaluated and compared anew
 LEAST_DAMPING = 1e-16
-# A Jacobian may be rounding, as where derivatives cancel out, below so many times eps |r| / (1 + |theta|).
-ROUNDING = 100
+SMALL = 100  # a Jacobian may be rounding, as where derivatives cancel out, below so many times eps |r| / (1 + |theta|),
+NOISE = 30  # and what is less than so many times that by which autograd disagrees with itself, is
+AGAIN = (0.7, 1.3, 1.9)  # autograd computes J^T u again from these multiples of u, each of which is rounded otherwise
 HELD_RATIO = 4  # if there are fewer than so many residuals for each parameter
 HELD_PATIENCE = 12  # a step goes back after so many steps without a new record of the loss of residuals held out,
 HELD_EXCESS = 1.1  # if that loss is then so many times that of the others
@@ -139,10 +140,10 @@ class GaussNewtonStep:
             trace, start, end, fails, length = host_numbers([problem.trace, at_start, linear, failed, theta.norm()])
             if not math.isfinite(trace):
                 raise NonFiniteError(f"{loss.owner}.step(): the Jacobian holds NaN or inf; no parameter and no state has changed")
-            noise = ROUNDING * torch.finfo(theta.dtype).eps * math.sqrt(start) / (1 + length)
-            tiny = attempt == 0 and here.penalties is None and math.sqrt(trace) <= noise
-            # Beside residuals of 1e7 and more, as in pascals, a Jacobian is as small, but that of autograd.
-            if tiny and (trace == 0 or self._wrong(here, rows, jacobian, rounding=0)):
+            small = SMALL * torch.finfo(theta.dtype).eps * math.sqrt(start) / (1 + length)
+            tiny = attempt == 0 and here.penalties is None and math.sqrt(trace) <= small
+            # Beside residuals of 1e7 and more, as in pascals, a Jacobian is as small, and is no rounding.
+            if tiny and (trace == 0 or self._is_rounding(here, rows)):
                 return here, progress._replace(ratio=0.0)
             if fails:
                 mu = max(10 * mu, LEAST_DAMPING)
@@ -263,31 +264,48 @@ class GaussNewtonStep:
             )
         return found
 
-    def _wrong(self, here: Residuals, rows: DrawnRows, found: Jacobian, rounding: float = ROUNDING) -> list[int]:
+    def _wrong(self, here: Residuals, rows: DrawnRows, found: Jacobian) -> list[int]:
         """Returns the parameters whose columns disagree with one backward pass for a random combination of the rows.
 
-        Args:
-            here: the residuals, whose graph is there.
-            rows: the rows.
-            found: their Jacobian.
-            rounding: so many times eps |r| / (1 + |theta|) is no disagreement.
+        Where derivatives cancel out no two ways of computing them agree: what is no more than the rounding of autograd's own way
+        is no disagreement.
         """
-        parameters = self.loss.parameters
-        generator = torch.Generator().manual_seed(len(rows.flat))
-        u = torch.randn(len(rows.flat), generator=generator, dtype=torch.float64, device="cpu").to(rows.scale)
-        seeds = torch.cat([v.detach().flatten() for v in here.values]).zero_().index_add_(0, rows.flat, u * rows.scale)
-        weights = [w.view_as(v) for w, v in zip(seeds.split([v.numel() for v in here.values]), here.values, strict=True)]
-        right = torch.autograd.grad(here.values, parameters, weights, retain_graph=True, allow_unused=True)
-        ours = found.rmv(u).split([p.numel() for p in parameters])
-        pairs = [(o, torch.zeros_like(o) if t is None else t.to_dense().flatten()) for o, t in zip(ours, right, strict=True)]
-        combined = (u * rows.taken(here.values)).norm()
-        norms = [torch.cat([t for _, t in pairs]).norm(), combined, self.loss.flat().norm(), *((o - t).norm() for o, t in pairs)]
-        size, value, length, *errors = torch.stack(norms).tolist()  # one wait for the device
+        sizes = [p.numel() for p in self.loss.parameters]
+        u = self._combination(rows)
+        right = self._combined(here, rows, u)
+        pairs = zip(found.rmv(u).split(sizes), right.split(sizes), strict=True)
+        size, *errors = torch.stack([right.norm(), *((ours - theirs).norm() for ours, theirs in pairs)]).tolist()  # one wait
         if not math.isfinite(size):  # the trace will say so
             return []
-        tolerance = 1e-8 if rows.scale.dtype == torch.float64 else 1e-3
-        bound = tolerance * size + rounding * torch.finfo(rows.scale.dtype).eps * value / (1 + length)
+        bound = (1e-8 if right.dtype == torch.float64 else 1e-3) * size
+        if not all(error <= bound for error in errors):
+            bound += NOISE * self._noise(here, rows, u, right)
         return [i for i, error in enumerate(errors) if not error <= bound]
+
+    def _is_rounding(self, here: Residuals, rows: DrawnRows) -> bool:
+        """Returns whether the Jacobian of these rows is no more than its own rounding."""
+        u = self._combination(rows)
+        right = self._combined(here, rows, u)
+        return float(right.norm()) <= NOISE * self._noise(here, rows, u, right)
+
+    def _combination(self, rows: DrawnRows) -> Tensor:
+        """Returns random factors u [m] of these rows, the same ones for the same number of rows."""
+        generator = torch.Generator().manual_seed(len(rows.flat))
+        return torch.randn(len(rows.flat), generator=generator, dtype=torch.float64, device="cpu").to(rows.scale)
+
+    def _combined(self, here: Residuals, rows: DrawnRows, u: Tensor) -> Tensor:
+        """Returns J^T u [P] of these rows by one backward pass."""
+        parameters = self.loss.parameters
+        seeds = torch.cat([v.detach().flatten() for v in here.values]).zero_().index_add_(0, rows.flat, u * rows.scale)
+        weights = [w.view_as(v) for w, v in zip(seeds.split([v.numel() for v in here.values]), here.values, strict=True)]
+        found = torch.autograd.grad(here.values, parameters, weights, retain_graph=True, allow_unused=True)
+        return torch.cat(
+            [(torch.zeros_like(p) if g is None else g.to_dense()).flatten() for p, g in zip(parameters, found, strict=True)]
+        )
+
+    def _noise(self, here: Residuals, rows: DrawnRows, u: Tensor, combined: Tensor) -> float:
+        """Returns how far J^T u is from what autograd finds from multiples of u, which is its rounding."""
+        return max(float((self._combined(here, rows, k * u) / k - combined).norm()) for k in AGAIN)
 
     # --- parts of a step ---
 

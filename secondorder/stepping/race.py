@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from secondorder.errors import NonFiniteError
-from secondorder.stepping.gauss_newton_step import ROUNDING, GaussNewtonStep, Progress
+from secondorder.stepping.gauss_newton_step import GaussNewtonStep, Progress
 from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals
 
 STEPS = 6  # of each start
 ROWS = 150  # drawn in these steps
 WARM_UP = 40  # steps of a first-order optimizer that the warm start begins with, and more until the loss has halved,
 LONGEST = 120  # but no more than these
+ROUNDING = 100  # a race that gains no more than so many eps of the first loss gains nothing
 DAMPING = 1e-2  # mu after these steps, relative to tr(J J^T)
 # With so few parameters the cold start comes first, since it mostly ends the race, and a warm start costs most of a fit.
 FEW = 20

@@ -8,6 +8,7 @@ import torch
 from helpers.least_squares import dense_jacobian, flat, float64, regression  # noqa: F401
 from torch import nn
 from torch.nn.functional import mse_loss
+from torch.utils.checkpoint import checkpoint
 
 import secondorder as so
 
@@ -281,6 +282,22 @@ def test_what_the_graph_does_not_show_is_refused(loss):
     torch.testing.assert_close(flat(net), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("write", [lambda e: e[:1].exp_(), lambda e: e[:1].mul_(e[1:].clone()), lambda e: e[:1].sqrt_()])
+def test_writes_to_losses_that_are_not_linear_are_refused(write):
+    net, x, y = regression()
+    before = flat(net)
+
+    def closure():
+        terms = torch.zeros(2)
+        terms[0], terms[1] = mse_loss(net(x), y), 10 * (net(x[:3]) ** 2).mean()
+        write(terms)
+        return terms.sum()
+
+    with pytest.raises(RuntimeError, match="expected the loss to be the sum of the squares that its graph shows"):
+        so.LevenbergMarquardt(net.parameters()).step(closure)
+    assert torch.equal(flat(net), before)
+
+
 def test_a_value_that_is_not_that_of_its_graph_is_refused():
     net, x, y = regression()
 
@@ -458,6 +475,11 @@ def test_messages_say_what_to_do():
         ),
         (lambda: (k * (net(x) - y) ** 2).mean(), RuntimeError, "Give trained weights of the terms to another optimizer"),
         (lambda: (-k).exp() * mse_loss(net(x), y) + k, RuntimeError, "another optimizer|detach weights"),
+        (
+            lambda: mse_loss(checkpoint(net, x.requires_grad_(), use_reentrant=True), y),
+            RuntimeError,
+            "give torch.utils.checkpoint use_reentrant=False",
+        ),
         (mse_loss(net(x), y), TypeError, "expected a closure, a function"),
     ]:
         k.data.fill_(2.0)

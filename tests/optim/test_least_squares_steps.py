@@ -355,6 +355,23 @@ def test_what_was_zero_when_a_graph_was_first_seen_is_found_later():
     torch.testing.assert_close(flat(net) - before, -torch.linalg.solve(matrix, j.T @ r), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e6])
+def test_a_jacobian_that_is_wrong_beside_large_residuals_is_found(size):
+    """In single precision; the same as above, in steps that are short beside the targets."""
+    torch.manual_seed(0)
+    net, x, y = regression()
+    net, x, y = net.float(), x.float(), size * y.float()
+    torch.nn.init.zeros_(net[-1].weight)
+    optimizer = so.LevenbergMarquardt(net.parameters(), race=False, acceleration=False, corrections=0, damping=1e3 * size)
+    optimizer.step(lambda: mse_loss(net(x).flip(0), y.flip(0)))
+    mu, twin, before = optimizer.metrics()["damping"], copy.deepcopy(net).double(), flat(net)
+    optimizer.step(lambda: mse_loss(net(x).flip(0), y.flip(0)))
+    j, r = dense_jacobian(twin, x.double()) / 40**0.5, (twin(x.double()) - y).detach().flatten() / 40**0.5
+    expected = -torch.linalg.solve(j.T @ j + mu * j.square().sum() * torch.eye(len(before)), j.T @ r)
+    moved = (flat(net) - before).double()
+    assert (moved - expected).norm() < 1e-3 * expected.norm()
+
+
 ORDERS = {  # two ways to turn 40 rows by one kind of nodes
     "view": lambda t, new: t.view(8, 5).T.reshape(-1, 1) if new else t.view(5, 8).T.reshape(-1, 1),
     "split": lambda t, new: torch.cat(t.split([13, 27] if new else [27, 13])[::-1]),

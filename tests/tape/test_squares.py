@@ -50,6 +50,11 @@ def test_a_squared_norm_has_a_residual_for_each_number(name):
     torch.testing.assert_close(found, right)
 
 
+def written(target, place, values):
+    target[place] = values
+    return target
+
+
 ROWS = torch.tensor([0, 2, 1, 2, 0])
 LINEAR = {  # of squares [5, 2]
     "sizes": lambda s: sum(w * part.sum() for w, part in zip((2.0, 5.0), s.split([2, 3]), strict=True)),
@@ -71,6 +76,10 @@ LINEAR = {  # of squares [5, 2]
     "lerp from a constant": lambda s: torch.lerp(torch.ones(5, 2), s, torch.full((5, 2), 0.4)).sum(),
     "lerp's weight": lambda s: torch.lerp(torch.ones(5, 2), torch.full((5, 2), 3.0), s).sum(),
     "pad, unfold and tril": lambda s: pad(s, (1, 1), value=2.0).unfold(0, 2, 1).sum() + s.tril(1).sum(),
+    "a copy": lambda s: (written(torch.ones(2, 5, 2), slice(None), s) * torch.arange(1.0, 21).view(2, 5, 2)).sum(),
+    "writes to rows": lambda s: (written(torch.zeros(6, 2), slice(1, 6), s) * torch.arange(1.0, 7).view(6, 1)).sum(),
+    "sums written to a vector": lambda s: written(written(torch.zeros(3), 0, s.mean()), 2, 4 * s[:, 1].sum()).sum(),
+    "weights written over rows": lambda s: ((e := s + s)[:3].mul_(7.0), e[1, :1].fill_(0.0), e.mean())[2],
     "rot90 and take": lambda s: (s.rot90() * torch.arange(1.0, 6)).sum() + s.take(ROWS).sum(),
 }
 
@@ -93,6 +102,8 @@ def test_what_is_not_linear_is_refused_by_name():
     for loss, name in (
         (lambda s: torch.zeros(3).scatter_reduce(0, ROWS, s[:, 0], "amax").sum(), "ScatterReduceBackward0 is neither"),
         (lambda s: torch.lerp(s[:, 0], torch.ones(5), s[:, 1]).sum(), "LerpBackward1 is a product"),
+        (lambda s: 1 + written(torch.zeros(2), 1, s.mean()).exp_().sum(), "ExpBackward0 is neither"),
+        (lambda s: 1 + written(torch.zeros(2), 1, s.mean()).sum(), "CopySlices is a write .* torch.stack, torch.cat"),
     ):
         with pytest.raises(RuntimeError, match=name):
             find_terms(loss(u**2), Reach([u]), "test")
