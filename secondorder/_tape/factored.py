@@ -49,6 +49,16 @@ class Part:
             self._factors = (left[0], right[0]) if len(left) == 1 else (torch.cat(left, 1), torch.cat(right, 1))
         return self._factors
 
+    @classmethod
+    def joined(cls, parts: "list[Part]") -> "Part":
+        """Returns parts of consecutive rows, whose factors are of equal sizes, as one."""
+        if len(parts) == 1:
+            return parts[0]
+        found = cls(parts[0].start, parts[-1].stop, [])
+        left, right = zip(*(part.factors for part in parts), strict=True)
+        found._factors = torch.cat(left), torch.cat(right)
+        return found
+
     def matrices(self) -> Tensor:
         """Returns the columns of pieces [m, a, b]."""
         left, right = self.factors
@@ -104,6 +114,7 @@ class Jacobian:
         self.like = parameters[0]
         self.itemsize = self.like.element_size()
         self._dense: Tensor | None = None
+        self._joined: dict[int, list[Part]] = {}
 
     def dense(self) -> Tensor:
         """Returns J [m, P], and keeps it from now on."""
@@ -153,9 +164,9 @@ class Jacobian:
         if self._dense is not None:
             return self._dense @ v
         result = v.new_zeros(self.rows, v.shape[1])
-        for p, parts in self.parts.items():
+        for p in self.parts:
             columns = v[self.offsets[p] : self.offsets[p + 1]]
-            for part in parts:
+            for part in self._of(p):
                 rows = result[part.start : part.stop]
                 if part.dense is not None:
                     rows += part.dense @ columns
@@ -171,9 +182,9 @@ class Jacobian:
         if self._dense is not None:
             return self._dense.T @ u
         result = u.new_zeros(self.columns, u.shape[1])
-        for p, parts in self.parts.items():
+        for p in self.parts:
             columns = result[self.offsets[p] : self.offsets[p + 1]]
-            for part in parts:
+            for part in self._of(p):
                 weights = u[part.start : part.stop]
                 if part.dense is not None:
                     columns += part.dense.T @ weights
@@ -192,6 +203,20 @@ class Jacobian:
         for p in self.parts:
             total = total + self._columns(p).square().sum()
         return total
+
+    def _of(self, parameter: int) -> list[Part]:
+        """Returns a parameter's parts, as few as there can be: what many small tensors of residuals are made of is joined."""
+        if parameter not in self._joined:
+            groups: list[list[Part]] = []
+            for part in sorted(self.parts[parameter], key=lambda part: part.start):
+                last = groups[-1][-1] if groups else None
+                follows = last is not None and last.stop == part.start and last.dense is None is part.dense
+                if last is not None and follows and last.shape == part.shape:
+                    groups[-1].append(part)
+                else:
+                    groups.append([part])
+            self._joined[parameter] = [Part.joined(group) for group in groups]
+        return self._joined[parameter]
 
     def _columns(self, parameter: int) -> Tensor:
         columns = self.like.new_empty(self.rows, self.offsets[parameter + 1] - self.offsets[parameter])
@@ -218,12 +243,12 @@ class Jacobian:
         if self._dense is not None:
             return gram(self._dense, result)
         result.zero_()
-        for p, parts in self.parts.items():
+        for p in self.parts:
             if self._factor_cost(p) > self.offsets[p + 1] - self.offsets[p]:
                 result += gram(self._columns(p), torch.empty_like(result)).tril_()
                 continue
-            for first in parts:
-                for second in parts:
+            for first in self._of(p):
+                for second in self._of(p):
                     if second.start <= first.start:
                         block = result[first.start : first.stop, second.start : second.stop]
                         block += _gram_from_factors(first, second)

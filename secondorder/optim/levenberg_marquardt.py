@@ -99,14 +99,12 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     Raises:
         TypeError, ValueError: an argument is out of its range, or the parameters are of several dtypes or devices.
 
-    The state, kept with the first parameter, has the damping, the rows, the generator, and the parameters [P] of the record. Most
-    memory goes to J [rows, P] and J J^T.
+    The state, kept with the first parameter, has the damping, the rows, the generator, the parameters [P] of the record and which
+    these are. Most memory goes to J [rows, P] and J J^T.
 
     Source: Levenberg (1944) and Marquardt (1963); Nielsen (1999) for the damping; Transtrum & Sethna (2012) for the acceleration;
     Fan (2012) for corrections with the same Jacobian; Frangella, Tropp & Udell (2021) for the preconditioner.
     """
-
-    _moved: list[Tensor]  # by the last step; none: it is not known
 
     def __init__(
         self,
@@ -273,10 +271,13 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             The loss where it leads, `here` itself if nothing lowers it; whether the closure was called last there.
         """
         state, raced = self.state.get(self._first(), {}), False
+        positions = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        moved = tuple(positions[p] for p in moving)
         if state:
             progress = Progress(**{key: state[key] for key in Progress._fields})
-            others = self._moved and [id(p) for p in self._moved] != [id(p) for p in moving]
-            there, progress = run.step(here, progress.with_new_record() if others else progress)
+            there, progress = run.step(here, progress if state["moved"] == moved else progress.with_new_record())
+        elif here.objective == 0:  # nothing lowers it; the race is for a loss that is not zero
+            return here, True
         elif raced := self._race:
             there, progress = race(run, here, self._damping, EigenAdam)
         else:
@@ -284,8 +285,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             start = Progress(self._damping / min(rows, self._settings.rows), self._settings.rows, first=here.objective)
             there, progress = run.step(here, start)
         steps = state.get("step", 0) + 1
-        self.state[self._first()] = {**progress._asdict(), "generator": generator.get_state(), "step": steps}
-        self._moved = moving
+        own = {"generator": generator.get_state(), "step": steps, "moved": moved}
+        self.state[self._first()] = {**progress._asdict(), **own}
         return there, not raced
 
     @property
@@ -312,7 +313,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         Raises:
             ValueError: it is that of another optimizer.
         """
-        expected = {*Progress._fields, "generator", "step"}
+        expected = {*Progress._fields, "generator", "step", "moved"}
         for state in state_dict["state"].values():
             if set(state) != expected:
                 raise ValueError(
@@ -360,7 +361,6 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         """Sets up what is no part of the state."""
         self._plans: dict[object, tuple[Plan, int]] = {}
         self._told: set[Tensor | str] = set()
-        self._moved = list[Tensor]()
         self._buffer = Buffer()
 
     def _first(self) -> Tensor:

@@ -102,7 +102,7 @@ def _nystrom(jacobian: Jacobian, generator: torch.Generator) -> tuple[Tensor, Te
     directions = torch.randn(m, k, dtype=like.dtype, generator=generator, device="cpu").to(like.device)
     directions = torch.linalg.qr(directions)[0]
     sketch = jacobian.mm(jacobian.rmm(directions))
-    shift = 45 * torch.finfo(like.dtype).eps * sketch.norm()
+    shift = 45 * torch.finfo(like.dtype).eps * _norm(sketch)
     sketch = sketch + shift * directions
     core = directions.T @ sketch
     factor, info = torch.linalg.cholesky_ex((core + core.T) / 2)
@@ -119,23 +119,28 @@ def _nystrom(jacobian: Jacobian, generator: torch.Generator) -> tuple[Tensor, Te
 
 def _conjugate_gradients(jacobian: Jacobian, vectors: Tensor, values: Tensor, mu: Tensor | float, b: Tensor) -> Tensor:
     """Returns (J J^T + mu I)^-1 b to `RESIDUAL`, preconditioned by U diag(l) U^T."""
+    size = _norm(b).clamp_min(torch.finfo(b.dtype).tiny)
     weights = (values.min() + mu) / (values + mu) - 1
 
     def precondition(r: Tensor) -> Tensor:
         return r + vectors @ (weights * (vectors.T @ r))
 
-    x, r = torch.zeros_like(b), b.clone()
+    x, r = torch.zeros_like(b), b / size
     z = precondition(r)
     p, rz = z.clone(), r @ z
-    end = RESIDUAL * b.norm()
     for _ in range(ITERATIONS):
         q = jacobian.mv(jacobian.rmv(p)) + mu * p
         step = rz / (p @ q)
         x += step * p
         r -= step * q
-        if not bool(r.norm() > end):
+        if not bool(r.norm() > RESIDUAL):
             break
         z = precondition(r)
         rz, previous = r @ z, rz
         p = z + (rz / previous) * p
-    return x
+    return size * x
+
+
+def _norm(t: Tensor) -> Tensor:
+    """Returns the norm of small numbers, too, whose squares single precision does not have."""
+    return torch.linalg.vector_norm(t, dtype=torch.float64).to(t.dtype)

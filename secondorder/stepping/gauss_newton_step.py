@@ -113,6 +113,8 @@ class GaussNewtonStep:
     def step(self, here: Residuals, progress: Progress) -> tuple[Residuals, Progress]:
         """Makes one step; returns the residuals where it leads, and what it leaves to the next step."""
         loss, settings = self.loss, self.settings
+        if here.objective == 0:
+            return here, progress._replace(ratio=0.0)
         plan = self._plan(here, progress)
         theta, whole = loss.flat(), here.objective
         same = abs(whole - progress.whole) <= 1e-6 * whole

@@ -166,8 +166,9 @@ def test_a_group_whose_learning_rate_is_zero_is_frozen():
     torch.testing.assert_close(flat(net), flat(other))
 
 
-def test_what_is_held_out_does_not_lead_other_parameters_back():
-    """Two layers of one size are trained in turn: the record of one says nothing of the other."""
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_is_held_out_does_not_lead_other_parameters_back(resumed):
+    """Two layers of one size are trained in turn: the record of one says nothing of the other, also after a checkpoint."""
     layers = [nn.Linear(2, 12), nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 1)]
     net = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2], nn.Tanh(), layers[3])
     x = torch.rand(300, 2)
@@ -183,6 +184,10 @@ def test_what_is_held_out_does_not_lead_other_parameters_back():
     state["held"] = 0.0  # no later step comes below this record
     layers[1].requires_grad_(False)
     layers[2].requires_grad_(True)
+    if resumed:
+        saved = optimizer.state_dict()
+        optimizer = so.LevenbergMarquardt(net.parameters(), holdout=True, race=False)
+        optimizer.load_state_dict(saved)
     optimizer.step(lambda: mse_loss(net(x), y))
     torch.testing.assert_close(optimizer.state[layers[0].weight]["best"], flat(layers[2]))
 

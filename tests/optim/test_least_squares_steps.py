@@ -254,6 +254,29 @@ def test_where_there_is_nothing_to_gain_nothing_moves():
     torch.testing.assert_close(flat(net), before, rtol=0, atol=0)
 
 
+def test_a_loss_of_zero_costs_one_call_and_is_no_first_step():
+    net, x, y = regression()
+    start, calls = copy.deepcopy(net), []
+    optimizer = so.LevenbergMarquardt(net.parameters(), max_iter=5)
+
+    def exact():
+        calls.append(1)
+        return 2 + mse_loss(net(x), start(x).detach())
+
+    assert [float(optimizer.step(exact)) for _ in range(3)] == [2, 2, 2]
+    assert len(calls) == 3
+    other = so.LevenbergMarquardt(start.parameters(), max_iter=5)
+    for _ in range(2):
+        optimizer.step(lambda: mse_loss(net(x), y))
+        other.step(lambda: mse_loss(start(x), y))
+    torch.testing.assert_close(flat(net), flat(start), rtol=0, atol=0)
+    exactly = net(x).detach()
+    calls.clear()
+    optimizer.step(lambda: calls.append(1) or mse_loss(net(x), exactly))  # also later
+    assert len(calls) == 1
+    assert optimizer.metrics()["ratio"] == 0
+
+
 # --- batches ---
 
 
