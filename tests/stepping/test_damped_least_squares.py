@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from secondorder._tape.factored import Buffer
+from secondorder._tape.factored import Buffer, Jacobian, Part
 from secondorder._tape.jacobian import jacobian
 from secondorder._tape.plans import make_plan
 from secondorder._tape.uses import find_uses
@@ -71,3 +71,18 @@ def test_nystrom_is_taken_beyond_some_rows(monkeypatch):
 def test_what_is_singular_within_rounding_has_no_solution():
     ours, _ = problem(151)
     assert solved(ours, None, "rows").at(0.0)[1]
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e-11, 1e-14])
+def test_nystrom_solves_for_small_numbers_in_single_precision(size, monkeypatch):
+    """Squares of J J^T's entries and of b's are below the least number, as where a loss is 1e-20."""
+    monkeypatch.setattr(damped_least_squares, "RANK", 60)
+    _, j = problem(90)
+    parts = {p: [Part(0, 90, [], (size * columns).float())] for p, columns in enumerate(j.split(j.shape[1] // 3, 1))}
+    parameters = [torch.empty(part[0].dense.shape[1]) for part in parts.values()]
+    found = solved(Jacobian([(0, 90)], parameters, parts, Buffer()), None, "nystrom")
+    assert found.solver == "nystrom"
+    b, mu = torch.randn(90), 1e-3 * float(j.square().sum())
+    u = damped_least_squares._conjugate_gradients(found._jacobian, *found._nystrom, mu * size**2, size * b).double()
+    matrix = j @ j.T + mu * torch.eye(90).double()
+    assert (size * (matrix @ u) - b).norm() <= 1.02e-2 * b.norm()

@@ -687,3 +687,20 @@ def test_a_wide_layer_is_cheaper_by_its_factors():
     _, ours, expected = compared(lambda: (net.parameters(), lambda: mse_loss(net(x), torch.ones(9, 1))), False)
     assert not ours.prefers_dense()
     close(ours.gram().tril(), (expected @ expected.T).tril())
+
+
+@pytest.mark.parametrize("drawing", [False, True], ids=["all", "drawn"])
+def test_many_small_terms_are_as_few_parts_as_one(drawing):
+    """Terms [3, 1] of a wide net, and between them some by its derivative, whose factors have other sizes."""
+    net, xs = nn.Sequential(nn.Linear(2, 60), nn.Tanh(), nn.Linear(60, 50), nn.Tanh(), nn.Linear(50, 1)), torch.rand(12, 3, 2)
+
+    def loss():
+        slope = gradient(net(x := points(3)), x)[:, 0]
+        return sum(mse_loss(net(each), torch.ones(3, 1)) for each in xs) + (slope**2).mean() + mse_loss(net(xs[0]), xs[0, :, :1])
+
+    _, ours, expected = compared(lambda: (net.parameters(), loss), drawing)
+    u, v = torch.randn(len(expected), 2), torch.randn(expected.shape[1], 2)
+    close(ours.gram().tril(), (expected @ expected.T).tril())
+    close(ours.mm(v), expected @ v)
+    close(ours.rmm(u), expected.T @ u)
+    assert max(len(ours._of(p)) for p in ours.parts) == 3  # of 14 terms: before the derivative, it, after it
