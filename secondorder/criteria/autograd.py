@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder._tensors import irregular
-from secondorder.criteria.hessians import OutputHessian, check_semidefinite, lowest_eigenvalue, symmetrized
-from secondorder.criteria.roots import DenseRoot, GaussianRoot, OutputRoot
+from secondorder.criteria.hessians import OutputHessian, check_semidefinite, lowest_eigenvalue
+from secondorder.criteria.roots import GaussianRoot, OutputRoot, dense_root
 from secondorder.errors import second_derivatives
 
 
@@ -58,12 +58,9 @@ def autograd_root(loss: Tensor, source: Node, inner: GradientEdge | None = None,
         if not convex:
             check_semidefinite(diagonal, diagonal.dtype)
         return GaussianRoot(diagonal.clamp(min=0).sqrt())
-    if not torch.isfinite(hessians).all():
-        return DenseRoot(hessians)  # NaN is left to the step's own check
-    eigenvalues, vectors = torch.linalg.eigh(symmetrized(hessians).double())
-    if not convex:
-        check_semidefinite(eigenvalues, diagonal.dtype)
-    return DenseRoot((vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)).to(diagonal.dtype))
+    if convex:
+        return dense_root(hessians)
+    return dense_root(hessians, lambda eigenvalues: check_semidefinite(eigenvalues, diagonal.dtype))
 
 
 def check_second_derivatives(gradients: Iterable[Tensor | None], inner: Iterable[Node]) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from secondorder.criteria.known import evaluated, normalizer
 from secondorder.criteria.losses import CompositeLoss
 
+_DENSE = 2**24  # so many numbers may the H_i have that are added up as matrices
+
 
 class OutputRoot(Protocol):
     """A square root of the criterion's Hessian for every instance, H_i = sum_c s_ic s_ic^T, on the scale of the loss.
@@ -245,17 +247,22 @@ def _cross_entropy_root(criterion: nn.CrossEntropyLoss, output: Tensor, target: 
     return None if root is None else ClassesElsewhere(root, logits.shape, dim)
 
 
-def added_up(root: OutputRoot, back: Callable[[Tensor], Tensor], dim: int | None) -> OutputRoot | None:
+def added_up(root: OutputRoot, positions: Tensor, shape: torch.Size, dim: int | None) -> OutputRoot | None:
     """Returns the root at a tensor of which the output's numbers are taken, some of them several times: their H_i add up.
 
     Args:
         root: at the output.
-        back: takes a gradient of the output to that of this tensor.
+        positions: of the output's numbers among those of this tensor, of the output's shape.
+        shape: of this tensor.
         dim: where its classes are; None: it has none.
 
     Returns:
         None: it is a root of which this is not known.
     """
+
+    def back(t: Tensor) -> Tensor:
+        return _sums_at(positions, t, shape)
+
     if isinstance(root, BernoulliRoot):
         mass = back(root.mass)
         p = _shared(back(root.mass * root.p), mass)
@@ -275,6 +282,46 @@ def added_up(root: OutputRoot, back: Callable[[Tensor], Tensor], dim: int | None
     flat = weighted.reshape(-1, weighted.shape[-1])
     mass = flat.sum(1)
     return ClassesElsewhere(SoftmaxRoot(_shared(flat, mass.unsqueeze(1)), mass), weighted.shape, dim)
+
+
+def densely_added_up(root: OutputRoot, positions: Tensor, shape: torch.Size) -> OutputRoot | None:
+    """Returns the same for any root of an output whose instances are rows, by the matrices H_i themselves.
+
+    Args:
+        root: at the output [m, K], or with its classes elsewhere.
+        positions: as for `added_up`.
+        shape: of the tensor that the numbers are taken of, [..., n]; those of an instance are of one of its rows.
+
+    Returns:
+        None: an instance has numbers of several rows, or the matrices are too large.
+    """
+    dim = root.dim if isinstance(root, ClassesElsewhere) else 1
+    if positions.dim() != 2 and not isinstance(root, ClassesElsewhere):
+        return None
+    n, places = shape[-1], positions.movedim(dim, -1).flatten(0, -2)
+    m, k = places.shape
+    if max(m * k * max(k, root.count), shape.numel() * n) > _DENSE:
+        return None
+    rows, places = places // n, places % n
+    if (rows != rows[:, :1]).any():
+        return None
+    columns = root.columns(0, root.count).movedim(1 + dim, -1).flatten(1, -2)
+    entries = (rows * n + places).unsqueeze(2) * n + places.unsqueeze(1)
+    return dense_root(_sums_at(entries, torch.einsum("cik,cil->ikl", columns, columns), torch.Size((*shape, n))))
+
+
+def dense_root(hessians: Tensor, check: Callable[[Tensor], None] = lambda _: None) -> DenseRoot:
+    """Returns the root of positive semi-definite H_i [..., K, K]; rounding's negative eigenvalues, past `check`, are 0."""
+    if not torch.isfinite(hessians).all():
+        return DenseRoot(hessians)  # NaN is left to the step's own check
+    eigenvalues, vectors = torch.linalg.eigh((hessians + hessians.mT).double() / 2)
+    check(eigenvalues)
+    return DenseRoot((vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)).to(hessians.dtype))
+
+
+def _sums_at(positions: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """Returns a tensor of this shape whose numbers are the sums of the values at their positions."""
+    return values.new_zeros(shape.numel()).index_add_(0, positions.flatten(), values.flatten()).view(shape)
 
 
 def _shared(weighted: Tensor, mass: Tensor) -> Tensor:

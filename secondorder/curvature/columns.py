@@ -5,10 +5,9 @@ The columns s_ic give delta_ic = J_i^T s_ic at every layer, and H = sum_i sum_c 
 Column c of all instances goes back at once. Where several instances depend on one row of a layer (through attention, a norm over
 the batch, a recurrent decoder, a graph) their delta_ic arrive there as a sum, whose square has terms of pairs of instances. Each
 s_ic has a random sign, so that these terms are zero in expectation. Where each row leads to one instance nothing changes. Rows
-that the criterion sees several times, by an index, have one root of their summed Hessians.
+that the criterion sees several times, by an index or on both sides, have one root of their summed Hessians.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,14 +23,16 @@ from secondorder.criteria import (
     SampledRoot,
     added_up,
     autograd_root,
+    densely_added_up,
     is_convex,
     is_fixed,
     likelihood_root,
     link_of,
     of_difference,
+    tangent_map,
 )
 from secondorder.criteria.known import LOG_SOFTMAX
-from secondorder.criteria.roots import ClassesElsewhere, PulledBackRoot, ScalarRoot, SoftmaxRoot
+from secondorder.criteria.roots import ClassesElsewhere, GaussianRoot, PulledBackRoot, ScalarRoot, SoftmaxRoot
 from secondorder.curvature.base import Curvature, convex_argument, register
 from secondorder.curvature.empirical import empirical_fisher
 
@@ -95,7 +96,8 @@ def gauss_newton_root(
         root: OutputRoot | None = likelihood_root(criterion, output.detach(), *single[1:], **kwargs)
         edge = _columns_edge(criterion, output)
         if root is not None and edge is not None:
-            edge, root = _before_repeats(criterion, edge, root, output)
+            repeats = _before_repeats(criterion, edge, root, output) if single is args else _of_both_sides(args, root)
+            edge, root = repeats or (edge, root)
             # At a composite loss's inner value, or at a difference, alone: the Hessian at the source may not be.
             there = source is None or isinstance(criterion, CompositeLoss) or single is not args
             if there or _starts_there(criterion, output, edge, root, source):
@@ -121,34 +123,59 @@ def gauss_newton_root(
 
 def _before_repeats(
     criterion: nn.Module, edge: GradientEdge, root: OutputRoot, output: Tensor
-) -> tuple[GradientEdge, OutputRoot]:
+) -> tuple[GradientEdge, OutputRoot] | None:
     """Returns the edge and the root of the tensor that a likelihood's rows are taken from, if some may be taken several times."""
     log_probabilities = link_of(criterion) == LOG_SOFTMAX
     classes = min(1, output.dim() - 1) if isinstance(root, SoftmaxRoot | ClassesElsewhere) else None
     ways, begin = [], edge
     while True:
-        origin = taken_from(begin, classes, lambda node: is_selecting(node) and not is_recorded(node))
+        origin = taken_from(begin, classes, _passes)
         ways.append((begin, origin))
         if not (log_probabilities and origin.edge.node.name().startswith(LOG_SOFTMAX)):
             break
         (before, number), classes = origin.edge.node.next_functions[0], origin.dim
         assert before is not None
         begin = GradientEdge(before, number)
-    if not any(origin.repeats for _, origin in ways):
-        return edge, root
-    total = root
-    for begin, origin in ways:
-        found = added_up(total, functools.partial(_back, begin, origin.edge), origin.dim)
-        if found is None:
-            return edge, root
-        total = found
-    return origin.edge, total
+    if any(origin.repeats for _, origin in ways):
+        total: OutputRoot | None = root
+        for begin, (end, dim, _) in ways:
+            total = None if total is None else added_up(total, _positions(begin, end), _shape(end.node, end.output_nr), dim)
+        if total is not None:
+            return origin.edge, total
+    end, _, repeats = taken_from(edge, None, _passes)
+    if not repeats or log_probabilities:
+        return None
+    total = densely_added_up(root, _positions(edge, end).reshape(output.shape), _shape(end.node, end.output_nr))
+    return None if total is None else (end, total)
 
 
-def _back(begin: GradientEdge, end: GradientEdge, gradient: Tensor) -> Tensor:
-    """Takes a gradient at `begin` to the one at `end`, before it."""
-    gradient = gradient.reshape(_shape(begin.node, begin.output_nr))
-    return gradient if begin == end else torch.autograd.grad([begin], [end], [gradient], retain_graph=True)[0].to(gradient.dtype)
+def _of_both_sides(args: tuple[Any, ...], root: OutputRoot) -> tuple[GradientEdge, OutputRoot] | None:
+    """Returns the edge and the root of the tensor that both sides of a mean square are taken from; None: there are two."""
+    begins = [GradientEdge(side.grad_fn, side.output_nr) for side in args]
+    end, other = (taken_from(begin, None, _passes).edge for begin in begins)
+    if end != other or args[0].shape != args[1].shape or not isinstance(root, GaussianRoot):
+        return None
+    first, second = (_positions(begin, end).reshape(root.root.shape) for begin in begins)
+    differing = GaussianRoot(root.root.masked_fill(first == second, 0))  # a difference of a number from itself is zero
+    both = GaussianRoot(torch.cat([differing.root, differing.root]))
+    total = added_up(both, torch.cat([first, second]), _shape(end.node, end.output_nr), None)
+    return None if total is None else (end, total)
+
+
+def _passes(node: Node) -> bool:
+    return is_selecting(node) and not is_recorded(node)
+
+
+def _positions(begin: GradientEdge, end: GradientEdge) -> Tensor:
+    """Returns which number of the tensor at `end` each one of that at `begin` is, where nodes that select lie between them."""
+    shape = _shape(end.node, end.output_nr)
+    numbers = torch.arange(shape.numel(), device=end.node._input_metadata[end.output_nr].device).view(shape)
+    if begin == end:
+        return numbers
+    taken, found = tangent_map([begin], [end]), torch.zeros((), dtype=torch.long, device=numbers.device)
+    for power in range(0, max(1, shape.numel().bit_length()), 8):  # eight bits at a time: bfloat16 has no more
+        found = found + (taken([numbers >> power & 255])[0].long() << power)
+    return found
 
 
 def _starts_there(criterion: nn.Module, output: Tensor, edge: GradientEdge, root: OutputRoot, source: Any) -> bool:

@@ -5,7 +5,16 @@ import warnings
 
 import pytest
 import torch
-from helpers.curvatures import CRITERIA, Branching, assert_blocks, blocks, gauss_newton_blocks, instance_gradients, network
+from helpers.curvatures import (
+    CRITERIA,
+    Branching,
+    assert_blocks,
+    blocks,
+    gauss_newton_blocks,
+    instance_gradients,
+    log_odds,
+    network,
+)
 from oracles import hessian_block
 from torch import nn
 from torch.autograd.graph import GradientEdge
@@ -155,11 +164,47 @@ def test_rows_that_a_criterion_sees_several_times_have_the_sum_of_their_hessians
     target = y.argmax(1) if isinstance(criterion, nn.CrossEntropyLoss) else y
     expected = blocks_of_coupled_rows(model, criterion, x, target)
     for curvature in ("kflr", "fisher-exact"):
-        actual = blocks(model, criterion, CURVATURES[curvature], (x, target))
-        if way == "columns" and isinstance(criterion, nn.CrossEntropyLoss):  # random signs stand in
-            assert all((actual[name] - block).norm() < block.norm() for name, block in expected.items())
-        else:
-            assert_blocks(actual, expected)
+        assert_blocks(blocks(model, criterion, CURVATURES[curvature], (x, target)), expected)
+
+
+def log_odds_and_more(z):
+    """Two numbers for each row, in neither of which a criterion is convex together with what is inside."""
+    return torch.stack([log_odds(z), (z * z.sin()).sum(1)], 1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("inner", "outer"),
+    [(log_odds, nn.BCEWithLogitsLoss()), (log_odds_and_more, nn.CrossEntropyLoss()), (log_odds_and_more, nn.MSELoss())],
+    ids=["BCE", "CE", "MSE"],
+)
+def test_rows_that_a_composite_loss_sees_several_times_have_the_sum_of_their_blocks(inner, outer, way):
+    torch.manual_seed(0)
+    model, x = Taken(WAYS[way]).double(), torch.randn(6, 4).double()
+    inside = Taken(lambda z: inner(WAYS[way](z)).view(len(WAYS[way](z)), -1)).double()
+    inside.load_state_dict(model.state_dict())
+    y = torch.rand_like(inside(x)).detach()
+    target = y.argmax(1) if isinstance(outer, nn.CrossEntropyLoss) else y
+    expected = blocks_of_coupled_rows(inside, outer, x, target)
+    target = target.squeeze(1) if inner is log_odds else target
+    for curvature in ("kflr", "fisher-exact"):
+        assert_blocks(blocks(model, CompositeLoss(inner, outer), CURVATURES[curvature], (x, target)), expected)
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "mse", "bce"])
+def test_uses_of_a_row_add_up_in_single_precision(name):
+    """In bfloat16 a sum of ones ends at 256."""
+    torch.manual_seed(0)
+    criterion, target = CRITERIA[name]
+    index = torch.arange(2000) % 2
+    half, y = Taken(lambda z: z[index]).bfloat16(), target(2000, 3)
+    double = Taken(lambda z: z[index]).double()
+    double.load_state_dict(half.state_dict())
+    x = torch.randn(2, 4).bfloat16()
+    expected = blocks(double, criterion, CURVATURES["kflr"], (x.double(), y))
+    actual = blocks(half, criterion, CURVATURES["kflr"], (x, y if name == "cross-entropy" else y.bfloat16()))
+    for layer, block in expected.items():
+        assert (actual[layer] - block).norm() < 0.03 * block.norm()
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,43 @@ def test_a_mean_square_of_two_outputs_has_the_curvature_of_both(way, criterion):
         assert_blocks(blocks_of(net, criterion, CURVATURES[name], lambda: BOTH_SIDES[way](criterion, net, a, b)), expected)
 
 
+FIRST, SECOND = torch.tensor([0, 3, 3, 5, 2, 0]), torch.tensor([3, 0, 1, 4, 2, 3])  # one row is compared with itself
+SIDES = {
+    "pairs": lambda z: (z[FIRST], z[SECOND]),
+    "neighbours": lambda z: (z[1:], z[:-1]),
+    "one with all": lambda z: (z[:1].expand(6, -1), z),
+    "in three dimensions": lambda z: (z.view(2, 3, 3)[:, [0, 0]], z.view(2, 3, 3)[:, 1:]),
+}
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("sides", SIDES)
+def test_rows_that_are_compared_several_times_have_the_sum_over_all_comparisons(sides, outputs):
+    """Exactly; a row that is compared with itself has none."""
+    torch.manual_seed(0)
+    net, x, criterion = network([4, 6, 3], nn.Tanh()), torch.randn(6, 4).double(), nn.MSELoss()
+    of = SIDES[sides] if outputs == 3 else lambda z: [side[..., 0] for side in SIDES[sides](z)]
+    position = torch.arange(18.0).view(6, 3)
+    first, second = (side.flatten() for side in of(position))
+    uses = torch.zeros(18).double()
+    for a, b in zip(first.long().tolist(), second.long().tolist(), strict=True):
+        if a != b:
+            uses[a] += 2 / len(first)
+            uses[b] += 2 / len(first)
+    expected = {}
+    for name in ("0", "2"):
+        rows = []
+        for i in range(6):
+            below = net[0](x[i]) if name == "0" else net[:3](x[i])
+            above = net[1:] if name == "0" else nn.Identity()
+            rows.append(torch.func.jacrev(above)(below.detach()))
+        jacobian = torch.cat(rows)  # [18, n_out]
+        expected[name] = (jacobian.T * uses) @ jacobian
+    for name in ("kflr", "fisher-exact"):
+        actual = blocks_of(net, criterion, CURVATURES[name], lambda: criterion(*of(net(x))))
+        assert_blocks(actual, {name: block.detach() for name, block in expected.items()})
+
+
 def test_labels_are_drawn_for_both_sides():
     net, (a, b), criterion = network([4, 6, 3], nn.Tanh()), torch.randn(2, 5, 4).double(), nn.MSELoss()
     compute = lambda: criterion(net(a), net(b))  # noqa: E731
