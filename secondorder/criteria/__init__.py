@@ -19,6 +19,6 @@ from secondorder.criteria.roots import LikelihoodRoot, OutputRoot, SampledRoot, 
 __all__ = [
     "BoundedClassificationLoss", "CompositeLoss", "FunctionCriterion", "KnownForm", "LateMasses", "LikelihoodRoot",
     "OutputHessian", "OutputRoot", "SampledRoot", "TukeyBiweightLoss", "added_up", "analytic_hessian", "autograd_hessian",
-    "autograd_root", "by_position", "check_second_derivatives", "densely_added_up", "divides_by_masses", "element_masses", "is_convex", "is_fixed",
-    "known_form", "likelihood_root", "link_of", "of_difference", "row_masses", "tangent_map",
+    "autograd_root", "by_position", "check_second_derivatives", "densely_added_up", "divides_by_masses", "element_masses",
+    "is_convex", "is_fixed", "known_form", "likelihood_root", "link_of", "of_difference", "row_masses", "tangent_map",
 ]  # fmt: skip

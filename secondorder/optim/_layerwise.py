@@ -208,7 +208,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             groups: the param_groups by parameter.
         """
 
-    def _shapes(self, p: Tensor) -> dict[str, tuple[int, ...] | None]:
+    def _shapes(self, p: Tensor, state: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
         n, k = p.shape if p.dim() == 2 else (0, 0)
         return {
             "momentum": tuple(p.shape), "average": tuple(p.shape), "step": None, "factor_updates": None, "factors": None,

@@ -70,8 +70,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             last.remove()
             first.remove()
 
-    def _shapes(self, p: Tensor) -> dict[str, tuple[int, ...] | None] | None:
-        """Returns what the state of a parameter may hold, by name: the shape of a tensor, or None for what has none of its own.
+    def _shapes(self, p: Tensor, state: dict[str, Any]) -> dict[str, tuple[int, ...] | None] | None:
+        """Returns what a saved state of a parameter may hold, by name: a tensor's shape, or None for what has none of its own.
 
         Within dictionaries other names may stand, too. None: the optimizer checks by itself.
         """
@@ -88,10 +88,10 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
         for position, (i, p) in enumerate(zip(saved, own, strict=False)):  # torch refuses other numbers of parameters itself
-            shapes = self._shapes(p)
+            state = state_dict["state"].get(i, {})
+            shapes = self._shapes(p, state)
             if shapes is None:
                 continue
-            state = state_dict["state"].get(i, {})
             if unknown := sorted(map(str, state.keys() - shapes.keys())):
                 raise ValueError(f"{name}: expected the state of this kind of optimizer, got one with {', '.join(unknown)}")
             for key, value in _tensors(state):

@@ -184,13 +184,13 @@ class KBFGS(CurvatureOptimizer):
         self._scaled, self._max_step = scale == "curvature", max_step
         self._zeroed = [False]  # whether zero_grad was called in a closure; a list, since Lightning calls it on a shallow copy
 
-    def _shapes(self, p: Tensor) -> dict[str, tuple[int, ...] | None]:
+    def _shapes(self, p: Tensor, state: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
         layer = next((layer for layer in self._layers if layer.weight is p), None)
         if layer is None:
             return {"momentum": tuple(p.shape)}
         n, k = p.shape
-        bias = layer.bias if layer.bias is not None and layer.bias.requires_grad else None
-        k += any(each is bias for group in self.param_groups for each in group["params"])
+        # A bias that has been frozen or unfrozen since the last step is not in the state, or still is: the next step begins anew.
+        k += layer.bias is not None and isinstance(state.get("gradient"), Tensor) and state["gradient"].shape[-1] > k
         return {
             **dict.fromkeys(("scale", "scale_pairs", *_COUNTS)), "momentum": tuple(p.shape), "gradient": (n, k),
             "second_gradient": (n, k),

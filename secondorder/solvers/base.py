@@ -128,6 +128,18 @@ def solver_by_name(solver: str | Solver, options: SolverOptions) -> Solver:
     return SOLVERS[solver](options)
 
 
+def mean_inputs(inputs: list[Tensor]) -> list[Tensor]:
+    """Returns a = E[h] [n_in] of every layer's inputs [m, n_in]; NaN where a^T a overflows, which every step then refuses.
+
+    Where a layer's gradient is zero, as behind saturated units, the step itself would not notice; the next ones, in whose
+    average this a is, would all fail.
+    """
+    means = ops.mean_inputs(inputs)
+    for a in means:
+        a.add_(a.dot(a), alpha=0)
+    return means
+
+
 def second_moment(input: Tensor) -> Tensor:
     """Returns the second moment E[h h^T] = 1/m sum_i h_i h_i^T [n, n] of a layer's inputs, symmetric to the bit.
 

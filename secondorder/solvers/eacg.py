@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secondorder import ops
-from secondorder.solvers.base import Factors, Solver, check_cg, finite, register, shift_of
+from secondorder.solvers.base import Factors, Solver, check_cg, finite, mean_inputs, register, shift_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class EACGSolver(Solver):
 
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
         """Returns the expectations that the solver needs, of every layer's input [m, n_in]."""
-        return [{"mean_input": a} for a in ops.mean_inputs(inputs)]
+        return [{"mean_input": a} for a in mean_inputs(inputs)]
 
     def prepare(self, factors: Factors, scale: float, damping: float) -> Factors:
         """Returns what `solve` needs, from the factors, the scale c and the damping l."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secondorder import ops
 from secondorder.linalg import inverse, shifted
-from secondorder.solvers.base import Factors, Solver, register, second_moment
+from secondorder.solvers.base import Factors, Solver, mean_inputs, register, second_moment
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class KFI(Solver):
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
         """Returns the expectations that the solver needs, of every layer's input [m, n_in]."""
         rank_one = [h for h in inputs if h.shape[1] ** 2 > self.max_elements]
-        means = iter(ops.mean_inputs(rank_one))
+        means = iter(mean_inputs(rank_one))
         return [
             {"mean_input": next(means)} if h.shape[1] ** 2 > self.max_elements else {"input_second_moment": second_moment(sample)}
             for h, sample in zip(inputs, samples, strict=True)

@@ -330,6 +330,29 @@ def test_biases_may_be_frozen_unfrozen_and_left_out_of_the_groups(cls):
     optimizer.load_state_dict(state)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
+def test_a_checkpoint_that_is_saved_right_after_biases_are_frozen_or_unfrozen_goes_on(cls, frozen):
+    torch.manual_seed(0)
+    x, criterion = torch.randn(20, 7).double(), nn.MSELoss()
+    model, copied = autoencoder(), autoencoder()
+    optimizer, other = cls(model, criterion), cls(copied, criterion)
+    biases = [p for p in [*model.parameters(), *copied.parameters()] if p.dim() == 1]
+    for trained in (frozen, not frozen):
+        for p in biases:
+            p.requires_grad_(trained)
+        if trained == frozen:
+            for _ in range(3):
+                optimizer.step(closure_of(optimizer, model, criterion, x, x))
+    copied.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(2):
+        for each, net in ((optimizer, model), (other, copied)):
+            each.step(closure_of(each, net, criterion, x, x))
+    for p, q in zip(model.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_initialize_counts_where_biases_are_left_out_of_the_groups():
     torch.manual_seed(0)
     model, x = autoencoder(), torch.randn(20, 7).double()

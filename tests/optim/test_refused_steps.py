@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import secondorder as so
 from secondorder.curvature import PCH
-from secondorder.solvers import EACGSolver
+from secondorder.solvers import SOLVERS, EACGSolver
 
 
 @pytest.mark.parametrize("key", ["lr", "momentum", "weight_decay", "factor_decay", "alpha"])
@@ -57,6 +57,21 @@ def test_a_broken_factor_is_seen_without_a_gradient(solver):
     with pytest.raises(so.NonFiniteError, match="layer '0': NaN or inf in its bias Hessian"):
         one_step(model, criterion, optimizer, torch.randn(5, 4), torch.randn(5, 2))
     assert not optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("make", [so.EACG, so.LayerwiseNewton])
+def test_inputs_whose_squares_overflow_leave_nothing_behind(make, solver):
+    """Behind saturated units, where loss and gradients are finite; in an average they would spoil every later step."""
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2)), nn.MSELoss()
+    optimizer, (x, y) = make(model, criterion, solver=solver), (torch.randn(10, 3), torch.randn(10, 2))
+    for _ in range(2):
+        before = snapshot(model, optimizer)
+        with pytest.raises(so.NonFiniteError, match="layer '0': NaN or inf in its "):
+            one_step(model, criterion, optimizer, 1e25 * x, y)
+        assert_same(snapshot(model, optimizer), before)
+        one_step(model, criterion, optimizer, x, y)
 
 
 def poison_weight(model, x):
