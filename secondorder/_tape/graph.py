@@ -102,6 +102,31 @@ def is_view_of(node: Node | None, source: Node) -> bool:
     return node is source
 
 
+def divisor_of_sum(loss: Node) -> Tensor | float:
+    """Returns the number that a loss divides a sum by, from the scalar factors and quotients on the way to it and below it."""
+    node: Any = loss
+    divisor: Tensor | float = 1.0
+    while True:
+        inputs = [each for each, _ in node.next_functions if each is not None]
+        name = kind(node)
+        if name in ("MulBackward", "DivBackward") and len(inputs) == 1 and inputs[0] is node.next_functions[0][0]:
+            factor = node._saved_other
+        elif name == "MulBackward" and len(inputs) == 1:
+            factor = node._saved_self
+        elif name in ("SumBackward", "NegBackward") or is_turning(node):
+            factor = None
+        else:
+            return divisor
+        if factor is not None:
+            if factor.numel() != 1:
+                return divisor
+            factor = factor.detach().double().abs().reshape(())
+            divisor = divisor * factor if name == "DivBackward" else divisor / factor
+        if not inputs:
+            return divisor
+        node = inputs[0]
+
+
 def is_reshaping(node: Node) -> bool:
     """Tells whether a node keeps the numbers in their order, and at most changes the shape."""
     return kind(node) in RESHAPING

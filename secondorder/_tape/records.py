@@ -199,7 +199,7 @@ def as_weighted(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def _alike() -> None:
-    """Stands for a criterion whose rows all count alike."""
+    """Stands for a criterion whose rows all count alike, and by whose number it divides."""
 
 
 @dataclass(eq=False, slots=True)
@@ -209,7 +209,7 @@ class LossCall:
     sources: list[LayerCall]  # the layers whose outputs it sees
     hessian: OutputHessian | None  # w.r.t. the source's output; None if there are several
     loss: Tensor  # the scalar it returned, detached
-    mean: bool  # whether it is a mean over instances, rather than their sum
+    divisor: Callable[[], float | Tensor | None]  # what the sum over instances is divided by; None: their number
     flat: bool = False  # whether that Hessian is zero, as an absolute value's: then it is None
     instances: int | None = None  # rows of its sources, where they agree: a layer before a pooling has more rows than the loss
     arguments: CriterionArguments | None = None  # of the criterion, where evaluating it anew is provided for
@@ -255,7 +255,7 @@ class LossCall:
         """Forgets the backward passes; with `release` the forward pass, too."""
         self.scale, self.released = None, release
         if release:
-            self.masses, self._counting, self.assumed, self.multiplied = _alike, None, None, set()
+            self.masses, self.divisor, self._counting, self.assumed, self.multiplied = _alike, _alike, None, None, set()
         if release and self.arguments is not None:
             if self.arguments.model is not None:
                 self.arguments.model.release()

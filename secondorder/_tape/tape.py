@@ -29,6 +29,7 @@ from secondorder._tape.graph import (
     claim_product,
     compiled_error,
     compiled_parameters,
+    divisor_of_sum,
     is_reshaping,
     is_view_of,
     metadata,
@@ -51,6 +52,8 @@ from secondorder.criteria import (
     by_position,
     divides_by_masses,
     link_of,
+    reduction_of,
+    sums_rows,
 )
 from secondorder.criteria.known import LOG_SOFTMAX
 
@@ -105,6 +108,7 @@ class Tape:
         self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
         self._claimed = self._key + ".weight"  # likewise of what these multiply their inputs with
         self._muted = False
+        self._sums: bool | None = None  # whether a criterion that does not say so sums over its rows; None: that is not known
         self._keeps_inputs = keep_inputs
         self._watched = list(model.parameters()) if model is not None and keep_inputs else []
         self._log = BackwardLog(layers, (self._key + ".loss", self._watched) if model is not None and keep_inputs else None)
@@ -351,8 +355,8 @@ class Tape:
                 "use reduction='mean' or 'sum', or pass a function that reduces"
             )
         args, kwargs = by_position(criterion, args, kwargs)
-        reduction = getattr(criterion, "reduction", kwargs.get("reduction", "mean"))
-        call = LossCall([self._use(node, criterion) for node in nodes], None, loss.detach(), mean=reduction != "sum")
+        sources = [self._use(node, criterion) for node in nodes]
+        call = LossCall(sources, None, loss.detach(), self._divisor(args, kwargs, made_by))
         call.multiplied = multiplied(products, self._claimed)
         call.instances, call.captured = _instances(call.sources, args), captured_now()
         if len(args) > 1:
@@ -373,6 +377,29 @@ class Tape:
         )
         self._see_repeats(call, made_by)
         self._log.watch_loss(call, made_by, loss.output_nr)
+
+    def _divisor(self, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Node) -> Callable[[], float | Tensor | None]:
+        """Returns what tells, once that is asked for, what the criterion's sum over instances is divided by; None: their number.
+
+        Where nothing says so, the criterion is called twice, at the first loss of which it is asked.
+        """
+        reduction = reduction_of(self.criterion, kwargs)
+        if reduction is not None or self._sums is False:
+            return lambda: 1.0 if reduction == "sum" else None
+        divisor = divisor_of_sum(loss)
+        if self._sums:
+            return lambda: divisor
+        arguments, leaves = _detached((args, kwargs)), tree_leaves((args, kwargs))
+        trained = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+
+        def found() -> float | Tensor | None:
+            if self._sums is None:
+                refuse_capture("criterion that does not say whether it is a mean or a sum")
+                with self.muted(), ForwardState(self.criterion).restored(buffers=True):
+                    self._sums = sums_rows(self.criterion, arguments, trained)
+            return divisor if self._sums else None
+
+        return found
 
     def _fixed(self, target: Any) -> Any:
         """Detaches a target that no recorded layer has made, as one that another net has made: it is fixed as far as these go."""

@@ -238,6 +238,15 @@ def _has_probabilities(args: tuple[Any, ...]) -> bool:
     return len(args) > 1 and isinstance(args[1], Tensor) and args[1].is_floating_point()
 
 
+def is_known(criterion: FunctionCriterion) -> bool:
+    """Tells whether it is one of torch's functions that stand for a module here.
+
+    Args:
+        criterion: a function as a criterion.
+    """
+    return criterion.function in _FUNCTIONS
+
+
 def is_convex(criterion: nn.Module) -> bool:
     """Tells whether it is known to be convex in its first argument.
 

@@ -48,8 +48,8 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
         share = counting.share(rows.shape[:-1].numel(), record.samples)
         delta = to_compute_dtype(flatten_batch([rows], record.samples))
         assert loss.scale is not None
-        # delta_i is the gradient of instance i times scale / instances for a mean loss, and times scale for a sum. The rows of a
-        # subsample stand for all m. A negative scale means that the loss is maximised.
+        # delta_i is the gradient of instance i times scale / instances for a mean loss, and times scale / divisor for a sum. The
+        # rows of a subsample stand for all m. A negative scale means that the loss is maximised.
         instances: Tensor | float = m if loss.instances is None else loss.instances
         if counting.weights is not None:
             delta = delta * flatten_batch([counting.weights.unsqueeze(1)], record.samples).rsqrt().to(delta.dtype)
@@ -58,7 +58,8 @@ def empirical_fisher(record: LayerRecord) -> Tensor:
             instances = instances * (masses > 0).to(delta.dtype).mean() if own is None else own.sum().to(delta.dtype)
         scale = loss.scale.abs()
         scale = scale.masked_fill(scale == 0, 1)  # a loss that is multiplied by 0, whose delta are 0
-        factor = share * (instances if loss.mean else 1) / scale
+        divisor = loss.divisor()
+        factor = share * (instances if divisor is None else divisor) / scale
         if m:
             factor = factor + 0 * loss.loss  # if all rows are ignored, the loss is NaN, which the step has to see
         block = (delta.T @ delta) * factor

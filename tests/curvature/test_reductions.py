@@ -1,0 +1,114 @@
+"""The empirical Fisher blocks of criteria that do not say whether they are a mean or a sum."""
+
+import functools
+
+import pytest
+import torch
+from helpers.curvatures import assert_blocks, blocks, instance_gradients, network
+from torch import nn
+from torch.nn import functional as F
+
+import secondorder as so
+from secondorder.criteria import FunctionCriterion
+from secondorder.curvature import CURVATURES
+
+
+def weighted(z, y):
+    """A mean by weights that add up to 1."""
+    weights = torch.ones_like(y[:, 0]) / len(y)
+    return (weights * (z - y).square().sum(1)).sum()
+
+
+def contrastive(z, y):
+    return F.cross_entropy(z @ y.T, torch.arange(len(z)))
+
+
+M = 8
+REDUCTIONS = {  # and what it divides the sum over the instances by; None: the block of a mean
+    "mean": (lambda z, y: (z - y).square().mean(), M),
+    "sum": (lambda z, y: (z - y).square().sum(), 1),
+    "F": (lambda z, y: F.mse_loss(z, y, reduction="sum"), 1),
+    "partial": (functools.partial(F.huber_loss, reduction="sum"), 1),
+    "means of rows": (lambda z, y: (z - y).square().mean(1).sum(), 1),
+    "mean over rows": (lambda z, y: (z - y).square().mean(0).sum(), M),
+    "by length": (lambda z, y: (z - y).square().sum() / len(z), M),
+    "by a constant": (lambda z, y: (z - y).square().sum() / M, M),
+    "by a tensor": (lambda z, y: torch.tensor(1 / M) * (z - y).square().sum(), M),
+    "by a constant inside": (lambda z, y: ((z - y).square() / M).sum(), M),
+    "weighted": (weighted, M),
+    "compares": (contrastive, M),
+}
+
+
+@pytest.mark.parametrize("module", [False, True])
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_the_reduction_of_a_function_is_found_out(name, module):
+    torch.manual_seed(0)
+    function, divisor = REDUCTIONS[name]
+    model, x, y = network([4, 6, 3], nn.Tanh()), torch.randn(M, 4).double(), torch.randn(M, 3).double()
+    criterion = FunctionCriterion(function)
+    if module:
+        criterion = nn.Module()
+        criterion.forward = function
+    seen = {}
+    handles = [model[k].register_forward_hook(lambda *call, k=k: seen.update({str(k): call[2]})) for k in (0, 2)]
+    gradients = torch.autograd.grad(function(model(x), y), list(seen.values()))
+    for handle in handles:
+        handle.remove()
+    expected = {k: divisor * g.T @ g for k, g in zip(seen, gradients, strict=True)}
+    assert_blocks(blocks(model, criterion, CURVATURES["fisher-empirical"], (x, y)), expected)
+    model.zero_grad()
+    halves = blocks(model, criterion, CURVATURES["fisher-empirical"], (x, y), (x, y), scale=0.5)
+    assert_blocks(halves, expected)
+
+
+def test_a_summing_function_has_the_blocks_of_the_summing_module():
+    torch.manual_seed(0)
+    model, x, y = network([4, 6, 3], nn.Tanh()), torch.randn(M, 4).double(), torch.randint(3, (M,))
+    expected = {n: g.T @ g for n, g in instance_gradients(model, nn.CrossEntropyLoss(), x, y).items()}
+    for criterion in (
+        nn.CrossEntropyLoss(reduction="sum"),
+        FunctionCriterion(lambda z, y: F.cross_entropy(z, y, reduction="sum")),
+    ):
+        assert_blocks(blocks(model, criterion, CURVATURES["fisher-empirical"], (x, y)), expected)
+
+
+class Counting(nn.Module):
+    """A sum that draws numbers, has a buffer, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+        self.register_buffer("seen", torch.zeros(()))
+        self.times = []
+
+    def forward(self, z, y):
+        self.times.append(len(z))
+        self.steps += 1
+        self.seen += 1
+        return (z - y + 1e-3 * torch.randn_like(y)).square().sum()
+
+
+@pytest.mark.parametrize("curvature", ["fisher-empirical", "pch-abs"])
+def test_a_criterion_is_called_twice_more_once_and_keeps_its_state(curvature):
+    torch.manual_seed(0)
+    model, criterion = network([4, 6, 3], nn.Tanh()), Counting()
+    optimizer = so.EACG(model, criterion, curvature=curvature)
+    for _ in range(3):
+        optimizer.zero_grad()
+        criterion(model(torch.randn(M, 4).double()), torch.randn(M, 3).double()).backward()
+        state = torch.get_rng_state()
+        optimizer.step()
+        assert torch.equal(torch.get_rng_state(), state)
+    assert (criterion.steps, float(criterion.seen)) == (3, 3)
+    assert criterion.times == ([M, M, 2 * M, M, M] if curvature == "fisher-empirical" else [M, M, M])
+
+
+def test_gradients_that_are_zero_tell_nothing():
+    torch.manual_seed(0)
+    model, criterion = network([4, 3], nn.Tanh()), FunctionCriterion(lambda z, y: (z - y).square().sum())
+    x = torch.randn(M, 4).double()
+    expected = blocks(model, nn.MSELoss(reduction="sum"), CURVATURES["fisher-empirical"], (x, torch.zeros(M, 3).double()))
+    model.zero_grad()
+    batches = (x, model(x).detach()), (x, torch.zeros(M, 3).double())
+    assert_blocks(blocks(model, criterion, CURVATURES["fisher-empirical"], *batches), expected)
