@@ -82,6 +82,7 @@ class ClosurePass:
         self._calls = 0
         self._uses: dict[nn.Linear, list[_Use]] = {}
         self._instances: dict[nn.Linear, int] = {}
+        self._unlike: set[nn.Linear] | None = None  # over all ranks
         self._inputs: dict[nn.Linear, Tensor] = {}
         self._mean_inputs: dict[nn.Linear, Tensor] = {}
         # Means over all ranks, once the ranks have been averaged.
@@ -199,8 +200,28 @@ class ClosurePass:
         pairs = [(use, share / sum(shares)) for use, share in zip(uses, shares, strict=True) if len(use.input)]
         return torch.stack([use.mean_preactivation * share for use, share in pairs]).sum(0)
 
-    def average(self, ranks: RankReducer, loss: float, inputs: Container[nn.Linear] = ()) -> float:
-        """Makes all means and gradients those over all ranks, also the means of these layers' inputs; returns the mean loss."""
+    def unlike(self, first: "ClosurePass") -> set[nn.Linear]:
+        """Returns the layers that `first` has called on other numbers of rows, on any rank once the ranks have been averaged."""
+        if self._unlike is None:
+            return {layer for layer in first.gradient.keys() & self.gradient if self._rows(layer) != first._rows(layer)}
+        return self._unlike
+
+    def _rows(self, layer: nn.Linear) -> list[int]:
+        """Returns the numbers of rows of a layer's calls, in their order."""
+        return [len(use.input) for use in sorted(self._uses.get(layer, []), key=lambda use: use.order)]
+
+    def average(
+        self, ranks: RankReducer, loss: float, inputs: Container[nn.Linear] = (), first: "ClosurePass | None" = None
+    ) -> float:
+        """Makes all means and gradients those over all ranks; returns the mean loss.
+
+        Args:
+            ranks: all of them.
+            loss: of this one.
+            inputs: the layers of whose inputs the means are wanted, too.
+            first: an earlier call, for `unlike`.
+        """
+        unlike = set() if first is None else self.unlike(first)
 
         def stores(layer: nn.Linear) -> list[tuple[dict[nn.Linear, Tensor], Callable[[nn.Linear], Tensor]]]:
             found: list[Any] = [(self._mean_preactivations, self.mean_preactivation)]
@@ -212,16 +233,18 @@ class ClosurePass:
             found = [RankTerm("loss", torch.tensor(loss, dtype=torch.float64, device=ranks.device))]
             for layer, gradient in self.gradient.items():
                 name = self.layers[layer]
-                count = torch.tensor(float(self.instances(layer)), dtype=torch.float64, device="cpu")
-                found += [RankTerm(name, gradient), RankTerm(name, count)]
+                count, other = torch.tensor([self.instances(layer), layer in unlike], dtype=torch.float64, device="cpu")
+                found += [RankTerm(name, gradient), RankTerm(name, count), RankTerm(name, other)]
                 found += [RankTerm(name, mean(layer), self.weight(layer)) for _, mean in stores(layer)]
             return found
 
         mean_loss, *rest = ranks.average(terms)
         values, instances = iter(rest), {}
+        self._unlike = set()
         for layer in self.gradient:
             self.gradient[layer] = next(values)
             instances[layer] = round(float(next(values)) * ranks.size)
+            self._unlike |= {layer} if next(values) else set()
             for store, _ in stores(layer):
                 store[layer] = next(values)
         self._instances = instances
@@ -236,7 +259,7 @@ class ClosurePass:
         if not first._uses:
             return True
         layer, before = min(((layer, use) for layer, uses in first._uses.items() for use in uses), key=lambda pair: pair[1].order)
-        rows = [sum(len(use.input) for use in uses) for uses in (first._uses[layer], self._uses.get(layer, []))]
+        rows = [sum(each._rows(layer)) for each in (first, self)]
         if rows[0] != rows[1]:
             raise RuntimeError(
                 f"{name}.step(): expected the closure to evaluate the same mini-batch at every call, but it calls layer "

@@ -25,11 +25,13 @@ class Step(NamedTuple):
         halvings: how often it was halved.
         pairs: (s, y) of the layers that have one; None: the step was given up.
         gradients: after the step, w.r.t. [W | b], of the loss or its negative, whichever is minimised; those that are finite.
+        unlike: the layers that have no pair, since the closure calls them on other numbers of rows after the step.
     """
 
     halvings: int
     pairs: dict[nn.Linear, Pair] | None
     gradients: dict[nn.Linear, Tensor]
+    unlike: set[nn.Linear]
 
 
 class Trials:
@@ -87,7 +89,7 @@ class Trials:
                 for layer, each in moved.items():
                     for p, value in zip(each, before[layer], strict=True):
                         p.copy_(value)
-        return Step(_HALVINGS, None, {})
+        return Step(_HALVINGS, None, {}, set())
 
     def _seen(self, moved: dict[nn.Linear, list[Tensor]], halvings: int, lend: Callable[[], None], limit: float) -> Step | None:
         """Returns what the step has come to at the moved parameters; None: the loss is above the limit, or not all is finite."""
@@ -96,13 +98,14 @@ class Trials:
             p.grad = None
         trial = self._first.again(self._gradients, lend)
         value, same = self._evaluated(trial)
+        unlike = trial.unlike(self._first)  # the means of other rows differ by more than the step
         pairs = {
             layer: (
                 trial.mean_preactivation(layer) - self._first.mean_preactivation(layer),
                 trial.gradient[layer] - self._first.gradient[layer],
             )
             for layer in moved
-            if layer in trial.gradient and trial.instances(layer)  # else the model left it out
+            if layer in trial.gradient and trial.instances(layer) and layer not in unlike  # else the model left it out
         }
         # The loss may be finite though a weight is not, where the unit is saturated: so the weights are checked.
         sizes = torch._foreach_norm([p for each in moved.values() for p in each if p.numel()], math.inf)
@@ -114,7 +117,7 @@ class Trials:
             return None
         good, numbers = rest[len(sizes) :][: len(pairs)], rest[len(sizes) + len(pairs) :]
         usable_pairs = {layer: (*pair, numbers[3 * k : 3 * k + 3]) for k, (layer, pair) in enumerate(pairs.items()) if good[k]}
-        return Step(halvings, usable_pairs, self._finite_gradients(moved) if self._gradients else {})
+        return Step(halvings, usable_pairs, self._finite_gradients(moved) if self._gradients else {}, unlike)
 
     def _evaluated(self, trial: ClosurePass) -> tuple[Tensor | float, Tensor | bool]:
         """Calls the closure; returns the loss over all ranks, and whether its data is that of the first call."""
@@ -129,7 +132,7 @@ class Trials:
             trial.check_same_data(bool(same), self._owner)
             return value
 
-        return run() if self._ranks is None else (trial.average(self._ranks, self._ranks.all(checked)), True)
+        return run() if self._ranks is None else (trial.average(self._ranks, self._ranks.all(checked), first=self._first), True)
 
     def _finite_gradients(self, moved: dict[nn.Linear, list[Tensor]]) -> dict[nn.Linear, Tensor]:
         """Returns the gradients of [W | b] that the closure has left, where they are finite."""

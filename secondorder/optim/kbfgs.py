@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from secondorder import ops
 from secondorder._random import RandomState
 from secondorder._tensors import host_numbers
+from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
 from secondorder.optim._amp import outside_autocast
 from secondorder.optim._base import CurvatureOptimizer
@@ -182,6 +183,7 @@ class KBFGS(CurvatureOptimizer):
         self._max_increase, self._bias_correction = max_increase, bias_correction
         self._pairs, self._exact_inverse, self._doubled = _PAIRS[pairs], input_inverse == "exact", doubled_batch
         self._scaled, self._max_step = scale == "curvature", max_step
+        self._unlike: set[nn.Linear] = set()  # the layers of which `_tell_unlike` has told
         self._zeroed = [False]  # whether zero_grad was called in a closure; a list, since Lightning calls it on a shallow copy
 
     def _shapes(self, p: Tensor, state: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
@@ -353,6 +355,20 @@ class KBFGS(CurvatureOptimizer):
             if layer in step.gradients:
                 self.state[layer.weight]["second_gradient"] = step.gradients[layer]
         self._update_factors(layers, first, step.pairs)
+        self._tell_unlike(step.unlike)
+
+    def _tell_unlike(self, layers: set[nn.Linear]) -> None:
+        """Warns, once for each, of layers that the closure calls on other numbers of rows after a step."""
+        new = [layer for layer in self._layers if layer in layers and layer not in self._unlike]
+        if new:
+            self._unlike.update(new)
+            names = " and ".join(repr(self._layers[layer]) for layer in new)
+            warn(
+                f"the closure has called layers {names} on other numbers of rows after the step than before it, as a router of "
+                "experts or a solver of differential equations whose steps adapt does. Their means cannot be compared: such a "
+                "step leaves their H_g as it is, and counts as skipped. A solver may take steps of fixed length "
+                "(method='rk4' in torchdiffeq)."
+            )
 
     def _update_factors(self, layers: list[nn.Linear], first: ClosurePass, pairs: dict[nn.Linear, Pair] | None) -> None:
         """Updates A, H_a and, where the step was taken, H_g of these layers; counts what was made, damped and left out.

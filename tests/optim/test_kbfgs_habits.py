@@ -284,6 +284,52 @@ def test_a_solver_whose_steps_adapt_is_refused_with_what_to_do():
     unchanged(model, optimizer, lambda: optimizer.step(closure), RuntimeError, message)
 
 
+class Routed(nn.Module):
+    """Two experts, of which a row takes one by the sign of what the layer before returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.experts = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        chosen = [(h[:, 0] < 0).nonzero().flatten(), (h[:, 0] >= 0).nonzero().flatten()]
+        self.rows = [len(each) for each in chosen]
+        parts = [expert(h[each]) for expert, each in zip(self.experts, chosen, strict=True)]
+        return self.last(torch.zeros_like(h).index_add(0, torch.cat(chosen), torch.cat(parts)).tanh())
+
+
+@pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
+def test_means_of_other_rows_are_no_pair(cls):
+    torch.manual_seed(0)
+    model, criterion = Routed().double(), nn.MSELoss()
+    with torch.no_grad():
+        model.first.weight[0], model.first.bias[0] = 1e-3, 0  # a small step sends rows to the other expert
+    optimizer, x, y = cls(model, criterion), torch.randn(50, 4).double(), torch.randn(50, 2).double()
+    closure = closure_of(optimizer, model, criterion, x, y)
+    model(x)
+    before = model.rows
+    with pytest.warns(UserWarning, match=r"layers 'experts.0' and 'experts.1' on other numbers of rows after the step"):
+        optimizer.step(closure)
+    assert model.rows != before
+    counts = {name: each["skipped"] for name, each in optimizer.diagnostics().items()}
+    assert counts == {"first": 0, "experts.0": 1, "experts.1": 1, "last": 0}
+    for expert in model.experts:
+        state = optimizer.state[expert.weight]
+        assert not state["s"].any()
+        assert not state["y"].any()
+        assert state["scale_pairs"] == 0
+    optimizer.step(closure)  # it is said once, and the same rows are a pair
+    model(x)
+    skipped = optimizer.diagnostics()["experts.0"]["skipped"]
+    rows = model.rows
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-12
+    optimizer.step(closure)
+    assert (model.rows, optimizer.diagnostics()["experts.0"]["skipped"]) == (rows, skipped)
+
+
 def test_inputs_whose_squares_overflow_change_nothing():
     """Their units are saturated, and so the loss and its gradients are finite."""
     torch.manual_seed(0)
