@@ -1,6 +1,8 @@
 """The Hessian of any criterion with respect to a tensor of the graph, by double backward."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,12 +14,14 @@ from secondorder.criteria.hessians import OutputHessian, check_semidefinite, low
 from secondorder.criteria.roots import GaussianRoot, OutputRoot, dense_root
 from secondorder.errors import second_derivatives
 
+_BATCH = 2**17  # so many numbers may backward passes that vmap takes together begin with: more are no faster together
+
 
 def autograd_hessian(loss: Tensor, source: Node, inner: GradientEdge | None = None) -> OutputHessian:
     """Returns H = sum_i d^2 L / dz_i dz_i^T [K, K] of any scalar loss L, by double backward; with u = u(z), sum_i J_i^T H_u J_i.
 
-    Needs K + 3 backward passes through the criterion, or 3 where it acts on every element of z on its own. Instances must not
-    be coupled by the criterion; a coupling enters as if it stood within the instances. Where that leaves nothing but rounding, as
+    Needs K + 3 backward passes through the criterion, or 3 where it acts on every element of z on its own; where z is small
+    vmap takes many of the K together. Instances must not be coupled by the criterion; a coupling enters as if it stood within the instances. Where that leaves nothing but rounding, as
     of differences between instances, H is 0.
 
     Args:
@@ -142,10 +146,25 @@ def _rows_of(loss: Tensor, source: Node, inner: GradientEdge | None) -> tuple[Te
     if ((hv - diagonal * v).abs() <= 1e-4 * diagonal.abs().max()).all():
         return diagonal, None, 0.0
 
-    def unit(k: int) -> Tensor:
-        v = torch.zeros_like(zero)
-        v[..., k] = 1
-        return v
+    def rows() -> Iterator[Tensor]:
+        k = zero.shape[-1]
+        together = max(1, _BATCH // max(1, zero.numel())) if tangent is None else 1
+        for begin in range(0, k, together):
+            chosen = torch.arange(begin, min(begin + together, k), device=zero.device)
+            units = zero.new_zeros(len(chosen), *zero.shape)
+            units[chosen - begin, ..., chosen] = 1
+            found = batched(units) if len(chosen) > 1 else None
+            yield from (product(unit) for unit in units) if found is None else found
+
+    def batched(units: Tensor) -> Tensor | None:
+        with (
+            warnings.catch_warnings(),
+            suppress(RuntimeError),
+        ):  # vmap does not know all nodes, as those of functions of one's own
+            warnings.simplefilter("ignore")
+            (hv,) = torch.autograd.grad(gradient, edge, units, retain_graph=True, allow_unused=True, is_grads_batched=True)
+            return torch.zeros_like(units) if hv is None else hv.detach()
+        return None
 
     rounding = torch.finfo(hv.dtype).eps ** 0.75 * hv.abs().max()
-    return diagonal, (product(unit(k)) for k in range(zero.shape[-1])), rounding
+    return diagonal, rows(), rounding

@@ -12,6 +12,7 @@ from secondorder.criteria import (
     OutputHessian,
     TukeyBiweightLoss,
     analytic_hessian,
+    autograd,
     autograd_hessian,
 )
 
@@ -215,3 +216,29 @@ def test_bad_input():
         BoundedClassificationLoss(reduction="none")
     with pytest.raises(ValueError, match="expected c > 0, got 0"):
         TukeyBiweightLoss(c=0)
+
+
+class Squared(torch.autograd.Function):
+    """z^2, whose backward pass reads a number, which vmap cannot."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z * z
+
+    @staticmethod
+    def backward(ctx, grad):
+        assert float(grad.abs().max()) >= 0
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+@pytest.mark.parametrize("together", [1, 3 * 5 * 2, 2**17])
+@pytest.mark.parametrize("square", [torch.square, Squared.apply])
+def test_backward_passes_may_be_taken_together(square, together, monkeypatch):
+    monkeypatch.setattr(autograd, "_BATCH", together)
+    torch.manual_seed(0)
+    output = torch.randn(3, 5).double().requires_grad_() + 0
+    mixed = lambda z: (square(z) @ torch.ones(5, 5).double() * z).logsumexp(-1).sum()  # noqa: E731
+    found = autograd_hessian(mixed(output), output.grad_fn)
+    whole = torch.autograd.functional.hessian(mixed, output.detach())
+    torch.testing.assert_close(found.values, sum(whole[i, :, i] for i in range(3)))
