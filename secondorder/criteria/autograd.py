@@ -21,8 +21,8 @@ def autograd_hessian(loss: Tensor, source: Node, inner: GradientEdge | None = No
     """Returns H = sum_i d^2 L / dz_i dz_i^T [K, K] of any scalar loss L, by double backward; with u = u(z), sum_i J_i^T H_u J_i.
 
     Needs K + 3 backward passes through the criterion, or 3 where it acts on every element of z on its own; where z is small
-    vmap takes many of the K together. Instances must not be coupled by the criterion; a coupling enters as if it stood within the instances. Where that leaves nothing but rounding, as
-    of differences between instances, H is 0.
+    vmap takes many of the K together. Instances must not be coupled by the criterion; a coupling enters as if it stood within the
+    instances. Where that leaves nothing but rounding, as of differences between instances, H is 0.
 
     Args:
         loss: L, a scalar with its graph.

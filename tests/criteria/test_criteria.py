@@ -228,7 +228,7 @@ class Squared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        assert float(grad.abs().max()) >= 0
+        assert float(grad.detach().abs().max()) >= 0
         return 2 * ctx.saved_tensors[0] * grad
 
 
