@@ -119,7 +119,7 @@ class Transfer:
         return arrived
 
     def numbers(self, numbers: Sequence[Tensor | float]) -> Later[list[float]]:
-        """Does the same for tensors of one element; numbers pass as they are."""
+        """Returns a function that returns the values of tensors of one element; numbers pass as they are."""
         found: list[float | Later[Tensor]] = []
         for number in numbers:
             if not isinstance(number, Tensor):
@@ -129,6 +129,7 @@ class Transfer:
         return lambda: [number().item() if callable(number) else number for number in found]
 
     def _bring(self) -> None:
+        """Brings all that was given to the host, by one wait for each device."""
         given, self._given = self._given, []
         by_device: dict[torch.device, list[Tensor]] = {}
         for t in given:
@@ -171,5 +172,5 @@ def finite(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Tells the same as a bool, also of no tensors; waits for the device once."""
+    """Tells as a bool whether tensors, if there are any, hold neither NaN nor inf; waits for the device once."""
     return not tensors or bool(finite(tensors))

@@ -103,6 +103,7 @@ def eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Computes the eigendecomposition of a matrix, made symmetric, once its numbers are known to be finite."""
     if not torch.isfinite(matrix).all():
         raise NonFiniteError(f"NaN or inf in its {name}")
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)

@@ -129,6 +129,7 @@ class BackwardLog:
         run.events.append((loss, "scale", gradient))
 
     def _finish_run(self) -> None:
+        """Keeps what a run has collected, if it has changed the weights' gradients."""
         run, self._run = self._run, None
         # torch.autograd.grad leaves the weights' gradients as they were: nothing that a step will use has come of it.
         if run is None or all(a is b and v == w for (a, v), (b, w) in zip(run.gradients, self._gradients(), strict=True)):

@@ -132,6 +132,7 @@ def probe(output: Tensor, source: Node, second: bool) -> AutogradMap | None:
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:
+    """Tells whether numbers are equal but for rounding."""
     scale = expected.abs().max() if expected.numel() else expected.new_zeros(())
     # Non-finite values are not this check's to judge: the step's own check reports them.
     return bool(((actual - expected).abs() <= 1e-3 * scale).all() | ~torch.isfinite(scale))
@@ -155,7 +156,7 @@ def merge(maps: list[ElementwiseMap], samples: int | None = None) -> Elementwise
 
 
 def of_rows(function: ElementwiseMap, rows: Tensor) -> ElementwiseMap:
-    """Returns the same of some rows, [m, n]."""
+    """Returns a map of some rows alone, [m, n]."""
 
     def kept(t: Tensor) -> Tensor:
         return flatten_batch([t]).index_select(0, rows)
@@ -166,7 +167,7 @@ def of_rows(function: ElementwiseMap, rows: Tensor) -> ElementwiseMap:
 
 
 def weighted(function: ElementwiseMap, weights: Tensor) -> AutogradMap:
-    """Returns the same with rows of d1 so scaled that E[d1 d1^T] is the mean with these weights [m]; d2 is left as it is."""
+    """Returns a map whose rows of d1 are scaled such that E[d1 d1^T] is the mean with these weights [m]; d2 stays as it is."""
     d1, d2 = derivatives(function)
     d1, d2 = flatten_batch([d1]), None if d2 is None else flatten_batch([d2])
     return AutogradMap(d1 * (weights * (len(weights) / weights.sum())).sqrt().to(d1.dtype).unsqueeze(1), d2)

@@ -219,6 +219,7 @@ class Jacobian:
         return self._joined[parameter]
 
     def _columns(self, parameter: int) -> Tensor:
+        """Returns the columns [m, numel] of one parameter."""
         columns = self.like.new_empty(self.rows, self.offsets[parameter + 1] - self.offsets[parameter])
         self._write(columns, [parameter])
         return columns

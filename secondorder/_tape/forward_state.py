@@ -81,6 +81,7 @@ class ForwardState:
 
 
 def _restore(attributes: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+    """Gives modules the attributes that they had, and takes others from them."""
     for module, saved in attributes:
         current = vars(module)
         for key in [key for key in current if key not in saved]:

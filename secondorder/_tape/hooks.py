@@ -134,6 +134,7 @@ class EagerForward:
 
 
 def _eager_forward(module: nn.Module) -> MethodType:
+    """Returns a forward for a module that torch.compile leaves alone in training mode, and that reports its calls."""
     original: Any = type(module).forward
     owner: Any = weakref.ref(module)
     users: list[EagerForward] = []

@@ -229,6 +229,7 @@ def _trilinear(node: Any, index: dict[int, int]) -> Found:
 
 
 def _expanded(t: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Returns a tensor with dimensions of size 1 at these places."""
     for dim in sorted(dims):
         t = t.unsqueeze(dim)
     return t

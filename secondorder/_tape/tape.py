@@ -213,6 +213,7 @@ class Tape:
         return recursion_order(records)
 
     def _on_layer(self, layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """Records a call of a layer, with the links from the layers before."""
         node, layer = output.grad_fn, self.tied.get(layer, layer)
         if node is None:
             return
@@ -236,6 +237,7 @@ class Tape:
         self._begin = ForwardState(model, self._written)
 
     def _on_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Records a call of the model, so that it can be made again."""
         begin, self._begin = self._begin, None
         if begin is None:
             return
@@ -320,6 +322,7 @@ class Tape:
         return Link(self._use(node, consumer), consumer, None, obstacle)
 
     def _use(self, node: Node, consumer: nn.Module) -> LayerCall:
+        """Notes that a layer or the criterion takes the output of a recorded call; returns the call."""
         call: LayerCall = metadata(node)[self._key]
         if self._consumer.setdefault(call.layer, consumer) is not consumer:
             self._several_consumers.add(call.layer)
@@ -329,12 +332,14 @@ class Tape:
         return call
 
     def _keep_gradient(self, node: Node) -> None:
+        """Has backward passes leave dL/dz at a recorded call."""
         call: LayerCall = metadata(node)[self._key]
         if not call.keeps_gradient:
             call.keeps_gradient = True
             self._log.collect(call, "grad_output", node, 0)
 
     def _on_criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor) -> None:
+        """Records a call of the criterion: the layers that it sees, its weights of targets, and its curvature."""
         made_by = loss.grad_fn if isinstance(loss, Tensor) else None
         if made_by is None:
             kind = "a tensor without a graph" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"

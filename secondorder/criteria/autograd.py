@@ -47,7 +47,7 @@ def autograd_root(loss: Tensor, source: Node, inner: GradientEdge | None = None,
     Args:
         loss: L, a scalar with its graph.
         source: the node of the graph whose tensor is z [..., K].
-        inner: as for `autograd_hessian`.
+        inner: where u stands in the graph, as for `autograd_hessian`; None: it is z itself.
         convex: whether every H_i is known to be positive semi-definite: negative eigenvalues are rounding then, however large
             they are beside the others, as where a classifier is certain of every label.
 

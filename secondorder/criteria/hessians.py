@@ -43,7 +43,7 @@ class OutputHessian:
     scale: Tensor | None = None
 
     def scaled(self) -> "OutputHessian":
-        """Returns the same without `scale`; waits for the device."""
+        """Returns the Hessian multiplied by `scale`, and so without one; waits for the device."""
         if self.scale is None:
             return self
         return OutputHessian(self.values * self.scale, self.convex and bool(self.scale >= 0))

@@ -155,6 +155,7 @@ def as_criterion(owner: str, criterion: Any) -> nn.Module:
 
 
 def _checked_reduction(reduction: str) -> str:
+    """Returns a reduction, once it is known to be one."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f"expected reduction 'mean' or 'sum', got {reduction!r}")
     return reduction

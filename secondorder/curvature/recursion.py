@@ -121,6 +121,7 @@ class Recursion(Curvature):
         return (product + product.T) / 2 * terms["E[d1 d1^T]"] + torch.diag(pos_eig(terms["diagonal"], self.gamma))
 
     def _output_hessian(self, record: LayerRecord) -> OutputHessian:
+        """Returns the Hessian of all losses of a layer's output, each with its factor."""
         # The loss of each micro-batch enters backward() with a factor of its own, and so does its Hessian.
         found = []
         for loss in record.losses:
@@ -214,6 +215,7 @@ def _is_copied(record: LayerRecord) -> bool:
 
 
 def _dense_sum(x: Tensor, y: Tensor) -> Tensor:
+    """Adds Hessians, each of them whole or a diagonal."""
     if x.dim() != y.dim():
         x, y = (torch.diag(v) if v.dim() == 1 else v for v in (x, y))
     return x + y

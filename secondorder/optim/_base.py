@@ -47,7 +47,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         output_hessian: gives the recursion's start where no formula does; None: the criterion's Hessian.
         samples: of every forward pass at most so many instances enter the curvature's expectations; None: all.
         max_factor_dim: layers with more outputs are left to the fallback, >= 1; None: there is no limit.
-        max_input_dim: likewise of inputs.
+        max_input_dim: layers with more inputs are left to the fallback, >= 1; None: there is no limit.
         maximize: whether the loss is to be maximised: everything is then as for its negative.
         decoupled_weight_decay: whether weight decay shrinks the parameters by themselves, rather than being part of the gradient;
             None: it always is part of the gradient, and no group says so.
@@ -291,11 +291,13 @@ class CurvatureOptimizer(SecondOrderOptimizer):
             raise
 
     def _skip(self) -> None:
+        """Counts a step that is skipped, and forgets what was recorded for it."""
         for group in self.param_groups:
             group["skipped_steps"] += 1
         self._tape.clear(release=True)
 
     def _check_gradients(self) -> None:
+        """Raises RuntimeError where there are no gradients, or a layer has lost its weight."""
         if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
             name = type(self).__name__
             raise RuntimeError(

@@ -38,8 +38,8 @@ class CapturableOptimizer(LayerwiseOptimizer):
         """Makes it capturable.
 
         Args:
-            curvature: what it was made with, for messages.
-            solver: likewise.
+            curvature: the curvature that it was made with, for messages.
+            solver: the solver that it was made with, for messages.
 
         Raises:
             ValueError: it was made so that its steps read numbers of the device.

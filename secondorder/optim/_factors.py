@@ -59,6 +59,7 @@ class FactorSource:
         return factors
 
     def _statistics(self, records: list[LayerRecord]) -> dict[nn.Linear, Factors]:
+        """Returns the solver's statistics of every layer's inputs."""
         if self.solver is None:
             return {record.layer: {} for record in records}
         if any(len(record.calls) > 1 or record.calls[0].input.dtype != record.dtype for record in records):
@@ -67,6 +68,7 @@ class FactorSource:
         return dict(zip([record.layer for record in records], self._statistics_of(records), strict=True))
 
     def _statistics_of(self, records: list[LayerRecord]) -> list[Factors]:
+        """Returns the statistics of these layers' inputs, computed together."""
         if self.solver is None:
             return [{} for _ in records]
         inputs = [_at_least_one(cast(record.input(), record.dtype)) for record in records]

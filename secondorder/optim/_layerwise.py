@@ -47,7 +47,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         curvature_every: the factors are renewed every so many steps, >= 1, and at each of the first so many.
         curvature_samples: of every forward pass at most so many instances, evenly spaced, enter the expectations that cost more
             than a pass over the batch: E[d1 d1^T] and the diagonal of the recursion, delta delta^T, E[h h^T]. >= 1; None: all.
-        inverse_every: likewise the solver's factorisations.
+        inverse_every: the solver's factorisations are renewed every so many steps, >= 1, and at each of the first so many.
         max_factor_dim: layers with more outputs are left to the fallback, >= 1; None: there is no limit.
         average: whether averages of the parameters are kept, for `averaged_parameters`.
         keep_inputs: whether the tape keeps what evaluating the model anew needs.
@@ -285,8 +285,8 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             transfer: what whether they are finite comes to the host with.
 
         Returns:
-            They, and what is to be called before they are used: it gives what replaces them, mostly None, and raises
-            NonFiniteError where that is not finite.
+            The directions, and what is to be called before they are used: it returns what replaces them, mostly None, and raises
+            NonFiniteError where they are not finite.
 
         Raises:
             NonFiniteError: a direction is not finite.
@@ -354,7 +354,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         systems: dict[nn.Linear, tuple[float, float]],
         fresh: bool,
     ) -> tuple[dict[Tensor, Tensor], dict[nn.Linear, Factors], list[tuple[nn.Linear, str]]]:
-        """Returns the same, and the layers that the solver says are not finite, with its reasons."""
+        """Returns directions, what was prepared, and the layers that the solver says are not finite, with its reasons."""
         directions, prepared, bad = {}, {}, []
         for layer, factors in covered.items():
             weight, bias, state = layer.weight, layer.bias, self.state.get(layer.weight, {})
@@ -384,6 +384,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
     def _commit(
         self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], prepared: dict[nn.Linear, Factors]
     ) -> None:
+        """Notes in the states that a step was made, with the new factors and what the solver prepared."""
         for layer in covered:
             weight, _ = parameters_of(layer)
             state = self.state[weight]
@@ -395,6 +396,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 state["prepared"] = prepared[layer]
 
     def _solver_failed(self, layer: nn.Linear, reason: str) -> str:
+        """Returns the message of an error of the solver."""
         return (
             f"{type(self).__name__}.step(): the solver {type(self._solver).__qualname__} failed at layer "
             f"{self._layers[layer]!r}: {reason}. No parameter and no state has changed."

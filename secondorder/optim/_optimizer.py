@@ -78,6 +78,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         return None
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError where a state is not one of such an optimizer, by its keys and shapes."""
         name = f"{type(self).__name__}.load_state_dict()"
         for group in state_dict["param_groups"]:
             if missing := [key for key in self._group_keys if key not in group]:

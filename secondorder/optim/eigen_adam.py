@@ -383,6 +383,7 @@ class EigenAdam(ObservingOptimizer):
             )
 
     def _warn_once(self, kind: str, message: str) -> None:
+        """Gives a warning, unless one of its kind was given before."""
         if kind not in self._warned:
             self._warned.add(kind)
             warn(message)

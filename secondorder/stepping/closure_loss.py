@@ -146,6 +146,7 @@ class ClosureLoss(LossOverRanks):
         return positive
 
     def _at_start(self) -> _Graph:
+        """Returns the loss at the parameters' own values, evaluated at the first call; checks that it is the recorded one."""
         if self._graph is not None:
             return self._graph
         calls: list[tuple[Tensor, list[Tensor], Any]] = []

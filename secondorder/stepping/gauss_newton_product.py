@@ -70,7 +70,7 @@ class OutputCurvature:
         return lambda: (form(), by_rows())
 
     def _forms_at_arguments(self, tangents: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
-        """Returns the same for J_u^T H_u J_u."""
+        """Returns what gives the form of J_u^T H_u J_u, and the lowest, highest and total of its rows."""
         tangent, curvature = self._at_arguments
         with second_derivatives():
             tangents_there = [tangent(t) for t in tangents]
@@ -111,12 +111,14 @@ class OutputCurvature:
         return None
 
     def _by_mean(self, tangents: list[list[Tensor]], mean: OutputHessian) -> Tensor:
+        """Returns the tangents' form of the mean's Pos-Eig_{-1}, the same for every row."""
         (gradient,) = self.gradients
         matrix = to_compute_dtype(mean.positive(-1.0)) * (gradient.shape[-1] / gradient.numel())
         flat = torch.stack([t.reshape(-1, gradient.shape[-1]) for (t,) in tangents]).to(matrix.dtype)
         return flat.flatten(1) @ (flat @ matrix).flatten(1).T
 
     def _by_root(self, tangents: list[list[Tensor]], root: OutputRoot) -> Tensor:
+        """Returns the tangents' form of a root of every row's matrix, by chunks of its columns."""
         (gradient,) = self.gradients
         flat = torch.stack([to_compute_dtype(t).reshape(gradient.shape) for (t,) in tangents])
         form = flat.new_zeros(len(flat), len(flat))

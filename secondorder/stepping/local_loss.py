@@ -71,6 +71,7 @@ class LocalLoss(LossOverRanks):
         return self._mean(lambda: sum(piece.start for piece in self.pieces))
 
     def _value(self, parameters: list[Tensor]) -> float:
+        """Returns this process's loss at these values."""
         good = finite(parameters)
         # A criterion or an index that meets NaN on a GPU ends the process: there the loss is evaluated where the step began.
         moved = [torch.where(good, p, own) for p, own in zip(parameters, self.here, strict=True)]
@@ -99,6 +100,7 @@ class LocalLoss(LossOverRanks):
             return None
 
     def _piece(self, loss: LossCall, rows: Rows | None) -> RecordedLoss:
+        """Returns a recorded loss as a function of the parameters, on all rows or on some."""
         arguments = loss.arguments
         if arguments is None:
             raise CannotReplay("the criterion's arguments were not recorded")

@@ -40,7 +40,7 @@ class LossOverRanks(ABC):
 
     @abstractmethod
     def _products(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor]]:
-        """Returns the same for this process."""
+        """Returns what gives these products for this process alone."""
 
     def _mean(self, compute: Callable[[], float]) -> float:
         """Returns the mean over ranks."""

@@ -233,12 +233,14 @@ class ChainLoss(RecordedLoss):
         return lambda: self._scaled(first(), form())
 
     def _to_argument(self, z: Tensor) -> Tensor:
+        """Returns the criterion's argument, from the output of the last layer."""
         if not self.way.by_rows:  # a piece of a graph knows the shape that the output had
             z = z.reshape(self.way.input_shape)
         return self.way(z)
 
     @functools.cached_property
     def _curvature(self) -> OutputCurvature:
+        """Returns the curvature of the criterion at the last layer's output."""
         output, argument = self._output, self._argument
         known = self._known([argument])
         if known != "convex" and not (self.way.by_rows and argument.shape[-1:] == output.shape[-1:]):
@@ -334,7 +336,7 @@ def _share(values: tuple[float, float], weights: tuple[float, float], whole: flo
 
     Args:
         values: the loss of these rows, and that of the others.
-        weights: theirs in a mean.
+        weights: how much both count in a mean.
         whole: the loss of all.
         relative_tolerance: what rounding may change in a term.
     """
