@@ -26,7 +26,7 @@ class InputMoments:
         self._moments: dict[nn.Linear, Tensor] = {}
         self._weights: dict[nn.Linear, float] = {}
 
-    def see_model(self, model: nn.Module, batches: Iterable[Any]) -> None:
+    def add_model_calls(self, model: nn.Module, batches: Iterable[Any]) -> None:
         """Calls the model with every batch; all rows count alike."""
 
         def called(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -42,7 +42,7 @@ class InputMoments:
             for handle in handles:
                 handle.remove()
 
-    def see_loss(self, loss: Callable[[Any], Tensor], criterion: nn.Module, batches: Iterable[Any]) -> None:
+    def add_loss_calls(self, loss: Callable[[Any], Tensor], criterion: nn.Module, batches: Iterable[Any]) -> None:
         """Calls the loss with every batch; rows count by the weights of the criterion's targets, ignored ones not.
 
         Raises:

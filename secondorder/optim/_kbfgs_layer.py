@@ -29,7 +29,7 @@ def products(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return s @ s, s @ y, y @ y
 
 
-def see_curvature(state: dict[str, Any], decay: float, ss: float, sy: float, yy: float) -> None:
+def update_scale(state: dict[str, Any], decay: float, ss: float, sy: float, yy: float) -> None:
     """Updates c after a pair: it is the bias-corrected geometric average of the pairs' curvatures, with this decay."""
     if not (0 < ss < math.inf and 0 < yy < math.inf):
         return  # nothing has moved, or moving made no difference

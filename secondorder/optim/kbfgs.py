@@ -7,25 +7,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from secondorder import ops
 from secondorder._random import RandomState
 from secondorder._tensors import host_numbers
 from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
 from secondorder.optim._amp import outside_autocast
-from secondorder.optim._base import CurvatureOptimizer
 from secondorder.optim._closure import NEEDED
 from secondorder.optim._closure_pass import ClosurePass
+from secondorder.optim._kbfgs_factors import COUNTS, QuasiNewtonOptimizer
 from secondorder.optim._kbfgs_inputs import InputMoments
 from secondorder.optim._kbfgs_layer import (
-    Pair,
     averaged_gradient,
     bounded,
     columns,
-    damped_inverse,
     damping_of,
-    scaled_gradients,
-    see_curvature,
     trained_parameters,
 )
 from secondorder.optim._kbfgs_trials import Trials
@@ -35,10 +30,9 @@ from secondorder.optim._recorded import check_instances
 _INPUT_INVERSES = ("hessian-action", "exact")
 # pairs -> the operators' arguments `damped` and `bounded`.
 _PAIRS = {"damped": (True, False), "damped-bounded": (True, True), "bounded": (False, True)}
-_COUNTS = ("step", "halvings", "rejected", "updated", "damped_s", "damped_y", "skipped", "input_skipped")
 
 
-class KBFGS(CurvatureOptimizer):
+class KBFGS(QuasiNewtonOptimizer):
     """Trains the linear layers of a model by K-BFGS: BFGS estimates of both Kronecker factors of each inverse Hessian.
 
     For each layer z = W h + b let [W | b] [n_out, n_in + 1] be its parameters, and let h end in a 1; a layer without a bias has
@@ -168,50 +162,21 @@ class KBFGS(CurvatureOptimizer):
             ("max_step", max_step, max_step is None or max_step > 0, "> 0 or None"),
         ]
         check_arguments(type(self).__name__, checks)
+        damped, bounded = _PAIRS[pairs]
         defaults = {
             "lr": lr, "damping": damping, "damping_a": damping_a, "damping_g": damping_g, "mu1": mu1, "decay": decay,
             "weight_decay": weight_decay, "momentum": 0.0,
         }  # fmt: skip
         super().__init__(
-            model, criterion, defaults, diagonal=False, fallback=fallback, max_factor_dim=max_factor_dim,
-            max_input_dim=max_input_dim, maximize=maximize,
-            decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
+            model, criterion, defaults, damped=damped, bounded=bounded, exact_inverse=input_inverse == "exact",
+            scaled=scale == "curvature", fallback=fallback, max_factor_dim=max_factor_dim, max_input_dim=max_input_dim,
+            maximize=maximize, decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
         )  # fmt: skip
-        # Nothing is recorded: K-BFGS needs means over two passes alone, which `ClosurePass` takes during a step.
-        self._tape.recording = False
         self._curvature_name = "quasi-Newton"
         self._max_increase, self._bias_correction = max_increase, bias_correction
-        self._pairs, self._exact_inverse, self._doubled = _PAIRS[pairs], input_inverse == "exact", doubled_batch
-        self._scaled, self._max_step = scale == "curvature", max_step
+        self._doubled, self._max_step = doubled_batch, max_step
         self._unlike: set[nn.Linear] = set()  # the layers of which `_tell_unlike` has told
         self._zeroed = [False]  # whether zero_grad was called in a closure; a list, since Lightning calls it on a shallow copy
-
-    def _shapes(self, p: Tensor, state: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
-        layer = next((layer for layer in self._layers if layer.weight is p), None)
-        if layer is None:
-            return {"momentum": tuple(p.shape)}
-        n, k = p.shape
-        # A bias that has been frozen or unfrozen since the last step is not in the state, or still is: the next step begins anew.
-        k += layer.bias is not None and isinstance(state.get("gradient"), Tensor) and state["gradient"].shape[-1] > k
-        return {
-            **dict.fromkeys(("scale", "scale_pairs", *_COUNTS)), "momentum": tuple(p.shape), "gradient": (n, k),
-            "second_gradient": (n, k),
-            "input_second_moment": (k, k), "inverse_input": (k, k), "s": (n,), "y": (n,), **self._output_shapes(n),
-        }  # fmt: skip
-
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super()._check_state_dict(state_dict)
-        scaled = {"scale" in state for state in state_dict["state"].values() if "inverse_input" in state}
-        if scaled - {self._scaled}:
-            other, own = ("None", "'curvature'") if self._scaled else ("'curvature'", "None")
-            raise ValueError(
-                f"{type(self).__name__}.load_state_dict(): expected the state of an optimizer with scale={own}, got one with "
-                f"scale={other}; make this one with scale={other}{', max_step=None' if self._scaled else ''}, as that was"
-            )
-
-    def _output_shapes(self, n: int) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of what `_start_output` makes."""
-        return {"inverse_output": (n, n)}
 
     @torch.no_grad()
     def initialize(self, inputs: Iterable[Any], loss: Callable[[Any], Tensor] | None = None) -> None:
@@ -239,9 +204,9 @@ class KBFGS(CurvatureOptimizer):
         layers = [layer for layer in self._layers if layer.weight in groups and layer.weight not in self._uncovered]
         moments = InputMoments(type(self).__name__, self._layers, self._tape.tied, layers)
         if loss is None:
-            moments.see_model(self._model, inputs)
+            moments.add_model_calls(self._model, inputs)
         else:
-            moments.see_loss(loss, self.criterion, inputs)
+            moments.add_loss_calls(loss, self.criterion, inputs)
         starts = {}
         for layer, moment in moments.averaged(self._ranks).items():
             if layer.bias not in groups:  # the bias is not trained here, though it may require gradients
@@ -370,37 +335,6 @@ class KBFGS(CurvatureOptimizer):
                 "(method='rk4' in torchdiffeq)."
             )
 
-    def _update_factors(self, layers: list[nn.Linear], first: ClosurePass, pairs: dict[nn.Linear, Pair] | None) -> None:
-        """Updates A, H_a and, where the step was taken, H_g of these layers; counts what was made, damped and left out.
-
-        Args:
-            layers: those with gradients.
-            first: the first call of the closure.
-            pairs: (s, y) of the layers that have them; None: the step was given up.
-        """
-        inputs: list[dict[str, Any]] = []
-        outputs: list[dict[str, Any]] = []
-        statuses: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for group in self.param_groups:
-            members = set(group["params"])
-            own = [layer for layer in layers if layer.weight in members]
-            if own:
-                inputs += [self.state[layer.weight] for layer in own]
-                statuses[0].append(self._update_inputs(own, first, group))
-            if own and pairs is not None:
-                outputs += (taken := self._averaged_pairs(own, pairs, group))
-                if taken:
-                    statuses[1].append(self._damped_update(taken, group))
-        if inputs:
-            bits = torch.cat([*statuses[0], *statuses[1]]).tolist()
-            for state, each in zip(inputs, bits, strict=False):
-                state["input_skipped"] += not each & ops.UPDATED
-            for state, each in zip(outputs, bits[len(inputs) :], strict=True):
-                state["updated"] += bool(each & ops.UPDATED)
-                state["skipped"] += not each & ops.UPDATED
-                state["damped_s"] += bool(each & ops.DAMPED_S)
-                state["damped_y"] += bool(each & ops.DAMPED_Y)
-
     def diagnostics(self) -> dict[str, dict[str, int]]:
         """Counts since the start, layer by layer.
 
@@ -412,7 +346,7 @@ class KBFGS(CurvatureOptimizer):
             finite.
         """
         return {
-            name: {count: self.state[layer.weight][count] for count in _COUNTS}
+            name: {count: self.state[layer.weight][count] for count in COUNTS}
             for layer, name in self._layers.items()
             if "step" in self.state.get(layer.weight, {})
         }
@@ -430,44 +364,8 @@ class KBFGS(CurvatureOptimizer):
         """
         layers = self.diagnostics().values()
         steps = max(sum(counts["step"] for counts in layers), 1)
-        shares = {name: sum(counts[name] for counts in layers) / steps for name in _COUNTS if name != "step"}
+        shares = {name: sum(counts[name] for counts in layers) / steps for name in COUNTS if name != "step"}
         return {**shares, **super().metrics()}
-
-    def _start(self, layer: nn.Linear, second_moment: Tensor, damping: float, rows: Tensor | None = None) -> dict[str, Any]:
-        """Returns the state of a layer before its first step, with A as given; X^T X / m of `rows` if there are."""
-        zeros = second_moment.new_zeros
-        n_out, n = layer.out_features, len(second_moment)
-        inverse = damped_inverse(second_moment, damping, rows)
-        if not inverse.isfinite().all():
-            raise NonFiniteError(
-                f"{type(self).__name__}: expected finite inputs of layer {self._layers[layer]!r}, whose E[h h^T] has an inverse "
-                "once it is damped; got NaN or inf, or numbers whose squares overflow. Scale the inputs, or raise damping"
-            )
-        return {
-            **dict.fromkeys(_COUNTS, 0),
-            **({"scale": 0.0, "scale_pairs": 0} if self._scaled else {}),  # c, 0 while it is not known, and of how many pairs
-            "gradient": zeros(n_out, n),
-            "input_second_moment": second_moment,
-            "inverse_input": inverse,
-            "s": zeros(n_out),
-            "y": zeros(n_out),
-            **self._start_output(zeros(n_out)),
-        }
-
-    def _start_output(self, zero: Tensor) -> dict[str, Tensor]:
-        """Returns the state that stands for H_g = I."""
-        return {"inverse_output": torch.eye(len(zero), dtype=zero.dtype, device=zero.device)}
-
-    def _preconditioned(self, states: list[dict[str, Any]], gradients: list[Tensor]) -> list[Tensor]:
-        """Returns H_g M H_a of every layer, c times the direction."""
-        pairs = zip(states, gradients, strict=True)
-        return [ops.precondition(state["inverse_output"], m, state["inverse_input"]) for state, m in pairs]
-
-    def _damped_update(self, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
-        """Updates H_g by the damped (s, y / c) of every layer."""
-        s, h = ([state[key] for state in states] for key in ("s", "inverse_output"))
-        y = scaled_gradients(states)
-        return ops.damped_bfgs_update_(h, s, y, group["mu1"], damping_of(group, "damping_g"), *self._pairs)
 
     def _check_finite(
         self,
@@ -534,39 +432,3 @@ class KBFGS(CurvatureOptimizer):
                 before = before.add(p, alpha=float(groups[p]["weight_decay"]))
             doubled.append((gradient + before) / 2)
         return doubled
-
-    def _update_inputs(self, layers: list[nn.Linear], first: ClosurePass, group: dict[str, Any]) -> Tensor:
-        """Updates A and H_a of the layers of a group; returns the updates' statuses."""
-        states, damping = [self.state[layer.weight] for layer in layers], damping_of(group, "damping_a")
-        means = []
-        for layer, state in zip(layers, states, strict=True):
-            mean, a = first.mean_input(layer), state["input_second_moment"]
-            if state["step"] > 1:  # at the first step A is that of the start already
-                first.second_moment(layer, a, group["decay"])
-            means.append(mean if len(mean) == len(a) else torch.cat([mean, mean.new_ones(1)]))
-        inverses, matrices = ([state[key] for state in states] for key in ("inverse_input", "input_second_moment"))
-        if not self._exact_inverse:
-            return ops.hessian_action_update_(inverses, matrices, means, damping)
-        exact = [damped_inverse(a, damping) for a in matrices]
-        valid = torch.stack([inverse.isfinite().all() for inverse in exact])
-        for old, new, good in zip(inverses, exact, valid, strict=True):
-            old.copy_(torch.where(good, new, old))
-        return valid * ops.UPDATED
-
-    def _averaged_pairs(
-        self, layers: list[nn.Linear], pairs: dict[nn.Linear, Pair], group: dict[str, Any]
-    ) -> list[dict[str, Any]]:
-        """Updates s and y of the layers of a group that have a new pair; returns the states of these."""
-        states = []
-        for layer in layers:
-            state = self.state[layer.weight]
-            if layer in pairs:
-                s, y, products = pairs[layer]
-                for key, new in (("s", s), ("y", y)):
-                    state[key].lerp_(new, 1 - group["decay"])
-                if "scale" in state:
-                    see_curvature(state, group["decay"], *products)
-                states.append(state)
-            else:
-                state["skipped"] += 1
-        return states
