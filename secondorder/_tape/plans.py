@@ -258,7 +258,7 @@ def _match(one: Tensor, two: Tensor, numbers: Tensor) -> Tensor | None:
     owner_of_all[used] = owner
     if not fits(owner_of_all):
         raise _MixedError
-    return _table(owner, positions[used], n, rows)
+    return _rows_of_each(owner, positions[used], n, rows)
 
 
 def _owners(one: Tensor, two: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,12 +283,12 @@ def _owners(one: Tensor, two: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return owner, used
 
 
-def _table(owner: Tensor, positions: Tensor, n: int, rows: int) -> Tensor:
+def _rows_of_each(owner: Tensor, positions: Tensor, n: int, rows: int) -> Tensor:
     """Returns the positions of each residual's rows [n, T], filled up with `rows`, from every position's owner."""
     counts = torch.bincount(owner, minlength=n)
     width = max(int(counts.max()), 1)
     by_owner = owner.argsort(stable=True)
     place = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner[by_owner]]
-    table = torch.full((n, width), rows, device=owner.device)
-    table[owner[by_owner], place] = positions[by_owner]
-    return table
+    rows_of_each = torch.full((n, width), rows, device=owner.device)
+    rows_of_each[owner[by_owner], place] = positions[by_owner]
+    return rows_of_each

@@ -375,12 +375,12 @@ class Tape:
             call.outside = own and f"parameters that the criterion takes by itself (by {own})"
             with self.muted():
                 call.arguments = self._criterion_arguments(args, kwargs, nodes)
-        self._see_curvature(call, nodes, loss, (*args[:1], *tree_map(self._fixed, args[1:])), kwargs)
+        self._record_curvature(call, nodes, loss, (*args[:1], *tree_map(self._fixed, args[1:])), kwargs)
         self.missing = (
             "the criterion was called, but no backward() has gone through what it returned: gradients that are set by hand, as "
             "from torch.autograd.grad, do not say of which loss they are"
         )
-        self._see_repeats(call, made_by)
+        self._find_repeats(call, made_by)
         self._log.watch_loss(call, made_by, loss.output_nr)
 
     def _divisor(self, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Node) -> Callable[[], float | Tensor | None]:
@@ -412,7 +412,7 @@ class Tape:
             return target
         return target.detach()
 
-    def _see_curvature(
+    def _record_curvature(
         self, call: LossCall, nodes: list[Node], loss: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Takes the columns back to every layer, or the Hessian at the last layer's output, where the recursion starts."""
@@ -455,7 +455,7 @@ class Tape:
         edge = logits_of(output, -1, is_reshaping)
         return None if edge is None else edge.node
 
-    def _see_repeats(self, loss: LossCall, made_by: Node) -> None:
+    def _find_repeats(self, loss: LossCall, made_by: Node) -> None:
         """Finds the layers that a loss uses several times: the recursion starts anew there, and at the layers that lead there."""
         calls = loss.calls()
         loss.repeated = {layer for layer, count in Counter(call.layer for call in calls).items() if count > 1}

@@ -99,7 +99,7 @@ class ClosurePass:
         layers = [*self.layers, *self._tied]
         self._handles = [layer.register_forward_hook(self._forward, with_kwargs=True) for layer in layers]
         if self.criterion is not None:
-            self._handles.append(self.criterion.register_forward_hook(self._see_targets, with_kwargs=True))
+            self._handles.append(self.criterion.register_forward_hook(self._record_targets, with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -134,7 +134,7 @@ class ClosurePass:
         """Returns what is multiplied with between a tensor and the calls of layers that it depends on."""
         return multiplied(source_nodes(start, self._key)[2], self._claimed) if self._parameters and start is not None else set()
 
-    def _see_targets(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
+    def _record_targets(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
         if torch.is_grad_enabled() and isinstance(loss, Tensor) and loss.grad_fn is not None:
             args, kwargs = by_position(criterion, args, kwargs)
             masses = LateMasses(criterion, (None, *args[1:]), kwargs)

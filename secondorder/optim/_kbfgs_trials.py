@@ -80,7 +80,7 @@ class Trials:
                 for halvings in range(_HALVINGS + 1):
                     for (layer, each), direction in zip(moved.items(), directions, strict=True):
                         move(each, before[layer], direction, [groups[p] for p in each], 0.5**halvings)
-                    step = self._seen(moved, halvings, lend, limit)
+                    step = self._tried(moved, halvings, lend, limit)
                     if step is not None:
                         return step
         finally:
@@ -91,7 +91,7 @@ class Trials:
                         p.copy_(value)
         return Step(_HALVINGS, None, {}, set())
 
-    def _seen(self, moved: dict[nn.Linear, list[Tensor]], halvings: int, lend: Callable[[], None], limit: float) -> Step | None:
+    def _tried(self, moved: dict[nn.Linear, list[Tensor]], halvings: int, lend: Callable[[], None], limit: float) -> Step | None:
         """Returns what the step has come to at the moved parameters; None: the loss is above the limit, or not all is finite."""
         self._random.restore()
         for p in self._all_parameters if self._gradients else ():  # of a trial before; the closure need not clear them

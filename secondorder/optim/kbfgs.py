@@ -175,7 +175,7 @@ class KBFGS(QuasiNewtonOptimizer):
         self._curvature_name = "quasi-Newton"
         self._max_increase, self._bias_correction = max_increase, bias_correction
         self._doubled, self._max_step = doubled_batch, max_step
-        self._unlike: set[nn.Linear] = set()  # the layers of which `_tell_unlike` has told
+        self._unlike: set[nn.Linear] = set()  # the layers of which `_warn_of_unlike` has told
         self._zeroed = [False]  # whether zero_grad was called in a closure; a list, since Lightning calls it on a shallow copy
 
     @torch.no_grad()
@@ -320,9 +320,9 @@ class KBFGS(QuasiNewtonOptimizer):
             if layer in step.gradients:
                 self.state[layer.weight]["second_gradient"] = step.gradients[layer]
         self._update_factors(layers, first, step.pairs)
-        self._tell_unlike(step.unlike)
+        self._warn_of_unlike(step.unlike)
 
-    def _tell_unlike(self, layers: set[nn.Linear]) -> None:
+    def _warn_of_unlike(self, layers: set[nn.Linear]) -> None:
         """Warns, once for each, of layers that the closure calls on other numbers of rows after a step."""
         new = [layer for layer in self._layers if layer in layers and layer not in self._unlike]
         if new:

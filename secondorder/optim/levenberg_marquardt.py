@@ -196,7 +196,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             generator.set_state(state["generator"].cpu())
         before = [p.detach().clone() for p in parameters]
         loss = LeastSquaresLoss(name, with_graph(name, closure, parameters), moving or parameters)
-        lr, slow = _by_element(moving, rates), functools.partial(self._slow, moving)
+        lr, slow = _by_element(moving, rates), functools.partial(self._warn_of_passes, moving)
         run = GaussNewtonStep(loss, self._settings, self._plans, generator, lr, slow, self._buffer)
         value: Tensor | None = None
         try:
@@ -209,7 +209,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
                         break
                     there, called = self._advance(run, here, moving, generator)
                     before = [p.detach().clone() for p in parameters]
-                    self._tell_of_interpolation(run)
+                    self._warn_of_interpolation(run)
                     if left == 0 or (there is here and called):  # nothing lowers the loss
                         break
                     here = loss.here(called)
@@ -239,10 +239,10 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             loss.leave()
         return value
 
-    def _tell_of_interpolation(self, run: GaussNewtonStep) -> None:
+    def _warn_of_interpolation(self, run: GaussNewtonStep) -> None:
         """Says once that a step has gone back since only the residuals drawn still fell."""
-        if run.interpolates and "interpolation" not in self._told:
-            self._told.add("interpolation")
+        if run.interpolates and "interpolation" not in self._warned:
+            self._warned.add("interpolation")
             warn(
                 f"{type(self).__name__}: the residuals held out lie above the others, and have not fallen for {HELD_PATIENCE} "
                 "steps: the points are being interpolated, or noise is fitted. It has gone back, with more damping. More points, "
@@ -360,7 +360,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     def _reset(self) -> None:
         """Sets up what is no part of the state."""
         self._plans: dict[object, tuple[Plan, int]] = {}
-        self._told: set[Tensor | str] = set()
+        self._warned: set[Tensor | str] = set()
         self._buffer = Buffer()
 
     def _first(self) -> Tensor:
@@ -368,12 +368,12 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         first: Tensor = self.param_groups[0]["params"][0]
         return first
 
-    def _slow(self, parameters: list[Tensor], nodes: dict[int, str]) -> None:
+    def _warn_of_passes(self, parameters: list[Tensor], nodes: dict[int, str]) -> None:
         """Says once of every parameter, by its position among these, that its columns cost a backward pass for each residual."""
-        new = {parameters[position]: node for position, node in nodes.items() if parameters[position] not in self._told}
+        new = {parameters[position]: node for position, node in nodes.items() if parameters[position] not in self._warned}
         if not new:
             return
-        self._told |= new.keys()
+        self._warned |= new.keys()
         names = {
             p: f"{known!r} {tuple(p.shape)}" if known else f"the parameter of shape {tuple(p.shape)}"
             for group in self.param_groups
