@@ -176,13 +176,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         """
         name = type(self).__name__
         self._refuse_capture()
-        if closure is None or closure is NEEDED:
-            raise RuntimeError(
-                f"{name}.step(): expected a closure, since the loss is needed at several points: a function that computes "
-                "and returns the loss; it may call optimizer.zero_grad() and loss.backward(), which do nothing here"
-            )
-        if not callable(closure):
-            raise TypeError(f"{name}.step(): expected a closure, a function that returns the loss, got {type(closure).__name__}")
+        self._check_closure(closure)
         # torch warns of a parameter that is given twice, and takes it.
         parameters = list(
             dict.fromkeys(p for group in self.param_groups for p in group["params"] if p.requires_grad and p.numel())
@@ -216,21 +210,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         except BaseException as error:
             for p, old in zip(parameters, before, strict=True):
                 p.copy_(old)
-            if "donated_buffer" in str(error):  # torch.compile's graphs are run backward once, unless it is told otherwise
-                raise RuntimeError(
-                    f"{name}.step(): expected a graph that can be run backward more than once, got a compiled one that cannot. "
-                    "Call the model itself rather than the compiled one, or set torch._functorch.config.donated_buffer = False "
-                    "before it is compiled."
-                ) from error
-            if (
-                isinstance(error, AttributeError | TypeError)
-                and "NoneType" in str(error)
-                and any(p.grad is None for p in parameters)
-            ):
-                raise RuntimeError(
-                    f"{name}.step(): the closure failed: {error}. Where it reads p.grad: within a step backward() computes no "
-                    "gradients. Take them by torch.autograd.grad(loss, parameters, retain_graph=True), or after the step"
-                ) from error
+            if (explained := self._explained(error, parameters)) is not None:
+                raise explained from error
             if not isinstance(error, NonFiniteError) or self._nonfinite == "error" or value is None:
                 raise
             self.param_groups[0]["skipped_steps"] += 1
@@ -238,6 +219,34 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         finally:
             loss.leave()
         return value
+
+    def _check_closure(self, closure: Any) -> None:
+        """Raises where a step has no closure that it can call."""
+        name = f"{type(self).__name__}.step()"
+        if closure is None or closure is NEEDED:
+            raise RuntimeError(
+                f"{name}: expected a closure, since the loss is needed at several points: a function that computes "
+                "and returns the loss; it may call optimizer.zero_grad() and loss.backward(), which do nothing here"
+            )
+        if not callable(closure):
+            raise TypeError(f"{name}: expected a closure, a function that returns the loss, got {type(closure).__name__}")
+
+    def _explained(self, error: BaseException, parameters: list[Tensor]) -> RuntimeError | None:
+        """Returns an error that says what to do in place of one that closures often cause; None: it speaks for itself."""
+        name = f"{type(self).__name__}.step()"
+        if "donated_buffer" in str(error):  # torch.compile's graphs are run backward once, unless it is told otherwise
+            return RuntimeError(
+                f"{name}: expected a graph that can be run backward more than once, got a compiled one that cannot. "
+                "Call the model itself rather than the compiled one, or set torch._functorch.config.donated_buffer = False "
+                "before it is compiled."
+            )
+        reads_none = isinstance(error, AttributeError | TypeError) and "NoneType" in str(error)
+        if reads_none and any(p.grad is None for p in parameters):
+            return RuntimeError(
+                f"{name}: the closure failed: {error}. Where it reads p.grad: within a step backward() computes no "
+                "gradients. Take them by torch.autograd.grad(loss, parameters, retain_graph=True), or after the step"
+            )
+        return None
 
     def _warn_of_interpolation(self, run: GaussNewtonStep) -> None:
         """Says once that a step has gone back since only the residuals drawn still fell."""
