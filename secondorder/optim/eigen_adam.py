@@ -11,6 +11,7 @@ from secondorder._warnings import warn
 from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
 from secondorder.optim._amp import outside_autocast
+from secondorder.optim._bias_hessians import BiasHessians
 from secondorder.optim._eigen_observer import ObservingOptimizer
 from secondorder.optim._eigen_rates import SLOW, GroupRates, RateReader, check_group, rates_of_matrices, rates_on_device
 from secondorder.optim._eigen_state import LAST_SLOPE, OSCILLATIONS, REFUSED, SLOPE, captured_share, forget_state, step_length
@@ -211,15 +212,12 @@ class EigenAdam(ObservingOptimizer):
         row_shares: dict[Matrix, float] = {}
         if renews:
             row_shares = self._lookups.row_shares(matrices, states, self._all_reduce_ if self._is_distributed else None)
-            trained = {p: group for group in self.param_groups for p in group["params"]}
-            hessians = {} if recorded is None else recorded.of_step(trained, sign, self._process_group)
-            unseen = step.plan_renewal(self._sketches_of(matrices), hessians)
-            self._warn_of_unseen(unseen)  # where warnings are errors nothing has changed yet
-        on_device = rates_on_device(
-            self.param_groups, self._on_device, [self._groups_of[matrix] for matrix in matrices], shared["control"]
-        )
-        step.renew()
-        step.move(rates_of_matrices(matrices, states, row_shares, rates, self._groups_of), self.param_groups[0], on_device)
+            self._plan_renewal(step, matrices, recorded, sign)
+        matrix_rates = rates_of_matrices(matrices, states, row_shares, rates, self._groups_of)
+        groups_of = [self._groups_of[matrix] for matrix in matrices]
+        on_device = rates_on_device(self.param_groups, self._on_device, groups_of, shared["control"])
+        step.renew()  # so far no parameter and no basis has changed
+        step.move(matrix_rates, self.param_groups[0], on_device)
         if captured:
             step.note_captured()
             self._replays.add(matrices)
@@ -245,6 +243,13 @@ class EigenAdam(ObservingOptimizer):
             # Slopes along steps that are not made would lengthen others.
             matrices = [matrix for matrix in matrices if any(rates[group].lr for group in self._groups_of[matrix])]
         return matrices
+
+    def _plan_renewal(self, step: EigenStep, matrices: list[Matrix], recorded: BiasHessians | None, sign: int) -> None:
+        """Plans from which inputs, and from which bias Hessians if there are any, a step renews its bases."""
+        trained = {p: group for group in self.param_groups for p in group["params"]}
+        hessians = {} if recorded is None else recorded.of_step(trained, sign, self._process_group)
+        unseen = step.plan_renewal(self._sketches_of(matrices), hessians)
+        self._warn_of_unseen(unseen)  # where warnings are errors nothing has changed yet
 
     def _captures(self, matrices: list[Matrix]) -> bool:
         """Returns whether a CUDA graph captures this step; if not, brings Python's counts to those of the device.
