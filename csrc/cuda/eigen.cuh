@@ -18,7 +18,6 @@ constexpr int kTileWarps = 2, kRowLanes = 4, kColumnLanes = kWarp / kRowLanes, k
 constexpr int kTileThreads = kTileWarps * kTileWarps * kWarp;
 constexpr int kTileRows = kTileWarps * kRowLanes * kOwnRows;
 constexpr int kVectors = 16;       // of a basis that tiles take at a time
-constexpr int kBatch = 1;          // own rows that Adam's rule and the update take at a time, from all matrices
 constexpr int kTileBlocks = 4;     // with tiles that fit a multiprocessor, at least: 128 registers for each thread
 constexpr int kGroup = 8;          // vectors of a basis that a kernel without tiles takes at a time
 constexpr int kRows = 4;           // pairs of vectors whose dot products a warp computes together
@@ -229,17 +228,18 @@ struct Frame {
     }
   }
 
-  // The thread's elements in kCount of its rows from `row` on.
-  template <int kCount>
-  __device__ __forceinline__ void read(const T* matrix, int row, T (&x)[kCount][kOwnColumns<T>]) const {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) read_row(matrix + place + (row + i) * p, row + i < rows, x[i]);
+  // The thread's elements in one of its rows.
+  __device__ __forceinline__ void read(const T* matrix, int row, T (&x)[kOwnColumns<T>]) const {
+    read_row(matrix + place + row * p, row < rows, x);
+  }
+  __device__ __forceinline__ void write(T* matrix, int row, const T (&x)[kOwnColumns<T>]) const {
+    write_row(matrix + place + row * p, row < rows, x);
   }
 
-  template <int kCount>
-  __device__ __forceinline__ void write(T* matrix, int row, const T (&x)[kCount][kOwnColumns<T>]) const {
+  // All of the thread's elements.
+  __device__ __forceinline__ void read(const T* matrix, T (&x)[kOwnRows][kOwnColumns<T>]) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) write_row(matrix + place + (row + i) * p, row + i < rows, x[i]);
+    for (int i = 0; i < kOwnRows; ++i) read(matrix, i, x[i]);
   }
 };
 

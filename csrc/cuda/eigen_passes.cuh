@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   bool finite = true;
   at.each_tile(aligned(at.p, in.grad_weight), [&](const Frame<T>& frame) {
     typename Tile<T>::Elements x;
-    frame.read(in.grad_weight, 0, x);
+    frame.read(in.grad_weight, x);
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i)
 #pragma unroll

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidualBlocks<T>)
   sums[0][threadIdx.x] = sums[1][threadIdx.x] = 0;
   at.each_tile(vectors, [&](const Frame<T>& frame) {
     typename Tile<T>::Elements x;
-    frame.read(in.grad_weight, 0, x);
+    frame.read(in.grad_weight, x);
     if (in.grad_bias)
       tile.subtract(frame, x, [&](int64_t i) { return in.grad_bias[i]; }, [&](int64_t j) { return in.mean[j]; });
     tile.add(frame, x, T(-1), u, at.work.top);
@@ -85,38 +85,33 @@ __global__ void __launch_bounds__(kTileThreads, kResidualBlocks<T>)
     __syncthreads();
     const EigenMoments<T> moments = rule(in, at.work);
 #pragma unroll 1
-    for (int row = 0; row < kOwnRows; row += kBatch) {
-      T m[kBatch][kOwnColumns<T>], v[kBatch][kOwnColumns<T>], result[kBatch][kOwnColumns<T>];
+    for (int row = 0; row < kOwnRows; ++row) {
+      T m[kOwnColumns<T>], v[kOwnColumns<T>], result[kOwnColumns<T>];
       frame.read(first, row, m);
       frame.read(second, row, v);
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b)
-#pragma unroll
-        for (int k = 0; k < kOwnColumns<T>; ++k) result[b][k] = moments.normed(x[b][k], m[b][k], v[b][k]);
+      for (int k = 0; k < kOwnColumns<T>; ++k) result[k] = moments.normed(x[0][k], m[k], v[k]);
       frame.write(first, row, m);
       frame.write(second, row, v);
       frame.write(at.work.whole, row, result);
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int64_t sample = samples[Frame<T>::own_row() + row + b];
-        if (sample < 0 || row + b >= frame.rows) continue;
+      const int64_t sample = samples[Frame<T>::own_row() + row];
+      if (sample >= 0 && row < frame.rows) {
         T old[kOwnColumns<T>];
         T* const place = last + sample * at.p + frame.column(Frame<T>::own_place());
         frame.read_row(place, true, old);
 #pragma unroll
         for (int k = 0; k < kOwnColumns<T>; ++k) {
-          sums[0][threadIdx.x] += double(x[b][k]) * double(result[b][k]);
-          sums[1][threadIdx.x] += double(x[b][k]) * double(old[k]);
-          if (!moments.waits(x[b][k])) old[k] = result[b][k];
+          sums[0][threadIdx.x] += double(x[0][k]) * double(result[k]);
+          sums[1][threadIdx.x] += double(x[0][k]) * double(old[k]);
+          if (!moments.waits(x[0][k])) old[k] = result[k];
         }
         frame.write_row(place, true, old);
       }
-      // The next rows come to the front, and N to the back: registers have no index.
+      // The next row comes to the front, and N to the back: registers have no index.
 #pragma unroll
       for (int i = 0; i < kOwnRows; ++i)
 #pragma unroll
-        for (int k = 0; k < kOwnColumns<T>; ++k)
-          x[i][k] = i + kBatch < kOwnRows ? x[i + kBatch][k] : result[i + kBatch - kOwnRows][k];
+        for (int k = 0; k < kOwnColumns<T>; ++k) x[i][k] = i + 1 < kOwnRows ? x[i + 1][k] : result[k];
     }
     tile.column_products(frame, x, u, at.work.column_sums + at.chunk * at.ku * at.p);
     tile.row_products(frame, x, v, at.work.row_sums + at.strip * at.kv * n);
@@ -141,22 +136,20 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   const bool residual = in.sizes.residual() > 0, top = in.sizes.top() > 0;
   at.each_tile(aligned(at.p, in.grad_weight, in.weight, at.work.whole), [&](const Frame<T>& frame) {
     typename Tile<T>::Elements x = {};
-    if (residual) frame.read(at.work.whole, 0, x);
+    if (residual) frame.read(at.work.whole, x);
     if (top) tile.add(frame, x, T(1), {in.basis_out, at.ku}, at.work.new_top);
     tile.add(frame, x, T(1), {at.work.new_right, at.kv}, in.basis_in);
 #pragma unroll
-    for (int row = 0; row < kOwnRows; row += kBatch) {
-      T g[kBatch][kOwnColumns<T>], w[kBatch][kOwnColumns<T>];
+    for (int row = 0; row < kOwnRows; ++row) {
+      T g[kOwnColumns<T>], w[kOwnColumns<T>];
       frame.read(in.grad_weight, row, g);
       frame.read(in.weight, row, w);
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b)
-#pragma unroll
-        for (int k = 0; k < kOwnColumns<T>; ++k) {
-          T& s = x[row + b][k];
-          if (g[b][k] == T(0)) s = T(0);
-          w[b][k] = keep * w[b][k] - lr * s;
-        }
+      for (int k = 0; k < kOwnColumns<T>; ++k) {
+        T& s = x[row][k];
+        if (g[k] == T(0)) s = T(0);
+        w[k] = keep * w[k] - lr * s;
+      }
       frame.write(in.weight, row, w);
     }
     if (in.bias) tile.row_products(frame, x, {in.mean, 1}, at.work.row_sums + at.strip * at.n);

@@ -251,8 +251,8 @@ BUGS = {
         "values",
         "eigen_step",
         "eigen_step.cu",
-        "if (g[b][k] == T(0))",
-        "if (!PLANTED && g[b][k] == T(0))",
+        "if (g[k] == T(0))",
+        "if (!PLANTED && g[k] == T(0))",
     ),
     "a renewal's mean taken out once": bug(
         "values", "eigen_renew", "eigen_renew.cu", " - along * move + rows", " - (PLANTED ? 0 : along * move) + rows"
