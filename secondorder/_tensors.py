@@ -66,9 +66,14 @@ def to_compute_dtype(t: Tensor) -> Tensor:
     return t if t.dtype is torch.float32 else cast(t, compute_dtype(t.dtype))
 
 
+def autocast_on(device_type: str) -> bool:
+    """Tells whether torch.autocast is on for such devices; for some, as meta, torch has none and refuses to be asked."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Has torch compute within it in the dtypes of the tensors on such devices, where torch.autocast would have it round them."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocast_on(device.type) else nullcontext()
 
 
 def subsample(instances: Tensor, samples: int | None) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from secondorder._tensors import autocast_on
+
 Step = TypeVar("Step", bound=Callable[..., Any])
 
 
@@ -50,7 +52,7 @@ def outside_autocast(step: Step) -> Step:
     @functools.wraps(step)
     def outside(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         own = next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
-        kinds = [kind for kind in dict.fromkeys(("cpu", own)) if torch.is_autocast_enabled(kind)]
+        kinds = [kind for kind in dict.fromkeys(("cpu", own)) if autocast_on(kind)]
         if not kinds:
             return step(self, *args, **kwargs)
         dtypes = {kind: torch.get_autocast_dtype(kind) for kind in kinds}

@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import secondorder as so
+from secondorder._tensors import without_autocast
+from secondorder.optim._amp import outside_autocast
 
 
 @one_call
@@ -145,6 +147,22 @@ def test_a_loop_within_one_autocast_sees_the_weights_that_have_moved(name):
     with torch.autocast("cpu", torch.bfloat16):
         losses = [float(optimizer.step(closure).detach()) for _ in range(15)]
     assert losses[-1] < losses[0]
+
+
+def test_torch_is_not_asked_about_autocast_on_a_device_that_has_none():
+    """Without an answer torch raises; the step and the curvature then go on as without autocast."""
+
+    class Plain(torch.optim.SGD):
+        step = outside_autocast(torch.optim.SGD.step)
+
+    p = nn.Parameter(torch.ones(3, device="meta"))
+    p.grad = torch.ones_like(p)
+    called = []
+    with torch.autocast("cpu", torch.bfloat16):
+        Plain([p], lr=0.1).step(lambda: called.append(torch.is_autocast_enabled("cpu")))
+    assert called == [True]
+    with without_autocast(p.device):
+        assert (p + p).dtype == torch.float32
 
 
 def test_a_failed_step_under_grad_scaler_can_be_tried_again():
