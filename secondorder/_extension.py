@@ -1,6 +1,7 @@
 """The compiled part of the package; where there is none, plain PyTorch stands in for it."""
 
 import os
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -19,7 +20,7 @@ def _load() -> ModuleType | None:
     if choice == "1":
         return None
     try:
-        from secondorder import _C
+        extension = import_module("secondorder._C")
     except ImportError as error:
         source = Path(__file__).parents[1]
         hides = f" {source} is the source folder, and hides a package that is installed: to use that, run elsewhere."
@@ -30,14 +31,14 @@ def _load() -> ModuleType | None:
             f"{VARIABLE}=1 to go without it and without this warning.{hides if (source / 'setup.py').exists() else ''}"
         )
         return None
-    built = _C.build_info()["torch"]
+    built = extension.build_info()["torch"]
     if built.split(".")[:2] != torch.__version__.split(".")[:2]:
         raise ImportError(
             f"secondorder: its extension was compiled against torch {built}, this is {torch.__version__}, and torch's binary "
             "interface changes from one minor release to the next. Install it anew, or set "
             f"{VARIABLE}=1 to go without the extension."
         )
-    return _C
+    return extension
 
 
 compiled = _load()
