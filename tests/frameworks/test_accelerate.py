@@ -2,7 +2,20 @@
 
 import pytest
 import torch
-from helpers.frameworks import CLOSED, STEPPED, criterion_for, imported, loader, network, plain_loop, quiet, values
+from helpers.frameworks import (
+    CLOSED,
+    STEPPED,
+    assert_one_process,
+    criterion_for,
+    imported,
+    in_two_processes,
+    loader,
+    network,
+    of_few_directions,
+    plain_loop,
+    quiet,
+    values,
+)  # fmt: skip
 from torch import nn
 
 accelerate = imported("accelerate")
@@ -99,3 +112,37 @@ def test_a_run_from_a_saved_state_is_the_uninterrupted_one(name, tmp_path):
     second[0].load_state(tmp_path)
     fit(*second, epochs=2)
     assert torch.equal(values(second[2]), values(first[2]))
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_accumulation_clipping_schedule_and_mixed_precision_resume_together(name, tmp_path):
+    def parts():
+        return prepared(
+            name, 16, scheduled=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20),
+            mixed_precision="bf16", gradient_accumulation_steps=2,
+        )  # fmt: skip
+
+    first = parts()
+    fit(*first, epochs=1, clip=1.0)
+    first[0].save_state(tmp_path)
+    fit(*first, epochs=2, clip=1.0)
+    second = parts()
+    second[0].load_state(tmp_path)
+    fit(*second, epochs=2, clip=1.0)
+    assert torch.equal(values(second[2]), values(first[2]))
+
+
+def trained_as_a_rank():
+    """Parameters of two epochs, by the optimizer's name; accelerate shares the batches out."""
+    accelerator, found = accelerate.Accelerator(cpu=True), {}
+    for name in ("EigenAdam", "EACG", "LayerwiseNewton"):
+        criterion = criterion_for(name)
+        net = accelerator.prepare(network(torch.float64))
+        optimizer, batches = accelerator.prepare(of_few_directions(name, net, criterion), loader(16, torch.float64))
+        fit(accelerator, criterion, net, optimizer, batches)
+        found[name] = values(net)
+    return found
+
+
+def test_several_processes_are_one_with_all_batches(tmp_path):
+    assert_one_process(in_two_processes(trained_as_a_rank, tmp_path))

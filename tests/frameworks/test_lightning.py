@@ -2,13 +2,29 @@
 
 import pytest
 import torch
-from helpers.frameworks import CLOSED, STEPPED, criterion_for, dataset, imported, loader, network, plain_loop, quiet, values
+from helpers.frameworks import (
+    CLOSED,
+    STEPPED,
+    assert_one_process,
+    criterion_for,
+    dataset,
+    imported,
+    in_two_processes,
+    loader,
+    network,
+    of_few_directions,
+    plain_loop,
+    quiet,
+    values,
+)  # fmt: skip
 from torch import nn
 
 import secondorder as so
 
 pl = imported("pytorch_lightning")
 pytestmark = quiet
+
+MAKE = {**STEPPED, **CLOSED}
 
 
 class Lit(pl.LightningModule):
@@ -17,11 +33,11 @@ class Lit(pl.LightningModule):
     def __init__(self, name, manual=False, dtype=torch.float32, scheduled=None):
         super().__init__()
         self.net, self.criterion = network(dtype), criterion_for(name)
-        self.make, self.scheduled = {**STEPPED, **CLOSED}[name], scheduled
+        self.name, self.scheduled = name, scheduled
         self.automatic_optimization = not manual
 
     def configure_optimizers(self):
-        optimizer = self.make(self.net, self.criterion)
+        optimizer = MAKE[self.name](self.net, self.criterion)
         if self.scheduled is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduled(optimizer), "interval": "step"}}
@@ -119,6 +135,90 @@ def test_a_run_from_a_checkpoint_is_the_uninterrupted_one(name, tmp_path):
     begun.save_checkpoint(tmp_path / "run.ckpt")
     trainer(3).fit(second, loader(), ckpt_path=tmp_path / "run.ckpt")
     assert torch.equal(values(second), values(whole))
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_accumulation_schedule_and_bf16_mixed_resume_together(name, tmp_path):
+    def module():
+        return Lit(name, scheduled=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20))
+
+    options, (whole, first, second) = {"accumulate_grad_batches": 2, "precision": "bf16-mixed"}, (module() for _ in range(3))
+    trainer(3, **options).fit(whole, loader(16))
+    begun = trainer(1, **options)
+    begun.fit(first, loader(16))
+    begun.save_checkpoint(tmp_path / "run.ckpt")
+    trainer(3, **options).fit(second, loader(16), ckpt_path=tmp_path / "run.ckpt")
+    assert torch.equal(values(second), values(whole))
+
+
+def test_clipping_under_bf16_mixed_is_the_modules_own():
+    """Lightning refuses it for optimizers that unscale gradients themselves, though bfloat16 has no scale."""
+
+    class Clipping(Lit):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            clip(self)
+
+    def clip(net):
+        nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        trainer(precision="bf16-mixed", gradient_clip_val=0.1).fit(Lit("LayerwiseNewton"), loader())
+    module = Clipping("LayerwiseNewton")
+    trainer(precision="bf16-mixed").fit(module, loader())
+    assert torch.equal(values(module), values(plain_loop("LayerwiseNewton", autocast=True, between=clip)))
+
+
+class Two(Lit):
+    """A body and a head with an optimizer each, by manual optimization."""
+
+    def __init__(self):
+        super().__init__("EigenAdam", manual=True)
+        self.losses = []
+
+    def configure_optimizers(self):
+        return so.EigenAdam(self.net[0]), so.LayerwiseNewton(self.net[2], self.criterion)
+
+    def training_step(self, batch, index):
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+        self.losses.append(float(loss.detach()))
+
+
+def test_two_optimizers():
+    module = Two()
+    trainer(6).fit(module, loader())
+    assert module.losses[-1] < 0.3 * module.losses[0]
+
+
+class Ranked(Lit):
+    """Each rank has its rows of every batch. Where configure_optimizers is called the Trainer has wrapped the module."""
+
+    def train_dataloader(self):
+        rows = slice(16 * self.global_rank, 16 * (self.global_rank + 1))
+        batches = [(x[rows], y[rows]) for x, y in loader(32, torch.float64)]
+        return torch.utils.data.DataLoader(batches, batch_size=None)
+
+    def configure_optimizers(self):
+        return of_few_directions(self.name, self if self.name == "EigenAdam" else self.trainer.model, self.criterion)
+
+
+def trained_as_a_rank():
+    """Parameters of two epochs, by the optimizer's name."""
+    found = {}
+    for name in ("EigenAdam", "EACG", "LayerwiseNewton"):
+        module = Ranked(name, dtype=torch.float64)
+        trainer(devices=2, strategy="ddp", precision="64-true", use_distributed_sampler=False).fit(module)
+        found[name] = values(module)
+    return found
+
+
+def test_several_processes_are_one_with_all_batches(tmp_path):
+    assert_one_process(in_two_processes(trained_as_a_rank, tmp_path))
 
 
 def test_metrics_are_logged(tmp_path):

@@ -96,6 +96,29 @@ def test_the_class_alone(tmp_path):
     assert fallen(trainer)
 
 
+def test_the_class_with_the_model(tmp_path):
+    """The Trainer gives a keyword `model` in place of its groups."""
+    criterion, model = nn.CrossEntropyLoss(), encoder()
+    trainer = transformers.Trainer(
+        model, arguments(tmp_path), train_dataset=ROWS, optimizer_cls_and_kwargs=(so.EigenAdam, {"model": model})
+    )
+    trainer.train()
+    assert trainer.optimizer.optimizer.metrics()["seen"] == 1
+    same = encoder()
+    trained(tmp_path, same, so.EigenAdam(same))
+    assert torch.equal(values(model), values(same))
+
+    model = encoder()
+    trainer = transformers.Trainer(
+        model, arguments(tmp_path), train_dataset=ROWS,
+        optimizer_cls_and_kwargs=(so.EACG, {"model": model, "criterion": criterion}),
+        compute_loss_func=lambda output, labels, **_: criterion(output.logits, labels),
+    )  # fmt: skip
+    trainer.train()
+    assert fallen(trainer)
+    assert trainer.optimizer.optimizer.metrics()["trace"] > 0
+
+
 @pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 2}, {"bf16": True}, {"max_grad_norm": 0.01}], ids=str)
 def test_options_of_the_trainer(options, tmp_path):
     model = encoder()

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import importlib.util
+import os
+import socket
 import warnings
 from pathlib import Path
 
@@ -103,3 +105,33 @@ def plain_loop(name, epochs=2, size=32, dtype=torch.float32, autocast=False, bet
             if scheduler is not None:
                 scheduler.step()
     return net
+
+
+def in_two_processes(work, folder):
+    """What `work`, a function of a module, returns on each of two ranks, with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torch.multiprocessing.spawn(_rank, args=(work, port, str(folder)), nprocs=2)
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
+
+
+def _rank(rank, work, port, folder):
+    torch.set_num_threads(1)
+    own = {name: str(rank) for name in ("RANK", "LOCAL_RANK")} | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2")
+    os.environ |= {**own, "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.save(work(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def assert_one_process(ranks):
+    """Checks that parameters by optimizer's name are the same on all ranks, and those of a plain loop with all batches."""
+    for name, found in ranks[0].items():
+        assert torch.equal(found, ranks[1][name]), name
+        expected = values(plain_loop(name, dtype=torch.float64))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def of_few_directions(name, net, criterion):
+    """The optimizer, and EigenAdam as one process has it by default for batches as small: several take 16 directions."""
+    return so.EigenAdam(net, rank=8) if name == "EigenAdam" else STEPPED[name](net, criterion)
