@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from secondorder import ops
+from secondorder._tensors import Transfer
 from secondorder.errors import NonFiniteError
 from secondorder.optim._base import CurvatureOptimizer
 from secondorder.optim._closure_pass import ClosurePass
-from secondorder.optim._kbfgs_layer import Pair, damped_inverse, damping_of, scaled_gradients, update_scale
+from secondorder.optim._kbfgs_layer import Pair, alike, damped_inverse, damping_of, scaled_gradients, update_scale
 
 COUNTS = ("step", "halvings", "rejected", "updated", "damped_s", "damped_y", "skipped", "input_skipped")
 
@@ -112,16 +113,19 @@ class QuasiNewtonOptimizer(CurvatureOptimizer):
         statuses: tuple[list[Tensor], list[Tensor]] = ([], [])
         for group in self.param_groups:
             members = set(group["params"])
-            own = [layer for layer in layers if layer.weight in members]
-            if own:
+            covered = [layer for layer in layers if layer.weight in members]
+            for positions in alike([self.state[layer.weight] for layer in covered]):
+                own = [covered[position] for position in positions]
                 inputs += [self.state[layer.weight] for layer in own]
                 statuses[0].append(self._update_inputs(own, first, group))
-            if own and pairs is not None:
-                outputs += (taken := self._averaged_pairs(own, pairs, group))
+                taken = [] if pairs is None else self._averaged_pairs(own, pairs, group)
                 if taken:
+                    outputs += taken
                     statuses[1].append(self._damped_update(taken, group))
         if inputs:
-            bits = torch.cat([*statuses[0], *statuses[1]]).tolist()
+            transfer = Transfer()
+            arriving = [transfer.later(each) for each in (*statuses[0], *statuses[1])]
+            bits = [int(bit) for each in arriving for bit in each().tolist()]
             for state, each in zip(inputs, bits, strict=False):
                 state["input_skipped"] += not each & ops.UPDATED
             for state, each in zip(outputs, bits[len(inputs) :], strict=True):

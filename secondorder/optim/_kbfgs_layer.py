@@ -65,6 +65,14 @@ def _cholesky(a: Tensor, shift: float) -> Tensor:
     return torch.where(failed == 0, factor, math.nan)
 
 
+def alike(states: list[dict[str, Any]]) -> list[list[int]]:
+    """Returns which layers' states have one dtype and device, as a call of an operator takes them, by their positions."""
+    found: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for position, state in enumerate(states):
+        found.setdefault((state["gradient"].dtype, state["gradient"].device), []).append(position)
+    return list(found.values())
+
+
 def trained_parameters(layer: nn.Linear, gradients: dict[Tensor, Tensor]) -> list[Tensor]:
     """Returns the weight, and the bias if there is one with a gradient."""
     return [p for p in (layer.weight, layer.bias) if p in gradients]

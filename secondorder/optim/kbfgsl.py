@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secondorder import ops
-from secondorder.optim._kbfgs_layer import damping_of, scaled_gradients
+from secondorder.optim._kbfgs_layer import alike, damping_of, scaled_gradients
 from secondorder.optim._numbers import check_arguments
 from secondorder.optim.kbfgs import KBFGS
 
@@ -130,9 +130,13 @@ class KBFGSL(KBFGS):
         return dict.fromkeys(("s_pairs", "y_pairs"), (self._memory, n))
 
     def _preconditioned(self, states: list[dict[str, Any]], gradients: list[Tensor]) -> list[Tensor]:
-        s_pairs, y_pairs = ([state[key] for state in states] for key in ("s_pairs", "y_pairs"))
-        halves = ops.lbfgs_product(s_pairs, y_pairs, gradients)
-        return [ops.precondition(None, half, state["inverse_input"]) for state, half in zip(states, halves, strict=True)]
+        found: dict[int, Tensor] = {}
+        for positions in alike(states):
+            s_pairs, y_pairs = ([states[position][key] for position in positions] for key in ("s_pairs", "y_pairs"))
+            halves = ops.lbfgs_product(s_pairs, y_pairs, [gradients[position] for position in positions])
+            for position, half in zip(positions, halves, strict=True):
+                found[position] = ops.precondition(None, half, states[position]["inverse_input"])
+        return [found[position] for position in range(len(states))]
 
     def _damped_update(self, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
         s, s_pairs, y_pairs = ([state[key] for state in states] for key in ("s", "s_pairs", "y_pairs"))

@@ -371,6 +371,11 @@ def test_a_criterion_that_is_no_likelihood_is_refused():
     for curvature in ("fisher-mc", "fisher-exact"):
         with pytest.raises(ValueError, match=r"likelihood .* got BoundedClassificationLoss\(\): use curvature='pch-abs'"):
             blocks(model, BoundedClassificationLoss(), CURVATURES[curvature], (torch.randn(3, 4).double(), torch.zeros(3).long()))
+        with pytest.raises(ValueError, match="MSE of a target of the output's shape"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of the two shapes
+            blocks(
+                network([4, 1], nn.Sigmoid()), nn.MSELoss(), CURVATURES[curvature], (torch.randn(3, 4).double(), torch.zeros(3))
+            )
     with pytest.raises(ValueError, match="expected samples >= 1"):
         FisherMC(0)
 

@@ -284,6 +284,32 @@ def test_a_solver_whose_steps_adapt_is_refused_with_what_to_do():
     unchanged(model, optimizer, lambda: optimizer.step(closure), RuntimeError, message)
 
 
+class Mixed(nn.Module):
+    """Layers of two dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 6), nn.Linear(6, 5).double(), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = self.first(x.to(self.first.weight.dtype)).tanh()
+        h = self.middle(h.to(self.middle.weight.dtype)).tanh()
+        return self.last(h.to(self.last.weight.dtype))
+
+
+@pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
+def test_layers_may_have_several_dtypes(cls):
+    torch.manual_seed(0)
+    model, x, y = Mixed(), torch.randn(20, 4), torch.randn(20, 3)
+    double = copy.deepcopy(model).double()
+    for each, target in ((model, y), (double, y.double())):
+        optimizer = cls(each, nn.MSELoss())
+        for _ in range(5):
+            optimizer.step(closure_of(optimizer, each, nn.MSELoss(), x, target))
+    for p, q in zip(model.parameters(), double.parameters(), strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=1e-3, atol=1e-4)
+
+
 class Routed(nn.Module):
     """Two experts, of which a row takes one by the sign of what the layer before returns."""
 
