@@ -279,9 +279,10 @@ class FisherExact(FromColumns):
         if root is None or edge is None:
             raise ValueError(
                 "expected a criterion that is a likelihood the Fisher matrix's labels can be drawn from, called with the "
-                "network's output first, and not in its target: cross-entropy, NLL of log_softmax, MSE of a target of the output's "
-                f"shape, BCE with logits or of a sigmoid, a secondorder.criteria.CompositeLoss of these{self._others}; got {criterion}: use curvature="
-                "'pch-abs' or 'fisher-empirical', which LayerwiseNewton and EACG take"
+                "network's output first, and not in its target: cross-entropy, NLL of log_softmax, MSE of a target of the "
+                "output's shape, BCE with logits or of a sigmoid, a secondorder.criteria.CompositeLoss of these"
+                f"{self._others}; got {criterion}: use curvature='pch-abs' or 'fisher-empirical', which LayerwiseNewton and EACG "
+                "take"
             )
         if isinstance(root, _Samples):
             return edge, _Reshaped(root, _shape(edge.node, edge.output_nr))
