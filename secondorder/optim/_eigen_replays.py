@@ -1,6 +1,6 @@
 """The steps of EigenAdam that replays of a CUDA graph make.
 
-A captured step takes what changes from step to step from `control`, on the device: see `ops.has_bases`. Python counts none of its
+A captured step takes what changes from step to step from `control`, on the device: see `ops.eigen`. Python counts none of its
 replays, and catches up when it reads its counts again.
 """
 
