@@ -77,6 +77,13 @@ def is_recorded(node: Node) -> bool:
     return any(isinstance(value, LayerCall) for value in metadata(node).values())
 
 
+def has_rows_apart(node: Node) -> bool:
+    """Tells whether a node made the output of a layer of which every row is known to depend on one row of every layer before."""
+    calls = [value for value in metadata(node).values() if isinstance(value, LayerCall)]
+    links = [link for call in calls for each in call.upstream() for link in each.inputs_from]
+    return bool(calls) and all(link.map is not None for link in links)
+
+
 @dataclass(eq=False, slots=True)
 class Link:
     """The way from a layer's output to the input of the next layer."""

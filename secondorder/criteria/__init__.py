@@ -15,12 +15,20 @@ from secondorder.criteria.known import (
 )
 from secondorder.criteria.losses import BoundedClassificationLoss, CompositeLoss, FunctionCriterion, TukeyBiweightLoss
 from secondorder.criteria.reduction import reduction_of, sums_rows
-from secondorder.criteria.roots import LikelihoodRoot, OutputRoot, SampledRoot, added_up, densely_added_up, likelihood_root
+from secondorder.criteria.roots import (
+    LikelihoodRoot,
+    OutputRoot,
+    SampledRoot,
+    added_up,
+    densely_added_up,
+    differences_added_up,
+    likelihood_root,
+)
 
 __all__ = [
     "BoundedClassificationLoss", "CompositeLoss", "FunctionCriterion", "KnownForm", "LateMasses", "LikelihoodRoot",
     "OutputHessian", "OutputRoot", "SampledRoot", "TukeyBiweightLoss", "added_up", "analytic_hessian", "autograd_hessian",
-    "autograd_root", "by_position", "check_second_derivatives", "densely_added_up", "divides_by_masses", "element_masses",
+    "autograd_root", "by_position", "check_second_derivatives", "densely_added_up", "differences_added_up", "divides_by_masses", "element_masses",
     "is_convex", "is_fixed", "known_form", "likelihood_root", "link_of", "of_difference", "reduction_of", "row_masses",
     "sums_rows", "tangent_map",
 ]  # fmt: skip

@@ -296,7 +296,7 @@ def densely_added_up(root: OutputRoot, positions: Tensor, shape: torch.Size) -> 
         None: an instance has numbers of several rows, or the matrices are too large.
     """
     dim = root.dim if isinstance(root, ClassesElsewhere) else 1
-    if positions.dim() != 2 and not isinstance(root, ClassesElsewhere):
+    if not shape or (positions.dim() != 2 and not isinstance(root, ClassesElsewhere)):
         return None
     n, places = shape[-1], positions.movedim(dim, -1).flatten(0, -2)
     m, k = places.shape
@@ -308,6 +308,35 @@ def densely_added_up(root: OutputRoot, positions: Tensor, shape: torch.Size) -> 
     columns = root.columns(0, root.count).movedim(1 + dim, -1).flatten(1, -2)
     entries = (rows * n + places).unsqueeze(2) * n + places.unsqueeze(1)
     return dense_root(_sums_at(entries, torch.einsum("cik,cil->ikl", columns, columns), torch.Size((*shape, n))))
+
+
+def differences_added_up(root: GaussianRoot, first: Tensor, second: Tensor, shape: torch.Size) -> OutputRoot | None:
+    """Returns the root at a tensor whose numbers are subtracted from each other, its rows' H_i added up over all differences.
+
+    Args:
+        root: at the differences [..., K], whose rows are the instances.
+        first: positions of what is subtracted from, among the numbers of the tensor, of the differences' shape.
+        second: likewise of what is subtracted.
+        shape: of the tensor, [..., n].
+
+    Returns:
+        None: no row of the tensor is in several instances, whose own columns are exact; or the matrices are too large.
+    """
+    n = shape[-1]
+    rows = torch.cat([first, second], -1).flatten(0, -2) // n
+    instances = torch.arange(len(rows), device=rows.device).unsqueeze(1).expand_as(rows)
+    last = instances.new_zeros(shape[:-1].numel()).scatter_(0, rows.flatten(), instances.flatten())
+    if (last[rows] == instances).all():
+        return None
+    weights = root.root.square().masked_fill(first == second, 0)  # a difference of a number from itself is zero
+    within = (first // n == second // n) & (first != second)
+    if not within.any():
+        return GaussianRoot(_sums_at(torch.cat([first, second]), torch.cat([weights, weights]), shape).sqrt())
+    if shape.numel() * n > _DENSE:
+        return None
+    coupled = -weights * within
+    places = [p * n + q % n for p, q in ((first, first), (second, second), (first, second), (second, first))]
+    return dense_root(_sums_at(torch.cat(places), torch.cat([weights, weights, coupled, coupled]), torch.Size((*shape, n))))
 
 
 def dense_root(hessians: Tensor, check: Callable[[Tensor], None] = lambda _: None) -> DenseRoot:

@@ -15,7 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder._tape import LayerRecord, is_affine, is_recorded, is_reshaping, is_selecting, is_view_of, logits_of, taken_from
+from secondorder._tape import (
+    LayerRecord,
+    has_rows_apart,
+    is_affine,
+    is_recorded,
+    is_reshaping,
+    is_selecting,
+    is_view_of,
+    logits_of,
+    taken_from,
+)
+from secondorder._tensors import captured_now
 from secondorder.criteria import (
     CompositeLoss,
     LikelihoodRoot,
@@ -24,6 +35,7 @@ from secondorder.criteria import (
     added_up,
     autograd_root,
     densely_added_up,
+    differences_added_up,
     is_convex,
     is_fixed,
     likelihood_root,
@@ -143,22 +155,26 @@ def _before_repeats(
         if total is not None:
             return origin.edge, total
     end, _, repeats = taken_from(edge, None, _passes)
-    if not repeats or log_probabilities:
+    if not repeats or log_probabilities or captured_now():  # the host reads whether instances are of one row
         return None
     total = densely_added_up(root, _positions(edge, end).reshape(output.shape), _shape(end.node, end.output_nr))
     return None if total is None else (end, total)
 
 
 def _of_both_sides(args: tuple[Any, ...], root: OutputRoot) -> tuple[GradientEdge, OutputRoot] | None:
-    """Returns the edge and the root of the tensor that both sides of a mean square are taken from; None: there are two."""
+    """Returns the edge and the root of the output of a layer that both sides of a mean square are taken from.
+
+    None: they come from elsewhere, or the columns of the differences do as well. These alone are right where rows of this output
+    depend on each other, or on one row of a layer before.
+    """
     begins = [GradientEdge(side.grad_fn, side.output_nr) for side in args]
     end, other = (taken_from(begin, None, _passes).edge for begin in begins)
     if end != other or args[0].shape != args[1].shape or not isinstance(root, GaussianRoot):
         return None
+    if not has_rows_apart(end.node) or captured_now():  # the number of rows' uses is read by the host
+        return None
     first, second = (_positions(begin, end).reshape(root.root.shape) for begin in begins)
-    differing = GaussianRoot(root.root.masked_fill(first == second, 0))  # a difference of a number from itself is zero
-    both = GaussianRoot(torch.cat([differing.root, differing.root]))
-    total = added_up(both, torch.cat([first, second]), _shape(end.node, end.output_nr), None)
+    total = differences_added_up(root, first, second, _shape(end.node, end.output_nr))
     return None if total is None else (end, total)
 
 

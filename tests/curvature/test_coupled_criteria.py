@@ -114,6 +114,49 @@ def test_rows_that_are_compared_several_times_have_the_sum_over_all_comparisons(
         assert_blocks(actual, {name: block.detach() for name, block in expected.items()})
 
 
+WITHIN = {
+    "halves of every row": lambda z: (z[:, :2], z[:, 2:]),
+    "an output and the next": lambda z: (z[:, 0], z[:, 1]),
+    "one output and all": lambda z: (z[:, :1].expand(-1, 4), z),
+    "halves of rows used again": lambda z: (z[[0, 1, 2, 0], :2], z[[0, 1, 3, 4], 2:]),
+    "three axes": lambda z: z.view(2, 3, 4)[:, :2].unbind(1),
+}
+
+
+class Decoded(nn.Module):
+    """Of every row of its input, several rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 4)
+
+    def forward(self, x, shift=0):
+        h = torch.tanh(self.a(x) + shift)
+        return self.b(h.unsqueeze(1) * torch.arange(1.0, 4).view(3, 1).double()).view(-1, 4)
+
+
+@pytest.mark.parametrize("way", [*WITHIN, "rows of one row before"])
+def test_numbers_of_one_row_that_are_compared_are_coupled(way):
+    """As two numbers of one row of any layer are."""
+    torch.manual_seed(0)
+    x, criterion = torch.randn(6, 4).double(), nn.MSELoss()
+    net, of = (
+        (network([4, 6, 4], nn.Tanh()), WITHIN[way])
+        if way in WITHIN
+        else (Decoded().double(), lambda z: z.view(6, 3, 4)[:, :2].unbind(1))
+    )
+
+    def differences(shift):
+        a, b = of(net[1:](net[0](x) + shift) if way in WITHIN else net(x, shift))
+        return (a - b).flatten()
+
+    jacobian = torch.func.jacrev(differences)(torch.zeros(6, 6 if way in WITHIN else 5).double()).detach()
+    expected = 2 / len(jacobian) * torch.einsum("rik,ril->kl", jacobian, jacobian)
+    for name in ("kflr", "fisher-exact"):
+        actual = blocks_of(net, criterion, CURVATURES[name], lambda: criterion(*of(net(x))))
+        torch.testing.assert_close(actual["0" if way in WITHIN else "a"], expected)
+
+
 def test_labels_are_drawn_for_both_sides():
     net, (a, b), criterion = network([4, 6, 3], nn.Tanh()), torch.randn(2, 5, 4).double(), nn.MSELoss()
     compute = lambda: criterion(net(a), net(b))  # noqa: E731
