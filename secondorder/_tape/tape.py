@@ -109,6 +109,7 @@ class Tape:
         self._claimed = self._key + ".weight"  # likewise of what these multiply their inputs with
         self._muted = False
         self._sums: bool | None = None  # whether a criterion that does not say so sums over its rows; None: that is not known
+        self._unsaid: tuple[Any, list[int]] | None = None  # the last arguments of such a criterion, to call it with
         self._keeps_inputs = keep_inputs
         self._watched = list(model.parameters()) if model is not None and keep_inputs else []
         self._log = BackwardLog(layers, (self._key + ".loss", self._watched) if model is not None and keep_inputs else None)
@@ -137,6 +138,8 @@ class Tape:
         A graph that somebody still holds (by its loss, say) then keeps none of the tape's tensors alive.
         """
         self._log.clear(release)
+        if release:
+            self._unsaid = None
         self.missing = _NOT_CALLED
 
     def rescaled(self, factor: float) -> AbstractContextManager[None]:
@@ -391,17 +394,23 @@ class Tape:
         reduction = reduction_of(self.criterion, kwargs)
         if reduction is not None or self._sums is False:
             return lambda: 1.0 if reduction == "sum" else None
+        leaves = tree_leaves((args, kwargs))
+        trained = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
         divisor = divisor_of_sum(loss)
+        if (
+            isinstance(divisor, Tensor) and trained
+        ):  # less than the number of rows is part of every row's loss, as of (z - y)^2 / 2
+            rows = leaves[trained[0]].shape[:1].numel()
+            divisor = divisor.where(divisor > 0.99 * rows, 1.0)
         if self._sums:
             return lambda: divisor
-        arguments, leaves = _detached((args, kwargs)), tree_leaves((args, kwargs))
-        trained = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+        self._unsaid = _detached((args, kwargs)), trained
 
         def found() -> float | Tensor | None:
-            if self._sums is None:
+            if self._sums is None and self._unsaid is not None:
                 refuse_capture("criterion that does not say whether it is a mean or a sum")
                 with self.muted(), ForwardState(self.criterion).restored(buffers=True):
-                    self._sums = sums_rows(self.criterion, arguments, trained)
+                    self._sums = sums_rows(self.criterion, *self._unsaid)
             return divisor if self._sums else None
 
         return found

@@ -28,7 +28,7 @@ from secondorder.criteria.roots import (
 __all__ = [
     "BoundedClassificationLoss", "CompositeLoss", "FunctionCriterion", "KnownForm", "LateMasses", "LikelihoodRoot",
     "OutputHessian", "OutputRoot", "SampledRoot", "TukeyBiweightLoss", "added_up", "analytic_hessian", "autograd_hessian",
-    "autograd_root", "by_position", "check_second_derivatives", "densely_added_up", "differences_added_up", "divides_by_masses", "element_masses",
-    "is_convex", "is_fixed", "known_form", "likelihood_root", "link_of", "of_difference", "reduction_of", "row_masses",
-    "sums_rows", "tangent_map",
+    "autograd_root", "by_position", "check_second_derivatives", "densely_added_up", "differences_added_up",
+    "divides_by_masses", "element_masses", "is_convex", "is_fixed", "known_form", "likelihood_root", "link_of",
+    "of_difference", "reduction_of", "row_masses", "sums_rows", "tangent_map",
 ]  # fmt: skip

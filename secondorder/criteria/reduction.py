@@ -54,7 +54,7 @@ def sums_rows(criterion: nn.Module, arguments: Any, trained: list[int]) -> bool 
 
     try:
         once, twice = gradient(1), gradient(2)
-    except (RuntimeError, ValueError, TypeError, IndexError):  # of the user's own function
+    except Exception:  # of a criterion of one's own that takes but batches of its own kind
         return False
     squares = float(once @ once)
     return abs(float(twice @ once) / squares - 1) < 0.25 if 0 < squares < float("inf") else None

@@ -1,6 +1,8 @@
 """The empirical Fisher blocks of criteria that do not say whether they are a mean or a sum."""
 
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -23,6 +25,11 @@ def contrastive(z, y):
     return F.cross_entropy(z @ y.T, torch.arange(len(z)))
 
 
+def whole_batches(z, y):
+    assert len(z) == M
+    return (z - y).square().mean()
+
+
 M = 8
 REDUCTIONS = {  # and what it divides the sum over the instances by; None: the block of a mean
     "mean": (lambda z, y: (z - y).square().mean(), M),
@@ -35,7 +42,10 @@ REDUCTIONS = {  # and what it divides the sum over the instances by; None: the b
     "by a constant": (lambda z, y: (z - y).square().sum() / M, M),
     "by a tensor": (lambda z, y: torch.tensor(1 / M) * (z - y).square().sum(), M),
     "by a constant inside": (lambda z, y: ((z - y).square() / M).sum(), M),
+    "half the sum": (lambda z, y: 0.5 * (z - y).square().sum(), 1),
+    "of halves": (lambda z, y: ((z - y).square() / torch.tensor(2)).sum(), 1),
     "weighted": (weighted, M),
+    "whole batches alone": (whole_batches, M),
     "compares": (contrastive, M),
 }
 
@@ -112,3 +122,25 @@ def test_gradients_that_are_zero_tell_nothing():
     model.zero_grad()
     batches = (x, model(x).detach()), (x, torch.zeros(M, 3).double())
     assert_blocks(blocks(model, criterion, CURVATURES["fisher-empirical"], *batches), expected)
+
+
+class Target:
+    def __init__(self):
+        self.y = torch.randn(M, 3).double()
+
+
+def test_the_arguments_of_the_last_loss_alone_are_kept():
+    torch.manual_seed(0)
+    model = network([4, 3], nn.Tanh())
+    optimizer, kept = so.EACG(model, lambda z, target: (z - target.y).square().sum(), curvature="pch-abs"), []
+    for _ in range(3):
+        target = Target()
+        kept.append(weakref.ref(target))
+        optimizer.criterion(model(torch.randn(M, 4).double()), target).backward()
+        del target
+    gc.collect()
+    assert [each() is None for each in kept] == [True, True, False]
+    optimizer.step()
+    optimizer.zero_grad()
+    gc.collect()
+    assert kept[2]() is None
