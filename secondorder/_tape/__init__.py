@@ -32,7 +32,7 @@ from secondorder._tape.ways import is_affine, is_selecting, keeps_rows, logits_o
 __all__ = [
     "AutogradMap", "Columns", "Counting", "CriterionArguments", "ElementwiseMap", "ForwardState", "KnownActivation",
     "LayerCall", "LayerRecord", "Link", "LossCall", "ModelCall", "OutputHessianOf", "Tape", "activation_function", "aligned",
-    "as_weighted", "claim_product", "derivatives", "has_rows_apart", "is_affine", "is_recorded", "is_reshaping", "is_selecting", "is_view_of",
-    "keeps_rows", "logits_of", "metadata", "multiplied", "preactivation", "refuse_reentrant_checkpoint", "source_nodes",
-    "taken_from", "term_of_its_own", "term_outside", "upstream",
+    "as_weighted", "claim_product", "derivatives", "has_rows_apart", "is_affine", "is_recorded", "is_reshaping", "is_selecting",
+    "is_view_of", "keeps_rows", "logits_of", "metadata", "multiplied", "preactivation", "refuse_reentrant_checkpoint",
+    "source_nodes", "taken_from", "term_of_its_own", "term_outside", "upstream",
 ]  # fmt: skip
