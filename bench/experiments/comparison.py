@@ -6,7 +6,7 @@ A pair of runs has the same problem, seed and seconds, and so the same loss at f
   is, the seconds over those after which the peer was at the method's final loss, a number above 1. So the ratio of A to B is the
   inverse of B's to A. It lies between 1 / `LIMIT` and `LIMIT`, which a method that diverged has.
 - **Loss ratio**: the final losses' quotient; what diverged has its first loss. Where losses may be negative a quotient says
-  nothing: there it is 1 + (method's - peer's) / (first - peer's), the difference relative to what the peer has gained.
+  nothing: there the higher loss counts as 1 + (higher - lower) / (first - lower) times the lower one.
 - In both a loss below a thousandth of the first one counts as that: beyond it nothing is left to learn. Of a peer that is there
   before its seconds have passed, the seconds until then count.
 - **Score**: a difference in the score's own unit, as points of accuracy or decibels, or in percent of the peer's where it is an
@@ -52,7 +52,9 @@ def loss_ratio(own: Run, peer: Run, signed: bool = False) -> float:
     """See the module."""
     own_final, peer_final = (run.loss[0] if run.diverged else run.final for run in (own, peer))
     if signed:
-        return 1 + (own_final - peer_final) / (peer.loss[0] - peer_final)
+        gained = peer.loss[0] - min(own_final, peer_final)
+        lead = abs(own_final - peer_final) / gained if gained > 0 else 0.0
+        return 1 + lead if own_final > peer_final else 1 / (1 + lead)
     lowest = floor(peer, signed)
     return max(own_final, lowest) / max(peer_final, lowest)
 

@@ -41,9 +41,11 @@ def test_losses_below_a_thousandth_of_the_first_are_not_told_apart():
 
 
 def test_losses_of_any_sign_are_compared_by_what_was_gained():
-    own, peer = run([2.0, 0.0, -3.0]), run([2.0, 0.0, -2.0])
-    assert loss_ratio(own, peer, True) == pytest.approx(1 - 1 / 4)
+    own, peer, none = run([2.0, 0.0, -3.0]), run([2.0, 0.0, -2.0]), run([2.0, 2.5, 2.0])
     assert loss_ratio(peer, own, True) == pytest.approx(1 + 1 / 5)
+    assert loss_ratio(own, peer, True) == pytest.approx(1 / (1 + 1 / 5))
+    assert loss_ratio(own, none, True) == pytest.approx(1 / 2)  # which has gained nothing
+    assert loss_ratio(none, none, True) == 1
     assert time_ratio(own, peer, True) == pytest.approx((1 + 2 / 3) / 2)
 
 
