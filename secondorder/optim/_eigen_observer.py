@@ -167,6 +167,14 @@ class ObservingOptimizer(MatrixOptimizer):
             self._forget_passes()  # sketches are sums along bases that may be others now
         return caught_up
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state; that of a weight has the same keys before and after its first bias Hessian, as DCP demands."""
+        found = super().state_dict()
+        for state in found["state"].values() if self._curvature is not None else ():
+            if "basis_out" in state:
+                state.setdefault("curved", False)
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state as every torch optimizer does, in the dtype that each parameter is computed in.
 

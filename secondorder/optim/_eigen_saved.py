@@ -63,7 +63,7 @@ def without_room(matrix: Matrix, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_kept(owner: str, matrix: Matrix | None, state: dict[str, Any]) -> dict[str, Any]:
-    """Returns the saved state of a parameter as it is kept, once it is known to be one; sets the matrix' `eigen` by it.
+    """Returns the saved state of a parameter as it is kept, once it is known to be one; sets the matrix' `has_bases` by it.
 
     Args:
         owner: who loads it, for the error.

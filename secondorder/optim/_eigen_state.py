@@ -11,7 +11,7 @@ from secondorder.optim._matrices import Matrix, computed_in
 
 LENGTH, OSCILLATIONS, SLOPE, LAST_SLOPE, STEPS, REFUSED, UNRENEWED = range(len(ops.CONTROL))
 
-SHARED = ("control", "steps", "refused", "first_loss")  # what the first parameter's state has for all of them
+SHARED = ("control", "steps", "refused")  # what the first parameter's state has for all of them
 MOMENTS = ("exp_avg", "exp_avg_sq", "last")  # of a matrix: the first, the second, and some rows of the last step
 FIRST_STEPS = 5  # so many steps renew bases, and count the rows of tables that are looked up
 SAMPLED = 4096  # of a parameter without bases, the slopes of so many elements stand for those of all

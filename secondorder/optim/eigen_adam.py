@@ -153,6 +153,7 @@ class EigenAdam(ObservingOptimizer):
         self._rates = RateReader(type(self).__name__)
         self._report: Arriving | None = None  # the control after an earlier step, on its way from the device
         self._warned: set[str] = set()  # the warnings that were given
+        self._first_loss: float | None = None  # of a closure, with which later ones are compared
 
     # --- the step ------------------------------------------------------------------------------------------------------------
 
@@ -379,11 +380,12 @@ class EigenAdam(ObservingOptimizer):
             loss = loss.item()
         if not isinstance(loss, float):
             return
-        shared = self._shared_state()
-        if abs(loss) > 1000 * shared.setdefault("first_loss", abs(loss)) > 0:
+        if self._first_loss is None:
+            self._first_loss = abs(loss)
+        if abs(loss) > 1000 * self._first_loss > 0:
             self._warn_once(
                 "growth",
-                f"{type(self).__name__}: the loss has grown from {shared['first_loss']:.3g} to {loss:.3g}: training diverges. "
+                f"{type(self).__name__}: the loss has grown from {self._first_loss:.3g} to {loss:.3g}: training diverges. "
                 "Lower lr, or clip the gradients.",
             )
 

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from helpers.eigen import batch, network, reloaded, train, values
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 import secondorder as so
 
@@ -106,3 +107,35 @@ def test_files_of_the_model_need_no_package_and_scripts_need_no_hooks():
         torch.jit.script(model)
     optimizer.remove_hooks()
     assert torch.equal(torch.jit.script(model)(batch()[0]), model(batch()[0]))
+
+
+@pytest.mark.parametrize("kind", ["closure", "bias Hessian"])
+def test_torchs_full_state_dicts_go_into_a_new_optimizer(kind):
+    def started(seed):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        if kind == "closure":
+            return model, so.EigenAdam(model)
+        return model, so.EigenAdam(model, curvature="pch-abs", criterion=torch.nn.functional.mse_loss)
+
+    def steps(model, optimizer):
+        for x in torch.randn(9, 20, 4, generator=torch.Generator().manual_seed(2)):
+
+            def closure(x=x):
+                optimizer.zero_grad()
+                criterion = torch.nn.functional.mse_loss if optimizer.criterion is None else optimizer.criterion
+                loss = criterion(model(x), x[:, :1])
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+
+    options = StateDictOptions(full_state_dict=True)
+    model, optimizer = started(0)
+    steps(model, optimizer)
+    other, resumed = started(1)
+    other.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other, resumed, get_optimizer_state_dict(model, optimizer, options=options), options=options)
+    steps(model, optimizer)
+    steps(other, resumed)
+    assert torch.equal(values(model), values(other))
