@@ -397,9 +397,8 @@ class Tape:
         leaves = tree_leaves((args, kwargs))
         trained = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
         divisor = divisor_of_sum(loss)
-        if (
-            isinstance(divisor, Tensor) and trained
-        ):  # less than the number of rows is part of every row's loss, as of (z - y)^2 / 2
+        if isinstance(divisor, Tensor) and trained:
+            # Less than the number of rows is part of every row's loss, as of (z - y)^2 / 2.
             rows = leaves[trained[0]].shape[:1].numel()
             divisor = divisor.where(divisor > 0.99 * rows, 1.0)
         if self._sums:
