@@ -31,7 +31,7 @@ def evaluated(
     if not is_fixed(args):
         return None
     if isinstance(criterion, FunctionCriterion):
-        module = _FUNCTIONS.get(criterion.function)
+        module = _module_of(criterion)
         if module is None or len(args) != 1 or not kwargs.keys() <= inspect.signature(module).parameters.keys():
             return None
         criterion, kwargs = module(**kwargs), {}
@@ -57,7 +57,7 @@ def by_position(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         The arguments by position, and those that stay by name.
     """
     named = dict(kwargs)
-    if len(args) > 2 and isinstance(criterion, FunctionCriterion) and criterion.function in _FUNCTIONS:
+    if len(args) > 2 and isinstance(criterion, FunctionCriterion) and is_known(criterion):
         args, others = args[:2], args[2:]
         named |= zip(list(inspect.signature(criterion.function).parameters)[2:], others, strict=False)
     for name in _leading(criterion)[len(args) :] if named else ():
@@ -244,7 +244,7 @@ def is_known(criterion: FunctionCriterion) -> bool:
     Args:
         criterion: a function as a criterion.
     """
-    return criterion.function in _FUNCTIONS
+    return _module_of(criterion) is not None
 
 
 def is_convex(criterion: nn.Module) -> bool:
@@ -293,4 +293,10 @@ def link_of(criterion: nn.Module) -> str | None:
 
 def _kind(criterion: nn.Module) -> type[nn.Module]:
     """Returns a criterion's type, or that of the module that its function stands for."""
-    return _FUNCTIONS.get(criterion.function, type(criterion)) if isinstance(criterion, FunctionCriterion) else type(criterion)
+    module = _module_of(criterion) if isinstance(criterion, FunctionCriterion) else None
+    return type(criterion) if module is None else module
+
+
+def _module_of(criterion: FunctionCriterion) -> type[nn.Module] | None:
+    """Returns the module that a function of torch's stands for; callables of one's own may have no hash."""
+    return next((module for function, module in _FUNCTIONS.items() if function is criterion.function), None)

@@ -257,8 +257,10 @@ def added_up(root: OutputRoot, positions: Tensor, shape: torch.Size, dim: int | 
         dim: where its classes are; None: it has none.
 
     Returns:
-        None: it is a root of which this is not known.
+        None: it is a root of which this is not known, or all are one number, which is no row of a layer.
     """
+    if not shape:
+        return None
 
     def back(t: Tensor) -> Tensor:
         return _sums_at(positions, t, shape)

@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 from oracles import pos_eig_matrix
@@ -114,6 +116,25 @@ def test_bounded_loss_with_probabilities_and_without_analytic_form():
     torch.testing.assert_close(dense(by_autograd(criterion, output, target)), exact(criterion, output, target))
     one_hot = F.one_hot(CLASSES, K).double()
     torch.testing.assert_close(criterion(output, one_hot), criterion(output, CLASSES))
+
+
+def test_callables_without_a_hash_are_criteria():
+    @dataclass  # which compares instances, and so gives them no hash
+    class Weighted:
+        weight: float
+
+        def __call__(self, z, y):
+            return self.weight * F.mse_loss(z, y)
+
+    x, y, found = torch.randn(7, 4), torch.randn(7, 3), []
+    for criterion in (Weighted(2.0), lambda z, y: 2.0 * F.mse_loss(z, y)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        optimizer = so.LayerwiseNewton(model, criterion)
+        optimizer.criterion(model(x), y).backward()
+        optimizer.step()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*found)
 
 
 def test_functions_are_their_modules():

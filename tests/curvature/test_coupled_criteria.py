@@ -278,3 +278,18 @@ def test_criteria_that_compare_instances_train(name, optimizer):
         losses[-1].backward()
         trained.step()
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_mean_of_all_outputs_may_be_compared_with_every_target():
+    torch.manual_seed(0)
+    model, x, y = network((4, 5, 2), nn.Tanh()), torch.randn(6, 4).double(), torch.randn(6, 2).double()
+    optimizer = so.KFLR(model, nn.MSELoss())
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = optimizer.criterion(model(x).mean().expand(6, 2), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    floor = (y - y.mean()).square().mean().item()
+    assert losses[-1] - floor < 0.1 * (losses[0] - floor)
