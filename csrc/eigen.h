@@ -86,6 +86,7 @@ enum EigenControl : int64_t {
   kEigenSteps,         // steps taken
   kEigenRefused,       // steps refused since a gradient was not finite: nothing was changed by them
   kEigenUnrenewed,     // 1 where the renewal of this step was refused: then the step will be, too
+  kEigenFirstSlope,    // the slope along the first step, until the length has proved to be short enough: then 0
   kEigenControl
 };
 
@@ -114,7 +115,7 @@ struct EigenReplay {
 };
 
 constexpr double kEigenWarmUp = 14, kEigenRate = 0.2, kEigenEta = 0.05, kEigenZone = 0.1, kEigenBrake = 0.6,
-                 kEigenDecay = 25, kEigenShortest = 1e-6, kEigenLongest = 0.1;
+                 kEigenDecay = 25, kEigenTooLong = 0.7, kEigenShortest = 1e-6, kEigenLongest = 0.1;
 
 // The step length, without lr: L / sqrt(1 + K / 25), rising over the first 14 steps.
 SECONDORDER_HD double eigen_length(const double* control) {
@@ -125,18 +126,27 @@ SECONDORDER_HD double eigen_length(const double* control) {
 // Whether it can multiply a step length.
 SECONDORDER_HD bool eigen_is_rate(double x) { return x >= 0 && x - x == 0; }
 
+// While the length rises: shortens it where no step has yet pointed along the next batch's gradient, and the gradients after
+// steps point back or grow, so that steps were too long from the start. Where gradients are noise, slopes fall with the loss.
+SECONDORDER_HD void eigen_brake(double* control, double s1) {
+  double& first = control[kEigenFirstSlope];
+  if (s1 > kEigenZone * control[kEigenSlope]) first = 0;
+  if (first > 0 && (control[kEigenLastSlope] < 0 || control[kEigenSlope] > first)) control[kEigenLength] *= kEigenTooLong;
+}
+
 // After a step: s0 = <x_t, N_t>, s1 = <x_t, N_{t-1}>, summed over all coordinates; s1 is unknown where bases were
 // renewed.
 SECONDORDER_HD void eigen_control(double* control, double s0, double s1, bool renewed) {
   const double t = control[kEigenSteps];
   control[kEigenSteps] = t + 1;
   if (t == 0) {
-    control[kEigenSlope] = s0;
+    control[kEigenSlope] = control[kEigenFirstSlope] = s0;
   } else {
     control[kEigenSlope] += kEigenRate * (s0 - control[kEigenSlope]);
     if (!renewed) {
       control[kEigenLastSlope] += kEigenRate * (s1 - control[kEigenLastSlope]);
       if (s1 < 0) control[kEigenOscillations] += 1;
+      if (t <= kEigenWarmUp) eigen_brake(control, s1);
     }
   }
   const double slope = std::fabs(control[kEigenSlope]);

@@ -10,7 +10,7 @@ X = G V. The parts of the gradient, in which Adam's rule is applied element by e
 where c = kv + 1 with a bias, else kv; R is missing where ku = n, T where kv = p, E in both cases. A tensor of all parts is flat:
 C, R, T, E one after another. With ku = kv = 0 there is E = G alone, and the rule is Adam's.
 
-`control` [7], float64, is what finds the step length: the entries that `CONTROL` names.
+`control` [8], float64, is what finds the step length: the entries that `CONTROL` names.
 
 A CUDA graph repeats a captured call with the same Python numbers, such as `step` and `share`, though these change from step to
 step. `control` counts the steps on the device. So calls to be captured are given `renew_every` > 0, and `since`, the count in
@@ -24,12 +24,12 @@ from torch import Tensor
 
 from secondorder.ops._library import library, operator
 
-CONTROL = ("length", "oscillations", "slope", "last_slope", "steps", "refused", "unrenewed")
+CONTROL = ("length", "oscillations", "slope", "last_slope", "steps", "refused", "unrenewed", "first_slope")
 """What the entries of a control tensor are.
 
 The length L; K, the steps with a negative slope along the step before; S0 and S1, the averaged slopes along the present step
 and along the one before; the steps taken; the steps refused since a gradient was not finite; whether the renewal of the present
-step was refused.
+step was refused; the slope along the first step, or 0 once a step has pointed along the next batch's gradient.
 """
 
 
@@ -45,7 +45,7 @@ def eigen_sketch_(
         inputs: h [m, p], one row per use of the layer.
         basis: V^T [k, p].
         shift: [p], near the mean input, so that nothing large cancels later; [0] for none.
-        control: [7], float64, see `CONTROL`; needed only with `renew_every` > 0.
+        control: [8], float64, see `CONTROL`; needed only with `renew_every` > 0.
         renew_every: 0; or > 0 in a CUDA graph: adds nothing unless it divides the steps that `control` counts.
     """
     library.eigen_sketch_(sketch, inputs, basis, shift, control, renew_every)
@@ -97,7 +97,7 @@ def eigen_renew_(
         scale_out: [ku] of every matrix.
         scale_in: [kv] of every matrix.
         first: the first moments of all parts, flat, of every matrix.
-        control: [7], float64, what finds the step length; `CONTROL` names its entries.
+        control: [8], float64, what finds the step length; `CONTROL` names its entries.
         grad_weight: G [n, p] of every matrix.
         grad_bias: g [n] of every matrix, [0] without a bias.
         sketch: what `eigen_sketch_` made with a as the shift, [kv + 1, p], of every matrix; [0] where no inputs were seen.
@@ -199,7 +199,7 @@ def eigen_step_(
         second: the second moments of the same parts, flat, of every matrix.
         last: the parts C, R, T of N and some rows of its E, flat, of every matrix; zero at first.
         size: [1], float64, of every matrix: the largest root mean square of G so far; zero at first.
-        control: [7], float64, what finds the step length; `CONTROL` names its entries.
+        control: [8], float64, what finds the step length; `CONTROL` names its entries.
         grad_weight: G [n, p] of every matrix.
         grad_bias: g [n] of every matrix, [0] without a bias.
         mean: a [p] of every matrix, [0] without a bias.

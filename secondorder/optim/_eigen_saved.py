@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secondorder._tensors import is_sharded
+from secondorder.ops import CONTROL
 from secondorder.optim._eigen_state import MOMENTS, SHARED, basis_sizes, check_state, has_no_bases, moment_lengths, sampled_rows
 from secondorder.optim._matrices import Matrix
 from secondorder.optim._sharded_state import part_shapes, placed, relaid
@@ -71,8 +72,13 @@ def as_kept(owner: str, matrix: Matrix | None, state: dict[str, Any]) -> dict[st
         state: the saved state.
 
     Raises:
-        ValueError: it is the state of another optimizer, or of another parameter.
+        ValueError: it is the state of another optimizer, of another parameter, or of another version of the package.
     """
+    entries = len(state.get("control", CONTROL))
+    if entries != len(CONTROL):
+        raise ValueError(
+            f"{owner}: expected a control of {len(CONTROL)} entries, got {entries}, of another version of the package"
+        )
     if state.keys() <= {*SHARED, "step"}:
         return state
     if matrix is not None:

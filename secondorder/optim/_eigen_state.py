@@ -9,7 +9,7 @@ from secondorder import ops
 from secondorder._tensors import device_for
 from secondorder.optim._matrices import Matrix, computed_in
 
-LENGTH, OSCILLATIONS, SLOPE, LAST_SLOPE, STEPS, REFUSED, UNRENEWED = range(len(ops.CONTROL))
+LENGTH, OSCILLATIONS, SLOPE, LAST_SLOPE, STEPS, REFUSED, UNRENEWED, _FIRST_SLOPE = range(len(ops.CONTROL))
 
 SHARED = ("control", "steps", "refused")  # what the first parameter's state has for all of them
 MOMENTS = ("exp_avg", "exp_avg_sq", "last")  # of a matrix: the first, the second, and some rows of the last step
@@ -18,7 +18,7 @@ SAMPLED = 4096  # of a parameter without bases, the slopes of so many elements s
 
 
 def new_control(like: Tensor) -> Tensor:
-    """Returns the control of the step length [7], in float64, as training begins; see `ops.eigen_step_`."""
+    """Returns the control of the step length [8], in float64, as training begins; see `ops.eigen_step_`."""
     control = torch.zeros(len(ops.CONTROL), dtype=torch.float64, device=device_for(torch.float64, like))
     control[LENGTH] = 0.01
     return control

@@ -16,7 +16,7 @@ from secondorder.reference.eigen_rows import (
 )
 
 # The entries of `control`: see `secondorder.ops.CONTROL`.
-LENGTH, OSCILLATIONS, _SLOPE, _LAST_SLOPE, STEPS, REFUSED, UNRENEWED = range(7)
+LENGTH, OSCILLATIONS, _SLOPE, _LAST_SLOPE, STEPS, REFUSED, UNRENEWED, _FIRST_SLOPE = range(8)
 
 
 def eigen_sketch_(
@@ -129,14 +129,18 @@ def eigen_length(control: Tensor) -> float:
 
 def eigen_control_(control: Tensor, slope: float, last_slope: float, renewed: bool) -> None:
     """Updates `control` after a step with these slopes: its step length, averages and counts."""
-    length, oscillations, average, last_average, t, refused, unrenewed = control.tolist()
+    length, oscillations, average, last_average, t, refused, unrenewed, first = control.tolist()
     if t == 0:
-        average = slope
+        average = first = slope
     else:
         average += 0.2 * (slope - average)
         if not renewed:
             last_average += 0.2 * (last_slope - last_average)
             oscillations += last_slope < 0
+            if t <= 14:  # the length rises
+                first *= last_slope <= 0.1 * average
+                if first > 0 and (last_average < 0 or average > first):
+                    length *= 0.7
     if t > 14 and average != 0:
         r = last_average / abs(average)
         if r > 0.1 and oscillations < 25:
@@ -144,7 +148,7 @@ def eigen_control_(control: Tensor, slope: float, last_slope: float, renewed: bo
         elif r < -0.6:
             length *= math.exp(0.05 * max(-1.0, r + 0.6))
         length = min(max(length, 1e-6), 0.1)
-    entries = [length, oscillations, average, last_average, t + 1, refused, unrenewed]
+    entries = [length, oscillations, average, last_average, t + 1, refused, unrenewed, first]
     control.copy_(torch.tensor(entries, dtype=control.dtype, device="cpu"))
 
 

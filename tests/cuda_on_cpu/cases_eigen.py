@@ -83,7 +83,7 @@ STEPPED = ("weight", "bias", "first", "second", "last", "size")
 
 def eigen_control() -> np.ndarray:
     """As it may be after 20 steps."""
-    return np.array([0.01, 3.0, 5.0, -2.0, 20.0, 1.0, 0.0])
+    return np.array([0.01, 3.0, 5.0, -2.0, 20.0, 1.0, 0.0, 0.0])
 
 
 class EigenTwin:
@@ -270,7 +270,7 @@ def eigen_replays_that_renew_nothing(kernels: Kernels) -> None:
             before, control, rate = copy.deepcopy(net), eigen_control(), np.ones((3, 2))
             rate[2, 1] = bad
             kernels.eigen_step(net, control, 4, *EIGEN_RULE, False, 0, 0, rate)
-            np.testing.assert_array_equal(control - eigen_control(), [0, 0, 0, 0, 0, 1, 0])
+            np.testing.assert_array_equal(control - eigen_control(), [0, 0, 0, 0, 0, 1, 0, 0])
             for matrix, old in zip(net, before, strict=True):
                 for name in STEPPED:
                     np.testing.assert_array_equal(getattr(matrix, name), getattr(old, name))

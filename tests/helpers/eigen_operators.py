@@ -78,7 +78,7 @@ def cast(matrices, dtype):
 
 
 def controls():
-    return torch.tensor([0.01, 3, 0.5, 0.1, 20, 0, 0], dtype=torch.float64)
+    return torch.tensor([0.01, 3, 0.5, 0.1, 20, 0, 0, 0], dtype=torch.float64)
 
 
 def step(library, matrices, control, t=0, renewed=False, lr=1.0, decay=0.1):

@@ -27,6 +27,7 @@ def test_no_entry_of_control_is_idle(name):
     for value in (None, 10.0, 1e6):
         (own,), control = cast([original], torch.float64), controls()
         control[ops.CONTROL.index("last_slope")] = 1e4
+        control[ops.CONTROL.index("steps")] = 10 if name == "first_slope" else 20  # it is of use while the length rises
         control[index] = control[index] if value is None else value
         step(ops, [own], control)
         made.append(([*control[:index], *control[index + 1 :]], own["weight"].tolist()))

@@ -90,6 +90,10 @@ def test_a_foreign_state_is_refused():
     train(model, optimizer, [0])
     with pytest.raises(ValueError, match="give both the model, or neither"):
         so.EigenAdam(model.parameters()).load_state_dict(optimizer.state_dict())
+    older = optimizer.state_dict()
+    older["state"][0] |= {"control": older["state"][0]["control"][:7]}
+    with pytest.raises(ValueError, match="expected a control of 8 entries, got 7, of another version"):
+        optimizer.load_state_dict(older)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
