@@ -189,7 +189,7 @@ def eigen_start(kernels: Kernels) -> None:
             for name in ("first", "second", "last", "size"):
                 getattr(matrix, name)[:] = 0
             matrix.step = 0
-        control = np.array([0.01, 0, 0, 0, 0, 0, 0])
+        control = np.array([0.01, 0, 0, 0, 0, 0, 0, 0])
         exact, plain = (EigenTwin(net, control, kind) for kind in (True, False))
         kernels.eigen_step(net, control, 4, *EIGEN_RULE, False)
         for twin in (exact, plain):
