@@ -159,7 +159,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
         finally:
             self._evaluating = False
 
-    def _loss(self, parameters: dict[Tensor, str], steps: int, transfer: Transfer) -> LocalLoss | ClosureLoss:
+    def _loss(self, parameters: list[Tensor], steps: int, transfer: Transfer) -> LocalLoss | ClosureLoss:
         """Returns the loss that backward() was called on, from what was recorded or by the closure.
 
         Its numbers come to the host by the transfer.
@@ -196,7 +196,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
             )
         count = sum(instances(loss, self.criterion) for loss in self._tape.losses)
         return ClosureLoss(
-            type(self).__name__, self._closure, self._model, self.criterion, list(parameters), count, self._tape,
+            type(self).__name__, self._closure, self._model, self.criterion, parameters, count, self._tape,
             -1.0 if self._maximize() else 1.0, self._ranks,
         )  # fmt: skip
 
@@ -230,7 +230,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
         checked = self._fallback.check([(p, gradients[p], 1.0) for p in others], transfer)
         read_metric = self._metric(covered, transfer)
         try:
-            loss = self._loss({p: self._parameter_names[p] for p in gradients}, steps, transfer)
+            loss = self._loss(list(gradients), steps, transfer)
         finally:  # whether numbers are finite comes first
             checked()
         if not math.isfinite(loss.start):

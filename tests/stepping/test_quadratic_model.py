@@ -23,7 +23,7 @@ def local_loss(model, criterion, x, y, fraction=1.0, offset=0):
     tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
     model.zero_grad()
     criterion(model(x), y).backward()
-    local = LocalLoss(model, criterion, tape.losses, {p: n for n, p in model.named_parameters()}, fraction, offset, tape)
+    local = LocalLoss(model, criterion, tape.losses, list(model.parameters()), fraction, offset, tape)
     return local, [p.detach() for p in model.parameters()], [p.grad.clone() for p in model.parameters()]
 
 
@@ -111,7 +111,7 @@ def test_forward_products_of_chains_and_of_other_nets(net):
     tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
     criterion(model(x), y).backward()
     names = {p: n for n, p in model.named_parameters() if p.requires_grad}
-    local = LocalLoss(model, criterion, tape.losses, names, 1.0, 0, tape)
+    local = LocalLoss(model, criterion, tape.losses, list(names), 1.0, 0, tape)
     assert [isinstance(piece, ChainLoss) for piece in local.pieces] == [is_chain]
     vectors = [[torch.randn_like(p) for p in names] for _ in range(2)]
     first, gram = local.products(vectors, Transfer())()
