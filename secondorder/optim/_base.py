@@ -46,12 +46,14 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         recursive: whether the curvature needs the criterion's Hessian and derivatives of what stands between layers.
         output_hessian: gives the recursion's start where no formula does; None: the criterion's Hessian.
         samples: of every forward pass at most so many instances enter the curvature's expectations; None: all.
-        max_factor_dim: layers with more outputs are left to the fallback, >= 1; None: there is no limit.
+        max_factor_dim: limit on n_out of a layer, >= 1, since H has n_out^2 numbers; None: no limit. The fallback updates wider
+            layers, and a warning names them once. A layer whose output they take gets its empirical Fisher block.
         max_input_dim: layers with more inputs are left to the fallback, >= 1; None: there is no limit.
-        maximize: whether the loss is to be maximised: everything is then as for its negative.
+        maximize: whether to maximise the loss: the whole step, with its curvature, is then that of the negative loss.
         decoupled_weight_decay: whether weight decay shrinks the parameters by themselves, rather than being part of the gradient;
             None: it always is part of the gradient, and no group says so.
-        nonfinite: what a step does that meets NaN or inf: "error" raises `NonFiniteError`, "skip" counts it in `skipped_steps`.
+        nonfinite: what a step does when it meets NaN or inf: "error" raises `secondorder.NonFiniteError`; "skip" changes nothing
+            and counts the step in `skipped_steps`.
 
     Attributes:
         grad_scaler: the torch.amp.GradScaler in use; needed only where `scaler.unscale_(optimizer)` is called before the step,

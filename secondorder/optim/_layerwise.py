@@ -39,22 +39,25 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
     Args:
         model: any module; its nn.Linear layers are covered.
-        criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`.
+        criterion: a module, or a function (output, target) -> scalar loss. The loop must compute its loss by it, and call a
+            function as `optimizer.criterion`.
         defaults: the param_group values.
-        curvature: a name of `secondorder.curvature.CURVATURES`, or a `Curvature`.
-        solver: a name of `secondorder.solvers.SOLVERS`, or a `Solver`.
+        curvature: "pch-abs", "pch-clip", "pch-clip-all", "gauss-newton", "kflr", "fisher-mc", "fisher-empirical", "fisher-exact",
+            or a `secondorder.curvature.Curvature`.
+        solver: "kfi", "kfi-rank-one", "ea-cg", "ea-cg-truncated", "kron-cg", "exact", "ea-isotropic", "auto", or a
+            `secondorder.solvers.Solver`.
         options: what solvers given by name may take.
         curvature_every: the factors are renewed every so many steps, >= 1, and at each of the first so many.
-        curvature_samples: of every forward pass at most so many instances, evenly spaced, enter the expectations that cost more
-            than a pass over the batch: E[d1 d1^T] and the diagonal of the recursion, delta delta^T, E[h h^T]. >= 1; None: all.
+        curvature_samples: at most so many instances of each forward pass are used for E[h h^T] and for the curvature, except the
+            criterion's Hessian, which uses all; >= 1. None: all are used.
         inverse_every: the solver's factorisations are renewed every so many steps, >= 1, and at each of the first so many.
-        max_factor_dim: layers with more outputs are left to the fallback, >= 1; None: there is no limit.
-        average: whether averages of the parameters are kept, for `averaged_parameters`.
-        keep_inputs: whether the tape keeps what evaluating the model anew needs.
-        fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error".
-        maximize: whether the loss is maximised.
-        decoupled_weight_decay: whether weight decay shrinks the parameters by themselves; None: it is part of the gradient.
-        nonfinite: what a step does that meets NaN or inf: "error" or "skip".
+        average: whether to keep averages of the parameters, for `averaged_parameters`.
+        **shared: the other arguments of `CurvatureOptimizer`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+        RuntimeError: `step` finds no gradients, no recorded call of the criterion, or numbers that are not finite. It has then
+            changed nothing.
     """
 
     def __init__(
@@ -69,13 +72,8 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         curvature_every: int,
         curvature_samples: int | None,
         inverse_every: int,
-        max_factor_dim: int | None,
         average: bool,
-        keep_inputs: bool,
-        fallback: str,
-        maximize: bool,
-        decoupled_weight_decay: bool | None,
-        nonfinite: str,
+        **shared: Any,
     ):
         name = type(self).__name__
         check_arguments(name, [
@@ -98,11 +96,9 @@ class LayerwiseOptimizer(CurvatureOptimizer):
             raise ValueError(f"{name}: {error}") from None
         defaults |= {"solver": type(self._solver).__qualname__}  # what the state's factors are for
         super().__init__(
-            model, criterion, defaults, diagonal=self._curvature.diagonal, fallback=fallback, max_factor_dim=max_factor_dim,
-            recursive=self._curvature.recursive,
-            grad_outputs=self._curvature.grad_outputs, columns=self._curvature.columns, keep_inputs=keep_inputs,
-            output_hessian=self._curvature.output_hessian,
-            samples=curvature_samples, maximize=maximize, decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
+            model, criterion, defaults, diagonal=self._curvature.diagonal, grad_outputs=self._curvature.grad_outputs,
+            columns=self._curvature.columns, recursive=self._curvature.recursive, output_hessian=self._curvature.output_hessian,
+            samples=curvature_samples, **shared,
         )  # fmt: skip
         self._curvature_name = f"{curvature} by {solver}"
         self._factors = FactorSource(self._curvature, self._solver, curvature_samples, self._layers)

@@ -37,14 +37,20 @@ class NewtonOptimizer(LayerwiseOptimizer):
 
     Args:
         model: any module; its nn.Linear layers are covered.
-        criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`.
-        lr: multiplies the step that the model gives, in [0, 2).
+        criterion: a module, or a function (output, target) -> scalar loss. The loop must compute its loss by it, and call a
+            function as `optimizer.criterion`.
+        lr: multiplies the step that the quadratic model gives; in [0, 2). Schedulers change it as they change any learning rate.
         schedule: how the dampings begin and change.
-        subsample: the fraction of the batch that the model is evaluated on, in (0, 1]; at least 100 instances with 500 outputs,
-            and the whole batch where its rows are no instances by themselves.
-        weight_decay: eta, >= 0.
+        subsample: the fraction of the batch that the quadratic model is evaluated on, in (0, 1]. It is at least 100 instances,
+            and enough of them for 500 outputs. It is the whole batch where the loss is no mean or sum over the batch's rows.
+        weight_decay: eta of the direction and of the quadratic model, >= 0.
         factor_decay: in [0, 1); the factors are bias-corrected exponential averages with this decay.
+        fallback: what happens to parameters that no curvature covers. "sgd": they move along their gradients, as a part of the
+            quadratic model, and a warning names them once. "error": `step` raises an error.
         **shared: the arguments of `LayerwiseOptimizer` that both kinds of steps have.
+
+    Every step reads lr, weight_decay, factor_decay and maximize from `param_groups`. The solver uses the weight_decay of the
+    first group, and a layer the factor_decay of its weight's group. lr and maximize must be the same in all groups.
     """
 
     _remedy = "begin with more damping"
@@ -65,6 +71,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
         subsample: float,
         weight_decay: float,
         factor_decay: float,
+        fallback: str,
         **shared: Any,
     ):
         check_arguments(type(self).__name__, [("subsample", subsample, 0 < subsample <= 1, "in (0, 1]")])
@@ -73,7 +80,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
             "lr": lr, "weight_decay": weight_decay, "factor_decay": factor_decay,
             "tau": None, "gamma": None, "loss_trend": None, "rho": None, "coefficients": (0.0, 0.0),
         }  # fmt: skip
-        super().__init__(model, criterion, defaults, keep_inputs=True, decoupled_weight_decay=None, **shared)
+        super().__init__(model, criterion, defaults, keep_inputs=True, decoupled_weight_decay=None, fallback=fallback, **shared)
         warn_of_short_steps(type(self).__name__, lr)
         self._loop, self._subsample = LevenbergMarquardtLoop(schedule), subsample
         self._closure: Closure | None = None  # of the step under way
