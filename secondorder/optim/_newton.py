@@ -17,7 +17,16 @@ from secondorder.optim._closure import idle_backward
 from secondorder.optim._layerwise import Directions, Groups, LayerwiseOptimizer
 from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments, warn_of_short_steps
 from secondorder.solvers import Factors
-from secondorder.stepping import CannotReplay, ClosureLoss, Damping, DampingSchedule, LevenbergMarquardtLoop, LocalLoss, LossTrend
+from secondorder.stepping import (
+    CannotReplay,
+    ClosureLoss,
+    Damping,
+    DampingSchedule,
+    LevenbergMarquardtLoop,
+    LocalLoss,
+    LossTrend,
+    QuadraticModel,
+)
 from secondorder.stepping.closure_loss import Closure
 from secondorder.stepping.local_loss import instances
 
@@ -263,10 +272,8 @@ class NewtonOptimizer(LayerwiseOptimizer):
         known = momentum and all("momentum" in self.state.get(p, {}) for p in gradients)
         previous = [self.state[p]["momentum"] for p in gradients] if known else None
         eta = [float(groups[p]["weight_decay"]) for p in gradients]
-        delta, prepared, damping = self._loop.step(
-            loss, directions, list(gradients.values()), eta, previous, _damping(group), steps, lr,
-            [metric.get(p, 1.0) for p in gradients],
-        )  # fmt: skip
+        model = QuadraticModel(loss, list(gradients.values()), eta, [metric.get(p, 1.0) for p in gradients])
+        delta, prepared, damping = self._loop.step(model, directions, previous, _damping(group), steps, lr)
         self._keep(damping)
         for p, change in zip(gradients, delta, strict=True):
             p.add_(change)

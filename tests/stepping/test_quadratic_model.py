@@ -14,7 +14,7 @@ from secondorder._layers import linear_layers
 from secondorder._tape import Tape
 from secondorder._tensors import Transfer
 from secondorder.criteria import BoundedClassificationLoss
-from secondorder.stepping import LocalLoss, best_step, recorded_loss
+from secondorder.stepping import LocalLoss, QuadraticModel, recorded_loss
 from secondorder.stepping.recorded_loss import ChainLoss
 
 
@@ -50,7 +50,7 @@ def test_the_quadratic_model_is_the_explicit_one(case):
     torch.testing.assert_close(gram, v @ matrix @ v.T)
     # The minimum of the damped and decayed model over the span, and what it predicts there.
     tau, eta = 0.3, 0.05
-    step = best_step(local, gradients, vectors, tau, [eta] * len(parameters))()
+    step = QuadraticModel(local, gradients, [eta] * len(parameters)).best_step(vectors, tau)()
     c = matrix + (tau + eta) * torch.eye(len(g)).double()
     expected = -torch.linalg.solve(v @ c @ v.T, v @ g)
     torch.testing.assert_close(step.coefficients, expected)
