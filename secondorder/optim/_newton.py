@@ -14,8 +14,9 @@ from secondorder._tensors import Later, Transfer
 from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
 from secondorder.optim._closure import idle_backward
-from secondorder.optim._layerwise import Directions, Groups, LayerwiseOptimizer
+from secondorder.optim._layerwise import Groups, LayerwiseOptimizer
 from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments, warn_of_short_steps
+from secondorder.optim._solving import Directions, Systems
 from secondorder.solvers import Factors
 from secondorder.stepping import (
     CannotReplay,
@@ -264,8 +265,8 @@ class NewtonOptimizer(LayerwiseOptimizer):
         def directions(damping: float, fresh: bool, transfer: Transfer) -> tuple[_InOrder, Later[_InOrder | None]]:
             # eta is the first group's.
             eta = float(group["weight_decay"])
-            systems = {layer: (1.0, damping * metric.get(layer.weight, 1.0) + eta) for layer in covered}
-            found, revised = self._directions(covered, gradients, systems, fresh, transfer)
+            scales = {layer: (1.0, damping * metric.get(layer.weight, 1.0) + eta) for layer in covered}
+            found, revised = self._directions(Systems(covered, gradients, scales, fresh), transfer)
             return in_order(found), lambda: None if (other := revised()) is None else in_order(other)
 
         momentum = self._loop.schedule.momentum

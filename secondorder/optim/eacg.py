@@ -17,6 +17,7 @@ from secondorder.optim._docstrings import complete_docstring
 from secondorder.optim._eacg_captured import CapturableOptimizer, UpdateOperands
 from secondorder.optim._layerwise import Groups
 from secondorder.optim._numbers import NUMBERS, Numbers
+from secondorder.optim._solving import Systems
 from secondorder.solvers import EACGSolver, Factors, Solver, SolverOptions
 
 
@@ -192,8 +193,8 @@ class EACG(CapturableOptimizer):
         """Makes a step by any solver."""
         gradients = self._gradients()
         alphas = {layer: float(groups[layer.weight]["alpha"]) for layer in covered}
-        systems = {layer: (1 - alpha, alpha) for layer, alpha in alphas.items()}
-        found, revised = self._directions(covered, gradients, systems, False, Transfer())
+        scales = {layer: (1 - alpha, alpha) for layer, alpha in alphas.items()}
+        found, revised = self._directions(Systems(covered, gradients, scales), Transfer())
         directions, prepared = revised() or found
         self._shorten(directions, covered, groups)
         others = self._fallback.updates(self.param_groups, gradients, list(directions), self.state)
