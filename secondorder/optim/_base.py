@@ -90,22 +90,13 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         nonfinite: str = "error",
     ):
         name = type(self).__name__
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"{name}: expected model to be an nn.Module, got {type(model).__name__}; "
-                "pass the model itself, not its parameters. Where a framework makes the optimizer from parameters, as skorch "
-                "does, give it a function: optimizer=lambda params, **options: "
-                f"secondorder.{name}(net.module_, net.criterion_, **options)"
-            )
-        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper shares its parameters and calls it
+        model = _whole_module(name, model)
         self.criterion = as_criterion(name, criterion)
         if nonfinite not in ("error", "skip"):
             raise ValueError(f"{name}: expected nonfinite 'error' or 'skip', got {nonfinite!r}")
         ddp = model if isinstance(model, DistributedDataParallel) else None
         called, model = model, model if ddp is None else ddp.module
         names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
-        if any(cls.__name__ in _SHARDED for module in called.modules() for cls in type(module).__mro__):
-            raise TypeError(f"{name}: {WHOLE}; FSDP's shards, and DataParallel's replicas, are not supported")
         layers = supported_layers(name, model)
         own = self._trained_of_criterion(names, by_model=keep_inputs, by_ddp=ddp is not None)
         self._uncovered = uncovered(model) | too_wide(name, layers, max_factor_dim, max_input_dim)
@@ -330,6 +321,25 @@ class CurvatureOptimizer(SecondOrderOptimizer):
                 "F.linear(h, layer.weight) or h @ layer.weight: the gradient has these products, the curvature has not. Call the "
                 "layers themselves, or train with secondorder.EigenAdam."
             )
+
+
+def _whole_module(owner: str, model: Any) -> nn.Module:
+    """Returns a model without torch.compile's wrapper, which shares its parameters and calls it.
+
+    Raises:
+        TypeError: it is no module, or is sharded or replicated.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{owner}: expected model to be an nn.Module, got {type(model).__name__}; "
+            "pass the model itself, not its parameters. Where a framework makes the optimizer from parameters, as skorch "
+            "does, give it a function: optimizer=lambda params, **options: "
+            f"secondorder.{owner}(net.module_, net.criterion_, **options)"
+        )
+    model = getattr(model, "_orig_mod", model)
+    if any(cls.__name__ in _SHARDED for module in model.modules() for cls in type(module).__mro__):
+        raise TypeError(f"{owner}: {WHOLE}; FSDP's shards, and DataParallel's replicas, are not supported")
+    return model
 
 
 def _refuse_ddp(module: nn.Module, args: Any) -> None:
