@@ -343,11 +343,7 @@ class Tape:
         call.multiplied = multiplied(products, self._claimed)
         call.instances, call.captured = rows_seen(call.sources, args), captured_now()
         if len(args) > 1:
-            masses = LateMasses(criterion, (None, *detached(args[1:])), detached(kwargs))
-            call.assumed = masses.assumed
-            if masses.possible:
-                call.masses, call.normalized = masses, divides_by_masses(criterion, args)
-                call.ordered = keeps_rows(args[0])
+            self._record_masses(call, args, kwargs)
         if self._keeps_inputs:
             own = term_of_its_own(loss, (args, kwargs), self._watched)
             call.outside = own and f"parameters that the criterion takes by itself (by {own})"
@@ -360,6 +356,14 @@ class Tape:
         )
         self._find_repeats(call, made_by)
         self._log.watch_loss(call, made_by, loss.output_nr)
+
+    def _record_masses(self, call: LossCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Records what the elements of the criterion's target weigh, if they do not all count alike."""
+        masses = LateMasses(self.criterion, (None, *detached(args[1:])), detached(kwargs))
+        call.assumed = masses.assumed
+        if masses.possible:
+            call.masses, call.normalized = masses, divides_by_masses(self.criterion, args)
+            call.ordered = keeps_rows(args[0])
 
     def _fixed(self, target: Any) -> Any:
         """Detaches a target that no recorded layer has made, as one that another net has made: it is fixed as far as these go."""

@@ -254,6 +254,36 @@ class NewtonOptimizer(LayerwiseOptimizer):
             raise NonFiniteError(self._not_finite({}, covered))
         metric = read_metric()
 
+        momentum = self._loop.schedule.momentum
+        known = momentum and all("momentum" in self.state.get(p, {}) for p in gradients)
+        previous = [self.state[p]["momentum"] for p in gradients] if known else None
+        eta = [float(groups[p]["weight_decay"]) for p in gradients]
+        model = QuadraticModel(loss, list(gradients.values()), eta, [metric.get(p, 1.0) for p in gradients])
+        directions = self._at_damping(covered, gradients, others, metric)
+        delta, prepared, damping = self._loop.step(model, directions, previous, _damping(group), steps, lr)
+        self._keep(damping)
+        for p, change in zip(gradients, delta, strict=True):
+            p.add_(change)
+            if momentum and lr > 0:  # with lr = 0, as of a scheduler that restarts, the step before stays
+                self.state[p]["momentum"] = change
+        self._commit(covered, factors, prepared or {})
+
+    def _at_damping(
+        self,
+        covered: dict[nn.Linear, Factors],
+        gradients: dict[Tensor, Tensor],
+        others: list[Tensor],
+        metric: dict[Tensor, float],
+    ) -> Callable[[float, bool, Transfer], tuple[_InOrder, Later[_InOrder | None]]]:
+        """Returns what gives the directions of all parameters at a damping, in the order of the gradients.
+
+        Args:
+            covered: the layers that have a curvature, with their factors.
+            gradients: by parameter.
+            others: the parameters that have no curvature.
+            metric: D, where it is not 1.
+        """
+
         def in_order(found: Directions) -> _InOrder:
             by_parameter, prepared = found
             if others:
@@ -264,23 +294,12 @@ class NewtonOptimizer(LayerwiseOptimizer):
 
         def directions(damping: float, fresh: bool, transfer: Transfer) -> tuple[_InOrder, Later[_InOrder | None]]:
             # eta is the first group's.
-            eta = float(group["weight_decay"])
+            eta = float(self.param_groups[0]["weight_decay"])
             scales = {layer: (1.0, damping * metric.get(layer.weight, 1.0) + eta) for layer in covered}
             found, revised = self._directions(Systems(covered, gradients, scales, fresh), transfer)
             return in_order(found), lambda: None if (other := revised()) is None else in_order(other)
 
-        momentum = self._loop.schedule.momentum
-        known = momentum and all("momentum" in self.state.get(p, {}) for p in gradients)
-        previous = [self.state[p]["momentum"] for p in gradients] if known else None
-        eta = [float(groups[p]["weight_decay"]) for p in gradients]
-        model = QuadraticModel(loss, list(gradients.values()), eta, [metric.get(p, 1.0) for p in gradients])
-        delta, prepared, damping = self._loop.step(model, directions, previous, _damping(group), steps, lr)
-        self._keep(damping)
-        for p, change in zip(gradients, delta, strict=True):
-            p.add_(change)
-            if momentum and lr > 0:  # with lr = 0, as of a scheduler that restarts, the step before stays
-                self.state[p]["momentum"] = change
-        self._commit(covered, factors, prepared or {})
+        return directions
 
     def _one_lr(self) -> float:
         """Returns the learning rate of all groups; raises ValueError where they differ."""
