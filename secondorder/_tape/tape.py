@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from secondorder._layers import parameters_of, tied_layers
 from secondorder._tape import elementwise
 from secondorder._tape.backward import BackwardLog
+from secondorder._tape.backward_roots import term_of_its_own
 from secondorder._tape.columns import Columns, column_blocks
 from secondorder._tape.criterion_calls import Divisors, criterion_arguments, detached, rows_seen
 from secondorder._tape.elementwise import ElementwiseMap
@@ -41,7 +42,6 @@ from secondorder._tape.hooks import CallHook, EagerForward, remove_handles
 from secondorder._tape.layers import LayerRecord, connect, recursion_order
 from secondorder._tape.records import LayerCall, Link, LossCall, ModelCall, version
 from secondorder._tape.residuals import COMPILED
-from secondorder._tape.roots import term_of_its_own
 from secondorder._tape.ways import keeps_rows, logits_of
 from secondorder._tensors import captured_now, compute_dtype, refuse_capture
 from secondorder.criteria import (
