@@ -424,10 +424,8 @@ class Tape:
         for link in [link for call in kept for link in call.inputs_from]:
             kept.add(link.source)
             if link.map is not None:
-                link.map, link.obstacle = (
-                    None,
-                    f"leads to layer {self.names[link.target]!r}, which is used several times for a loss",
-                )
+                link.map = None
+                link.obstacle = f"leads to layer {self.names[link.target]!r}, which is used several times for a loss"
         self._several_consumers |= {call.layer for call in kept}
         for node in source_nodes(made_by, self._key, nearest=False)[0]:
             if metadata(node)[self._key] in kept:
