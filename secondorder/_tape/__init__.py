@@ -1,5 +1,6 @@
 """What a forward and backward pass leaves behind: per linear layer its input, what follows it, and the gradients there."""
 
+from secondorder._tape.backward_roots import term_of_its_own, term_outside, upstream
 from secondorder._tape.columns import Columns
 from secondorder._tape.elementwise import AutogradMap, ElementwiseMap, KnownActivation, activation_function, derivatives
 from secondorder._tape.forward_state import ForwardState
@@ -25,7 +26,6 @@ from secondorder._tape.records import (
     has_rows_apart,
     is_recorded,
 )
-from secondorder._tape.roots import term_of_its_own, term_outside, upstream
 from secondorder._tape.tape import OutputHessianOf, Tape
 from secondorder._tape.ways import is_affine, is_selecting, keeps_rows, logits_of, preactivation, taken_from
 

@@ -17,9 +17,9 @@ from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from secondorder._layers import parameters_of
+from secondorder._tape.backward_roots import backward_roots, term_outside
 from secondorder._tape.graph import metadata
 from secondorder._tape.records import LayerCall, Link, LossCall
-from secondorder._tape.roots import backward_roots, term_outside
 from secondorder._tensors import refuse_capture, to_compute_dtype
 
 

@@ -112,7 +112,6 @@ class Jacobian:
             self.offsets.append(self.offsets[-1] + p.numel())
         self.columns = self.offsets[-1]
         self.like = parameters[0]
-        self.itemsize = self.like.element_size()
         self._dense: Tensor | None = None
         self._joined: dict[int, list[Part]] = {}
 

@@ -122,10 +122,8 @@ def connect(record: LayerRecord, records: dict[nn.Linear, LayerRecord], repeated
         # Several losses of one output add up, and so do their Hessians; one that is zero adds nothing.
         curved = [loss for loss in record.losses if not loss.flat]
         if record.losses and not curved:
-            record.losses, record.obstacle = (
-                [],
-                "enters a criterion whose Hessian is zero, or is in sum over instances that it compares",
-            )
+            record.losses = []
+            record.obstacle = "enters a criterion whose Hessian is zero, or is in sum over instances that it compares"
         elif any(loss.hessian is None for loss in curved):
             record.losses, record.obstacle = [], "enters the criterion together with other linear layers' outputs"
         else:

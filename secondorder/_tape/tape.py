@@ -22,14 +22,15 @@ from torch.utils.hooks import RemovableHandle
 from secondorder._layers import parameters_of, tied_layers
 from secondorder._tape import elementwise
 from secondorder._tape.backward import BackwardLog
+from secondorder._tape.backward_roots import term_of_its_own
 from secondorder._tape.columns import Columns, column_blocks
+from secondorder._tape.criterion_calls import Divisors, criterion_arguments, detached, rows_seen
 from secondorder._tape.elementwise import ElementwiseMap
 from secondorder._tape.forward_state import ForwardState
 from secondorder._tape.graph import (
     claim_product,
     compiled_error,
     compiled_parameters,
-    divisor_of_sum,
     is_reshaping,
     is_view_of,
     metadata,
@@ -39,10 +40,9 @@ from secondorder._tape.graph import (
 )  # fmt: skip
 from secondorder._tape.hooks import CallHook, EagerForward, remove_handles
 from secondorder._tape.layers import LayerRecord, connect, recursion_order
-from secondorder._tape.records import CriterionArguments, LayerCall, Link, LossCall, ModelCall, version
+from secondorder._tape.records import LayerCall, Link, LossCall, ModelCall, version
 from secondorder._tape.residuals import COMPILED
-from secondorder._tape.roots import term_of_its_own
-from secondorder._tape.ways import find_way, keeps_rows, logits_of
+from secondorder._tape.ways import keeps_rows, logits_of
 from secondorder._tensors import captured_now, compute_dtype, refuse_capture
 from secondorder.criteria import (
     LateMasses,
@@ -52,8 +52,6 @@ from secondorder.criteria import (
     by_position,
     divides_by_masses,
     link_of,
-    reduction_of,
-    sums_rows,
 )
 from secondorder.criteria.known import LOG_SOFTMAX
 
@@ -108,8 +106,7 @@ class Tape:
         self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
         self._claimed = self._key + ".weight"  # likewise of what these multiply their inputs with
         self._muted = False
-        self._sums: bool | None = None  # whether a criterion that does not say so sums over its rows; None: that is not known
-        self._unsaid: tuple[Any, list[int]] | None = None  # the last arguments of such a criterion, to call it with
+        self._divisors = Divisors(criterion)
         self._keeps_inputs = keep_inputs
         self._watched = list(model.parameters()) if model is not None and keep_inputs else []
         self._log = BackwardLog(layers, (self._key + ".loss", self._watched) if model is not None and keep_inputs else None)
@@ -139,7 +136,7 @@ class Tape:
         """
         self._log.clear(release)
         if release:
-            self._unsaid = None
+            self._divisors.release()
         self.missing = _NOT_CALLED
 
     def rescaled(self, factor: float) -> AbstractContextManager[None]:
@@ -246,33 +243,11 @@ class Tape:
             return
         self._written = (self._written or set()) | begin.written()
         leaves = tree_leaves(output)
-        call = ModelCall(_detached(args), _detached(kwargs), begin, _detached(leaves))
+        call = ModelCall(detached(args), detached(kwargs), begin, detached(leaves))
         for position, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                 made = metadata(leaf.grad_fn).setdefault(self._key + ".model", {})
                 made[leaf.output_nr] = call, position
-
-    def _criterion_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any], sources: list[Node]) -> CriterionArguments:
-        """Returns what is needed to evaluate the criterion again."""
-        leaves = tree_leaves((args, kwargs))
-        trained = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
-        arguments = CriterionArguments(_detached(args), _detached(kwargs), trained, None, None, [])
-        if len(sources) == 1 and len(trained) == 1:
-            (node,) = sources
-            source: LayerCall = metadata(node)[self._key]
-            found = find_way(leaves[trained[0]], lambda n, _: (None, source.preactivation()) if n is node else None)
-            arguments.from_layer = None if found is None else found[1]
-
-        def output_of_the_model(node: Node, number: int) -> tuple[tuple[ModelCall, int], Tensor] | None:
-            made = metadata(node).get(self._key + ".model", {}).get(number)
-            return None if made is None or not made[0].outputs else (made, made[0].outputs[made[1]])
-
-        ways = [find_way(leaves[k], output_of_the_model) for k in trained]
-        calls = {way[0][0] for way in ways if way is not None}
-        if len(calls) == 1 and all(way is not None for way in ways):
-            (arguments.model,) = calls
-            arguments.from_model = [(way[0][1], way[1]) for way in ways if way is not None]
-        return arguments
 
     def _links(self, call: LayerCall, input: Tensor, made_by: Node) -> list[Link]:
         """Returns the links from the layers that the input of a layer's call comes from."""
@@ -364,20 +339,16 @@ class Tape:
             )
         args, kwargs = by_position(criterion, args, kwargs)
         sources = [self._use(node, criterion) for node in nodes]
-        call = LossCall(sources, None, loss.detach(), self._divisor(args, kwargs, made_by))
+        call = LossCall(sources, None, loss.detach(), self._divisors.of(args, kwargs, made_by, self.muted))
         call.multiplied = multiplied(products, self._claimed)
-        call.instances, call.captured = _instances(call.sources, args), captured_now()
+        call.instances, call.captured = rows_seen(call.sources, args), captured_now()
         if len(args) > 1:
-            masses = LateMasses(criterion, (None, *_detached(args[1:])), _detached(kwargs))
-            call.assumed = masses.assumed
-            if masses.possible:
-                call.masses, call.normalized = masses, divides_by_masses(criterion, args)
-                call.ordered = keeps_rows(args[0])
+            self._record_masses(call, args, kwargs)
         if self._keeps_inputs:
             own = term_of_its_own(loss, (args, kwargs), self._watched)
             call.outside = own and f"parameters that the criterion takes by itself (by {own})"
             with self.muted():
-                call.arguments = self._criterion_arguments(args, kwargs, nodes)
+                call.arguments = criterion_arguments(args, kwargs, nodes, self._key)
         self._record_curvature(call, nodes, loss, (*args[:1], *tree_map(self._fixed, args[1:])), kwargs)
         self.missing = (
             "the criterion was called, but no backward() has gone through what it returned: gradients that are set by hand, as "
@@ -386,33 +357,13 @@ class Tape:
         self._find_repeats(call, made_by)
         self._log.watch_loss(call, made_by, loss.output_nr)
 
-    def _divisor(self, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Node) -> Callable[[], float | Tensor | None]:
-        """Returns what tells, once that is asked for, what the criterion's sum over instances is divided by; None: their number.
-
-        Where nothing says so, the criterion is called twice, at the first loss of which it is asked.
-        """
-        reduction = reduction_of(self.criterion, kwargs)
-        if reduction is not None or self._sums is False:
-            return lambda: 1.0 if reduction == "sum" else None
-        leaves = tree_leaves((args, kwargs))
-        trained = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
-        divisor = divisor_of_sum(loss)
-        if isinstance(divisor, Tensor) and trained:
-            # Less than the number of rows is part of every row's loss, as of (z - y)^2 / 2.
-            rows = leaves[trained[0]].shape[:1].numel()
-            divisor = divisor.where(divisor > 0.99 * rows, 1.0)
-        if self._sums:
-            return lambda: divisor
-        self._unsaid = _detached((args, kwargs)), trained
-
-        def found() -> float | Tensor | None:
-            if self._sums is None and self._unsaid is not None:
-                refuse_capture("criterion that does not say whether it is a mean or a sum")
-                with self.muted(), ForwardState(self.criterion).restored(buffers=True):
-                    self._sums = sums_rows(self.criterion, *self._unsaid)
-            return divisor if self._sums else None
-
-        return found
+    def _record_masses(self, call: LossCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Records what the elements of the criterion's target weigh, if they do not all count alike."""
+        masses = LateMasses(self.criterion, (None, *detached(args[1:])), detached(kwargs))
+        call.assumed = masses.assumed
+        if masses.possible:
+            call.masses, call.normalized = masses, divides_by_masses(self.criterion, args)
+            call.ordered = keeps_rows(args[0])
 
     def _fixed(self, target: Any) -> Any:
         """Detaches a target that no recorded layer has made, as one that another net has made: it is fixed as far as these go."""
@@ -473,24 +424,12 @@ class Tape:
         for link in [link for call in kept for link in call.inputs_from]:
             kept.add(link.source)
             if link.map is not None:
-                link.map, link.obstacle = (
-                    None,
-                    f"leads to layer {self.names[link.target]!r}, which is used several times for a loss",
-                )
+                link.map = None
+                link.obstacle = f"leads to layer {self.names[link.target]!r}, which is used several times for a loss"
         self._several_consumers |= {call.layer for call in kept}
         for node in source_nodes(made_by, self._key, nearest=False)[0]:
             if metadata(node)[self._key] in kept:
                 self._keep_gradient(node)
-
-
-def _instances(sources: list[LayerCall], args: tuple[Any, ...]) -> int | None:
-    """Returns how many rows the criterion sees: its sources', or their sum if its first argument joins them; None: unclear."""
-    rows = [source.input.shape[:-1].numel() for source in sources]
-    width, output = sources[0].layer.out_features, args[0] if args else None
-    if len(rows) > 1 and isinstance(output, Tensor) and output.numel() == width * sum(rows):  # noqa: SIM102
-        if (output.dim() > 1 and output.shape[-1] == width) or (output.dim() == 1 and width == 1):
-            return sum(rows)
-    return rows[0] if len(set(rows)) == 1 else None
 
 
 def _hidden_by(names: list[str]) -> str:
@@ -500,7 +439,3 @@ def _hidden_by(names: list[str]) -> str:
         return ""
     name = own.removesuffix("Backward")
     return f" ({name}, a torch.autograd.Function, does not show the layers that it calls: do without it, or take EigenAdam)"
-
-
-def _detached(tree: Any) -> Any:
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)

@@ -143,7 +143,7 @@ def reduction_ratio(
     whole = nn.Sequential(model)  # in training mode, which the tape asks for, whatever the mode of the model
     tape = Tape(linear_layers(whole), loss, diagonal=False, model=whole, keep_inputs=True)
     go_backward(whole, loss, x, y)
-    local = LocalLoss(whole, loss, tape.losses, {p: f"0.{name}" for name, p in parameters.items()}, 1.0, 0, tape)
+    local = LocalLoss(whole, loss, tape.losses, list(parameters.values()), 1.0, 0, tape)
     deltas = [step[name].to(p) if name in step else torch.zeros_like(p) for name, p in parameters.items()]
     first, second = local.products([deltas], Transfer())()
     predicted = float(first + second / 2) + damping / 2 * sum(float(d.double().square().sum()) for d in deltas)

@@ -36,5 +36,5 @@ def average_(new: Sequence[Tensor], old: Sequence[Tensor], share: float) -> None
 
 
 @operator("average_(Tensor(a!)[] new, Tensor[] old, float share) -> ()")
-def _(new: list[Tensor], old: list[Tensor], share: float) -> None:
+def _(*args: object) -> None:
     return None

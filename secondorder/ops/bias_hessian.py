@@ -32,7 +32,7 @@ def bias_hessian(
 
 
 @operator("bias_hessian(Tensor bias_hessian, Tensor weight, Tensor d1, Tensor? d2, Tensor? grad_input, float gamma) -> Tensor")
-def _(bias_hessian: Tensor, weight: Tensor, d1: Tensor, d2: Tensor | None, grad_input: Tensor | None, gamma: float) -> Tensor:
+def _(bias_hessian: Tensor, weight: Tensor, *rest: object) -> Tensor:
     return bias_hessian.new_empty(weight.shape[1], weight.shape[1])
 
 
@@ -69,15 +69,7 @@ def bias_hessian_activation(
     "bias_hessian.activation(Tensor bias_hessian, Tensor weight, Tensor saved, str activation, float parameter, Tensor? "
     "grad_input, float gamma) -> Tensor"
 )
-def _(
-    bias_hessian: Tensor,
-    weight: Tensor,
-    saved: Tensor,
-    activation: str,
-    parameter: float,
-    grad_input: Tensor | None,
-    gamma: float,
-) -> Tensor:
+def _(bias_hessian: Tensor, weight: Tensor, *rest: object) -> Tensor:
     return bias_hessian.new_empty(weight.shape[1], weight.shape[1])
 
 
@@ -113,13 +105,5 @@ def bias_hessian_chain(
     "bias_hessian.chain(Tensor bias_hessian, Tensor[] weight, Tensor[] saved, str[] activation, float[] parameter, Tensor?[] "
     "grad_input, float gamma) -> Tensor[]"
 )
-def _(
-    bias_hessian: Tensor,
-    weight: list[Tensor],
-    saved: list[Tensor],
-    activation: list[str],
-    parameter: list[float],
-    grad_input: list[Tensor | None],
-    gamma: float,
-) -> list[Tensor]:
+def _(bias_hessian: Tensor, weight: list[Tensor], *rest: object) -> list[Tensor]:
     return [bias_hessian.new_empty(w.shape[1], w.shape[1]) for w in weight]

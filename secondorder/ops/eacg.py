@@ -110,14 +110,7 @@ def eacg_solve(
     " tol, bool truncated) -> (Tensor direction_weight, Tensor direction_bias, Tensor iterations)"
 )
 def _(
-    bias_hessian: Tensor,
-    mean_input: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor | None,
-    alpha: float,
-    max_iter: int,
-    tol: float,
-    truncated: bool,
+    bias_hessian: Tensor, mean_input: Tensor, grad_weight: Tensor, grad_bias: Tensor | None, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     bias = grad_weight.new_empty(0 if grad_bias is None else grad_bias.shape[0])
     return grad_weight.new_empty(grad_weight.shape), bias, grad_weight.new_empty((), dtype=torch.int64)
@@ -128,14 +121,7 @@ def _(
     "max_iter, float tol, bool truncated) -> (Tensor[] direction_weight, Tensor[] direction_bias, Tensor iterations)"
 )
 def _(
-    bias_hessian: list[Tensor],
-    mean_input: list[Tensor],
-    grad_weight: list[Tensor],
-    grad_bias: list[Tensor],
-    alpha: list[float],
-    max_iter: int,
-    tol: float,
-    truncated: bool,
+    bias_hessian: list[Tensor], mean_input: list[Tensor], grad_weight: list[Tensor], grad_bias: list[Tensor], *rest: object
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     return (
         [g.new_empty(g.shape) for g in grad_weight],

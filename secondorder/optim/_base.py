@@ -46,12 +46,14 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         recursive: whether the curvature needs the criterion's Hessian and derivatives of what stands between layers.
         output_hessian: gives the recursion's start where no formula does; None: the criterion's Hessian.
         samples: of every forward pass at most so many instances enter the curvature's expectations; None: all.
-        max_factor_dim: layers with more outputs are left to the fallback, >= 1; None: there is no limit.
+        max_factor_dim: limit on n_out of a layer, >= 1, since H has n_out^2 numbers; None: no limit. The fallback updates wider
+            layers, and a warning names them once. A layer whose output they take gets its empirical Fisher block.
         max_input_dim: layers with more inputs are left to the fallback, >= 1; None: there is no limit.
-        maximize: whether the loss is to be maximised: everything is then as for its negative.
+        maximize: whether to maximise the loss: the whole step, with its curvature, is then that of the negative loss.
         decoupled_weight_decay: whether weight decay shrinks the parameters by themselves, rather than being part of the gradient;
             None: it always is part of the gradient, and no group says so.
-        nonfinite: what a step does that meets NaN or inf: "error" raises `NonFiniteError`, "skip" counts it in `skipped_steps`.
+        nonfinite: what a step does when it meets NaN or inf: "error" raises `secondorder.NonFiniteError`; "skip" changes nothing
+            and counts the step in `skipped_steps`.
 
     Attributes:
         grad_scaler: the torch.amp.GradScaler in use; needed only where `scaler.unscale_(optimizer)` is called before the step,
@@ -88,22 +90,13 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         nonfinite: str = "error",
     ):
         name = type(self).__name__
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"{name}: expected model to be an nn.Module, got {type(model).__name__}; "
-                "pass the model itself, not its parameters. Where a framework makes the optimizer from parameters, as skorch "
-                "does, give it a function: optimizer=lambda params, **options: "
-                f"secondorder.{name}(net.module_, net.criterion_, **options)"
-            )
-        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper shares its parameters and calls it
+        model = _whole_module(name, model)
         self.criterion = as_criterion(name, criterion)
         if nonfinite not in ("error", "skip"):
             raise ValueError(f"{name}: expected nonfinite 'error' or 'skip', got {nonfinite!r}")
         ddp = model if isinstance(model, DistributedDataParallel) else None
         called, model = model, model if ddp is None else ddp.module
         names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
-        if any(cls.__name__ in _SHARDED for module in called.modules() for cls in type(module).__mro__):
-            raise TypeError(f"{name}: {WHOLE}; FSDP's shards, and DataParallel's replicas, are not supported")
         layers = supported_layers(name, model)
         own = self._trained_of_criterion(names, by_model=keep_inputs, by_ddp=ddp is not None)
         self._uncovered = uncovered(model) | too_wide(name, layers, max_factor_dim, max_input_dim)
@@ -328,6 +321,25 @@ class CurvatureOptimizer(SecondOrderOptimizer):
                 "F.linear(h, layer.weight) or h @ layer.weight: the gradient has these products, the curvature has not. Call the "
                 "layers themselves, or train with secondorder.EigenAdam."
             )
+
+
+def _whole_module(owner: str, model: Any) -> nn.Module:
+    """Returns a model without torch.compile's wrapper, which shares its parameters and calls it.
+
+    Raises:
+        TypeError: it is no module, or is sharded or replicated.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{owner}: expected model to be an nn.Module, got {type(model).__name__}; "
+            "pass the model itself, not its parameters. Where a framework makes the optimizer from parameters, as skorch "
+            "does, give it a function: optimizer=lambda params, **options: "
+            f"secondorder.{owner}(net.module_, net.criterion_, **options)"
+        )
+    model = getattr(model, "_orig_mod", model)
+    if any(cls.__name__ in _SHARDED for module in model.modules() for cls in type(module).__mro__):
+        raise TypeError(f"{owner}: {WHOLE}; FSDP's shards, and DataParallel's replicas, are not supported")
+    return model
 
 
 def _refuse_ddp(module: nn.Module, args: Any) -> None:

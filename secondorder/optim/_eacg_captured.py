@@ -143,13 +143,11 @@ class CapturableOptimizer(LayerwiseOptimizer):
                     "learning rate on the device outside of [0, 1]; they have changed no parameter and no state"
                 )
             return False
+        weighs = "where the criterion weighs or ignores targets, since by numbers of the device rows are chosen"
         for why, problem in (
             ("where several ranks train", self._ranks is not None),
             ("within GradScaler.step(); train in bfloat16, which needs no scaler", getattr(self, "found_inf", None) is not None),
-            (
-                "where the criterion weighs or ignores targets, since by numbers of the device rows are chosen",
-                self._weighs_targets,
-            ),
+            (weighs, self._weighs_targets),
         ):
             if problem:
                 raise RuntimeError(f"{name}: expected no capture of a CUDA graph {why}")

@@ -8,53 +8,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secondorder._layers import parameters_of
 from secondorder._tape import LayerRecord
-from secondorder._tensors import Later, Transfer, all_finite, finite
 from secondorder._warnings import warn
 from secondorder.curvature import Curvature, curvature_by_name
-from secondorder.errors import NonFiniteError
-from secondorder.linalg import unchecked
 from secondorder.optim._amp import outside_autocast
 from secondorder.optim._averaging import swapped_with_averages, update_averages
-from secondorder.optim._base import CurvatureOptimizer
 from secondorder.optim._factors import FactorSource
 from secondorder.optim._numbers import check_arguments
-from secondorder.solvers import Factors, Solver, SolverOptions, solver_by_name
+from secondorder.optim._solving import SolvingOptimizer, due
+from secondorder.solvers import Factors, Solver
 
 Groups = dict[Tensor, dict[str, Any]]  # the param_group of every parameter
-Directions = tuple[dict[Tensor, Tensor], dict[nn.Linear, Factors]]  # P and d by parameter, and what the solver prepared for them
-
-# Each rank solves some of the layers only where all solutions cost at least SHARED_FROM multiplications, counted as n^3 for a
-# factor [n, n] (some ten milliseconds of a core), and at least SHARED_PER_NUMBER for each number of the directions, which the
-# ranks then exchange (about what sending a number from one machine to another takes).
-SHARED_FROM, SHARED_PER_NUMBER = 1e8, 100.0
 
 # Before version 0.2 each factor had a key of its own in `state[weight]`; these are the keys.
 _FACTORS_BEFORE = ("bias_hessian", "mean_input", "input_second_moment", "mean_square_input")
 
 
-class LayerwiseOptimizer(CurvatureOptimizer):
+class LayerwiseOptimizer(SolvingOptimizer):
     """Damped Newton steps layer by layer, from a curvature and a solver; subclasses say how far.
 
     Args:
         model: any module; its nn.Linear layers are covered.
-        criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`.
+        criterion: a module, or a function (output, target) -> scalar loss. The loop must compute its loss by it, and call a
+            function as `optimizer.criterion`.
         defaults: the param_group values.
-        curvature: a name of `secondorder.curvature.CURVATURES`, or a `Curvature`.
-        solver: a name of `secondorder.solvers.SOLVERS`, or a `Solver`.
-        options: what solvers given by name may take.
+        curvature: "pch-abs", "pch-clip", "pch-clip-all", "gauss-newton", "kflr", "fisher-mc", "fisher-empirical", "fisher-exact",
+            or a `secondorder.curvature.Curvature`.
+        solver: "kfi", "kfi-rank-one", "ea-cg", "ea-cg-truncated", "kron-cg", "exact", "ea-isotropic", "auto", or a
+            `secondorder.solvers.Solver`.
         curvature_every: the factors are renewed every so many steps, >= 1, and at each of the first so many.
-        curvature_samples: of every forward pass at most so many instances, evenly spaced, enter the expectations that cost more
-            than a pass over the batch: E[d1 d1^T] and the diagonal of the recursion, delta delta^T, E[h h^T]. >= 1; None: all.
-        inverse_every: the solver's factorisations are renewed every so many steps, >= 1, and at each of the first so many.
-        max_factor_dim: layers with more outputs are left to the fallback, >= 1; None: there is no limit.
-        average: whether averages of the parameters are kept, for `averaged_parameters`.
-        keep_inputs: whether the tape keeps what evaluating the model anew needs.
-        fallback: what updates parameters that no curvature covers: "sgd" (warns once) or "error".
-        maximize: whether the loss is maximised.
-        decoupled_weight_decay: whether weight decay shrinks the parameters by themselves; None: it is part of the gradient.
-        nonfinite: what a step does that meets NaN or inf: "error" or "skip".
+        curvature_samples: at most so many instances of each forward pass are used for E[h h^T] and for the curvature, except the
+            criterion's Hessian, which uses all; >= 1. None: all are used.
+        average: whether to keep averages of the parameters, for `averaged_parameters`.
+        **shared: the other arguments of `SolvingOptimizer`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+        RuntimeError: `step` finds no gradients, no recorded call of the criterion, or numbers that are not finite. It has then
+            changed nothing.
     """
 
     def __init__(
@@ -65,48 +56,28 @@ class LayerwiseOptimizer(CurvatureOptimizer):
         *,
         curvature: str | Curvature,
         solver: str | Solver,
-        options: SolverOptions,
         curvature_every: int,
         curvature_samples: int | None,
-        inverse_every: int,
-        max_factor_dim: int | None,
         average: bool,
-        keep_inputs: bool,
-        fallback: str,
-        maximize: bool,
-        decoupled_weight_decay: bool | None,
-        nonfinite: str,
+        **shared: Any,
     ):
         name = type(self).__name__
         check_arguments(name, [
-            ("max_cg", options.max_cg, options.max_cg >= 1, ">= 1"),
-            ("eps_cg", options.eps_cg, options.eps_cg >= 0, ">= 0"),
             ("curvature_every", curvature_every, curvature_every >= 1, ">= 1"),
             ("curvature_samples", curvature_samples, curvature_samples is None or curvature_samples >= 1, ">= 1 or None"),
-            ("inverse_every", inverse_every, inverse_every >= 1, ">= 1"),
-            ("max_factor_elements", options.max_factor_elements, options.max_factor_elements >= 0, ">= 0"),
         ])  # fmt: skip
-        if isinstance(solver, Solver):
-            own = SolverOptions()
-            check_arguments(name, [
-                (option, value, value == getattr(own, option), "to be left to the solver that was given as an object")
-                for option, value in vars(options).items()
-            ])  # fmt: skip
         try:
-            self._curvature, self._solver = curvature_by_name(curvature), solver_by_name(solver, options)
+            self._curvature = curvature_by_name(curvature)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        defaults |= {"solver": type(self._solver).__qualname__}  # what the state's factors are for
         super().__init__(
-            model, criterion, defaults, diagonal=self._curvature.diagonal, fallback=fallback, max_factor_dim=max_factor_dim,
-            recursive=self._curvature.recursive,
-            grad_outputs=self._curvature.grad_outputs, columns=self._curvature.columns, keep_inputs=keep_inputs,
-            output_hessian=self._curvature.output_hessian,
-            samples=curvature_samples, maximize=maximize, decoupled_weight_decay=decoupled_weight_decay, nonfinite=nonfinite,
+            model, criterion, defaults, solver=solver, diagonal=self._curvature.diagonal,
+            grad_outputs=self._curvature.grad_outputs, columns=self._curvature.columns, recursive=self._curvature.recursive,
+            output_hessian=self._curvature.output_hessian, samples=curvature_samples, **shared,
         )  # fmt: skip
         self._curvature_name = f"{curvature} by {solver}"
         self._factors = FactorSource(self._curvature, self._solver, curvature_samples, self._layers)
-        self._curvature_every, self._inverse_every, self._average = curvature_every, inverse_every, average
+        self._curvature_every, self._average = curvature_every, average
         self._warned_flat = False  # whether the warning of a criterion without curvature has been given
 
     @outside_autocast
@@ -248,7 +219,7 @@ class LayerwiseOptimizer(CurvatureOptimizer):
 
     def _renewing(self) -> bool:
         """Tells whether the next step, or the one being taken, renews the factors."""
-        return self._curvature_every == 1 or _due(self._steps(), self._curvature_every)
+        return self._curvature_every == 1 or due(self._steps(), self._curvature_every)
 
     def _schedule(self) -> None:
         """Has the next forward pass recorded if the next step renews the factors."""
@@ -264,165 +235,6 @@ class LayerwiseOptimizer(CurvatureOptimizer):
                 if layer not in factors and trained and "factors" in state:
                     covered[layer] = state["factors"]
         return covered
-
-    def _directions(
-        self,
-        covered: dict[nn.Linear, Factors],
-        grads: dict[Tensor, Tensor],
-        systems: dict[nn.Linear, tuple[float, float]],
-        fresh: bool,
-        transfer: Transfer,
-    ) -> tuple[Directions, Later[Directions | None]]:
-        """Returns P and d of every covered layer by parameter, and what the solver prepared for it; not yet known to be finite.
-
-        Where several ranks train and it pays, each solves some of the layers; what they have prepared is then theirs alone.
-
-        Args:
-            covered: the layers, with their factors.
-            grads: the gradients by parameter.
-            systems: every layer's scale c and damping l.
-            fresh: prepare in any case, not only every `inverse_every` steps.
-            transfer: what whether they are finite comes to the host with.
-
-        Returns:
-            The directions, and what is to be called before they are used: it returns what replaces them, mostly None, and raises
-            NonFiniteError where they are not finite.
-
-        Raises:
-            NonFiniteError: a direction is not finite.
-            RuntimeError: the solver raised an error; this one names the layer.
-        """
-        # Factorisations that are kept over several steps are a tenth of these steps' time, and not worth an exchange.
-        ranks = self._ranks if self._inverse_every == 1 and self._solver.factorises else None
-        owner: dict[Tensor, nn.Linear] = {p: layer for layer in covered for p in layer.parameters(recurse=False) if p in grads}
-        costs = [sum(len(t) ** 3.0 for t in factors.values() if t.dim() == 2) for factors in covered.values()]
-        if ranks is None or sum(costs) < max(SHARED_FROM, SHARED_PER_NUMBER * sum(p.numel() for p in owner)):
-            found, revised = self._solved(covered, grads, systems, fresh, transfer)
-            # With other ranks at once: what they exchange next none may leave.
-            return (found, revised) if self._ranks is None else (revised() or found, lambda: None)
-        mine = {layer: factors for (layer, factors), own in zip(covered.items(), ranks.dealt(costs), strict=True) if own}
-
-        def solved() -> Directions:
-            found, revised = self._solved(mine, grads, systems, fresh, transfer)
-            return revised() or found
-
-        directions, prepared = ranks.all(solved)
-        own = {p: direction for p, direction in directions.items() if owner[p] in mine}
-        return (ranks.joined(own, {p: grads[p] for p in owner}), prepared), lambda: None
-
-    def _solved(
-        self,
-        covered: dict[nn.Linear, Factors],
-        grads: dict[Tensor, Tensor],
-        systems: dict[nn.Linear, tuple[float, float]],
-        fresh: bool,
-        transfer: Transfer,
-    ) -> tuple[Directions, Later[Directions | None]]:
-        """Solves for all directions, by this rank alone."""
-        arguments = (covered, grads, systems, fresh)
-        with unchecked() as doubts:
-            try:
-                solved = self._solutions(*arguments)
-            except RuntimeError:
-                if not doubts:
-                    raise
-                solved = None
-
-        def looked_at() -> Directions:
-            """Solves once more with a check of every matrix, to tell which one was not positive definite or not finite."""
-            directions, prepared, bad = self._solutions(*arguments) if doubts or solved is None else solved
-            if not all_finite(list(directions.values())):
-                own = {layer: [directions[p] for p in layer.parameters(recurse=False) if p in directions] for layer in prepared}
-                bad += [(layer, "the solution overflows") for layer, tensors in own.items() if not all_finite(tensors)]
-            if bad:
-                raise NonFiniteError(self._not_finite(dict(bad), covered))
-            return directions, prepared
-
-        if solved is None or solved[2]:
-            return looked_at(), lambda: None
-        directions, prepared, _ = solved
-        if not directions:
-            return (directions, prepared), lambda: None
-        good = finite(list(directions.values()))
-        known = transfer.later(good & ~torch.stack([t.any() for t in doubts]).any() if doubts else good)
-        return (directions, prepared), lambda: None if known() else looked_at()
-
-    def _solutions(
-        self,
-        covered: dict[nn.Linear, Factors],
-        grads: dict[Tensor, Tensor],
-        systems: dict[nn.Linear, tuple[float, float]],
-        fresh: bool,
-    ) -> tuple[dict[Tensor, Tensor], dict[nn.Linear, Factors], list[tuple[nn.Linear, str]]]:
-        """Returns directions, what was prepared, and the layers that the solver says are not finite, with its reasons."""
-        directions, prepared, bad = {}, {}, []
-        for layer, factors in covered.items():
-            weight, bias, state = layer.weight, layer.bias, self.state.get(layer.weight, {})
-            try:
-                ready = state.get("prepared") if self._solver.factorises else None
-                if fresh or ready is None or _due(state["step"], self._inverse_every):
-                    ready = self._solver.prepare(factors, *systems[layer])
-                p, d = self._solver.solve(ready, grads[weight], grads.get(bias) if bias is not None else None)
-            except NonFiniteError as error:
-                bad.append((layer, str(error)))
-                continue
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except Exception as error:
-                raise RuntimeError(self._solver_failed(layer, f"{type(error).__name__}: {error}")) from error
-            for parameter, direction in ((weight, p), (bias, d)):
-                if direction is not None and (parameter is None or direction.shape != parameter.shape):
-                    expected = "None, for there is no bias" if parameter is None else f"shape {list(parameter.shape)}"
-                    raise RuntimeError(
-                        self._solver_failed(layer, f"expected a direction of {expected}, got shape {list(direction.shape)}")
-                    )
-            prepared[layer], directions[weight] = ready, p
-            if d is not None:
-                directions[bias] = d
-        return directions, prepared, bad
-
-    def _commit(
-        self, covered: dict[nn.Linear, Factors], factors: dict[nn.Linear, Factors], prepared: dict[nn.Linear, Factors]
-    ) -> None:
-        """Notes in the states that a step was made, with the new factors and what the solver prepared."""
-        for layer in covered:
-            weight, _ = parameters_of(layer)
-            state = self.state[weight]
-            state["step"] = state.get("step", 0) + 1
-            if layer in factors:
-                state["factors"] = factors[layer]
-                state["factor_updates"] = state.get("factor_updates", 0) + 1
-            if self._inverse_every > 1 and self._solver.factorises and layer in prepared:
-                state["prepared"] = prepared[layer]
-
-    def _solver_failed(self, layer: nn.Linear, reason: str) -> str:
-        """Returns the message of an error of the solver."""
-        return (
-            f"{type(self).__name__}.step(): the solver {type(self._solver).__qualname__} failed at layer "
-            f"{self._layers[layer]!r}: {reason}. No parameter and no state has changed."
-        )
-
-    def _not_finite(self, layers: dict[nn.Linear, str], covered: dict[nn.Linear, Factors]) -> str:
-        """Says which layers' steps are not finite, and why."""
-        parts = []
-        if not layers or any(not torch.isfinite(loss.loss) for loss in self._tape.losses):
-            parts.append("the loss itself is not finite")
-        for layer, reason in layers.items():
-            tensors = {"weight gradient": layer.weight.grad}
-            tensors |= {name.replace("_", " ").replace("hessian", "Hessian"): factor for name, factor in covered[layer].items()}
-            if layer.bias is not None:
-                tensors["bias gradient"] = layer.bias.grad
-            bad = [name for name, tensor in tensors.items() if tensor is not None and not torch.isfinite(tensor).all()]
-            parts.append(f"layer {self._layers[layer]!r}: " + (f"NaN or inf in its {' and '.join(bad)}" if bad else reason))
-        return (
-            f"{type(self).__name__}.step(): {'; '.join(parts)}. No parameter and no state has changed; skip this batch, or "
-            f"{self._remedy} if the training has diverged."
-        )
-
-
-def _due(steps: int, every: int) -> bool:
-    """Tells whether what is renewed every so many steps is renewed now; at first, when it changes fastest, at every step."""
-    return steps < every or steps % every == 0
 
 
 def _nested(state: dict[str, Any]) -> dict[str, Any]:

@@ -14,10 +14,20 @@ from secondorder._tensors import Later, Transfer
 from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
 from secondorder.optim._closure import idle_backward
-from secondorder.optim._layerwise import Directions, Groups, LayerwiseOptimizer
+from secondorder.optim._layerwise import Groups, LayerwiseOptimizer
 from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments, warn_of_short_steps
+from secondorder.optim._solving import Directions, Systems
 from secondorder.solvers import Factors
-from secondorder.stepping import CannotReplay, ClosureLoss, Damping, DampingSchedule, LevenbergMarquardtLoop, LocalLoss, LossTrend
+from secondorder.stepping import (
+    CannotReplay,
+    ClosureLoss,
+    Damping,
+    DampingSchedule,
+    LevenbergMarquardtLoop,
+    LocalLoss,
+    LossTrend,
+    QuadraticModel,
+)
 from secondorder.stepping.closure_loss import Closure
 from secondorder.stepping.local_loss import instances
 
@@ -37,14 +47,20 @@ class NewtonOptimizer(LayerwiseOptimizer):
 
     Args:
         model: any module; its nn.Linear layers are covered.
-        criterion: a module, or a function (output, target) -> scalar loss to be called as `optimizer.criterion`.
-        lr: multiplies the step that the model gives, in [0, 2).
+        criterion: a module, or a function (output, target) -> scalar loss. The loop must compute its loss by it, and call a
+            function as `optimizer.criterion`.
+        lr: multiplies the step that the quadratic model gives; in [0, 2). Schedulers change it as they change any learning rate.
         schedule: how the dampings begin and change.
-        subsample: the fraction of the batch that the model is evaluated on, in (0, 1]; at least 100 instances with 500 outputs,
-            and the whole batch where its rows are no instances by themselves.
-        weight_decay: eta, >= 0.
+        subsample: the fraction of the batch that the quadratic model is evaluated on, in (0, 1]. It is at least 100 instances,
+            and enough of them for 500 outputs. It is the whole batch where the loss is no mean or sum over the batch's rows.
+        weight_decay: eta of the direction and of the quadratic model, >= 0.
         factor_decay: in [0, 1); the factors are bias-corrected exponential averages with this decay.
+        fallback: what happens to parameters that no curvature covers. "sgd": they move along their gradients, as a part of the
+            quadratic model, and a warning names them once. "error": `step` raises an error.
         **shared: the arguments of `LayerwiseOptimizer` that both kinds of steps have.
+
+    Every step reads lr, weight_decay, factor_decay and maximize from `param_groups`. The solver uses the weight_decay of the
+    first group, and a layer the factor_decay of its weight's group. lr and maximize must be the same in all groups.
     """
 
     _remedy = "begin with more damping"
@@ -65,6 +81,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
         subsample: float,
         weight_decay: float,
         factor_decay: float,
+        fallback: str,
         **shared: Any,
     ):
         check_arguments(type(self).__name__, [("subsample", subsample, 0 < subsample <= 1, "in (0, 1]")])
@@ -73,7 +90,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
             "lr": lr, "weight_decay": weight_decay, "factor_decay": factor_decay,
             "tau": None, "gamma": None, "loss_trend": None, "rho": None, "coefficients": (0.0, 0.0),
         }  # fmt: skip
-        super().__init__(model, criterion, defaults, keep_inputs=True, decoupled_weight_decay=None, **shared)
+        super().__init__(model, criterion, defaults, keep_inputs=True, decoupled_weight_decay=None, fallback=fallback, **shared)
         warn_of_short_steps(type(self).__name__, lr)
         self._loop, self._subsample = LevenbergMarquardtLoop(schedule), subsample
         self._closure: Closure | None = None  # of the step under way
@@ -159,7 +176,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
         finally:
             self._evaluating = False
 
-    def _loss(self, parameters: dict[Tensor, str], steps: int, transfer: Transfer) -> LocalLoss | ClosureLoss:
+    def _loss(self, parameters: list[Tensor], steps: int, transfer: Transfer) -> LocalLoss | ClosureLoss:
         """Returns the loss that backward() was called on, from what was recorded or by the closure.
 
         Its numbers come to the host by the transfer.
@@ -196,7 +213,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
             )
         count = sum(instances(loss, self.criterion) for loss in self._tape.losses)
         return ClosureLoss(
-            type(self).__name__, self._closure, self._model, self.criterion, list(parameters), count, self._tape,
+            type(self).__name__, self._closure, self._model, self.criterion, parameters, count, self._tape,
             -1.0 if self._maximize() else 1.0, self._ranks,
         )  # fmt: skip
 
@@ -230,12 +247,42 @@ class NewtonOptimizer(LayerwiseOptimizer):
         checked = self._fallback.check([(p, gradients[p], 1.0) for p in others], transfer)
         read_metric = self._metric(covered, transfer)
         try:
-            loss = self._loss({p: self._parameter_names[p] for p in gradients}, steps, transfer)
+            loss = self._loss(list(gradients), steps, transfer)
         finally:  # whether numbers are finite comes first
             checked()
         if not math.isfinite(loss.start):
             raise NonFiniteError(self._not_finite({}, covered))
         metric = read_metric()
+
+        momentum = self._loop.schedule.momentum
+        known = momentum and all("momentum" in self.state.get(p, {}) for p in gradients)
+        previous = [self.state[p]["momentum"] for p in gradients] if known else None
+        eta = [float(groups[p]["weight_decay"]) for p in gradients]
+        model = QuadraticModel(loss, list(gradients.values()), eta, [metric.get(p, 1.0) for p in gradients])
+        directions = self._at_damping(covered, gradients, others, metric)
+        delta, prepared, damping = self._loop.step(model, directions, previous, _damping(group), steps, lr)
+        self._keep(damping)
+        for p, change in zip(gradients, delta, strict=True):
+            p.add_(change)
+            if momentum and lr > 0:  # with lr = 0, as of a scheduler that restarts, the step before stays
+                self.state[p]["momentum"] = change
+        self._commit(covered, factors, prepared or {})
+
+    def _at_damping(
+        self,
+        covered: dict[nn.Linear, Factors],
+        gradients: dict[Tensor, Tensor],
+        others: list[Tensor],
+        metric: dict[Tensor, float],
+    ) -> Callable[[float, bool, Transfer], tuple[_InOrder, Later[_InOrder | None]]]:
+        """Returns what gives the directions of all parameters at a damping, in the order of the gradients.
+
+        Args:
+            covered: the layers that have a curvature, with their factors.
+            gradients: by parameter.
+            others: the parameters that have no curvature.
+            metric: D, where it is not 1.
+        """
 
         def in_order(found: Directions) -> _InOrder:
             by_parameter, prepared = found
@@ -247,25 +294,12 @@ class NewtonOptimizer(LayerwiseOptimizer):
 
         def directions(damping: float, fresh: bool, transfer: Transfer) -> tuple[_InOrder, Later[_InOrder | None]]:
             # eta is the first group's.
-            eta = float(group["weight_decay"])
-            systems = {layer: (1.0, damping * metric.get(layer.weight, 1.0) + eta) for layer in covered}
-            found, revised = self._directions(covered, gradients, systems, fresh, transfer)
+            eta = float(self.param_groups[0]["weight_decay"])
+            scales = {layer: (1.0, damping * metric.get(layer.weight, 1.0) + eta) for layer in covered}
+            found, revised = self._directions(Systems(covered, gradients, scales, fresh), transfer)
             return in_order(found), lambda: None if (other := revised()) is None else in_order(other)
 
-        momentum = self._loop.schedule.momentum
-        known = momentum and all("momentum" in self.state.get(p, {}) for p in gradients)
-        previous = [self.state[p]["momentum"] for p in gradients] if known else None
-        eta = [float(groups[p]["weight_decay"]) for p in gradients]
-        delta, prepared, damping = self._loop.step(
-            loss, directions, list(gradients.values()), eta, previous, _damping(group), steps, lr,
-            [metric.get(p, 1.0) for p in gradients],
-        )  # fmt: skip
-        self._keep(damping)
-        for p, change in zip(gradients, delta, strict=True):
-            p.add_(change)
-            if momentum and lr > 0:  # with lr = 0, as of a scheduler that restarts, the step before stays
-                self.state[p]["momentum"] = change
-        self._commit(covered, factors, prepared or {})
+        return directions
 
     def _one_lr(self) -> float:
         """Returns the learning rate of all groups; raises ValueError where they differ."""

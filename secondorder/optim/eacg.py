@@ -13,12 +13,15 @@ from secondorder._tensors import Transfer, captured_now
 from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
 from secondorder.optim import _momentum
+from secondorder.optim._docstrings import complete_docstring
 from secondorder.optim._eacg_captured import CapturableOptimizer, UpdateOperands
 from secondorder.optim._layerwise import Groups
 from secondorder.optim._numbers import NUMBERS, Numbers
+from secondorder.optim._solving import Systems
 from secondorder.solvers import EACGSolver, Factors, Solver, SolverOptions
 
 
+@complete_docstring
 class EACG(CapturableOptimizer):
     """Trains the linear layers of a model by damped Newton steps under the positive-curvature Hessian (PCH).
 
@@ -45,8 +48,6 @@ class EACG(CapturableOptimizer):
 
     Args:
         model: any module; its nn.Linear layers are covered wherever elementwise functions connect them (docs/design.md).
-        criterion: a module, or a function (output, target) -> scalar loss. The loop must compute its loss by it, and call a
-            function as `optimizer.criterion`.
         lr: step size, >= 0.
         curvature: "pch-abs" (PCH-1: absolute values), "pch-clip" (PCH-2: clips in Eq. 8b, absolute values in Eq. 8a),
             "pch-clip-all" (clips in both), "gauss-newton", "kflr", "fisher-mc", "fisher-empirical", "fisher-exact", or a
@@ -67,18 +68,12 @@ class EACG(CapturableOptimizer):
         inverse_every: the solver's factorisations are renewed at the first inverse_every steps, and then at every
             inverse_every-th; >= 1.
         max_factor_elements: limit on n_in^2 of a layer, >= 0. Above it "kfi" uses "kfi-rank-one", and "auto" uses "ea-isotropic".
-        max_factor_dim: limit on n_out of a layer, >= 1, since H has n_out^2 numbers; None: no limit. The fallback updates wider
-            layers, and a warning names them once. A layer whose output they take gets its empirical Fisher block.
         max_step: bound on the root mean square of the lengths of a layer's rows of [P, d], before lr and momentum, > 0; None: no
             bound, as in the paper.
-        average: whether to keep averages of the parameters, for `averaged_parameters`.
         fallback: what happens to parameters that no curvature covers. "sgd": SGD updates them, and a warning names them once.
             "error": `step` raises an error.
-        maximize: whether to maximise the loss: the whole step, with its curvature, is then that of the negative loss.
         decoupled_weight_decay: True: W <- (1 - lr weight_decay) W, as in AdamW. False: weight_decay W is added to the gradient,
             as in SGD and Adam.
-        nonfinite: what a step does when it meets NaN or inf: "error" raises `secondorder.NonFiniteError`; "skip" changes nothing
-            and counts the step in `skipped_steps`.
         capturable: whether a CUDA graph may capture steps with the passes before them, once one was made without. A replay makes
             the step that would be made then, but for the groups' numbers, which stay what they were; a learning rate that is a
             tensor on the parameters' device is read by each replay, and is in [0, 1]. For one process, kernels for CUDA, solver
@@ -89,11 +84,6 @@ class EACG(CapturableOptimizer):
     Every step reads lr, alpha, momentum, weight_decay, factor_decay, max_step, maximize and decoupled_weight_decay from
     `param_groups`. A layer uses the alpha, factor_decay and max_step of its weight's group. maximize must be the same in all
     groups.
-
-    Raises:
-        TypeError, ValueError: an argument is not as described.
-        RuntimeError: `step` finds no gradients, no recorded call of the criterion, or numbers that are not finite. It has then
-            changed nothing.
 
     Source: Chen, Chou & Chang, "EA-CG: An Approximate Second-Order Method for Training Fully-Connected Neural Networks" (AAAI
     2019); averages, momentum and `max_step` are additions.
@@ -203,8 +193,8 @@ class EACG(CapturableOptimizer):
         """Makes a step by any solver."""
         gradients = self._gradients()
         alphas = {layer: float(groups[layer.weight]["alpha"]) for layer in covered}
-        systems = {layer: (1 - alpha, alpha) for layer, alpha in alphas.items()}
-        found, revised = self._directions(covered, gradients, systems, False, Transfer())
+        scales = {layer: (1 - alpha, alpha) for layer, alpha in alphas.items()}
+        found, revised = self._directions(Systems(covered, gradients, scales), Transfer())
         directions, prepared = revised() or found
         self._shorten(directions, covered, groups)
         others = self._fallback.updates(self.param_groups, gradients, list(directions), self.state)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from secondorder.curvature import Curvature
+from secondorder.optim._docstrings import complete_docstring
 from secondorder.optim._newton import NewtonOptimizer
 from secondorder.optim._numbers import check_arguments
 from secondorder.solvers import Solver, SolverOptions
 from secondorder.stepping import DampingSchedule
 
 
+@complete_docstring
 class LayerwiseNewton(NewtonOptimizer):
     """Trains a model by damped Newton steps layer by layer, and finds step size, momentum and damping by itself.
 
@@ -38,9 +40,6 @@ class LayerwiseNewton(NewtonOptimizer):
 
     Args:
         model: any module; its nn.Linear layers are covered wherever elementwise functions connect them (docs/design.md).
-        criterion: a module, or a function (output, target) -> scalar loss. The loop must compute its loss by it, and call a
-            function as `optimizer.criterion`.
-        lr: multiplies the step that the quadratic model gives; in [0, 2). Schedulers change it as they change any learning rate.
         curvature: "pch-abs" (PCH-1: absolute values), "pch-clip" (PCH-2: clips in Eq. 8b, absolute values in Eq. 8a),
             "pch-clip-all" (clips in both), "gauss-newton", "kflr", "fisher-mc", "fisher-empirical", "fisher-exact", or a
             `secondorder.curvature.Curvature`, such as PCH(gamma).
@@ -57,27 +56,9 @@ class LayerwiseNewton(NewtonOptimizer):
         inverse_every: the solver's factorisations are renewed at the first inverse_every steps, and then at every
             inverse_every-th; >= 1.
         max_factor_elements: limit on n_in^2 of a layer, >= 0. Above it "kfi" uses "kfi-rank-one", and "auto" uses "ea-isotropic".
-        max_factor_dim: limit on n_out of a layer, >= 1, since H has n_out^2 numbers; None: no limit. The fallback updates wider
-            layers, and a warning names them once. A layer whose output they take gets its empirical Fisher block.
         damping: the start of tau, relative to the first loss, > 0. None: 250 / m^2 for batches of m instances, at least 1e-4 and
             at most 1. tau stays above a tenth of its start, and above more while the losses of new batches rise
             (`secondorder.stepping.LossTrend`).
-        subsample: the fraction of the batch that the quadratic model is evaluated on, in (0, 1]. It is at least 100 instances,
-            and enough of them for 500 outputs. It is the whole batch where the loss is no mean or sum over the batch's rows.
-        average: whether to keep averages of the parameters, for `averaged_parameters`.
-        fallback: what happens to parameters that no curvature covers. "sgd": they move along their gradients, as a part of the
-            quadratic model, and a warning names them once. "error": `step` raises an error.
-        maximize: whether to maximise the loss: the whole step, with its curvature, is then that of the negative loss.
-        nonfinite: what a step does when it meets NaN or inf: "error" raises `secondorder.NonFiniteError`; "skip" changes nothing
-            and counts the step in `skipped_steps`.
-
-    Every step reads lr, weight_decay, factor_decay and maximize from `param_groups`. The solver uses the weight_decay of the
-    first group, and a layer the factor_decay of its weight's group. lr and maximize must be the same in all groups.
-
-    Raises:
-        TypeError, ValueError: an argument is not as described.
-        RuntimeError: `step` finds no gradients, no recorded call of the criterion, or numbers that are not finite. It has then
-            changed nothing.
 
     Source: the curvature and the solvers of Chen et al., "EA-CG" (AAAI 2019), whose equations Eq. 8a and 8b are; the steps of
     Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature" (ICML 2015).

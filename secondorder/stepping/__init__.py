@@ -3,9 +3,9 @@
 from secondorder.stepping.closure_loss import ClosureLoss
 from secondorder.stepping.levenberg_marquardt import Damping, DampingSchedule, LevenbergMarquardtLoop, LossTrend, TrialLoss
 from secondorder.stepping.local_loss import CannotReplay, LocalLoss
-from secondorder.stepping.quadratic_model import QuadraticTerms, Step, best_step
+from secondorder.stepping.quadratic_model import QuadraticModel, QuadraticTerms, Step
 
 __all__ = [
     "CannotReplay", "ClosureLoss", "Damping", "DampingSchedule", "LevenbergMarquardtLoop", "LocalLoss", "LossTrend",
-    "QuadraticTerms", "Step", "TrialLoss", "best_step",
+    "QuadraticModel", "QuadraticTerms", "Step", "TrialLoss",
 ]  # fmt: skip

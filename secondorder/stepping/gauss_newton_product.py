@@ -102,10 +102,8 @@ class OutputCurvature:
         values = torch.linalg.eigvalsh(form) if len(form) > 1 and form.isfinite().all() else form.flatten()
         tolerance = torch.finfo(self.gradients[0].dtype).eps ** 0.5
         lowest, highest, total = by_rows.tolist()
-        for sign, row in (
-            (1.0, lowest),
-            (-1.0, -highest),
-        ):  # a convex criterion, or the negative of one, which is to be maximised
+        # Of a convex criterion, or of the negative of one, which is to be maximised.
+        for sign, row in ((1.0, lowest), (-1.0, -highest)):
             if row >= -tolerance * total and (sign * values).min() >= -tolerance * values.abs().max():
                 return sign * form
         return None

@@ -4,6 +4,7 @@ The loop knows no optimizer: it asks a loss for trial values and quadratic terms
 (Botev et al., Appendix B; Martens & Grosse, 2015, sections 6 and 7.)
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secondorder._tensors import Later, Transfer, compute_dtype
-from secondorder.stepping.quadratic_model import QuadraticTerms, Step, best_step
+from secondorder.stepping.quadratic_model import QuadraticModel, QuadraticTerms, Step
 
 Prepared = TypeVar("Prepared")
 
@@ -130,8 +131,8 @@ class LevenbergMarquardtLoop:
         self.schedule = schedule
 
     def step(
-        self, loss: TrialLoss, directions: Directions[Prepared], gradients: list[Tensor], eta: list[float],
-        previous: list[Tensor] | None, damping: Damping | None, steps: int, lr: float = 1.0, metric: list[float] | None = None,
+        self, model: QuadraticModel[TrialLoss], directions: Directions[Prepared], previous: list[Tensor] | None,
+        damping: Damping | None, steps: int, lr: float = 1.0,
     ) -> tuple[list[Tensor], Prepared | None, Damping | None]:  # fmt: skip
         """Makes one step: delta = lr (c P + c' previous), c and c' minimising the quadratic model of the regularised loss.
 
@@ -140,53 +141,36 @@ class LevenbergMarquardtLoop:
         is, is taken and says nothing of the damping.
 
         Args:
-            loss: of the step's batch.
+            model: of the step's batch.
             directions: P, at a damping.
-            gradients: g + eta theta of the whole batch.
-            eta: a weight decay for each parameter.
             previous: the delta of the step before, or None.
             damping: what the step before has left; None: this is the first.
             steps: how many came before.
             lr: in [0, 2).
-            metric: D of the model, a number for each parameter; None: ones.
 
         Returns:
             delta; what was prepared for it, None where no try was accepted; the dampings for the next step, None where there is
             nothing to begin them with: no step before, no loss and no gradient.
         """
-        rule = self.schedule
-        if damping is None and loss.start == 0 and not any(bool(g.any()) for g in gradients):
+        rule, loss = self.schedule, model.loss
+        if damping is None and loss.start == 0 and not any(bool(g.any()) for g in model.gradients):
             return [torch.zeros_like(p) for p in loss.here], None, None
-        damping, rising = self._entered(loss, damping, gradients)
+        damping, rising = self._entered(model, damping)
         tau, gamma = damping.tau, damping.gamma
         if rising or not rule.momentum:
             previous = None
-
-        def proposal(tau: float, gamma: float | None, fresh: bool) -> tuple[Step, Prepared]:
-            transfer = Transfer()
-            (direction, prepared), revised = directions(tau if gamma is None else gamma, fresh, transfer)
-
-            def modelled(direction: list[Tensor]) -> Later[Step]:
-                vectors = [direction] if previous is None else [direction, previous]
-                return best_step(loss, gradients, vectors, tau, eta, lr, metric, transfer)
-
-            step = modelled(direction)
-            if (other := revised()) is not None:
-                direction, prepared = other
-                step = modelled(direction)
-            return step(), prepared
-
+        proposed = functools.partial(_proposed, model, directions, lr)
         noise = _ROUNDING * torch.finfo(compute_dtype(loss.here[0].dtype)).eps * abs(loss.start)
         delta: list[Tensor] | None = None
         accepted, rho, coefficients = None, None, (0.0, 0.0)
         for attempt in range(rule.tries + 1):
             choose = gamma is not None and attempt == 0 and steps % rule.gamma_every == rule.gamma_every - 1
-            step, prepared = proposal(tau, gamma, choose or attempt > 0)
+            step, prepared = proposed(previous, tau, gamma, choose or attempt > 0)
             if choose:
                 assert gamma is not None
                 factor = rule.omega**rule.gamma_every
                 choices = [(step, prepared, gamma)]
-                choices += [(*proposal(tau, g, True), g) for g in (gamma * factor, gamma / factor)]
+                choices += [(*proposed(previous, tau, g, True), g) for g in (gamma * factor, gamma / factor)]
                 step, prepared, gamma = min(choices, key=lambda choice: choice[0].predicted)
             if not step.predicted < 0:  # no gradient to follow
                 accepted = prepared
@@ -214,11 +198,11 @@ class LevenbergMarquardtLoop:
             delta = [torch.zeros_like(p) for p in loss.here]
         return delta, accepted, Damping(tau, gamma, damping.trend, rho, coefficients)
 
-    def _entered(self, loss: TrialLoss, damping: Damping | None, gradients: list[Tensor]) -> tuple[Damping, bool]:
+    def _entered(self, model: QuadraticModel[TrialLoss], damping: Damping | None) -> tuple[Damping, bool]:
         """Returns the dampings with which a step begins, and whether the losses of new batches rise."""
-        rule = self.schedule
+        rule, loss = self.schedule, model.loss
         if damping is None:
-            scale = _scale(loss, gradients)
+            scale = _scale(model)
             tau = rule.start(loss.instances) * scale
             trend = LossTrend(rule.floor * tau, rule.floor * tau, loss.start, loss.start)
             return Damping(tau, None if rule.gamma is None else rule.gamma * scale, trend), False
@@ -228,11 +212,32 @@ class LevenbergMarquardtLoop:
         return Damping(max(damping.tau, trend.floor), damping.gamma, trend), rising
 
 
-def _scale(loss: TrialLoss, gradients: list[Tensor]) -> float:
-    """Returns what dampings are relative to: the first loss, or the curvature along its gradient if that loss tells nothing."""
+def _proposed(
+    model: QuadraticModel[TrialLoss], directions: Directions[Prepared], lr: float, previous: list[Tensor] | None, tau: float,
+    gamma: float | None, fresh: bool,
+) -> tuple[Step, Prepared]:  # fmt: skip
+    """Returns the model's best step at these dampings, along the direction and the previous step if there is one.
+
+    With it comes what was prepared for the direction.
+    """
     transfer = Transfer()
-    squares = transfer.numbers([g.double().square().sum() for g in gradients])
-    terms = loss.products([gradients], transfer)
+    (direction, prepared), revised = directions(tau if gamma is None else gamma, fresh, transfer)
+
+    def best(direction: list[Tensor]) -> Later[Step]:
+        return model.best_step([direction] if previous is None else [direction, previous], tau, lr, transfer)
+
+    step = best(direction)
+    if (other := revised()) is not None:
+        direction, prepared = other
+        step = best(direction)
+    return step(), prepared
+
+
+def _scale(model: QuadraticModel[TrialLoss]) -> float:
+    """Returns what dampings are relative to: the first loss, or the curvature along its gradient if that loss tells nothing."""
+    loss, transfer = model.loss, Transfer()
+    squares = transfer.numbers([g.double().square().sum() for g in model.gradients])
+    terms = loss.products([model.gradients], transfer)
     square = math.fsum(squares())
     curvature = float(terms()[1][0, 0]) / square if square > 0 else 0.0
     if curvature > 0 and not torch.finfo(torch.float32).tiny < abs(loss.start) <= _LARGEST_LOSS * curvature:

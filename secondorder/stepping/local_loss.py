@@ -28,7 +28,7 @@ class LocalLoss(LossOverRanks):
         model: the recorded model.
         criterion: the recorded criterion.
         losses: what the tape recorded.
-        parameters: what it is a function of, with their names in the model.
+        parameters: what it is a function of.
         fraction: of each batch, in (0, 1]; but at least 100 instances with 500 outputs, or all.
         offset: which instances: every (1 / fraction)-th from this one on.
         tape: muted during the evaluations.
@@ -40,7 +40,7 @@ class LocalLoss(LossOverRanks):
     """
 
     def __init__(
-        self, model: nn.Module, criterion: nn.Module, losses: list[LossCall], parameters: dict[Tensor, str], fraction: float,
+        self, model: nn.Module, criterion: nn.Module, losses: list[LossCall], parameters: list[Tensor], fraction: float,
         offset: int, tape: Tape, ranks: RankReducer | None = None, transfer: Transfer | None = None,
     ):  # fmt: skip
         self.model, self.criterion, self.parameters, self.tape = model, criterion, parameters, tape
@@ -104,7 +104,7 @@ class LocalLoss(LossOverRanks):
         arguments = loss.arguments
         if arguments is None:
             raise CannotReplay("the criterion's arguments were not recorded")
-        chain = linear_chain(loss, list(self.parameters))
+        chain = linear_chain(loss, self.parameters)
         if chain is not None:
             return ChainLoss(loss, self.criterion, rows, chain, self.here, self._transfer)
         if arguments.model is None:

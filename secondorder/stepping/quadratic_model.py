@@ -9,7 +9,7 @@ matrix, in the papers the identity, the model of the regularised loss f(theta) +
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,34 +36,69 @@ class Step:
     curvature: float  # x^T G x / x^T D x of the first vector
 
 
-def best_step(
-    loss: QuadraticTerms, gradients: list[Tensor], vectors: list[list[Tensor]], tau: float, eta: list[float], lr: float = 1.0,
-    metric: list[float] | None = None, transfer: Transfer | None = None,
-) -> Later[Step]:  # fmt: skip
-    """Minimises q over the span of `vectors`: step size, and momentum with two (Botev et al., Eq. 39 to 41).
+Loss = TypeVar("Loss", bound=QuadraticTerms, covariant=True)
+
+
+@dataclass(frozen=True)
+class QuadraticModel(Generic[Loss]):
+    """The model q of a batch, at any tau.
 
     Args:
         loss: gives G, on its subsample.
         gradients: g + eta theta of the whole batch.
-        vectors: the new direction, and the previous update if there is one.
-        tau: >= 0.
         eta: a weight decay for each parameter.
-        lr: the step is this multiple of the minimiser, in [0, 2); what it predicts is then q there.
         metric: D, a number for each parameter; None: ones.
-        transfer: what the numbers come to the host with; None: they come alone.
-
-    Returns:
-        What gives the step, once it is asked for.
     """
-    transfer = Transfer() if transfer is None else transfer
-    terms, dots = loss.products(vectors, transfer), _dots(vectors, gradients, eta, metric, transfer)
-    return lambda: _minimum(vectors, terms(), dots(), tau, lr)
+
+    loss: Loss
+    gradients: list[Tensor]
+    eta: list[float]
+    metric: list[float] | None = None
+
+    def best_step(
+        self, vectors: list[list[Tensor]], tau: float, lr: float = 1.0, transfer: Transfer | None = None
+    ) -> Later[Step]:
+        """Minimises q over the span of `vectors`: step size, and momentum with two (Botev et al., Eq. 39 to 41).
+
+        Args:
+            vectors: the new direction, and the previous update if there is one.
+            tau: >= 0.
+            lr: the step is this multiple of the minimiser, in [0, 2); what it predicts is then q there.
+            transfer: what the numbers come to the host with; None: they come alone.
+
+        Returns:
+            What gives the step, once it is asked for.
+        """
+        transfer = Transfer() if transfer is None else transfer
+        terms, dots = self.loss.products(vectors, transfer), self._dots(vectors, transfer)
+        return lambda: _minimum(vectors, terms(), dots(), tau, lr)
+
+    def _dots(self, vectors: list[list[Tensor]], transfer: Transfer) -> Later[tuple[Tensor, Tensor, Tensor]]:
+        """Returns what gives x_k^T g [k], x_k^T D x_l and x_k^T diag(eta) x_l [k, k], in float64 on the CPU."""
+        flat = [[t.reshape(-1) for t in vector] for vector in [*vectors, self.gradients]]
+        rows, columns = torch.triu_indices(len(vectors), len(flat), offset=0, device="cpu")
+        pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
+        dots = [torch.dot(a, b) for i, j in pairs for a, b in zip(flat[i], flat[j], strict=True)]
+        found = transfer.later(torch.stack(dots).view(len(pairs), len(self.eta)))
+
+        def matrix(sums: Tensor) -> Tensor:
+            upper = sums.new_zeros(len(vectors), len(flat)).index_put((rows, columns), sums)
+            upper[:, :-1] += upper[:, :-1].triu(1).T
+            return upper
+
+        def sums() -> tuple[Tensor, Tensor, Tensor]:
+            products = found()
+            plain, decay = matrix(products.sum(1)), matrix(products @ products.new_tensor(self.eta))
+            inner = plain if self.metric is None else matrix(products @ products.new_tensor(self.metric))
+            return plain[:, -1], inner[:, :-1], decay[:, :-1]
+
+        return sums
 
 
 def _minimum(
     vectors: list[list[Tensor]], terms: tuple[Tensor, Tensor], dots: tuple[Tensor, Tensor, Tensor], tau: float, lr: float
 ) -> Step:
-    """Computes the step from the numbers of `QuadraticTerms.products` and `_dots`."""
+    """Computes the step from the numbers of `QuadraticTerms.products` and `QuadraticModel._dots`."""
     (first, gram), (slope, inner, decay) = terms, dots
     c = gram + tau * inner + decay
     # Two nearly parallel vectors make C singular; scaled to a unit diagonal, what is below rounding is left out.
@@ -82,27 +117,3 @@ def _minimum(
         float(coefficients @ first + half @ gram @ coefficients),
         float(gram[0, 0] / inner[0, 0].clamp(min=torch.finfo(torch.float64).tiny)),
     )
-
-
-def _dots(
-    vectors: list[list[Tensor]], gradients: list[Tensor], eta: list[float], metric: list[float] | None, transfer: Transfer
-) -> Later[tuple[Tensor, Tensor, Tensor]]:
-    """Returns what gives x_k^T g [k], x_k^T D x_l and x_k^T diag(eta) x_l [k, k], in float64 on the CPU."""
-    flat = [[t.reshape(-1) for t in vector] for vector in [*vectors, gradients]]
-    rows, columns = torch.triu_indices(len(vectors), len(flat), offset=0, device="cpu")
-    pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
-    dots = [torch.dot(a, b) for i, j in pairs for a, b in zip(flat[i], flat[j], strict=True)]
-    found = transfer.later(torch.stack(dots).view(len(pairs), len(eta)))
-
-    def matrix(sums: Tensor) -> Tensor:
-        upper = sums.new_zeros(len(vectors), len(flat)).index_put((rows, columns), sums)
-        upper[:, :-1] += upper[:, :-1].triu(1).T
-        return upper
-
-    def sums() -> tuple[Tensor, Tensor, Tensor]:
-        products = found()
-        plain, decay = matrix(products.sum(1)), matrix(products @ products.new_tensor(eta))
-        inner = plain if metric is None else matrix(products @ products.new_tensor(metric))
-        return plain[:, -1], inner[:, :-1], decay[:, :-1]
-
-    return sums

@@ -256,7 +256,7 @@ class ReplayedLoss(RecordedLoss):
 
     Args:
         model: the recorded model.
-        here: the parameters, with their names in the model.
+        here: the parameters.
         muted: within it the tape records nothing.
         transfer: what its numbers come to the host with.
 
@@ -265,11 +265,12 @@ class ReplayedLoss(RecordedLoss):
     """
 
     def __init__(
-        self, call: LossCall, criterion: nn.Module, rows: Rows | None, model: nn.Module, here: dict[Tensor, str],
+        self, call: LossCall, criterion: nn.Module, rows: Rows | None, model: nn.Module, here: list[Tensor],
         muted: Callable[[], Any], transfer: Transfer,
     ):  # fmt: skip
         super().__init__(call, criterion, rows)
-        self.model, self.names, self.muted = model, list(here.values()), muted
+        self.model, self.muted = model, muted
+        self._here, self._places = here, _places(model)
         assert self.arguments.model is not None
         recorded = self.arguments.tensors()
         if rows is not None:
@@ -315,11 +316,12 @@ class ReplayedLoss(RecordedLoss):
         call = self.arguments.model
         assert call is not None
         given = (call.args, call.kwargs) if self.rows is None else tree_map(self.rows.of, (call.args, call.kwargs))
-        values = {name: call.state.buffer(buffer) for name, buffer in self.model.named_buffers()}
-        values |= dict(zip(self.names, parameters, strict=True))
+        values = {buffer: call.state.buffer(buffer) for buffer in self.model.buffers()}
+        values |= dict(zip(self._here, parameters, strict=True))
+        by_name = {name: values[t] for name, t in self._places.items() if t in values}
         # A model may differentiate by its input, so that gradients are enabled also where none is wanted of the parameters.
         with self.muted(), call.state.restored(), differentiable_twice(self.model), torch.enable_grad():
-            leaves = tree_leaves(functional_call(self.model, values, *given))
+            leaves = tree_leaves(functional_call(self.model, by_name, *given, tie_weights=False))
             tensors = [way(leaves[position]) for position, way in self.arguments.from_model]
             return tensors, self._loss(tensors)
 
@@ -350,6 +352,20 @@ def _share(values: tuple[float, float], weights: tuple[float, float], whole: flo
     if abs(own + other - whole) <= tolerance:
         return total / own_weight
     return None
+
+
+def _places(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the parameters and buffers by their names, one for each module that has them.
+
+    A module that a model has under two names, as nn.Sequential(layer, nn.Tanh(), layer) does, is there once: functional_call
+    would give it values twice, and leave the first ones there in the end.
+    """
+    return {
+        f"{prefix}.{name}".removeprefix("."): t
+        for prefix, module in model.named_modules()
+        for name, t in (*module._parameters.items(), *module._buffers.items())
+        if t is not None
+    }
 
 
 def _has_rows(leaf: Any) -> bool:

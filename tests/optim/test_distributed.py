@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import secondorder as so
 from secondorder._distributed import RankReducer, RankTerm
-from secondorder.optim import _layerwise
+from secondorder.optim import _solving
 
 OPTIMIZERS = {
     "EACG": lambda m, c: so.EACG(m, c, lr=0.1),
@@ -152,7 +152,7 @@ def cases():
 def made(name, model, criterion):
     """A rank's optimizer, one "shared" so that its ranks share out what is far too little for that."""
     shared = name.endswith("shared")
-    _layerwise.SHARED_FROM, _layerwise.SHARED_PER_NUMBER = (0.0, 0.0) if shared else (1e8, 100.0)
+    _solving.SHARED_FROM, _solving.SHARED_PER_NUMBER = (0.0, 0.0) if shared else (1e8, 100.0)
     return OPTIMIZERS[name](model, criterion)
 
 

@@ -75,7 +75,7 @@ def test_a_call_ends_where_nothing_lowers_the_loss():
     assert mse_loss(net(x), y) < 1e-25
     ended = len(calls)
     optimizer.step(closure)
-    assert len(calls) < ended + 50
+    assert len(calls) < 2 * ended  # how soon it is over depends on the last bits
 
 
 def test_an_error_takes_back_the_step_that_failed_alone():

@@ -103,6 +103,11 @@ def heads():
     return nn.ModuleList([net(5, 6, 6), *(nn.Sequential(nn.Tanh(), nn.Linear(6, 3)).double() for _ in range(2))])
 
 
+def under_two_names():
+    layer = nn.Linear(5, 5)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(5, 3))
+
+
 class Skipping(nn.Module):
     """Layers left out at random, by torch's or Python's generator."""
 
@@ -167,6 +172,7 @@ USES = {
     "sigmoid": (
         lambda: Normed(1), nn.BCELoss(), lambda m, c: c(torch.sigmoid(m(X).squeeze(-1)), (Y > 0).double()), ReplayedLoss, False,
     ),
+    "a layer under two names": (under_two_names, CE, lambda m, c: c(m(X), Y), ReplayedLoss, True),
     "two calls": (Normed, CE, lambda m, c: c(m(X), Y) + 0.5 * c(m(X.flip(0)), Y), ReplayedLoss, True),
     "two nets": (
         lambda: nn.ModuleList([net(5, 6, 1), net(5, 4, 1)]), nn.MSELoss(),
@@ -215,7 +221,7 @@ def recorded(use, fraction, offset=0):
         assert at([p.detach() for p in model.parameters()]).item() == pytest.approx(loss.item(), rel=1e-12)
     loss.backward()
     assert tape.outside is None
-    here = {p: n for n, p in model.named_parameters() if p.grad is not None}
+    here = [p for p in model.parameters() if p.grad is not None]
     local = LocalLoss(model, criterion, tape.losses, here, fraction, offset, tape)
     return local, model, at, tape
 
@@ -240,6 +246,7 @@ def test_the_loss_that_backward_was_called_on_at_other_parameters(use):
     torch.manual_seed(3)
     moved = {p: (p + 0.1 * torch.randn_like(p)).detach() for p in local.parameters}
     generators, attributes = (torch.get_rng_state(), random.getstate()), [dict(vars(m)) for m in model.modules()]
+    own = [dict(m._parameters) for m in model.modules()]
     buffers = [b.clone() for b in model.buffers()]
     value, start = local.value(list(moved.values())), local.start
     first, form = local.products([list(gradients.values())], Transfer())()
@@ -248,6 +255,8 @@ def test_the_loss_that_backward_was_called_on_at_other_parameters(use):
     assert random.getstate() == generators[1]
     for before, module in zip(attributes, model.modules(), strict=True):
         assert all(vars(module)[key] is value for key, value in before.items())
+    for before, module in zip(own, model.modules(), strict=True):
+        assert all(module._parameters[key] is p for key, p in before.items())
     assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
     with tape.muted():
         here = [p.detach() for p in model.parameters()]
@@ -281,7 +290,7 @@ def test_the_form_is_that_of_the_logits(use):
     _, form = local.products([vector], Transfer())()
     x = SEQUENCES if use in ("classes second", "recurrent", "attention") else X
     y = LABELS.reshape(-1) if use == "classes second" else Y
-    names = list(local.parameters.values())
+    names = [name for name, _ in model.named_parameters()]
 
     def logits(step):
         values = {n: p.detach() + step * v for n, p, v in zip(names, local.parameters, vector, strict=True)}
@@ -304,7 +313,7 @@ def test_a_convex_function_has_every_instances_own_hessian():
     criterion = so.criteria.FunctionCriterion(convex)
     tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
     criterion(model(X), 2 * X[:, :3]).backward()
-    local = LocalLoss(model, criterion, tape.losses, {p: n for n, p in model.named_parameters()}, 1.0, 0, tape)
+    local = LocalLoss(model, criterion, tape.losses, list(model.parameters()), 1.0, 0, tape)
     vector = [torch.randn_like(p) for p in model.parameters()]
     _, form = local.products([vector], Transfer())()
     tape.remove()
@@ -324,7 +333,7 @@ def test_a_criterion_that_is_convex_behind_a_final_function_has_its_form_there(f
     target = 3 * X[:, :3]
     tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
     criterion(model(X), target).backward()
-    local = LocalLoss(model, criterion, tape.losses, {p: n for n, p in model.named_parameters()}, 1.0, 0, tape)
+    local = LocalLoss(model, criterion, tape.losses, list(model.parameters()), 1.0, 0, tape)
     assert isinstance(local.pieces[0], ChainLoss if chain else ReplayedLoss)
     vector = [torch.randn_like(p) for p in model.parameters()]
     _, form = local.products([vector], Transfer())()
@@ -353,7 +362,7 @@ def test_the_loss_at_parameters_that_are_not_finite_is_infinite(make):
     model = make().double()
     tape = Tape(linear_layers(model), CE, diagonal=False, model=model, keep_inputs=True)
     CE(model(X), Y).backward()
-    local = LocalLoss(model, CE, tape.losses, {p: n for n, p in model.named_parameters()}, 1.0, 0, tape)
+    local = LocalLoss(model, CE, tape.losses, list(model.parameters()), 1.0, 0, tape)
     overflowing = [p + math.inf for p in local.here]
     assert local.value(overflowing) == math.inf
     if make is Watchful:  # an error at finite ones is the user's to see
@@ -370,7 +379,7 @@ def test_few_labelled_rows_are_those_that_count(monkeypatch):
     y[[1, 4, 7, 8, 13, 17, 20, 22]] = torch.arange(8) % 3
     tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
     criterion(model(X), y).backward()
-    here = {p: n for n, p in model.named_parameters()}
+    here = list(model.parameters())
     for offset in range(4):
         local = LocalLoss(model, criterion, tape.losses, here, 0.25, offset, tape)
         assert local.instances == 8

@@ -14,7 +14,7 @@ from secondorder._layers import linear_layers
 from secondorder._tape import Tape
 from secondorder._tensors import Transfer
 from secondorder.criteria import BoundedClassificationLoss
-from secondorder.stepping import LocalLoss, best_step, recorded_loss
+from secondorder.stepping import LocalLoss, QuadraticModel, recorded_loss
 from secondorder.stepping.recorded_loss import ChainLoss
 
 
@@ -23,7 +23,7 @@ def local_loss(model, criterion, x, y, fraction=1.0, offset=0):
     tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
     model.zero_grad()
     criterion(model(x), y).backward()
-    local = LocalLoss(model, criterion, tape.losses, {p: n for n, p in model.named_parameters()}, fraction, offset, tape)
+    local = LocalLoss(model, criterion, tape.losses, list(model.parameters()), fraction, offset, tape)
     return local, [p.detach() for p in model.parameters()], [p.grad.clone() for p in model.parameters()]
 
 
@@ -50,7 +50,7 @@ def test_the_quadratic_model_is_the_explicit_one(case):
     torch.testing.assert_close(gram, v @ matrix @ v.T)
     # The minimum of the damped and decayed model over the span, and what it predicts there.
     tau, eta = 0.3, 0.05
-    step = best_step(local, gradients, vectors, tau, [eta] * len(parameters))()
+    step = QuadraticModel(local, gradients, [eta] * len(parameters)).best_step(vectors, tau)()
     c = matrix + (tau + eta) * torch.eye(len(g)).double()
     expected = -torch.linalg.solve(v @ c @ v.T, v @ g)
     torch.testing.assert_close(step.coefficients, expected)
@@ -111,7 +111,7 @@ def test_forward_products_of_chains_and_of_other_nets(net):
     tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
     criterion(model(x), y).backward()
     names = {p: n for n, p in model.named_parameters() if p.requires_grad}
-    local = LocalLoss(model, criterion, tape.losses, names, 1.0, 0, tape)
+    local = LocalLoss(model, criterion, tape.losses, list(names), 1.0, 0, tape)
     assert [isinstance(piece, ChainLoss) for piece in local.pieces] == [is_chain]
     vectors = [[torch.randn_like(p) for p in names] for _ in range(2)]
     first, gram = local.products(vectors, Transfer())()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import secondorder as so
-from secondorder.stepping import DampingSchedule, LevenbergMarquardtLoop
+from secondorder.stepping import DampingSchedule, LevenbergMarquardtLoop, QuadraticModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:secondorder")
 FAMILY = [so.LayerwiseNewton, so.KFAC, so.KFRA, so.KFLR]
@@ -35,10 +35,9 @@ class Shifted:
         return lambda: (stacked @ self.here[0].double(), stacked @ stacked.T)
 
     def step(self, schedule, damping=None, steps=0):
-        loop = LevenbergMarquardtLoop(schedule)
-        return loop.step(
-            self, lambda t, f, transfer: (([-self.here[0]], None), lambda: None), self.here, [0.0], None, damping, steps
-        )
+        model = QuadraticModel(self, self.here, [0.0])
+        directions = lambda t, f, transfer: (([-self.here[0]], None), lambda: None)  # noqa: E731
+        return LevenbergMarquardtLoop(schedule).step(model, directions, None, damping, steps)
 
 
 @pytest.mark.parametrize(("shift", "scale"), [(0.0, 2.0), (100.0, 102.0), (1e6, 1.0), (-1e6, 1.0), (-2.0, 1.0)])

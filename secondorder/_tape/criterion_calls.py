@@ -1,0 +1,118 @@
+"""What is kept of a call of the criterion: its arguments, how many rows it sees, and what it divides their sum by."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.utils._pytree import tree_leaves, tree_map
+
+from secondorder._tape.forward_state import ForwardState
+from secondorder._tape.graph import divisor_of_sum, metadata
+from secondorder._tape.records import CriterionArguments, LayerCall, ModelCall
+from secondorder._tape.ways import find_way
+from secondorder._tensors import refuse_capture
+from secondorder.criteria import reduction_of, sums_rows
+
+
+class Divisors:
+    """Tells what a criterion divides its sum over instances by.
+
+    Where nothing says so, the criterion is called twice, at the first loss of which that is asked.
+
+    Args:
+        criterion: whose calls they are of.
+    """
+
+    def __init__(self, criterion: nn.Module):
+        self._criterion = criterion
+        self._sums: bool | None = None  # whether a criterion that does not say so sums over its rows; None: that is not known
+        self._unsaid: tuple[Any, list[int]] | None = None  # the last arguments of such a criterion, to call it with
+
+    def release(self) -> None:
+        """Forgets the arguments of calls."""
+        self._unsaid = None
+
+    def of(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Node, muted: Callable[[], AbstractContextManager[None]]
+    ) -> Callable[[], float | Tensor | None]:
+        """Returns what tells, once that is asked for, what the sum over instances is divided by; None: their number.
+
+        Args:
+            args: of a call.
+            kwargs: of the call.
+            loss: the node of what it returned.
+            muted: within it no call is recorded.
+        """
+        reduction = reduction_of(self._criterion, kwargs)
+        if reduction is not None or self._sums is False:
+            return lambda: 1.0 if reduction == "sum" else None
+        leaves, trained = _leaves(args, kwargs)
+        divisor = divisor_of_sum(loss)
+        if isinstance(divisor, Tensor) and trained:
+            # Less than the number of rows is part of every row's loss, as of (z - y)^2 / 2.
+            rows = leaves[trained[0]].shape[:1].numel()
+            divisor = divisor.where(divisor > 0.99 * rows, 1.0)
+        if self._sums:
+            return lambda: divisor
+        self._unsaid = detached((args, kwargs)), trained
+
+        def found() -> float | Tensor | None:
+            if self._sums is None and self._unsaid is not None:
+                refuse_capture("criterion that does not say whether it is a mean or a sum")
+                with muted(), ForwardState(self._criterion).restored(buffers=True):
+                    self._sums = sums_rows(self._criterion, *self._unsaid)
+            return divisor if self._sums else None
+
+        return found
+
+
+def criterion_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], sources: list[Node], key: str) -> CriterionArguments:
+    """Returns what is needed to evaluate the criterion again.
+
+    Args:
+        args: of its call.
+        kwargs: of its call.
+        sources: the nodes of the outputs of the layers that it sees.
+        key: of the layers' calls in the nodes' metadata.
+    """
+    leaves, trained = _leaves(args, kwargs)
+    arguments = CriterionArguments(detached(args), detached(kwargs), trained, None, None, [])
+    if len(sources) == 1 and len(trained) == 1:
+        (node,) = sources
+        source: LayerCall = metadata(node)[key]
+        found = find_way(leaves[trained[0]], lambda n, _: (None, source.preactivation()) if n is node else None)
+        arguments.from_layer = None if found is None else found[1]
+
+    def output_of_the_model(node: Node, number: int) -> tuple[tuple[ModelCall, int], Tensor] | None:
+        made = metadata(node).get(key + ".model", {}).get(number)
+        return None if made is None or not made[0].outputs else (made, made[0].outputs[made[1]])
+
+    ways = [find_way(leaves[k], output_of_the_model) for k in trained]
+    calls = {way[0][0] for way in ways if way is not None}
+    if len(calls) == 1 and all(way is not None for way in ways):
+        (arguments.model,) = calls
+        arguments.from_model = [(way[0][1], way[1]) for way in ways if way is not None]
+    return arguments
+
+
+def rows_seen(sources: list[LayerCall], args: tuple[Any, ...]) -> int | None:
+    """Returns how many rows the criterion sees: its sources', or their sum if its first argument joins them; None: unclear."""
+    rows = [source.input.shape[:-1].numel() for source in sources]
+    width, output = sources[0].layer.out_features, args[0] if args else None
+    if len(rows) > 1 and isinstance(output, Tensor) and output.numel() == width * sum(rows):  # noqa: SIM102
+        if (output.dim() > 1 and output.shape[-1] == width) or (output.dim() == 1 and width == 1):
+            return sum(rows)
+    return rows[0] if len(set(rows)) == 1 else None
+
+
+def detached(tree: Any) -> Any:
+    """Returns a tree of values with its tensors detached."""
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], list[int]]:
+    """Returns the values of a call, and which of them are tensors that depend on parameters."""
+    leaves = tree_leaves((args, kwargs))
+    return leaves, [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
