@@ -34,6 +34,47 @@ def test_no_entry_of_control_is_idle(name):
     assert (made[0] != made[1] or made[0] != made[2]) == (name != "refused")
 
 
+FAR = 1e9  # of an average: next to it the slopes of one step are nothing
+
+
+def control_after(library, **entries):
+    """The control after one step from these entries, by their names."""
+    (own,), control = cast([matrix(20, 30, 8, 8, True)], torch.float64), torch.zeros(len(ops.CONTROL), dtype=torch.float64)
+    for name, value in {"length": 0.01, **entries}.items():
+        control[ops.CONTROL.index(name)] = value
+    step(library, [own], control)
+    return dict(zip(ops.CONTROL, control.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("library", [ops, reference], ids=["ops", "reference"])
+@pytest.mark.parametrize(
+    ("entries", "factor", "proved"),
+    [
+        ({"last_slope": -FAR, "slope": FAR, "first_slope": 2 * FAR}, 0.7, False),  # next gradients point back
+        ({"last_slope": FAR, "slope": 2 * FAR, "first_slope": FAR}, 0.7, False),  # they grow
+        ({"last_slope": FAR, "slope": FAR, "first_slope": 2 * FAR}, 1.0, False),  # they do neither
+        ({"last_slope": -FAR, "slope": -FAR, "first_slope": FAR}, 1.0, True),  # this step's slope is above a tenth of the average
+        ({"last_slope": -FAR, "slope": FAR, "first_slope": 0.0}, 1.0, True),  # an earlier one's was
+    ],
+)
+def test_a_rising_length_is_shortened_where_no_step_pointed_along_the_next_gradient(library, entries, factor, proved):
+    for t, expected in ((1, factor), (14, factor), (15, None)):
+        after = control_after(library, steps=t, **entries)
+        if expected is not None:
+            assert after["length"] == pytest.approx(0.01 * expected, rel=1e-15)
+            assert after["first_slope"] == (0 if proved else entries["first_slope"])
+        else:  # when it has risen, the rule of every later step holds
+            assert after["length"] != pytest.approx(0.01 * 0.7, rel=1e-3)
+            assert after["first_slope"] == entries["first_slope"]
+
+
+@pytest.mark.parametrize("library", [ops, reference], ids=["ops", "reference"])
+def test_the_first_slope_is_kept(library):
+    after = control_after(library)
+    assert after["first_slope"] == after["slope"] != 0
+    assert after["length"] == 0.01
+
+
 @pytest.mark.parametrize("size", [(40, 50, 8, 8, True), (33, 30, 8, 30, False), (9, 40, 9, 8, True)], ids=str)
 def test_parts_are_the_gradient_in_other_coordinates(size):
     """Without Adam's rule what goes there and back is the gradient itself, of W and of b, in the metric of centred inputs."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -224,3 +225,34 @@ def test_a_loss_that_grows_a_thousandfold_is_told_of_once():
     with pytest.warns(UserWarning, match=r"the loss has grown from 0.153 to .*: training diverges") as caught:
         twenty()
     assert len(caught) == 1
+
+
+class Sine(nn.Module):
+    def forward(self, x):
+        return torch.sin(30 * x)
+
+
+def siren(width):
+    """Three layers of sines with the first weights of Sitzmann et al."""
+    layers = []
+    for i, (n_in, n_out) in enumerate(pairwise([2, width, width, width, 1])):
+        layer = nn.Linear(n_in, n_out)
+        bound = 0.5 if i == 0 else math.sqrt(6 / width) / 30
+        nn.init.uniform_(layer.weight, -bound, bound)
+        layers += [layer, Sine()]
+    return nn.Sequential(*layers[:-1])
+
+
+def test_a_net_whose_loss_is_far_steeper_than_others_trains():
+    """Sines of 30 times their input: the length that suits other nets is several times the size of these weights."""
+    torch.manual_seed(0)
+    net, axis = siren(64), torch.linspace(-1, 1, 24)
+    x = torch.cartesian_prod(axis, axis)
+    y = torch.exp(-4 * x.square().sum(1, keepdim=True)) + 0.3 * torch.sign(x[:, :1] + x[:, 1:] / 2)
+    optimizer = so.EigenAdam(net)
+    for _ in range(120):
+        optimizer.zero_grad()
+        loss = (net(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 1e-3 * y.var().item()
