@@ -186,6 +186,32 @@ def test_checkpoints(name, reentrant):
         torch.testing.assert_close(parameters(model), parameters(plain))
 
 
+def own_cross_entropy(z, y):
+    return (z.logsumexp(1) - z.gather(1, y.unsqueeze(1)).squeeze(1)).mean()
+
+
+@pytest.mark.parametrize("name", ["EACG", "LayerwiseNewton", "KFRA", "KFLR", "KFLR-lr", "KBFGS"])
+def test_a_criterion_and_functions_without_a_formula_may_be_checkpointed(name):
+    """The double backward that they need saves tensors of its own, and calls what is checkpointed once more."""
+    found = []
+    for checkpointed in (False, True):
+        model, (x, y), calls = network(), batch(), []
+        model[1], model[3] = nn.Mish(), nn.Hardswish()
+        optimizer = ALL[name](model, own_cross_entropy)
+
+        def whole(x, y, model=model, optimizer=optimizer, calls=calls):
+            calls.append(0)
+            return optimizer.criterion(model(x), y)
+
+        def loss(checkpointed=checkpointed, whole=whole, x=x, y=y):
+            value = checkpoint(whole, x, y, use_reentrant=False) if checkpointed else whole(x, y)
+            return (2 * value).log().exp() / 2  # what follows has the whole checkpoint made once more, its last call too
+
+        run(model, optimizer, loss, steps=3)
+        found.append(parameters(model))
+    torch.testing.assert_close(*found)
+
+
 @every
 def test_layers_wider_than_the_limit_get_the_fallback_and_say_so(name):
     if name == "KBFGSL":
