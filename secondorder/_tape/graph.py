@@ -118,6 +118,7 @@ def divisor_of_sum(loss: Node) -> Tensor | float:
         else:
             return divisor
         if factor is not None:
+            factor = torch.as_tensor(factor)  # torch's own functions divide by plain numbers
             if factor.numel() != 1:
                 return divisor
             factor = factor.detach().double().abs().reshape(())

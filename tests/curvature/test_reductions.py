@@ -53,6 +53,8 @@ REDUCTIONS = {  # and what it divides the sum over the instances by; None: the b
     "weighted": (weighted, M),
     "whole batches alone": (whole_batches, M),
     "compares": (contrastive, M),
+    "soft labels": (lambda z, y: F.cross_entropy(z, y.softmax(1)), M),  # torch divides there by a number that is no tensor
+    "soft labels, sum": (lambda z, y: F.cross_entropy(z, y.softmax(1), reduction="sum"), 1),
     "mean with a table": (per_row(torch.mean), M),
     "sum with a table": (per_row(torch.sum), 1),
 }
