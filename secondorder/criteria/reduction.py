@@ -20,7 +20,7 @@ class _OnTheHost(TorchDispatchMode):
 
 
 def reduction_of(criterion: nn.Module, kwargs: dict[str, Any]) -> Any:
-    """Returns what a criterion says of its reduction, "mean" or "sum"; None: nothing.
+    """Returns what a criterion says of its reduction, "mean", "batchmean" or "sum"; None: nothing.
 
     Args:
         criterion: a module or a `FunctionCriterion`.
@@ -28,7 +28,8 @@ def reduction_of(criterion: nn.Module, kwargs: dict[str, Any]) -> Any:
     """
     if isinstance(criterion, FunctionCriterion) and is_known(criterion):
         return kwargs.get("reduction", "mean")
-    return getattr(criterion, "reduction", kwargs.get("reduction"))
+    said = getattr(criterion, "reduction", kwargs.get("reduction"))
+    return said if said in ("mean", "batchmean", "sum") else None  # one that says "none" reduces what torch's loss gives it
 
 
 def sums_rows(criterion: nn.Module, arguments: Any, trained: list[int]) -> bool | None:

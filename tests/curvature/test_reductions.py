@@ -117,6 +117,26 @@ def test_a_summing_function_has_the_blocks_of_the_summing_module():
         assert_blocks(blocks(model, criterion, CURVATURES["fisher-empirical"], (x, y)), expected)
 
 
+class Focal(nn.CrossEntropyLoss):
+    """Reduces by itself what torch's loss gives it for every row."""
+
+    def __init__(self, reduce):
+        super().__init__(reduction="none")
+        self.reduce = reduce
+
+    def forward(self, z, y):
+        losses = super().forward(z, y)
+        return self.reduce((1 - torch.exp(-losses)) * losses)
+
+
+@pytest.mark.parametrize(("reduce", "divisor"), [(torch.sum, 1), (torch.mean, M)])
+def test_a_module_that_reduces_by_itself_says_nothing_by_its_reduction(reduce, divisor):
+    torch.manual_seed(0)
+    model, x, y = network([4, 6, 3], nn.Tanh()), torch.randn(M, 4).double(), torch.randint(3, (M,))
+    expected = {n: g.T @ g / divisor for n, g in instance_gradients(model, Focal(torch.sum), x, y).items()}
+    assert_blocks(blocks(model, Focal(reduce), CURVATURES["fisher-empirical"], (x, y)), expected)
+
+
 class Counting(nn.Module):
     """A sum that draws numbers, has a buffer, and counts its calls."""
 
