@@ -262,8 +262,8 @@ class KBFGS(QuasiNewtonOptimizer):
             if self._ranks is not None:
                 covered = [layer for layer in self._layers if layer.weight not in self._uncovered]
                 value = first.average(self._ranks, float(value), covered)
+            self._growth.observe(value)  # first, since a warning may be an error
             self._update(closure, value, first, random)
-        self._growth.observe(value)
         return loss
 
     def _usable(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:

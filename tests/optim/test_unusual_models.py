@@ -1,11 +1,13 @@
 """Models and criteria that no curvature covers as a whole: the rest trains, or an error says why."""
 
 import contextlib
+import copy
 import warnings
 
 import pytest
 import torch
 from helpers.optimizers import ALL, FIXED, parameters
+from helpers.training import assert_same
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrizations, prune
@@ -280,6 +282,23 @@ def test_a_criterion_without_second_derivatives_is_refused_with_what_to_do(make)
     else:  # the curvature does without, but the quadratic model does not
         with pytest.raises(RuntimeError, match=message):
             optimizer.step(closure)
+
+
+@every
+def test_a_warning_that_is_an_error_changes_nothing(name):
+    """That a loss has grown a thousandfold is said before the step."""
+    model, (x, _) = network(), batch()
+    optimizer = ALL[name](model, nn.MSELoss())
+
+    def scaled(factor):
+        return lambda: optimizer.criterion(model(x), factor * torch.ones(10, 3).double())
+
+    run(model, optimizer, scaled(1.0), steps=3)
+    before = copy.deepcopy([parameters(model), optimizer.state_dict()])
+    with pytest.raises(UserWarning, match="has grown a thousandfold"):
+        run(model, optimizer, scaled(1e4))
+    assert_same([parameters(model), optimizer.state_dict()], before)
+    run(model, optimizer, scaled(1.0))
 
 
 @pytest.mark.parametrize("name", ["EACG", "EACG-exact", "KFLR"])
