@@ -669,3 +669,20 @@ def test_levenberg_marquardt_steps_as_on_the_cpu(solver):
 
     tolerance = 1e-2 if solver == "nystrom" else 1e-6  # conjugate gradients end at a hundredth
     torch.testing.assert_close(trained("cuda"), trained("cpu"), rtol=tolerance, atol=tolerance)
+
+
+def test_a_criterion_with_a_table_of_the_batchs_rows_is_evaluated_on_the_host():
+    """Taken twice, the batch indexes the table beyond its end, which no process survives on a GPU."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3).cuda(), torch.randn(8, 4, device="cuda"), torch.randn(8, 3, device="cuda")
+    table = torch.linspace(1, 2, 8, device="cuda")
+
+    def criterion(z, y):
+        return (table[torch.arange(len(z), device=z.device)] * (z - y).square().sum(1)).sum()
+
+    optimizer = so.EACG(model, criterion, lr=0.0, curvature="fisher-empirical", factor_decay=0.0)
+    z = model(x)
+    expected = torch.autograd.grad(criterion(z, y), z, retain_graph=True)[0]
+    optimizer.criterion(z, y).backward()
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[model.weight]["factors"]["bias_hessian"], expected.T @ expected)

@@ -6,11 +6,11 @@ from secondorder._tape.elementwise import AutogradMap, ElementwiseMap, KnownActi
 from secondorder._tape.forward_state import ForwardState
 from secondorder._tape.graph import (
     claim_product,
+    in_recomputation,
     is_reshaping,
     is_view_of,
     metadata,
     multiplied,
-    refuse_reentrant_checkpoint,
     source_nodes,
 )  # fmt: skip
 from secondorder._tape.layers import LayerRecord
@@ -32,7 +32,7 @@ from secondorder._tape.ways import is_affine, is_selecting, keeps_rows, logits_o
 __all__ = [
     "AutogradMap", "Columns", "Counting", "CriterionArguments", "ElementwiseMap", "ForwardState", "KnownActivation",
     "LayerCall", "LayerRecord", "Link", "LossCall", "ModelCall", "OutputHessianOf", "Tape", "activation_function", "aligned",
-    "as_weighted", "claim_product", "derivatives", "has_rows_apart", "is_affine", "is_recorded", "is_reshaping", "is_selecting",
-    "is_view_of", "keeps_rows", "logits_of", "metadata", "multiplied", "preactivation", "refuse_reentrant_checkpoint",
+    "as_weighted", "claim_product", "derivatives", "has_rows_apart", "in_recomputation", "is_affine", "is_recorded",
+    "is_reshaping", "is_selecting", "is_view_of", "keeps_rows", "logits_of", "metadata", "multiplied", "preactivation",
     "source_nodes", "taken_from", "term_of_its_own", "term_outside", "upstream",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ class Divisors:
     def __init__(self, criterion: nn.Module):
         self._criterion = criterion
         self._sums: bool | None = None  # whether a criterion that does not say so sums over its rows; None: that is not known
+        self._most_rows = 3  # of the batches; a half of a sum over two is rather part of every row's loss
         self._unsaid: tuple[Any, list[int]] | None = None  # the last arguments of such a criterion, to call it with
 
     def release(self) -> None:
@@ -51,9 +52,9 @@ class Divisors:
         leaves, trained = _leaves(args, kwargs)
         divisor = divisor_of_sum(loss)
         if isinstance(divisor, Tensor) and trained:
-            # Less than the number of rows is part of every row's loss, as of (z - y)^2 / 2.
-            rows = leaves[trained[0]].shape[:1].numel()
-            divisor = divisor.where(divisor > 0.99 * rows, 1.0)
+            # Less than the rows of the largest batch is part of every row's loss, as of (z - y)^2 / 2.
+            self._most_rows = max(self._most_rows, leaves[trained[0]].shape[:1].numel())
+            divisor = divisor.where(divisor > 0.99 * self._most_rows, 1.0)
         if self._sums:
             return lambda: divisor
         self._unsaid = detached((args, kwargs)), trained

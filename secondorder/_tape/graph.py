@@ -118,6 +118,7 @@ def divisor_of_sum(loss: Node) -> Tensor | float:
         else:
             return divisor
         if factor is not None:
+            factor = torch.as_tensor(factor)  # torch's own functions divide by plain numbers
             if factor.numel() != 1:
                 return divisor
             factor = factor.detach().double().abs().reshape(())
@@ -140,12 +141,21 @@ def compiled_error(what: str) -> RuntimeError:
     )
 
 
-def refuse_reentrant_checkpoint(layer: str) -> None:
-    """Raises if a layer is called by a reentrant checkpoint, whose backward pass is not part of the loss's graph."""
-    if torch._C._current_graph_task_id() != -1:
-        node: Node | None = torch._C._current_autograd_node()
-        if node is not None and node.name() == "CheckpointFunctionBackward":
-            raise RuntimeError(
-                f"layer {layer!r} is inside a checkpoint of the reentrant kind, whose backward pass is none of the loss's graph: "
-                "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-            )
+def in_recomputation(what: str) -> bool:
+    """Tells whether a checkpoint makes a call once more, within a backward pass, on a graph that is none of the loss's.
+
+    Args:
+        what: is called, for the message.
+
+    Raises:
+        RuntimeError: the checkpoint is of the reentrant kind.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    node: Node | None = torch._C._current_autograd_node()
+    if node is not None and node.name() == "CheckpointFunctionBackward":
+        raise RuntimeError(
+            f"{what} is inside a checkpoint of the reentrant kind, whose backward pass is none of the loss's graph: "
+            "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+    return True

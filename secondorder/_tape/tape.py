@@ -11,11 +11,12 @@ Nothing is recorded in eval mode, without grad mode, or while `recording` is off
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
@@ -31,11 +32,11 @@ from secondorder._tape.graph import (
     claim_product,
     compiled_error,
     compiled_parameters,
+    in_recomputation,
     is_reshaping,
     is_view_of,
     metadata,
     multiplied,
-    refuse_reentrant_checkpoint,
     source_nodes,
 )  # fmt: skip
 from secondorder._tape.hooks import CallHook, EagerForward, remove_handles
@@ -175,6 +176,16 @@ class Tape:
         finally:
             self._muted = False
 
+    @contextmanager
+    def _differentiating(self) -> Iterator[None]:
+        """Mutes the tape in autograd runs of its own; within a checkpoint of the user's what these save is not to be counted."""
+        enabled = (
+            torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
+        )  # torch.func's transforms have none
+        # Detached, since a node that keeps a tensor which it has made itself would never be freed.
+        with self.muted(), saved_tensors_hooks(Tensor.detach, lambda t: t) if enabled else nullcontext():
+            yield
+
     def records(self) -> list[LayerRecord]:
         """Returns the layers that the losses depend on, each after the layer that takes its output: the recursion's order."""
         records: dict[nn.Linear, LayerRecord] = {}
@@ -215,9 +226,8 @@ class Tape:
     def _on_layer(self, layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Records a call of a layer, with the links from the layers before."""
         node, layer = output.grad_fn, self.tied.get(layer, layer)
-        if node is None:
+        if node is None or in_recomputation(f"layer {self.names[layer]!r}"):
             return
-        refuse_reentrant_checkpoint(self.names[layer])
         if node.name() == COMPILED:
             raise compiled_error(f"layer {self.names[layer]!r} runs")
         input = args[0] if args else kwargs["input"]
@@ -275,7 +285,7 @@ class Tape:
                     f"derivatives by autograd of what follows layer {self.names[source.layer]!r} ({', '.join(passed[:6])})"
                 )
                 try:
-                    with self.muted():
+                    with self._differentiating():
                         between = elementwise.probe(input, node, second=self.diagonal)
                 except RuntimeError as error:
                     obstacle = f"goes through a function that autograd cannot differentiate twice ({error})"
@@ -318,6 +328,8 @@ class Tape:
 
     def _on_criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor) -> None:
         """Records a call of the criterion: the layers that it sees, its weights of targets, and its curvature."""
+        if in_recomputation("the criterion"):
+            return
         made_by = loss.grad_fn if isinstance(loss, Tensor) else None
         if made_by is None:
             kind = "a tensor without a graph" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
@@ -347,7 +359,7 @@ class Tape:
         if self._keeps_inputs:
             own = term_of_its_own(loss, (args, kwargs), self._watched)
             call.outside = own and f"parameters that the criterion takes by itself (by {own})"
-            with self.muted():
+            with self._differentiating():
                 call.arguments = criterion_arguments(args, kwargs, nodes, self._key)
         self._record_curvature(call, nodes, loss, (*args[:1], *tree_map(self._fixed, args[1:])), kwargs)
         self.missing = (
@@ -376,7 +388,7 @@ class Tape:
     ) -> None:
         """Takes the columns back to every layer, or the Hessian at the last layer's output, where the recursion starts."""
         if self.columns is not None:
-            with self.muted():
+            with self._differentiating():
                 edge, root = self.columns(self.criterion, loss, nodes[0] if len(nodes) == 1 else None, args, kwargs)
                 if root is not None:
                     call.blocks = column_blocks(edge, root, self._key, self.samples, call.counting, self.wide)
@@ -400,7 +412,7 @@ class Tape:
                 call.hessian = analytic_hessian(self.criterion, output.detach(), *args[1:], **kwargs)
             if call.hessian is None:
                 refuse_capture(f"Hessian of {self.criterion} by autograd")
-                with self.muted():
+                with self._differentiating():
                     hessian = self.output_hessian(self.criterion, loss, nodes[0], args, kwargs)
                 call.flat = not bool(hessian.values.any())
                 call.hessian = None if call.flat else hessian

@@ -1,5 +1,6 @@
 """What the papers' optimizers share: which layers a model has, the tape on them, gradients, and steps that are all or nothing."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -159,11 +160,20 @@ class CurvatureOptimizer(SecondOrderOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Returns all but the tape, which hangs on the model's hooks, and what a scheduler has put around `step`."""
         kept = {key: value for key, value in self.__dict__.items() if key not in ("_tape", "step")}
-        return {**kept, "_recording": self._tape.recording}
+        return {**kept, "_recording": self._tape.recording, "_version": _version()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Lays a tape on the copy's own model; `load_state_dict` comes here too, with the state alone."""
-        recording = state.pop("_recording", None)
+        """Lays a tape on the copy's own model; `load_state_dict` comes here too, with the state alone.
+
+        Raises:
+            RuntimeError: another version has pickled it, whose optimizers have other attributes.
+        """
+        recording, version = state.pop("_recording", None), state.pop("_version", "another version")
+        if "defaults" in state and version != _version():
+            raise RuntimeError(
+                f"{type(self).__name__}: expected an optimizer that secondorder {_version()} has pickled, got one of {version}; "
+                "load it there, and save optimizer.state_dict(), which later versions load"
+            )
         super().__setstate__(state)
         if recording is not None:
             self._tape = Tape(self._layers, self.criterion, **self._tape_options)
@@ -340,6 +350,11 @@ def _whole_module(owner: str, model: Any) -> nn.Module:
     if any(cls.__name__ in _SHARDED for module in model.modules() for cls in type(module).__mro__):
         raise TypeError(f"{owner}: {WHOLE}; FSDP's shards, and DataParallel's replicas, are not supported")
     return model
+
+
+def _version() -> str:
+    """Returns the package's version; the package itself is imported after this file."""
+    return str(sys.modules[__name__.partition(".")[0]].__version__)
 
 
 def _refuse_ddp(module: nn.Module, args: Any) -> None:

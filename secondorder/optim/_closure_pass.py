@@ -17,10 +17,10 @@ from secondorder._tape import (
     aligned,
     as_weighted,
     claim_product,
+    in_recomputation,
     keeps_rows,
     metadata,
     multiplied,
-    refuse_reentrant_checkpoint,
     source_nodes,
 )  # fmt: skip
 from secondorder._tensors import compute_dtype, flatten_batch
@@ -135,6 +135,8 @@ class ClosurePass:
         return multiplied(source_nodes(start, self._key)[2], self._claimed) if self._parameters and start is not None else set()
 
     def _record_targets(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
+        if in_recomputation("the criterion"):
+            return
         if torch.is_grad_enabled() and isinstance(loss, Tensor) and loss.grad_fn is not None:
             args, kwargs = by_position(criterion, args, kwargs)
             masses = LateMasses(criterion, (None, *args[1:]), kwargs)
@@ -288,9 +290,10 @@ class ClosurePass:
             not torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None
         ):  # of other tensors than the loss's
             return
+        if in_recomputation(f"layer {self.layers[self._tied.get(layer, layer)]!r}"):
+            return
         products = self._multiplied((args[0] if args else kwargs["input"]).grad_fn)
         input, layer = layer_input(layer, args, kwargs), self._tied.get(layer, layer)
-        refuse_reentrant_checkpoint(self.layers[layer])
         dtype = compute_dtype(layer.weight.dtype)
         mean = flatten_batch([output.detach()]).mean(0, dtype=dtype)
         use = _Use(self._calls, output.shape[:-1], layer, input, mean, products)

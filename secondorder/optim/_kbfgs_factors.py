@@ -100,11 +100,20 @@ class QuasiNewtonOptimizer(CurvatureOptimizer):
         pairs = zip(states, gradients, strict=True)
         return [ops.precondition(state["inverse_output"], m, state["inverse_input"]) for state, m in pairs]
 
-    def _update_factors(self, layers: list[nn.Linear], first: ClosurePass, pairs: dict[nn.Linear, Pair] | None) -> None:
-        """Updates A, H_a and, where the step was taken, H_g of these layers; counts what was made, damped and left out.
+    def _apart(self, layer: nn.Linear, state: dict[str, Any]) -> dict[str, Any]:
+        """Returns a state with tensors of its own, to be updated in place while the optimizer keeps those of before the step."""
+        kept = self.state.get(layer.weight, {})
+        return {
+            key: value.clone() if isinstance(value, Tensor) and value is kept.get(key) else value for key, value in state.items()
+        }
+
+    def _update_factors(
+        self, states: dict[nn.Linear, dict[str, Any]], first: ClosurePass, pairs: dict[nn.Linear, Pair] | None
+    ) -> None:
+        """Updates A, H_a and, where the step was taken, H_g in the layers' states; counts what was made, damped and left out.
 
         Args:
-            layers: those with gradients.
+            states: of the layers with gradients, in place.
             first: the first call of the closure.
             pairs: (s, y) of the layers that have them; None: the step was given up.
         """
@@ -113,10 +122,10 @@ class QuasiNewtonOptimizer(CurvatureOptimizer):
         statuses: tuple[list[Tensor], list[Tensor]] = ([], [])
         for group in self.param_groups:
             members = set(group["params"])
-            covered = [layer for layer in layers if layer.weight in members]
-            for positions in alike([self.state[layer.weight] for layer in covered]):
-                own = [covered[position] for position in positions]
-                inputs += [self.state[layer.weight] for layer in own]
+            covered = [layer for layer in states if layer.weight in members]
+            for positions in alike([states[layer] for layer in covered]):
+                own = {covered[position]: states[covered[position]] for position in positions}
+                inputs += own.values()
                 statuses[0].append(self._update_inputs(own, first, group))
                 taken = [] if pairs is None else self._averaged_pairs(own, pairs, group)
                 if taken:
@@ -134,16 +143,16 @@ class QuasiNewtonOptimizer(CurvatureOptimizer):
                 state["damped_s"] += bool(each & ops.DAMPED_S)
                 state["damped_y"] += bool(each & ops.DAMPED_Y)
 
-    def _update_inputs(self, layers: list[nn.Linear], first: ClosurePass, group: dict[str, Any]) -> Tensor:
+    def _update_inputs(self, states: dict[nn.Linear, dict[str, Any]], first: ClosurePass, group: dict[str, Any]) -> Tensor:
         """Updates A and H_a of the layers of a group; returns the updates' statuses."""
-        states, damping = [self.state[layer.weight] for layer in layers], damping_of(group, "damping_a")
+        damping = damping_of(group, "damping_a")
         means = []
-        for layer, state in zip(layers, states, strict=True):
+        for layer, state in states.items():
             mean, a = first.mean_input(layer), state["input_second_moment"]
             if state["step"] > 1:  # at the first step A is that of the start already
                 first.second_moment(layer, a, group["decay"])
             means.append(mean if len(mean) == len(a) else torch.cat([mean, mean.new_ones(1)]))
-        inverses, matrices = ([state[key] for state in states] for key in ("inverse_input", "input_second_moment"))
+        inverses, matrices = ([state[key] for state in states.values()] for key in ("inverse_input", "input_second_moment"))
         if not self._exact_inverse:
             return ops.hessian_action_update_(inverses, matrices, means, damping)
         exact = [damped_inverse(a, damping) for a in matrices]
@@ -153,22 +162,21 @@ class QuasiNewtonOptimizer(CurvatureOptimizer):
         return valid * ops.UPDATED
 
     def _averaged_pairs(
-        self, layers: list[nn.Linear], pairs: dict[nn.Linear, Pair], group: dict[str, Any]
+        self, states: dict[nn.Linear, dict[str, Any]], pairs: dict[nn.Linear, Pair], group: dict[str, Any]
     ) -> list[dict[str, Any]]:
         """Updates s and y of the layers of a group that have a new pair; returns the states of these."""
-        states = []
-        for layer in layers:
-            state = self.state[layer.weight]
+        found = []
+        for layer, state in states.items():
             if layer in pairs:
                 s, y, products = pairs[layer]
                 for key, new in (("s", s), ("y", y)):
                     state[key].lerp_(new, 1 - group["decay"])
                 if "scale" in state:
                     update_scale(state, group["decay"], *products)
-                states.append(state)
+                found.append(state)
             else:
                 state["skipped"] += 1
-        return states
+        return found
 
     def _damped_update(self, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
         """Updates H_g by the damped (s, y / c) of every layer."""

@@ -1,7 +1,8 @@
 """How K-BFGS takes a step: it moves the parameters, and calls the closure again to see what that has done."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -61,10 +62,11 @@ class Trials:
         self._gradients, self._ddp, self._ranks = gradients, ddp, ranks
         self._state = ForwardState(nn.ModuleList([model, *([] if first.criterion is None else [first.criterion])]))
 
-    def take(
+    @contextmanager
+    def taken(
         self, moved: dict[nn.Linear, list[Tensor]], directions: list[Tensor], groups: dict[Tensor, dict[str, Any]], limit: float
-    ) -> Step:
-        """Takes the step, or a half of it, a quarter, and so on; takes it back if none will do, or if an error is raised.
+    ) -> Iterator[Step]:
+        """Takes the step, or a half of it, a quarter, and so on; takes it back if none will do, or if an error is raised within.
 
         Args:
             moved: the parameters of every layer.
@@ -73,8 +75,25 @@ class Trials:
             limit: the loss after the step is at most this, or the step is halved.
         """
         before = {layer: [p.clone() for p in each] for layer, each in moved.items()}
-        after = RandomState.now()
         step: Step | None = None
+        try:
+            step = self._found(moved, before, directions, groups, limit)
+            yield step or Step(_HALVINGS, None, {}, set())
+        except BaseException:
+            step = None
+            raise
+        finally:
+            if step is None:
+                for layer, each in moved.items():
+                    for p, value in zip(each, before[layer], strict=True):
+                        p.copy_(value)
+
+    def _found(
+        self, moved: dict[nn.Linear, list[Tensor]], before: dict[nn.Linear, list[Tensor]], directions: list[Tensor],
+        groups: dict[Tensor, dict[str, Any]], limit: float,
+    ) -> Step | None:  # fmt: skip
+        """Moves the parameters until the loss is acceptable; None: it never is."""
+        after = RandomState.now()
         try:
             with kept_gradients(self._all_parameters, self._ddp) as lend:
                 for halvings in range(_HALVINGS + 1):
@@ -85,11 +104,7 @@ class Trials:
                         return step
         finally:
             after.restore()
-            if step is None:
-                for layer, each in moved.items():
-                    for p, value in zip(each, before[layer], strict=True):
-                        p.copy_(value)
-        return Step(_HALVINGS, None, {}, set())
+        return None
 
     def _tried(self, moved: dict[nn.Linear, list[Tensor]], halvings: int, lend: Callable[[], None], limit: float) -> Step | None:
         """Returns what the step has come to at the moved parameters; None: the loss is above the limit, or not all is finite."""

@@ -119,13 +119,12 @@ class LayerwiseOptimizer(SolvingOptimizer):
                 if not records:  # it waits for the next renewal, then
                     new = [layer for layer in self._layers if self._lacks_factors(layer._parameters.get("weight"), curved)]
                     self._idle |= {p for layer in new for p in layer.parameters(recurse=False)}
+                if self._tape.losses and not captured:  # first, since a warning may be an error
+                    mean = torch.stack([each.loss.double() for each in self._tape.losses]).mean()
+                    self._growth.observe(-mean if self._maximize() else mean)
                 self._advance(self._covered(factors, groups), factors, groups)
                 if self._average and not captured:
                     update_averages([p for group in self.param_groups for p in group["params"]], self.state, self._steps())
-        losses = self._tape.losses
-        if taken and losses and not captured:
-            mean = torch.stack([each.loss.double() for each in losses]).mean()
-            self._growth.observe(-mean if self._maximize() else mean)
         self._tape.clear(release=True)
         self._schedule()
         return loss

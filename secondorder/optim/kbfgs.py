@@ -262,8 +262,8 @@ class KBFGS(QuasiNewtonOptimizer):
             if self._ranks is not None:
                 covered = [layer for layer in self._layers if layer.weight not in self._uncovered]
                 value = first.average(self._ranks, float(value), covered)
+            self._growth.observe(value)  # first, since a warning may be an error
             self._update(closure, value, first, random)
-        self._growth.observe(value)
         return loss
 
     def _usable(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -307,20 +307,21 @@ class KBFGS(QuasiNewtonOptimizer):
             type(self).__name__, closure, first, random, self._model, [p for group in self.param_groups for p in group["params"]],
             self._doubled, self._ddp, self._ranks,
         )  # fmt: skip
-        step = trials.take(parameters, directions, groups, limit)
+        with trials.taken(parameters, directions, groups, limit) as step:
+            for state in updates.values():
+                state["step"] += 1
+                state["halvings"] += step.halvings
+                state["rejected"] += step.pairs is None
+            states = {layer: self._apart(layer, state) for layer, state in updates.items()}
+            self._update_factors(states, first, step.pairs)
+            self._warn_of_unlike(step.unlike)
         self._fallback.apply(others, self.state)
-        for layer in layers:
-            state = self.state[layer.weight]
-            state.update(updates[layer])
-            state["step"] += 1
-            state["halvings"] += step.halvings
-            state["rejected"] += step.pairs is None
+        for layer, state in states.items():
+            self.state[layer.weight].update(state)
         for layer in self._layers:  # also of those left out: the others have moved since
             self.state.get(layer.weight, {}).pop("second_gradient", None)
             if layer in step.gradients:
                 self.state[layer.weight]["second_gradient"] = step.gradients[layer]
-        self._update_factors(layers, first, step.pairs)
-        self._warn_of_unlike(step.unlike)
 
     def _warn_of_unlike(self, layers: set[nn.Linear]) -> None:
         """Warns, once for each, of layers that the closure calls on other numbers of rows after a step."""

@@ -30,6 +30,12 @@ def whole_batches(z, y):
     return (z - y).square().mean()
 
 
+def per_row(reduce):
+    """A criterion whose weights are in a table by the rows' positions."""
+    table = torch.linspace(1, 2, M, dtype=torch.float64)
+    return lambda z, y: reduce(table[torch.arange(len(z))] * (z - y).square().sum(1))
+
+
 M = 8
 REDUCTIONS = {  # and what it divides the sum over the instances by; None: the block of a mean
     "mean": (lambda z, y: (z - y).square().mean(), M),
@@ -47,6 +53,10 @@ REDUCTIONS = {  # and what it divides the sum over the instances by; None: the b
     "weighted": (weighted, M),
     "whole batches alone": (whole_batches, M),
     "compares": (contrastive, M),
+    "soft labels": (lambda z, y: F.cross_entropy(z, y.softmax(1)), M),  # torch divides there by a number that is no tensor
+    "soft labels, sum": (lambda z, y: F.cross_entropy(z, y.softmax(1), reduction="sum"), 1),
+    "mean with a table": (per_row(torch.mean), M),
+    "sum with a table": (per_row(torch.sum), 1),
 }
 
 
@@ -72,6 +82,30 @@ def test_the_reduction_of_a_function_is_found_out(name, module):
     assert_blocks(halves, expected)
 
 
+def half_the_sum(z, y):
+    return 0.5 * (z - y).square().sum()
+
+
+def tenth_of_the_sum(z, y):
+    return (z - y).square().sum() / 10
+
+
+@pytest.mark.parametrize(("function", "sizes"), [(half_the_sum, [2]), (half_the_sum, [1]), (tenth_of_the_sum, [12, 7])])
+def test_a_constant_is_part_of_every_rows_loss_in_small_batches_too(function, sizes):
+    torch.manual_seed(0)
+    model, optimizer = network([4, 6, 3], nn.Tanh()), None
+    for m in sizes:
+        x, y = torch.randn(m, 4).double(), torch.randn(m, 3).double()
+        expected = instance_gradients(model, function, x, y)
+        optimizer = optimizer or so.EACG(model, function, lr=0.0, curvature="fisher-empirical", factor_decay=0.0)
+        optimizer.zero_grad()
+        optimizer.criterion(model(x), y).backward()
+        optimizer.step()
+        for name, g in expected.items():
+            found = optimizer.state[model[int(name)].weight]["factors"]["bias_hessian"]
+            torch.testing.assert_close(found, g.T @ g)
+
+
 def test_a_summing_function_has_the_blocks_of_the_summing_module():
     torch.manual_seed(0)
     model, x, y = network([4, 6, 3], nn.Tanh()), torch.randn(M, 4).double(), torch.randint(3, (M,))
@@ -81,6 +115,26 @@ def test_a_summing_function_has_the_blocks_of_the_summing_module():
         FunctionCriterion(lambda z, y: F.cross_entropy(z, y, reduction="sum")),
     ):
         assert_blocks(blocks(model, criterion, CURVATURES["fisher-empirical"], (x, y)), expected)
+
+
+class Focal(nn.CrossEntropyLoss):
+    """Reduces by itself what torch's loss gives it for every row."""
+
+    def __init__(self, reduce):
+        super().__init__(reduction="none")
+        self.reduce = reduce
+
+    def forward(self, z, y):
+        losses = super().forward(z, y)
+        return self.reduce((1 - torch.exp(-losses)) * losses)
+
+
+@pytest.mark.parametrize(("reduce", "divisor"), [(torch.sum, 1), (torch.mean, M)])
+def test_a_module_that_reduces_by_itself_says_nothing_by_its_reduction(reduce, divisor):
+    torch.manual_seed(0)
+    model, x, y = network([4, 6, 3], nn.Tanh()), torch.randn(M, 4).double(), torch.randint(3, (M,))
+    expected = {n: g.T @ g / divisor for n, g in instance_gradients(model, Focal(torch.sum), x, y).items()}
+    assert_blocks(blocks(model, Focal(reduce), CURVATURES["fisher-empirical"], (x, y)), expected)
 
 
 class Counting(nn.Module):

@@ -25,6 +25,29 @@ def test_a_failure_after_the_trial_changes_nothing(monkeypatch):
     unchanged(model, optimizer, lambda: optimizer.step(closure), RuntimeError, "another rank has failed")
 
 
+@pytest.mark.filterwarnings("ignore:secondorder. no curvature covers")
+@pytest.mark.parametrize(("cls", "operator"), [
+    (so.KBFGS, "hessian_action_update_"), (so.KBFGS, "damped_bfgs_update_"), (so.KBFGSL, "damped_lbfgs_update_"),
+])  # fmt: skip
+def test_a_failure_while_the_factors_are_updated_changes_nothing(cls, operator, monkeypatch):
+    """As where the memory is exhausted, or the user interrupts: the parameters have moved, and some factors have changed."""
+    torch.manual_seed(0)
+    model, x = Custom().double(), torch.randn(20, 5, dtype=torch.float64)
+    optimizer = cls(model, nn.MSELoss())
+    optimizer.param_groups[0]["momentum"] = 0.9  # of the fallback
+    closure, update = closure_of(optimizer, model, nn.MSELoss(), x, x[:, :3]), getattr(so.ops, operator)
+
+    def fail(*args):
+        update(*args)
+        raise KeyboardInterrupt
+
+    for _ in range(3):  # the first time there is no state yet
+        monkeypatch.setattr(so.ops, operator, fail)
+        unchanged(model, optimizer, lambda: optimizer.step(closure), KeyboardInterrupt, None)
+        monkeypatch.setattr(so.ops, operator, update)
+        optimizer.step(closure)
+
+
 class Custom(nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,11 +1,13 @@
 """Checkpoints of version 0.1 go on as they would have."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.habits import batch, network, step
+from helpers.habits import batch, every, network, step
+from helpers.optimizers import ALL
 from helpers.training import assert_same
 from torch import nn
 
@@ -68,3 +70,21 @@ def test_a_checkpoint_of_the_other_kind_of_step_says_where_it_belongs():
             given.load_state_dict(saved)
     with pytest.raises(ValueError, match=r"got one of an optimizer with a learning rate; load it into secondorder\.EACG"):
         found.load_state_dict(given.state_dict())
+
+
+@every
+@pytest.mark.parametrize("version", ["0.1.0", None])
+def test_an_optimizer_that_another_version_has_pickled_whole_is_refused(name, version, monkeypatch):
+    optimizer = ALL[name](network(), nn.CrossEntropyLoss())
+    with monkeypatch.context() as older:
+        if version is None:  # before pickles had one
+            state = optimizer.__getstate__()
+            del state["_version"]
+            older.setattr(type(optimizer), "__getstate__", lambda _: state)
+        else:
+            older.setattr(so, "__version__", version)
+        saved = pickle.dumps(optimizer)
+    with pytest.raises(
+        RuntimeError, match=rf"secondorder {so.__version__} has pickled, got one of {version or 'another'}.*state_"
+    ):
+        pickle.loads(saved)

@@ -1,11 +1,13 @@
 """Models and criteria that no curvature covers as a whole: the rest trains, or an error says why."""
 
 import contextlib
+import copy
 import warnings
 
 import pytest
 import torch
 from helpers.optimizers import ALL, FIXED, parameters
+from helpers.training import assert_same
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrizations, prune
@@ -186,6 +188,32 @@ def test_checkpoints(name, reentrant):
         torch.testing.assert_close(parameters(model), parameters(plain))
 
 
+def own_cross_entropy(z, y):
+    return (z.logsumexp(1) - z.gather(1, y.unsqueeze(1)).squeeze(1)).mean()
+
+
+@pytest.mark.parametrize("name", ["EACG", "LayerwiseNewton", "KFRA", "KFLR", "KFLR-lr", "KBFGS"])
+def test_a_criterion_and_functions_without_a_formula_may_be_checkpointed(name):
+    """The double backward that they need saves tensors of its own, and calls what is checkpointed once more."""
+    found = []
+    for checkpointed in (False, True):
+        model, (x, y), calls = network(), batch(), []
+        model[1], model[3] = nn.Mish(), nn.Hardswish()
+        optimizer = ALL[name](model, own_cross_entropy)
+
+        def whole(x, y, model=model, optimizer=optimizer, calls=calls):
+            calls.append(0)
+            return optimizer.criterion(model(x), y)
+
+        def loss(checkpointed=checkpointed, whole=whole, x=x, y=y):
+            value = checkpoint(whole, x, y, use_reentrant=False) if checkpointed else whole(x, y)
+            return (2 * value).log().exp() / 2  # what follows has the whole checkpoint made once more, its last call too
+
+        run(model, optimizer, loss, steps=3)
+        found.append(parameters(model))
+    torch.testing.assert_close(*found)
+
+
 @every
 def test_layers_wider_than_the_limit_get_the_fallback_and_say_so(name):
     if name == "KBFGSL":
@@ -254,6 +282,23 @@ def test_a_criterion_without_second_derivatives_is_refused_with_what_to_do(make)
     else:  # the curvature does without, but the quadratic model does not
         with pytest.raises(RuntimeError, match=message):
             optimizer.step(closure)
+
+
+@every
+def test_a_warning_that_is_an_error_changes_nothing(name):
+    """That a loss has grown a thousandfold is said before the step."""
+    model, (x, _) = network(), batch()
+    optimizer = ALL[name](model, nn.MSELoss())
+
+    def scaled(factor):
+        return lambda: optimizer.criterion(model(x), factor * torch.ones(10, 3).double())
+
+    run(model, optimizer, scaled(1.0), steps=3)
+    before = copy.deepcopy([parameters(model), optimizer.state_dict()])
+    with pytest.raises(UserWarning, match="has grown a thousandfold"):
+        run(model, optimizer, scaled(1e4))
+    assert_same([parameters(model), optimizer.state_dict()], before)
+    run(model, optimizer, scaled(1.0))
 
 
 @pytest.mark.parametrize("name", ["EACG", "EACG-exact", "KFLR"])

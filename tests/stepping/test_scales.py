@@ -150,3 +150,22 @@ def test_regression_at_small_batches_does_not_bounce(make):
     late = losses[75:]
     assert max(late) < losses[0]
     assert sorted(late)[len(late) // 2] < 0.05
+
+
+@pytest.mark.parametrize("make", [so.LayerwiseNewton, so.EACG, so.KBFGS, so.KBFGSL])
+def test_batches_of_one_instance_are_learnt(make):
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3)), nn.CrossEntropyLoss()
+    x = torch.randn(80, 6)
+    y = (x @ torch.randn(6, 3)).argmax(1)
+    optimizer = make(model, criterion)
+    for k in range(80):
+
+        def closure(k=k):
+            optimizer.zero_grad()
+            loss = criterion(model(x[k : k + 1]), y[k : k + 1])
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    assert criterion(model(x), y) < 0.8 * math.log(3)
