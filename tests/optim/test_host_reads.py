@@ -26,8 +26,8 @@ STEPS = {
     "KFRA": (so.KFRA, 4),
     "KFLR": (so.KFLR, 3),
     # The loss and its coefficients; the factorisation and what the step is to bring; the loss after it. In some steps the
-    # comparison of its Jacobian with autograd's, too.
-    "LevenbergMarquardt": (lambda model, criterion: so.LevenbergMarquardt(model.parameters()), 3),
+    # comparison of its Jacobian with autograd's, too. Corrections, which some steps make, read twice each.
+    "LevenbergMarquardt": (lambda model, criterion: so.LevenbergMarquardt(model.parameters(), corrections=0), 3),
     # At once, on the CPU; on a GPU with one of the next steps, when it no longer waits.
     "EigenAdam": (lambda model, criterion: so.EigenAdam(model), 1),
 }
