@@ -34,18 +34,21 @@ def jacobian(
         buffer: memory for J.
     """
     spans, parts = _rows_by_uses(plan, [Output(r, r) for r in residuals], uses, parameters, scales, drawn)
-    for block, d, scale, span in zip(plan.blocks, drawn, scales, spans, strict=True):
-        r, elements = residuals[block.term], block.chosen(d, scale.device)
+    chosen = [block.chosen(d, scale.device) for block, d, scale in zip(plan.blocks, drawn, scales, strict=True)]
+    for block, elements, scale, span in zip(plan.blocks, chosen, scales, spans, strict=True):
         if block.inner is not None:
-            for p, dense in _by_inner(block.inner, r, elements, scale, uses[block.term], parameters, buffer).items():
+            found = _by_inner(block.inner, residuals[block.term], elements, scale, uses[block.term], parameters, buffer)
+            for p, dense in found.items():
                 if p not in block.others:
                     parts.setdefault(p, []).append(Part(*span, [], dense))
-        if block.others:
-            operands = [use.operand.numel() for use in uses[block.term].uses if use.operand is not None]
-            largest = max(operands, default=r.numel())
-            others = [(p, parameters[p]) for p in block.others]
-            for p, dense in columns_by_passes(r, seed(r, elements, scale), elements, others, largest).items():
-                parts.setdefault(p, []).append(Part(*span, [], dense))
+    for members in plan.with_others():
+        term, others = plan.blocks[members[0]].term, plan.blocks[members[0]].others
+        r, span = residuals[term], (spans[members[0]][0], spans[members[-1]][1])
+        elements, scale = torch.cat([chosen[i] for i in members]), torch.cat([scales[i] for i in members])
+        largest = max((use.operand.numel() for use in uses[term].uses if use.operand is not None), default=r.numel())
+        found = columns_by_passes(r, seed(r, elements, scale), elements, [(p, parameters[p]) for p in others], largest)
+        for p, dense in found.items():
+            parts.setdefault(p, []).append(Part(*span, [], dense))
     return Jacobian(spans, parameters, parts, buffer)
 
 

@@ -145,9 +145,11 @@ def _step_back(node: Any, name: str) -> Back | None:
         sizes, dim, chosen = tuple(node._saved_self_sym_sizes), signed_dim(node._saved_dim), signed_dim(node._saved_index)
         return lambda g: torch.ops.aten.select_backward(g, [len(g), *sizes], dim % len(sizes) + 1, chosen)
     if name == "SliceBackward":
-        sizes, saved = tuple(node._saved_self_sym_sizes), (node._saved_dim, node._saved_start, node._saved_end)
-        dim, start, end = (signed_dim(v) for v in saved)
-        return lambda g: torch.ops.aten.slice_backward(g, [len(g), *sizes], dim % len(sizes) + 1, start, end, node._saved_step)
+        sizes, dim, step = tuple(node._saved_self_sym_sizes), signed_dim(node._saved_dim), node._saved_step
+        # Functions of torch's own, such as trapezoid, leave out a start or an end.
+        start, end = (v if v is None else signed_dim(v) for v in (node._saved_start, node._saved_end))
+        whole = slice(start, end, step).indices(sizes[dim])
+        return lambda g: torch.ops.aten.slice_backward(g, [len(g), *sizes], dim % len(sizes) + 1, *whole)
     return None
 
 

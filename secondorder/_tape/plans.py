@@ -1,6 +1,7 @@
 """Which rows of each matrix product are of which residual, found by backward passes: the plan of a Jacobian."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,14 @@ class Plan(NamedTuple):
     signature: tuple[object, ...]
     blocks: list[Block]
     passes: list[list[int]]  # positions of blocks that share no node, and so one backward pass
+
+    def with_others(self) -> list[list[int]]:
+        """Returns the positions of the blocks with parameters that need passes of their own, and which blocks share these passes.
+
+        Those do that follow each other, and are of one tensor of residuals and of the same parameters.
+        """
+        groups = groupby(enumerate(self.blocks), lambda pair: (pair[1].term, sorted(pair[1].others)))
+        return [[i for i, _ in group] for (_, others), group in groups if others]
 
 
 class _MixedError(Exception):

@@ -210,7 +210,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         except BaseException as error:
             for p, old in zip(parameters, before, strict=True):
                 p.copy_(old)
-            if (explained := self._explained(error, parameters)) is not None:
+            if (explained := self._explained(error, parameters, loss.calling)) is not None:
                 raise explained from error
             if not isinstance(error, NonFiniteError) or self._nonfinite == "error" or value is None:
                 raise
@@ -231,7 +231,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         if not callable(closure):
             raise TypeError(f"{name}: expected a closure, a function that returns the loss, got {type(closure).__name__}")
 
-    def _explained(self, error: BaseException, parameters: list[Tensor]) -> RuntimeError | None:
+    def _explained(self, error: BaseException, parameters: list[Tensor], in_closure: bool) -> RuntimeError | None:
         """Returns an error that says what to do in place of one that closures often cause; None: it speaks for itself."""
         name = f"{type(self).__name__}.step()"
         if "donated_buffer" in str(error):  # torch.compile's graphs are run backward once, unless it is told otherwise
@@ -241,7 +241,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
                 "before it is compiled."
             )
         reads_none = isinstance(error, AttributeError | TypeError) and "NoneType" in str(error)
-        if reads_none and any(p.grad is None for p in parameters):
+        if in_closure and reads_none and any(p.grad is None for p in parameters):
             return RuntimeError(
                 f"{name}: the closure failed: {error}. Where it reads p.grad: within a step backward() computes no "
                 "gradients. Take them by torch.autograd.grad(loss, parameters, retain_graph=True), or after the step"

@@ -256,14 +256,17 @@ class GaussNewtonStep:
                         f"{self.loss.owner}.step(): the Jacobian of the parameter of shape {tuple(parameters[wrong[0]].shape)} "
                         "is not that of autograd; its graph is not understood"
                     )
-            self._slow(
-                {
-                    p: node
-                    for block, scale in zip(plan.blocks, rows.scales, strict=True)
-                    for p, node in block.others.items()
-                    if len(scale) >= MANY and (2 * parameters[p].numel() > len(scale) or node == COMPILED)
-                }
-            )
+            self._slow(self._by_passes(plan, rows))
+        return found
+
+    def _by_passes(self, plan: Plan, rows: DrawnRows) -> dict[int, str]:
+        """Returns the parameters that cost a backward pass for each of many residuals, and the nodes by which they enter."""
+        found: dict[int, str] = {}
+        for members in plan.with_others():
+            count = sum(len(rows.scales[i]) for i in members)
+            for p, node in plan.blocks[members[0]].others.items():
+                if count >= MANY and (2 * self.loss.parameters[p].numel() > count or node == COMPILED):
+                    found[p] = node
         return found
 
     def _wrong(self, here: Residuals, rows: DrawnRows, found: Jacobian) -> list[int]:

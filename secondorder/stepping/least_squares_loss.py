@@ -40,6 +40,7 @@ class LeastSquaresLoss:
         self._closure, self._random = closure, RandomState.now()
         self._after: RandomState | None = None
         self._last: tuple[Tensor, Terms] | None = None  # of the last call
+        self.calling = False  # whether the closure is being called, or has failed
 
     def here(self, called: bool = False) -> Residuals:
         """Returns the loss at the parameters' present values, with coefficients.
@@ -137,7 +138,9 @@ class LeastSquaresLoss:
             self._random.restore()
         before = [(p._version, p.detach().clone() if p.is_cpu else None) for p in self.parameters]
         with torch.enable_grad():
+            self.calling = True
             result = self._closure()
+            self.calling = False
             result = plain(result)
         if written := [p for p, (v, old) in zip(self.parameters, before, strict=True) if p._version != v or _differs(p, old)]:
             raise RuntimeError(

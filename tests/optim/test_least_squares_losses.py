@@ -490,6 +490,25 @@ def test_messages_say_what_to_do():
         so.LevenbergMarquardt([k, nn.Parameter(torch.ones(2, dtype=torch.complex128))])
 
 
+class Forgetful(torch.autograd.Function):
+    """Reads in its backward pass what it has not saved."""
+
+    @staticmethod
+    def forward(ctx, u):
+        ctx.factor = None
+        return 2 * u
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.factor
+
+
+def test_an_error_outside_of_the_closure_is_not_said_to_be_the_closures():
+    net, x, y = regression()
+    with pytest.raises(TypeError, match="NoneType"):
+        so.LevenbergMarquardt(net).step(lambda: mse_loss(Forgetful.apply(net(x)), y))
+
+
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 def test_a_parameter_that_is_given_twice_counts_once():
     net, x, y = regression()

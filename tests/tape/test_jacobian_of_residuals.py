@@ -8,6 +8,8 @@ from torch import nn
 from torch.func import functional_call, hessian, vmap
 from torch.nn.functional import mse_loss, silu
 
+from secondorder._tape import jacobian as jacobian_module
+
 CASES = {}
 
 
@@ -466,6 +468,19 @@ def ends_of_a_flat_vector():
 
 
 @case
+def integrals_by_trapezoid():
+    net, x = mlp(1), torch.linspace(0, 1, 11).view(-1, 1)
+    return net.parameters(), lambda: (torch.trapezoid(net(x), x, dim=0) - 1).square().sum() + mse_loss(net(x), torch.sin(x))
+
+
+@case
+def slices_without_ends():
+    """As functions of torch's own take them, which save no start or no end."""
+    w, b, x, part = nn.Parameter(torch.rand(2, 9)), nn.Parameter(torch.rand(12)), torch.rand(11, 2), torch.ops.aten.slice
+    return [w, b], lambda: ((torch.tanh(x @ part(w, -1, None, -3) + part(b, 0, 1, None, 2)) - 0.5) ** 2).mean()
+
+
+@case
 def members_from_the_left():
     first, last, x = nn.Parameter(torch.rand(3, 4, 2)), nn.Parameter(torch.rand(3, 4, 1)), points(5)
     return [first, last], lambda: (torch.bmm(last.mT, torch.tanh(torch.bmm(first, x.T.expand(3, 2, 5)))) ** 2).mean()
@@ -565,6 +580,12 @@ def layer_norm():
         return (gradient(last(norm(torch.tanh(first(x)))), x)[:, :1] ** 2).mean()
 
     return [p for layer in (first, norm, last) for p in layer.parameters()], loss
+
+
+@fallback
+def layer_norm_before_several_outputs():
+    net, x = nn.Sequential(nn.Linear(2, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)), torch.rand(11, 2)
+    return net.parameters(), lambda: mse_loss(net(x), torch.ones(11, 3)) + mse_loss(net(x[:5]), torch.zeros(5, 3))
 
 
 @fallback
@@ -680,6 +701,19 @@ def test_mixed_rows_come_from_the_jacobian_of_the_products(name):
     plan, *_ = compared(MIXED[name], False)
     first = plan.blocks[0]
     assert first.inner is not None and not any("mm" in node.lower() for node in first.others.values())
+
+
+def test_outputs_of_one_tensor_share_the_passes_of_their_own(monkeypatch):
+    calls, columns = [], jacobian_module.columns_by_passes
+
+    def counted(r, weights, elements, parameters, largest):
+        calls.append((len(elements), sorted(p for p, _ in parameters)))
+        return columns(r, weights, elements, parameters, largest)
+
+    monkeypatch.setattr(jacobian_module, "columns_by_passes", counted)
+    plan, *_ = compared(layer_norm_before_several_outputs, False)
+    assert calls == [(33, [2, 3]), (15, [2, 3])]
+    assert len(plan.blocks) == 6
 
 
 def test_a_wide_layer_is_cheaper_by_its_factors():
