@@ -1,20 +1,24 @@
 """One step of EigenAdam: what its operators take of every matrix, and what the states note once it is made."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secondorder import ops
 from secondorder.optim._eigen_inputs import Sketch
 from secondorder.optim._eigen_rates import MatrixRates
 from secondorder.optim._eigen_renewal import DECAY, Renewal, finite_or_zero
-from secondorder.optim._eigen_state import MOMENTS
+from secondorder.optim._eigen_state import MOMENTS, STEPS, UNRENEWED
 from secondorder.optim._matrices import Matrix
 from secondorder.optim._operands import Operands
 from secondorder.optim._sharded import Shards
 from secondorder.optim._sharded_state import local_moments
 from secondorder.optim._sharded_step import ShardedOperators
+
+LONGEST = 5.0  # times |G| / |g|, the longest mean input of rows that count
 
 
 class EigenStep:
@@ -64,14 +68,58 @@ class EigenStep:
     def renew(self) -> None:
         """Renews the bases if that is planned, unless a number is not finite."""
         renewal = self._renewal
-        if renewal is not None and renewal.renewed:
-            self._operators.eigen_renew_(
-                self._means, *map(self._of_states, ("basis_out", "basis_in", "scale_out", "scale_in")),
-                self._moments("exp_avg"), self._control, self._operands.weight_grads, self._operands.bias_grads,
-                [finite_or_zero(given.sketch.sums) for given in renewal.given],
-                [finite_or_zero(given.hessian) for given in renewal.given], [given.sketch.rows for given in renewal.given],
-                [given.share for given in renewal.given], *((*self._replay, DECAY) if self._replay else ()),
-            )  # fmt: skip
+        if renewal is None or not renewal.renewed:
+            return
+        sums = [finite_or_zero(given.sketch.sums) for given in renewal.given]
+        seen = [i for i, given in enumerate(renewal.given) if given.sketch.rows and self._means[i].numel()]
+        before = [self._means[i].clone() for i in seen]
+        self._operators.eigen_renew_(
+            self._means, *map(self._of_states, ("basis_out", "basis_in", "scale_out", "scale_in")),
+            self._moments("exp_avg"), self._control, self._operands.weight_grads, self._operands.bias_grads, sums,
+            [finite_or_zero(given.hessian) for given in renewal.given], [given.sketch.rows for given in renewal.given],
+            [given.share for given in renewal.given], *((*self._replay, DECAY) if self._replay else ()),
+        )  # fmt: skip
+        if seen:
+            inputs = [mean + sums[i].select(0, -1) / renewal.given[i].sketch.rows for i, mean in zip(seen, before, strict=True)]
+            self._bound_means(seen, before, inputs)
+
+    def _bound_means(self, seen: list[int], before: list[Tensor], inputs: list[Tensor]) -> None:
+        """Makes means from a batch's E[h] that is no longer than `LONGEST` |G| / |g|, unless the renewal was refused.
+
+        The rows that count in a gradient have |g| |E[h]| <= |G|, or little more: G' = G - g E[h]^T has hardly a share along
+        g E[h]^T. Rows that the loss leaves out may be of any length, as padding by -9999 is. With their mean S a would move the
+        bias by far more than S h moves the output of a row that counts.
+
+        Args:
+            seen: the positions of the matrices that have a mean, and whose inputs were seen.
+            before: the mean of each of them before the renewal.
+            inputs: E[h] of each of them in this batch.
+        """
+        assert self._renewal is not None
+        gradients = [[grads[i] for i in seen] for grads in (self._operands.weight_grads, self._operands.bias_grads)]
+        norms = torch.stack([torch.stack(torch._foreach_norm(each)) for each in gradients])
+        if self._shards is not None:
+            norms = self._shards.norms(norms, [self._matrices[i] for i in seen])
+        of_weights, of_biases = norms.unbind()
+        longest, length = LONGEST * of_weights, of_biases * torch.stack(torch._foreach_norm(inputs))
+        too_long = (length > longest) & length.isfinite() & (self._control.select(0, UNRENEWED) == 0).to(length.device)
+        if length.is_cpu and not too_long.any():
+            return
+        kept = torch.where(too_long, longest / length, 1.0).unbind()
+        for i, old, mean, part, bounded in zip(seen, before, inputs, kept, too_long.unbind(), strict=True):
+            share = self._share_now(self._renewal.given[i].share)
+            moved = (1 - share) * old + share * part * mean
+            self._means[i].lerp_(moved, bounded.to(moved))
+
+    def _share_now(self, share: float) -> Any:
+        """Returns how much a renewal counts: in a CUDA graph that of the replay, 0 where it renews no bases."""
+        if not self._replay:
+            return share
+        every, since = self._replay
+        steps = self._control.select(0, STEPS)
+        renewals = (steps / every).ceil() - math.ceil(since / every)
+        now = (1 - DECAY) / (1 - (1 - (1 - DECAY) / share) * DECAY**renewals)
+        return torch.where(steps % every == 0, now, 0.0).to(self._means[0])
 
     def move(self, rates: MatrixRates, group: Mapping[str, Any], rates_on_device: Tensor | None) -> None:
         """Moves all weights and biases, unless a number is not finite, which `control` tells.

@@ -31,6 +31,12 @@ class Shards:
         for group in self.groups:
             dist.all_reduce(t, group=group)
 
+    def norms(self, local: Tensor, matrices: list[Matrix]) -> Tensor:
+        """Returns the norms of whole tensors [..., matrices] from those of the rows of each matrix that are here."""
+        squares = local.double().square() / local.new_tensor([copies(matrix, self) for matrix in matrices])
+        self.all_reduce_(squares)
+        return squares.sqrt().to(local)
+
 
 def found_shards(owner: str, parameters: Iterable[Tensor], model: nn.Module | None) -> Shards | None:
     """Returns the ranks that share the parameters' rows; None: no parameter is a DTensor.

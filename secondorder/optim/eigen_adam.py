@@ -31,7 +31,8 @@ class EigenAdam(ObservingOptimizer):
     inputs, and a basis U of the k largest of the outputs' side. It renews both at the first five steps, and then at every
     `renew_every`-th, by one power iteration on running averages. A side with at most 2 k + 1 elements has its full basis. The
     bias takes the mean input a out exactly: W h + b = W (h - a) + (b + W a), so that with g, the gradient of the bias, the
-    gradient of W is G' = G - g a^T. In the coordinates
+    gradient of W is G' = G - g a^T. A batch's mean input counts up to a length of 5 |G| / |g|, since rows that the loss
+    leaves out may be of any length. In the coordinates
 
         C = U^T [G' V, g],   R = [G' V, g] - U C,   T = U^T G' (I - V V^T),   E = (I - U U^T) G' (I - V V^T)
 

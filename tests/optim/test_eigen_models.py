@@ -345,6 +345,59 @@ def test_a_bias_without_its_weight_is_trained():
     assert moved.tolist() == [True] * 5 + [False] * 15 + [True] * 3
 
 
+@pytest.mark.parametrize("padding", [-999.0, -1e9])
+def test_rows_that_the_loss_leaves_out_may_hold_anything(padding):
+    """As padding of tables and sequences that a mask leaves out of the loss."""
+    torch.manual_seed(0)
+    x, counts = torch.randn(600, 6), torch.rand(600) < 0.5
+    y = torch.tanh(2 * x[:, :1]) + x[:, 1:2] * x[:, 2:3]
+    rows = torch.where(counts[:, None], x, padding)
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+    optimizer = so.EigenAdam(model)
+    for _ in range(150):
+        chosen = torch.randint(600, (64,))
+        optimizer.zero_grad()
+        F.mse_loss(model(rows[chosen])[counts[chosen]], y[chosen][counts[chosen]]).backward()
+        optimizer.step()
+    assert F.mse_loss(model(rows[counts]), y[counts]) < 0.3 * y[counts].var()
+
+
+@pytest.mark.parametrize("padding", [0.0, -999.0])
+def test_mean_inputs_are_no_longer_than_gradients_tell(padding):
+    """The mean of a batch is taken up to 5 |G| / |g|, with the share of its renewal; where rows all count it is the mean."""
+    layer = nn.Linear(7, 4).double()
+    optimizer = so.EigenAdam(layer)
+    expected = torch.zeros(7, dtype=torch.float64)
+    for step in range(3):
+        h = 1 + torch.randn(20, 7, dtype=torch.float64)
+        h[12:] = torch.where(torch.tensor(padding != 0), padding, h[12:])
+        optimizer.zero_grad()
+        layer(h)[:12].sin().sum().backward()
+        g_w, g_b, mean = layer.weight.grad, layer.bias.grad, h.mean(0)
+        bound = 5 * g_w.norm() / g_b.norm()
+        share = 0.1 / (1 - 0.9 ** (step + 1))
+        expected = (1 - share) * expected + share * mean * min(1.0, (bound / mean.norm()).item())
+        assert (mean.norm() > bound) == (padding != 0)
+        optimizer.step()
+        torch.testing.assert_close(optimizer.state[layer.weight]["mean"], expected)
+
+
+def test_a_refused_renewal_bounds_no_mean():
+    """Neither where the layer's own gradient is not finite, nor where another's is not."""
+    model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)]).double()
+    optimizer = so.EigenAdam(model, nonfinite="skip")
+    rows = torch.cat([torch.randn(5, 3), torch.full((5, 3), -999.0)]).double()
+    for factor in (1.0, torch.nan):
+        before = [optimizer.state[layer.weight].get("mean", torch.zeros(3)).clone() for layer in model]
+        optimizer.zero_grad()
+        (model[0](rows)[:5].sin().sum() + factor * model[1](rows)[:5].sin().sum()).backward()
+        optimizer.step()
+    assert optimizer.skipped_steps == 1
+    for layer, mean in zip(model, before, strict=True):
+        assert mean.any()
+        assert torch.equal(optimizer.state[layer.weight]["mean"], mean)
+
+
 def test_inputs_are_not_kept():
     model = network(torch.float32)
     optimizer = so.EigenAdam(model)

@@ -364,11 +364,11 @@ def test_shards_equal_one_process(ranks_of, ranks, case):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_what_is_exchanged(ranks_of, ranks):
-    """Two sums a step and five where bases are renewed, of k numbers for each row and column; never a whole weight."""
+    """Two sums a step and six where bases are renewed, of k numbers for each row and column; never a whole weight."""
     sides = [(21, 33), (30, 63), (30, 30), (3, 12)]
     few = sum((RANK + 1) * (n + p) for n, p in sides) + 13 * 11 + 100
     for result in ranks_of[ranks]:
-        for (others, sizes), bound in zip(result["exchanged"], (5, 2, 2), strict=True):
+        for (others, sizes), bound in zip(result["exchanged"], (6, 2, 2), strict=True):
             assert not others and len(sizes) == bound
             assert max(sizes) < 2 * few
 
