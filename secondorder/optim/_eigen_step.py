@@ -72,7 +72,7 @@ class EigenStep:
             return
         sums = [finite_or_zero(given.sketch.sums) for given in renewal.given]
         seen = [i for i, given in enumerate(renewal.given) if given.sketch.rows and self._means[i].numel()]
-        before = [self._means[i].clone() for i in seen]
+        inputs = [self._means[i] + sums[i].select(0, -1) / renewal.given[i].sketch.rows for i in seen]
         self._operators.eigen_renew_(
             self._means, *map(self._of_states, ("basis_out", "basis_in", "scale_out", "scale_in")),
             self._moments("exp_avg"), self._control, self._operands.weight_grads, self._operands.bias_grads, sums,
@@ -80,22 +80,20 @@ class EigenStep:
             [given.share for given in renewal.given], *((*self._replay, DECAY) if self._replay else ()),
         )  # fmt: skip
         if seen:
-            inputs = [mean + sums[i].select(0, -1) / renewal.given[i].sketch.rows for i, mean in zip(seen, before, strict=True)]
-            self._bound_means(seen, before, inputs)
+            self._bound_means(renewal, seen, inputs)
 
-    def _bound_means(self, seen: list[int], before: list[Tensor], inputs: list[Tensor]) -> None:
-        """Makes means from a batch's E[h] that is no longer than `LONGEST` |G| / |g|, unless the renewal was refused.
+    def _bound_means(self, renewal: Renewal, seen: list[int], inputs: list[Tensor]) -> None:
+        """Takes out of the means what a batch's E[h] is longer than `LONGEST` |G| / |g|, unless the renewal was refused.
 
         The rows that count in a gradient have |g| |E[h]| <= |G|, or little more: G' = G - g E[h]^T has hardly a share along
         g E[h]^T. Rows that the loss leaves out may be of any length, as padding by -9999 is. With their mean S a would move the
         bias by far more than S h moves the output of a row that counts.
 
         Args:
+            renewal: the renewal that was made.
             seen: the positions of the matrices that have a mean, and whose inputs were seen.
-            before: the mean of each of them before the renewal.
             inputs: E[h] of each of them in this batch.
         """
-        assert self._renewal is not None
         gradients = [[grads[i] for i in seen] for grads in (self._operands.weight_grads, self._operands.bias_grads)]
         norms = torch.stack([torch.stack(torch._foreach_norm(each)) for each in gradients])
         if self._shards is not None:
@@ -105,11 +103,9 @@ class EigenStep:
         too_long = (length > longest) & length.isfinite() & (self._control.select(0, UNRENEWED) == 0).to(length.device)
         if length.is_cpu and not too_long.any():
             return
-        kept = torch.where(too_long, longest / length, 1.0).unbind()
-        for i, old, mean, part, bounded in zip(seen, before, inputs, kept, too_long.unbind(), strict=True):
-            share = self._share_now(self._renewal.given[i].share)
-            moved = (1 - share) * old + share * part * mean
-            self._means[i].lerp_(moved, bounded.to(moved))
+        excess = torch.where(too_long, 1 - longest / length, 0.0).unbind()
+        for i, mean, part in zip(seen, inputs, excess, strict=True):
+            self._means[i].addcmul_(mean, part * self._share_now(renewal.given[i].share), value=-1)
 
     def _share_now(self, share: float) -> Any:
         """Returns how much a renewal counts: in a CUDA graph that of the replay, 0 where it renews no bases."""
