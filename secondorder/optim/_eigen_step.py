@@ -97,7 +97,7 @@ class EigenStep:
         gradients = [[grads[i] for i in seen] for grads in (self._operands.weight_grads, self._operands.bias_grads)]
         norms = torch.stack([torch.stack(torch._foreach_norm(each)) for each in gradients])
         if self._shards is not None:
-            norms = self._shards.norms(norms, [self._matrices[i] for i in seen])
+            norms = self._shards.norms(norms)  # only their ratios matter, so that copies may count
         of_weights, of_biases = norms.unbind()
         longest, length = LONGEST * of_weights, of_biases * torch.stack(torch._foreach_norm(inputs))
         too_long = (length > longest) & length.isfinite() & (self._control.select(0, UNRENEWED) == 0).to(length.device)

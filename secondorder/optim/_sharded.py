@@ -31,9 +31,9 @@ class Shards:
         for group in self.groups:
             dist.all_reduce(t, group=group)
 
-    def norms(self, local: Tensor, matrices: list[Matrix]) -> Tensor:
-        """Returns the norms of whole tensors [..., matrices] from those of the rows of each matrix that are here."""
-        squares = local.double().square() / local.new_tensor([copies(matrix, self) for matrix in matrices])
+    def norms(self, local: Tensor) -> Tensor:
+        """Returns norms from those of each rank's rows; rows that several ranks have count as often."""
+        squares = local.double().square()
         self.all_reduce_(squares)
         return squares.sqrt().to(local)
 
