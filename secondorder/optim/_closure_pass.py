@@ -290,7 +290,9 @@ class ClosurePass:
             not torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None
         ):  # of other tensors than the loss's
             return
+        anchor = output.new_zeros(()).expand(output.shape).requires_grad_()
         if in_recomputation(f"layer {self.layers[self._tied.get(layer, layer)]!r}"):
+            output.add_(anchor)  # so that what follows a frozen layer saves as many tensors as at first
             return
         products = self._multiplied((args[0] if args else kwargs["input"]).grad_fn)
         input, layer = layer_input(layer, args, kwargs), self._tied.get(layer, layer)
@@ -298,7 +300,6 @@ class ClosurePass:
         mean = flatten_batch([output.detach()]).mean(0, dtype=dtype)
         use = _Use(self._calls, output.shape[:-1], layer, input, mean, products)
         self._calls += 1
-        anchor = output.new_zeros(()).expand(output.shape).requires_grad_()
 
         def arrived(anchor: Tensor) -> None:
             gradient, anchor.grad = anchor.grad, None

@@ -192,13 +192,15 @@ def own_cross_entropy(z, y):
     return (z.logsumexp(1) - z.gather(1, y.unsqueeze(1)).squeeze(1)).mean()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", ["EACG", "LayerwiseNewton", "KFRA", "KFLR", "KFLR-lr", "KBFGS"])
-def test_a_criterion_and_functions_without_a_formula_may_be_checkpointed(name):
+def test_a_criterion_and_functions_without_a_formula_may_be_checkpointed(name, frozen):
     """The double backward that they need saves tensors of its own, and calls what is checkpointed once more."""
     found = []
     for checkpointed in (False, True):
         model, (x, y), calls = network(), batch(), []
         model[1], model[3] = nn.Mish(), nn.Hardswish()
+        model[0].requires_grad_(not frozen)
         optimizer = ALL[name](model, own_cross_entropy)
 
         def whole(x, y, model=model, optimizer=optimizer, calls=calls):
@@ -211,6 +213,7 @@ def test_a_criterion_and_functions_without_a_formula_may_be_checkpointed(name):
 
         run(model, optimizer, loss, steps=3)
         found.append(parameters(model))
+    assert len(calls) >= 6  # the last model's, the checkpointed one
     torch.testing.assert_close(*found)
 
 
