@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder._tape import LayerRecord
+from secondorder._tensors import captured_now
 from secondorder._warnings import warn
 from secondorder.curvature import Curvature, curvature_by_name
 from secondorder.optim._amp import outside_autocast
@@ -119,9 +120,6 @@ class LayerwiseOptimizer(SolvingOptimizer):
                 if not records:  # it waits for the next renewal, then
                     new = [layer for layer in self._layers if self._lacks_factors(layer._parameters.get("weight"), curved)]
                     self._idle |= {p for layer in new for p in layer.parameters(recurse=False)}
-                if self._tape.losses and not captured:  # first, since a warning may be an error
-                    mean = torch.stack([each.loss.double() for each in self._tape.losses]).mean()
-                    self._growth.observe(-mean if self._maximize() else mean)
                 self._advance(self._covered(factors, groups), factors, groups)
                 if self._average and not captured:
                     update_averages([p for group in self.param_groups for p in group["params"]], self.state, self._steps())
@@ -145,8 +143,14 @@ class LayerwiseOptimizer(SolvingOptimizer):
         return closure()
 
     def _records(self) -> list[LayerRecord]:
-        """Returns the layers that the losses since the last step reach; warns once of those where the recursion starts anew."""
+        """Returns the layers that the losses since the last step reach; warns once of those where the recursion starts anew.
+
+        It warns of losses that grow as well: before anything has changed and on all ranks, since a warning may be an error.
+        """
         records = super()._records()
+        if not captured_now():
+            mean = torch.stack([each.loss.double() for each in self._tape.losses]).mean()
+            self._growth.observe(-mean if self._maximize() else mean)
         if self._curvature.columns and not self._warned_flat and any(record.without_columns for record in records):
             self._warned_flat = True
             warn(

@@ -31,6 +31,7 @@ OPTIMIZERS = {
     "KBFGSL": lambda m, c: so.KBFGSL(m, c, memory=3),
 }
 FAILING = [name for name in OPTIMIZERS if name != "EACG-every"]  # whose second step records nothing that could fail
+WARNING = ["EACG", "LayerwiseNewton"]
 CRITERIA = {"cross-entropy": nn.CrossEntropyLoss, "eq14": so.criteria.BoundedClassificationLoss}
 STEPS = 4
 
@@ -196,6 +197,7 @@ def worker(rank, ranks, folder):
                 saved = copy.deepcopy((model.module.state_dict(), optimizer.state_dict()))
         results[case] = parameters(model), saved
     results["faults"] = {name: faults(name, rank, ranks) for name in FAILING}
+    results["warned"] = {name: warned(name, rank, ranks) for name in WARNING}
     results["refused"] = refused(rank)
     results["in one process"] = in_one_process(rank)
     results["solved"] = solved(rank)
@@ -239,6 +241,28 @@ def faults(name, rank, ranks):
         raised.append(torch.equal(parameters(model), before))
     rank_step(model, optimizer, micro_batches(even, 2, ranks, rank))
     return [*raised, not torch.equal(parameters(model), before), bool(torch.isfinite(parameters(model)).all())]
+
+
+def warned(name, rank, ranks):
+    """What each rank raises where warnings are errors and only the last one's loss grows, and whether anything has changed."""
+    model = DistributedDataParallel(network())
+    optimizer = made(name, model, nn.MSELoss())
+    for step, factor in enumerate([1.0, 1.0, 1e4 if rank == ranks - 1 else 1.0]):
+        before, x = parameters(model), rank_batch(step, rank, 6)[0]
+
+        def closure(x=x, factor=factor):
+            optimizer.zero_grad()
+            loss = optimizer.criterion(model(x), factor * x[:, :3])
+            loss.backward()
+            return loss
+
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", ".*grown a thousandfold")
+                optimizer.step(closure)
+        except Exception as error:
+            return str(error), torch.equal(parameters(model), before)
+    return "nothing", False
 
 
 def refused(rank):
@@ -313,6 +337,14 @@ def test_a_rank_that_fails_is_an_error_on_all(run, name):
         own = "KeyError" if name.startswith("KBFGS") else own
         others = f"RuntimeError: the step has failed on rank {len(run) - 1}"
         assert other.startswith(own if rank == len(run) - 1 else others)
+
+
+@pytest.mark.parametrize("name", WARNING)
+def test_a_warning_that_is_an_error_on_a_rank_is_one_on_all(run, name):
+    for rank, results in enumerate(run):
+        error, unchanged = results["warned"][name]
+        assert ("has grown a thousandfold" if rank == len(run) - 1 else f"the step has failed on rank {len(run) - 1}") in error
+        assert unchanged
 
 
 def test_ranks_share_out_the_solutions(run):
