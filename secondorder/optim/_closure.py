@@ -26,9 +26,10 @@ def torchs_backward(*args: Any, **kwargs: Any) -> None:
 
 
 def _backward_here(*args: Any, **kwargs: Any) -> Any:
-    """Stands in for torch.autograd.backward, whose threads without a replacement it serves as ever."""
+    """Stands in for torch.autograd.backward; serves threads without a replacement, and backward passes under way, as ever."""
     stack = getattr(_LOCAL, "stack", None)
-    return (stack[-1] if stack else _backward)(*args, **kwargs)
+    under_way = torch._C._current_graph_task_id() != -1  # a torch.autograd.Function's own backward(), say
+    return (stack[-1] if stack and not under_way else _backward)(*args, **kwargs)
 
 
 @contextmanager

@@ -537,3 +537,41 @@ def test_probabilities_of_one_output_are_those_of_the_logits(squeeze, optimizer)
         made.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
+
+
+class Reversible(torch.autograd.Function):
+    """Calls layers without a graph, and again in the backward pass, by a backward() of its own, as reversible nets do."""
+
+    @staticmethod
+    def forward(ctx, layers, x, *parameters):
+        ctx.layers, ctx.x, ctx.others = layers, x.detach(), [None] * len(parameters)
+        return layers(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.x.requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.layers(x), grad)
+        return None, x.grad, *ctx.others
+
+
+@pytest.mark.filterwarnings("ignore:secondorder. (no curvature|the loss multiplies)")
+@pytest.mark.parametrize("optimizer", [so.KBFGS, so.KBFGSL])
+def test_a_backward_within_the_backward_of_a_closure_is_torchs_own(optimizer):
+    """Its layers are not seen, and get the fallback; the others' step is that of a net that calls F.linear there."""
+    found = []
+    for reversible in (True, False):
+        model, (x, y) = network(), batch()
+        made, hidden = optimizer(model, nn.CrossEntropyLoss()), model[2:4]
+
+        def middle(h, hidden=hidden, reversible=reversible):
+            if reversible:
+                return Reversible.apply(hidden, h, *hidden.parameters())
+            return nn.functional.linear(h, hidden[0].weight, hidden[0].bias).tanh()
+
+        def loss(model=model, made=made, middle=middle, x=x, y=y):
+            return made.criterion(model[4](middle(model[:2](x))), y)
+
+        run(model, made, loss, steps=3)
+        found.append(parameters(model))
+    torch.testing.assert_close(*found)
