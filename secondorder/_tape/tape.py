@@ -109,7 +109,8 @@ class Tape:
         self._muted = False
         self._divisors = Divisors(criterion)
         self._keeps_inputs = keep_inputs
-        self._watched = list(model.parameters()) if model is not None and keep_inputs else []
+        self._parameters = list((nn.ModuleList(layers) if model is None else model).parameters())
+        self._watched = self._parameters if model is not None and keep_inputs else []
         self._log = BackwardLog(layers, (self._key + ".loss", self._watched) if model is not None and keep_inputs else None)
         self._begin: ForwardState | None = None  # of the forward pass under way
         self._written: set[Tensor] | None = None  # the buffers that forward passes write to
@@ -178,13 +179,22 @@ class Tape:
 
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
-        """Mutes the tape in autograd runs of its own; within a checkpoint of the user's what these save is not to be counted."""
-        enabled = (
-            torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
-        )  # torch.func's transforms have none
+        """Mutes the tape in autograd runs of its own, and keeps p.grad: they may reach a function that calls backward() itself.
+
+        Within a checkpoint of the user's what they save is not to be counted.
+        """
+        before = [(p, p.grad) for p in self._parameters]
+        for p, _ in before:
+            p.grad = None
+        # torch.func's transforms have no hooks.
+        enabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
         # Detached, since a node that keeps a tensor which it has made itself would never be freed.
-        with self.muted(), saved_tensors_hooks(Tensor.detach, lambda t: t) if enabled else nullcontext():
-            yield
+        try:
+            with self.muted(), saved_tensors_hooks(Tensor.detach, lambda t: t) if enabled else nullcontext():
+                yield
+        finally:
+            for p, gradient in before:
+                p.grad = gradient
 
     def records(self) -> list[LayerRecord]:
         """Returns the layers that the losses depend on, each after the layer that takes its output: the recursion's order."""

@@ -544,12 +544,12 @@ class Reversible(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, layers, x, *parameters):
-        ctx.layers, ctx.x, ctx.others = layers, x.detach(), [None] * len(parameters)
+        ctx.layers, ctx.x, ctx.others = layers, x, [None] * len(parameters)
         return layers(x)
 
     @staticmethod
     def backward(ctx, grad):
-        x = ctx.x.requires_grad_()
+        x = ctx.x.detach().requires_grad_()
         with torch.enable_grad():
             torch.autograd.backward(ctx.layers(x), grad)
         return None, x.grad, *ctx.others
@@ -574,4 +574,19 @@ def test_a_backward_within_the_backward_of_a_closure_is_torchs_own(optimizer):
 
         run(model, made, loss, steps=3)
         found.append(parameters(model))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", ["EACG", "LayerwiseNewton", "KFRA"])
+def test_what_the_tape_differentiates_leaves_gradients_alone(name):
+    """A reversible function between two layers adds to gradients whenever a pass goes through it."""
+    found = []
+    for reversible in (True, False):
+        model, (x, y) = network(), batch()
+        optimizer, hidden = ALL[name](model, nn.CrossEntropyLoss()), model[2:4]
+        for _ in range(2):  # the second adds to the gradients of the first
+            h = model[:2](x)
+            h = Reversible.apply(hidden, h, *hidden.parameters()) if reversible else hidden(h)
+            optimizer.criterion(model[4](h), y).backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*found)
