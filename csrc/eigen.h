@@ -126,12 +126,14 @@ SECONDORDER_HD double eigen_length(const double* control) {
 // Whether it can multiply a step length.
 SECONDORDER_HD bool eigen_is_rate(double x) { return x >= 0 && x - x == 0; }
 
-// While the length rises: shortens it where no step has yet pointed along the next batch's gradient, and the gradients after
-// steps point back or grow, so that steps were too long from the start. Where gradients are noise, slopes fall with the loss.
+// While the length rises: shortens it where no step has yet pointed along the next batch's gradient, and the gradients
+// after steps point back or grow, so that steps were too long from the start. Where gradients are noise, slopes fall
+// with the loss.
 SECONDORDER_HD void eigen_brake(double* control, double s1) {
   double& first = control[kEigenFirstSlope];
   if (s1 > kEigenZone * control[kEigenSlope]) first = 0;
-  if (first > 0 && (control[kEigenLastSlope] < 0 || control[kEigenSlope] > first)) control[kEigenLength] *= kEigenTooLong;
+  if (first > 0 && (control[kEigenLastSlope] < 0 || control[kEigenSlope] > first))
+    control[kEigenLength] *= kEigenTooLong;
 }
 
 // After a step: s0 = <x_t, N_t>, s1 = <x_t, N_{t-1}>, summed over all coordinates; s1 is unknown where bases were
