@@ -115,7 +115,7 @@ struct EigenReplay {
 };
 
 constexpr double kEigenWarmUp = 14, kEigenRate = 0.2, kEigenEta = 0.05, kEigenZone = 0.1, kEigenBrake = 0.6,
-                 kEigenDecay = 25, kEigenTooLong = 0.7, kEigenShortest = 1e-6, kEigenLongest = 0.1;
+                 kEigenDecay = 25, kEigenStart = 0.01, kEigenTooLong = 0.7, kEigenShortest = 1e-6, kEigenLongest = 0.1;
 
 // The step length, without lr: L / sqrt(1 + K / 25), rising over the first 14 steps.
 SECONDORDER_HD double eigen_length(const double* control) {
@@ -126,14 +126,18 @@ SECONDORDER_HD double eigen_length(const double* control) {
 // Whether it can multiply a step length.
 SECONDORDER_HD bool eigen_is_rate(double x) { return x >= 0 && x - x == 0; }
 
-// While the length rises: shortens it where no step has yet pointed along the next batch's gradient, and the gradients
-// after steps point back or grow, so that steps were too long from the start. Where gradients are noise, slopes fall
-// with the loss.
+// While the length rises: shortens it where the gradients after steps point back or grow, so that steps were too long
+// from the start. A step that points along the next batch's gradient takes back one shortening, or ends all of it where
+// there is none. Where gradients are noise, such a step comes soon, or slopes fall with the loss.
 SECONDORDER_HD void eigen_brake(double* control, double s1) {
-  double& first = control[kEigenFirstSlope];
-  if (s1 > kEigenZone * control[kEigenSlope]) first = 0;
-  if (first > 0 && (control[kEigenLastSlope] < 0 || control[kEigenSlope] > first))
-    control[kEigenLength] *= kEigenTooLong;
+  double &first = control[kEigenFirstSlope], &length = control[kEigenLength];
+  if (first <= 0) return;
+  if (s1 > kEigenZone * control[kEigenSlope]) {
+    length = length / kEigenTooLong < kEigenStart ? length / kEigenTooLong : kEigenStart;
+    if (length == kEigenStart) first = 0;
+  } else if (control[kEigenLastSlope] < 0 || control[kEigenSlope] > first) {
+    length *= kEigenTooLong;
+  }
 }
 
 // After a step: s0 = <x_t, N_t>, s1 = <x_t, N_{t-1}>, summed over all coordinates; s1 is unknown where bases were

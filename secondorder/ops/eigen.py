@@ -29,7 +29,7 @@ CONTROL = ("length", "oscillations", "slope", "last_slope", "steps", "refused", 
 
 The length L; K, the steps with a negative slope along the step before; S0 and S1, the averaged slopes along the present step
 and along the one before; the steps taken; the steps refused since a gradient was not finite; whether the renewal of the present
-step was refused; the slope along the first step, or 0 once a step has pointed along the next batch's gradient.
+step was refused; the slope along the first step, or 0 once the length has proved to be short enough.
 """
 
 

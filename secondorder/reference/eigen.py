@@ -137,9 +137,11 @@ def eigen_control_(control: Tensor, slope: float, last_slope: float, renewed: bo
         if not renewed:
             last_average += 0.2 * (last_slope - last_average)
             oscillations += last_slope < 0
-            if t <= 14:  # the length rises
-                first *= last_slope <= 0.1 * average
-                if first > 0 and (last_average < 0 or average > first):
+            if t <= 14 and first > 0:  # the length rises
+                if last_slope > 0.1 * average:
+                    length = min(length / 0.7, 0.01)
+                    first *= length < 0.01
+                elif last_average < 0 or average > first:
                     length *= 0.7
     if t > 14 and average != 0:
         r = last_average / abs(average)
