@@ -245,6 +245,8 @@ def poisoned(arguments, number):
 @pytest.mark.parametrize("index", range(OPERATORS))
 def test_plain_pytorch_returns_and_writes_what_the_kernels_do(index, number, elsewhere):
     op, arguments = cases(square_problem())[index]
+    if number is None:  # conjugate gradients that go on after they have converged differ by far more than a rounding
+        arguments = mapped(arguments, lambda t: t.double() if t.is_floating_point() else t)
     before = poisoned(arguments, number)
     ours, theirs = (mapped(before, torch.clone) for _ in range(2))
     expected, actual = op(*ours), elsewhere(op, theirs)
@@ -257,7 +259,7 @@ def test_plain_pytorch_returns_and_writes_what_the_kernels_do(index, number, els
         for a, b in zip([*leaves(actual), *leaves(theirs)], [*leaves(expected), *leaves(ours)], strict=True):
             assert a is b is None or not isinstance(a, torch.Tensor) or a.dtype == b.dtype
             if isinstance(a, torch.Tensor):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("index", range(OPERATORS))
