@@ -1,5 +1,6 @@
 """The papers' criteria, and the Hessians of any criterion with respect to the network's output."""
 
+from secondorder.criteria.added_roots import added_up, densely_added_up, differences_added_up
 from secondorder.criteria.autograd import autograd_hessian, autograd_root, check_second_derivatives, tangent_map
 from secondorder.criteria.hessians import KnownForm, OutputHessian, analytic_hessian, known_form
 from secondorder.criteria.known import (
@@ -13,17 +14,10 @@ from secondorder.criteria.known import (
     of_difference,
     row_masses,
 )
+from secondorder.criteria.likelihoods import likelihood_root
 from secondorder.criteria.losses import BoundedClassificationLoss, CompositeLoss, FunctionCriterion, TukeyBiweightLoss
 from secondorder.criteria.reduction import reduction_of, sums_rows
-from secondorder.criteria.roots import (
-    LikelihoodRoot,
-    OutputRoot,
-    SampledRoot,
-    added_up,
-    densely_added_up,
-    differences_added_up,
-    likelihood_root,
-)
+from secondorder.criteria.roots import LikelihoodRoot, OutputRoot, SampledRoot
 
 __all__ = [
     "BoundedClassificationLoss", "CompositeLoss", "FunctionCriterion", "KnownForm", "LateMasses", "LikelihoodRoot",

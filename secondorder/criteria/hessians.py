@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from secondorder import ops
 from secondorder._tensors import refuse_capture
 from secondorder.criteria.known import evaluated, is_convex, normalizer
+from secondorder.criteria.likelihoods import as_cross_entropy, bce_with_logits_root, cross_entropy_root, likelihood_root
 from secondorder.criteria.losses import BoundedClassificationLoss, CompositeLoss, TukeyBiweightLoss
-from secondorder.criteria.roots import OutputRoot, as_cross_entropy, bce_with_logits_root, cross_entropy_root, likelihood_root
+from secondorder.criteria.roots import OutputRoot
 from secondorder.errors import NonFiniteError
 from secondorder.linalg import pos_eig
 

@@ -10,7 +10,7 @@ from secondorder._layers import linear_layers
 from secondorder._random import preserved_generators
 from secondorder.criteria import CompositeLoss, FunctionCriterion, link_of
 from secondorder.criteria.known import LOG_SOFTMAX
-from secondorder.criteria.roots import as_cross_entropy
+from secondorder.criteria.likelihoods import as_cross_entropy
 from secondorder.diagnostics.copies import Criterion, copied, fixed_values, parameter_names
 from secondorder.linalg import conjugate_gradient
 from secondorder.optim._numbers import check_arguments

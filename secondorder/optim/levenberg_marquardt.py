@@ -18,6 +18,7 @@ from secondorder.optim._closure import NEEDED, idle_backward, with_graph
 from secondorder.optim._numbers import Numbers, check_arguments, check_numbers, warn_of_short_steps
 from secondorder.optim._optimizer import SecondOrderOptimizer
 from secondorder.optim.eigen_adam import EigenAdam
+from secondorder.stepping.checked_jacobian import CheckedJacobian
 from secondorder.stepping.damped_least_squares import SOLVERS
 from secondorder.stepping.gauss_newton_step import HELD_PATIENCE, GaussNewtonStep, Progress, Settings
 from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals
@@ -191,7 +192,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         before = [p.detach().clone() for p in parameters]
         loss = LeastSquaresLoss(name, with_graph(name, closure, parameters), moving or parameters)
         lr, slow = _by_element(moving, rates), functools.partial(self._warn_of_passes, moving)
-        run = GaussNewtonStep(loss, self._settings, self._plans, generator, lr, slow, self._buffer)
+        jacobians = CheckedJacobian(loss, self._plans, slow, self._buffer)
+        run = GaussNewtonStep(loss, jacobians, self._settings, generator, lr, self._buffer)
         value: Tensor | None = None
         try:
             with idle_backward(name), in_one_process(name):

@@ -1,19 +1,19 @@
 """Exact Gauss-Newton steps on random rows of the Jacobian: their damping, acceleration, corrections and acceptance."""
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from secondorder._tape.factored import Buffer, Jacobian
-from secondorder._tape.jacobian import jacobian
-from secondorder._tape.plans import Block, Plan, make_plan, signature
-from secondorder._tape.residuals import COMPILED
-from secondorder._tape.uses import find_uses
+from secondorder._tape.plans import Block, Plan
+from secondorder._tape.uses import Uses
 from secondorder._tensors import host_numbers
 from secondorder.errors import NonFiniteError
+from secondorder.stepping.checked_jacobian import CheckedJacobian
 from secondorder.stepping.damped_least_squares import DampedLeastSquares
 from secondorder.stepping.drawn_rows import DrawnRows, draw_rows
 from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals
@@ -27,19 +27,15 @@ RISE = 2.0  # a step that lowers the loss of the rows drawn may raise the whole 
 PATIENCE = 4  # after so many steps without a new record of the whole loss more rows are drawn,
 GROWTH = 1.5  # so many times as many
 OVER = 4  # rows drawn for each parameter, at least, if the parameters are no more than the rows asked for: then they fix a step
-MANY = 20  # so many residuals with a backward pass each are slow
 SUSPECT = 2.0  # above this ratio of reduction and predicted reduction the residuals at the start are evaluated and compared anew
 LEAST_DAMPING = 1e-16
-SMALL = 100  # a Jacobian may be rounding, as where derivatives cancel out, below so many times eps |r| / (1 + |theta|),
-NOISE = 30  # and what is less than so many times that by which autograd disagrees with itself, is
-AGAIN = (0.7, 1.3, 1.9)  # autograd computes J^T u again from these multiples of u, each of which is rounded otherwise
+SMALL = 100  # a Jacobian may be rounding, as where derivatives cancel out, below so many times eps |r| / (1 + |theta|)
 HELD_RATIO = 4  # if there are fewer than so many residuals for each parameter
 HELD_PATIENCE = 12  # a step goes back after so many steps without a new record of the loss of residuals held out,
 HELD_EXCESS = 1.1  # if that loss is then so many times that of the others
 HELD_DAMPING = 100.0  # on the way back mu is multiplied by this, and the product is a lower bound on mu from then on,
 HELD_DECAY = 0.9  # which is multiplied by this in every step
 HELD_NOISE = 1e-5  # below this share of the first loss, the residuals held out have too little noise to be held out any more
-PLANS = 16  # plans are kept for graphs of so many structures
 
 
 class Progress(NamedTuple):
@@ -91,44 +87,35 @@ class GaussNewtonStep:
 
     Args:
         loss: the loss of the batch.
+        jacobians: of its residuals.
         settings: the arguments of the optimizer.
-        plans: the plans for graphs that have been seen, by signature, and how often each graph was seen.
         generator: the generator that draws rows.
         lr: what multiplies a step, one number or one for each parameter's element [P].
-        slow: called with the parameters that cost a backward pass for each of many residuals, by their positions, and with the
-            node by which each enters.
         buffer: memory for matrices.
     """
 
     def __init__(
-        self, loss: LeastSquaresLoss, settings: Settings, plans: dict[object, tuple[Plan, int]], generator: torch.Generator,
-        lr: float | Tensor, slow: Callable[[dict[int, str]], None], buffer: Buffer,
+        self, loss: LeastSquaresLoss, jacobians: CheckedJacobian, settings: Settings, generator: torch.Generator,
+        lr: float | Tensor, buffer: Buffer,
     ):  # fmt: skip
-        self._buffer = buffer
+        self._jacobians, self._buffer = jacobians, buffer
         self.interpolates = False  # whether a step has gone back, since only the residuals drawn still fell
-        self.loss, self.settings, self._plans = loss, settings, plans
-        self._generator, self._lr, self._slow = generator, lr, slow
-        self._index = {id(p): i for i, p in enumerate(loss.parameters)}
+        self.loss, self.settings = loss, settings
+        self._generator, self._lr = generator, lr
 
     def step(self, here: Residuals, progress: Progress) -> tuple[Residuals, Progress]:
         """Makes one step; returns the residuals where it leads, and what it leaves to the next step."""
         loss, settings = self.loss, self.settings
         if here.objective == 0:
             return here, progress._replace(ratio=0.0)
-        plan = self._plan(here, progress)
         theta, whole = loss.flat(), here.objective
         same = abs(whole - progress.whole) <= 1e-6 * whole
         if not same or (progress.best is not None and len(progress.best) != len(theta)):
             progress = progress.with_new_record()
         if same and whole > RISE * progress.record:  # no step leads there: the record is that of another loss
             progress = progress._replace(record=whole, since=0)
-        rows = self._draw(plan, here, progress)
-        jacobian = self._jacobian(plan, here, rows)
-        if jacobian is None:
-            plan = self._new_plan(here)
-            rows = self._draw(plan, here, progress)
-            jacobian = self._jacobian(plan, here, rows)
-            assert jacobian is not None
+        draw = functools.partial(self._draw, here, progress)
+        rows, jacobian = self._jacobians.of(here, draw, check=progress.ratio == 0)
         r, before = rows.taken(here.values), [v.detach() for v in here.values]
         problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator, self._buffer)
         at_start = self._drawn_objective(r, theta, here)
@@ -145,7 +132,7 @@ class GaussNewtonStep:
             small = SMALL * torch.finfo(theta.dtype).eps * math.sqrt(start) / (1 + length)
             tiny = attempt == 0 and here.penalties is None and math.sqrt(trace) <= small
             # Beside residuals of 1e7 and more, as in pascals, a Jacobian is as small, and is no rounding.
-            if tiny and (trace == 0 or self._is_rounding(here, rows)):
+            if tiny and (trace == 0 or self._jacobians.is_rounding(here, rows)):
                 return here, progress._replace(ratio=0.0)
             if fails:
                 mu = max(10 * mu, LEAST_DAMPING)
@@ -161,7 +148,7 @@ class GaussNewtonStep:
                 if ratio > SUSPECT:
                     reached = loss.flat()
                     loss.move(theta)
-                    self._check_same(before, here, 1e-2)
+                    loss.check_same(before, here, 1e-2)
                     trial = self._trial(here, rows, reached)
                 least = max(HELD_DECAY * progress.least, LEAST_DAMPING)
                 mu = max(mu * max(1 / 3, 1 - (2 * ratio - 1) ** 3), least)
@@ -170,66 +157,13 @@ class GaussNewtonStep:
                 return self._held_out(here._replace(values=trial.values, objective=trial.whole), progress, rows, trial.held)
             mu, growth = mu * growth, 2 * growth
         loss.move(theta)
-        self._check_same(before, here, 1e-2)
+        loss.check_same(before, here, 1e-2)
         progress = progress._replace(damping=min(10 * progress.damping, 1.0), growth=2.0, ratio=0.0)
         return self._held_out(here, progress, rows, host_numbers(rows.held_losses(here.values)))
 
-    # --- the Jacobian of some rows ---
+    # --- parts of a step ---
 
-    def _plan(self, here: Residuals, progress: Progress) -> Plan:
-        """Returns the plan of the residuals' graph, and makes one for a structure that is new.
-
-        A plan is checked when it is new, at the 2nd, 4th, 8th, ... step, and after a step that failed: gradients that were zero
-        when it was made, as behind a ReLU or a last layer of zeros, did not show which residual they belong to. One that may lack
-        rows for this reason is checked at every step.
-        """
-        uses = [find_uses(r, self._index) for r in here.values]
-        self.loss.check_dtypes(use.operand for each in uses for use in each.uses if use.operand is not None)
-        self._uses, self._key = uses, None if any(u.by_value for u in uses) else signature(uses)
-        known = None if self._key is None else self._plans.get(self._key)
-        if known is None:
-            self._check_same(here.values, here, 1e-4)
-            return self._new_plan(here)
-        plan, times = known[0], known[1] + 1
-        self._plans[self._key] = plan, times
-        incomplete = any(block.incomplete for block in plan.blocks)
-        self._new, self._unchecked = False, incomplete or times & (times - 1) == 0 or progress.ratio == 0
-        return plan
-
-    def _new_plan(self, here: Residuals) -> Plan:
-        plan = make_plan(here.values, self._uses, self.loss.parameters)
-        self._new = self._unchecked = True
-        if self._key is not None:
-            if len(self._plans) >= PLANS:
-                self._plans.clear()
-            self._plans[self._key] = plan, 1
-        return plan
-
-    def _check_same(self, values: Sequence[Tensor], here: Residuals, tolerance: float) -> None:
-        """Raises RuntimeError if the closure's residuals at the present parameters are no longer these values."""
-        pairs = zip(values, self.loss.there(here), strict=True)
-        norms = host_numbers([norm for old, new in pairs for norm in ((old - new).norm(), old.norm())])
-        for difference, size in zip(norms[::2], norms[1::2], strict=True):
-            if not difference <= tolerance * size:
-                raise RuntimeError(
-                    f"{self.loss.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, "
-                    "but they differ at the same parameters. Draw the batch outside of the closure, or by torch's own "
-                    "generators, which start every call of a step alike; layers that change with every call, as spectral_norm "
-                    "does, belong in eval mode."
-                )
-
-    def _fed(self, block: Block) -> bool:
-        """Returns whether the loss of some of a block's residuals tells something of that of the others.
-
-        It does where data pass through layers. Where parameters stand for themselves, as a field's values or in penalties, no
-        residual says anything of another one.
-        """
-        if any(2 * self.loss.parameters[p].numel() > block.size for p in block.others):
-            return False
-        uses = [self._uses[block.term].uses[k] for k in block.uses]
-        return any(u.operand is not None and 2 * u.blocks * int(u.operand.count_nonzero()) > u.operand.numel() for u in uses)
-
-    def _draw(self, plan: Plan, here: Residuals, progress: Progress) -> DrawnRows:
+    def _draw(self, here: Residuals, progress: Progress, plan: Plan, uses: list[Uses]) -> DrawnRows:
         """Draws as many residuals as `progress` and the number of parameters ask for."""
         parameters = sum(p.numel() for p in self.loss.parameters)
         rows = progress.rows
@@ -237,82 +171,18 @@ class GaussNewtonStep:
             rows = min(max(rows, OVER * parameters), self.settings.max_rows)
         few = sum(block.size for block in plan.blocks) < HELD_RATIO * parameters
         holds = not progress.released and (few if self.settings.holdout is None else self.settings.holdout)
-        return draw_rows(plan.blocks, here, rows, self._generator, lambda block: holds and self._fed(block))
+        return draw_rows(plan.blocks, here, rows, self._generator, lambda block: holds and self._fed(block, uses))
 
-    def _jacobian(self, plan: Plan, here: Residuals, rows: DrawnRows) -> Jacobian | None:
-        """Returns the Jacobian of these rows; None: a plan that was right before is wrong now."""
-        parameters = self.loss.parameters
-        found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn, self._buffer)
-        if self._unchecked:
-            wrong = self._wrong(here, rows, found)
-            if wrong and not self._new:
-                return None
-            if wrong:
-                for block in plan.blocks:
-                    block.others.update(dict.fromkeys(wrong, "a product"))
-                found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn, self._buffer)
-                if wrong := self._wrong(here, rows, found):
-                    raise RuntimeError(
-                        f"{self.loss.owner}.step(): the Jacobian of the parameter of shape {tuple(parameters[wrong[0]].shape)} "
-                        "is not that of autograd; its graph is not understood"
-                    )
-            self._slow(self._by_passes(plan, rows))
-        return found
+    def _fed(self, block: Block, uses: list[Uses]) -> bool:
+        """Returns whether the loss of some of a block's residuals tells something of that of the others.
 
-    def _by_passes(self, plan: Plan, rows: DrawnRows) -> dict[int, str]:
-        """Returns the parameters that cost a backward pass for each of many residuals, and the nodes by which they enter."""
-        found: dict[int, str] = {}
-        for members in plan.with_others():
-            count = sum(len(rows.scales[i]) for i in members)
-            for p, node in plan.blocks[members[0]].others.items():
-                if count >= MANY and (2 * self.loss.parameters[p].numel() > count or node == COMPILED):
-                    found[p] = node
-        return found
-
-    def _wrong(self, here: Residuals, rows: DrawnRows, found: Jacobian) -> list[int]:
-        """Returns the parameters whose columns disagree with one backward pass for a random combination of the rows.
-
-        Where derivatives cancel out no two ways of computing them agree: what is no more than the rounding of autograd's own way
-        is no disagreement.
+        It does where data pass through layers. Where parameters stand for themselves, as a field's values or in penalties, no
+        residual says anything of another one.
         """
-        sizes = [p.numel() for p in self.loss.parameters]
-        u = self._combination(rows)
-        right = self._combined(here, rows, u)
-        pairs = zip(found.rmv(u).split(sizes), right.split(sizes), strict=True)
-        size, *errors = torch.stack([right.norm(), *((ours - theirs).norm() for ours, theirs in pairs)]).tolist()  # one wait
-        if not math.isfinite(size):  # the trace will say so
-            return []
-        bound = (1e-8 if right.dtype == torch.float64 else 1e-3) * size
-        if not all(error <= bound for error in errors):
-            bound += NOISE * self._noise(here, rows, u, right)
-        return [i for i, error in enumerate(errors) if not error <= bound]
-
-    def _is_rounding(self, here: Residuals, rows: DrawnRows) -> bool:
-        """Returns whether the Jacobian of these rows is no more than its own rounding."""
-        u = self._combination(rows)
-        right = self._combined(here, rows, u)
-        return float(right.norm()) <= NOISE * self._noise(here, rows, u, right)
-
-    def _combination(self, rows: DrawnRows) -> Tensor:
-        """Returns random factors u [m] of these rows, the same ones for the same number of rows."""
-        generator = torch.Generator().manual_seed(len(rows.flat))
-        return torch.randn(len(rows.flat), generator=generator, dtype=torch.float64, device="cpu").to(rows.scale)
-
-    def _combined(self, here: Residuals, rows: DrawnRows, u: Tensor) -> Tensor:
-        """Returns J^T u [P] of these rows by one backward pass."""
-        parameters = self.loss.parameters
-        seeds = torch.cat([v.detach().flatten() for v in here.values]).zero_().index_add_(0, rows.flat, u * rows.scale)
-        weights = [w.view_as(v) for w, v in zip(seeds.split([v.numel() for v in here.values]), here.values, strict=True)]
-        found = torch.autograd.grad(here.values, parameters, weights, retain_graph=True, allow_unused=True)
-        return torch.cat(
-            [(torch.zeros_like(p) if g is None else g.to_dense()).flatten() for p, g in zip(parameters, found, strict=True)]
-        )
-
-    def _noise(self, here: Residuals, rows: DrawnRows, u: Tensor, combined: Tensor) -> float:
-        """Returns how far J^T u is from what autograd finds from multiples of u, which is its rounding."""
-        return max(float((self._combined(here, rows, k * u) / k - combined).norm()) for k in AGAIN)
-
-    # --- parts of a step ---
+        if any(2 * self.loss.parameters[p].numel() > block.size for p in block.others):
+            return False
+        own = [uses[block.term].uses[k] for k in block.uses]
+        return any(u.operand is not None and 2 * u.blocks * int(u.operand.count_nonzero()) > u.operand.numel() for u in own)
 
     def _trial(self, here: Residuals, rows: DrawnRows, theta: Tensor) -> _Trial:
         """Moves the parameters, and evaluates the residuals there."""

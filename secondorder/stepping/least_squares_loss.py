@@ -78,6 +78,19 @@ class LeastSquaresLoss:
             )
         return values
 
+    def check_same(self, values: Sequence[Tensor], here: Residuals, tolerance: float) -> None:
+        """Raises RuntimeError if the closure's residuals at the present parameters are no longer these values."""
+        pairs = zip(values, self.there(here), strict=True)
+        norms = host_numbers([norm for old, new in pairs for norm in ((old - new).norm(), old.norm())])
+        for difference, size in zip(norms[::2], norms[1::2], strict=True):
+            if not difference <= tolerance * size:
+                raise RuntimeError(
+                    f"{self.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, "
+                    "but they differ at the same parameters. Draw the batch outside of the closure, or by torch's own "
+                    "generators, which start every call of a step alike; layers that change with every call, as spectral_norm "
+                    "does, belong in eval mode."
+                )
+
     def again(self, start: Residuals) -> Residuals:
         """Returns the loss at the parameters' present values, with the coefficients of the start."""
         values = self.there(start)

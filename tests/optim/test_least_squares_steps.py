@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import secondorder as so
-from secondorder.stepping import gauss_newton_step
+from secondorder.stepping import checked_jacobian, gauss_newton_step
 
 # --- steps ---
 
@@ -344,8 +344,8 @@ def test_sizes_and_orders_that_change_from_step_to_step():
 def test_graphs_that_send_rows_elsewhere_are_checked_at_every_step(monkeypatch):
     net, x, y = regression(20, 4)
     checked = []
-    wrong = gauss_newton_step.GaussNewtonStep._wrong
-    monkeypatch.setattr(gauss_newton_step.GaussNewtonStep, "_wrong", lambda self, *a: checked.append(1) or wrong(self, *a))
+    wrong = checked_jacobian.CheckedJacobian._wrong
+    monkeypatch.setattr(checked_jacobian.CheckedJacobian, "_wrong", lambda self, *a: checked.append(1) or wrong(self, *a))
     optimizer = so.LevenbergMarquardt(net.parameters(), race=False)
     for step in range(4):
         order = torch.randperm(20, generator=torch.Generator().manual_seed(step))
@@ -356,8 +356,8 @@ def test_graphs_that_send_rows_elsewhere_are_checked_at_every_step(monkeypatch):
 def test_graphs_with_the_same_index_are_not_checked_at_every_step(monkeypatch):
     net, x, y = regression(20, 4)
     plans = []
-    make_plan = gauss_newton_step.make_plan
-    monkeypatch.setattr(gauss_newton_step, "make_plan", lambda *a: plans.append(1) or make_plan(*a))
+    make_plan = checked_jacobian.make_plan
+    monkeypatch.setattr(checked_jacobian, "make_plan", lambda *a: plans.append(1) or make_plan(*a))
     optimizer = so.LevenbergMarquardt(net.parameters(), race=False)
     orders = [torch.arange(20).flip(0), torch.randperm(20)]
     for step in range(6):
@@ -424,7 +424,7 @@ def late(make, monkeypatch):
         make: returns a net, its loss, and what changes something.
     """
     errors = []
-    own = gauss_newton_step.GaussNewtonStep._jacobian
+    own = checked_jacobian.CheckedJacobian._found
 
     def watched(self, plan, here, rows):
         found = own(self, plan, here, rows)
@@ -436,7 +436,7 @@ def late(make, monkeypatch):
             errors.append(float((found.rmm(torch.eye(len(r))).T - dense).norm() / dense.norm()))
         return found
 
-    monkeypatch.setattr(gauss_newton_step.GaussNewtonStep, "_jacobian", watched)
+    monkeypatch.setattr(checked_jacobian.CheckedJacobian, "_found", watched)
     net, loss, change = make()
     parameters = list(net.parameters())
     optimizer = so.LevenbergMarquardt(parameters, race=False)
