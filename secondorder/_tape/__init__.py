@@ -14,6 +14,7 @@ from secondorder._tape.graph import (
     source_nodes,
 )  # fmt: skip
 from secondorder._tape.layers import LayerRecord
+from secondorder._tape.options import OutputHessianOf, TapeOptions
 from secondorder._tape.records import (
     Counting,
     CriterionArguments,
@@ -26,13 +27,13 @@ from secondorder._tape.records import (
     has_rows_apart,
     is_recorded,
 )
-from secondorder._tape.tape import OutputHessianOf, Tape
+from secondorder._tape.tape import Tape
 from secondorder._tape.ways import is_affine, is_selecting, keeps_rows, logits_of, preactivation, taken_from
 
 __all__ = [
     "AutogradMap", "Columns", "Counting", "CriterionArguments", "ElementwiseMap", "ForwardState", "KnownActivation",
-    "LayerCall", "LayerRecord", "Link", "LossCall", "ModelCall", "OutputHessianOf", "Tape", "activation_function", "aligned",
-    "as_weighted", "claim_product", "derivatives", "has_rows_apart", "in_recomputation", "is_affine", "is_recorded",
+    "LayerCall", "LayerRecord", "Link", "LossCall", "ModelCall", "OutputHessianOf", "Tape", "TapeOptions", "activation_function",
+    "aligned", "as_weighted", "claim_product", "derivatives", "has_rows_apart", "in_recomputation", "is_affine", "is_recorded",
     "is_reshaping", "is_selecting", "is_view_of", "keeps_rows", "logits_of", "metadata", "multiplied", "preactivation",
     "source_nodes", "taken_from", "term_of_its_own", "term_outside", "upstream",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ Nothing is recorded in eval mode, without grad mode, or while `recording` is off
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ from secondorder._layers import parameters_of, tied_layers
 from secondorder._tape import elementwise
 from secondorder._tape.backward import BackwardLog
 from secondorder._tape.backward_roots import term_of_its_own
-from secondorder._tape.columns import Columns, column_blocks
+from secondorder._tape.columns import column_blocks
 from secondorder._tape.criterion_calls import Divisors, criterion_arguments, detached, rows_seen
 from secondorder._tape.elementwise import ElementwiseMap
 from secondorder._tape.forward_state import ForwardState
@@ -41,13 +41,13 @@ from secondorder._tape.graph import (
 )  # fmt: skip
 from secondorder._tape.hooks import CallHook, EagerForward, remove_handles
 from secondorder._tape.layers import LayerRecord, connect, recursion_order
+from secondorder._tape.options import TapeOptions
 from secondorder._tape.records import LayerCall, Link, LossCall, ModelCall, version
 from secondorder._tape.residuals import COMPILED
 from secondorder._tape.ways import keeps_rows, logits_of
 from secondorder._tensors import captured_now, compute_dtype, refuse_capture
 from secondorder.criteria import (
     LateMasses,
-    OutputHessian,
     analytic_hessian,
     autograd_hessian,
     by_position,
@@ -55,9 +55,6 @@ from secondorder.criteria import (
     link_of,
 )
 from secondorder.criteria.known import LOG_SOFTMAX
-
-# (criterion, loss, autograd node of the one linear layer's output that it depends on, its arguments) -> the recursion's start
-OutputHessianOf = Callable[[nn.Module, Tensor, Node, tuple[Any, ...], dict[str, Any]], OutputHessian]
 
 _NOT_CALLED = "the criterion has not been called since the last step or zero_grad()"
 
@@ -68,50 +65,30 @@ class Tape:
     Args:
         layers: the linear layers, with their names for messages.
         criterion: a module whose calls return the scalar loss.
-        diagonal: whether to keep the gradients that the recursion's diagonal needs.
-        grad_outputs: whether to keep every layer's delta.
-        columns: returns columns s_ic at the network's output. While the graph lives they are taken back to every layer, as
-            delta_ic = J_i^T s_ic, and the sum of delta_ic delta_ic^T becomes the layer's `block`. Nothing is then kept for the
-            recursion.
+        options: what to keep.
         model: the module that the layers are part of. torch.compile leaves its forward, and the criterion's, alone in training
             mode. A layer of it that shares the parameters of one of `layers` is recorded as that one.
-        keep_inputs: whether to keep the arguments of the model and of the criterion, for evaluating them again. The tape then
-            also notices backward passes that do not come from recorded losses alone (`outside`).
-        recursive: whether the criterion's Hessian is needed, and the derivatives of what lies between two layers. Double backward
-            computes them if no formula does.
-        samples: at most so many instances of each forward pass, evenly spaced, enter the curvature's expectations; None: all.
-        widest: layers with more outputs have no record, and the recursion starts anew at layers that lead to them; None: no
-            limit.
-        output_hessian: returns the recursion's start if no formula does, given the arguments of `columns`; None: the Hessian.
 
     `recording` may be switched off and on at any time. `tied` are the layers that are recorded as another one. `missing` says why
     there are no records.
     """
 
-    def __init__(
-        self, layers: dict[nn.Linear, str], criterion: nn.Module, *, diagonal: bool, grad_outputs: bool = False,
-        columns: Columns | None = None, model: nn.Module | None = None, keep_inputs: bool = False, recursive: bool = True,
-        samples: int | None = None, widest: int | None = None, output_hessian: OutputHessianOf | None = None,
-    ):  # fmt: skip
+    def __init__(self, layers: dict[nn.Linear, str], criterion: nn.Module, options: TapeOptions, model: nn.Module | None = None):
         self.names = layers
         self.criterion = criterion
-        self.diagonal = diagonal
-        self.grad_outputs = grad_outputs
-        self.columns = columns
-        self.recursive = recursive
-        self.output_hessian = output_hessian or (lambda criterion, loss, source, *_: autograd_hessian(loss, source))
-        self.samples = samples
-        self.wide = {layer for layer in layers if widest is not None and layer.out_features > widest}
+        self.options = options
+        self._output_hessian = options.output_hessian or (lambda criterion, loss, source, *_: autograd_hessian(loss, source))
+        self._wide = {layer for layer in layers if options.widest is not None and layer.out_features > options.widest}
         self.recording = True
         self.missing = _NOT_CALLED  # why there may be no records
         self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
         self._claimed = self._key + ".weight"  # likewise of what these multiply their inputs with
         self._muted = False
         self._divisors = Divisors(criterion)
-        self._keeps_inputs = keep_inputs
         self._parameters = list((nn.ModuleList(layers) if model is None else model).parameters())
-        self._watched = self._parameters if model is not None and keep_inputs else []
-        self._log = BackwardLog(layers, (self._key + ".loss", self._watched) if model is not None and keep_inputs else None)
+        watches = model is not None and options.keep_inputs
+        self._watched = self._parameters if watches else []
+        self._log = BackwardLog(layers, (self._key + ".loss", self._watched) if watches else None)
         self._begin: ForwardState | None = None  # of the forward pass under way
         self._written: set[Tensor] | None = None  # the buffers that forward passes write to
         self._consumer: dict[nn.Linear, nn.Module] = {}  # what took each layer's output first: a layer, or the criterion
@@ -123,7 +100,7 @@ class Tape:
         ]
         self.handles.append(CallHook(criterion, self, "_on_criterion", always=True))
         if model is not None:
-            model_calls = EagerForward(model, self, "_before_model", "_on_model") if keep_inputs else EagerForward(model)
+            model_calls = EagerForward(model, self, "_before_model", "_on_model") if options.keep_inputs else EagerForward(model)
             self.handles += [model_calls, EagerForward(criterion), *self._log.handles]
         weakref.finalize(self, remove_handles, self.handles)
 
@@ -208,7 +185,7 @@ class Tape:
                 if record is None:
                     weight, _ = parameters_of(call.layer)
                     dtype = compute_dtype(weight.dtype)
-                    record = records[call.layer] = LayerRecord(call.layer, weight, dtype, samples=self.samples)
+                    record = records[call.layer] = LayerRecord(call.layer, weight, dtype, samples=self.options.samples)
                 record.consumers.append(consumer)
                 if call in seen:
                     continue
@@ -222,13 +199,13 @@ class Tape:
                 record.origins.append(loss)
                 stack += [(link.source, link) for link in call.inputs_from]
             for call, block in loss.blocks.items():
-                if call.layer in self.wide:
+                if call.layer in self._wide:
                     continue
                 record = records[call.layer]
                 block = block if loss.scale is None else block * loss.scale.abs()  # a metric, also of a loss that is maximised
                 record.block = block if record.block is None else record.block + block
         repeated = set().union(*(loss.repeated for loss in self.losses))
-        records = {layer: record for layer, record in records.items() if layer not in self.wide}
+        records = {layer: record for layer, record in records.items() if layer not in self._wide}
         for record in records.values():
             connect(record, records, record.layer in repeated)
         return recursion_order(records)
@@ -246,11 +223,11 @@ class Tape:
         made_by = input.grad_fn
         if made_by is not None:
             call.inputs_from = links = self._links(call, input, made_by)
-            if self.diagonal and len(links) == 1 and links[0].map is not None and links[0].map.curved:
+            if self.options.diagonal and len(links) == 1 and links[0].map is not None and links[0].map.curved:
                 self._log.collect(links[0], "grad", made_by, input.output_nr)
         metadata(node)[self._key] = call
         claim_product(node, self._claimed)
-        if self.grad_outputs:
+        if self.options.grad_outputs:
             self._keep_gradient(node)
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: None) -> None:
@@ -280,12 +257,12 @@ class Tape:
             obstacle = f"is combined with other linear layers ({', '.join(names)}{', ...' if len(nodes) > 4 else ''})"
             return [self._blocked(node, layer, obstacle) for node in nodes]
         (node,) = nodes
-        if layer in self.wide:
+        if layer in self._wide:
             return [self._blocked(node, layer, f"leads to layer {self.names[layer]!r}, which is too wide for a curvature")]
         source: LayerCall = metadata(node)[self._key]
         between: ElementwiseMap | None = elementwise.analytic(made_by, call.input, node, source.preactivation)
         if between is None:
-            if not self.recursive:
+            if not self.options.recursive:
                 return [Link(self._use(node, layer), layer, None, "goes through a function that nobody has asked for")]
             if COMPILED in passed:
                 raise compiled_error(f"what follows layer {self.names[source.layer]!r} runs")
@@ -296,7 +273,7 @@ class Tape:
                 )
                 try:
                     with self._differentiating():
-                        between = elementwise.probe(input, node, second=self.diagonal)
+                        between = elementwise.probe(input, node, second=self.options.diagonal)
                 except RuntimeError as error:
                     obstacle = f"goes through a function that autograd cannot differentiate twice ({error})"
                     return [self._blocked(node, layer, obstacle)]
@@ -366,7 +343,7 @@ class Tape:
         call.instances, call.captured = rows_seen(call.sources, args), captured_now()
         if len(args) > 1:
             self._record_masses(call, args, kwargs)
-        if self._keeps_inputs:
+        if self.options.keep_inputs:
             own = term_of_its_own(loss, (args, kwargs), self._watched)
             call.outside = own and f"parameters that the criterion takes by itself (by {own})"
             with self._differentiating():
@@ -397,11 +374,11 @@ class Tape:
         self, call: LossCall, nodes: list[Node], loss: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Takes the columns back to every layer, or the Hessian at the last layer's output, where the recursion starts."""
-        if self.columns is not None:
+        if self.options.columns is not None:
             with self._differentiating():
-                edge, root = self.columns(self.criterion, loss, nodes[0] if len(nodes) == 1 else None, args, kwargs)
+                edge, root = self.options.columns(self.criterion, loss, nodes[0] if len(nodes) == 1 else None, args, kwargs)
                 if root is not None:
-                    call.blocks = column_blocks(edge, root, self._key, self.samples, call.counting, self.wide)
+                    call.blocks = column_blocks(edge, root, self._key, self.options.samples, call.counting, self._wide)
             call.flat = root is None
             if call.flat:
                 assert loss.grad_fn is not None
@@ -410,7 +387,7 @@ class Tape:
         elif len(nodes) > 1:  # the recursion starts anew at each of them
             for node in nodes:
                 self._keep_gradient(node)
-        elif self.recursive and call.sources[0].layer not in self.wide:
+        elif self.options.recursive and call.sources[0].layer not in self._wide:
             output = args[0] if args else None
             width = call.sources[0].layer.out_features
             if (
@@ -423,7 +400,7 @@ class Tape:
             if call.hessian is None:
                 refuse_capture(f"Hessian of {self.criterion} by autograd")
                 with self._differentiating():
-                    hessian = self.output_hessian(self.criterion, loss, nodes[0], args, kwargs)
+                    hessian = self._output_hessian(self.criterion, loss, nodes[0], args, kwargs)
                 call.flat = not bool(hessian.values.any())
                 call.hessian = None if call.flat else hessian
                 if call.flat:
@@ -440,7 +417,7 @@ class Tape:
         """Finds the layers that a loss uses several times: the recursion starts anew there, and at the layers that lead there."""
         calls = loss.calls()
         loss.repeated = {layer for layer, count in Counter(call.layer for call in calls).items() if count > 1}
-        if not loss.repeated or self.columns is not None:
+        if not loss.repeated or self.options.columns is not None:
             return
         kept = {call for call in calls if call.layer in loss.repeated}
         for link in [link for call in kept for link in call.inputs_from]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder._distributed import RankTerm
-from secondorder._tape import Columns, LayerRecord, OutputHessianOf, is_affine
+from secondorder._tape import Columns, LayerRecord, OutputHessianOf, TapeOptions, is_affine
 from secondorder._tensors import cast
 from secondorder.criteria import is_fixed
 
@@ -38,6 +38,17 @@ class Curvature:
     recursive = True
     restarts = False
     capturable = False
+
+    def tape_options(self, **others: Any) -> TapeOptions:
+        """Returns what the tape has to keep for it.
+
+        Args:
+            **others: the other fields of `TapeOptions`.
+        """
+        return TapeOptions(
+            diagonal=self.diagonal, grad_outputs=self.grad_outputs, columns=self.columns, recursive=self.recursive,
+            output_hessian=self.output_hessian, **others,
+        )  # fmt: skip
 
     def bias_hessians(
         self, records: list[LayerRecord], averaged: dict[nn.Linear, dict[str, Tensor]] | None = None

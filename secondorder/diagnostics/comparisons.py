@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder._layers import linear_layers
-from secondorder._tape import Tape
+from secondorder._tape import Tape, TapeOptions
 from secondorder._tensors import Transfer
 from secondorder.diagnostics.copies import Criterion, copied, go_backward, parameter_names
 from secondorder.diagnostics.steps import gauss_newton_step, newton_step
@@ -141,7 +141,7 @@ def reduction_ratio(
     model, loss = copied(model, criterion)
     parameters = dict(model.named_parameters())
     whole = nn.Sequential(model)  # in training mode, which the tape asks for, whatever the mode of the model
-    tape = Tape(linear_layers(whole), loss, diagonal=False, model=whole, keep_inputs=True)
+    tape = Tape(linear_layers(whole), loss, TapeOptions(keep_inputs=True), whole)
     go_backward(whole, loss, x, y)
     local = LocalLoss(whole, loss, tape.losses, list(parameters.values()), 1.0, 0, tape)
     deltas = [step[name].to(p) if name in step else torch.zeros_like(p) for name, p in parameters.items()]

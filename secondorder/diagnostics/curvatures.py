@@ -111,10 +111,7 @@ def bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, 
     """
     model, loss = copied(model, criterion)
     layers = linear_layers(model)
-    tape = Tape(
-        layers, loss, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns, model=model,
-        output_hessian=curvature.output_hessian,
-    )  # fmt: skip
+    tape = Tape(layers, loss, curvature.tape_options(), model)
     go_backward(model, loss, x, y)
     return {layers[layer]: h for layer, h in curvature.bias_hessians(tape.records()).items()}
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from secondorder._distributed import RankReducer
 from secondorder._layers import uncovered
-from secondorder._tape import Columns, LayerRecord, OutputHessianOf, Tape
+from secondorder._tape import LayerRecord, Tape, TapeOptions
 from secondorder._tensors import to_compute_dtype
 from secondorder._warnings import warn
 from secondorder.criteria.losses import as_criterion
@@ -39,16 +39,9 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         criterion: a module or a function (output, target) -> scalar loss. The loop calls the module itself, or, for a
             function, `optimizer.criterion`. Parameters of its own get the `fallback`.
         defaults: the param_group values.
-        diagonal: whether the curvature needs the recursion's diagonal term.
+        tape: what the tape keeps. Its `widest` is a limit on n_out of a layer, >= 1, since H has n_out^2 numbers. The fallback
+            updates wider layers, and a warning names them once. A layer whose output they take gets its empirical Fisher block.
         fallback: "sgd" or "error".
-        grad_outputs: whether the tape keeps every layer's delta.
-        columns: gives columns at the network's output that the tape takes back to every layer, or None.
-        keep_inputs: whether the tape keeps the model's and the criterion's arguments.
-        recursive: whether the curvature needs the criterion's Hessian and derivatives of what stands between layers.
-        output_hessian: gives the recursion's start where no formula does; None: the criterion's Hessian.
-        samples: of every forward pass at most so many instances enter the curvature's expectations; None: all.
-        max_factor_dim: limit on n_out of a layer, >= 1, since H has n_out^2 numbers; None: no limit. The fallback updates wider
-            layers, and a warning names them once. A layer whose output they take gets its empirical Fisher block.
         max_input_dim: layers with more inputs are left to the fallback, >= 1; None: there is no limit.
         maximize: whether to maximise the loss: the whole step, with its curvature, is then that of the negative loss.
         decoupled_weight_decay: whether weight decay shrinks the parameters by themselves, rather than being part of the gradient;
@@ -76,15 +69,8 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         criterion: nn.Module | Callable[..., Tensor] | None,
         defaults: dict[str, Any],
         *,
-        diagonal: bool,
+        tape: TapeOptions,
         fallback: str,
-        grad_outputs: bool = False,
-        columns: Columns | None = None,
-        keep_inputs: bool = False,
-        recursive: bool = True,
-        output_hessian: OutputHessianOf | None = None,
-        samples: int | None = None,
-        max_factor_dim: int | None = None,
         max_input_dim: int | None = None,
         maximize: bool = False,
         decoupled_weight_decay: bool | None = True,
@@ -99,8 +85,8 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         called, model = model, model if ddp is None else ddp.module
         names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
         layers = supported_layers(name, model)
-        own = self._trained_of_criterion(names, by_model=keep_inputs, by_ddp=ddp is not None)
-        self._uncovered = uncovered(model) | too_wide(name, layers, max_factor_dim, max_input_dim)
+        own = self._trained_of_criterion(names, by_model=tape.keep_inputs, by_ddp=ddp is not None)
+        self._uncovered = uncovered(model) | too_wide(name, layers, tape.widest, max_input_dim)
         self._fallback = Fallback(name, fallback, names | own, fallback_reasons(layers, self._uncovered))
         check_numbers(name, defaults, self._numbers)
         defaults |= {"maximize": maximize, "skipped_steps": 0}
@@ -116,20 +102,13 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         self._used_otherwise: set[nn.Linear] = set()  # layers of whose weight this has been said
         self._growth = LossGrowth(name, self._remedy)
         self._idle: set[Tensor] = set()  # the parameters of layers that had no instance in this step: they stay
-        self._tape_options: dict[str, Any] = {
-            "diagonal": diagonal,
-            "grad_outputs": grad_outputs,
-            "columns": columns,
-            "model": called,
-            "keep_inputs": keep_inputs,
-            "recursive": recursive,
-            "output_hessian": output_hessian,
-            "samples": samples,
-            "widest": max_factor_dim,
-        }
-        self._tape = Tape(layers, self.criterion, **self._tape_options)
+        self._called_model, self._tape_options = called, tape
+        self._tape = self._new_tape()
         if ddp is None and dist.is_available() and dist.is_initialized():
             self._tape.handles.append(model.register_forward_pre_hook(_refuse_ddp))
+
+    def _new_tape(self) -> Tape:
+        return Tape(self._layers, self.criterion, self._tape_options, self._called_model)
 
     def _trained_of_criterion(self, names: dict[Tensor, str], by_model: bool, by_ddp: bool) -> dict[Tensor, str]:
         """Returns the criterion's own parameters that are trained, with their names; warns where none can be.
@@ -176,7 +155,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
             )
         super().__setstate__(state)
         if recording is not None:
-            self._tape = Tape(self._layers, self.criterion, **self._tape_options)
+            self._tape = self._new_tape()
             self._tape.recording = recording
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -39,10 +39,7 @@ class BiasHessians:
             )
         self._owner, self._curvature = owner, curvature
         self._source = FactorSource(curvature, None, None, layers)
-        self.tape = Tape(
-            layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns,
-            model=model, output_hessian=curvature.output_hessian,
-        )  # fmt: skip
+        self.tape = Tape(layers, criterion, curvature.tape_options(), model)
 
     def of_step(self, trained: Mapping[Tensor, Any], sign: int, group: dist.ProcessGroup | None) -> dict[Tensor, Tensor]:
         """Returns H [n_out, n_out] of every recorded layer with a gradient, by its weight, in the weight's compute dtype.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder import ops
+from secondorder._tape import TapeOptions
 from secondorder._tensors import Transfer
 from secondorder.errors import NonFiniteError
 from secondorder.optim._base import CurvatureOptimizer
@@ -27,14 +28,15 @@ class QuasiNewtonOptimizer(CurvatureOptimizer):
         bounded: whether pairs that break the bounds update nothing.
         exact_inverse: whether H_a is a factorisation of every step, rather than updated.
         scaled: whether every layer keeps the curvature c of its pairs.
-        **shared: the arguments of `CurvatureOptimizer`.
+        max_factor_dim: limit on n_out of a layer, since H_g has n_out^2 numbers; None: no limit.
+        **shared: the other arguments of `CurvatureOptimizer`.
     """
 
     def __init__(
         self, model: nn.Module, criterion: nn.Module | Callable[..., Tensor] | None, defaults: dict[str, Any], *, damped: bool,
-        bounded: bool, exact_inverse: bool, scaled: bool, **shared: Any,
+        bounded: bool, exact_inverse: bool, scaled: bool, max_factor_dim: int | None, **shared: Any,
     ):  # fmt: skip
-        super().__init__(model, criterion, defaults, diagonal=False, **shared)
+        super().__init__(model, criterion, defaults, tape=TapeOptions(widest=max_factor_dim), **shared)
         # Nothing is recorded: K-BFGS needs means over two passes alone, which `ClosurePass` takes during a step.
         self._tape.recording = False
         self._pairs, self._exact_inverse, self._scaled = (damped, bounded), exact_inverse, scaled

@@ -40,6 +40,8 @@ class LayerwiseOptimizer(SolvingOptimizer):
         curvature_every: the factors are renewed every so many steps, >= 1, and at each of the first so many.
         curvature_samples: at most so many instances of each forward pass are used for E[h h^T] and for the curvature, except the
             criterion's Hessian, which uses all; >= 1. None: all are used.
+        max_factor_dim: limit on n_out of a layer, >= 1; wider ones are left to the fallback. None: no limit.
+        keep_inputs: whether steps evaluate the model and the criterion again.
         average: whether to keep averages of the parameters, for `averaged_parameters`.
         **shared: the other arguments of `SolvingOptimizer`.
 
@@ -59,6 +61,8 @@ class LayerwiseOptimizer(SolvingOptimizer):
         solver: str | Solver,
         curvature_every: int,
         curvature_samples: int | None,
+        max_factor_dim: int | None,
+        keep_inputs: bool,
         average: bool,
         **shared: Any,
     ):
@@ -72,9 +76,8 @@ class LayerwiseOptimizer(SolvingOptimizer):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         super().__init__(
-            model, criterion, defaults, solver=solver, diagonal=self._curvature.diagonal,
-            grad_outputs=self._curvature.grad_outputs, columns=self._curvature.columns, recursive=self._curvature.recursive,
-            output_hessian=self._curvature.output_hessian, samples=curvature_samples, **shared,
+            model, criterion, defaults, solver=solver, **shared,
+            tape=self._curvature.tape_options(samples=curvature_samples, widest=max_factor_dim, keep_inputs=keep_inputs),
         )  # fmt: skip
         self._curvature_name = f"{curvature} by {solver}"
         self._factors = FactorSource(self._curvature, self._solver, curvature_samples, self._layers)

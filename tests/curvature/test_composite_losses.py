@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import secondorder as so
 from secondorder._layers import linear_layers
-from secondorder._tape import Tape
+from secondorder._tape import Tape, TapeOptions
 from secondorder.criteria import CompositeLoss, row_masses
 from secondorder.curvature import CURVATURES, FisherMC
 
@@ -97,7 +97,7 @@ def test_drawn_labels_of_one_output_and_further_arguments(squeeze):
     y = torch.randint(2, (40, 1)).double()
     expected = gauss_newton_blocks(model, nn.BCEWithLogitsLoss(), x, y)
     layers, criterion = linear_layers(model), Drawn()
-    tape = Tape(layers, criterion, diagonal=False, columns=FisherMC(4000).columns)
+    tape = Tape(layers, criterion, TapeOptions(columns=FisherMC(4000).columns))
     output, target = (model(x).squeeze(1), y.squeeze(1)) if squeeze else (model(x), y)
     criterion(output, target, weight=3.0).backward()
     hessians = FisherMC().bias_hessians(tape.records())

@@ -17,10 +17,7 @@ from secondorder.curvature import CURVATURES, KFLRCurvature
 
 def blocks_of(model, criterion, curvature, compute):
     layers = linear_layers(model)
-    tape = Tape(
-        layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns,
-        output_hessian=curvature.output_hessian,
-    )  # fmt: skip
+    tape = Tape(layers, criterion, curvature.tape_options())
     compute().backward()
     hessians = curvature.bias_hessians(tape.records())
     tape.remove()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import secondorder as so
 from secondorder._layers import linear_layers
-from secondorder._tape import Tape, is_selecting, logits_of
+from secondorder._tape import Tape, TapeOptions, is_selecting, logits_of
 from secondorder.criteria import FunctionCriterion
 from secondorder.curvature import CURVATURES, FisherMC
 
@@ -144,7 +144,7 @@ def test_nll_of_log_softmax_is_cross_entropy(name, weighted):
     for criterion, model in [
         (nn.CrossEntropyLoss(weight), body), (nn.NLLLoss(weight), nn.Sequential(*body, nn.LogSoftmax(1))),
     ]:  # fmt: skip
-        tape = Tape(linear_layers(model), criterion, diagonal=False, columns=CURVATURES[name].columns)
+        tape = Tape(linear_layers(model), criterion, TapeOptions(columns=CURVATURES[name].columns))
         criterion(model(x), y).backward()
         found.append({r.layer: r.block for r in tape.records()})
         tape.remove()
@@ -158,10 +158,7 @@ def test_a_mean_square_does_not_know_its_target(name):
     found = []
     for criterion in (nn.MSELoss(), FunctionCriterion(F.mse_loss)):
         for swapped in (False, True):
-            tape = Tape(
-                linear_layers(model), criterion, diagonal=CURVATURES[name].diagonal, columns=CURVATURES[name].columns,
-                output_hessian=CURVATURES[name].output_hessian,
-            )  # fmt: skip
+            tape = Tape(linear_layers(model), criterion, CURVATURES[name].tape_options())
             torch.manual_seed(0)
             z = model(x)
             (criterion(y, z) if swapped else criterion(z, y)).backward()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import secondorder as so
 from secondorder import ops
 from secondorder._layers import linear_layers
-from secondorder._tape import Tape, elementwise
+from secondorder._tape import Tape, TapeOptions, elementwise
 from secondorder.criteria import BoundedClassificationLoss, FunctionCriterion
 from secondorder.curvature import PCH, curvature_by_name
 
@@ -57,7 +57,7 @@ ACTIVATIONS = {
 
 def recorded(model, criterion, *batches, diagonal=True, scale=None):
     """The tape's records after forward and backward passes over the batches."""
-    tape = Tape(linear_layers(model), criterion, diagonal=diagonal)
+    tape = Tape(linear_layers(model), criterion, TapeOptions(diagonal=diagonal))
     for x, y in batches:
         loss = criterion(model(x), y)
         (loss if scale is None else loss * scale).backward()
@@ -149,7 +149,7 @@ def test_where_a_curvature_takes_absolute_values_and_where_it_clips(curvature, g
         x,
         *gammas,
     )
-    tape = Tape(linear_layers(model), criterion, diagonal=True)
+    tape = Tape(linear_layers(model), criterion, TapeOptions(diagonal=True))
     criterion(model(x), y).backward()
     actual = curvature_by_name(curvature).bias_hessians(tape.records())
     for layer, block in zip(linears, expected, strict=True):
@@ -186,7 +186,7 @@ def test_ordinary_python_forward():
     model = Plain().double()
     x, y, noise = torch.randn(5, 2, 2).double(), torch.rand(5).double(), (torch.rand(5, 8) > 0.4).double() / 0.6
     call, x1 = FunctionCriterion(F.binary_cross_entropy), x.flatten(1)
-    tape = Tape(linear_layers(model), call, diagonal=True)
+    tape = Tape(linear_layers(model), call, TapeOptions(diagonal=True))
     call(model(x, noise), y).backward()
     actual = PCH(-1.0).bias_hessians(tape.records())
     # The same network by loops; the noise multiplies the ReLU per instance, so it enters through the functions' order.
@@ -238,7 +238,7 @@ def test_chains_that_other_layers_come_between():
     model, criterion = nn.ModuleList([a1, a2, b1, b2]), nn.CrossEntropyLoss()
     x, h, u = (torch.randn(6, n).double() for n in (3, 4, 5))
     y = torch.randint(3, (6,))
-    tape = Tape(linear_layers(model), criterion, diagonal=True)
+    tape = Tape(linear_layers(model), criterion, TapeOptions(diagonal=True))
     activation = torch.tanh(a1(x))
     activation.retain_grad()
     outputs = [a2(h), b2(torch.tanh(b1(u))), a2(activation)]
@@ -262,7 +262,7 @@ def test_chains_that_other_layers_come_between():
 def test_a_hook_on_the_loss_is_a_factor_on_the_curvature():
     model, criterion = network([3, 7, 3], nn.Tanh()), nn.CrossEntropyLoss()
     x, y = torch.randn(5, 3).double(), torch.randint(3, (5,))
-    tape = Tape(linear_layers(model), criterion, diagonal=True)
+    tape = Tape(linear_layers(model), criterion, TapeOptions(diagonal=True))
     loss = criterion(model(x), y)
     loss.register_hook(lambda gradient: 3 * gradient)
     loss.backward()
@@ -347,7 +347,7 @@ def test_flattened_logits_have_the_analytic_hessian(monkeypatch):
     model, criterion = network([3, 6, 4], nn.Tanh()), nn.CrossEntropyLoss()
     x, y = torch.randn(2, 5, 3).double(), torch.randint(4, (2, 5))
     monkeypatch.setattr("secondorder._tape.tape.autograd_hessian", None)
-    tape = Tape(linear_layers(model), criterion, diagonal=True)
+    tape = Tape(linear_layers(model), criterion, TapeOptions(diagonal=True))
     criterion(model(x).view(-1, 4), y.view(-1)).backward()
     true = hessian_block(
         model[2], lambda z, t: criterion(z, t), torch.tanh(model[0](x)).detach().flatten(0, 1), y.view(-1), "bias"
@@ -370,7 +370,7 @@ def test_a_probe_looks_no_further_than_the_layer_before():
 
 def test_what_is_not_elementwise_is_probed_once(monkeypatch):
     model, criterion = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2)).double(), nn.MSELoss()
-    tape = Tape(linear_layers(model), criterion, diagonal=True)
+    tape = Tape(linear_layers(model), criterion, TapeOptions(diagonal=True))
     probes = []
     real = elementwise.probe
     monkeypatch.setattr(elementwise, "probe", lambda *a, **k: probes.append(1) or real(*a, **k))
@@ -394,7 +394,7 @@ def test_the_users_random_numbers_and_graph_are_left_alone():
     for with_tape in (False, True):
         torch.manual_seed(5)
         model, criterion = network([4, 6, 3], nn.Sequential(nn.Mish(), nn.Dropout(0.5))), nn.HuberLoss()
-        tape = Tape(linear_layers(model), criterion, diagonal=True) if with_tape else None
+        tape = Tape(linear_layers(model), criterion, TapeOptions(diagonal=True)) if with_tape else None
         criterion(model(torch.randn(9, 4).double()), torch.randn(9, 3).double()).backward()
         assert tape is None or len(tape.records()) == 2
         results.append([p.grad for p in model.parameters()] + [torch.rand(3)])

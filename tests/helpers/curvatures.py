@@ -59,10 +59,7 @@ class Branching(nn.Module):
 def blocks(model, criterion, curvature, *batches, scale=1.0, samples=None):
     """{layer name: H} of a curvature after backward passes over the batches."""
     layers = linear_layers(model)
-    tape = Tape(
-        layers, criterion, diagonal=curvature.diagonal, grad_outputs=curvature.grad_outputs, columns=curvature.columns,
-        samples=samples, output_hessian=curvature.output_hessian,
-    )  # fmt: skip
+    tape = Tape(layers, criterion, curvature.tape_options(samples=samples))
     for x, y in batches:
         (scale * criterion(model(x), y)).backward()
     hessians = curvature.bias_hessians(tape.records())

@@ -173,7 +173,7 @@ def solved(rank):
 
     object.__setattr__(optimizer._solver, "prepare", counted)
     before, (x, y) = parameters(model), (torch.randn(6, 30), torch.randint(2, (6,)))
-    optimizer.criterion(optimizer._tape_options["model"](x), y).backward()
+    optimizer.criterion(optimizer._called_model(x), y).backward()
     try:
         optimizer.step()
     except RuntimeError as error:

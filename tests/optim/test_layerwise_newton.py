@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import secondorder as so
 from secondorder._layers import linear_layers
-from secondorder._tape import Tape
+from secondorder._tape import Tape, TapeOptions
 from secondorder.curvature import CURVATURES
 from secondorder.solvers import SOLVERS
 from secondorder.stepping import DampingSchedule, LossTrend, QuadraticModel
@@ -37,7 +37,7 @@ def test_an_exact_step_with_momentum_decay_and_averages():
     for step in (1, 2, 3):
         x, y = batch(seed=step)
         old = copy.deepcopy(model)
-        tape = Tape(linear_layers(old), criterion, diagonal=False, columns=CURVATURES["kflr"].columns)
+        tape = Tape(linear_layers(old), criterion, TapeOptions(columns=CURVATURES["kflr"].columns))
         criterion(old(x), y).backward()
         records = {r.layer: r for r in tape.records()}
         tape.remove()

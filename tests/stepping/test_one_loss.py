@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import secondorder as so
 from secondorder._layers import linear_layers
-from secondorder._tape import Tape
+from secondorder._tape import Tape, TapeOptions
 from secondorder._tensors import Transfer
 from secondorder.stepping import LocalLoss, recorded_loss
 from secondorder.stepping.recorded_loss import ChainLoss, ReplayedLoss
@@ -204,7 +204,7 @@ def recorded(use, fraction, offset=0):
     model = make().double()
     criterion = criterion if isinstance(criterion, nn.Module) else so.criteria.FunctionCriterion(criterion)
     fresh = copy.deepcopy(model)
-    tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
+    tape = Tape(linear_layers(model), criterion, TapeOptions(keep_inputs=True), model)
     states = torch.get_rng_state(), random.getstate()
     loss = loss_of(model, criterion)
 
@@ -311,7 +311,7 @@ def convex(z, y):
 def test_a_convex_function_has_every_instances_own_hessian():
     model = net(5, 6, 3)
     criterion = so.criteria.FunctionCriterion(convex)
-    tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
+    tape = Tape(linear_layers(model), criterion, TapeOptions(keep_inputs=True), model)
     criterion(model(X), 2 * X[:, :3]).backward()
     local = LocalLoss(model, criterion, tape.losses, list(model.parameters()), 1.0, 0, tape)
     vector = [torch.randn_like(p) for p in model.parameters()]
@@ -331,7 +331,7 @@ def test_a_convex_function_has_every_instances_own_hessian():
 def test_a_criterion_that_is_convex_behind_a_final_function_has_its_form_there(final, chain, criterion):
     model = nn.Sequential(*([] if chain else [nn.Unflatten(1, (5,)), nn.LayerNorm(5).double()]), *net(5, 6, 3), final)
     target = 3 * X[:, :3]
-    tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
+    tape = Tape(linear_layers(model), criterion, TapeOptions(keep_inputs=True), model)
     criterion(model(X), target).backward()
     local = LocalLoss(model, criterion, tape.losses, list(model.parameters()), 1.0, 0, tape)
     assert isinstance(local.pieces[0], ChainLoss if chain else ReplayedLoss)
@@ -360,7 +360,7 @@ class Watchful(Normed):
 def test_the_loss_at_parameters_that_are_not_finite_is_infinite(make):
     torch.manual_seed(0)
     model = make().double()
-    tape = Tape(linear_layers(model), CE, diagonal=False, model=model, keep_inputs=True)
+    tape = Tape(linear_layers(model), CE, TapeOptions(keep_inputs=True), model)
     CE(model(X), Y).backward()
     local = LocalLoss(model, CE, tape.losses, list(model.parameters()), 1.0, 0, tape)
     overflowing = [p + math.inf for p in local.here]
@@ -377,7 +377,7 @@ def test_few_labelled_rows_are_those_that_count(monkeypatch):
     model, criterion = net(5, 6, 3), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]).double())
     y = torch.full((24,), -100)
     y[[1, 4, 7, 8, 13, 17, 20, 22]] = torch.arange(8) % 3
-    tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
+    tape = Tape(linear_layers(model), criterion, TapeOptions(keep_inputs=True), model)
     criterion(model(X), y).backward()
     here = list(model.parameters())
     for offset in range(4):

@@ -11,7 +11,7 @@ from torch.func import functional_call, hessian, jvp
 from torch.nn import functional as F
 
 from secondorder._layers import linear_layers
-from secondorder._tape import Tape
+from secondorder._tape import Tape, TapeOptions
 from secondorder._tensors import Transfer
 from secondorder.criteria import BoundedClassificationLoss
 from secondorder.stepping import LocalLoss, QuadraticModel, recorded_loss
@@ -20,7 +20,7 @@ from secondorder.stepping.recorded_loss import ChainLoss
 
 def local_loss(model, criterion, x, y, fraction=1.0, offset=0):
     """A recorded LocalLoss, its parameters and their gradients."""
-    tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
+    tape = Tape(linear_layers(model), criterion, TapeOptions(keep_inputs=True), model)
     model.zero_grad()
     criterion(model(x), y).backward()
     local = LocalLoss(model, criterion, tape.losses, list(model.parameters()), fraction, offset, tape)
@@ -108,7 +108,7 @@ def test_forward_products_of_chains_and_of_other_nets(net):
     torch.manual_seed(0)
     model, (x, y) = make().double(), batch(7)
     criterion, y = (nn.MSELoss(), torch.randn(7).double()) if net == "squeezed" else (nn.CrossEntropyLoss(), y)
-    tape = Tape(linear_layers(model), criterion, diagonal=False, model=model, keep_inputs=True)
+    tape = Tape(linear_layers(model), criterion, TapeOptions(keep_inputs=True), model)
     criterion(model(x), y).backward()
     names = {p: n for n, p in model.named_parameters() if p.requires_grad}
     local = LocalLoss(model, criterion, tape.losses, list(names), 1.0, 0, tape)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from secondorder._layers import linear_layers
-from secondorder._tape import Tape
+from secondorder._tape import Tape, TapeOptions
 from secondorder.curvature import PCH
 
 pytestmark = pytest.mark.filterwarnings("ignore:secondorder")
@@ -19,7 +19,7 @@ GAMMA = -1.0
 
 def tape_blocks(model, criterion, *args, target):
     """The tape's H by layer name, and the layers that start from their Fisher block."""
-    tape = Tape(linear_layers(model), criterion, diagonal=True)
+    tape = Tape(linear_layers(model), criterion, TapeOptions(diagonal=True))
     criterion(model(*args), target).backward()
     records = tape.records()
     names = {layer: name for name, layer in model.named_modules()}

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import secondorder as so
 from secondorder._layers import linear_layers
-from secondorder._tape import Tape
+from secondorder._tape import Tape, TapeOptions
 from secondorder.curvature import CURVATURES
 
 
@@ -122,14 +122,7 @@ def problem(name, criterion):
 
 def records_of(model, criterion, curvature, *batches):
     layers = linear_layers(model)
-    tape = Tape(
-        layers,
-        criterion,
-        diagonal=curvature.diagonal,
-        grad_outputs=curvature.grad_outputs,
-        columns=curvature.columns,
-        model=model,
-    )
+    tape = Tape(layers, criterion, curvature.tape_options(), model)
     for x, y in batches:
         criterion(model(x), y).backward()
     records = tape.records()
@@ -345,7 +338,7 @@ def two_losses(model, criterion, x, y):
 def test_calls_of_a_loss_that_uses_a_layer_once_count_with_those_of_another_loss():
     model, criterion = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double(), nn.MSELoss(reduction="sum")
     x, y = torch.randn(9, 5).double(), torch.randn(9, 3).double()
-    tape = Tape(linear_layers(model), criterion, diagonal=True)
+    tape = Tape(linear_layers(model), criterion, TapeOptions(diagonal=True))
     outputs = []
     handle = model[0].register_forward_hook(lambda module, args, output: outputs.append(output))
     blocks = []
@@ -370,7 +363,7 @@ def test_deltas_are_those_of_the_whole_loss_where_it_differentiates(curvature):
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3)).double()
     x, y, criterion = torch.randn(9, 5).double().requires_grad_(), torch.randn(9, 3).double(), nn.MSELoss()
     chosen = CURVATURES[curvature]
-    tape = Tape(linear_layers(model), criterion, diagonal=chosen.diagonal, grad_outputs=chosen.grad_outputs)
+    tape = Tape(linear_layers(model), criterion, chosen.tape_options())
     outputs = []
     handle = model[0].register_forward_hook(lambda module, args, output: outputs.append(output))
     output = model(x)
