@@ -14,6 +14,7 @@ _NUMBERS: Numbers = {
     "weight_decay": (lambda v: 0 <= v < float("inf"), ">= 0"),
     "eps": (lambda v: 0 <= v < float("inf"), ">= 0"),
 }
+TABLE = 4.0  # so many times as far as others moves a table of which a step meets all rows: an element acts alone, not with a row
 SLOW = 100  # steps after which the optimizer warns of an lr that has always been as small as another optimizer's
 
 Group = dict[str, Any]
@@ -92,7 +93,7 @@ def rates_of_matrices(
 ) -> MatrixRates:
     """Returns the rates and weight decays of every matrix.
 
-    A table of which a step looks up a share of the rows moves further by that share. What has no gradient is given one of zeros,
+    A table of which a step meets a share s of the rows moves TABLE / s times as far. What has no gradient is given one of zeros,
     so that it does not move; it does not decay either.
 
     Args:
@@ -104,12 +105,13 @@ def rates_of_matrices(
     """
     found = MatrixRates([], [], [], [])
     for matrix, state in zip(matrices, states, strict=True):
-        share = row_shares.get(matrix, state.get("share", 1.0))
+        share = row_shares.get(matrix, state.get("share"))  # None: it is no table
+        further = 1.0 if share is None else TABLE / share
         (lr, decay), (bias_lr, bias_decay) = (rates[group] for group in groups_of[matrix])
         bias = matrix.bias
-        found.weights.append(lr / share)
+        found.weights.append(lr * further)
         found.biases.append(bias_lr)
-        found.weight_decays.append(decay * share if decay and matrix.weight.grad is not None else 0.0)
+        found.weight_decays.append(decay / further if decay and matrix.weight.grad is not None else 0.0)
         found.bias_decays.append(bias_decay if bias_decay and bias is not None and bias.grad is not None else 0.0)
     return found
 

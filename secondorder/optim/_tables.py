@@ -11,7 +11,7 @@ from secondorder._tensors import device_for, local_rows, real_view
 from secondorder.optim._eigen_state import FIRST_STEPS
 from secondorder.optim._matrices import Matrix
 
-LEAST_SHARE = 0.1  # of a table's rows: fewer that a step meets move by no more
+LEAST_SHARE = 0.2  # of a table's rows: fewer that a step meets move by no more
 
 AllReduce = Callable[[Tensor], None]  # sums a tensor over all processes that have inputs, in place
 
