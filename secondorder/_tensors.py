@@ -92,6 +92,16 @@ def flatten_batch(tensors: list[Tensor], samples: int | None = None) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
+def refuse_sparse(layer: str, h: Any) -> None:
+    """Raises TypeError where a layer of this name is called on a sparse or nested tensor, whose rows no curvature is made of."""
+    if h.layout is not torch.strided or h.is_nested:
+        kind = "nested" if h.is_nested else "sparse"
+        raise TypeError(
+            f"layer {layer!r}: expected an input that is an ordinary tensor, as the curvature needs, got a {kind} one; give the "
+            f"layer {'the rows alone, x.values()' if h.is_nested else 'x.to_dense()'}, or train with secondorder.EigenAdam"
+        )
+
+
 def irregular(like: Tensor) -> Tensor:
     """Returns numbers of mixed signs, no two alike, of sizes from 0.5 to 1.5; they are fixed, and use no random generator."""
     index = torch.arange(like.numel(), device=like.device, dtype=torch.float64)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder._tape.graph import metadata, source_nodes
+from secondorder._tape.passes import gradients_by_seed
 from secondorder._tape.records import Counting, LayerCall
 from secondorder._tensors import subsample, to_compute_dtype, without_autocast
 from secondorder.criteria import OutputRoot
@@ -48,10 +49,9 @@ def column_blocks(
     blocks: dict[LayerCall, Tensor] = {}
     for begin in range(0, root.count, chunk):
         columns = root.columns(begin, min(begin + chunk, root.count))
-        deltas = torch.autograd.grad(
-            [edge], [GradientEdge(node, 0) for node in nodes], [columns], retain_graph=True, is_grads_batched=True
-        )
+        deltas = gradients_by_seed(edge, [GradientEdge(node, 0) for node in nodes], columns)
         for call, delta in zip(calls, deltas, strict=True):
+            assert delta is not None  # the edge depends on them all
             flat = to_compute_dtype(delta).reshape(len(delta), delta.shape[1:-1].numel(), delta.shape[-1])
             share: Tensor | float = 1.0
             if samples is not None and flat.shape[1] > samples:

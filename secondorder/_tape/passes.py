@@ -46,10 +46,11 @@ def gradients_at(nodes: list[Node], outputs: Sequence[Tensor | GradientEdge], se
     return dict(zip(nodes, found, strict=True))
 
 
-def gradients_by_seed(r: Tensor, inputs: Sequence[Any], seeds: Tensor) -> Sequence[Tensor | None]:
+def gradients_by_seed(r: Tensor | GradientEdge, inputs: Sequence[Any], seeds: Tensor) -> Sequence[Tensor | None]:
     """Returns the gradients of `inputs` for each of the seeds [k, ...], as [k, ...]; by vmap if there are several."""
     if len(seeds) > 1:
-        with warnings.catch_warnings(), suppress(RuntimeError):  # vmap does not know all nodes, as those of compiled graphs
+        # vmap does not know all nodes, as those of compiled graphs and of sparse matrices.
+        with warnings.catch_warnings(), suppress(RuntimeError):
             warnings.simplefilter("ignore")  # vmap warns of nodes that it takes one after another
             return torch.autograd.grad(r, inputs, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True)
     each = [torch.autograd.grad(r, inputs, one, retain_graph=True, allow_unused=True) for one in seeds]

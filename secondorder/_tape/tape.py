@@ -45,7 +45,7 @@ from secondorder._tape.options import TapeOptions
 from secondorder._tape.records import LayerCall, Link, LossCall, ModelCall, version
 from secondorder._tape.residuals import COMPILED
 from secondorder._tape.ways import keeps_rows, logits_of
-from secondorder._tensors import captured_now, compute_dtype, refuse_capture
+from secondorder._tensors import captured_now, compute_dtype, refuse_capture, refuse_sparse
 from secondorder.criteria import (
     LateMasses,
     analytic_hessian,
@@ -218,6 +218,7 @@ class Tape:
         if node.name() == COMPILED:
             raise compiled_error(f"layer {self.names[layer]!r} runs")
         input = args[0] if args else kwargs["input"]
+        refuse_sparse(self.names[layer], input)
         given = input.grad_fn is None and not isinstance(input, nn.Parameter)
         call = LayerCall(layer, input.detach(), version(input), given, output=output.detach(), output_version=output._version)
         made_by = input.grad_fn

@@ -87,16 +87,17 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         layers = supported_layers(name, model)
         own = self._trained_of_criterion(names, by_model=tape.keep_inputs, by_ddp=ddp is not None)
         self._uncovered = uncovered(model) | too_wide(name, layers, tape.widest, max_input_dim)
-        self._fallback = Fallback(name, fallback, names | own, fallback_reasons(layers, self._uncovered))
+        self._parameter_names, self._criterion_parameters = names | own, set(own)
+        self._fallback = Fallback(name, fallback, self._parameter_names, fallback_reasons(layers, self._uncovered))
         check_numbers(name, defaults, self._numbers)
         defaults |= {"maximize": maximize, "skipped_steps": 0}
         if decoupled_weight_decay is not None:
             defaults["decoupled_weight_decay"] = decoupled_weight_decay
-        self._parameter_names, self._criterion_parameters = names | own, set(own)
         super().__init__([*(p for p in model.parameters() if p.requires_grad), *own], defaults)
         self.grad_scaler: Any = None
         self._model, self._ddp = model, ddp
         self._layers = layers
+        self._weight_shapes = {layer: layer.weight.shape for layer in layers}
         self._nonfinite = nonfinite
         self._restarts: dict[nn.Linear, str] = {}  # the layers where the recursion starts anew, and why
         self._used_otherwise: set[nn.Linear] = set()  # layers of whose weight this has been said
@@ -175,12 +176,22 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         for group in self.param_groups if moving else ():
             group["params"] = [p for p in group["params"] if p not in moving]
         super().add_param_group(param_group)
-        foreign = sum(p not in self._parameter_names for p in self.param_groups[-1]["params"])
-        if foreign:
+        try:
+            self._check_known(self.param_groups[-1]["params"], "add_param_group")
+        except ValueError:
             del self.param_groups[-1]
+            raise
+
+    def _check_known(self, parameters: Iterable[Tensor], method: str) -> None:
+        """Raises ValueError where parameters are of neither the model, as it was at construction, nor the criterion."""
+        new = [p for p in parameters if p not in self._parameter_names]
+        for layer, name in self._layers.items() if new else ():  # a layer may have been given another weight since
+            self._parameter_names.update({p: f"{name}.{key}".lstrip(".") for key, p in layer.named_parameters(recurse=False)})
+        foreign = sum(p not in self._parameter_names for p in new)
+        if foreign:
             raise ValueError(
-                f"{type(self).__name__}.add_param_group(): expected parameters of the model, or of the criterion, that the "
-                f"optimizer was made for, got {foreign} others"
+                f"{type(self).__name__}.{method}(): expected parameters of the model, or of the criterion, that the optimizer "
+                f"was made for, got {foreign} others; where modules have been added or replaced since, make a new optimizer"
             )
 
     @property
@@ -226,6 +237,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         """Returns the param_group of every parameter, once the groups' numbers are known to be valid."""
         for group in self.param_groups:
             check_numbers(f"{type(self).__name__}.step()", group, self._numbers)
+            self._check_known(group["params"], "step")
         return {p: group for group in self.param_groups for p in group["params"]}
 
     def _gradients(self) -> dict[Tensor, Tensor]:
@@ -279,7 +291,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         self._tape.clear(release=True)
 
     def _check_gradients(self) -> None:
-        """Raises RuntimeError where there are no gradients, or a layer has lost its weight."""
+        """Raises RuntimeError where there are no gradients, or a layer has lost its weight, or has one of another shape."""
         if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
             name = type(self).__name__
             raise RuntimeError(
@@ -287,10 +299,17 @@ class CurvatureOptimizer(SecondOrderOptimizer):
                 "the model's own parameters: a functional_call with others, as for an ensemble under torch.func.vmap, leaves none"
             )
         for layer, layer_name in self._layers.items():
-            if layer._parameters.get("weight") is None:
+            weight = layer._parameters.get("weight")
+            if weight is None:
                 raise RuntimeError(
                     f"{type(self).__name__}.step(): layer {layer_name!r} has been given a parametrization, norm or pruning mask "
                     "since the optimizer was made; make the optimizer anew"
+                )
+            if weight.shape != self._weight_shapes[layer]:
+                raise RuntimeError(
+                    f"{type(self).__name__}.step(): expected weights of the shapes that they had when the optimizer was made, "
+                    f"got {list(weight.shape)} in place of {list(self._weight_shapes[layer])} in layer {layer_name!r}; make the "
+                    "optimizer anew"
                 )
 
     def _records(self) -> list[LayerRecord]:

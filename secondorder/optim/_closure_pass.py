@@ -23,7 +23,7 @@ from secondorder._tape import (
     multiplied,
     source_nodes,
 )  # fmt: skip
-from secondorder._tensors import compute_dtype, flatten_batch
+from secondorder._tensors import compute_dtype, flatten_batch, refuse_sparse
 from secondorder.criteria import LateMasses, by_position
 from secondorder.optim._closure import replaced_backward, torchs_backward
 from secondorder.solvers import second_moment
@@ -110,7 +110,15 @@ class ClosurePass:
     def run(self, closure: Callable[[], Tensor], name: str) -> Tensor:
         """Calls the closure with gradients enabled and returns the loss, detached."""
         with torch.enable_grad(), nullcontext() if self._parameters else replaced_backward(self._backward_to_anchors):
-            loss = closure()
+            try:
+                loss = closure()
+            except (AttributeError, TypeError) as error:
+                if self._parameters or "NoneType" not in str(error):
+                    raise
+                raise RuntimeError(
+                    f"{name}.step(): the closure failed in its second call: {error}. Where it reads x.grad of an input: "
+                    "backward() computes none in this call. Take it by torch.autograd.grad(loss, x)"
+                ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise RuntimeError(f"{name}.step(): expected the closure to return the scalar loss, got {type(loss).__name__}")
         found = [None if masses is None else masses() for masses, _ in self._weighed]
@@ -290,6 +298,7 @@ class ClosurePass:
             not torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None
         ):  # of other tensors than the loss's
             return
+        refuse_sparse(self.layers[self._tied.get(layer, layer)], args[0] if args else kwargs["input"])
         anchor = output.new_zeros(()).expand(output.shape).requires_grad_()
         if in_recomputation(f"layer {self.layers[self._tied.get(layer, layer)]!r}"):
             output.add_(anchor)  # so that what follows a frozen layer saves as many tensors as at first

@@ -209,7 +209,8 @@ class InputHook:
             "the optimizer's forward hooks cannot be scripted: call optimizer.remove_hooks() before torch.jit.script(model)"
         )
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        """Shows the input; `rest`: the keywords and the output, or the output alone, as where quantization copies the hook."""
         if torch.compiler.is_compiling():
             return
         optimizer = self._optimizer()
@@ -219,7 +220,7 @@ class InputHook:
             return
         captured = captured_now()
         if capturable or not captured:
-            optimizer._observe(module, args[0] if args else kwargs.get("input"), output, captured)
+            optimizer._observe(module, args[0] if args else rest[0].get("input"), rest[-1], captured)
 
     def install(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Installs the hooks once the parameters of a model with lazy layers are known: a forward pre-hook of the model."""

@@ -79,7 +79,8 @@ def as_kept(owner: str, matrix: Matrix | None, state: dict[str, Any]) -> dict[st
         raise ValueError(
             f"{owner}: expected a control of {len(CONTROL)} entries, got {entries}, of another version of the package"
         )
-    if state.keys() <= {*SHARED, "step"}:
+    # A bias has no more; what else stands there is a wrapper's own, such as Lookahead's.
+    if state.keys() <= {*SHARED, "step"} or (matrix is None and "step" in state and not {"basis_out", "exp_avg"} & state.keys()):
         return state
     if matrix is not None:
         state = without_room(matrix, state)

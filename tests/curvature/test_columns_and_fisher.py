@@ -125,6 +125,31 @@ def test_rows_on_which_several_instances_depend_have_the_sum_of_their_blocks(kin
             assert (actual[name] - block).norm() < 0.2 * block.norm(), name
 
 
+@pytest.mark.parametrize("curvature", ["kflr", "fisher-exact", "fisher-mc"])
+def test_columns_go_back_through_sparse_matrices(curvature):
+    """As those of a graph's neighbours, whose products vmap does not know."""
+    torch.manual_seed(0)
+    criterion, x, y = nn.CrossEntropyLoss(), torch.randn(9, 4).double(), torch.randint(3, (9,))
+    neighbours = (torch.rand(9, 9) < 0.4).double()
+    first, last, found = nn.Linear(4, 6).double(), nn.Linear(6, 3).double(), []
+    for matrix in (neighbours, neighbours.to_sparse()):
+        torch.manual_seed(1)
+        model = nn.Sequential(first, nn.Tanh(), Multiplied(matrix), last, Multiplied(matrix))
+        found.append(blocks(model, criterion, CURVATURES[curvature], (x, y)))
+    assert_blocks(*found)
+
+
+class Multiplied(nn.Module):
+    """A constant matrix times its input."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, x):
+        return torch.sparse.mm(self.matrix, x)
+
+
 class Taken(nn.Module):
     """A net whose rows the criterion sees several times, or not at all."""
 

@@ -113,6 +113,45 @@ def test_files_of_the_model_need_no_package_and_scripts_need_no_hooks():
     assert torch.equal(torch.jit.script(model)(batch()[0]), model(batch()[0]))
 
 
+def test_hooks_that_are_copied_without_their_options_show_nothing():
+    """As torch.ao.quantization copies them onto the layers that it puts in a trained model's place."""
+    model = network()
+    optimizer = so.EigenAdam(model)
+    train(model, optimizer, range(2))
+    x, _ = batch()
+    expected = model(x)
+    for i in (0, 2, 4):
+        layer = torch.nn.Linear(model[i].in_features, model[i].out_features).double()
+        layer.load_state_dict(model[i].state_dict())
+        for hook in model[i]._forward_hooks.values():
+            layer.register_forward_hook(hook)
+        model[i] = layer
+    assert torch.equal(model(x), expected)
+    assert torch.equal(torch.nn.Sequential(*model)(input=x), expected)
+
+
+def test_what_a_wrapper_keeps_in_the_state_is_saved_with_it():
+    """As the slow weights of a Lookahead."""
+
+    def steps(model, optimizer, seeds):
+        for seed in seeds:
+            train(model, optimizer, [seed])
+            with torch.no_grad():
+                for p in model.parameters():
+                    slow = optimizer.state[p].setdefault("slow", p.clone())
+                    slow.lerp_(p, 0.5)
+                    p.copy_(slow)
+
+    model, other = network(), network()
+    optimizer, resumed = so.EigenAdam(model), so.EigenAdam(other)
+    steps(model, optimizer, range(7))
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(reloaded(optimizer.state_dict()))
+    steps(model, optimizer, range(7, 12))
+    steps(other, resumed, range(7, 12))
+    assert torch.equal(values(model), values(other))
+
+
 @pytest.mark.parametrize("kind", ["closure", "bias Hessian"])
 def test_torchs_full_state_dicts_go_into_a_new_optimizer(kind):
     def started(seed):

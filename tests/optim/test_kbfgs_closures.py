@@ -50,6 +50,26 @@ def one_step_of_maml(model, x, y):
     return (functional_call(model, adapted, (x[5:],)) - y[5:]).square().mean()
 
 
+@both
+def test_a_closure_that_reads_the_gradient_of_an_input_is_told_what_to_write(cls):
+    model, (x, y) = network(), data()
+    optimizer = cls(model, nn.MSELoss())
+    before = copy.deepcopy(model.state_dict())
+
+    def closure():
+        inputs = x.clone().requires_grad_()
+        optimizer.criterion(model(inputs), y).backward()
+        worse = inputs.detach() + 0.1 * inputs.grad.sign()
+        optimizer.zero_grad()
+        loss = optimizer.criterion(model(worse), y)
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"failed in its second call.* Take it by torch.autograd.grad\(loss, x\)"):
+        optimizer.step(closure)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
 LOSSES = [gradient_penalty, equation, sobolev, one_step_of_maml]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 import warnings
 
 import pytest
@@ -577,7 +578,7 @@ def test_a_backward_within_the_backward_of_a_closure_is_torchs_own(optimizer):
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("name", ["EACG", "LayerwiseNewton", "KFRA"])
+@pytest.mark.parametrize("name", ["EACG", "LayerwiseNewton", "KFRA", "KFLR"])
 def test_what_the_tape_differentiates_leaves_gradients_alone(name):
     """A reversible function between two layers adds to gradients whenever a pass goes through it."""
     found = []
@@ -590,3 +591,63 @@ def test_what_the_tape_differentiates_leaves_gradients_alone(name):
             optimizer.criterion(model[4](h), y).backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*found)
+
+
+@every
+@pytest.mark.parametrize("how", ["group", "layer"])
+def test_parameters_of_layers_that_have_been_replaced_are_refused(name, how):
+    model = network()
+    optimizer = ALL[name](model, nn.CrossEntropyLoss())
+    run(model, optimizer)
+    model[4] = nn.Linear(6, 3).double()
+    state, before = copy.deepcopy(list(optimizer.state.values())), parameters(model)
+    with pytest.raises(ValueError, match="got 2 others; where modules have been added or replaced since, make a new optimizer"):
+        if how == "layer":
+            optimizer.add_param_group({"params": model[4].parameters()})
+        else:
+            optimizer.param_groups[0]["params"] = list(model.parameters())
+            run(model, optimizer)
+    assert torch.equal(parameters(model), before)
+    assert_same(list(optimizer.state.values()), state)
+
+
+@every
+def test_a_weight_that_takes_the_place_of_a_layers_own_is_trained(name):
+    model = network()
+    optimizer = ALL[name](model, nn.CrossEntropyLoss())
+    run(model, optimizer)
+    weight = model[2].weight = nn.Parameter(model[2].weight + 0.1)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    before = weight.clone()
+    run(model, optimizer)
+    assert not torch.equal(weight, before)
+
+
+@every
+def test_weights_of_other_shapes_are_refused(name):
+    """As those of a net whose units have been pruned."""
+    model = network()
+    optimizer = ALL[name](model, nn.CrossEntropyLoss())
+    run(model, optimizer)
+    model[2].weight, model[2].bias = nn.Parameter(model[2].weight[:4].detach()), nn.Parameter(model[2].bias[:4].detach())
+    model[4].weight = nn.Parameter(model[4].weight[:, :4].detach())
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    before = parameters(model)
+    with pytest.raises(RuntimeError, match=r"got \[4, 5\] in place of \[6, 5\] in layer '2'; make the optimizer anew"):
+        run(model, optimizer)
+    assert torch.equal(parameters(model), before)
+
+
+@every
+@pytest.mark.parametrize("kind", ["sparse", "csr", "nested"])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_inputs_that_are_sparse_or_nested_are_refused_with_what_to_write(name, kind):
+    model, (x, y) = network(), batch()
+    optimizer = ALL[name](model, nn.CrossEntropyLoss())
+    if kind == "nested":
+        x = torch.nested.nested_tensor([x[:4], x[4:]], layout=torch.jagged)
+    else:
+        x = x.to_sparse() if kind == "sparse" else x.to_sparse_csr()
+    write = "the rows alone, x.values()" if kind == "nested" else "x.to_dense()"
+    with pytest.raises(TypeError, match=rf"layer '0': expected an input that is an ordinary tensor, .* {re.escape(write)}"):
+        run(model, optimizer, lambda: optimizer.criterion(model(x).values() if kind == "nested" else model(x), y))
