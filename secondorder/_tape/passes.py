@@ -57,6 +57,11 @@ def gradients_by_seed(r: Tensor | GradientEdge, inputs: Sequence[Any], seeds: Te
     return [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]
 
 
+def by_columns(numel: int, rows: int) -> bool:
+    """Tells whether a parameter's columns of J come from two passes each: a pass for each row would be more."""
+    return 2 * numel <= rows
+
+
 def columns_by_passes(
     r: Tensor, weights: Tensor, elements: Tensor, parameters: list[tuple[int, Tensor]], largest: int
 ) -> dict[int, Tensor]:
@@ -70,7 +75,7 @@ def columns_by_passes(
         largest: how many numbers the largest operand of a matrix product has.
     """
     found: dict[int, Tensor] = {}
-    few = [(p, t) for p, t in parameters if 2 * t.numel() <= len(elements)]
+    few = [(p, t) for p, t in parameters if by_columns(t.numel(), len(elements))]
     with suppress(RuntimeError):  # a compiled graph has no second derivatives
         found.update(_by_columns(r, weights, elements, few))
     rest = [(p, t) for p, t in parameters if p not in found]

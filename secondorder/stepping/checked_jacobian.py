@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from secondorder._tape.factored import Buffer, Jacobian
 from secondorder._tape.jacobian import jacobian
+from secondorder._tape.passes import by_columns
 from secondorder._tape.plans import Plan, make_plan, signature
 from secondorder._tape.residuals import COMPILED
 from secondorder._tape.uses import Uses, find_uses
@@ -15,9 +17,18 @@ from secondorder.stepping.drawn_rows import DrawnRows
 from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals
 
 MANY = 20  # so many residuals with a backward pass each are slow
-NOISE = 30  # a difference is rounding below so many times that by which autograd disagrees with itself, where
-AGAIN = (0.7, 1.3, 1.9)  # it computes J^T u again from these multiples of u, each of which is rounded otherwise
+NOISE = 30  # a difference is rounding if it is below so many times autograd's own,
+AGAIN = (0.7, 1.3, 1.9)  # which is seen by computing J^T (k u) / k for these k: each is rounded otherwise
 PLANS = 16  # plans are kept for graphs of so many structures
+
+
+class _Planned(NamedTuple):
+    """How a step computes the Jacobian."""
+
+    plan: Plan
+    uses: list[Uses]  # of parameters, in each term's graph
+    new: bool  # whether the plan was made for this very graph
+    checked: bool  # whether its Jacobian is compared with autograd's
 
 
 class CheckedJacobian:
@@ -53,13 +64,13 @@ class CheckedJacobian:
             draw: draws the rows, given a plan and the uses of parameters in each term's graph.
             check: whether to check the plan at this step.
         """
-        plan = self._plan(here, check)
-        rows = draw(plan, self._uses)
-        found = self._found(plan, here, rows)
+        planned = self._planned(here, check)
+        rows = draw(planned.plan, planned.uses)
+        found = self._found(planned, here, rows)
         if found is None:
-            plan = self._new_plan(here)
-            rows = draw(plan, self._uses)
-            found = self._found(plan, here, rows)
+            planned = self._made(here, planned.uses)
+            rows = draw(planned.plan, planned.uses)
+            found = self._found(planned, here, rows)
             assert found is not None
         return rows, found
 
@@ -67,45 +78,50 @@ class CheckedJacobian:
         """Returns whether the Jacobian of these rows is no more than its own rounding."""
         u = self._combination(rows)
         right = self._combined(here, rows, u)
-        return float(right.norm()) <= NOISE * self._noise(here, rows, u, right)
+        return float(right.norm()) <= NOISE * math.hypot(*self._noise(here, rows, u, right))
 
-    def _plan(self, here: Residuals, check: bool) -> Plan:
+    def _planned(self, here: Residuals, check: bool) -> _Planned:
         """Returns the plan of the residuals' graph, and makes one for a structure that is new."""
         uses = [find_uses(r, self._index) for r in here.values]
         self._loss.check_dtypes(use.operand for each in uses for use in each.uses if use.operand is not None)
-        self._uses, self._key = uses, None if any(u.by_value for u in uses) else signature(uses)
-        known = None if self._key is None else self._plans.get(self._key)
+        known = None if any(u.by_value for u in uses) else self._plans.get(signature(uses))
         if known is None:
             self._loss.check_same(here.values, here, 1e-4)
-            return self._new_plan(here)
+            return self._made(here, uses)
         plan, times = known[0], known[1] + 1
-        self._plans[self._key] = plan, times
+        self._plans[signature(uses)] = plan, times
         incomplete = any(block.incomplete for block in plan.blocks)
-        self._new, self._unchecked = False, incomplete or times & (times - 1) == 0 or check
-        return plan
+        return _Planned(plan, uses, False, check or incomplete or times & (times - 1) == 0)
 
-    def _new_plan(self, here: Residuals) -> Plan:
-        plan = make_plan(here.values, self._uses, self._loss.parameters)
-        self._new = self._unchecked = True
-        if self._key is not None:
+    def _made(self, here: Residuals, uses: list[Uses]) -> _Planned:
+        """Returns a new plan, and keeps it for later graphs unless their rows may go elsewhere."""
+        plan = make_plan(here.values, uses, self._loss.parameters)
+        if not any(u.by_value for u in uses):
             if len(self._plans) >= PLANS:
                 self._plans.clear()
-            self._plans[self._key] = plan, 1
-        return plan
+            self._plans[signature(uses)] = plan, 1
+        return _Planned(plan, uses, True, True)
 
-    def _found(self, plan: Plan, here: Residuals, rows: DrawnRows) -> Jacobian | None:
-        """Returns the Jacobian of these rows; None: a plan that was right before is wrong now."""
-        parameters = self._loss.parameters
-        found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn, self._buffer)
-        if self._unchecked:
+    def _found(self, planned: _Planned, here: Residuals, rows: DrawnRows) -> Jacobian | None:
+        """Returns the Jacobian of these rows; None: a plan that was right before is wrong now.
+
+        Parameters whose columns differ from autograd's get backward passes of their own.
+        """
+        plan, parameters = planned.plan, self._loss.parameters
+
+        def computed() -> Jacobian:
+            return jacobian(plan, here.values, planned.uses, parameters, rows.scales, rows.drawn, self._buffer)
+
+        found = computed()
+        if planned.checked:
             wrong = self._wrong(here, rows, found)
-            if wrong and not self._new:
+            if wrong and not planned.new:
                 return None
             if wrong:
                 for block in plan.blocks:
                     block.others.update(dict.fromkeys(wrong, "a product"))
-                found = jacobian(plan, here.values, self._uses, parameters, rows.scales, rows.drawn, self._buffer)
-                if wrong := self._wrong(here, rows, found):
+                found = computed()
+                if wrong := self._wrong(here, rows, found, certain=True):
                     raise RuntimeError(
                         f"{self._loss.owner}.step(): the Jacobian of the parameter of shape {tuple(parameters[wrong[0]].shape)} "
                         "is not that of autograd; its graph is not understood"
@@ -119,27 +135,36 @@ class CheckedJacobian:
         for members in plan.with_others():
             count = sum(len(rows.scales[i]) for i in members)
             for p, node in plan.blocks[members[0]].others.items():
-                if count >= MANY and (2 * self._loss.parameters[p].numel() > count or node == COMPILED):
+                if count >= MANY and (node == COMPILED or not by_columns(self._loss.parameters[p].numel(), count)):
                     found[p] = node
         return found
 
-    def _wrong(self, here: Residuals, rows: DrawnRows, found: Jacobian) -> list[int]:
+    def _wrong(self, here: Residuals, rows: DrawnRows, found: Jacobian, certain: bool = False) -> list[int]:
         """Returns the parameters whose columns disagree with one backward pass for a random combination of the rows.
 
         Where derivatives cancel out no two ways of computing them agree: what is no more than the rounding of autograd's own way
         is no disagreement.
+
+        Args:
+            here: the residuals, with their graphs.
+            rows: which of them.
+            found: their Jacobian.
+            certain: whether only what is large beside the columns of all parameters counts, not beside the parameter's own.
         """
-        sizes = [p.numel() for p in self._loss.parameters]
         u = self._combination(rows)
         right = self._combined(here, rows, u)
-        pairs = zip(found.rmv(u).split(sizes), right.split(sizes), strict=True)
-        size, *errors = torch.stack([right.norm(), *((ours - theirs).norm() for ours, theirs in pairs)]).tolist()  # one wait
+        pairs = [(theirs, ours - theirs) for ours, theirs in zip(self._split(found.rmv(u)), self._split(right), strict=True)]
+        numbers = torch.stack([t.norm() for pair in pairs for t in pair]).tolist()  # one wait
+        sizes, errors = numbers[::2], numbers[1::2]
+        size = math.hypot(*sizes)
         if not math.isfinite(size):  # the trace will say so
             return []
-        bound = (1e-8 if right.dtype == torch.float64 else 1e-3) * size
-        if not all(error <= bound for error in errors):
-            bound += NOISE * self._noise(here, rows, u, right)
-        return [i for i, error in enumerate(errors) if not error <= bound]
+        tolerance, floor = (1e-8, 1e-12) if right.dtype == torch.float64 else (1e-3, 1e-6)
+        bounds = [tolerance * (size if certain else own) + floor * size for own in sizes]
+        if not all(error <= bound for error, bound in zip(errors, bounds, strict=True)):
+            noise = self._noise(here, rows, u, right)
+            bounds = [b + NOISE * (math.hypot(*noise) if certain else own) for b, own in zip(bounds, noise, strict=True)]
+        return [i for i, (error, bound) in enumerate(zip(errors, bounds, strict=True)) if not error <= bound]
 
     def _combination(self, rows: DrawnRows) -> Tensor:
         """Returns random factors u [m] of these rows, the same ones for the same number of rows."""
@@ -156,6 +181,12 @@ class CheckedJacobian:
             [(torch.zeros_like(p) if g is None else g.to_dense()).flatten() for p, g in zip(parameters, found, strict=True)]
         )
 
-    def _noise(self, here: Residuals, rows: DrawnRows, u: Tensor, combined: Tensor) -> float:
-        """Returns how far J^T u is from what autograd finds from multiples of u, which is its rounding."""
-        return max(float((self._combined(here, rows, k * u) / k - combined).norm()) for k in AGAIN)
+    def _noise(self, here: Residuals, rows: DrawnRows, u: Tensor, combined: Tensor) -> list[float]:
+        """Returns how far each parameter's J^T u is from what autograd finds from multiples of u, which is its rounding."""
+        others = [self._split(self._combined(here, rows, k * u) / k - combined) for k in AGAIN]
+        norms = [torch.stack([t.norm() for t in each]) for each in others]
+        return list(map(float, torch.stack(norms).amax(0).tolist()))
+
+    def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """Returns each parameter's part of a vector [P]."""
+        return flat.split([p.numel() for p in self._loss.parameters])

@@ -395,6 +395,32 @@ def test_a_jacobian_that_is_wrong_beside_large_residuals_is_found(size):
     assert (moved - expected).norm() < 1e-3 * expected.norm()
 
 
+@pytest.mark.parametrize(("dtype", "small"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_small_columns_that_are_wrong_are_found(dtype, small, monkeypatch):
+    """A coefficient whose columns are far smaller than those of a net beside it."""
+    torch.manual_seed(0)
+    net, x, y = regression()
+    net, x, y = net.to(dtype), x.to(dtype), y.to(dtype)
+    own = checked_jacobian.jacobian
+
+    def misread(plan, *arguments):
+        found = own(plan, *arguments)
+        if all(0 not in block.others for block in plan.blocks):
+            del found.parts[0]
+        return found
+
+    def stepped():
+        coefficient, twin = nn.Parameter(torch.zeros(1, dtype=dtype)), copy.deepcopy(net)
+        optimizer = so.LevenbergMarquardt([coefficient, *twin.parameters()], race=False)
+        optimizer.step(lambda: mse_loss(twin(x), y) + (small * (coefficient * x[:, 0] - 3)).square().mean())
+        return coefficient.item()
+
+    right = stepped()
+    monkeypatch.setattr(checked_jacobian, "jacobian", misread)
+    assert right != 0
+    assert stepped() == pytest.approx(right, rel=1e-3)
+
+
 ORDERS = {  # two ways to turn 40 rows by one kind of nodes
     "view": lambda t, new: t.view(8, 5).T.reshape(-1, 1) if new else t.view(5, 8).T.reshape(-1, 1),
     "split": lambda t, new: torch.cat(t.split([13, 27] if new else [27, 13])[::-1]),
