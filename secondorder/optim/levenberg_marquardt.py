@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from secondorder._distributed import in_one_process
 from secondorder._tape.factored import Buffer
-from secondorder._tape.plans import Plan
 from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
 from secondorder.optim._amp import outside_autocast
@@ -18,7 +17,7 @@ from secondorder.optim._closure import NEEDED, idle_backward, with_graph
 from secondorder.optim._numbers import Numbers, check_arguments, check_numbers, warn_of_short_steps
 from secondorder.optim._optimizer import SecondOrderOptimizer
 from secondorder.optim.eigen_adam import EigenAdam
-from secondorder.stepping.checked_jacobian import CheckedJacobian
+from secondorder.stepping.checked_jacobian import CheckedJacobian, Plans
 from secondorder.stepping.damped_least_squares import SOLVERS
 from secondorder.stepping.gauss_newton_step import HELD_PATIENCE, GaussNewtonStep, Progress, Settings
 from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals
@@ -370,7 +369,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
 
     def _reset(self) -> None:
         """Sets up what is no part of the state."""
-        self._plans: dict[object, tuple[Plan, int]] = {}
+        self._plans = Plans()
         self._warned: set[Tensor | str] = set()
         self._buffer = Buffer()
 

@@ -22,6 +22,31 @@ AGAIN = (0.7, 1.3, 1.9)  # which is seen by computing J^T (k u) / k for these k:
 PLANS = 16  # plans are kept for graphs of so many structures
 
 
+class Plans:
+    """Plans by the signatures of the graphs that they were made for, kept from step to step."""
+
+    def __init__(self) -> None:
+        self._kept: dict[object, tuple[Plan, int]] = {}  # and how many graphs each was used for
+        self.made = 0  # how many there have been, kept or not
+
+    def find(self, uses: list[Uses]) -> tuple[Plan, int] | None:
+        """Returns the plan for a graph with these uses, and which one of its graphs this is; None: a new plan is needed."""
+        key = signature(uses)
+        known = None if _by_value(uses) else self._kept.get(key)
+        if known is not None:
+            known = self._kept[key] = known[0], known[1] + 1
+        return known
+
+    def add(self, uses: list[Uses], plan: Plan) -> None:
+        """Counts a new plan, and keeps it if it serves other graphs."""
+        self.made += 1
+        if _by_value(uses):
+            return
+        if len(self._kept) >= PLANS:
+            self._kept.clear()
+        self._kept[signature(uses)] = plan, 1
+
+
 class _Planned(NamedTuple):
     """How a step computes the Jacobian."""
 
@@ -40,19 +65,13 @@ class CheckedJacobian:
 
     Args:
         loss: the loss of the batch.
-        plans: the plans for graphs that have been seen, by signature, and how often each graph was seen.
+        plans: those of graphs that have been seen.
         slow: called with the parameters that cost a backward pass for each of many residuals, by their positions, and with the
             node by which each enters.
         buffer: memory for matrices.
     """
 
-    def __init__(
-        self,
-        loss: LeastSquaresLoss,
-        plans: dict[object, tuple[Plan, int]],
-        slow: Callable[[dict[int, str]], None],
-        buffer: Buffer,
-    ):
+    def __init__(self, loss: LeastSquaresLoss, plans: Plans, slow: Callable[[dict[int, str]], None], buffer: Buffer):
         self._loss, self._plans, self._slow, self._buffer = loss, plans, slow, buffer
         self._index = {id(p): i for i, p in enumerate(loss.parameters)}
 
@@ -84,22 +103,17 @@ class CheckedJacobian:
         """Returns the plan of the residuals' graph, and makes one for a structure that is new."""
         uses = [find_uses(r, self._index) for r in here.values]
         self._loss.check_dtypes(use.operand for each in uses for use in each.uses if use.operand is not None)
-        known = None if any(u.by_value for u in uses) else self._plans.get(signature(uses))
-        if known is None:
-            self._loss.check_same(here.values, here, 1e-4)
+        if (known := self._plans.find(uses)) is None:
             return self._made(here, uses)
-        plan, times = known[0], known[1] + 1
-        self._plans[signature(uses)] = plan, times
-        incomplete = any(block.incomplete for block in plan.blocks)
-        return _Planned(plan, uses, False, check or incomplete or times & (times - 1) == 0)
+        plan, times = known
+        return _Planned(plan, uses, False, check or _is_power_of_two(times) or any(b.incomplete for b in plan.blocks))
 
     def _made(self, here: Residuals, uses: list[Uses]) -> _Planned:
-        """Returns a new plan, and keeps it for later graphs unless their rows may go elsewhere."""
+        """Returns a new plan; for the 1st, 2nd, 4th, ... one the closure must have given the same residuals when called again."""
+        if _is_power_of_two(self._plans.made + 1):
+            self._loss.check_same(here.values, here, 1e-4)
         plan = make_plan(here.values, uses, self._loss.parameters)
-        if not any(u.by_value for u in uses):
-            if len(self._plans) >= PLANS:
-                self._plans.clear()
-            self._plans[signature(uses)] = plan, 1
+        self._plans.add(uses, plan)
         return _Planned(plan, uses, True, True)
 
     def _found(self, planned: _Planned, here: Residuals, rows: DrawnRows) -> Jacobian | None:
@@ -190,3 +204,11 @@ class CheckedJacobian:
     def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """Returns each parameter's part of a vector [P]."""
         return flat.split([p.numel() for p in self._loss.parameters])
+
+
+def _by_value(uses: list[Uses]) -> bool:
+    return any(u.by_value for u in uses)
+
+
+def _is_power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0
