@@ -145,7 +145,7 @@ STUDIES = {
     "kfra-figure-3": [Study("A mixture of two classifiers", "mixture", [MIXTURE], MIXTURE_METHODS)],
     "kbfgs-figure-1": [Study("Autoencoders: everything tuned but KFAC", "autoencoders", AUTOENCODERS, [ADAM, *KBFGS, KFAC])],
     "robust-regression": [Study("Corrupted labels and targets", "robust", ROBUST, [ADAM_FIXED, NEWTON, EACG_UNBOUNDED])],
-    "pinn": [Study("Poisson's equation", "pinn", [PINN], [ADAM_FIXED, LBFGS, KFLR, NEWTON])],
+    "pinn-papers": [Study("Poisson's equation", "pinn", [PINN], [ADAM_FIXED, LBFGS, KFLR, NEWTON])],
     "defaults": [
         Study("LayerwiseNewton(model, criterion)", results, problems, [NEWTON], picture=False)
         for results, problems in (
