@@ -1,8 +1,9 @@
 """Fast second-order optimizers for PyTorch.
 
 `EigenAdam` replaces Adam in any training script. `LevenbergMarquardt` takes a closure, and trains on losses that are sums of
-squares. The other optimizers implement the methods of three papers: `EACG` has a learning rate; `LayerwiseNewton`, `KFAC`, `KFRA`
-and `KFLR` find their own step; `KBFGS` and `KBFGSL` take a closure.
+squares. The other optimizers implement the methods of four papers: `EACG` (Chen et al., 2019) has a learning rate;
+`LayerwiseNewton`, with that paper's curvature, `KFAC` (Martens & Grosse, 2015), `KFRA` and `KFLR` (Botev et al., 2017) find their
+own step; `KBFGS` and `KBFGSL` (Goldfarb et al., 2020) take a closure.
 
 `curvature` and `solvers` hold the parts that these methods are made of, `criteria` the papers' criteria, `diagnostics`
 comparisons with the true Hessian, `ops` the fused operators, and `reference` the operators in plain PyTorch.

@@ -83,6 +83,8 @@ def main(
             eigen_adam.picture(results, pictures / "eigen-adam.png")
     elif name.value == errors.NAME:
         text = errors.stored(results, share, problem) if stored else errors.compare(results, numbers, share, only, again, problem)
+        if not (only or problem or stored):
+            errors.picture(results, pictures / "equations.png")
     else:
         text = compare(name.value, results, pictures, data_dir, numbers, share, only, again)
     print(text)

@@ -1,6 +1,6 @@
 """Pictures of experiments: training loss and score against seconds and epochs, as PNG."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,50 @@ from matplotlib.axes import Axes
 from bench.experiments.harness import Run, Supervised
 from bench.png import save
 
-# Okabe and Ito's colours, told apart by the colour-blind; lines differ in style as well. Black is LayerwiseNewton's.
+# Okabe and Ito's colours, told apart by the colour-blind; lines differ in style as well.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F", "#E69F00"]
 LINES = ["-", "--", "-."]
+BLUE, RED, GREEN, PINK, SKY, GREY, YELLOW = COLORS
+KNOWN = {  # a method looks the same in every picture; the three that are untuned are thick
+    "LayerwiseNewton": ("#000000", "-", 2.4),
+    "EigenAdam": (RED, "-", 2.4),
+    "LevenbergMarquardt": (BLUE, "-", 2.4),
+    "Adam": (SKY, "--", 1.5),
+    "Muon": (GREEN, "--", 1.5),
+    "SOAP": (PINK, "-.", 1.5),
+    "SGD": (GREY, "-.", 1.5),
+    "RMSprop": (GREY, "--", 1.5),
+    "L-BFGS": (GREY, "-", 1.5),
+    "EACG": (YELLOW, "-", 1.5),
+    "EACG, max_step=None": (YELLOW, "-", 1.5),
+    "KFAC": (GREEN, "-.", 1.5),
+    "KFRA": (PINK, "-", 1.5),
+    "KFLR": (PINK, "--", 1.5),
+    "K-BFGS": (BLUE, "-.", 1.5),
+    "K-BFGS(L)": (BLUE, "--", 1.5),
+}
+
+
+def style(name: str, names: Sequence[str]) -> dict[str, Any]:
+    """The look of a method among those of a picture."""
+    i = [each for each in names if each not in KNOWN].index(name) if name not in KNOWN else 0
+    color, line, width = KNOWN.get(name, (COLORS[i % len(COLORS)], LINES[i % len(LINES)], 1.5))
+    return {"color": color, "linestyle": line, "linewidth": width}
 
 
 def draw(problems: list[Supervised], best: dict[str, dict[str, list[Run]]], title: str, path: Path) -> None:
     """A row per problem: training loss, then score, against seconds and against epochs; median and range of seeds."""
     figure, axes = plt.subplots(len(problems), 4, figsize=(13, 0.7 + 3.1 * len(problems)), squeeze=False, layout="constrained")
-    others = list(dict.fromkeys(name for methods in best.values() for name in methods if name != "LayerwiseNewton"))
+    names = list(dict.fromkeys(name for methods in best.values() for name in methods))
     for problem, row in zip(problems, axes):
         for name, runs in best[problem.name].items():
-            style: dict[str, Any] = {"color": "#000000", "linewidth": 2.4}
-            if name != "LayerwiseNewton":
-                i = others.index(name)
-                style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
+            look = style(name, names)
             for axis, x, y in zip(row, ("seconds", "epochs") * 2, ("loss", "loss", "score", "score")):
                 n = min(len(run.seconds) for run in runs)
                 xs = np.median([getattr(run, x)[:n] for run in runs], axis=0)
                 ys = np.array([getattr(run, y)[:n] for run in runs])
-                axis.plot(xs, np.median(ys, axis=0), **style, label=name)
-                axis.fill_between(xs, ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=0)
+                axis.plot(xs, np.median(ys, axis=0), **look, label=name)
+                axis.fill_between(xs, ys.min(0), ys.max(0), color=look["color"], alpha=0.15, linewidth=0)
         everything = [run for runs in best[problem.name].values() for run in runs]
         limits(row[:2], [run.loss for run in everything], problem.log_loss)
         if problem.log_score:
@@ -56,26 +79,28 @@ def draw(problems: list[Supervised], best: dict[str, dict[str, list[Run]]], titl
     save(figure, path)
 
 
-def panels(best: dict[str, dict[str, list[Run]]], path: Path, columns: int = 3) -> None:
-    """A panel per problem: training loss against seconds, the first method in black; medians over seeds."""
+def panels(
+    best: dict[str, dict[str, list[Run]]],
+    path: Path,
+    columns: int = 3,
+    what: str = "training loss",
+    values: Callable[[Run], list[float]] = lambda run: run.loss,
+) -> None:
+    """A panel per problem: training loss, or other values, against seconds; medians over seeds."""
     rows = -(-len(best) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(12, 0.4 + 2.8 * rows), squeeze=False, layout="constrained")
     names = list(dict.fromkeys(name for methods in best.values() for name in methods))
     handles: dict[str, Any] = {}
     for (problem, methods), axis in zip(best.items(), axes.flat):
         for name, runs in methods.items():
-            i = names.index(name) - 1
-            style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
-            if i < 0:
-                style = {"color": "#000000", "linewidth": 2.4}
             n = min(len(run.seconds) for run in runs)
-            median = [np.median([getattr(run, key)[:n] for run in runs], axis=0) for key in ("seconds", "loss")]
-            handles[name] = axis.plot(*median, **style)[0]
-        limits([axis], [run.loss for runs in methods.values() for run in runs], True)
+            median = [np.median([each(run)[:n] for run in runs], axis=0) for each in (lambda run: run.seconds, values)]
+            handles[name] = axis.plot(*median, **style(name, names))[0]
+        limits([axis], [values(run) for runs in methods.values() for run in runs], True)
         axis.set_title(problem, fontsize="medium")
         axis.grid(alpha=0.3)
     for row in axes:
-        row[0].set_ylabel("training loss")
+        row[0].set_ylabel(what)
     for axis in axes[-1]:
         axis.set_xlabel("CPU seconds on one thread")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)

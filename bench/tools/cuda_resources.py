@@ -1,4 +1,4 @@
-"""Writes the tables of docs/cuda.md: what ptxas reports of every kernel, the occupancy that follows, and roofline floors.
+"""Prints what ptxas reports of every kernel, the occupancy that follows, and roofline floors, as Markdown.
 
 `python -m bench.tools.cuda_resources` needs nvcc and no GPU. Every time in these tables is computed.
 """
@@ -12,7 +12,6 @@ from pathlib import Path
 from bench.timing import CIFAR_NET
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "cuda.md"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 BATCH, ITERATIONS, PAIRS = 1000, 20, 100
@@ -159,5 +158,4 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
-    head, rest = PAGE.read_text().split("<!-- tables -->\n")[::2]
-    PAGE.write_text(f"{head}<!-- tables -->\n{tables()}\n<!-- tables -->\n{rest}")
+    print(tables())

@@ -28,26 +28,18 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def recursion(rows: list[Row]) -> str:
-    """`bias_hessian` by size in the third session, and what the first one measured."""
-    ours, plain, alone = "secondorder, ms", "cuBLAS and elementwise, ms", "three cuBLAS products alone, ms"
-    sizes = ("k", "n", "m", "float32 matmul precision")
-    first = {tuple(row[key] for key in sizes): row for row in rows if row["session"] == "first"}
-    cells = []
-    for row in (row for row in rows if row["session"] == "third"):
-        *size, precision = key = tuple(row[key] for key in sizes)
-        old = [number(first[key][column]) if key in first else "" for column in (ours, plain)]
-        new = [number(row[column]) for column in (ours, plain, alone)]
-        cells.append([str(tuple(size)), f'"{precision}"', *old, *new])
-    names = [
-        "k, n, m",
-        "precision",
-        "before: secondorder, ms",
-        "before: cuBLAS and passes, ms",
-        "now: secondorder, ms",
-        "now: cuBLAS and passes, ms",
-        "now: three products alone, ms",
+    """`bias_hessian` by size in the newest session."""
+    columns = {
+        "secondorder, ms": "secondorder, ms",
+        "cuBLAS and elementwise, ms": "cuBLAS and passes, ms",
+        "three cuBLAS products alone, ms": "three products alone, ms",
+    }
+    cells = [
+        [f"({row['k']}, {row['n']}, {row['m']})", f'"{row["float32 matmul precision"]}"', *(number(row[key]) for key in columns)]
+        for row in rows
+        if row["session"] == "third"
     ]
-    return table(names, cells)
+    return table(["k, n, m", "precision", *columns.values()], cells)
 
 
 def training(rows: list[Row], net: str, session: str) -> str:
@@ -75,16 +67,6 @@ def operators(rows: list[Row]) -> str:
     return table(["", "precision", *columns], cells)
 
 
-def passes(rows: list[Row]) -> str:
-    """EigenAdam's operators and kernels in the sessions before and after the passes were reworked, where both are known."""
-    columns = ["fifth session, µs", "seventh session, µs", "calls a step"]
-    names = [f"{net.split('-')[0]}-...: {column}" for net in NETS for column in columns]
-    kinds = list(dict.fromkeys(row["what"] for row in rows if all(column in row for column in columns)))
-    found = {(row["net"], row["what"]): row for row in rows}
-    cells = [[f"`{kind}`", *(number(found[net, kind][column]) for net in NETS for column in columns)] for kind in kinds]
-    return table(["", *names], cells)
-
-
 def tasks(runs: list[Row]) -> str:
     """What every run came to, and in how many steps."""
     names = ["", "optimizer", "lr", "steps", "ms a step", "training loss", "test loss", "score"]
@@ -105,10 +87,8 @@ def tables() -> dict[str, str]:
     rows, later = h200["rows"], h100["rows"]
     return {
         "recursion": recursion(rows["recursion"]),
-        "training": "\n\n".join(training(rows["training"], net, "third") for net in NETS),
         "training-h100": "\n\n".join(training(later["training"], net, "sixth") for net in NETS),
         "training-captured": "\n\n".join(training(later["training"], net, "seventh") for net in (*NETS, SMALL_NET)),
-        "passes": passes(later["passes"]),
         "tasks": tasks(trained["runs"]),
         "tasks-captured": tasks(captured["runs"]),
         "operators": operators(rows["operators"]),

@@ -27,7 +27,8 @@ def table(result: dict[str, Any]) -> str:
 
     lines = [f"**{result['title']}**", "", f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     lines += [f"| {name} | {' | '.join(cell(row, column) for column in columns)} |" for name, row in rows.items()]
-    return "\n".join([*lines, "", result["notes"], ""])
+    measured = f"Measured on: {result['cpu']}, {result['build']['vectors']} vectors, torch {result['torch']}."
+    return "\n".join([*lines, "", f"{result['notes']} {measured}", ""])
 
 
 def write(markers: list[str]) -> None:

@@ -122,9 +122,10 @@ def reduction_ratio(
 
         rho = (L(theta + delta) - L(theta)) / (g^T delta + 1/2 delta^T (G + damping I) delta),
 
-    G being the full Gauss-Newton matrix, as in `secondorder.stepping`. Near 1 the model is trustworthy, below 0 the step went
-    uphill. An optimizer that finds its own step has that of its last one, with its own damping and weight decay and on its
-    subsample, in `optimizer.param_groups[0]["rho"]`; None: the step was taken back.
+    G being the full Gauss-Newton matrix E[J^T H J], with J the derivatives of the output by the parameters and H the criterion's
+    Hessian; for a criterion that is not convex, H is its mean over rows with the absolute values of its eigenvalues. Near 1 the
+    model is trustworthy, below 0 the step went uphill. An optimizer that finds its own step has that of its last one, with its
+    own damping and weight decay and on its subsample, in `optimizer.param_groups[0]["rho"]`; None: the step was taken back.
 
     Args:
         model: from before the step: a module, called as model(x); one with random layers belongs in eval mode.

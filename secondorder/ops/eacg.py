@@ -76,9 +76,10 @@ def eacg_solve(
     (1 - alpha) H P a a^T + alpha P = -B     and     ((1 - alpha) H + alpha I) d = -g.
 
     Both are solved by conjugate gradients from zero, until the residual is at most `tol` times the first one or `max_iter`
-    iterations are done, in an n_out-dimensional space (docs/math.md). With `truncated` P is, iterate by iterate, what CG on
-    the n_out x n_in system gives; without, the part of P across the mean input is exact (-B/alpha there), and only the part
-    along it is iterated.
+    iterations are done. All iterates are c B' + v a^T for a scalar c and a vector v [n_out], B' being the part of B across the
+    mean input, B' a = 0, so that an iteration costs one product with H. With `truncated` P is, iterate by iterate, what CG on
+    the n_out x n_in system gives; without, the part of P across the mean input is exact (-B' / alpha), and only the part along
+    it is iterated.
 
     Args:
         bias_hessian: H [n_out, n_out], symmetric positive semi-definite.

@@ -47,7 +47,8 @@ class EACG(CapturableOptimizer):
     damping by itself.
 
     Args:
-        model: any module; its nn.Linear layers are covered wherever elementwise functions connect them (docs/design.md).
+        model: any module; its nn.Linear layers are covered. A layer that something else than an elementwise function follows gets
+            its empirical Fisher block where the curvature is one by recursion.
         lr: step size, >= 0.
         curvature: "pch-abs" (PCH-1: absolute values), "pch-clip" (PCH-2: clips in Eq. 8b, absolute values in Eq. 8a),
             "pch-clip-all" (clips in both), "gauss-newton", "kflr", "fisher-mc", "fisher-empirical", "fisher-exact", or a
@@ -67,7 +68,8 @@ class EACG(CapturableOptimizer):
             criterion's Hessian, which uses all; >= 1. None: all are used. a = E[h] always uses all.
         inverse_every: the solver's factorisations are renewed at the first inverse_every steps, and then at every
             inverse_every-th; >= 1.
-        max_factor_elements: limit on n_in^2 of a layer, >= 0. Above it "kfi" uses "kfi-rank-one", and "auto" uses "ea-isotropic".
+        max_factor_elements: limit on n_in^2 of a layer, >= 0. Above it "kfi" uses "kfi-rank-one"; "auto" uses "ea-isotropic"
+            above the smaller of this and 1024^2.
         max_step: bound on the root mean square of the lengths of a layer's rows of [P, d], before lr and momentum, > 0; None: no
             bound, as in the paper.
         fallback: what happens to parameters that no curvature covers. "sgd": SGD updates them, and a warning names them once.

@@ -16,10 +16,18 @@ from secondorder.optim.kbfgs import KBFGS
 class KBFGSL(KBFGS):
     """K-BFGS(L): K-BFGS with H_g in limited memory, the last `memory` damped pairs (s, y) of each layer.
 
-        [W | b] <- [W | b] - lr H_g M H_a / c,   H_g by the compact form of the pairs' BFGS updates of I.
+    For each layer z = W h + b let [W | b] [n_out, n_in + 1] be its parameters, and let h end in a 1; a layer without a bias has
+    neither. A step is
 
-    H_a is the BFGS estimate of (E[h h^T] + lambda_A I)^-1, M the averaged gradient and c the scale, as in `KBFGS`. Its steps are
-    those of `KBFGS` until a pair is dropped. It needs less arithmetic than `KBFGS` where memory < n_out / 2, roughly.
+        M <- decay M + (1 - decay) (gradient of the loss + weight_decay [W | b])
+        [W | b] <- [W | b] - lr H_g M H_a / c                                              Eq. 4
+        s <- decay s + (1 - decay) (E[z+] - E[z]),   y <- likewise with dL/dz              Eq. 5; z+: after the step
+        H_g <- the compact form of the BFGS updates of I by the last pairs, each after the double damping of (s, y / c)
+        A <- decay A + (1 - decay) E[h h^T]
+        H_a <- BFGS update of H_a by s_a = H_a E[h], y_a = (A + lambda_A I) s_a            Section 4
+
+    It starts from s = y = 0, H_g = I, A = E[h h^T] (`initialize`) and H_a = (A + lambda_A I)^-1. c is the layer's `scale`. Its
+    steps are those of `KBFGS` until a pair is dropped. It needs less arithmetic than that where memory < n_out / 2, roughly.
 
         optimizer = secondorder.KBFGSL(model, criterion)
         for x, y in loader:

@@ -29,12 +29,15 @@ class KFAC(NewtonOptimizer):
 
     Args:
         criterion: a module, or a function (output, target) -> scalar loss. The loop must compute its loss by it, and call a
-            function as `optimizer.criterion`. It must be a likelihood for this curvature.
+            function as `optimizer.criterion`. For this curvature it must be a negative log-likelihood that labels can be drawn
+            from: cross-entropy, NLL of log_softmax, MSE, BCE with logits or of a sigmoid, a `secondorder.criteria.CompositeLoss`
+            of these, or one with a method sample(output) -> target.
         tau: the start of both dampings, tau and gamma, relative to the first loss, > 0.
         factor_decay: decay of the factors' exponential averages, in [0, 1).
         inverse_every: the inverses are renewed at the first inverse_every steps, and then at every inverse_every-th; >= 1. 20 in
             the paper.
-        max_factor_elements: limit on n_in^2 of a layer, >= 0. Above it "kfi" uses "kfi-rank-one", and "auto" uses "ea-isotropic".
+        max_factor_elements: limit on n_in^2 of a layer, >= 0. Above it "kfi" uses "kfi-rank-one"; "auto" uses "ea-isotropic"
+            above the smaller of this and 1024^2.
 
     Source: Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature" (ICML 2015).
     """

@@ -35,7 +35,8 @@ class KFRA(NewtonOptimizer):
             three values under the quadratic model.
         factor_decay: decay of the factors' exponential averages, in [0, 1); the paper's two variants are 0 and 0.9.
         inverse_every: the inverses are renewed at the first inverse_every steps, and then at every inverse_every-th; >= 1.
-        max_factor_elements: limit on n_in^2 of a layer, >= 0. Above it "kfi" uses "kfi-rank-one", and "auto" uses "ea-isotropic".
+        max_factor_elements: limit on n_in^2 of a layer, >= 0. Above it "kfi" uses "kfi-rank-one"; "auto" uses "ea-isotropic"
+            above the smaller of this and 1024^2.
 
     Source: Botev, Ritter & Barber, "Practical Gauss-Newton Optimisation for Deep Learning" (ICML 2017), whose equations the
     numbers from 23 on are.

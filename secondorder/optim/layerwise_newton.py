@@ -39,7 +39,8 @@ class LayerwiseNewton(NewtonOptimizer):
     of the criterion, by the closure that `step` is given.
 
     Args:
-        model: any module; its nn.Linear layers are covered wherever elementwise functions connect them (docs/design.md).
+        model: any module; its nn.Linear layers are covered. A layer that something else than an elementwise function follows gets
+            its empirical Fisher block where the curvature is one by recursion.
         curvature: "pch-abs" (PCH-1: absolute values), "pch-clip" (PCH-2: clips in Eq. 8b, absolute values in Eq. 8a),
             "pch-clip-all" (clips in both), "gauss-newton", "kflr", "fisher-mc", "fisher-empirical", "fisher-exact", or a
             `secondorder.curvature.Curvature`, such as PCH(gamma).
@@ -55,10 +56,12 @@ class LayerwiseNewton(NewtonOptimizer):
             criterion's Hessian, which uses all; >= 1. None: all are used. E[h] always uses all.
         inverse_every: the solver's factorisations are renewed at the first inverse_every steps, and then at every
             inverse_every-th; >= 1.
-        max_factor_elements: limit on n_in^2 of a layer, >= 0. Above it "kfi" uses "kfi-rank-one", and "auto" uses "ea-isotropic".
+        max_factor_elements: limit on n_in^2 of a layer, >= 0. Above it "kfi" uses "kfi-rank-one"; "auto" uses "ea-isotropic"
+            above the smaller of this and 1024^2.
         damping: the start of tau, relative to the first loss, > 0. None: 250 / m^2 for batches of m instances, at least 1e-4 and
-            at most 1. tau stays above a tenth of its start, and above more while the losses of new batches rise
-            (`secondorder.stepping.LossTrend`).
+            at most 1. tau stays above a tenth of its start. Where the losses of new batches average a fifth more over some 3
+            steps than over some 20, tau and this bound become four times what they were, the bound at most 400 times the first
+            one; else the bound falls by 1 % a step, to where it began.
 
     Source: the curvature and the solvers of Chen et al., "EA-CG" (AAAI 2019), whose equations Eq. 8a and 8b are; the steps of
     Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature" (ICML 2015).

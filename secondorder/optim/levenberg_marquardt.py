@@ -83,13 +83,16 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         acceleration: whether steps are bent by the geodesic acceleration, which costs one more call of the closure in each step.
         corrections: how often a step is corrected at most, >= 0; each costs a call of the closure, one that
             raises the loss two, and no Jacobian.
-        damping: the start of mu, relative to the mean of the diagonal of J J^T, > 0.
+        damping: the start of mu, relative to the mean of the diagonal of J J^T, > 0. With race=True, the default, the start from
+            the net as it is begins with it; the one after steps of `EigenAdam` ignores it, and begins with 1e-2 of tr(J J^T).
         race: whether the first call tries two starts. Without it the first step begins with `damping`.
         holdout: whether a tenth of the residuals is held out, of terms with 100 or more that data enter through layers. None: if
             there are fewer than 4 residuals for each parameter.
         solver: the system that is solved: "rows" (m x m, by Cholesky's method), "parameters" (P x P, by Cholesky's method),
             "nystrom" (m x m, by conjugate gradients), or "auto", which chooses by m and P.
-        memory: how many bytes J may take. A larger J is not formed: products with it are computed from its factors.
+        memory: how many bytes J may take. A larger J is not formed: products with it are computed from its factors. With
+            solver="parameters", which "auto" takes for fewer parameters than rows, and with squares of parameters in the loss, J
+            is formed whatever its size.
         seed: of the generator that draws the rows.
         max_iter: how many steps a call of `step` makes at most, all on one batch, as L-BFGS's does. Each but the first spares a
             call of the closure.
@@ -155,8 +158,9 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         """Makes one step, or up to `max_iter`: fewer if one of them lowers nothing, with which the call ends.
 
         A step calls the closure three times or more, or twice or more if it goes on from one of the same call; the first step of
-        all calls it some 60 to 90 times. Within a call of `step` every call of the closure starts from the same state of torch's
-        random generators, so that it draws the same points each time; the next call draws new ones.
+        all calls it some 50 to 90 times, or 20 to 30 with fewer than 20 parameters. Within a call of `step` every call of the
+        closure starts from the same state of torch's random generators, so that it draws the same points each time; the next
+        call draws new ones.
 
         Args:
             closure: returns the loss with its graph: a scalar, or [(residual, weight), ...], which stands for the sum of

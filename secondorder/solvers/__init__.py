@@ -16,7 +16,7 @@ differ in A and in exactness:
 | `kfi`             | E[h h^T], factored damping     | two inverses (Eq. 12)                      |
 | `kfi-rank-one`    | a a^T, factored damping        | inverse and Sherman-Morrison (Eq. 13)      |
 | `exact`           | E[h h^T]                       | both eigendecompositions                   |
-| `ea-isotropic`    | a a^T + rho I (docs/math.md)   | three inverses of [n_out, n_out]           |
+| `ea-isotropic`    | a a^T + tr Cov(h) / n_in I     | three inverses of [n_out, n_out]           |
 | `auto`            | that of either                 | `kfi` up to n_in = 1024, else `ea-isotropic` |
 
 Every statistic of the input is an expectation, so that averages of it over steps are statistics again.

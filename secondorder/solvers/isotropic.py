@@ -16,7 +16,7 @@ class Isotropic(Solver):
 
         P = -[M^{-1} (B - u a^T / s) + q a^T / s],   M = c rho H + l I,   (c (s + rho) H + l I) q = u,
 
-    with u = B a and s = a^T a (docs/math.md, "Other curvatures and solvers").
+    with the scale c, the damping l, u = B a and s = a^T a. With rho = 0 it is EA-CG's system.
     """
 
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:

@@ -18,11 +18,13 @@ from bench.experiments.comparison import Best, row
 from bench.experiments.harness import Method, Run, Store, best_runs, grid
 from bench.experiments.physics import PROBLEMS
 from bench.experiments.physics.problem import Physics
+from bench.experiments.pictures import panels
 from bench.experiments.training import study
 
 NAME = "physics"
 RESULTS = "pinn_errors.jsonl"
 ERRORS = (1e-3, 1e-4, 1e-5, 1e-6)
+SHOWN = ("Poisson 2-D", "heat", "Kovasznay flow", "Burgers")
 
 
 def _lbfgs(model: nn.Module, _: nn.Module) -> torch.optim.Optimizer:
@@ -105,6 +107,12 @@ def stored(results: Path, share: float = 1.0, chosen: list[str] | None = None) -
     runs.sort(key=lambda run: (run.seed, order.index(run.method)))
     best = best_runs(runs)
     return tables([problem for problem in PROBLEMS if problem.name in best], best)
+
+
+def picture(results: Path, path: Path) -> None:
+    """Draws the errors of stored runs of some problems against seconds."""
+    best = best_runs([run for run in Store(results / RESULTS).runs() if run.problem in SHOWN])
+    panels({name: best[name] for name in SHOWN if name in best}, path, 4, "relative L2 error", lambda run: run.score)
 
 
 def _final_error(run: Run) -> float:
