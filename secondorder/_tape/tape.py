@@ -41,9 +41,9 @@ from secondorder._tape.graph import (
 )  # fmt: skip
 from secondorder._tape.hooks import CallHook, EagerForward, remove_handles
 from secondorder._tape.layers import LayerRecord, connect, recursion_order
+from secondorder._tape.nodes import COMPILED, kind
 from secondorder._tape.options import TapeOptions
 from secondorder._tape.records import LayerCall, Link, LossCall, ModelCall, version
-from secondorder._tape.residuals import COMPILED
 from secondorder._tape.ways import keeps_rows, logits_of
 from secondorder._tensors import captured_now, compute_dtype, refuse_capture
 from secondorder.criteria import (
@@ -215,7 +215,7 @@ class Tape:
         node, layer = output.grad_fn, self.tied.get(layer, layer)
         if node is None or in_recomputation(f"layer {self.names[layer]!r}"):
             return
-        if node.name() == COMPILED:
+        if kind(node) == COMPILED:
             raise compiled_error(f"layer {self.names[layer]!r} runs")
         input = args[0] if args else kwargs["input"]
         given = input.grad_fn is None and not isinstance(input, nn.Parameter)
@@ -319,8 +319,8 @@ class Tape:
             return
         made_by = loss.grad_fn if isinstance(loss, Tensor) else None
         if made_by is None:
-            kind = "a tensor without a graph" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            self.missing = f"the criterion returned {kind} where the loss alone is expected"
+            found = "a tensor without a graph" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            self.missing = f"the criterion returned {found} where the loss alone is expected"
             return
         nodes, passed, products = source_nodes(made_by, self._key)
         self._refuse_compiled_layers(made_by, passed)
@@ -431,10 +431,10 @@ class Tape:
                 self._keep_gradient(node)
 
 
-def _hidden_by(names: list[str]) -> str:
+def _hidden_by(kinds: list[str]) -> str:
     """Returns what to say of a torch.autograd.Function among these nodes, which may call layers out of the graph's sight."""
-    own = next((name for name in names if name.endswith("Backward") and name != COMPILED), None)  # torch's end in a number
+    own = next((each for each in kinds if each.endswith("()")), None)
     if own is None:
         return ""
-    name = own.removesuffix("Backward")
+    name = own.removesuffix("Backward()")
     return f" ({name}, a torch.autograd.Function, does not show the layers that it calls: do without it, or take EigenAdam)"
