@@ -121,3 +121,24 @@ def test_a_layer_whose_weight_is_frozen_is_named_as_the_reason():
     model[2].weight.requires_grad_(False)
     with pytest.raises(ValueError, match="weights of its nn.Linear layers are frozen.*EigenAdam trains any model"):
         so.EACG(model, criterion)
+
+
+@pytest.mark.filterwarnings("ignore:secondorder")
+@pytest.mark.parametrize("make", [so.EACG, so.KFAC, so.LayerwiseNewton, so.KFRA, so.KFLR])
+@pytest.mark.parametrize("idle", ["frozen", "without a gradient"])
+def test_the_fallback_alone_trains_where_no_layer_that_is_covered_does(make, idle):
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3)), nn.CrossEntropyLoss()
+    optimizer = make(model, criterion, max_factor_dim=4, **({"average": True} if make in (so.EACG, so.KFAC) else {}))
+    x, y = torch.randn(60, 4), torch.randint(3, (60,))
+    if idle == "frozen":
+        model[2].requires_grad_(False)
+    else:
+        for p in model[2].parameters():
+            p.register_hook(torch.zeros_like)
+    losses = [one_step(model, criterion, optimizer, x, y) for _ in range(20)]
+    assert losses[-1] < losses[0] - 0.01
+    if idle == "frozen" and isinstance(optimizer, so.EACG | so.KFAC):
+        last = model[0].weight.detach().clone()
+        with optimizer.averaged_parameters():
+            torch.testing.assert_close(model[0].weight, last)
