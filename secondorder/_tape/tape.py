@@ -128,6 +128,12 @@ class Tape:
         return self._log.losses
 
     @property
+    def covers_none(self) -> bool:
+        """Tells whether all layers are frozen or too wide, with no records, or all that the losses reach are wide."""
+        trained = (layer for layer in self.names if parameters_of(layer)[0].requires_grad and layer not in self._wide)
+        return next(trained, None) is None or (bool(self.losses) and not self.records())
+
+    @property
     def multiplied(self) -> set[Tensor]:
         """Returns the parameters that these losses multiply with outside of layers' calls, as by F.linear(h, layer.weight)."""
         found: set[Tensor] = set()
