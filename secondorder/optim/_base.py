@@ -169,19 +169,14 @@ class CurvatureOptimizer(SecondOrderOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters of the model, or of the criterion, which leave their group."""
-        given = param_group["params"]
-        given = param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
-        moving = {p for p in given if isinstance(p, Tensor) and p in self._criterion_parameters}
-        for group in self.param_groups if moving else ():
-            group["params"] = [p for p in group["params"] if p not in moving]
-        super().add_param_group(param_group)
-        foreign = sum(p not in self._parameter_names for p in self.param_groups[-1]["params"])
-        if foreign:
-            del self.param_groups[-1]
-            raise ValueError(
-                f"{type(self).__name__}.add_param_group(): expected parameters of the model, or of the criterion, that the "
-                f"optimizer was made for, got {foreign} others"
-            )
+        with self._group_or_nothing():
+            super().add_param_group(self._moved(param_group, lambda p: p in self._criterion_parameters))
+            foreign = sum(p not in self._parameter_names for p in self.param_groups[-1]["params"])
+            if foreign:
+                raise ValueError(
+                    f"{type(self).__name__}.add_param_group(): expected parameters of the model, or of the criterion, that the "
+                    f"optimizer was made for, got {foreign} others"
+                )
 
     @property
     def skipped_steps(self) -> int:

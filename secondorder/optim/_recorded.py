@@ -14,8 +14,8 @@ def recorded_layers(owner: str, tape: Tape) -> list[LayerRecord]:
     if not records and tape.covers_none:
         raise RuntimeError(
             f"{owner}.step(): expected a linear layer with a curvature, but every one that the loss reaches is frozen or has "
-            "more outputs than max_factor_dim; unfreeze a layer, raise max_factor_dim, or take secondorder.EigenAdam, which trains "
-            "any model"
+            "more outputs than max_factor_dim; unfreeze a layer, raise max_factor_dim, or take secondorder.EigenAdam, which "
+            "trains any model"
         )
     if not records:
         raise RuntimeError(
