@@ -8,6 +8,9 @@ class NonFiniteError(RuntimeError):
     """Raised where NaN or inf would have reached a parameter. No parameter and no state of the optimizer has changed."""
 
 
+# What trains without second derivatives, for messages. Of the optimizers that take a curvature some evaluate a quadratic model.
+WITHOUT = "EACG with curvature='fisher-empirical', or EigenAdam, which need no second derivative"
+
 # What torch says, in part, where it cannot differentiate twice: an operator's own words, those of `once_differentiable`, and
 # those of a compiled graph.
 _NO_SECOND_DERIVATIVE = ("is not implemented", "differentiate twice a function", "support double backward")
@@ -16,7 +19,7 @@ _NO_SECOND_DERIVATIVE = ("is not implemented", "differentiate twice a function",
 @contextmanager
 def second_derivatives(
     of: str = "criterion",
-    instead: str = "EACG with curvature='fisher-empirical', or EigenAdam, which need no second derivative",
+    instead: str = WITHOUT,
 ) -> Iterator[None]:
     """Raises torch's error for a missing second derivative with what to do: around code that differentiates twice.
 

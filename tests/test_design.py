@@ -74,3 +74,11 @@ def test_no_module_imports_in_a_circle():
     known = modules()
     graph = {name: set(imports(path, known)) - {name} for name, path in known.items()}
     list(TopologicalSorter(graph).static_order())
+
+
+def test_nodes_are_told_apart_by_their_kind():
+    """A function of one's own has the name that it likes, and so may have that of one of torch's, which `kind` tells apart."""
+    package = ROOT / "secondorder"
+    of_messages = {"_tape/backward_roots.py", "_tape/plans.py", "_tape/residuals.py"}
+    found = {str(path.relative_to(package)) for path in package.rglob("*.py") if ".name()" in path.read_text()}
+    assert found == of_messages | {"_tape/nodes.py", "criteria/autograd.py"}  # the latter for a name with colons

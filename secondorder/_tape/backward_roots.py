@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils._pytree import tree_leaves
 
-from secondorder._tape.residuals import Reach
+from secondorder._tape.nodes import Reach
 
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder import ops
+from secondorder._tape.nodes import kind
 from secondorder._tensors import flatten_batch, irregular
 from secondorder.criteria import check_second_derivatives
 
@@ -51,7 +52,7 @@ class AutogradMap:
 
 ElementwiseMap = KnownActivation | AutogradMap
 
-# Name of the autograd node, without its number -> (name, parameter, whether `saved` is the output), or None where its
+# The kind of an autograd node -> (name, parameter, whether `saved` is the output), or None where its
 # settings have no analytic form.
 _NODES: dict[str, Callable[[Any], tuple[str, float, bool] | None]] = {
     "SigmoidBackward": lambda node: ("sigmoid", 1.0, True),
@@ -101,7 +102,7 @@ def analytic(node: Any, output: Tensor, source: Node, preactivation: Callable[[]
     """
     if node is source:
         return KnownActivation("identity", 1.0, output)
-    settings = _NODES.get(node.name().rstrip("0123456789"))  # ...Backward0, or 1 in place
+    settings = _NODES.get(kind(node))
     known = settings(node) if settings and node.next_functions[0][0] is source else None
     if known is None:
         return None
@@ -144,10 +145,10 @@ def merge(maps: list[ElementwiseMap], samples: int | None = None) -> Elementwise
     if isinstance(first, KnownActivation):
         if not others and samples is None and first.saved.dim() == 2:
             return first
-        kind = (first.activation, first.parameter)
-        same = [t for t in others if isinstance(t, KnownActivation) and (t.activation, t.parameter) == kind]
+        function = (first.activation, first.parameter)
+        same = [t for t in others if isinstance(t, KnownActivation) and (t.activation, t.parameter) == function]
         if len(same) == len(others):
-            return KnownActivation(*kind, flatten_batch([first.saved, *(t.saved for t in same)], samples))
+            return KnownActivation(*function, flatten_batch([first.saved, *(t.saved for t in same)], samples))
     probed = [t if isinstance(t, AutogradMap) else AutogradMap(*derivatives(t)) for t in maps]
     d1 = flatten_batch([p.d1 for p in probed], samples)
     if not any(p.curved for p in probed):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from secondorder._tape.residuals import COMPILED, LEAF, kind, without_number
+from secondorder._tape.nodes import COMPILED, is_leaf, kind
 
 # Nodes that keep the numbers and change the shape. The last is DistributedDataParallel's, around the output.
 RESHAPING = {
@@ -15,7 +15,15 @@ RESHAPING = {
 # Nodes that keep the numbers and change their order or dtype.
 _TURNING = {"TBackward", "TransposeBackward", "PermuteBackward", "ExpandBackward", "CloneBackward", "ToCopyBackward"}
 # Products of matrices and vectors.
-PRODUCTS = {"MmBackward", "AddmmBackward", "BmmBackward", "BaddbmmBackward", "MvBackward", "AddmvBackward", "LinearBackward"}
+MATRIX_PRODUCTS = {
+    "MmBackward",
+    "AddmmBackward",
+    "BmmBackward",
+    "BaddbmmBackward",
+    "MvBackward",
+    "AddmvBackward",
+    "LinearBackward",
+}
 
 
 def metadata(node: Node) -> dict[str, Any]:
@@ -24,29 +32,28 @@ def metadata(node: Node) -> dict[str, Any]:
 
 
 def source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node], list[str], list[Node]]:
-    """Returns the nodes upstream of (or at) `start` with metadata under `key`; of those passed the names, and the products.
+    """Returns the nodes upstream of (or at) `start` with metadata under `key`; of those passed the kinds, and the products.
 
     Args:
         start: where the walk begins.
         key: what marks the outputs of recorded linear layers.
         nearest: whether the walk ends at the first such node on every path, rather than finding all.
     """
-    found, names, products, seen, stack = [], [], [], {start}, [start]
+    found, kinds, products, seen, stack = [], [], [], {start}, [start]
     while stack:
         node = stack.pop()
         if key in metadata(node):
             found.append(node)
             if nearest:
                 continue
-        name = node.name()
-        names.append(name)
-        if without_number(name) in PRODUCTS:
+        kinds.append(kind(node))
+        if kinds[-1] in MATRIX_PRODUCTS:
             products.append(node)
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 stack.append(following)
-    return found, names, products
+    return found, kinds, products
 
 
 def claim_product(output: Node, key: str) -> None:
@@ -54,7 +61,7 @@ def claim_product(output: Node, key: str) -> None:
     while is_reshaping(output) and output.next_functions[0][0] is not None:
         output = output.next_functions[0][0]
     for operand, _ in output.next_functions:
-        if operand is not None and operand.name() != LEAF and is_turning(operand):
+        if operand is not None and not is_leaf(operand) and is_turning(operand):
             metadata(operand)[key] = True
 
 
@@ -68,7 +75,7 @@ def multiplied(products: list[Node], claimed: str) -> set[Tensor]:
         for operand, _ in product.next_functions:
             node: Node | None = operand
             while node is not None and claimed not in metadata(node):
-                if node.name() == LEAF:
+                if is_leaf(node):
                     found.add(node.variable)  # type: ignore[attr-defined]
                 node = node.next_functions[0][0] if is_turning(node) else None
     return found
@@ -87,7 +94,7 @@ def compiled_parameters(start: Node, key: str) -> set[Tensor]:
         if key in metadata(node):
             continue
         following = [each for each, _ in node.next_functions if each is not None]
-        if node.name() == COMPILED:
+        if kind(node) == COMPILED:
             found |= {each.variable for each in following if hasattr(each, "variable")}
         new = [each for each in following if each not in seen]
         seen.update(new)
@@ -153,7 +160,7 @@ def in_recomputation(what: str) -> bool:
     if torch._C._current_graph_task_id() == -1:
         return False
     node: Node | None = torch._C._current_autograd_node()
-    if node is not None and node.name() == "CheckpointFunctionBackward":
+    if node is not None and kind(node) == "CheckpointFunctionBackward()":
         raise RuntimeError(
             f"{what} is inside a checkpoint of the reentrant kind, whose backward pass is none of the loss's graph: "
             "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"

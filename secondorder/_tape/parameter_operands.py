@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from secondorder._tape.residuals import LEAF, kind, signed_dim
+from secondorder._tape.nodes import is_leaf, kind, signed_dim
 from secondorder._tensors import plain
 
 Back = Callable[[Tensor], Tensor]  # takes m gradients of one tensor to those of another, [m, ...] to [m, ...]
@@ -26,14 +26,14 @@ def made_of(node: Node | None, index: dict[int, int]) -> list[MadeOf]:
     flips, steps = 0, list[Back]()
     while node is not None:
         name, saved = kind(node), node
-        if node.name() == LEAF:
+        if is_leaf(node):
             parameter: Tensor = node.variable  # type: ignore[attr-defined]
             if id(parameter) not in index or (flips and not steps and parameter.ndim != 2):
                 return []
             return [MadeOf(parameter, flips % 2 == 1, None) if not steps else MadeOf(parameter, False, composed(steps))]
         if name == "WeightNormInterfaceBackward":
             leaves = [f for f, _ in node.next_functions]
-            if not all(f is not None and f.name() == LEAF and id(f.variable) in index for f in leaves):  # type: ignore[attr-defined]
+            if not all(f is not None and is_leaf(f) and id(f.variable) in index for f in leaves):  # type: ignore[attr-defined]
                 return []
             steps += [_flip] * (flips % 2) if not steps else []
             both = _weight_norm(saved)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from secondorder._tape.graph import RESHAPING
+from secondorder._tape.nodes import kind, signed_dim
 from secondorder._tape.passes import BATCH, Output, gradients_at, output_of, seed
-from secondorder._tape.residuals import kind, signed_dim
 from secondorder._tape.row_uses import Use
 from secondorder._tape.uses import Uses, find_uses, frontier
 

@@ -1,41 +1,15 @@
 """The residuals of a least-squares loss, found in its autograd graph: loss = sum_k c_k r_k^2 + constant."""
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from secondorder._tape.nodes import LEAF, PRODUCTS, SUMS, Reach, is_leaf, is_linear, kind, signed_dim
 from secondorder._tape.square_roots import ROOTS
 from secondorder._tensors import host_numbers, plain
 
-# Nodes that a loss may be made of above its squares: each is linear in every input, with constants that autograd knows.
-_LINEAR = {
-    "AddBackward", "SubBackward", "RsubBackward", "NegBackward", "MeanBackward", "SumBackward", "NansumBackward", "StackBackward",
-    "CatBackward", "SelectBackward", "SliceBackward", "IndexBackward", "IndexSelectBackward", "GatherBackward", "SqueezeBackward",
-    "UnsqueezeBackward", "ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "ExpandBackward", "ToCopyBackward",
-    "CloneBackward", "AliasBackward", "PermuteBackward", "TransposeBackward", "TBackward", "UnbindBackward", "SplitBackward",
-    "WhereBackward", "MaskedFillBackward", "MaskedSelectBackward", "DivBackward", "CumsumBackward", "AsStridedBackward",
-    "LiftFreshBackward", "_DDPSinkBackward", "SplitWithSizesBackward", "DiagonalBackward", "DiagEmbedBackward", "TraceBackward",
-    "TrilBackward", "TriuBackward", "FlipBackward", "RollBackward", "Rot90Backward", "RepeatBackward", "UnfoldBackward",
-    "TakeBackward", "ConstantPadNdBackward", "AvgPool2DBackward", "AvgPool3DBackward", "AdaptiveAvgPool2DBackward",
-    "AdaptiveAvgPool3DBackward", "ScatterBackward", "ScatterAddBackward", "IndexAddBackward", "IndexCopyBackward",
-    "IndexPutBackward", "ViewAsRealBackward", "LerpBackward", "torch::autograd::CopyBackwards",
-}  # fmt: skip
-# Products, which are linear in one factor if the others do not depend on the parameters.
-_PRODUCTS = {"MulBackward", "DivBackward", "DotBackward", "VdotBackward", "MvBackward", "MmBackward", "BmmBackward"}
-# Additive nodes, where an input without a node is a constant that the graph does not hold.
-_SUMS = {
-    "AddBackward", "SubBackward", "RsubBackward", "StackBackward", "CatBackward", "WhereBackward", "MaskedFillBackward",
-    "ConstantPadNdBackward", "ScatterBackward", "ScatterAddBackward", "ScatterReduceBackward", "IndexAddBackward",
-    "IndexCopyBackward", "IndexPutBackward", "LerpBackward",
-}  # fmt: skip
-
-LEAF = "torch::autograd::AccumulateGrad"
-# The name of a compiled graph's autograd node.
-COMPILED = "CompiledFunctionBackward"
-_UNNUMBERED = {"_DDPSinkBackward", COMPILED}  # functions in Python that are known by their names
 # A write to a part of a tensor, which hides by what operation: one that is linear keeps the loss the sum of the squares above.
 _WRITE = "torch::autograd::CopySlices"
 _WRITTEN = "a write to a part of a tensor, and something beside it adds a constant or may do so, so that it may not be linear"
@@ -59,76 +33,6 @@ class Terms(NamedTuple):
     squares: list[Term]
     penalties: list[Term]  # the squares of parameters themselves
     constant: bool  # whether the loss may have a part that depends on no parameter
-
-
-def kind(node: Node) -> str:
-    """Returns a node's name without torch's number at the end."""
-    return without_number(node.name())
-
-
-def without_number(name: str) -> str:
-    """Returns the kind of a node with this name.
-
-    A node without a number is that of a `torch.autograd.Function`, which may have the name of one of torch's own: `class Mul`.
-    """
-    found = name.rstrip("0123456789")
-    return f"{name}()" if found == name and name.endswith("Backward") and name not in _UNNUMBERED else found
-
-
-def signed_dim(dim: int) -> int:
-    """Returns a dimension as it was given: autograd saves it as an unsigned number."""
-    return dim - 2**64 if dim >= 2**63 else dim
-
-
-def linear_node(node: Node) -> bool:
-    """Returns whether a node that depends on one tensor alone is known to be linear in it, or to add a constant."""
-    name = kind(node)
-    if name == "DivBackward":
-        return node.next_functions[0][0] is not None
-    return name in _PRODUCTS or _is_linear(node)
-
-
-def _is_linear(node: Any) -> bool:
-    """Returns whether a node is linear in all its inputs together, if weights between them do not depend on the parameters."""
-    name = kind(node)
-    return name in _LINEAR or (name == "ScatterReduceBackward" and node._saved_reduce in ("sum", "mean"))
-
-
-def adds_constant(node: Node) -> bool:
-    """Returns whether a linear node may add a constant that its graph does not hold."""
-    return kind(node) in _SUMS
-
-
-class Reach:
-    """Tells whether autograd nodes depend on any of some parameters."""
-
-    def __init__(self, parameters: Iterable[Tensor]):
-        self._parameters = {id(p) for p in parameters}
-        self._known: dict[Node, bool] = {}
-
-    def __call__(self, node: Node | None) -> bool:
-        """Returns whether one of the parameters is upstream of `node`, or at it."""
-        if node is None:
-            return False
-        known = self._known
-        if node.name() == LEAF:
-            return id(node.variable) in self._parameters  # type: ignore[attr-defined]
-        path = [(node, iter(node.next_functions))]  # from `node` to where the walk is
-        while path and node not in known:
-            top, following = path[-1]
-            if known.get(top):
-                known.update((passed, True) for passed, _ in path)
-                break
-            child = next((f for f, _ in following if f is not None and known.get(f, True)), None)
-            if child is None:
-                known[top] = False
-                path.pop()
-                continue
-            further = child.next_functions
-            if not further and child.name() == LEAF:
-                known[child] = id(child.variable) in self._parameters  # type: ignore[attr-defined]
-            path.append((child, iter(further)))
-        return known[node]
 
 
 def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
@@ -167,7 +71,7 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
             continue
         name = kind(node)
         inputs = [f for f, _ in node.next_functions]
-        if name in _PRODUCTS:
+        if name in PRODUCTS:
             dependent = [f for f in inputs if f is not None and reach(f)]
             if len(dependent) > 1 or (name == "DivBackward" and not reach(inputs[0])):
                 _refuse(owner, loss, node, _PRODUCT)
@@ -178,8 +82,8 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
         elif name == _WRITE:
             written = node
             stack.extend(f for f in inputs if f is not None)
-        elif _is_linear(node):
-            constant |= name in _SUMS and (None in inputs or len(inputs) == 1)
+        elif is_linear(node):
+            constant |= name in SUMS and (None in inputs or len(inputs) == 1)
             stack.extend(f for f in inputs if f is not None)
         else:
             _refuse(owner, loss, node, _NEITHER)
@@ -220,7 +124,7 @@ def _refuse(owner: str, loss: Tensor, node: Node, what: str) -> None:
         (coefficient,) = torch.autograd.grad(loss, [GradientEdge(node, 0)], retain_graph=True)
         if not bool(coefficient.any()):
             return
-    trained = [f for f, _ in node.next_functions if f is not None and f.name() == LEAF]  # factors that are parameters
+    trained = [f for f, _ in node.next_functions if f is not None and is_leaf(f)]  # factors that are parameters
     names = [node.name()] if what in (_NEITHER, _WRITTEN) else [f.name() for f in trained]
     hint = next((text + ". " for starts, text in _INSTEAD.items() for name in names if name.startswith(starts)), "")
     raise RuntimeError(

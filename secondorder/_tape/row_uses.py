@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 
+from secondorder._tape.nodes import kind, signed_dim
 from secondorder._tape.parameter_operands import Back, composed, edge_shape, made_of, reshaped
-from secondorder._tape.residuals import kind, signed_dim
 from secondorder._tensors import plain
 
 _ELEMENTWISE = {"NegBackward", "MulBackward", "DivBackward", "CloneBackward", "AliasBackward", "ToCopyBackward"}

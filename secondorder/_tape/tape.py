@@ -41,9 +41,9 @@ from secondorder._tape.graph import (
 )  # fmt: skip
 from secondorder._tape.hooks import CallHook, EagerForward, remove_handles
 from secondorder._tape.layers import LayerRecord, connect, recursion_order
+from secondorder._tape.nodes import COMPILED, kind
 from secondorder._tape.options import TapeOptions
 from secondorder._tape.records import LayerCall, Link, LossCall, ModelCall, version
-from secondorder._tape.residuals import COMPILED
 from secondorder._tape.ways import keeps_rows, logits_of
 from secondorder._tensors import captured_now, compute_dtype, refuse_capture, refuse_sparse
 from secondorder.criteria import (
@@ -126,6 +126,12 @@ class Tape:
     def losses(self) -> list[LossCall]:
         """Returns the criterion's calls that a backward pass has gone through since the last `clear`."""
         return self._log.losses
+
+    @property
+    def covers_none(self) -> bool:
+        """Tells whether all layers are frozen or too wide, with no records, or all that the losses reach are wide."""
+        trained = (layer for layer in self.names if parameters_of(layer)[0].requires_grad and layer not in self._wide)
+        return next(trained, None) is None or (bool(self.losses) and not self.records())
 
     @property
     def multiplied(self) -> set[Tensor]:
@@ -215,7 +221,7 @@ class Tape:
         node, layer = output.grad_fn, self.tied.get(layer, layer)
         if node is None or in_recomputation(f"layer {self.names[layer]!r}"):
             return
-        if node.name() == COMPILED:
+        if kind(node) == COMPILED:
             raise compiled_error(f"layer {self.names[layer]!r} runs")
         input = args[0] if args else kwargs["input"]
         refuse_sparse(self.names[layer], input)
@@ -320,8 +326,8 @@ class Tape:
             return
         made_by = loss.grad_fn if isinstance(loss, Tensor) else None
         if made_by is None:
-            kind = "a tensor without a graph" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            self.missing = f"the criterion returned {kind} where the loss alone is expected"
+            found = "a tensor without a graph" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            self.missing = f"the criterion returned {found} where the loss alone is expected"
             return
         nodes, passed, products = source_nodes(made_by, self._key)
         self._refuse_compiled_layers(made_by, passed)
@@ -432,10 +438,10 @@ class Tape:
                 self._keep_gradient(node)
 
 
-def _hidden_by(names: list[str]) -> str:
+def _hidden_by(kinds: list[str]) -> str:
     """Returns what to say of a torch.autograd.Function among these nodes, which may call layers out of the graph's sight."""
-    own = next((name for name in names if name.endswith("Backward") and name != COMPILED), None)  # torch's end in a number
+    own = next((each for each in kinds if each.endswith("()")), None)
     if own is None:
         return ""
-    name = own.removesuffix("Backward")
+    name = own.removesuffix("Backward()")
     return f" ({name}, a torch.autograd.Function, does not show the layers that it calls: do without it, or take EigenAdam)"

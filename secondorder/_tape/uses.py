@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from secondorder._tape.residuals import LEAF, kind
+from secondorder._tape.nodes import is_leaf, kind
 from secondorder._tape.row_uses import HANDLERS, Use
 from secondorder._tape.signatures import saved_places, zero_patterns
 
@@ -45,7 +45,7 @@ def find_uses(root: Tensor | Node, index: dict[int, int]) -> Uses:
             others[index[id(root)]] = "the residual itself"
     while stack:
         node, user = stack.pop()
-        if node.name() == LEAF:
+        if is_leaf(node):
             position = index.get(id(node.variable))  # type: ignore[attr-defined]
             if position is not None:
                 others.setdefault(position, user)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder._tape.graph import PRODUCTS, RESHAPING, is_turning
-from secondorder._tape.residuals import LEAF, adds_constant, kind, linear_node, signed_dim
+from secondorder._tape.graph import MATRIX_PRODUCTS, RESHAPING, is_turning
+from secondorder._tape.nodes import adds_constant, is_leaf, kind, linear_node, signed_dim
 
 # Node -> the function that it is of its one input.
 _FUNCTIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
@@ -120,7 +120,7 @@ def keeps_rows(argument: Any) -> bool:
     waiting, seen = [argument.grad_fn if isinstance(argument, Tensor) else None], set()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen or kind(node) in PRODUCTS:
+        if node is None or node in seen or kind(node) in MATRIX_PRODUCTS:
             continue
         if kind(node) in _REORDERING - moves:
             return False
@@ -134,7 +134,7 @@ def preactivation(output: GradientEdge) -> GradientEdge:
     node, number = output.node, output.output_nr
     while linear_node(node) or kind(node) in _FUNCTIONS or kind(node) in RESHAPING:
         following = [edge for edge in node.next_functions if edge[0] is not None]
-        if len(following) != 1 or following[0][0].name() == LEAF:  # type: ignore[union-attr]
+        if len(following) != 1 or is_leaf(following[0][0]):  # type: ignore[arg-type]
             break
         node, number = following[0]  # type: ignore[assignment]
     return GradientEdge(node, number)
@@ -166,7 +166,7 @@ def taken_from(output: GradientEdge, dim: int | None, passes: Callable[[Node], b
     node, number, repeats = output.node, output.output_nr, False
     while passes(node):
         before, place = node.next_functions[0]
-        if before is None or before.name() == LEAF:
+        if before is None or is_leaf(before):
             break
         if dim is not None:
             dim_before = _dim_before(node, number, dim)

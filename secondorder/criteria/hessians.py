@@ -24,7 +24,7 @@ from secondorder.criteria.known import evaluated, is_convex, normalizer
 from secondorder.criteria.likelihoods import as_cross_entropy, bce_with_logits_root, cross_entropy_root, likelihood_root
 from secondorder.criteria.losses import BoundedClassificationLoss, CompositeLoss, TukeyBiweightLoss
 from secondorder.criteria.roots import OutputRoot
-from secondorder.errors import NonFiniteError
+from secondorder.errors import WITHOUT, NonFiniteError
 from secondorder.linalg import pos_eig
 
 
@@ -142,8 +142,8 @@ def symmetrized(hessian: Tensor) -> Tensor:
     if not torch.isfinite(hessian).all():
         raise NonFiniteError(
             "expected a finite Hessian of the criterion with respect to the network output, got NaN or inf. If its gradient is "
-            "finite, as that of a norm or a distance is at zero, take curvature='fisher-empirical', or add a small number to "
-            "what the root is taken of"
+            f"finite, as that of a norm or a distance is at zero, take {WITHOUT}, or add a small number to what the "
+            "root is taken of"
         )
     return (hessian + hessian.mT) / 2
 

@@ -26,6 +26,7 @@ from secondorder._tape import (
     logits_of,
     taken_from,
 )
+from secondorder._tape.nodes import kind
 from secondorder._tensors import captured_now
 from secondorder.criteria import (
     CompositeLoss,
@@ -63,7 +64,7 @@ def logits_edge(criterion: nn.Module, output: Tensor) -> GradientEdge | None:
         return logits_of(output, min(1, output.dim() - 1), is_selecting)
     while is_reshaping(node) and node.next_functions[0][0] is not None:
         node = node.next_functions[0][0]
-    if not node.name().startswith(link):
+    if kind(node) != link:
         return None
     before, number = node.next_functions[0]
     return None if before is None else GradientEdge(before, number)
@@ -143,7 +144,7 @@ def _before_repeats(
     while True:
         origin = taken_from(begin, classes, _passes)
         ways.append((begin, origin))
-        if not (log_probabilities and origin.edge.node.name().startswith(LOG_SOFTMAX)):
+        if not (log_probabilities and kind(origin.edge.node) == LOG_SOFTMAX):
             break
         (before, number), classes = origin.edge.node.next_functions[0], origin.dim
         assert before is not None

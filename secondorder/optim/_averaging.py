@@ -11,8 +11,11 @@ from secondorder._tensors import compute_dtype
 
 
 def update_averages(parameters: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]], steps: int) -> None:
-    """Sets average <- beta_t average + (1 - beta_t) theta_t,   beta_t = min(0.95, 1 - 1/t), after step t."""
-    beta = min(0.95, 1 - 1 / steps)
+    """Sets average <- beta_t average + (1 - beta_t) theta_t,   beta_t = min(0.95, 1 - 1/t), after step t.
+
+    Before a step has covered a layer, which is what `steps` counts, the averages are the parameters themselves.
+    """
+    beta = min(0.95, 1 - 1 / max(steps, 1))
     for p in parameters:
         own = p.detach().to(compute_dtype(p.dtype), copy=True)
         state[p]["average"] = state[p]["average"].lerp_(own, 1 - beta) if "average" in state[p] else own

@@ -170,17 +170,9 @@ class CurvatureOptimizer(SecondOrderOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters of the model, or of the criterion, which leave their group."""
-        given = param_group["params"]
-        given = param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
-        moving = {p for p in given if isinstance(p, Tensor) and p in self._criterion_parameters}
-        for group in self.param_groups if moving else ():
-            group["params"] = [p for p in group["params"] if p not in moving]
-        super().add_param_group(param_group)
-        try:
+        with self._group_or_nothing():
+            super().add_param_group(self._moved(param_group, lambda p: p in self._criterion_parameters))
             self._check_known(self.param_groups[-1]["params"], "add_param_group")
-        except ValueError:
-            del self.param_groups[-1]
-            raise
 
     def _check_known(self, parameters: Iterable[Tensor], method: str) -> None:
         """Raises ValueError where parameters are of neither the model, as it was at construction, nor the criterion."""

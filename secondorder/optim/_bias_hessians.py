@@ -53,6 +53,8 @@ class BiasHessians:
             RuntimeError: no call of the criterion was recorded.
             ValueError: the batch is empty.
         """
+        if self.tape.covers_none:  # all layers have been frozen since
+            return {}
         with nullcontext() if sign > 0 else self.tape.rescaled(sign):
             if group is None:
                 ranks, records = None, self._records()

@@ -25,7 +25,7 @@ from secondorder.optim._eigen_state import (
     new_state,
 )  # fmt: skip
 from secondorder.optim._matrices import Matrix, find_matrices
-from secondorder.optim._optimizer import SecondOrderOptimizer, leave_group
+from secondorder.optim._optimizer import SecondOrderOptimizer
 from secondorder.optim._sharded import Shards, found_shards
 from secondorder.optim._sharded_state import new_sharded_state
 
@@ -148,7 +148,7 @@ class MatrixOptimizer(SecondOrderOptimizer):
 
     def _shared_state(self) -> dict[str, Any]:
         """Returns the first parameter's state, which has what belongs to all: control (see `ops.eigen_step_`), and counts."""
-        first = next(p for group in self.param_groups for p in group["params"])
+        first = self._first_parameter()
         state = self.state[first]
         if "control" not in state:
             # Another parameter may have been the first before.
@@ -214,22 +214,11 @@ class MatrixOptimizer(SecondOrderOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group as every torch optimizer does; parameters that were frozen so far move from the group they are in."""
-        before = [{**group, "params": list(group["params"])} for group in self.param_groups]
         constructed = self._matrices is not None
-        params = param_group.get("params") if isinstance(param_group, dict) else None
-        if constructed and params is not None and not isinstance(params, set):
-            given = list(params) if isinstance(params, Iterable) and not isinstance(params, Tensor) else [params]
-            param_group = {**param_group, "params": given}
-            for p in (each[1] if isinstance(each, tuple) else each for each in given):
-                if isinstance(p, Tensor) and not self.state.get(p, {}).get("step"):
-                    leave_group(p, self.param_groups)
-        try:
-            super().add_param_group(param_group)
+        with self._group_or_nothing():
+            super().add_param_group(self._moved(param_group, lambda p: constructed and not self.state.get(p, {}).get("step")))
             check_group(type(self).__name__, self.param_groups[-1])
             self._found_shards()
-        except BaseException:
-            self.param_groups[:] = before
-            raise
         if constructed:
             self._find_anew()
 

@@ -284,12 +284,18 @@ class NewtonOptimizer(LayerwiseOptimizer):
             metric: D, where it is not 1.
         """
 
+        def gain(directions: dict[Tensor, Tensor]) -> Tensor | float:
+            """Returns |P| / |g| of the covered parameters; 1 where they have no gradient: the model finds the length."""
+            if not directions:
+                return 1.0
+            norm = _norm([gradients[p] for p in directions])
+            return torch.where(norm > 0, _norm(directions.values()) / norm.clamp(min=_TINY), 1.0)
+
         def in_order(found: Directions) -> _InOrder:
             by_parameter, prepared = found
             if others:
-                of_covered = [gradients[p] for p in by_parameter]
-                gain = _norm(by_parameter.values()) / _norm(of_covered).clamp(min=_TINY) if of_covered else 0.0
-                by_parameter = by_parameter | {p: -gradients[p] * gain for p in others}
+                factor = gain(by_parameter)
+                by_parameter = by_parameter | {p: -gradients[p] * factor for p in others}
             return [by_parameter[p] for p in gradients], prepared
 
         def directions(damping: float, fresh: bool, transfer: Transfer) -> tuple[_InOrder, Later[_InOrder | None]]:

@@ -1,7 +1,8 @@
 """What every optimizer of the package does as torch's own do, whatever it computes."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +34,35 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: a parameter is no tensor; or it is a DTensor, and not for an optimizer that can do with some of its rows.
         """
+        with self._group_or_nothing():
+            self._add_group(param_group)
+
+    @contextmanager
+    def _group_or_nothing(self) -> Iterator[None]:
+        """Gives the groups the parameters back that they had, where an error ends what adds one."""
+        before: list[dict[str, Any]] = [
+            {key: list(group[key]) for key in ("params", "param_names") if key in group} for group in self.param_groups
+        ]
+        try:
+            yield
+        except BaseException:
+            del self.param_groups[len(before) :]
+            for group, kept in zip(self.param_groups, before, strict=True):
+                group.update(kept)
+            raise
+
+    def _moved(self, param_group: dict[str, Any], moves: Callable[[Tensor], bool]) -> dict[str, Any]:
+        """Returns a group that is about to be added; those of its parameters that may move have left the groups they are in."""
+        params = param_group.get("params") if isinstance(param_group, dict) else None
+        if params is None or isinstance(params, set):  # an error of torch's
+            return param_group
+        given = list(params) if isinstance(params, Iterable) and not isinstance(params, Tensor) else [params]
+        for p in (each[1] if isinstance(each, tuple) else each for each in given):
+            if isinstance(p, Tensor) and moves(p):
+                leave_group(p, self.param_groups)
+        return {**param_group, "params": given}
+
+    def _add_group(self, param_group: dict[str, Any]) -> None:
         try:
             super().add_param_group(param_group)
         except TypeError as error:
@@ -47,7 +77,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             return
         for p in self.param_groups[-1]["params"]:
             if is_sharded(p):
-                self.param_groups.pop()
                 raise TypeError(f"{type(self).__name__}: {WHOLE}, got a DTensor of placements {p.placements}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -137,8 +166,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def _on_device(self, lr: Any) -> bool:
         """Tells whether a captured step reads this learning rate on the device."""
-        device = next(p.device for group in self.param_groups for p in group["params"])
-        return isinstance(lr, Tensor) and lr.device == device
+        return isinstance(lr, Tensor) and lr.device == self._first_parameter().device
+
+    def _first_parameter(self) -> Tensor:
+        """Returns the first parameter, whose state may hold that of all."""
+        first: Tensor = next(p for group in self.param_groups for p in group["params"])
+        return first
 
     def _maximize(self) -> bool:
         """Tells whether the loss is maximised: one answer for all groups, for one loss."""

@@ -23,7 +23,7 @@ from secondorder.stepping.gauss_newton_step import HELD_PATIENCE, GaussNewtonSte
 from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals
 from secondorder.stepping.race import race
 
-_NUMBERS: Numbers = {"lr": (lambda v: 0 < v < 2, "in (0, 2)")}
+_NUMBERS: Numbers = {"lr": (lambda v: 0 <= v < 2, "in [0, 2)")}
 
 
 class LevenbergMarquardt(SecondOrderOptimizer):
@@ -76,8 +76,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     Args:
         params: a model, parameters, or param_groups, of one floating dtype on one device. Coefficients of an equation that are to
             be found are parameters like any other. Parameters that do not require a gradient are left alone.
-        lr: multiplies the step, in (0, 2); a group's own for its parameters. Schedulers change it as they change any learning
-            rate, and leave parameters alone where they set it to zero; none is needed.
+        lr: multiplies the step, in [0, 2); a group's own for its parameters, which it leaves alone with 0. Schedulers change it
+            as they change any learning rate; none is needed.
         rows: how many residuals a step draws; each term gets at least half of an equal share. None: all.
         max_rows: how many residuals a step draws at most, once their number grows. None: all.
         acceleration: whether steps are bent by the geodesic acceleration, which costs one more call of the closure in each step.
@@ -187,10 +187,12 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         )
         if not parameters:
             raise RuntimeError(f"{name}.step(): expected a parameter that requires a gradient, got none")
+        for group in self.param_groups:
+            check_numbers(f"{name}.step()", group, _NUMBERS)
         rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
         moving = [p for p in parameters if rates[p] != 0]
         generator = torch.Generator().manual_seed(self._seed)
-        if state := self.state.get(self._first()):
+        if state := self.state.get(self._first_parameter()):
             generator.set_state(state["generator"].cpu())
         before = [p.detach().clone() for p in parameters]
         loss = LeastSquaresLoss(name, with_graph(name, closure, parameters), moving or parameters)
@@ -284,7 +286,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         Returns:
             The loss where it leads, `here` itself if nothing lowers it; whether the closure was called last there.
         """
-        state, raced = self.state.get(self._first(), {}), False
+        state, raced = self.state.get(self._first_parameter(), {}), False
         positions = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         moved = tuple(positions[p] for p in moving)
         if state:
@@ -300,7 +302,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             there, progress = run.step(here, start)
         steps = state.get("step", 0) + 1
         own = {"generator": generator.get_state(), "step": steps, "moved": moved}
-        self.state[self._first()] = {**progress._asdict(), **own}
+        self.state[self._first_parameter()] = {**progress._asdict(), **own}
         return there, not raced
 
     @property
@@ -317,7 +319,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             mean loss of the residuals held out over that of the others; far above 1 if points are interpolated, 0 if none are
             held out. "skipped_steps": how many steps NaN or inf has prevented. All are 0 before the first step.
         """
-        state = self.state.get(self._first(), {})
+        state = self.state.get(self._first_parameter(), {})
         found = {key: float(state.get(key, 0.0)) for key in ("damping", "rows", "ratio", "excess")}
         return {**found, "skipped_steps": float(self.skipped_steps)}
 
@@ -343,13 +345,13 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             TypeError: a parameter is not of the others' dtype, or not of a floating one.
             ValueError: it is on another device, or lr is out of range.
         """
-        super().add_param_group(param_group)
         name = type(self).__name__
-        group = self.param_groups[-1]
-        try:
+        with self._group_or_nothing():
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
             check_numbers(name, group, _NUMBERS)
-            like = self._first()
             for p in group["params"]:
+                like = self._first_parameter()
                 if p.dtype != like.dtype or p.dtype not in (torch.float32, torch.float64):
                     raise TypeError(
                         f"{name}: expected parameters of one dtype, float32 or float64, got {p.dtype} and {like.dtype}"
@@ -357,9 +359,6 @@ class LevenbergMarquardt(SecondOrderOptimizer):
                     )
                 if p.device != like.device:
                     raise ValueError(f"{name}: expected parameters on one device, got {p.device} and {like.device}")
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state and what it was made with."""
@@ -376,11 +375,6 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         self._plans = Plans()
         self._warned: set[Tensor | str] = set()
         self._buffer = Buffer()
-
-    def _first(self) -> Tensor:
-        """Returns the parameter whose state holds that of all."""
-        first: Tensor = self.param_groups[0]["params"][0]
-        return first
 
     def _warn_of_passes(self, parameters: list[Tensor], nodes: dict[int, str]) -> None:
         """Says once of every parameter, by its position among these, that its columns cost a backward pass for each residual."""

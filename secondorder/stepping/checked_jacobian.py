@@ -9,9 +9,9 @@ from torch import Tensor
 
 from secondorder._tape.factored import Buffer, Jacobian
 from secondorder._tape.jacobian import jacobian
+from secondorder._tape.nodes import COMPILED
 from secondorder._tape.passes import by_columns
 from secondorder._tape.plans import Plan, make_plan, signature
-from secondorder._tape.residuals import COMPILED
 from secondorder._tape.uses import Uses, find_uses
 from secondorder.stepping.drawn_rows import DrawnRows
 from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals

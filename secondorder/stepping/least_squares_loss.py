@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from secondorder._random import RandomState
-from secondorder._tape.residuals import Reach, Term, Terms, arriving, check_signs, coefficients, find_terms, negative
+from secondorder._tape.nodes import Reach
+from secondorder._tape.residuals import Term, Terms, arriving, check_signs, coefficients, find_terms, negative
 from secondorder._tensors import host_numbers, plain
 
 Closure = Callable[[], Any]

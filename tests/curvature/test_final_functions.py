@@ -222,6 +222,30 @@ def test_logits_are_those_that_log_softmax_was_taken_of():
         assert edge.node is u.grad_fn
 
 
+class Sigmoid(torch.autograd.Function):
+    """Has the name of a node of torch's, and is another function: sigmoid(2 z)."""
+
+    @staticmethod
+    def forward(ctx, z):
+        p = torch.sigmoid(2 * z)
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def backward(ctx, grad):
+        (p,) = ctx.saved_tensors
+        return grad * 2 * p * (1 - p)
+
+
+def test_a_function_of_ones_own_by_the_name_of_a_final_one_is_its_own():
+    model, twin = Behind(Sigmoid.apply), Behind(lambda z: torch.sigmoid(2 * z))
+    x, y = torch.randn(9, 4).double(), torch.rand(9, 3).double()
+    kflr = CURVATURES["kflr"]
+    assert_blocks(blocks(model, nn.BCELoss(), kflr, (x, y)), blocks(twin, nn.BCELoss(), kflr, (x, y)))
+    with pytest.raises(ValueError, match="expected a criterion that is a likelihood"):
+        blocks(model, nn.BCELoss(), CURVATURES["fisher-exact"], (x, y))
+
+
 class Then(nn.Module):
     """A function as a module."""
 

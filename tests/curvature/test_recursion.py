@@ -165,6 +165,27 @@ def test_the_graph_names_the_activation(name):
     assert getattr(records[1].map(), "activation", None) == analytic
 
 
+class Relu(torch.autograd.Function):
+    """Has the name of a node of torch's, and is another function."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z**2 + z
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (2 * ctx.saved_tensors[0] + 1)
+
+
+def test_a_function_of_ones_own_by_the_name_of_an_activation_is_its_own():
+    torch.manual_seed(0)
+    model, twin = (network([4, 5, 3], Functional(function)) for function in (Relu.apply, lambda z: z**2 + z))
+    twin.load_state_dict(model.state_dict())
+    x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    torch.testing.assert_close(blocks(model, nn.CrossEntropyLoss(), (x, y)), blocks(twin, nn.CrossEntropyLoss(), (x, y)))
+
+
 class Plain(nn.Module):
     """A forward of ordinary Python, with dropout, a reshape, a scale of its own and a sigmoid at the end."""
 

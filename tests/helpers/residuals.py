@@ -5,8 +5,9 @@ from torch import nn
 
 from secondorder._tape.factored import Buffer
 from secondorder._tape.jacobian import jacobian
+from secondorder._tape.nodes import Reach
 from secondorder._tape.plans import make_plan
-from secondorder._tape.residuals import Reach, coefficients, find_terms
+from secondorder._tape.residuals import coefficients, find_terms
 from secondorder._tape.uses import find_uses
 
 

@@ -52,6 +52,19 @@ def test_biases_may_come_later():
     assert optimizer.state[model[0].weight]["step"] == 12
 
 
+def test_a_group_that_is_refused_leaves_the_others_as_they_were():
+    model = network()
+    optimizer = so.EigenAdam(model.named_parameters())
+    (group,) = optimizer.param_groups
+    params, names = list(group["params"]), list(group["param_names"])
+    with pytest.raises(ValueError, match="expected lr"):
+        optimizer.add_param_group({"params": list(model[0].named_parameters(prefix="0")), "lr": -1.0})
+    assert len(optimizer.param_groups) == 1 and optimizer.param_groups[0] is group
+    assert list(map(id, group["params"])) == list(map(id, params)) and group["param_names"] == names
+    optimizer.add_param_group({"params": list(model[0].named_parameters(prefix="0")), "lr": 0.5})
+    assert [each["param_names"] for each in optimizer.param_groups] == [names[2:], names[:2]]
+
+
 @pytest.mark.parametrize("change", ["the bias leaves", "pruned", "pruned and back"])
 def test_a_layer_that_is_changed_begins_anew_and_others_go_on(change):
     model = network()

@@ -1,6 +1,7 @@
 """What users of torch's optimizers expect of LevenbergMarquardt: states, copies, schedulers, frozen parameters, errors."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -150,6 +151,28 @@ def test_a_learning_rate_of_zero_moves_nothing():
     scheduler.step()
     optimizer.step(closure)
     assert torch.equal(flat(net), moved) and str(optimizer.state_dict()["state"]) == state
+
+
+@pytest.mark.parametrize("lr", [math.nan, -1.0, 2.0])
+def test_a_learning_rate_out_of_range_is_refused_at_every_step(lr):
+    net, x, y = regression()
+    optimizer, before = so.LevenbergMarquardt(net.parameters(), lr=0.0), flat(net)
+    optimizer.step(lambda: mse_loss(net(x), y))
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(ValueError, match=r"LevenbergMarquardt.step\(\): expected lr in \[0, 2\), got"):
+        optimizer.step(lambda: mse_loss(net(x), y))
+    assert torch.equal(flat(net), before) and not optimizer.state
+
+
+def test_a_first_group_may_be_empty():
+    net, x, y = regression()
+    nets = net, copy.deepcopy(net)
+    groups = [{"params": []}, {"params": nets[0].parameters()}]
+    for net, params in zip(nets, (groups, nets[1].parameters()), strict=True):
+        optimizer = so.LevenbergMarquardt(params, race=False)
+        optimizer.step(lambda net=net: mse_loss(net(x), y))
+        assert optimizer.metrics()["damping"] > 0
+    assert torch.equal(*map(flat, nets))
 
 
 def test_a_group_whose_learning_rate_is_zero_is_frozen():
@@ -347,7 +370,7 @@ def test_float32():
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"lr": 0.0}, ValueError), ({"lr": 2.0}, ValueError), ({"lr": "a"}, TypeError), ({"rows": 0}, ValueError),
+        ({"lr": -0.1}, ValueError), ({"lr": 2.0}, ValueError), ({"lr": "a"}, TypeError), ({"rows": 0}, ValueError),
         ({"rows": 2.5}, ValueError), ({"max_rows": -1}, ValueError), ({"damping": 0.0}, ValueError),
         ({"solver": "cg"}, ValueError), ({"memory": -1}, ValueError), ({"nonfinite": "no"}, ValueError),
         ({"seed": None}, ValueError), ({"holdout": 0.1}, ValueError),

@@ -120,8 +120,11 @@ def test_parameters_of_the_criterion_get_the_fallback(name, group):
     with pytest.warns(UserWarning, match="'criterion.logs'.* updated by the fallback"):
         run(model, optimizer)
     torch.testing.assert_close(criterion.logs.detach(), 0.2 - lr * gradient)
+    before = [list(each["params"]) for each in optimizer.param_groups]
     with pytest.raises(ValueError, match="parameters of the model, or of the criterion"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2)), *criterion.parameters()]})
+    for old, each in zip(before, optimizer.param_groups, strict=True):
+        assert list(map(id, old)) == list(map(id, each["params"]))
 
 
 def test_a_quadratic_model_leaves_the_parameters_of_the_criterion_to_others_and_says_so():

@@ -5,7 +5,8 @@ import torch
 from helpers.least_squares import float64  # noqa: F401
 from torch.nn.functional import binary_cross_entropy_with_logits, huber_loss, smooth_l1_loss, soft_margin_loss
 
-from secondorder._tape.residuals import Reach, coefficients, find_terms
+from secondorder._tape.nodes import Reach
+from secondorder._tape.residuals import coefficients, find_terms
 
 
 def elementwise(criterion, u, t):

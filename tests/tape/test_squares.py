@@ -6,7 +6,8 @@ from helpers.least_squares import float64  # noqa: F401
 from helpers.residuals import close, compared, mlp, of_loss
 from torch.nn.functional import avg_pool1d, avg_pool2d, pad, pairwise_distance
 
-from secondorder._tape.residuals import Reach, coefficients, find_terms
+from secondorder._tape.nodes import Reach
+from secondorder._tape.residuals import coefficients, find_terms
 
 
 def times_itself(n):
