@@ -82,6 +82,23 @@ class _Trial(NamedTuple):
     held: list[float]  # what `held_losses` returns
 
 
+class _LeastSquares(NamedTuple):
+    """The problem that a step solves: the linear model of the rows drawn, where it begins."""
+
+    here: Residuals  # all residuals
+    rows: DrawnRows
+    jacobian: Jacobian  # J of these rows
+    r: Tensor  # their weighted residuals [m]
+    theta: Tensor  # the parameters [P]
+
+    def objective(self, r: Tensor, theta: Tensor) -> Tensor:
+        """Returns the loss of the rows drawn at residuals r and parameters theta, |r|^2 + sum_j t_j theta_j^2, in float64."""
+        total = r.square().sum(dtype=torch.float64)
+        if self.here.penalties is not None:
+            total = total + (self.here.penalties * theta.square()).sum(dtype=torch.float64)
+        return total
+
+
 class GaussNewtonStep:
     """Steps that lower the loss of one batch.
 
@@ -105,27 +122,27 @@ class GaussNewtonStep:
 
     def step(self, here: Residuals, progress: Progress) -> tuple[Residuals, Progress]:
         """Makes one step; returns the residuals where it leads, and what it leaves to the next step."""
-        loss, settings = self.loss, self.settings
+        loss = self.loss
         if here.objective == 0:
             return here, progress._replace(ratio=0.0)
         theta, whole = loss.flat(), here.objective
-        same = abs(whole - progress.whole) <= 1e-6 * whole
-        if not same or (progress.best is not None and len(progress.best) != len(theta)):
-            progress = progress.with_new_record()
-        if same and whole > RISE * progress.record:  # no step leads there: the record is that of another loss
-            progress = progress._replace(record=whole, since=0)
+        same, progress = self._entered(progress, whole, theta)
         draw = functools.partial(self._draw, here, progress)
         rows, jacobian = self._jacobians.of(here, draw, check=progress.ratio == 0)
-        r, before = rows.taken(here.values), [v.detach() for v in here.values]
-        problem = DampedLeastSquares(jacobian, here.penalties, settings.solver, settings.memory, self._generator, self._buffer)
-        at_start = self._drawn_objective(r, theta, here)
+        before = [v.detach() for v in here.values]
+        least_squares = _LeastSquares(here, rows, jacobian, rows.taken(here.values), theta)
+        problem = DampedLeastSquares(
+            jacobian, here.penalties, self.settings.solver, self.settings.memory, self._generator, self._buffer
+        )
+        at_start = least_squares.objective(least_squares.r, theta)
         mu, growth = progress.damping, progress.growth
         for attempt in range(TRIES):
             damping = (mu * problem.trace.double()).to(theta.dtype)
             solve, failed = problem.at(damping)
-            delta = problem.step(solve, r, theta, damping)
-            aim = r + jacobian.mv(self._lr * delta)
-            linear = self._drawn_objective(aim, theta + self._lr * delta, here)
+            delta = problem.step(solve, least_squares.r, theta, damping)
+            moved = theta + self._lr * delta
+            aim = least_squares.r + jacobian.mv(self._lr * delta)
+            linear = least_squares.objective(aim, moved)
             trace, start, end, fails, length = host_numbers([problem.trace, at_start, linear, failed, theta.norm()])
             if not math.isfinite(trace):
                 raise NonFiniteError(f"{loss.owner}.step(): the Jacobian holds NaN or inf; no parameter and no state has changed")
@@ -137,19 +154,17 @@ class GaussNewtonStep:
             if fails:
                 mu = max(10 * mu, LEAST_DAMPING)
                 continue
-            predicted = start - end
-            moved = theta + self._lr * delta
-            if settings.acceleration:
-                moved = moved + self._lr**2 * self._acceleration(here, rows, jacobian, solve, r, theta, delta)
+            if self.settings.acceleration:
+                moved = moved + self._lr**2 * self._acceleration(least_squares, solve, delta)
             limit = whole if rows.whole else RISE * (min(whole, progress.record) if same else whole)
-            trial = self._corrected(moved, here, rows, aim, solve, delta, (start, end, limit))
-            if trial.drawn < start and trial.whole < limit and predicted > 0:
-                ratio = (start - trial.drawn) / predicted
+            trial = self._corrected(moved, least_squares, aim, solve, delta, (start, end, limit))
+            if trial.drawn < start and trial.whole < limit and start > end:
+                ratio = (start - trial.drawn) / (start - end)
                 if ratio > SUSPECT:
                     reached = loss.flat()
                     loss.move(theta)
                     loss.check_same(before, here, 1e-2)
-                    trial = self._trial(here, rows, reached)
+                    trial = self._trial(least_squares, reached)
                 least = max(HELD_DECAY * progress.least, LEAST_DAMPING)
                 mu = max(mu * max(1 / 3, 1 - (2 * ratio - 1) ** 3), least)
                 progress = progress._replace(damping=mu, least=least, growth=2.0, ratio=ratio, whole=trial.whole)
@@ -160,6 +175,15 @@ class GaussNewtonStep:
         loss.check_same(before, here, 1e-2)
         progress = progress._replace(damping=min(10 * progress.damping, 1.0), growth=2.0, ratio=0.0)
         return self._held_out(here, progress, rows, host_numbers(rows.held_losses(here.values)))
+
+    def _entered(self, progress: Progress, whole: float, theta: Tensor) -> tuple[bool, Progress]:
+        """Returns whether the batch is that of the step before, by its loss, and what still holds of that step for this one."""
+        same = abs(whole - progress.whole) <= 1e-6 * whole
+        if not same or (progress.best is not None and len(progress.best) != len(theta)):
+            progress = progress.with_new_record()
+        if same and whole > RISE * progress.record:  # no step leads there: the record is that of another loss
+            progress = progress._replace(record=whole, since=0)
+        return same, progress
 
     # --- parts of a step ---
 
@@ -184,17 +208,17 @@ class GaussNewtonStep:
         own = [uses[block.term].uses[k] for k in block.uses]
         return any(u.operand is not None and 2 * u.blocks * int(u.operand.count_nonzero()) > u.operand.numel() for u in own)
 
-    def _trial(self, here: Residuals, rows: DrawnRows, theta: Tensor) -> _Trial:
+    def _trial(self, at: _LeastSquares, theta: Tensor) -> _Trial:
         """Moves the parameters, and evaluates the residuals there."""
         self.loss.move(theta)
-        values = self.loss.there(here)
-        whole = self.loss.objective(values, here)
-        drawn = whole if rows.whole else self._drawn_objective(rows.taken(values), theta, here)
-        now, of_drawn, *held = host_numbers([whole, drawn, *rows.held_losses(values)])
+        values = self.loss.there(at.here)
+        whole = self.loss.objective(values, at.here)
+        drawn = whole if at.rows.whole else at.objective(at.rows.taken(values), theta)
+        now, of_drawn, *held = host_numbers([whole, drawn, *at.rows.held_losses(values)])
         return _Trial(values, now, of_drawn, held)
 
     def _corrected(
-        self, moved: Tensor, here: Residuals, rows: DrawnRows, aim: Tensor, solve: Callable[[Tensor], Tensor], delta: Tensor,
+        self, moved: Tensor, at: _LeastSquares, aim: Tensor, solve: Callable[[Tensor], Tensor], delta: Tensor,
         losses: tuple[float, float, float],
     ) -> _Trial:  # fmt: skip
         """Makes a step, and corrects it by chords until it is as good as the linear model promises, or cannot be corrected.
@@ -204,45 +228,35 @@ class GaussNewtonStep:
 
         Args:
             moved: where the step leads.
-            here: the residuals where it began.
-            rows: the rows of the step.
-            aim: the residuals r + lr J delta of these rows.
+            at: where it began.
+            aim: the residuals r + lr J delta.
             solve: the step's solve, at its damping.
             delta: the step without acceleration.
             losses: of the rows drawn that at the start, and that of `aim`; and the limit of the whole loss.
         """
         start, end, limit = losses
-        trial = self._trial(here, rows, moved)
+        trial = self._trial(at, moved)
         for _ in range(self.settings.corrections if end < start else 0):
             if not math.isfinite(trial.drawn) or (start - trial.drawn > ENOUGH * (start - end) and trial.whole < limit):
                 break
-            at, correction = self.loss.flat(), self._lr * solve(rows.taken(trial.values) - aim)
+            reached, correction = self.loss.flat(), self._lr * solve(at.rows.taken(trial.values) - aim)
             if not bool(correction.norm() < CHORD * (self._lr * delta).norm()):
                 break
             drawn = trial.drawn
             del trial  # its graph is freed before the next one is made
-            trial = self._trial(here, rows, at - correction)
+            trial = self._trial(at, reached - correction)
             if not trial.drawn < drawn:
                 del trial
-                return self._trial(here, rows, at)
+                return self._trial(at, reached)
         return trial
 
-    def _acceleration(
-        self, here: Residuals, rows: DrawnRows, jacobian: Jacobian, solve: Callable[[Tensor], Tensor], r: Tensor, theta: Tensor,
-        delta: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def _acceleration(self, at: _LeastSquares, solve: Callable[[Tensor], Tensor], delta: Tensor) -> Tensor:
         """Returns half of the geodesic acceleration along a step if it is small, else zero (Transtrum & Sethna, 2012)."""
-        self.loss.move(theta + PROBE * delta)
-        probed = rows.taken(self.loss.there(here))
-        bend = (2 / PROBE) * ((probed - r) / PROBE - jacobian.mv(delta))
+        self.loss.move(at.theta + PROBE * delta)
+        probed = at.rows.taken(self.loss.there(at.here))
+        bend = (2 / PROBE) * ((probed - at.r) / PROBE - at.jacobian.mv(delta))
         acceleration = -0.5 * solve(bend)
         return torch.where(2 * acceleration.norm() < BEND * delta.norm(), acceleration, 0.0)
-
-    def _drawn_objective(self, r: Tensor, theta: Tensor, here: Residuals) -> Tensor:
-        total = r.square().sum(dtype=torch.float64)
-        if here.penalties is not None:
-            total = total + (here.penalties * theta.square()).sum(dtype=torch.float64)
-        return total
 
     def _held_out(self, there: Residuals, progress: Progress, rows: DrawnRows, means: list[float]) -> tuple[Residuals, Progress]:
         """Goes back to the least loss of the residuals held out if only that of the others still falls: these are interpolated.
