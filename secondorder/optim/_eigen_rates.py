@@ -14,7 +14,7 @@ _NUMBERS: Numbers = {
     "weight_decay": (lambda v: 0 <= v < float("inf"), ">= 0"),
     "eps": (lambda v: 0 <= v < float("inf"), ">= 0"),
 }
-TABLE = 4.0  # so many times as far as others moves a table of which a step meets all rows: an element acts alone, not with a row
+TABLE = 2.0  # so many times as far as others moves a table of which a step meets all rows: an element acts alone, not with a row
 SLOW = 100  # steps after which the optimizer warns of an lr that has always been as small as another optimizer's
 
 Group = dict[str, Any]

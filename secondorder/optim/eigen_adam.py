@@ -42,7 +42,7 @@ class EigenAdam(ObservingOptimizer):
 
     All other parameters (a bias by itself, a norm's weight, an embedding) follow Adam's rule at the same step length. An element
     whose gradient is exactly zero moves by weight decay alone. So a row of an embedding moves only in steps that look it up; if
-    a step looks up m of n rows, they move 4 n / m times as far, at most 20 times.
+    a step looks up m of n rows, they move 2 n / m times as far, at most ten times.
 
     A forward hook on linear layers and convolutions sums up their inputs (at most 4,096 of a call, 1,024 patches of a
     convolution) and keeps none. It sees every call under autograd since the last step, even if its output is not used. Weights
