@@ -17,7 +17,7 @@ from secondorder.optim._eigen_rates import SLOW, GroupRates, RateReader, check_g
 from secondorder.optim._eigen_state import LAST_SLOPE, OSCILLATIONS, REFUSED, SLOPE, captured_share, forget_state, step_length
 from secondorder.optim._eigen_step import EigenStep
 from secondorder.optim._matrices import Matrix
-from secondorder.optim._numbers import check_arguments, warn_of_short_steps
+from secondorder.optim._numbers import check_arguments, check_counts, warn_of_short_steps
 from secondorder.optim._operands import Operands
 from secondorder.optim._sharded_state import local_captured_share
 from secondorder.optim._tables import share_if_no_map
@@ -122,9 +122,9 @@ class EigenAdam(ObservingOptimizer):
             raise TypeError(
                 f"{name}: expected model to be an nn.Module, got {type(model).__name__}; several models go into an nn.ModuleList"
             )
+        check_counts(name, 1, {"rank": rank}, optional=True)
+        check_counts(name, 1, {"renew_every": renew_every})
         checks: list[tuple[str, Any, bool, str]] = [
-            ("rank", rank, rank is None or (type(rank) is int and rank >= 1), "to be an int >= 1, or None"),
-            ("renew_every", renew_every, type(renew_every) is int and renew_every >= 1, "to be an int >= 1"),
             ("nonfinite", nonfinite, nonfinite in ("error", "skip"), "'error' or 'skip'"),
             ("capturable", capturable, not capturable or curvature == "gradient", "False with a bias Hessian's bases"),
         ]
