@@ -8,9 +8,8 @@ from torch import Tensor
 
 from secondorder import ops
 from secondorder._tensors import device_for
+from secondorder.ops.eigen import LENGTH
 from secondorder.optim._matrices import Matrix, computed_in
-
-LENGTH, OSCILLATIONS, SLOPE, LAST_SLOPE, STEPS, REFUSED, UNRENEWED, _FIRST_SLOPE = range(len(ops.CONTROL))
 
 SHARED = ("control", "steps", "refused")  # what the first parameter's state has for all of them
 MOMENTS = ("exp_avg", "exp_avg_sq", "last")  # of a matrix: the first, the second, and some rows of the last step
@@ -28,11 +27,6 @@ def new_control(like: Tensor) -> Tensor:
     control = torch.zeros(len(ops.CONTROL), dtype=torch.float64, device=device_for(torch.float64, like))
     control[LENGTH] = 0.01
     return control
-
-
-def step_length(entries: list[float]) -> float:
-    """Returns the step length that control's entries give, without lr."""
-    return entries[LENGTH] / (1 + entries[OSCILLATIONS] / 25) ** 0.5 * min(1.0, (entries[STEPS] + 2) / 14)
 
 
 def new_bases(matrix: Matrix, rank: int) -> dict[str, Any]:

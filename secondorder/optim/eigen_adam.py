@@ -11,23 +11,20 @@ from secondorder._tensors import Arriving, captured_now, is_sharded
 from secondorder._warnings import warn
 from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
+from secondorder.ops.eigen import LAST_SLOPE, OSCILLATIONS, REFUSED, SLOPE, eigen_length
 from secondorder.optim._amp import outside_autocast
 from secondorder.optim._bias_hessians import BiasHessians
 from secondorder.optim._eigen_observer import ObservingOptimizer
 from secondorder.optim._eigen_rates import SLOW, GroupRates, RateReader, check_group, rates_of_matrices, rates_on_device
 from secondorder.optim._eigen_state import (
-    LAST_SLOPE,
-    OSCILLATIONS,
-    REFUSED,
-    SLOPE,
     Changes,
     captured_share,
     changes_since,
     forget_state,
-    step_length,
     undo,
 )  # fmt: skip
 from secondorder.optim._eigen_step import EigenStep
+from secondorder.optim._growth import LossGrowth
 from secondorder.optim._matrices import Matrix
 from secondorder.optim._numbers import check_arguments, check_counts, warn_of_short_steps
 from secondorder.optim._operands import Operands
@@ -167,7 +164,7 @@ class EigenAdam(ObservingOptimizer):
         # Of the steps on CUDA: the control after each, on its way from the device, and what the states have noted of it.
         self._reports: deque[tuple[Arriving, Changes]] = deque()
         self._warned: set[str] = set()  # the warnings that were given
-        self._first_loss: float | None = None  # of a closure, with which later ones are compared
+        self._growth = LossGrowth(type(self).__name__, "lower lr, or clip the gradients")  # of closures
 
     # --- the step ------------------------------------------------------------------------------------------------------------
 
@@ -195,14 +192,14 @@ class EigenAdam(ObservingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
+            if closure is not None:
+                self._warn_of_growth(loss)  # where warnings are errors nothing has changed yet
             self._step()
         finally:
             self._forget_passes()
             if self._hessians is not None:
                 self._hessians.tape.clear(release=True)
                 self._schedule_recording()
-        if closure is not None:
-            self._warn_of_growth(loss)
         return loss
 
     @torch.compiler.disable  # its bookkeeping has nothing to compile
@@ -397,21 +394,9 @@ class EigenAdam(ObservingOptimizer):
             )
 
     def _warn_of_growth(self, loss: Any) -> None:
-        """Warns once if a closure's loss has grown to more than a thousand times the first one."""
-        if "growth" in self._warned or self._maximize():
-            return
-        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_cuda:
-            loss = loss.item()
-        if not isinstance(loss, float):
-            return
-        if self._first_loss is None:
-            self._first_loss = abs(loss)
-        if abs(loss) > 1000 * self._first_loss > 0:
-            self._warn_once(
-                "growth",
-                f"{type(self).__name__}: the loss has grown from {self._first_loss:.3g} to {loss:.3g}: training diverges. "
-                "Lower lr, or clip the gradients.",
-            )
+        """Warns once of a closure's loss that has grown a thousandfold."""
+        if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1 and not captured_now()):
+            self._growth.observe(-loss if self._maximize() else loss)
 
     def _warn_once(self, kind: str, message: str) -> None:
         """Gives a warning, unless one of its kind was given before."""
@@ -439,7 +424,7 @@ class EigenAdam(ObservingOptimizer):
         captured = [(captured_share if self._shards is None else local_captured_share)(*each) for each in of_bases]
         shares = [share for share in captured if share is not None]
         return {
-            "length": step_length(entries),
+            "length": eigen_length(entries),
             "slope": entries[SLOPE],
             "slope_ratio": entries[LAST_SLOPE] / (abs(entries[SLOPE]) or 1.0),
             "oscillations": entries[OSCILLATIONS],

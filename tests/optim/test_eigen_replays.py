@@ -18,8 +18,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import secondorder as so
+from secondorder.ops.eigen import STEPS
 from secondorder.optim import _captures, _layer_inputs
-from secondorder.optim._eigen_state import STEPS
 
 
 class Mixed(nn.Module):
