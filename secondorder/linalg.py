@@ -35,14 +35,11 @@ def conjugate_gradient(matrix: Callable[[Tensor], Tensor], rhs: Tensor, max_iter
     p = r.clone()
     rr = first = (r * r).sum()
     for iteration in range(max_iter):
-        if math.isnan(rr):
-            return torch.full_like(rhs, math.nan), iteration
-        if rr <= tol**2 * first:
-            return x * size, iteration
         ap = matrix(p)
         curvature = (p * ap).sum()
-        if curvature <= 0:  # an indefinite matrix, or p has become too small for its square
-            return x * size, iteration
+        # By one wait for the device. No curvature: an indefinite matrix, or p has become too small for its square.
+        if not (rr > tol**2 * first) & ~(curvature <= 0):
+            return torch.where(rr.isnan(), math.nan, x * size), iteration
         step = rr / curvature
         x += step * p
         r -= step * ap

@@ -11,7 +11,7 @@ from torch.func import functional_call, hessian
 
 import secondorder as so
 from secondorder.criteria import CompositeLoss
-from secondorder.curvature import PCH
+from secondorder.curvature import PCH, curvature_by_name
 
 
 @pytest.mark.parametrize("criterion_name", ["cross-entropy", "eq14"])
@@ -311,3 +311,16 @@ def test_an_optimizer_between_its_backward_pass_and_its_step_is_left_alone(lr, n
             optimizer.step()
         optimizer.remove_hooks()
     assert all(torch.equal(p, q) for p, q in zip(*(model.parameters() for model in models), strict=True))
+
+
+def test_curvatures_are_taken_by_name():
+    torch.manual_seed(0)
+    model, criterion = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), nn.CrossEntropyLoss()
+    x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    by_name, by_object = (
+        so.diagnostics.bias_hessians(model, criterion, x, y, each) for each in ("pch-abs", curvature_by_name("pch-abs"))
+    )
+    torch.testing.assert_close(by_name, by_object)
+    for function in (so.diagnostics.spectrum, so.diagnostics.curvature_error):
+        with pytest.raises(ValueError, match="expected curvature to be one of"):
+            function(model, criterion, x, y, ["pch"])

@@ -150,7 +150,7 @@ def test_a_curvature_without_recursion_starts_nowhere_anew():
 
 def test_settings_of_solver_objects_are_checked():
     for make in (solvers.EACGSolver, solvers.KroneckerCG):
-        with pytest.raises(ValueError, match="expected max_cg >= 1, got 0"):
+        with pytest.raises(ValueError, match="expected max_cg to be an int >= 1, got 0"):
             make(0, 1e-4)
         with pytest.raises(ValueError, match="expected eps_cg >= 0, got -1"):
             make(3, -1)

@@ -543,7 +543,7 @@ def test_replays_of_a_captured_step_make_eigen_adams_steps(kind, dtype):
                 step(model, optimizer)
         without_waiting(graph.replay)
         torch.cuda.synchronize()
-        eager._read_report()  # so that renewals are due at the same steps
+        eager._read_reports()  # so that renewals are due at the same steps
         tolerance = 1e-6 if dtype is torch.float64 else 0.05
         torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=tolerance, atol=tolerance)
     assert optimizer.skipped_steps == eager.skipped_steps == 1

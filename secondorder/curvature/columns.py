@@ -326,8 +326,8 @@ class FisherMC(FisherExact):
     samples: int = 1
 
     def __post_init__(self) -> None:
-        if not self.samples >= 1:
-            raise ValueError(f"expected samples >= 1, got {self.samples}")
+        if not (type(self.samples) is int and self.samples >= 1):
+            raise ValueError(f"expected samples to be an int >= 1, got {self.samples}")
 
     _others: ClassVar[str] = ", or one with a method sample(output) -> target"
 

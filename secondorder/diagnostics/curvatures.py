@@ -96,7 +96,7 @@ def spectrum(
     }
 
 
-def bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, curvature: Curvature) -> dict[str, Tensor]:
+def bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, curvature: str | Curvature) -> dict[str, Tensor]:
     """Computes the curvature's block of every linear layer on this batch, as an optimizer would.
 
     Args:
@@ -104,16 +104,20 @@ def bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, 
         criterion: a module or a function, called as criterion(output, y).
         x: a batch of inputs.
         y: their targets.
-        curvature: the curvature itself.
+        curvature: a name, or the curvature itself.
 
     Returns:
         `{layer name: H [n_out, n_out]}`, on the scale of the loss.
+
+    Raises:
+        ValueError: there is no curvature of this name, or it is not defined for this criterion.
     """
+    found = curvature_by_name(curvature)
     model, loss = copied(model, criterion)
     layers = linear_layers(model)
-    tape = Tape(layers, loss, curvature.tape_options(), model)
+    tape = Tape(layers, loss, found.tape_options(), model)
     go_backward(model, loss, x, y)
-    return {layers[layer]: h for layer, h in curvature.bias_hessians(tape.records()).items()}
+    return {layers[layer]: h for layer, h in found.bias_hessians(tape.records()).items()}
 
 
 def true_bias_hessians(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -148,8 +152,9 @@ def _bias_blocks(
     true = true_bias_hessians(model, criterion, x, y)  # first: an error of the model's or the criterion's own is raised here
     blocks: dict[str, dict[str, Tensor] | None] = {}
     for given in curvatures:
+        curvature = curvature_by_name(given)
         try:
-            own = bias_hessians(model, criterion, x, y, curvature_by_name(given))
+            own = bias_hessians(model, criterion, x, y, curvature)
             blocks[str(given)] = {name: own[name].double() for name in true if name in own}
         except ValueError:
             blocks[str(given)] = None

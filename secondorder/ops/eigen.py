@@ -23,6 +23,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from secondorder.ops._library import library, operator
+from secondorder.reference.eigen import LAST_SLOPE as LAST_SLOPE
+from secondorder.reference.eigen import LENGTH as LENGTH
+from secondorder.reference.eigen import OSCILLATIONS as OSCILLATIONS
+from secondorder.reference.eigen import REFUSED as REFUSED
+from secondorder.reference.eigen import SLOPE as SLOPE
+from secondorder.reference.eigen import STEPS as STEPS
+from secondorder.reference.eigen import UNRENEWED as UNRENEWED
+from secondorder.reference.eigen import eigen_length as eigen_length
 
 CONTROL = ("length", "oscillations", "slope", "last_slope", "steps", "refused", "unrenewed", "first_slope")
 """What the entries of a control tensor are.

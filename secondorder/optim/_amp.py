@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from secondorder._tensors import autocast_on
+from secondorder._tensors import autocast_on, host_numbers
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -28,12 +28,13 @@ def unscaling_factor(optimizer: torch.optim.Optimizer, grad_scaler: Any) -> floa
     found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
     if found_inf is None:
         return 1.0
-    if found_inf.item():
+    found, factor = host_numbers([found_inf, 1.0 if scale is None else scale])
+    if found:
         return None
     if scale is not None:
         for group in optimizer.param_groups:
-            torch._foreach_div_([p.grad for p in group["params"] if p.grad is not None], scale.item())
-        return float(1.0 / scale.item())
+            torch._foreach_div_([p.grad for p in group["params"] if p.grad is not None], factor)
+        return 1.0 / factor
     if grad_scaler is not None:
         return float(1.0 / grad_scaler.get_scale())
     raise RuntimeError(
@@ -83,5 +84,6 @@ def restore_scale(optimizer: torch.optim.Optimizer) -> None:
     """Multiplies the gradients by GradScaler's factor again after a step that has failed, so that it may be tried again."""
     scale = getattr(optimizer, "grad_scale", None)
     if scale is not None:
+        (factor,) = host_numbers([scale])
         for group in optimizer.param_groups:
-            torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], scale.item())
+            torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], factor)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder._layers import linear_layers, uncovered
-from secondorder.optim._numbers import check_arguments
+from secondorder.optim._numbers import check_counts
 
 
 def supported_layers(owner: str, model: nn.Module) -> dict[nn.Linear, str]:
@@ -49,10 +49,10 @@ def too_wide(owner: str, layers: dict[nn.Linear, str], max_outputs: int | None, 
         max_inputs: `max_input_dim`, or None.
 
     Raises:
-        ValueError: a limit is below 1.
+        ValueError: a limit is no integer, or below 1.
     """
     limits = [("max_factor_dim", max_outputs, "out_features"), ("max_input_dim", max_inputs, "in_features")]
-    check_arguments(owner, [(key, limit, limit is None or limit >= 1, ">= 1 or None") for key, limit, _ in limits])
+    check_counts(owner, 1, {key: limit for key, limit, _ in limits}, optional=True)
     reasons: dict[Tensor, str] = {}
     for layer, name in layers.items():
         for key, limit, side in limits:

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from secondorder.ops.eigen import STEPS
 from secondorder.optim import _captures
-from secondorder.optim._eigen_state import FIRST_STEPS, STEPS, is_current
+from secondorder.optim._eigen_state import FIRST_STEPS, is_current
 from secondorder.optim._matrices import Matrix, computed_in
 
 States = Mapping[Tensor, dict[str, Any]]

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from secondorder import ops
+from secondorder.ops.eigen import STEPS, UNRENEWED
 from secondorder.optim._eigen_inputs import Sketch
 from secondorder.optim._eigen_rates import MatrixRates
 from secondorder.optim._eigen_renewal import DECAY, Renewal, finite_or_zero
-from secondorder.optim._eigen_state import MOMENTS, STEPS, UNRENEWED
+from secondorder.optim._eigen_state import MOMENTS
 from secondorder.optim._matrices import Matrix
 from secondorder.optim._operands import Operands
 from secondorder.optim._sharded import Shards

@@ -46,6 +46,18 @@ def check_arguments(owner: str, checks: list[tuple[str, Any, bool, str]]) -> Non
             raise ValueError(f"{owner}: expected {name} {expected}, got {value!r}")
 
 
+def check_counts(owner: str, least: int, counts: dict[str, Any], optional: bool = False) -> None:
+    """Raises ValueError at the first value that is no int >= `least`, nor None where it is `optional`."""
+    expected = f"to be an int >= {least}" + ", or None" * optional
+    check_arguments(
+        owner,
+        [
+            (name, value, (optional and value is None) or (type(value) is int and value >= least), expected)
+            for name, value in counts.items()
+        ],
+    )
+
+
 def warn_of_short_steps(owner: str, lr: float, name: str = "lr") -> None:
     """Warns of a learning rate that is another optimizer's, where it multiplies a step that is found."""
     if 0 < lr <= 0.01:

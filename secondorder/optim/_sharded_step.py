@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from secondorder import ops, reference
-from secondorder.optim._eigen_state import REFUSED, UNRENEWED
+from secondorder.ops.eigen import REFUSED, UNRENEWED
 from secondorder.optim._matrices import Matrix
 from secondorder.optim._sharded import Shards, copies, first_row, whole_shape
 from secondorder.optim._sharded_state import sampled_count
@@ -84,7 +84,7 @@ class ShardedOperators:
         eps: float,
         renewed: bool,
     ) -> None:
-        length = reference.eigen_length(control)
+        length = reference.eigen_length(control.tolist())
         tasks = []
         for i, start in enumerate(self._starts):
             u, v = basis_out[i], basis_in[i]

@@ -11,7 +11,7 @@ from secondorder._tensors import Later, Transfer, all_finite, finite
 from secondorder.errors import NonFiniteError
 from secondorder.linalg import unchecked
 from secondorder.optim._base import CurvatureOptimizer
-from secondorder.optim._numbers import check_arguments
+from secondorder.optim._numbers import check_arguments, check_counts
 from secondorder.solvers import Factors, Solver, SolverOptions, solver_by_name
 
 Directions = tuple[dict[Tensor, Tensor], dict[nn.Linear, Factors]]  # P and d by parameter, and what the solver prepared for them
@@ -56,12 +56,9 @@ class SolvingOptimizer(CurvatureOptimizer):
         **shared: Any,
     ):
         name = type(self).__name__
-        check_arguments(name, [
-            ("max_cg", options.max_cg, options.max_cg >= 1, ">= 1"),
-            ("eps_cg", options.eps_cg, options.eps_cg >= 0, ">= 0"),
-            ("inverse_every", inverse_every, inverse_every >= 1, ">= 1"),
-            ("max_factor_elements", options.max_factor_elements, options.max_factor_elements >= 0, ">= 0"),
-        ])  # fmt: skip
+        check_counts(name, 1, {"max_cg": options.max_cg, "inverse_every": inverse_every})
+        check_counts(name, 0, {"max_factor_elements": options.max_factor_elements})
+        check_arguments(name, [("eps_cg", options.eps_cg, options.eps_cg >= 0, ">= 0")])
         if isinstance(solver, Solver):
             own = SolverOptions()
             check_arguments(name, [

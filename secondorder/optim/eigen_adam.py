@@ -1,5 +1,6 @@
 """EigenAdam: Adam in the eigenbasis of the expectation-approximated curvature."""
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,14 +11,22 @@ from secondorder._tensors import Arriving, captured_now, is_sharded
 from secondorder._warnings import warn
 from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
+from secondorder.ops.eigen import LAST_SLOPE, OSCILLATIONS, REFUSED, SLOPE, eigen_length
 from secondorder.optim._amp import outside_autocast
 from secondorder.optim._bias_hessians import BiasHessians
 from secondorder.optim._eigen_observer import ObservingOptimizer
 from secondorder.optim._eigen_rates import SLOW, GroupRates, RateReader, check_group, rates_of_matrices, rates_on_device
-from secondorder.optim._eigen_state import LAST_SLOPE, OSCILLATIONS, REFUSED, SLOPE, captured_share, forget_state, step_length
+from secondorder.optim._eigen_state import (
+    Changes,
+    captured_share,
+    changes_since,
+    forget_state,
+    undo,
+)  # fmt: skip
 from secondorder.optim._eigen_step import EigenStep
+from secondorder.optim._growth import LossGrowth
 from secondorder.optim._matrices import Matrix
-from secondorder.optim._numbers import check_arguments, warn_of_short_steps
+from secondorder.optim._numbers import check_arguments, check_counts, warn_of_short_steps
 from secondorder.optim._operands import Operands
 from secondorder.optim._sharded_state import local_captured_share
 from secondorder.optim._tables import share_if_no_map
@@ -122,9 +131,9 @@ class EigenAdam(ObservingOptimizer):
             raise TypeError(
                 f"{name}: expected model to be an nn.Module, got {type(model).__name__}; several models go into an nn.ModuleList"
             )
+        check_counts(name, 1, {"rank": rank}, optional=True)
+        check_counts(name, 1, {"renew_every": renew_every})
         checks: list[tuple[str, Any, bool, str]] = [
-            ("rank", rank, rank is None or (type(rank) is int and rank >= 1), "to be an int >= 1, or None"),
-            ("renew_every", renew_every, type(renew_every) is int and renew_every >= 1, "to be an int >= 1"),
             ("nonfinite", nonfinite, nonfinite in ("error", "skip"), "'error' or 'skip'"),
             ("capturable", capturable, not capturable or curvature == "gradient", "False with a bias Hessian's bases"),
         ]
@@ -152,9 +161,10 @@ class EigenAdam(ObservingOptimizer):
     def _reset(self) -> None:
         super()._reset()
         self._rates = RateReader(type(self).__name__)
-        self._report: Arriving | None = None  # the control after an earlier step, on its way from the device
+        # Of the steps on CUDA: the control after each, on its way from the device, and what the states have noted of it.
+        self._reports: deque[tuple[Arriving, Changes]] = deque()
         self._warned: set[str] = set()  # the warnings that were given
-        self._first_loss: float | None = None  # of a closure, with which later ones are compared
+        self._growth = LossGrowth(type(self).__name__, "lower lr, or clip the gradients")  # of closures
 
     # --- the step ------------------------------------------------------------------------------------------------------------
 
@@ -182,14 +192,14 @@ class EigenAdam(ObservingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
+            if closure is not None:
+                self._warn_of_growth(loss)  # where warnings are errors nothing has changed yet
             self._step()
         finally:
             self._forget_passes()
             if self._hessians is not None:
                 self._hessians.tape.clear(release=True)
                 self._schedule_recording()
-        if closure is not None:
-            self._warn_of_growth(loss)
         return loss
 
     @torch.compiler.disable  # its bookkeeping has nothing to compile
@@ -205,7 +215,7 @@ class EigenAdam(ObservingOptimizer):
         captured = self._captures(matrices)
         renews = captured or self._renews_now()
         if not captured:
-            self._read_report()
+            self._read_reports()
         self._sketches.expect(captured)
         self._find_maps(matrices)
         states, shared = [self._state_of(matrix) for matrix in matrices], self._shared_state()
@@ -223,9 +233,13 @@ class EigenAdam(ObservingOptimizer):
         if captured:
             step.note_captured()
             self._replays.add(matrices)
-        elif self._was_made(shared["control"]):
-            step.note_made(row_shares)
-            self._count_step(matrices)
+        elif self._none_waits(shared["control"]):
+            parameters = dict.fromkeys(p for m in matrices for p in (m.weight, m.bias, self._first_parameter()) if p is not None)
+            before = {p: dict(self.state[p]) for p in parameters}
+            self._note_made(step, matrices, row_shares)
+            self._reports.append((Arriving(shared["control"]), changes_since(before, self.state)))
+        elif self._none_refused(shared["control"].tolist()):
+            self._note_made(step, matrices, row_shares)
 
     def _matrices_to_step(self, rates: list[GroupRates]) -> list[Matrix]:
         """Returns the matrices with a gradient and a learning rate above 0; none where no step is to be made.
@@ -288,8 +302,9 @@ class EigenAdam(ObservingOptimizer):
             if share is not None and share < 1:
                 self._state_of(matrix)["share"] = share
 
-    def _count_step(self, matrices: list[Matrix]) -> None:
-        """Counts a step that was made."""
+    def _note_made(self, step: EigenStep, matrices: list[Matrix], row_shares: dict[Matrix, float]) -> None:
+        """Notes and counts a step that was made."""
+        step.note_made(row_shares)
         for matrix in matrices:
             if matrix.bias is not None:
                 self.state[matrix.bias]["step"] = self.state[matrix.weight]["step"]
@@ -300,27 +315,28 @@ class EigenAdam(ObservingOptimizer):
 
     # --- whether steps were made ---------------------------------------------------------------------------------------------
 
-    def _was_made(self, control: Tensor) -> bool:
-        """Returns whether the step was made; on CUDA it takes that for granted, and `_read_report` learns the truth later.
+    def _none_waits(self, control: Tensor) -> bool:
+        """Returns whether steps are taken for made, as on CUDA; `_read_reports` learns later whether they were."""
+        return control.is_cuda and self._shards is None  # ranks that share rows wait for each other, and all raise at once
+
+    def _read_reports(self) -> None:
+        """Learns on CUDA which of the steps before this one were made, as far as the device has told by now.
 
         Raises:
-            NonFiniteError: it was not made, with nonfinite="error".
+            NonFiniteError: one was not made, with nonfinite="error".
         """
-        if control.is_cuda and self._shards is None:  # ranks that share rows wait for each other, and all raise at once
-            self._report = Arriving(control)
-            return True
-        return self._none_refused(control.tolist())
-
-    def _read_report(self) -> None:
-        """Learns on CUDA whether a step before this one was made, if the device has told by now."""
+        entries: list[float] | None = None
         if self._replays:  # replays send no report
-            self._report = None
-            self._none_refused(self._shared_state()["control"].tolist())
-        elif self._report is not None and self._report.here:
-            entries, self._report = self._report.read().tolist(), None
-            refused = int(entries[REFUSED]) - self._shared_state()["refused"]
-            for state in self.state.values() if refused else ():  # they were counted as made
-                state.update({key: state[key] - refused for key in ("step", "steps") if state.get(key, 0) >= refused})
+            self._reports.clear()
+            entries = self._shared_state()["control"].tolist()
+        refused = self._shared_state()["refused"]
+        while self._reports and self._reports[0][0].here:
+            report, changes = self._reports.popleft()
+            entries = report.read().tolist()
+            if entries[REFUSED] > refused:  # it was taken for made
+                undo(changes, self.state)
+                refused = int(entries[REFUSED])
+        if entries is not None:
             self._none_refused(entries)
 
     def _none_refused(self, entries: list[float]) -> bool:
@@ -341,6 +357,10 @@ class EigenAdam(ObservingOptimizer):
                 f"{', or a learning rate that is negative or not finite' if rates else ''}; no parameter and no state has changed"
             )
         return False
+
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        super()._restore(state_dict)
+        self._reports.clear()  # of the state before
 
     @property
     def skipped_steps(self) -> int:
@@ -374,21 +394,9 @@ class EigenAdam(ObservingOptimizer):
             )
 
     def _warn_of_growth(self, loss: Any) -> None:
-        """Warns once if a closure's loss has grown to more than a thousand times the first one."""
-        if "growth" in self._warned or self._maximize():
-            return
-        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_cuda:
-            loss = loss.item()
-        if not isinstance(loss, float):
-            return
-        if self._first_loss is None:
-            self._first_loss = abs(loss)
-        if abs(loss) > 1000 * self._first_loss > 0:
-            self._warn_once(
-                "growth",
-                f"{type(self).__name__}: the loss has grown from {self._first_loss:.3g} to {loss:.3g}: training diverges. "
-                "Lower lr, or clip the gradients.",
-            )
+        """Warns once of a closure's loss that has grown a thousandfold."""
+        if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1 and not captured_now()):
+            self._growth.observe(-loss if self._maximize() else loss)
 
     def _warn_once(self, kind: str, message: str) -> None:
         """Gives a warning, unless one of its kind was given before."""
@@ -416,7 +424,7 @@ class EigenAdam(ObservingOptimizer):
         captured = [(captured_share if self._shards is None else local_captured_share)(*each) for each in of_bases]
         shares = [share for share in captured if share is not None]
         return {
-            "length": step_length(entries),
+            "length": eigen_length(entries),
             "slope": entries[SLOPE],
             "slope_ratio": entries[LAST_SLOPE] / (abs(entries[SLOPE]) or 1.0),
             "oscillations": entries[OSCILLATIONS],

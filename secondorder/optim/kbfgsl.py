@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from secondorder import ops
 from secondorder.optim._docstrings import complete_docstring
 from secondorder.optim._kbfgs_layer import alike, damping_of, scaled_gradients
-from secondorder.optim._numbers import check_arguments
+from secondorder.optim._numbers import check_counts
 from secondorder.optim.kbfgs import KBFGS
 
 
@@ -72,7 +72,7 @@ class KBFGSL(KBFGS):
         decoupled_weight_decay: bool = False,
         nonfinite: str = "error",
     ):
-        check_arguments(type(self).__name__, [("memory", memory, memory >= 1, ">= 1")])
+        check_counts(type(self).__name__, 1, {"memory": memory})
         super().__init__(
             model, criterion, lr, damping=damping, damping_a=damping_a, damping_g=damping_g, mu1=mu1, pairs=pairs,
             input_inverse=input_inverse, doubled_batch=doubled_batch, scale=scale, max_step=max_step, decay=decay,

@@ -14,7 +14,7 @@ from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
 from secondorder.optim._amp import outside_autocast
 from secondorder.optim._closure import NEEDED, idle_backward, with_graph
-from secondorder.optim._numbers import Numbers, check_arguments, check_numbers, warn_of_short_steps
+from secondorder.optim._numbers import Numbers, check_arguments, check_counts, check_numbers, warn_of_short_steps
 from secondorder.optim._optimizer import SecondOrderOptimizer
 from secondorder.optim.eigen_adam import EigenAdam
 from secondorder.stepping.checked_jacobian import CheckedJacobian, Plans
@@ -129,18 +129,13 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     ):
         name = type(self).__name__
         check_numbers(name, {"lr": lr, "damping": damping}, {**_NUMBERS, "damping": (lambda v: 0 < v < math.inf, "> 0")})
-        counts = [("rows", rows), ("max_rows", max_rows)]
+        check_counts(name, 1, {"rows": rows, "max_rows": max_rows}, optional=True)
+        check_counts(name, 1, {"max_iter": max_iter})
+        check_counts(name, 0, {"memory": memory, "corrections": corrections})
         checks: list[tuple[str, Any, bool, str]] = [
-            (key, value, value is None or (type(value) is int and value >= 1), "to be an int >= 1, or None")
-            for key, value in counts
-        ]
-        checks += [
-            ("holdout", holdout, holdout in (None, True, False), "to be True, False or None"),
+            ("holdout", holdout, holdout is None or type(holdout) is bool, "to be True, False or None"),
             ("solver", solver, solver in SOLVERS, f"one of {', '.join(map(repr, SOLVERS))}"),
-            ("memory", memory, isinstance(memory, int) and memory >= 0, "to be an int >= 0"),
-            ("seed", seed, isinstance(seed, int), "to be an int"),
-            ("max_iter", max_iter, type(max_iter) is int and max_iter >= 1, "to be an int >= 1"),
-            ("corrections", corrections, type(corrections) is int and corrections >= 0, "to be an int >= 0"),
+            ("seed", seed, type(seed) is int, "to be an int"),
             ("nonfinite", nonfinite, nonfinite in ("error", "skip"), "'error' or 'skip'"),
         ]
         check_arguments(name, checks)

@@ -16,7 +16,7 @@ from secondorder.reference.eigen_rows import (
 )
 
 # The entries of `control`: see `secondorder.ops.CONTROL`.
-LENGTH, OSCILLATIONS, _SLOPE, _LAST_SLOPE, STEPS, REFUSED, UNRENEWED, _FIRST_SLOPE = range(8)
+LENGTH, OSCILLATIONS, SLOPE, LAST_SLOPE, STEPS, REFUSED, UNRENEWED, _FIRST_SLOPE = range(8)
 
 
 def eigen_sketch_(
@@ -100,7 +100,7 @@ def eigen_step_(
         control[REFUSED] += 1
         control[UNRENEWED] = 0
         return
-    length, slopes = eigen_length(control), control.new_zeros(2)
+    length, slopes = eigen_length(control.tolist()), control.new_zeros(2)
     more = int(control[STEPS]) - since if renew_every else 0
     for i, t in enumerate(step):
         (n, p), ku, kv = grad_weight[i].shape, len(basis_out[i]), len(basis_in[i])
@@ -122,9 +122,9 @@ def _idle(control: Tensor | None, renew_every: int) -> bool:
     return control is not None and renew_every > 0 and int(control[STEPS]) % renew_every != 0
 
 
-def eigen_length(control: Tensor) -> float:
-    """Returns the step length that `control` gives, without lr."""
-    return float(control[LENGTH] / (1 + control[OSCILLATIONS] / 25).sqrt() * ((control[STEPS] + 2) / 14).clamp(max=1))
+def eigen_length(entries: Sequence[float]) -> float:
+    """Returns the step length that the entries of `control` give, without lr."""
+    return entries[LENGTH] / (1 + entries[OSCILLATIONS] / 25) ** 0.5 * min(1.0, (entries[STEPS] + 2) / 14)
 
 
 def eigen_control_(control: Tensor, slope: float, last_slope: float, renewed: bool) -> None:

@@ -86,8 +86,8 @@ class SolverOptions:
 
 def check_cg(max_cg: int, eps_cg: float) -> None:
     """Raises ValueError unless conjugate gradients do an iteration at least, and stop at a residual >= 0."""
-    if not max_cg >= 1:
-        raise ValueError(f"expected max_cg >= 1, got {max_cg}")
+    if not (type(max_cg) is int and max_cg >= 1):
+        raise ValueError(f"expected max_cg to be an int >= 1, got {max_cg}")
     if not eps_cg >= 0:
         raise ValueError(f"expected eps_cg >= 0, got {eps_cg}")
 

@@ -401,7 +401,7 @@ def test_a_criterion_that_is_no_likelihood_is_refused():
             blocks(
                 network([4, 1], nn.Sigmoid()), nn.MSELoss(), CURVATURES[curvature], (torch.randn(3, 4).double(), torch.zeros(3))
             )
-    with pytest.raises(ValueError, match="expected samples >= 1"):
+    with pytest.raises(ValueError, match="expected samples to be an int >= 1"):
         FisherMC(0)
 
 

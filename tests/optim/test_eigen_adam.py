@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -222,9 +223,29 @@ def test_a_loss_that_grows_a_thousandfold_is_told_of_once():
         for _ in range(20):
             optimizer.step(closure)
 
-    with pytest.warns(UserWarning, match=r"the loss has grown from 0.153 to .*: training diverges") as caught:
+    with pytest.warns(UserWarning, match=r"the loss of EigenAdam, .* has grown a thousandfold from") as caught:
         twenty()
     assert len(caught) == 1
+
+
+def test_a_warning_of_growth_that_is_an_error_comes_before_the_step():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    optimizer, factor = so.EigenAdam(model), 1.0
+
+    def closure():
+        optimizer.zero_grad()
+        loss = factor * (model(torch.ones(4, 3)) - 1).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    before, factor = values(model), 1e9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="has grown a thousandfold"):
+            optimizer.step(closure)
+    assert torch.equal(values(model), before)
 
 
 class Sine(nn.Module):

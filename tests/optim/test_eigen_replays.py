@@ -18,8 +18,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import secondorder as so
+from secondorder.ops.eigen import STEPS
 from secondorder.optim import _captures, _layer_inputs
-from secondorder.optim._eigen_state import STEPS
 
 
 class Mixed(nn.Module):
@@ -373,3 +373,69 @@ def test_places_that_a_graph_computes_are_not_kept():
 def test_a_bias_hessian_is_not_captured():
     with pytest.raises(ValueError, match="expected capturable False with a bias Hessian's bases, got True"):
         so.EigenAdam(network(), curvature="pch-abs", criterion=nn.CrossEntropyLoss(), capturable=True)
+
+
+class Late:
+    """A report that arrives once `arrived` says so."""
+
+    arrived = False
+
+    def __init__(self, t):
+        self._copy = t.clone()
+
+    @property
+    def here(self):
+        return Late.arrived
+
+    def read(self):
+        return self._copy
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+@pytest.mark.parametrize("bad", [0, 1, 5, 7])
+def test_a_refused_step_whose_report_comes_late_leaves_no_trace(bad, ahead, monkeypatch):
+    """Steps in a row with one that is refused, of which the host learns `ahead` steps later, as on CUDA."""
+    monkeypatch.setattr("secondorder.optim.eigen_adam.Arriving", Late)
+    model, data = mixed()
+    twin = copy.deepcopy(model)
+    optimizer, eager = so.EigenAdam(model, nonfinite="skip"), so.EigenAdam(twin, nonfinite="skip")
+    monkeypatch.setattr(optimizer, "_none_waits", lambda control: True)
+    for t in range(12):
+        for own, other in ((model, optimizer), (twin, eager)):
+            other.zero_grad()
+            x, y = data[t % 5]
+            F.cross_entropy(own(x), y).backward()
+            if t == bad:
+                own.head.weight.grad[0, 0] = math.nan
+            if t % 3 == 0:
+                own.norm.weight.grad = None  # it makes no step
+            Late.arrived = t >= bad + ahead
+            other.step()
+    Late.arrived = True
+    optimizer._read_reports()
+    assert optimizer.skipped_steps == eager.skipped_steps == 1
+    assert [state["step"] for state in counts(optimizer)] == [state["step"] for state in counts(eager)]
+    assert optimizer._shared_state()["steps"] == eager._shared_state()["steps"] == 11
+    assert values(model).isfinite().all()
+    if ahead == 1 and bad != 5:  # else renewals are due at other steps, by what the host counts until then
+        assert counts(optimizer) == counts(eager)
+        torch.testing.assert_close(values(model), values(twin))
+
+
+def test_reports_that_do_not_arrive_in_time_are_kept(monkeypatch):
+    monkeypatch.setattr("secondorder.optim.eigen_adam.Arriving", Late)
+    model, data = plain()
+    optimizer = so.EigenAdam(model)
+    monkeypatch.setattr(optimizer, "_none_waits", lambda control: True)
+    Late.arrived = False
+    for t, (x, y) in enumerate(data):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        if t == 1:
+            model[0].weight.grad[0, 0] = math.nan
+        optimizer.step()
+    optimizer._reports[0][0].__class__ = type("Here", (Late,), {"here": True})
+    optimizer._reports[1][0].__class__ = type("Here", (Late,), {"here": True})
+    with pytest.raises(so.NonFiniteError, match="expected finite gradients"):
+        optimizer.step()
+    assert len(optimizer._reports) == 3

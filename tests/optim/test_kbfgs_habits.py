@@ -278,7 +278,7 @@ def test_bad_closures_change_nothing(steps):
     [
         ({"lr": -1}, "lr >= 0"), ({"damping": 0}, r"damping in \(0, 1\]"), ({"damping": 1.5}, "damping"),
         ({"mu1": 1.0}, "mu1"), ({"decay": 1.0}, "decay"), ({"weight_decay": -1}, "weight_decay"),
-        ({"max_increase": -0.1}, "max_increase"), ({"fallback": "no"}, "fallback"), ({"memory": 0}, "memory >= 1"),
+        ({"max_increase": -0.1}, "max_increase"), ({"fallback": "no"}, "fallback"), ({"memory": 0}, "memory to be an int >= 1"),
         ({"damping_a": 0.0}, r"damping_a > 0, or None"), ({"damping_g": 1.5}, r"damping_g in \(0, 1\]"),
         ({"pairs": "all"}, "pairs to be one of 'damped', 'damped-bounded', 'bounded', got 'all'"),
         ({"input_inverse": "inverse"}, "'hessian-action' or 'exact'"),

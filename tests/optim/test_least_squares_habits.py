@@ -374,6 +374,7 @@ def test_float32():
         ({"rows": 2.5}, ValueError), ({"max_rows": -1}, ValueError), ({"damping": 0.0}, ValueError),
         ({"solver": "cg"}, ValueError), ({"memory": -1}, ValueError), ({"nonfinite": "no"}, ValueError),
         ({"seed": None}, ValueError), ({"holdout": 0.1}, ValueError),
+        ({"memory": True}, ValueError), ({"seed": True}, ValueError), ({"holdout": 1}, ValueError),
     ],
 )  # fmt: skip
 def test_arguments_out_of_range_are_refused(options, error):

@@ -1,6 +1,7 @@
 """Bad arguments, models, loops, numbers and solvers: a clear error, and nothing has changed."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -119,12 +120,12 @@ def test_a_failed_step_names_the_layer():
         ({"curvature": PCH}, "expected curvature to be one of"),
         ({"curvature": "hessian"}, "expected curvature to be one of .*'pch-abs', 'pch-clip', .*, got 'hessian'"),
         ({"solver": "cg"}, "expected solver to be one of .*'ea-cg', 'ea-cg-truncated', .*, got 'cg'"),
-        ({"max_cg": 0}, "expected max_cg >= 1, got 0"),
+        ({"max_cg": 0}, "expected max_cg to be an int >= 1, got 0"),
         ({"eps_cg": -1.0}, "expected eps_cg >= 0"),
         ({"momentum": 1.0}, r"expected momentum in \[0, 1\), got 1.0"),
         ({"weight_decay": -1.0}, "expected weight_decay >= 0"),
         ({"factor_decay": 1.0}, r"expected factor_decay in \[0, 1\)"),
-        ({"curvature_every": 0}, "expected curvature_every >= 1"),
+        ({"curvature_every": 0}, "expected curvature_every to be an int >= 1"),
         ({"max_step": 0.0}, "expected max_step > 0, or None for no bound, got 0.0"),
         ({"max_step": float("nan")}, "expected max_step > 0, or None for no bound, got nan"),
         ({"fallback": "adam"}, "expected fallback 'sgd' or 'error', got 'adam'"),
@@ -283,3 +284,21 @@ def test_an_error_of_a_solver_names_the_layer_and_leaves_everything(method, wron
     assert_same(snapshot(model, optimizer), before)
     Wrong.fails = False
     one_step(model, criterion, optimizer, x, y)
+
+
+COUNTS = {
+    "curvature_every", "curvature_samples", "inverse_every", "max_cg", "max_factor_elements", "max_factor_dim", "max_input_dim",
+    "memory", "rank", "renew_every", "rows", "max_rows", "max_iter", "corrections",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [2.5, True, -1])
+@pytest.mark.parametrize("name", so.optim.__all__)
+def test_counts_are_integers(name, value):
+    make = getattr(so, name)
+    counts = COUNTS & inspect.signature(make).parameters.keys()
+    assert counts
+    for count in counts:
+        arguments = [network()] if name in ("EigenAdam", "LevenbergMarquardt") else [network(), nn.CrossEntropyLoss()]
+        with pytest.raises(ValueError, match=f"{name}: expected {count} to be an int >= [01]"):
+            make(*arguments, **{count: value})

@@ -236,7 +236,7 @@ def test_layers_wider_than_the_limit_get_the_fallback_and_say_so(name):
     assert "2 (5 -> 6): no curvature" in repr(optimizer)
     key = "inverse_output" if name.startswith("KBFGS") else "factors"
     assert [key in optimizer.state.get(layer.weight, {}) for layer in (model[0], model[2], model[4])] == [True, False, True]
-    with pytest.raises(ValueError, match="max_factor_dim >= 1 or None"):
+    with pytest.raises(ValueError, match="max_factor_dim to be an int >= 1, or None"):
         ALL[name](network(), nn.CrossEntropyLoss(), max_factor_dim=0)
 
 
