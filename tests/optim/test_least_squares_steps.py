@@ -708,6 +708,7 @@ def test_data_without_noise_are_all_drawn_in_the_end(holdout):
     assert (optimizer.metrics()["excess"] == 0) == (holdout is None)
 
 
+@pytest.mark.filterwarnings("ignore:secondorder. LevenbergMarquardt. the residuals held out")
 def test_what_is_held_out_is_never_drawn():
     net, loss, _ = noisy()
     optimizer = so.LevenbergMarquardt(net.parameters(), rows=100, race=False)
