@@ -61,12 +61,13 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     corrected where it would not be taken, or where that ratio is below 0.75, as long as a correction is shorter than a tenth of d
     and lowers the loss of the rows drawn.
 
-    **Residuals held out.** With fewer than 4 residuals for each parameter, a tenth of each term with 100 or more is held out. If
-    12 steps bring no new record of the loss of those held out, and it is at least a tenth above that of the others, the points
-    are being interpolated or noise is fitted: the parameters go back to the record, mu becomes a hundred times as large, and a
-    warning says so once. All residuals are drawn from then on if no step lowers the loss of the others, or if the loss of those
-    held out falls below 1e-5 of the first loss, which leaves no room for noise; `holdout=True` holds them out to the end. No
-    residuals of parameters that stand for themselves, such as a field's values, are held out.
+    **Residuals held out.** With fewer than 4 residuals for each parameter, a tenth of each term with 100 or more is held out, and
+    stands for the term in an estimate of the whole loss. If 12 steps bring no new record of that estimate, and it is at least a
+    tenth above its record, or the loss of those held out a tenth above that of the others, the points are being interpolated or
+    noise is fitted: the parameters go back to the record, mu becomes a hundred times as large, and a warning says so once. All
+    residuals are drawn from then on if no step lowers the loss of the others, or if the loss of those held out falls below 1e-5
+    of the first loss, which leaves no room for noise; `holdout=True` holds them out to the end. No residuals of parameters that
+    stand for themselves, such as a field's values, are held out.
 
     **The first call** of `step` does more, since first steps decide which minimum is reached. It takes 6 steps from each of two
     starts and goes on from the least loss, that of the beginning included. One start is the net after 40 steps of `EigenAdam`, or
@@ -255,10 +256,10 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         if run.interpolates and "interpolation" not in self._warned:
             self._warned.add("interpolation")
             warn(
-                f"{type(self).__name__}: the residuals held out lie above the others, and have not fallen for {HELD_PATIENCE} "
-                "steps: the points are being interpolated, or noise is fitted. It has gone back, with more damping. More points, "
-                "or new ones in every step, let it go on; so does holdout=False, for data without noise or where the least loss "
-                "itself is sought."
+                f"{type(self).__name__}: the residuals held out lie above the others, or rise, and have brought no record for "
+                f"{HELD_PATIENCE} steps: the points are being interpolated, or noise is fitted. It has gone back, with more "
+                "damping. More points, or new ones in every step, let it go on; so does holdout=False, for data without noise or "
+                "where the least loss itself is sought."
             )
 
     def _check_finite(self, here: Residuals) -> None:

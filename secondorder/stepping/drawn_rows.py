@@ -31,14 +31,17 @@ class DrawnRows(NamedTuple):
         return torch.cat([v.detach().flatten() for v in values])[self.flat] * self.scale
 
     def held_losses(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Returns the mean loss of the residuals held out, and of the others of their blocks; nothing if none are held out."""
+        """Returns what the loss of the blocks with residuals held out is by these alone, by the others alone, and by all.
+
+        Nothing if none are held out.
+        """
         if not self.held:
             return []
         flat = torch.cat([v.detach().flatten() for v in values])
-        sums = [torch.zeros((), dtype=torch.float64, device=flat.device)] * 2
+        sums = [torch.zeros((), dtype=torch.float64, device=flat.device)] * 3
         for out, inside, scale in self.held:
             squares = (flat[torch.cat([out, inside])] * scale).square().double()
-            parts = squares.split([len(out), len(inside)])
+            parts = (*squares.split([len(out), len(inside)]), squares)
             sums = [total + part.mean() * len(squares) for total, part in zip(sums, parts, strict=True)]
         return sums
 

@@ -31,8 +31,8 @@ SUSPECT = 2.0  # above this ratio of reduction and predicted reduction the resid
 LEAST_DAMPING = 1e-16
 SMALL = 100  # a Jacobian may be rounding, as where derivatives cancel out, below so many times eps |r| / (1 + |theta|)
 HELD_RATIO = 4  # if there are fewer than so many residuals for each parameter
-HELD_PATIENCE = 12  # a step goes back after so many steps without a new record of the loss of residuals held out,
-HELD_EXCESS = 1.1  # if that loss is then so many times that of the others
+HELD_PATIENCE = 12  # a step goes back after so many steps without a new record of what residuals held out say of the whole loss,
+HELD_EXCESS = 1.1  # if that is then so many times its record, or their own loss so many times that of the others
 HELD_DAMPING = 100.0  # on the way back mu is multiplied by this, and the product is a lower bound on mu from then on,
 HELD_DECAY = 0.9  # which is multiplied by this in every step
 HELD_NOISE = 1e-5  # below this share of the first loss, the residuals held out have too little noise to be held out any more
@@ -48,7 +48,7 @@ class Progress(NamedTuple):
     since: int = 0  # steps since that record
     ratio: float = 0.0  # the last step's reduction over the predicted one; 0: no damping was accepted
     whole: float = math.nan  # the whole loss after the last step
-    held: float = math.inf  # the least loss of the residuals held out
+    held: float = math.inf  # the least whole loss that the residuals held out foretell
     excess: float = 0.0  # the mean loss of the residuals held out over that of the others of their blocks; 0: none are held out
     held_since: int = 0  # steps since `held` was reached
     best: Tensor | None = None  # the parameters that had the loss `held` [P]
@@ -259,9 +259,10 @@ class GaussNewtonStep:
         return torch.where(2 * acceleration.norm() < BEND * delta.norm(), acceleration, 0.0)
 
     def _held_out(self, there: Residuals, progress: Progress, rows: DrawnRows, means: list[float]) -> tuple[Residuals, Progress]:
-        """Goes back to the least loss of the residuals held out if only that of the others still falls: these are interpolated.
+        """Goes back to the least loss that the residuals held out foretell if only that of the others still falls.
 
-        At a minimum of the others, the residuals held out join them, unless holding out was asked for.
+        Then these are interpolated. At a minimum of the others, the residuals held out join them, unless holding out was asked
+        for.
 
         Args:
             there: the residuals where the step has led.
@@ -271,19 +272,22 @@ class GaussNewtonStep:
         """
         if not means:
             return there, progress._replace(excess=0.0)
-        held, others = means
+        held, others, both = means
+        # Terms of which nothing is held out, as few data and initial values, stand for themselves: an equation alone is met
+        # best where nothing happens.
+        expected = held + there.objective - both
         progress = progress._replace(excess=held / max(others, torch.finfo(torch.float64).tiny))
         ended = progress.ratio == 0 and len(rows.flat) + sum(len(out) for out, _, _ in rows.held) == rows.total
         clean = held < HELD_NOISE * progress.first
         if (ended or clean) and self.settings.holdout is None:
             return there, progress._replace(released=True, best=None)
-        if held < progress.held:
-            progress = progress._replace(held=held, held_since=0, best=self.loss.flat())
+        if expected < progress.held:
+            progress = progress._replace(held=expected, held_since=0, best=self.loss.flat())
             if not ended:
                 return there, progress
         if progress.held_since + 1 < HELD_PATIENCE and not ended:
             return there, progress._replace(held_since=progress.held_since + 1)
-        if progress.excess < HELD_EXCESS or progress.best is None:
+        if (progress.excess < HELD_EXCESS and expected < HELD_EXCESS * progress.held) or progress.best is None:
             return there, progress._replace(held_since=0)
         self.interpolates = True
         self.loss.move(progress.best)

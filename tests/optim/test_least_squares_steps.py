@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.least_squares import dense_jacobian, flat, float64, noisy, poisson, regression  # noqa: F401
 from torch import nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import huber_loss, mse_loss, smooth_l1_loss
 
 import secondorder as so
 from secondorder.stepping import checked_jacobian, gauss_newton_step
@@ -619,6 +619,56 @@ def test_it_goes_back_to_where_the_residuals_held_out_were_least():
     assert torch.equal(flat(net), optimizer.state[net[0].weight]["best"])
 
 
+def test_an_equation_that_is_held_out_does_not_outweigh_data_that_are_not():
+    """The equation alone is met best where nothing happens."""
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1))
+    rate = nn.Parameter(torch.tensor(0.5))
+    t, measured = torch.linspace(0, 10, 150).view(-1, 1).requires_grad_(), torch.linspace(0, 10, 20).view(-1, 1)
+
+    def solution(t):
+        return 1000 / (1 + 99 * torch.exp(-t))
+
+    def loss():
+        u = net(t)
+        change = torch.autograd.grad(u.sum(), t, create_graph=True)[0]
+        return ((change - rate * u * (1 - u / 1000)) ** 2).mean() + mse_loss(net(measured), solution(measured))
+
+    optimizer = so.LevenbergMarquardt([*net.parameters(), rate])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(60):
+            optimizer.step(loss)
+    assert float(((net(t) - solution(t)).norm() / solution(t).norm()).detach()) < 1e-2
+    assert abs(rate.item() - 1) < 1e-2
+
+
+@pytest.mark.parametrize("criterion", [huber_loss, lambda z, y, delta: smooth_l1_loss(z, y, beta=delta)], ids=["huber", "smooth"])
+def test_outliers_of_which_few_are_held_out_are_not_fitted(criterion):
+    """The loss of the residuals held out is below that of the others all the time."""
+
+    def f(x):
+        return torch.sin(3 * x) + 0.5 * x**2
+
+    generator = torch.Generator().manual_seed(100)
+    x = 2 * torch.rand(150, 1, generator=generator) - 1
+    y = f(x) + 0.05 * torch.randn(150, 1, generator=generator)
+    outlier = torch.rand(150, 1, generator=generator) < 0.1
+    y = torch.where(outlier, y + 3 * torch.randn(150, 1, generator=generator), y)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1))
+    optimizer = so.LevenbergMarquardt(net.parameters())
+
+    def train():
+        for _ in range(70):
+            optimizer.step(lambda: criterion(net(x), y, delta=0.1))
+
+    with pytest.warns(UserWarning, match="being interpolated, or noise is fitted"):
+        train()
+    test = torch.linspace(-1, 1, 300).view(-1, 1)
+    assert float(((net(test) - f(test)).norm() / f(test).norm()).detach()) < 0.1
+
+
 def test_nothing_is_held_out_where_residuals_are_many():
     net, x, y = regression(400, 6)
     optimizer = so.LevenbergMarquardt(net.parameters())
@@ -684,6 +734,7 @@ def test_data_without_noise_are_all_drawn_in_the_end(holdout):
     assert (optimizer.metrics()["excess"] == 0) == (holdout is None)
 
 
+@pytest.mark.filterwarnings("ignore:secondorder. LevenbergMarquardt. the residuals held out")
 def test_what_is_held_out_is_never_drawn():
     net, loss, _ = noisy()
     optimizer = so.LevenbergMarquardt(net.parameters(), rows=100, race=False)
