@@ -91,16 +91,18 @@ def extension() -> dict[str, Any]:
         os.environ["CUDA_HOME"] = found
     from torch.utils import cpp_extension
 
+    cuda = cuda_wanted(torch, cpp_extension.CUDA_HOME)
+    without = "To compile it for the CPU alone, set SECONDORDER_CUDA=0 and repeat the command. " * cuda + WITHOUT
+
     class Build(cpp_extension.BuildExtension):
-        """Says what else there is where the compiler fails."""
+        """Says what else there is where the compiler fails, or the toolkit is not of torch's version of CUDA."""
 
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
             except Exception as error:
-                sys.exit(f"secondorder: compiling its extension failed: {error}\n{WITHOUT}")
+                sys.exit(f"secondorder: compiling its extension failed: {error}\n{without}")
 
-    cuda = cuda_wanted(torch, cpp_extension.CUDA_HOME)
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     # Nobody reads errno or the exception flags of floating-point numbers; without them roots and choices are vectors, too.

@@ -83,11 +83,16 @@ def test_setup_says_at_once_what_else_there_is():
     assert "cannot be compiled on Windows. To install without the compiled extension, set SECONDORDER_EXTENSION=0" in done.stderr
 
 
+def broken_project(folder, suffix):
+    """The package with one source that no compiler takes."""
+    (folder / "csrc").mkdir()
+    (folder / "csrc" / f"broken.{suffix}").write_text("#error broken\n")
+    (folder / "setup.py").write_text((ROOT / "setup.py").read_text())
+    (folder / "pyproject.toml").write_text("[project]\nname = 'broken'\nversion = '0'\n[tool.setuptools]\npackages = []\n")
+
+
 def test_setup_names_the_way_without_a_compiler_where_compiling_fails(tmp_path):
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "broken.cpp").write_text("#error broken\n")
-    (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text())
-    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'broken'\nversion = '0'\n[tool.setuptools]\npackages = []\n")
+    broken_project(tmp_path, "cpp")
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=tmp_path, env={**os.environ, "SECONDORDER_CUDA": "0"}, capture_output=True, text=True,
@@ -95,3 +100,28 @@ def test_setup_names_the_way_without_a_compiler_where_compiling_fails(tmp_path):
     assert done.returncode != 0
     assert "compiling its extension failed" in done.stderr
     assert "set SECONDORDER_EXTENSION=0 and repeat the command" in done.stderr
+    assert "SECONDORDER_CUDA" not in done.stderr
+
+
+def test_setup_names_the_way_without_cuda_where_the_toolkit_is_of_another_version(tmp_path):
+    """A torch of CUDA 12.4, as its version says, beside a toolkit of 11.8, as its nvcc says."""
+    broken_project(tmp_path, "cu")
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 11.8, V11.8.89\n")
+    nvcc.chmod(0o755)
+    build = (
+        "import os, sys, torch; from torch.utils import cpp_extension; torch.version.cuda = '12.4'; "
+        "cpp_extension.CUDA_HOME = os.environ['CUDA_HOME']; "  # which a torch for the CPU does not read
+        "__file__ = 'setup.py'; sys.argv = ['setup.py', '-q', 'build_ext', '--inplace']; exec(open('setup.py').read())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", build],
+        cwd=tmp_path,
+        env={**os.environ, "SECONDORDER_CUDA": "1", "CUDA_HOME": str(tmp_path / "toolkit")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "The detected CUDA version" in done.stderr
+    assert "To compile it for the CPU alone, set SECONDORDER_CUDA=0 and repeat the command. To install without" in done.stderr
