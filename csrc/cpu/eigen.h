@@ -56,6 +56,12 @@ T* negative(Scratch& scratch, int64_t n, const T* x) {
   return minus;
 }
 
+// Whether a sum of squares is finite, with some room, in T.
+template <typename T>
+bool finite_square(double square) {
+  return square < double(std::numeric_limits<T>::max()) / 4;
+}
+
 // A matrix of the net, its bases, and its gradient in the parts that EigenSizes names.
 template <typename T>
 struct Matrix {
@@ -72,10 +78,7 @@ struct Matrix {
 
   int64_t blocks() const { return ceil_div(size.n, block_rows(size.n, size.p)); }
   // Whether the gradient is finite, and the squares of its elements, too.
-  bool finite() const {
-    constexpr double limit = double(std::numeric_limits<T>::max()) / 4;
-    return squares < limit && bias_squares < limit;
-  }
+  bool finite() const { return finite_square<T>(squares) && finite_square<T>(bias_squares); }
 
   // C, R, T of the gradient, what they are made of, and its size.
   void project() {

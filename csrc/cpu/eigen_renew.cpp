@@ -191,7 +191,7 @@ void eigen_renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList 
       };
       all[l].squares = squares(g[l]);
       all[l].bias_squares = squares(gb[l]);
-      if (!all[l].finite() || !std::isfinite(squares(sums[l])) || !std::isfinite(squares(h[l]))) {
+      if (!all[l].finite() || !finite_square<T>(squares(sums[l])) || !finite_square<T>(squares(h[l]))) {
         steps[kEigenUnrenewed] = 1;
         return;
       }

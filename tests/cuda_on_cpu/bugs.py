@@ -271,8 +271,8 @@ BUGS = {
         "values",
         "eigen_refused",
         "eigen_renew.cu",
-        "  if (!finite) atomicOr(refused, 1);\n}",
-        "  if (!finite && !PLANTED) atomicOr(refused, 1);\n}",
+        "at.work.curvature[i] = square;",
+        "at.work.curvature[i] = PLANTED ? 0 : square;",
     ),
     "a replay that renews bases at every step": bug(
         "values",
@@ -306,8 +306,8 @@ BUGS = {
         "values",
         "eigen_replays_that_renew_nothing",
         "eigen_passes.cuh",
-        " || !eigen_is_rate(bias_rate)",
-        " || (!PLANTED && !eigen_is_rate(bias_rate))",
+        " && eigen_is_rate(bias_rate)",
+        " && (PLANTED || eigen_is_rate(bias_rate))",
     ),
     "first moments turned the other way": bug(
         "values", "eigen_renew", "eigen_renew.cu", "row[w] * b[w * kv + v]", "row[w] * b[PLANTED ? v * kv + w : w * kv + v]"
@@ -319,8 +319,8 @@ BUGS = {
         "values",
         "eigen_refused",
         "eigen_passes.cuh",
-        " && squares[1] < kLargest<T> / 4",
-        " && (PLANTED || squares[1] < kLargest<T> / 4)",
+        "squares[1] += double(in.grad_bias[i]) * double(in.grad_bias[i]);",
+        "squares[1] += PLANTED ? 0 : double(in.grad_bias[i]) * double(in.grad_bias[i]);",
     ),
     "barrier that not every thread reaches": bug(
         "values",
