@@ -59,6 +59,13 @@ void orthonormalize(Scratch& scratch, int64_t k, int64_t n, T* x, T* lengths) {
   const T tolerance = 16 * std::numeric_limits<T>::epsilon();
   T* const along = scratch.take<T>(k);
   const auto length = [&](const T* row) { return T(std::sqrt(loops.dot(n, row, row))); };
+  // Rows grow as squares of a gradient: squares of their lengths would leave T's range. A power of 2 rounds nothing.
+  T most = 0;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < k * n; ++i) most = std::max(most, std::abs(x[i]));
+  const int exponent = most > 0 ? std::max(std::ilogb(most), std::numeric_limits<T>::min_exponent) : 0;
+  const T unit = std::ldexp(T(1), exponent);
+  loops.combine(k * n, 1 / unit, x, T(0), x, x);
   T largest = 0;
   for (int64_t q = 0; q < k; ++q) largest = std::max(largest, length(x + q * n));
   for (int64_t q = 0; q < k; ++q) {
@@ -71,8 +78,9 @@ void orthonormalize(Scratch& scratch, int64_t k, int64_t n, T* x, T* lengths) {
     const auto scale = [&](T factor) { loops.combine(n, factor, row, T(0), row, row); };
     const T start = length(row);
     strip();
-    lengths[q] = length(row);
-    if (!(lengths[q] > tolerance * start && lengths[q] > tolerance * largest)) {
+    const T left = length(row);
+    lengths[q] = left * unit;
+    if (!(left > tolerance * start && left > tolerance * largest)) {
       lengths[q] = 0;
       for (int64_t j = 0; j < n; ++j) row[j] = T(eigen_refill(j, q));
       strip();
