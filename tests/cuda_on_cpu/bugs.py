@@ -184,14 +184,14 @@ BUGS = {
         "LAUNCH((damping_kernel<true, T>), layers.count, kThreads, 0, PLANTED ? nullptr : stream",
     ),
     "more dynamic shared memory than was asked for": bug(
-        "values", "eacg_every_plan", "eacg.cu", "    cudaFuncSetAttribute(", "    if (!PLANTED) cudaFuncSetAttribute("
+        "values", "eacg_every_plan", "eacg.cu", "  cudaFuncSetAttribute(", "  if (!PLANTED) cudaFuncSetAttribute("
     ),
     "static shared memory not deducted": bug(
         "values",
         "eacg_every_plan",
         "eacg.cu",
-        "device.shared_bytes - int64_t(sizeof(double)",
-        "device.shared_bytes - (PLANTED ? 0 : 1) * int64_t(sizeof(double)",
+        "device.shared_bytes - int(sizeof(double)",
+        "device.shared_bytes - (PLANTED ? 0 : 1) * int(sizeof(double)",
     ),
     "indices of 32 bits of an array": bug(
         "values",
