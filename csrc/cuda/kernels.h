@@ -19,6 +19,9 @@ struct Device {
   int shared_bytes;  // the most that one block may ask for (cudaDevAttrMaxSharedMemoryPerBlockOptin)
 };
 
+// Whether the binary has kernels that the current device can run.
+bool has_kernels();
+
 // saved, d1, d2 [n]
 template <typename T>
 void activation_derivatives(int64_t n, const T* saved, Activation activation, T parameter, T* d1, T* d2,
