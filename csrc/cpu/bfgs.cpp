@@ -19,6 +19,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../bfgs.h"
 #include "../formulas.h"
 #include "../ops/bfgs.h"
 #include "kernels.h"
@@ -26,9 +27,6 @@
 
 namespace secondorder::cpu {
 namespace {
-
-// The bits of a status.
-constexpr int64_t kUpdated = 1, kDampedS = 2, kDampedY = 4;
 
 template <typename T>
 double dot(const std::vector<T>& x, const std::vector<T>& y) {

@@ -122,12 +122,13 @@ at::Tensor action_update_(at::TensorList inverses, at::TensorList matrices, at::
 // H of a limited memory, as csrc/cpu/bfgs.cpp has it. The long products are PyTorch's own; what is short, and
 // ill-conditioned, is in float64.
 struct Memory {
-  at::Tensor pairs, sy, yy;  // P [2p, n]; S Y^T and Y Y^T [p, p] in float64
+  at::Tensor pairs, sy, ys, yy;  // P [2p, n]; S Y^T, Y S^T and Y Y^T [p, p] in float64
 
   // s, y [p, n]
   Memory(const at::Tensor& s, const at::Tensor& y) : pairs(at::cat({s, y}, 0)) {
     const at::Tensor s64 = s.to(at::kDouble), y64 = y.to(at::kDouble);
     sy = at::matmul(s64, y64.t()).contiguous();
+    ys = sy.t().contiguous();
     yy = at::matmul(y64, y64.t()).contiguous();
   }
 
@@ -137,8 +138,8 @@ struct Memory {
     const at::Tensor columns = at::matmul(pairs, v).contiguous(), work = at::empty({k, 2 * p}, sy.options());
     const Launch launch(v);
     AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "lbfgs_product", [&] {
-      lbfgs_middle(p, k, sy.const_data_ptr<double>(), yy.const_data_ptr<double>(), columns.mutable_data_ptr<scalar_t>(),
-                   work.mutable_data_ptr<double>(), launch.stream);
+      lbfgs_middle(p, k, sy.const_data_ptr<double>(), ys.const_data_ptr<double>(), yy.const_data_ptr<double>(),
+                   columns.mutable_data_ptr<scalar_t>(), work.mutable_data_ptr<double>(), launch.stream);
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return at::addmm(v, pairs.t(), columns);

@@ -84,6 +84,12 @@ BUGS = {
     "missing barrier between two rows of a substitution": without_barrier(
         "lbfgs_product", "bfgs.cu", "diagonal(i);\n    }\n    "
     ),
+    "an element that a substitution leaves out": bug(
+        "values", "lbfgs_product", "bfgs.cu", "if (j > i && j < p) z[s]", "if (j > i + PLANTED && j < p) z[s]"
+    ),
+    "the last element of a row in registers beyond it": bug(
+        "address", "lbfgs_product", "bfgs.cu", "if (j < p) z[s] +=", "if (j < p + PLANTED) z[s] +="
+    ),
     "last part of a batch as long as the others": bug(
         "address",
         "bias_hessian_parts",
@@ -108,7 +114,9 @@ BUGS = {
         "sum[e] += double(second) * double(grad[e]);",
         "sum[e] = PLANTED ? double(T(sum[e]) + second * grad[e]) : sum[e] + double(second) * double(grad[e]);",
     ),
-    "off-by-one row of a memory": bug("address", "damped_lbfgs", "bfgs.cu", "row + 1 < in.pairs", "row + 1 - PLANTED < in.pairs"),
+    "off-by-one row of a memory": bug(
+        "address", "damped_lbfgs", "bfgs.cu", "kept = in.pairs - 1;", "kept = in.pairs - 1 + PLANTED;"
+    ),
     "a bound on the undamped pair": bug(
         "values",
         "bfgs_bounded",
