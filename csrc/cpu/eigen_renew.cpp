@@ -102,6 +102,7 @@ void renew_side(Scratch& scratch, int64_t k, int64_t n, T share, T* product, T* 
 
 // The first moments in new bases: C <- A C B, R <- R B, T <- A T with A = U'^T U and B = V^T V', but for the bias'
 // column. E stays: what turns into the bases, or out of them, is little from one renewal to the next.
+//   old_out, out [ku, n]; old_in, in [kv, p]; first [ku c + n c + ku p + n p], as far as there are C, R, T, E
 template <typename T>
 void turn(Scratch& scratch, const EigenSizes& size, const T* old_out, const T* old_in, const T* out, const T* in,
           T* first) {
@@ -122,6 +123,9 @@ void turn(Scratch& scratch, const EigenSizes& size, const T* old_out, const T* o
   if (size.top()) std::copy_n(product(ku, ku, p, a, top), size.top(), top);
 }
 
+// The new mean, bases, scales and first moments of a matrix, to their places.
+//   mean [p] or null; basis_out [ku, n], basis_in [kv, p]; scale_out [ku], scale_in [kv]; first as in `turn`;
+//   sketch [kv + 1, p] of `rows` inputs, or null with rows = 0; hessian [n, n] or null
 template <typename T>
 void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, T* scale_in, T* first, const T* sketch,
            int64_t rows, const T* hessian, T share) {

@@ -58,6 +58,7 @@ struct Projection {
   double squares;  // |b|^2, or 0
 };
 
+//   b, x [n]
 template <bool kSquares, typename T>
 __device__ __forceinline__ Projection<T> project_row(int64_t n, bool vectors, const T* b, const T* x) {
   Projection<T> sums{};
@@ -343,7 +344,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   }
 }
 
-// Elements [j, j + width) of: p = c b + w a; v = momentum v + p where v is given; x = (1 - decay) x + lr (v or p).
+// Elements [j, j + width) of a row: p = c b + w a; v = momentum v + p where v is given; x = keep x + lr (v or p).
+//   b, a, v, x [width], from the row's j-th element on
 template <bool kUpdate, typename T, typename Width>
 __device__ __forceinline__ void apply(Width width, T c, const T* b, T w, const T* a, T lr, T keep, T momentum, T* v,
                                       T* x) {

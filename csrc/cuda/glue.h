@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace secondorder::cuda {
@@ -53,12 +54,6 @@ struct Launch {
 template <typename T>
 const T* data(const at::Tensor& t) {
   return t.defined() && t.numel() ? t.const_data_ptr<T>() : nullptr;
-}
-
-inline std::vector<at::Tensor> contiguous(at::TensorList tensors) {
-  std::vector<at::Tensor> out;
-  for (const at::Tensor& t : tensors) out.push_back(t.contiguous());
-  return out;
 }
 
 inline at::Tensor workspace(size_t bytes, const at::Tensor& like) {
