@@ -10,13 +10,16 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from setuptools import setup
 
-CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+# Compiled where TORCH_CUDA_ARCH_LIST says nothing, each with the first nvcc that knows it. CMakeLists.txt reads this line.
+CUDA_ARCHITECTURES = {"8.0": (12, 1), "8.6": (12, 1), "8.9": (12, 1), "9.0": (12, 1), "10.0": (12, 8), "12.0": (12, 8)}
+OLDEST_NVCC = (12, 1)  # the first that lets a kernel have parameters of more than 4 KB
 WITHOUT = (
     "To install without the compiled extension, set SECONDORDER_EXTENSION=0 and repeat the command: plain PyTorch then stands in "
     "for it, with the same steps, several times as slow."
@@ -74,6 +77,38 @@ def cuda_wanted(torch: ModuleType, home: str | None) -> bool:
     return choice != "0" and available
 
 
+def nvcc_version(home: str) -> tuple[int, ...]:
+    """Asks a toolkit's nvcc which version it is."""
+    report = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", report)
+    return tuple(map(int, release.groups())) if release else OLDEST_NVCC
+
+
+def architectures(nvcc: tuple[int, ...], known: Callable[[str], bool]) -> str:
+    """Lists what this nvcc compiles and torch has a name for, with PTX of the last, which later cards compile as they load it."""
+    if nvcc < OLDEST_NVCC:
+        sys.exit(
+            f"secondorder: its CUDA kernels need nvcc 12.1 or newer, got {'.'.join(map(str, nvcc))}. SECONDORDER_CUDA=0 compiles "
+            "the extension without them."
+        )
+    return ";".join(name for name, first in CUDA_ARCHITECTURES.items() if nvcc >= first and known(name)) + "+PTX"
+
+
+def known_to(cpp_extension: ModuleType) -> Callable[[str], bool]:
+    """Makes what tells whether torch's own list of architectures, which its build refuses to go beyond, has this one."""
+
+    def known(name: str) -> bool:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = name
+        try:
+            return bool(cpp_extension._get_cuda_arch_flags())
+        except ValueError:
+            return False
+        finally:
+            del os.environ["TORCH_CUDA_ARCH_LIST"]
+
+    return known
+
+
 def sources(cuda: bool) -> list[str]:
     """Lists csrc's source files, relative to this file as setuptools wants them."""
     root = Path(__file__).parent
@@ -103,8 +138,8 @@ def extension() -> dict[str, Any]:
             except Exception as error:
                 sys.exit(f"secondorder: compiling its extension failed: {error}\n{without}")
 
-    if cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    if cuda and "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(nvcc_version(cpp_extension.CUDA_HOME), known_to(cpp_extension))
     # Nobody reads errno or the exception flags of floating-point numbers; without them roots and choices are vectors, too.
     flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
     if sys.platform != "darwin":  # Apple's clang has no OpenMP: there the kernels run on one thread
@@ -114,7 +149,7 @@ def extension() -> dict[str, Any]:
     compiled = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
         "secondorder._C",
         sources(cuda),
-        extra_compile_args={"cxx": flags, "nvcc": ["-std=c++20", "-O3", "--Werror", "all-warnings"]},
+        extra_compile_args={"cxx": flags, "nvcc": ["-std=c++20", "-O3"]},
     )
     return {"ext_modules": [compiled], "cmdclass": {"build_ext": Build}}
 

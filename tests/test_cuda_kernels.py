@@ -169,7 +169,7 @@ LAUNCHES = {
     "damped_lbfgs_update": ["damping_kernel", "push_kernel"],
     "eigen_sketch": ["products_kernel", "parts_kernel", "products_kernel", "sketch_kernel"],
     "eigen_renew": [
-        "begin_renewal_kernel", "products_kernel", "parts_kernel", "curvature_kernel", "products_kernel", "candidates_kernel",
+        "begin_renewal_kernel", "products_kernel", "curvature_kernel", "parts_kernel", "products_kernel", "candidates_kernel",
         "orthonormal_kernel", "overlaps_kernel", "turns_kernel", "moments_kernel", "finish_renewal_kernel",
     ],
     "eigen_step": [

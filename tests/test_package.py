@@ -3,12 +3,14 @@ import inspect
 import os
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 import secondorder as so
 
@@ -43,6 +45,21 @@ def test_a_source_distribution_has_all_sources_of_the_extension_and_no_tests(tmp
     packed = (tmp_path / "secondorder.egg-info" / "SOURCES.txt").read_text().splitlines()
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert {path for path in packed if path.startswith(("csrc/", "tests/"))} == sources
+
+
+def test_architectures_are_those_that_nvcc_and_torch_know(monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("SECONDORDER_EXTENSION", "0")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    assert build["architectures"]((13, 0), lambda _: True) == "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+    assert build["architectures"]((12, 10), lambda name: name != "12.0") == "8.0;8.6;8.9;9.0;10.0+PTX"
+    assert build["architectures"]((12, 7), lambda _: True) == "8.0;8.6;8.9;9.0+PTX"
+    with pytest.raises(SystemExit, match="need nvcc 12.1 or newer, got 11.8"):
+        build["architectures"]((11, 8), lambda _: True)
+    known = build["known_to"](cpp_extension)
+    assert [known(name) for name in ("8.0", "9.0", "99.0")] == [True, True, False]
+    assert "TORCH_CUDA_ARCH_LIST" not in os.environ
 
 
 def test_build_info():

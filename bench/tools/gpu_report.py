@@ -55,9 +55,9 @@ def steps(folder: Path, architecture: str) -> list[tuple[str, Callable[[], Step]
     def measurement(name: str) -> Step:
         return run(name, [python, "-m", "bench.tools.gpu_timings", name, "--out", str(folder / f"{name}.json")], 900)
 
-    build = [python, "setup.py", "build_ext", "--inplace"]
+    build, strict = [python, "setup.py", "build_ext", "--inplace"], {"NVCC_APPEND_FLAGS": "--Werror all-warnings"}
     return [
-        ("build", lambda: run("build", build, 1800, SECONDORDER_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture)),
+        ("build", lambda: run("build", build, 1800, SECONDORDER_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture, **strict)),
         ("tests", lambda: run("tests", tests, 600)),
         *((name, lambda n=name: measurement(n)) for name in MEASUREMENTS),
         *((tool, lambda t=tool: sanitizer(t)) for tool in ("racecheck", "memcheck", "synccheck", "initcheck")),  # the slowest

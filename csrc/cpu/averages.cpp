@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../ops/averages.h"
+#include "../tensors.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -61,7 +62,7 @@ void average_(at::TensorList news, at::TensorList olds, double share) {
       });
     });
   });
-  for (const at::Tensor& each : news) each.unsafeGetTensorImpl()->bump_version();
+  written(news);
 }
 
 }  // namespace

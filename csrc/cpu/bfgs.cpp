@@ -19,6 +19,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../bfgs.h"
 #include "../formulas.h"
 #include "../ops/bfgs.h"
 #include "kernels.h"
@@ -26,9 +27,6 @@
 
 namespace secondorder::cpu {
 namespace {
-
-// The bits of a status.
-constexpr int64_t kUpdated = 1, kDampedS = 2, kDampedY = 4;
 
 template <typename T>
 double dot(const std::vector<T>& x, const std::vector<T>& y) {
@@ -321,28 +319,36 @@ at::Tensor hessian_action_update_(at::TensorList inverses, at::TensorList matric
 //   K = [[R^-T (D + Y Y^T) R^-1, -R^-T], [-R^-1, 0]],  R = triu(S Y^T),  D = diag(S Y^T).
 // K is small and R can be ill-conditioned, so it is formed in float64. Rows with s.y = 0 are empty places of the
 // memory; they are zero, and a 1 on R's diagonal keeps them out.
-at::Tensor compact_product(const at::Tensor& s, const at::Tensor& y, const at::Tensor& v) {
-  const int64_t p = s.size(0);
-  const at::Tensor s64 = s.to(at::kDouble), y64 = y.to(at::kDouble);
-  const at::Tensor sy = at::matmul(s64, y64.t()), d = sy.diagonal();
-  const at::Tensor r = at::triu(sy) + at::diag_embed(d.eq(0).to(at::kDouble));
-  const at::Tensor r_inverse = at::linalg_solve_triangular(r, at::eye(p, r.options()), /*upper=*/true);
-  const at::Tensor corner =
-      at::matmul(at::matmul(r_inverse.t(), at::matmul(y64, y64.t()) + at::diag_embed(d)), r_inverse);
-  const at::Tensor k = at::cat({at::cat({corner, -r_inverse.t()}, 1), at::cat({-r_inverse, at::zeros_like(r)}, 1)}, 0);
-  const at::Tensor pairs = at::cat({s, y}, 0);
-  return at::matmul(pairs.t(), at::matmul(k.to(v.scalar_type()), at::matmul(pairs, v))).add_(v);
-}
+struct Memory {
+  at::Tensor pairs, k;  // P [2p, n], K [2p, 2p]
+
+  // s, y [p, n]
+  Memory(const at::Tensor& s, const at::Tensor& y) : pairs(at::cat({s, y}, 0)) {
+    const at::Tensor s64 = s.to(at::kDouble), y64 = y.to(at::kDouble);
+    const at::Tensor sy = at::matmul(s64, y64.t()), d = sy.diagonal();
+    const at::Tensor r = at::triu(sy) + at::diag_embed(d.eq(0).to(at::kDouble));
+    const at::Tensor r_inverse = at::linalg_solve_triangular(r, at::eye(s.size(0), r.options()), /*upper=*/true);
+    const at::Tensor corner =
+        at::matmul(at::matmul(r_inverse.t(), at::matmul(y64, y64.t()) + at::diag_embed(d)), r_inverse);
+    k = at::cat({at::cat({corner, -r_inverse.t()}, 1), at::cat({-r_inverse, at::zeros_like(r)}, 1)}, 0)
+            .to(s.scalar_type());
+  }
+
+  // H v for v [n, columns]
+  at::Tensor times(const at::Tensor& v) const {
+    return at::matmul(pairs.t(), at::matmul(k, at::matmul(pairs, v))).add_(v);
+  }
+};
 
 at::Tensor lbfgs_product(const at::Tensor& s, const at::Tensor& y, const at::Tensor& v) {
   check_lbfgs_product(s, y, v);
-  return compact_product(s, y, v);
+  return Memory(s, y).times(v);
 }
 
 std::vector<at::Tensor> lbfgs_product_list(at::TensorList s, at::TensorList y, at::TensorList v) {
   check_lbfgs_product(s, y, v);
   std::vector<at::Tensor> out;
-  for (size_t l = 0; l < s.size(); ++l) out.push_back(compact_product(s[l], y[l], v[l]));
+  for (size_t l = 0; l < s.size(); ++l) out.push_back(Memory(s[l], y[l]).times(v[l]));
   return out;
 }
 
@@ -363,9 +369,8 @@ at::Tensor damped_lbfgs_update_(at::TensorList s_pairs, at::TensorList y_pairs, 
     AT_DISPATCH_FLOATING_TYPES(s[l].scalar_type(), "damped_lbfgs_update_", [&] {
       using T = scalar_t;
       Pair<T> pair{to_vector<T>(s[l]), to_vector<T>(y[l])};
-      const auto h_y = [&](const at::Tensor& vector) {
-        return to_vector<T>(compact_product(s_pairs[l], y_pairs[l], vector.unsqueeze(1)));
-      };
+      const Memory memory(s_pairs[l], y_pairs[l]);
+      const auto h_y = [&](const at::Tensor& vector) { return to_vector<T>(memory.times(vector.unsqueeze(1))); };
       pair.hy = h_y(y[l]);
       const Damping<T> damping{mu1, mu2, damped};
       damping.first(pair);

@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "../ops/eacg.h"
+#include "../tensors.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -287,11 +288,8 @@ at::Tensor eacg_update_(at::TensorList hessians, at::TensorList mean_inputs, at:
   own_storage(weights);
   own_storage(weight_momenta);
   parallel_layers(systems.sizes, 1, [&](int64_t l) { weight_updates[l](); });
-  for (size_t l = 0; l < layers; ++l) {
-    bias_updates[l]();  // one after another: layers may share a bias
-    for (const auto* targets : {&weights, &biases, &weight_momenta, &bias_momenta})
-      if (!targets->empty()) (*targets)[l].unsafeGetTensorImpl()->bump_version();
-  }
+  for (size_t l = 0; l < layers; ++l) bias_updates[l]();
+  for (const at::TensorList list : {weights, biases, weight_momenta, bias_momenta}) written(list);
   return iterations;
 }
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../eigen.h"
+#include "../tensors.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -56,6 +57,12 @@ T* negative(Scratch& scratch, int64_t n, const T* x) {
   return minus;
 }
 
+// Whether a sum of squares is finite, with some room, in T.
+template <typename T>
+bool finite_square(double square) {
+  return square < double(std::numeric_limits<T>::max()) / 4;
+}
+
 // A matrix of the net, its bases, and its gradient in the parts that EigenSizes names.
 template <typename T>
 struct Matrix {
@@ -72,10 +79,7 @@ struct Matrix {
 
   int64_t blocks() const { return ceil_div(size.n, block_rows(size.n, size.p)); }
   // Whether the gradient is finite, and the squares of its elements, too.
-  bool finite() const {
-    constexpr double limit = double(std::numeric_limits<T>::max()) / 4;
-    return squares < limit && bias_squares < limit;
-  }
+  bool finite() const { return finite_square<T>(squares) && finite_square<T>(bias_squares); }
 
   // C, R, T of the gradient, what they are made of, and its size.
   void project() {
@@ -142,8 +146,8 @@ struct Matrix {
     return f;
   }
 
-  // S = N_E + l r and y [n] from parts of N: w = ku + kv. nv = N_E V [n, kv] and nu = U^T N_E [ku, p], null without
-  // N_E; y is null without a bias.
+  // S = N_E + l r and y [n] from parts of N: w = ku + kv. c_part [ku, c], r_part [n, c], t_part [ku, p]; nv = N_E V
+  // [n, kv] and nu = U^T N_E [ku, p], null without N_E; y is null without a bias.
   LowRank whole(Scratch& own, const T* c_part, const T* r_part, const T* t_part, const T* nv, const T* nu, T* y) const {
     const int64_t n = size.n, p = size.p, ku = size.ku, kv = size.kv, c = size.c(), width = ku + kv;
     // Inside the bases' span of the outputs: N_C - U^T N_R + (U^T N_E V, 0).
@@ -184,12 +188,6 @@ const T* optional_data(const at::Tensor& t) {
   return t.numel() ? t.const_data_ptr<T>() : nullptr;
 }
 
-inline std::vector<at::Tensor> contiguous(at::TensorList tensors) {
-  std::vector<at::Tensor> out;
-  for (const at::Tensor& t : tensors) out.push_back(t.contiguous());
-  return out;
-}
-
 // The matrices of a call. The lists are contiguous and outlive them.
 template <typename T>
 std::vector<Matrix<T>> matrices(at::TensorList grad_weight, at::TensorList grad_bias, at::TensorList mean,
@@ -212,10 +210,6 @@ std::vector<int64_t> elements(const std::vector<Matrix<T>>& all) {
   std::vector<int64_t> sizes;
   for (const Matrix<T>& matrix : all) sizes.push_back(matrix.size.n * matrix.size.p);
   return sizes;
-}
-
-inline void written(at::TensorList tensors) {
-  for (const at::Tensor& each : tensors) each.unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace secondorder::cpu

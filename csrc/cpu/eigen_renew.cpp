@@ -59,6 +59,13 @@ void orthonormalize(Scratch& scratch, int64_t k, int64_t n, T* x, T* lengths) {
   const T tolerance = 16 * std::numeric_limits<T>::epsilon();
   T* const along = scratch.take<T>(k);
   const auto length = [&](const T* row) { return T(std::sqrt(loops.dot(n, row, row))); };
+  // Rows grow as squares of a gradient: squares of their lengths would leave T's range. A power of 2 rounds nothing.
+  T most = 0;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < k * n; ++i) most = std::max(most, std::abs(x[i]));
+  const int exponent = most > 0 ? std::max(std::ilogb(most), std::numeric_limits<T>::min_exponent) : 0;
+  const T unit = std::ldexp(T(1), exponent);
+  loops.combine(k * n, 1 / unit, x, T(0), x, x);
   T largest = 0;
   for (int64_t q = 0; q < k; ++q) largest = std::max(largest, length(x + q * n));
   for (int64_t q = 0; q < k; ++q) {
@@ -71,8 +78,9 @@ void orthonormalize(Scratch& scratch, int64_t k, int64_t n, T* x, T* lengths) {
     const auto scale = [&](T factor) { loops.combine(n, factor, row, T(0), row, row); };
     const T start = length(row);
     strip();
-    lengths[q] = length(row);
-    if (!(lengths[q] > tolerance * start && lengths[q] > tolerance * largest)) {
+    const T left = length(row);
+    lengths[q] = left * unit;
+    if (!(left > tolerance * start && left > tolerance * largest)) {
       lengths[q] = 0;
       for (int64_t j = 0; j < n; ++j) row[j] = T(eigen_refill(j, q));
       strip();
@@ -94,6 +102,7 @@ void renew_side(Scratch& scratch, int64_t k, int64_t n, T share, T* product, T* 
 
 // The first moments in new bases: C <- A C B, R <- R B, T <- A T with A = U'^T U and B = V^T V', but for the bias'
 // column. E stays: what turns into the bases, or out of them, is little from one renewal to the next.
+//   old_out, out [ku, n]; old_in, in [kv, p]; first [ku c + n c + ku p + n p], as far as there are C, R, T, E
 template <typename T>
 void turn(Scratch& scratch, const EigenSizes& size, const T* old_out, const T* old_in, const T* out, const T* in,
           T* first) {
@@ -114,6 +123,9 @@ void turn(Scratch& scratch, const EigenSizes& size, const T* old_out, const T* o
   if (size.top()) std::copy_n(product(ku, ku, p, a, top), size.top(), top);
 }
 
+// The new mean, bases, scales and first moments of a matrix, to their places.
+//   mean [p] or null; basis_out [ku, n], basis_in [kv, p]; scale_out [ku], scale_in [kv]; first as in `turn`;
+//   sketch [kv + 1, p] of `rows` inputs, or null with rows = 0; hessian [n, n] or null
 template <typename T>
 void renew(Matrix<T>& matrix, T* mean, T* basis_out, T* basis_in, T* scale_out, T* scale_in, T* first, const T* sketch,
            int64_t rows, const T* hessian, T share) {
@@ -191,7 +203,7 @@ void eigen_renew_(at::TensorList mean, at::TensorList basis_out, at::TensorList 
       };
       all[l].squares = squares(g[l]);
       all[l].bias_squares = squares(gb[l]);
-      if (!all[l].finite() || !std::isfinite(squares(sums[l])) || !std::isfinite(squares(h[l]))) {
+      if (!all[l].finite() || !finite_square<T>(squares(sums[l])) || !finite_square<T>(squares(h[l]))) {
         steps[kEigenUnrenewed] = 1;
         return;
       }

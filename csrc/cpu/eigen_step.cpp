@@ -21,9 +21,11 @@ constexpr int64_t kRows = 4;  // rows of the parameters that move at a time
 // What a step writes of one matrix.
 template <typename T>
 struct State {
-  T *weight, *bias, *first, *second, *last;
-  double* size;
-  int64_t sampled;  // rows of E in `last`
+  T *weight, *bias;   // W [n, p], b [n]
+  T *first, *second;  // the moments of C, R, T, E, one after another
+  T* last;            // the last N of C, R, T, and [sampled, p] of E
+  double* size;       // [1] of gradients
+  int64_t sampled;    // rows of E in `last`
 };
 
 struct Rates {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../ops/jacobian.h"
+#include "../tensors.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -98,7 +99,7 @@ void jacobian_rows_(const at::Tensor& out, at::TensorList left_, at::TensorList 
     }
     write_rows(out, blocks, pieces);
   });
-  out.unsafeGetTensorImpl()->bump_version();
+  written(out);
 }
 
 }  // namespace

@@ -24,6 +24,15 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+#if defined(__CUDACC__)
+bool has_kernels() {
+  cudaFuncAttributes attributes;  // of any kernel: all files are compiled for the same cards
+  const bool found = cudaFuncGetAttributes(&attributes, derivatives_kernel<float, 1>) == cudaSuccess;
+  if (!found) (void)cudaGetLastError();  // which a later check would take for its own
+  return found;
+}
+#endif
+
 template <typename T>
 void activation_derivatives(int64_t n, const T* saved, Activation activation, T parameter, T* d1, T* d2,
                             cudaStream_t stream) {

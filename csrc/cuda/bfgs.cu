@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../bfgs.h"
 #include "kernels.h"
 #include "reduce.cuh"
 
@@ -19,7 +20,6 @@ namespace secondorder::cuda {
 namespace {
 
 constexpr int kThreads = 256;  // of the kernels with a block to a layer
-constexpr int64_t kUpdated = 1, kDampedS = 2, kDampedY = 4;
 
 // Device memory of one layer.
 template <typename T>
@@ -171,12 +171,26 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t column = int64_t(blockIdx.x - division.first[l]) * kThreads + threadIdx.x, n = in.n;
   if (column >= n || !(*work.status & kUpdated)) return;
   T *s = in.s_pairs + column, *y = in.y_pairs + column;
-  for (int64_t row = 0; row + 1 < in.pairs; ++row, s += n, y += n) {
-    *s = s[n];
-    *y = y[n];
+  // Some loads together, for none could pass a store that might change what it reads.
+  constexpr int kInFlight = 8;
+  const int64_t kept = in.pairs - 1;
+  for (int64_t row = 0; row < kept; row += kInFlight) {
+    T next_s[kInFlight], next_y[kInFlight];
+#pragma unroll
+    for (int r = 0; r < kInFlight; ++r) {
+      if (row + r >= kept) continue;
+      next_s[r] = s[(row + r + 1) * n];
+      next_y[r] = y[(row + r + 1) * n];
+    }
+#pragma unroll
+    for (int r = 0; r < kInFlight; ++r) {
+      if (row + r >= kept) continue;
+      s[(row + r) * n] = next_s[r];
+      y[(row + r) * n] = next_y[r];
+    }
   }
-  *s = work.damped_s[column];
-  *y = work.damped_y[column];
+  s[kept * n] = work.damped_s[column];
+  y[kept * n] = work.damped_y[column];
 }
 
 // a, b and the status, from the pair and q; kDamped: q is first made from hy and hs. Parallel over layers, a block
@@ -239,12 +253,82 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
 }
 
 // The solves with R and with R^T by substitution, and the product between them, kColumns columns to a block, a warp
-// each.
-constexpr int kColumns = kThreads / kWarp;
+// each. Of t and z a lane has every kWarp-th element in registers, from its own on; an element that has been found goes
+// to all lanes, which take it out of those that are still to come.
+//   sy = S Y^T, ys = Y S^T, yy = Y Y^T [p, p]; columns [2p, k]; p <= kWarp kSlots
+constexpr int kColumns = kThreads / kWarp, kSlots = 4;
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) middle_kernel(int64_t p, int64_t k, const double* __restrict__ sy,
-                                                          const double* __restrict__ yy, T* columns, double* work) {
+__global__ void __launch_bounds__(kThreads)
+    middle_kernel(int64_t p, int64_t k, const double* __restrict__ sy, const double* __restrict__ ys,
+                  const double* __restrict__ yy, T* columns) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t column = int64_t(blockIdx.x) * kColumns + threadIdx.x / kWarp;
+  if (column >= k) return;
+  double t[kSlots], z[kSlots], inverse[kSlots];  // inverse: 1 / the diagonal of R
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const int64_t j = lane + slot * kWarp;
+    const double diagonal = j < p ? sy[j * p + j] : 1;
+    inverse[slot] = 1 / (diagonal == 0 ? 1 : diagonal);
+    t[slot] = j < p ? double(columns[j * k + column]) : 0;
+    z[slot] = j < p ? -double(columns[(p + j) * k + column]) : 0;
+  }
+  // t = R^-1 (S V), from the last row up.
+#pragma unroll
+  for (int slot = kSlots - 1; slot >= 0; --slot)
+    for (int owner = kWarp - 1; owner >= 0; --owner) {
+      const int64_t i = owner + slot * kWarp;
+      if (i >= p) continue;
+      const double found = __shfl_sync(0xffffffffu, t[slot] * inverse[slot], owner);
+#pragma unroll
+      for (int s = 0; s <= slot; ++s) {
+        const int64_t j = lane + s * kWarp;
+        if (j < i) t[s] -= ys[i * p + j] * found;
+      }
+      if (lane == owner) t[slot] = found;
+    }
+  // z = (D + Y Y^T) t - Y V; Y Y^T is symmetric, so that lanes read neighbours.
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot)
+    for (int owner = 0; owner < kWarp; ++owner) {
+      const int64_t i = owner + slot * kWarp;
+      if (i >= p) break;
+      const double at = __shfl_sync(0xffffffffu, t[slot], owner);
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) {
+        const int64_t j = lane + s * kWarp;
+        if (j < p) z[s] += (yy[i * p + j] + (i == j ? sy[i * p + i] : 0)) * at;
+      }
+    }
+  // z = R^-T z, from the first row down.
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot)
+    for (int owner = 0; owner < kWarp; ++owner) {
+      const int64_t i = owner + slot * kWarp;
+      if (i >= p) break;
+      const double found = __shfl_sync(0xffffffffu, z[slot] * inverse[slot], owner);
+#pragma unroll
+      for (int s = slot; s < kSlots; ++s) {
+        const int64_t j = lane + s * kWarp;
+        if (j > i && j < p) z[s] -= sy[i * p + j] * found;
+      }
+      if (lane == owner) z[slot] = found;
+    }
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const int64_t j = lane + slot * kWarp;
+    if (j >= p) continue;
+    columns[j * k + column] = T(z[slot]);
+    columns[(p + j) * k + column] = T(-t[slot]);
+  }
+}
+
+// The same for any p, with t and z in memory.   work [k, 2p]
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    long_middle_kernel(int64_t p, int64_t k, const double* __restrict__ sy, const double* __restrict__ yy, T* columns,
+                       double* work) {
   const int lane = threadIdx.x % kWarp;
   const int64_t column = int64_t(blockIdx.x) * kColumns + threadIdx.x / kWarp;
   const bool inside = column < k;  // the others only come to the barriers
@@ -385,10 +469,12 @@ void damped_lbfgs_update(const BfgsLayer<T>* in, int count, void* workspace, cud
 }
 
 template <typename T>
-void lbfgs_middle(int64_t p, int64_t k, const double* sy, const double* yy, T* columns, double* work,
+void lbfgs_middle(int64_t p, int64_t k, const double* sy, const double* ys, const double* yy, T* columns, double* work,
                   cudaStream_t stream) {
   if (p == 0 || k == 0) return;
-  LAUNCH(middle_kernel<T>, unsigned(ceil_div<int64_t>(k, kColumns)), kThreads, 0, stream, p, k, sy, yy, columns, work);
+  const unsigned blocks = unsigned(ceil_div<int64_t>(k, kColumns));
+  if (p <= kSlots * kWarp) LAUNCH(middle_kernel<T>, blocks, kThreads, 0, stream, p, k, sy, ys, yy, columns);
+  else LAUNCH(long_middle_kernel<T>, blocks, kThreads, 0, stream, p, k, sy, yy, columns, work);
 }
 
 #define INSTANTIATE(T)                                                                \
@@ -398,7 +484,7 @@ void lbfgs_middle(int64_t p, int64_t k, const double* sy, const double* yy, T* c
   template void damped_bfgs_update(const BfgsLayer<T>*, int, void*, cudaStream_t);    \
   template void hessian_action_update(const BfgsLayer<T>*, int, void*, cudaStream_t); \
   template void damped_lbfgs_update(const BfgsLayer<T>*, int, void*, cudaStream_t);   \
-  template void lbfgs_middle(int64_t, int64_t, const double*, const double*, T*, double*, cudaStream_t);
+  template void lbfgs_middle(int64_t, int64_t, const double*, const double*, const double*, T*, double*, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -119,30 +119,42 @@ at::Tensor action_update_(at::TensorList inverses, at::TensorList matrices, at::
   return pairs.status;
 }
 
-// The long products are PyTorch's own; what is short, and ill-conditioned, is in float64.
-at::Tensor compact_product(const at::Tensor& s_pairs, const at::Tensor& y_pairs, const at::Tensor& v) {
-  const int64_t p = s_pairs.size(0), k = v.size(1);
-  const at::Tensor s = s_pairs.to(at::kDouble), y = y_pairs.to(at::kDouble), pairs = at::cat({s_pairs, y_pairs}, 0);
-  const at::Tensor sy = at::matmul(s, y.t()).contiguous(), yy = at::matmul(y, y.t()).contiguous(),
-                   columns = at::matmul(pairs, v).contiguous(), work = at::empty({k, 2 * p}, sy.options());
-  const Launch launch(v);
-  AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "lbfgs_product", [&] {
-    lbfgs_middle(p, k, sy.const_data_ptr<double>(), yy.const_data_ptr<double>(), columns.mutable_data_ptr<scalar_t>(),
-                 work.mutable_data_ptr<double>(), launch.stream);
-  });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return at::addmm(v, pairs.t(), columns);
-}
+// H of a limited memory, as csrc/cpu/bfgs.cpp has it. The long products are PyTorch's own; what is short, and
+// ill-conditioned, is in float64.
+struct Memory {
+  at::Tensor pairs, sy, ys, yy;  // P [2p, n]; S Y^T, Y S^T and Y Y^T [p, p] in float64
+
+  // s, y [p, n]
+  Memory(const at::Tensor& s, const at::Tensor& y) : pairs(at::cat({s, y}, 0)) {
+    const at::Tensor s64 = s.to(at::kDouble), y64 = y.to(at::kDouble);
+    sy = at::matmul(s64, y64.t()).contiguous();
+    ys = sy.t().contiguous();
+    yy = at::matmul(y64, y64.t()).contiguous();
+  }
+
+  // H v for v [n, k]
+  at::Tensor times(const at::Tensor& v) const {
+    const int64_t p = sy.size(0), k = v.size(1);
+    const at::Tensor columns = at::matmul(pairs, v).contiguous(), work = at::empty({k, 2 * p}, sy.options());
+    const Launch launch(v);
+    AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "lbfgs_product", [&] {
+      lbfgs_middle(p, k, sy.const_data_ptr<double>(), ys.const_data_ptr<double>(), yy.const_data_ptr<double>(),
+                   columns.mutable_data_ptr<scalar_t>(), work.mutable_data_ptr<double>(), launch.stream);
+    });
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    return at::addmm(v, pairs.t(), columns);
+  }
+};
 
 at::Tensor product(const at::Tensor& s_pairs, const at::Tensor& y_pairs, const at::Tensor& v) {
   check_lbfgs_product(s_pairs, y_pairs, v);
-  return compact_product(s_pairs, y_pairs, v);
+  return Memory(s_pairs, y_pairs).times(v);
 }
 
 std::vector<at::Tensor> product_list(at::TensorList s_pairs, at::TensorList y_pairs, at::TensorList v) {
   check_lbfgs_product(s_pairs, y_pairs, v);
   std::vector<at::Tensor> out;
-  for (size_t l = 0; l < v.size(); ++l) out.push_back(compact_product(s_pairs[l], y_pairs[l], v[l]));
+  for (size_t l = 0; l < v.size(); ++l) out.push_back(Memory(s_pairs[l], y_pairs[l]).times(v[l]));
   return out;
 }
 
@@ -159,9 +171,8 @@ at::Tensor damped_limited_update_(at::TensorList s_pairs, at::TensorList y_pairs
               .damped = damped,
               .bounded = bounded};
   for (size_t l = 0; l < y.size(); ++l) {
-    const auto h = [&](const at::Tensor& vector) {
-      return compact_product(s_pairs[l], y_pairs[l], vector.unsqueeze(1)).squeeze(1).contiguous();
-    };
+    const Memory memory(s_pairs[l], y_pairs[l]);
+    const auto h = [&](const at::Tensor& vector) { return memory.times(vector.unsqueeze(1)).squeeze(1).contiguous(); };
     pairs.hy.push_back(h(y[l]));
     if (bounded && damped) {
       pairs.hs.push_back(h(s[l]));

@@ -29,10 +29,11 @@ bool allows_tf32(const Context& context) {
 // (torch.set_float32_matmul_precision) allows TF32, or calls for float32's accuracy. That takes three TF32 products in
 // place of one, which pays by the data sheets' rates on 8.0 (156 TFLOP/s against 19.5) and 9.0 (495 against 67) only.
 Arithmetic arithmetic(int device) {
-  if (allows_tf32(at::globalContext())) return Arithmetic::tf32;
   int major, minor;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  if (major < 8) return Arithmetic::plain;  // no tensor cores for TF32
+  if (allows_tf32(at::globalContext())) return Arithmetic::tf32;
   return minor == 0 && (major == 8 || major == 9) ? Arithmetic::split_tf32 : Arithmetic::plain;
 }
 

@@ -58,6 +58,7 @@ struct Projection {
   double squares;  // |b|^2, or 0
 };
 
+//   b, x [n]
 template <bool kSquares, typename T>
 __device__ __forceinline__ Projection<T> project_row(int64_t n, bool vectors, const T* b, const T* x) {
   Projection<T> sums{};
@@ -343,7 +344,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   }
 }
 
-// Elements [j, j + width) of: p = c b + w a; v = momentum v + p where v is given; x = (1 - decay) x + lr (v or p).
+// Elements [j, j + width) of a row: p = c b + w a; v = momentum v + p where v is given; x = keep x + lr (v or p).
+//   b, a, v, x [width], from the row's j-th element on
 template <bool kUpdate, typename T, typename Width>
 __device__ __forceinline__ void apply(Width width, T c, const T* b, T w, const T* a, T lr, T keep, T momentum, T* v,
                                       T* x) {
@@ -407,6 +409,11 @@ struct Plan {
 // products.
 constexpr int64_t kBytesPerBlock = 32 << 10;
 
+// The dynamic shared memory that a block of directions_kernel may have.
+int shared_limit(const Device& device) {
+  return std::max(0, device.shared_bytes - int(sizeof(double) * kSums * kWarp + sizeof(Scalars) * kSystems));
+}
+
 // Calls f(plan) for every kLayersPerLaunch layers; returns the bytes of workspace. `workspace` may be null, to measure.
 template <typename T, typename F>
 size_t each_plan(const EacgLayer<T>* layers, int count, void* workspace, const Device& device, F&& f) {
@@ -433,7 +440,7 @@ size_t each_plan(const EacgLayer<T>* layers, int count, void* workspace, const D
       if (total <= unsigned(device.multiprocessors)) break;
     }
     plan.shared_bytes = 0;
-    const int64_t limit = device.shared_bytes - int64_t(sizeof(double) * kSums * kWarp + sizeof(Scalars) * kSystems);
+    const int64_t limit = shared_limit(device);
     for (int l = 0; l < end - begin; ++l) {
       const EacgLayer<T>& in = layers[begin + l];
       const int64_t n = in.n_out, vectors = kVectors * n, rows = ceil_div<int64_t>(n, blocks[l]) * n;
@@ -480,10 +487,11 @@ void eacg_directions(const EacgLayer<T>* layers, int count, const EacgSettings& 
                      int* not_finite, const Device& device, cudaStream_t stream) {
   cudaMemsetAsync(workspace, 0, count * sizeof(unsigned), stream);  // the barriers' counts come first in the workspace
   const bool squares = settings.truncated || std::any_of(layers, layers + count, bounded<T>);
+  // The same for all calls, since other host threads may be between this and their launch.
+  cudaFuncSetAttribute(directions_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit(device));
   each_plan(layers, count, workspace, device, [&](const Plan<T>& plan) {
     if (const unsigned blocks = plan.rows.first[plan.layers.count])
       LAUNCH(products_kernel<T>, blocks, kRowThreads, 0, stream, plan.layers, plan.rows, squares);
-    cudaFuncSetAttribute(directions_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
     LAUNCH_COOPERATIVE(directions_kernel<T>, plan.groups.first[plan.layers.count], kGroupThreads, plan.shared_bytes,
                        stream, plan.layers, plan.groups, settings, plan.shared_bytes, not_finite);
   });

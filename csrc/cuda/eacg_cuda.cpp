@@ -127,9 +127,7 @@ at::Tensor update_(at::TensorList hessians, at::TensorList mean_inputs, at::Tens
   solve({contiguous(hessians), contiguous(mean_inputs), contiguous(grad_weights), contiguous(grad_biases), weights,
          biases, weight_momenta, bias_momenta, alpha, lr, momentum, weight_decay, max_norm, iterations},
         max_iter, tol, truncated, true, launch);
-  // What autograd saved of them is no longer what they hold.
-  for (const auto* targets : {&weights, &biases, &weight_momenta, &bias_momenta})
-    for (const at::Tensor& target : *targets) target.unsafeGetTensorImpl()->bump_version();
+  for (const at::TensorList list : {weights, biases, weight_momenta, bias_momenta}) written(list);
   return iterations;
 }
 

@@ -81,28 +81,29 @@ __host__ __device__ inline int64_t slices(int64_t n) { return ceil_div(n, slice(
 // Device memory of one matrix. What has n elements is stored by vectors of them, as bases are.
 template <typename T>
 struct Work {
-  T* row_sums;      // [strips, vectors, n] products of the rows of each strip
-  T* column_sums;   // [chunks, vectors, p] products of the columns of each chunk
-  T* right;         // [c, n] X^T, then R^T
-  T* top;           // [ku, p] U^T G'
-  T* corner_sums;   // [slices of rows and of columns, ku, c]
-  T* corner;        // [ku, c] C, then M
-  T* new_corner;    // [ku, c] N_C
-  T* new_right;     // [c, n] N_R^T, then Z^T
-  T* new_top;       // [ku, p] N_T, then Q
-  T* whole;         // [n, p] N_E
-  double* squares;  // [strips chunks] of G, by blocks
-  double* scalars;  // [5] the size of gradients; the step lengths of W and b; the moments' corrections
-  double* share;    // [1] w
-  T* next_out;      // [ku, n] the rows that become a basis
-  T* next_in;       // [kv, p]
-  T* length_out;    // [ku]
-  T* length_in;     // [kv]
-  double* along;    // [kv] V^T of a sketch's sums
-  T* overlaps;      // [slices of rows, ku, ku] of U'^T U, then [slices of columns, kv, kv] of V^T V'
-  T* turn_out;      // [ku, ku] U'^T U
-  T* turn_in;       // [kv, kv] V^T V'
-  T* turned;        // [rest] the first moments of C, R, T by the new bases
+  T* row_sums;        // [strips, vectors, n] products of the rows of each strip
+  T* column_sums;     // [chunks, vectors, p] products of the columns of each chunk
+  T* right;           // [c, n] X^T, then R^T
+  T* top;             // [ku, p] U^T G'
+  T* corner_sums;     // [slices of rows and of columns, ku, c]
+  T* corner;          // [ku, c] C, then M
+  T* new_corner;      // [ku, c] N_C
+  T* new_right;       // [c, n] N_R^T, then Z^T
+  T* new_top;         // [ku, p] N_T, then Q
+  T* whole;           // [n, p] N_E
+  double* squares;    // [strips chunks] of G, by blocks
+  double* curvature;  // [n] of a bias Hessian, by rows
+  double* scalars;    // [5] the size of gradients; the step lengths of W and b; the moments' corrections
+  double* share;      // [1] w
+  T* next_out;        // [ku, n] the rows that become a basis
+  T* next_in;         // [kv, p]
+  T* length_out;      // [ku]
+  T* length_in;       // [kv]
+  double* along;      // [kv] V^T of a sketch's sums
+  T* overlaps;        // [slices of rows, ku, ku] of U'^T U, then [slices of columns, kv, kv] of V^T V'
+  T* turn_out;        // [ku, ku] U'^T U
+  T* turn_in;         // [kv, kv] V^T V'
+  T* turned;          // [rest] the first moments of C, R, T by the new bases
 };
 
 // The memory of a matrix at `base`; returns its bytes.
@@ -120,7 +121,10 @@ __host__ __device__ inline int64_t carve(const M& in, int64_t chunk, uintptr_t b
   take(work.row_sums, strip_count<T>(sizes) * vectors * n);
   take(work.column_sums, chunks * vectors * p);
   take(work.right, c * n);
-  if constexpr (kIsStep<M> || kIsRenewal<M>) take(work.top, ku * p);
+  if constexpr (kIsStep<M> || kIsRenewal<M>) {
+    take(work.top, ku * p);
+    take(work.squares, strip_count<T>(sizes) * chunks);
+  }
   if constexpr (kIsStep<M>) {
     take(work.corner_sums, (slices(n) + slices(p)) * ku * c);
     take(work.corner, ku * c);
@@ -128,10 +132,10 @@ __host__ __device__ inline int64_t carve(const M& in, int64_t chunk, uintptr_t b
     take(work.new_right, c * n);
     take(work.new_top, ku * p);
     take(work.whole, sizes.residual());
-    take(work.squares, strip_count<T>(sizes) * chunks);
     take(work.scalars, 5);
   }
   if constexpr (kIsRenewal<M>) {
+    take(work.curvature, in.bias_hessian ? n : 0);
     take(work.share, 1);
     take(work.next_out, ku * n);
     take(work.next_in, kv * p);

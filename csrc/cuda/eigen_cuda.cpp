@@ -40,11 +40,6 @@ struct Net {
   }
 };
 
-// What autograd saved of these is no longer what they hold.
-void written(at::TensorList tensors) {
-  for (const at::Tensor& t : tensors) t.unsafeGetTensorImpl()->bump_version();
-}
-
 void sketch_(const at::Tensor& sketch, const at::Tensor& inputs, const at::Tensor& basis, const at::Tensor& shift,
              const std::optional<at::Tensor>& control, int64_t renew_every) {
   check_eigen_sketch(sketch, inputs, basis, shift, control, renew_every);

@@ -2,8 +2,8 @@
 // made of them; and how the matrices of a net are divided into launches and blocks.
 //
 // A pass cuts a matrix into strips of columns and chunks of rows, a block each, which leaves sums over its part; they
-// are added up in order by whoever reads them. A gradient that is not finite sets a flag in the first launches, before
-// anything is written, and the others return at once.
+// are added up in order by whoever reads them. A gradient whose square is not finite sets a flag in the first launches,
+// before anything is written, and the others return at once.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ __device__ __forceinline__ T mean_change(const EigenRenewal<T>& in, const Work<T
 // Which matrix the products are of, and with which vectors.
 enum class Products {
   step,         // G' with the bases; |G|^2
-  renewal,      // G' with the bases (V only without a sketch, U without a bias Hessian); whether G is finite
+  renewal,      // G' with the bases (V only without a sketch, U without a bias Hessian); |G|^2
   iteration,    // G' with G' V and U^T G', likewise
   sketch,       // the shifted inputs with V
   sketch_sums,  // the shifted inputs with their coordinates along V and with 1
@@ -35,10 +35,11 @@ enum class Products {
 // Parallel over strips and chunks.
 template <Products kProducts, typename M>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
-    products_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division, int* refused,
-                    const double* control, const EigenReplay replay) {
+    products_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                    const int* refused, const double* control, const EigenReplay replay) {
   using T = Scalar<M>;
   constexpr bool kSketch = kProducts == Products::sketch || kProducts == Products::sketch_sums;
+  constexpr bool kSquares = kProducts == Products::step || kProducts == Products::renewal;
   __shared__ Tile<T> tile;
   __shared__ SharedPart<M> part;
   __shared__ double partial[1][kWarp];
@@ -68,17 +69,15 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   T* const row_sums = at.work.row_sums + at.strip * right.count * at.n;
   T* const column_sums = at.work.column_sums + at.chunk * left.count * at.p;
   double square[1] = {};
-  bool finite = true;
   at.each_tile(aligned(at.p, in.grad_weight), [&](const Frame<T>& frame) {
     typename Tile<T>::Elements x;
     frame.read(in.grad_weight, x);
+    if constexpr (kSquares) {
 #pragma unroll
-    for (int i = 0; i < kOwnRows; ++i)
+      for (int i = 0; i < kOwnRows; ++i)
 #pragma unroll
-      for (int k = 0; k < kOwnColumns<T>; ++k) {
-        if (kProducts == Products::step) square[0] += double(x[i][k]) * double(x[i][k]);
-        if (kProducts == Products::renewal) finite = finite && x[i][k] - x[i][k] == 0;
-      }
+        for (int k = 0; k < kOwnColumns<T>; ++k) square[0] += double(x[i][k]) * double(x[i][k]);
+    }
     if (centred)
       tile.subtract(
           frame, x, [&](int64_t i) { return kSketch ? T(1) : in.grad_bias[i]; },
@@ -90,13 +89,9 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     tile.column_products(frame, x, left, column_sums);
     tile.row_products(frame, x, right, row_sums);
   });
-  if constexpr (kProducts == Products::step) {
+  if constexpr (kSquares) {
     block_sum(square, partial);
     if (threadIdx.x == 0) at.work.squares[at.block] = square[0];
-  }
-  if constexpr (kProducts == Products::renewal) {
-    finite = __syncthreads_and(finite);
-    if (threadIdx.x == 0 && !finite) atomicOr(refused, 1);
   }
 }
 
@@ -131,7 +126,7 @@ __device__ __forceinline__ void slice_products(const Slice& slice, int64_t size,
 // What parts_kernel makes of products.
 enum class Parts {
   step,     // of the gradient; and the step's scalars, and whether it is refused
-  renewal,  // of the gradient; and what else of a renewal must be finite
+  renewal,  // of the gradient; and whether the renewal is refused
   sketch,   // of the inputs
 };
 
@@ -141,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     parts_kernel(const Layers<M> __grid_constant__ layers, const Blocks __grid_constant__ division,
                  const double* control, const EigenReplay replay, int* refused) {
   using T = Scalar<M>;
-  __shared__ double partial[2][kWarp];
+  __shared__ double partial[4][kWarp];
   if (kParts != Parts::step && replay.idle(control)) return;
   const Here<M> at(layers, division);
   const M& in = at.in;
@@ -152,16 +147,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   int64_t kv = at.kv;
   if constexpr (kParts == Parts::renewal)
     if (in.sketch) kv = 0;  // no G' V was made
-  bool finite = true;
   if (slice.rows) {
     slice.each(kv, [&](int64_t v, int64_t i) {
       work.right[v * n + i] = ordered_sum(work.row_sums + v * n + i, at.strips, kv * n);
     });
     if (sizes.bias)
       slice.each(1, [&](int64_t, int64_t i) {
-        const T g = kParts == Parts::sketch ? T(1) : in.grad_bias[i];
-        work.right[sizes.kv * n + i] = g;
-        finite = finite && g - g == 0;
+        work.right[sizes.kv * n + i] = kParts == Parts::sketch ? T(1) : in.grad_bias[i];
       });
     if constexpr (kParts == Parts::step) {
       __syncthreads();
@@ -174,20 +166,32 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       slice.each(ku, [&](int64_t q, int64_t j) {
         work.top[q * p + j] = ordered_sum(work.column_sums + q * p + j, at.chunks, ku * p);
       });
-    if constexpr (kParts == Parts::renewal)
-      if (in.sketch)
-        slice.each(sizes.kv + 1, [&](int64_t v, int64_t j) {
-          const T x = in.sketch[v * p + j];
-          finite = finite && x - x == 0;
-        });
-  } else if constexpr (kParts == Parts::step) {
-    double squares[2] = {};  // of G and of g
+  } else if constexpr (kParts != Parts::sketch) {
+    double squares[kParts == Parts::step ? 2 : 4] = {};  // of G and g; of a sketch and a bias Hessian
     for (int64_t k = threadIdx.x; k < at.strips * at.chunks; k += kThreads) squares[0] += work.squares[k];
     if (in.grad_bias)
       for (int64_t i = threadIdx.x; i < n; i += kThreads)
         squares[1] += double(in.grad_bias[i]) * double(in.grad_bias[i]);
+    if constexpr (kParts == Parts::renewal) {
+      if (in.sketch)
+        for (int64_t v = threadIdx.x / kWarp; v <= sizes.kv; v += kThreads / kWarp) {
+          double sum = 0;
+          for (int64_t j = threadIdx.x % kWarp; j < p; j += kWarp) {
+            const double x = double(in.sketch[v * p + j]);
+            squares[2] += x * x;
+            if (v < sizes.kv) sum += double(in.basis_in[v * p + j]) * double(in.sketch[sizes.kv * p + j]);
+          }
+          sum = warp_sum(sum);
+          if (threadIdx.x % kWarp == 0 && v < sizes.kv) work.along[v] = sum;
+        }
+      if (in.bias_hessian)
+        for (int64_t i = threadIdx.x; i < n; i += kThreads) squares[3] += work.curvature[i];
+    }
     block_sum(squares, partial);
-    if (threadIdx.x == 0) {
+    if (threadIdx.x != 0) return;
+    bool fine = true;
+    for (const double square : squares) fine = fine && square < kLargest<T> / 4;  // which a NaN is not either
+    if constexpr (kParts == Parts::step) {
       const double size = std::sqrt(squares[0] / (double(n) * double(p)));
       work.scalars[0] = size > *in.size ? size : *in.size;
       const double length = eigen_length(control), rate = in.rate ? in.rate[0] : 1,
@@ -197,24 +201,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const EigenCorrections corrections(in.beta1, in.beta2, in.step + replay.steps(control));
       work.scalars[3] = corrections.first;
       work.scalars[4] = corrections.fresh;
-      // A NaN is not below the limit either.
-      if (!(squares[0] < kLargest<T> / 4 && squares[1] < kLargest<T> / 4) || control[kEigenUnrenewed] != 0 ||
-          !eigen_is_rate(rate) || !eigen_is_rate(bias_rate))
-        atomicOr(refused, 1);
+      fine = fine && control[kEigenUnrenewed] == 0 && eigen_is_rate(rate) && eigen_is_rate(bias_rate);
     }
-  } else if constexpr (kParts == Parts::renewal) {
-    if (in.sketch)
-      for (int64_t v = threadIdx.x / kWarp; v < sizes.kv; v += kThreads / kWarp) {
-        double sum = 0;
-        for (int64_t j = threadIdx.x % kWarp; j < p; j += kWarp)
-          sum += double(in.basis_in[v * p + j]) * double(in.sketch[sizes.kv * p + j]);
-        sum = warp_sum(sum);
-        if (threadIdx.x % kWarp == 0) work.along[v] = sum;
-      }
-  }
-  if constexpr (kParts == Parts::renewal) {
-    finite = __syncthreads_and(finite);
-    if (threadIdx.x == 0 && !finite) atomicOr(refused, 1);
+    if (!fine) atomicOr(refused, 1);
   }
 }
 

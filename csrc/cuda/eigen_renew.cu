@@ -2,7 +2,7 @@
 //
 //   begin       whether bases are renewed, and with which share
 //   products, parts, products, candidates, orthonormal    new bases: two passes over G
-//   curvature   of matrices with a bias Hessian: its product with U, in place of G's
+//   curvature   before parts, of matrices with a bias Hessian: its product with U, in place of G's
 //   overlaps, turns, moments    U'^T U and V^T V', which the first moments of C, R, T are turned by
 //   finish      what was made in the workspace, to its place
 #include <cmath>
@@ -29,23 +29,24 @@ __global__ void __launch_bounds__(kLayersPerLaunch, 1)
   *at.work.share = replay.share(control, at.in.share, decay);
 }
 
-// H U where there is a bias Hessian H, and whether it is finite: a warp for each of its rows.
+// H U where there is a bias Hessian H, and its rows' squares: a warp for each of them.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     curvature_kernel(const Layers<EigenRenewal<T>> __grid_constant__ layers, const Blocks __grid_constant__ division,
-                     int* refused, const double* control, const EigenReplay replay) {
+                     const double* control, const EigenReplay replay) {
   if (replay.idle(control)) return;
   const Here<EigenRenewal<T>> at(layers, division);
   const int64_t n = at.n, i = at.block * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (i >= n) return;
   const T *const row = at.in.bias_hessian + i * n, *const basis = at.in.basis_out;
   const int lane = threadIdx.x % kWarp;
-  bool finite = true;
+  double square = 0;
   for (int64_t group = 0; group == 0 || group < at.ku; group += kGroup) {
     T sums[kGroup] = {};
+    square = 0;
     for (int64_t j = lane; j < n; j += kWarp) {
       const T x = row[j];
-      finite = finite && x - x == 0;
+      square += double(x) * double(x);
 #pragma unroll
       for (int e = 0; e < kGroup; ++e)
         if (group + e < at.ku) sums[e] += x * basis[(group + e) * n + j];
@@ -56,7 +57,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       if (lane == 0 && group + e < at.ku) at.work.next_out[(group + e) * n + i] = sum;
     }
   }
-  if (!finite) atomicOr(refused, 1);
+  square = warp_sum(square);
+  if (lane == 0) at.work.curvature[i] = square;
 }
 
 // (1 - w) S V + w M V of both sides, by vectors. Parallel over slices of rows and of columns.
@@ -421,8 +423,8 @@ void eigen_renew(const EigenRenewal<T>* matrices, int count, double* control, co
     LAUNCH(begin_renewal_kernel<T>, 1, kLayersPerLaunch, 0, stream, plan.layers, control, replay, decay, flag);
     begun = true;
     LAUNCH_DIVIDED((products_kernel<Products::renewal, M>), tiles, kTileThreads, plan.refused, control, replay);
+    LAUNCH_DIVIDED(curvature_kernel<T>, curvatures, kThreads, control, replay);
     LAUNCH_DIVIDED((parts_kernel<Parts::renewal, M>), slices, kThreads, control, replay, plan.refused);
-    LAUNCH_DIVIDED(curvature_kernel<T>, curvatures, kThreads, plan.refused, control, replay);
   });
   each_plan(matrices, count, workspace, device, [&](const Plan<M>& plan) {
     LAUNCH_DIVIDED((products_kernel<Products::iteration, M>), tiles, kTileThreads, plan.refused, control, replay);

@@ -19,6 +19,9 @@ struct Device {
   int shared_bytes;  // the most that one block may ask for (cudaDevAttrMaxSharedMemoryPerBlockOptin)
 };
 
+// Whether the binary has kernels that the current device can run.
+bool has_kernels();
+
 // saved, d1, d2 [n]
 template <typename T>
 void activation_derivatives(int64_t n, const T* saved, Activation activation, T parameter, T* d1, T* d2,
@@ -154,9 +157,9 @@ void damped_lbfgs_update(const BfgsLayer<T>* layers, int count, void* workspace,
 
 // The middle of L-BFGS's compact product, with R = triu(S Y^T), D = diag(S Y^T) and columns = [S; Y] V:
 // columns = [[R^-T (D + Y Y^T) R^-1, -R^-T], [-R^-1, 0]] columns. A zero on D is an empty place of the memory.
-//   sy = S Y^T, yy = Y Y^T [p, p]; columns [2p, k]; work [k, 2p]
+//   sy = S Y^T, ys = Y S^T, yy = Y Y^T [p, p]; columns [2p, k]; work [k, 2p]
 template <typename T>
-void lbfgs_middle(int64_t p, int64_t k, const double* sy, const double* yy, T* columns, double* work,
+void lbfgs_middle(int64_t p, int64_t k, const double* sy, const double* ys, const double* yy, T* columns, double* work,
                   cudaStream_t stream);
 
 // A matrix of a net in the operators of EigenAdam, which secondorder/ops/eigen.py explains.

@@ -1,6 +1,8 @@
 // eacg_solve and eacg_update_: EA-CG's two systems of a layer or of a whole net, and the step along their solutions.
 #include "eacg.h"
 
+#include <unordered_set>
+
 #include "../checks.h"
 
 namespace secondorder {
@@ -62,10 +64,13 @@ void check_eacg_update(at::TensorList hessians, at::TensorList mean_inputs, at::
   if (max_norm) check_lengths(op, {{"bias_hessian", hessians.size()}, {"max_norm", max_norm->size()}});
   for (size_t l = 0; max_norm && l < hessians.size(); ++l)
     TORCH_CHECK_VALUE((*max_norm)[l] >= 0, op, ": expected max_norm >= 0, got ", (*max_norm)[l]);
+  std::unordered_set<const void*> targets;
   const auto check_target = [&](const char* name, const at::Tensor& t, const char* like_name, const at::Tensor& like) {
     check_shape(op, name, t, like.sizes());
     check_same(op, name, t, like_name, like);
     check_contiguous(op, name, t);
+    TORCH_CHECK_VALUE(t.numel() == 0 || targets.insert(t.const_data_ptr()).second, op, ": expected a ", name,
+                      " in memory of its own, got one that is written elsewhere, too");
   };
   for (size_t l = 0; l < hessians.size(); ++l) {
     check_target("weight", weights[l], "grad_weight", grad_weights[l]);

@@ -1,6 +1,8 @@
 """How an operator is registered: its schema, its fake implementation, and plain PyTorch where it has no kernel."""
 
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -9,12 +11,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secondorder import reference
 from secondorder._extension import compiled  # importing it registers the kernels
-from secondorder._tensors import without_autocast
 from secondorder._warnings import warn
 
 library = torch.ops.secondorder
 _fragment = torch.library.Library("secondorder", "FRAGMENT")
 _told: set[str] = set()  # the types of device that a warning has named
+_autocast = {name: key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autocast")}
+_autocast_keys = reduce(or_, map(torch._C.DispatchKeySet, _autocast.values()))
 
 
 def operator(schema: str, plain: Callable[..., Any] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -42,6 +45,9 @@ def operator(schema: str, plain: Callable[..., Any] | None = None) -> Callable[[
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"secondorder::{name}", "CompositeExplicitAutograd"):
             twin = plain or getattr(reference, name.removesuffix(".list").replace(".", "_"))
             _fragment.impl(name, _stand_in(twin), "CompositeExplicitAutograd")
+        packet, _, overload = name.partition(".")
+        for key in _autocast:
+            _fragment.impl(name, _without_autocast(getattr(getattr(library, packet), overload or "default")), key)
         return function
 
     return register
@@ -49,6 +55,16 @@ def operator(schema: str, plain: Callable[..., Any] | None = None) -> Callable[[
 
 def _tensors(args: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+
+
+def _without_autocast(overload: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes what stands before all implementations where torch.autocast is on, which would round operands of their products."""
+
+    def computed(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_autocast_keys):
+            return overload(*args)
+
+    return computed
 
 
 def _stand_in(twin: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,7 +80,7 @@ def _stand_in(twin: Callable[..., Any]) -> Callable[..., Any]:
                 "same steps, several times as slow (docs/install.md). Kernels for CUDA are compiled where both torch and the "
                 "machine have it."
             )
-        with torch.no_grad(), without_autocast(next(iter(devices), torch.device("cpu"))):
+        with torch.no_grad():
             # The fake implementations promise contiguous results.
             return tree_map_only(Tensor, Tensor.contiguous, twin(*args))
 

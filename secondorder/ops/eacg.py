@@ -159,7 +159,7 @@ def eacg_update_(
         grad_weight: B [n_out, n_in] of every layer.
         grad_bias: g [n_out] of every layer; an empty tensor for one without bias.
         weight: W, contiguous, written in place; no two may overlap, since threads write them.
-        bias: b, contiguous, written in place; an empty tensor where there is none.
+        bias: b, likewise; an empty tensor where there is none. A bias of two layers is refused.
         weight_momentum: V, contiguous, written in place; an empty list for no momentum.
         bias_momentum: its twin for the biases.
         lr: one number per layer; likewise the next three.

@@ -40,7 +40,10 @@ def orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
         The new rows, and the length that each had once the rows before it were projected out. A row that depends on those before
         it is replaced by a hashed one, with length 0.
     """
-    tolerance = 16 * torch.finfo(rows.dtype).eps
+    tolerance, tiny = 16 * torch.finfo(rows.dtype).eps, torch.finfo(rows.dtype).tiny
+    # Rows grow as squares of a gradient: squares of their lengths would leave the range of numbers. A power of 2 rounds nothing.
+    scale = rows.abs().max().clamp(min=tiny).log2().floor().exp2() if rows.numel() else 1.0
+    rows = rows / scale
     largest = rows.norm(dim=1).max() if len(rows) else 0
     basis, lengths = torch.zeros_like(rows), torch.zeros_like(rows[:, 0])
     for q, row in enumerate(rows):
@@ -54,7 +57,7 @@ def orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
         row = row / row.norm()
         row = row - (row @ basis.T) @ basis  # once more, against rounding
         basis[q] = row / row.norm()
-    return basis, lengths
+    return basis, lengths * scale
 
 
 def eigen_renew_rows_(

@@ -130,7 +130,16 @@ def lbfgs_product(kernels: Kernels) -> None:
     """The middle between numpy's long products, against the two-loop recursion."""
     rng = np.random.default_rng(13)
     for dtype in case_tools.DTYPES:
-        for p, empty, n, k in ((1, 0, 1, 1), (2, 1, 3, 2), (3, 3, 4, 9), (33, 4, 50, 17), (40, 0, 129, 8)):
+        # Up to 128 pairs are in registers.
+        for p, empty, n, k in (
+            (1, 0, 1, 1),
+            (2, 1, 3, 2),
+            (3, 3, 4, 9),
+            (33, 4, 50, 17),
+            (40, 0, 129, 8),
+            (128, 5, 300, 3),
+            (129, 4, 300, 9),
+        ):
             s, y = memory(rng, p, empty, n, dtype)
             v = normal(rng, n, k, dtype=dtype)
             s64, y64 = s.astype(np.float64), y.astype(np.float64)
@@ -147,7 +156,7 @@ def damped_lbfgs(kernels: Kernels) -> None:
     rng = np.random.default_rng(14)
     for dtype in case_tools.DTYPES:
         layers, expected = [], []
-        for index, (pairs, n) in enumerate(((1, 1), (2, 3), (5, 17), (3, 257), (4, 8), (4, 8), (2, 6))):
+        for index, (pairs, n) in enumerate(((1, 1), (2, 3), (19, 17), (9, 257), (4, 8), (4, 8), (2, 6))):
             s_pairs, y_pairs = memory(rng, pairs, 0, n, dtype)
             s, hy = normal(rng, n, dtype=dtype), normal(rng, n, dtype=dtype)
             y = exact_size((s * (1 if index % 2 else -1)).astype(dtype))

@@ -258,10 +258,10 @@ int mma(const float* a, const float* b, float* d) {
                   mu1, mu2, damped != 0, bounded != 0, damping, status);                                               \
     });                                                                                                                \
   }                                                                                                                    \
-  int lbfgs_middle_##suffix(int64_t p, int64_t k, const double* sy, const double* yy, T* columns) {                    \
+  int lbfgs_middle_##suffix(int64_t p, int64_t k, const double* sy, const double* ys, const double* yy, T* columns) {  \
     return guarded([&] {                                                                                               \
       Scratch work(2 * p * k * sizeof(double));                                                                        \
-      cuda::lbfgs_middle(p, k, sy, yy, columns, work.as<double>(), kStream);                                           \
+      cuda::lbfgs_middle(p, k, sy, ys, yy, columns, work.as<double>(), kStream);                                       \
     });                                                                                                                \
   }                                                                                                                    \
   int eigen_sketch_##suffix(int64_t m, int64_t p, int64_t k, const T* inputs, const T* basis, const T* shift,          \

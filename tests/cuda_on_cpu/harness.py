@@ -315,9 +315,8 @@ class Kernels:
     def lbfgs_middle(self, sy: np.ndarray, yy: np.ndarray, columns: np.ndarray) -> None:
         """Writes to `columns` [2p, k]."""
         p, k = len(sy), columns.shape[1]
-        self._call(
-            "lbfgs_middle", columns.dtype, ctypes.c_int64(p), ctypes.c_int64(k), pointer(sy), pointer(yy), pointer(columns)
-        )
+        arrays = (sy, np.ascontiguousarray(sy.T), yy, columns)
+        self._call("lbfgs_middle", columns.dtype, ctypes.c_int64(p), ctypes.c_int64(k), *map(pointer, arrays))
 
     def eigen_sketch(
         self, sketch: np.ndarray, inputs: np.ndarray, basis: np.ndarray, shift: np.ndarray, multiprocessors: int,

@@ -331,6 +331,9 @@ def test_non_contiguous():
         ValueError, match="lists of one length, got 1 bias_hessian, 2 weight, 1 bias, 1 lr, 1 momentum, 1 weight_decay"
     ):
         ops.eacg_update_([h], [a], [b], [g], [b.clone()] * 2, [g.clone()], [], [], *numbers)
+    two = [x * 2 for x in ([h], [a], [b], [g])]
+    with pytest.raises(ValueError, match="eacg_update_: expected a bias in memory of its own, got one that is written elsewhere"):
+        ops.eacg_update_(*two, [b.clone(), b.clone()], [g.clone()] * 2, [], [], *[x * 2 for x in numbers[:4]], *numbers[4:])
     with pytest.raises(ValueError, match="lists of one length, got 1 bias_hessian, 1 weight_momentum, 0 bias_momentum"):
         ops.eacg_update_([h], [a], [b], [g], [b.clone()], [g.clone()], [b.clone()], [], *numbers)
 

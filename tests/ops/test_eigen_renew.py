@@ -24,12 +24,31 @@ def test_renewals_equal_the_specification(dtype):
             torch.testing.assert_close(product, torch.eye(len(product), dtype=dtype), rtol=0, atol=64 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("curved", [False, True])
+@pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
+@pytest.mark.parametrize("library", [ops, reference])
+def test_bases_of_a_small_or_large_gradient_are_those_of_any_other(library, factor, curved):
+    """In float32, where the squares of the lengths of what becomes a basis, fourth powers of the gradient, are not numbers."""
+    one, other = (cast([matrix(40, 50, 8, 8, True, curved=curved)], torch.float32) for _ in range(2))
+    for key in ("grad_weight", "grad_bias", "bias_hessian"):
+        other[0][key] *= factor
+    for each in (one, other):
+        control = controls()
+        renew(library, each, control, [torch.zeros(0)], [0], share=1.0)
+        assert torch.equal(control, controls())
+    for key in ("basis_out", "basis_in", "first"):
+        assert torch.equal(one[0][key], other[0][key])
+    for key, power in (("scale_out", 1 if curved else 2), ("scale_in", 2)):
+        assert torch.equal(one[0][key] * factor**power, other[0][key])
+
+
+@pytest.mark.parametrize("bad", [math.nan, 1.5e19])  # whose square is below the largest number, but not below a fourth of it
 @pytest.mark.parametrize("what", ["sketch", "bias_hessian"])
-def test_a_sketch_or_bias_hessian_that_is_not_finite_refuses_the_step(what):
+def test_a_sketch_or_bias_hessian_that_is_not_finite_refuses_the_step(what, bad):
     own = cast([matrix(20, 30, 8, 8, True, curved=True)], torch.float32)
     before, control = cast(own, torch.float32), controls()
     sketches, rows = sketched(ops, own)
-    (sketches[0] if what == "sketch" else own[0]["bias_hessian"])[-1, 0] = math.nan
+    (sketches[0] if what == "sketch" else own[0]["bias_hessian"])[-1, 0] = bad
     renew(ops, own, control, sketches, rows)
     assert control[ops.CONTROL.index("unrenewed")] == 1
     step(ops, own, control)

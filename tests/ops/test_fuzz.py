@@ -185,6 +185,16 @@ def test_inside_a_compiled_function_without_graph_breaks(index, backend):
 
 
 @pytest.mark.parametrize("index", range(OPERATORS))
+def test_autocast_changes_nothing(index):
+    op, arguments = cases(square_problem())[index]
+    inside, outside = (mapped(arguments, torch.clone) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = op(*inside)
+    for x, y in zip([*leaves(actual), *leaves(inside)], [*leaves(op(*outside)), *leaves(outside)], strict=True):
+        assert x is y is None or not isinstance(x, torch.Tensor) or (x.dtype == y.dtype and same(x, y))
+
+
+@pytest.mark.parametrize("index", range(OPERATORS))
 def test_a_meta_tensor_among_others_is_refused(index):
     op, arguments = cases(square_problem())[index]
     flat = [t for t in leaves(arguments) if isinstance(t, torch.Tensor)]
