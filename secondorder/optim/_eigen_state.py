@@ -15,6 +15,7 @@ SHARED = ("control", "steps", "refused")  # what the first parameter's state has
 MOMENTS = ("exp_avg", "exp_avg_sq", "last")  # of a matrix: the first, the second, and some rows of the last step
 COUNTS = ("step", "steps", "renewals")
 FIRST_STEPS = 5  # so many steps renew bases, and count the rows of tables that are looked up
+FIRST_LENGTH = 0.01  # of a step as training begins, once the length has risen
 SAMPLED = 4096  # of a parameter without bases, the slopes of so many elements stand for those of all
 
 
@@ -25,7 +26,7 @@ Changes = dict[Tensor, dict[str, tuple[Any, Any]]]
 def new_control(like: Tensor) -> Tensor:
     """Returns the control of the step length [8], in float64, as training begins; see `ops.eigen_step_`."""
     control = torch.zeros(len(ops.CONTROL), dtype=torch.float64, device=device_for(torch.float64, like))
-    control[LENGTH] = 0.01
+    control[LENGTH] = FIRST_LENGTH
     return control
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from secondorder import ops
-from secondorder.ops.eigen import STEPS, UNRENEWED
+from secondorder.ops.eigen import LENGTH, REFUSED, STEPS, UNRENEWED
 from secondorder.optim._eigen_inputs import Sketch
 from secondorder.optim._eigen_rates import MatrixRates
 from secondorder.optim._eigen_renewal import DECAY, Renewal, finite_or_zero
-from secondorder.optim._eigen_state import MOMENTS
+from secondorder.optim._eigen_state import FIRST_LENGTH, MOMENTS
 from secondorder.optim._matrices import Matrix
 from secondorder.optim._operands import Operands
 from secondorder.optim._sharded import Shards
@@ -118,14 +118,19 @@ class EigenStep:
         now = (1 - DECAY) / (1 - (1 - (1 - DECAY) / share) * DECAY**renewals)
         return torch.where(steps % every == 0, now, 0.0).to(self._means[0])
 
-    def move(self, rates: MatrixRates, group: Mapping[str, Any], rates_on_device: Tensor | None) -> None:
+    def move(self, rates: MatrixRates, group: Mapping[str, Any], rates_on_device: Tensor | None, enters: bool = False) -> None:
         """Moves all weights and biases, unless a number is not finite, which `control` tells.
 
         Args:
             rates: of every weight and bias.
             group: has the betas and eps of all.
             rates_on_device: further factors of the step lengths that operators read, [matrices, 2]; None: there are none.
+            enters: whether a matrix makes its first step after others have trained. The step length is then again that of a
+                beginning, at most: it may have grown tenfold on what the others could do alone, as a head does.
         """
+        before = self._control.clone() if enters else None
+        if enters:
+            self._control.select(0, LENGTH).clamp_(max=FIRST_LENGTH)
         self._operators.eigen_step_(
             self._operands.weights, self._operands.biases, *map(self._moments, MOMENTS), self._of_states("size"), self._control,
             self._operands.weight_grads, self._operands.bias_grads, self._means,
@@ -133,6 +138,9 @@ class EigenStep:
             group["eps"], self._renewal is not None, *self._replay,
             **({} if rates_on_device is None else {"rate": rates_on_device}),
         )  # fmt: skip
+        if before is not None:
+            refused = self._control[REFUSED] > before[REFUSED]
+            self._control[LENGTH] = torch.where(refused, before[LENGTH], self._control[LENGTH])
 
     def note_captured(self) -> None:
         """Notes that a CUDA graph has captured the step, which is not made yet."""

@@ -47,7 +47,8 @@ class EigenAdam(ObservingOptimizer):
 
     each element follows Adam's rule with Nesterov's look-ahead. The normalised parts, taken back to W and b, give the step S, and
     W and b move by lr l S. The step length l rises while the loss of fresh batches still falls along the step before, falls while
-    it rises there, and decays with the number of times that it has risen.
+    it rises there, and decays with the number of times that it has risen. Where parameters move for the first time after others
+    have trained, as those that are unfrozen, it is at most what it was at first.
 
     All other parameters (a bias by itself, a norm's weight, an embedding) follow Adam's rule at the same step length. An element
     whose gradient is exactly zero moves by weight decay alone. So a row of an embedding moves only in steps that look it up; if
@@ -229,7 +230,8 @@ class EigenAdam(ObservingOptimizer):
         groups_of = [self._groups_of[matrix] for matrix in matrices]
         on_device = rates_on_device(self.param_groups, self._on_device, groups_of, shared["control"])
         step.renew()  # so far no parameter and no basis has changed
-        step.move(matrix_rates, self.param_groups[0], on_device)
+        enters = shared["steps"] > 0 and not all(state["step"] for state in states)
+        step.move(matrix_rates, self.param_groups[0], on_device, enters)
         if captured:
             step.note_captured()
             self._replays.add(matrices)

@@ -143,3 +143,30 @@ def test_a_weight_that_gets_another_shape_is_named():
             optimizer.step()
         optimizer._shared_state()["steps"] -= 1
     assert torch.equal(values(model), before)
+
+
+def test_the_step_length_is_that_of_a_beginning_where_parameters_enter():
+    """What a head could do alone says nothing of what is below it."""
+    torch.manual_seed(0)
+    body, head = nn.Sequential(nn.Linear(20, 16), nn.Tanh()).double(), nn.Linear(16, 3).double()
+    x, y = torch.randn(256, 20).double(), torch.randint(3, (256,))
+    body.requires_grad_(False)
+    optimizer = so.EigenAdam(nn.Sequential(body, head))
+
+    def step(factor=1.0):
+        optimizer.zero_grad()
+        (factor * F.cross_entropy(head(body(x)), y)).backward()
+        optimizer.step()
+
+    for _ in range(80):
+        step()
+    grown = optimizer.metrics()["length"]
+    assert grown > 0.02
+    body.requires_grad_(True)
+    with pytest.raises(so.NonFiniteError):
+        step(math.inf)
+    assert optimizer.metrics()["length"] == grown  # a step that is not made changes nothing
+    step()
+    assert 0.005 < optimizer.metrics()["length"] <= 0.01 * math.exp(0.05)
+    step()
+    assert optimizer.metrics()["length"] <= 0.01 * math.exp(0.1)
