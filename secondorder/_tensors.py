@@ -1,11 +1,13 @@
 """Helpers on tensors: batches as rows, subsamples of them, and the dtype that numbers are computed in."""
 
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 T = TypeVar("T")
 Later = Callable[[], T]  # returns a value that depends on numbers of the device, and waits for them
@@ -100,6 +102,17 @@ def refuse_sparse(layer: str, h: Any) -> None:
             f"layer {layer!r}: expected an input that is an ordinary tensor, as the curvature needs, got a {kind} one; give the "
             f"layer {'the rows alone, x.values()' if h.is_nested else 'x.to_dense()'}, or train with secondorder.EigenAdam"
         )
+
+
+def gradients_by_seed(r: Tensor | GradientEdge, inputs: Sequence[Any], seeds: Tensor) -> Sequence[Tensor | None]:
+    """Returns the gradients of `inputs` for each of the seeds [k, ...], as [k, ...]; by vmap if there are several."""
+    if len(seeds) > 1:
+        # vmap does not know all nodes, as those of compiled graphs and of sparse matrices.
+        with warnings.catch_warnings(), suppress(RuntimeError):
+            warnings.simplefilter("ignore")  # vmap warns of nodes that it takes one after another
+            return torch.autograd.grad(r, inputs, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    each = [torch.autograd.grad(r, inputs, one, retain_graph=True, allow_unused=True) for one in seeds]
+    return [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]
 
 
 def irregular(like: Tensor) -> Tensor:

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder._tape.graph import metadata, source_nodes
-from secondorder._tape.passes import gradients_by_seed
 from secondorder._tape.records import Counting, LayerCall
-from secondorder._tensors import subsample, to_compute_dtype, without_autocast
+from secondorder._tensors import gradients_by_seed, subsample, to_compute_dtype, without_autocast
 from secondorder.criteria import OutputRoot
 
 # (criterion, loss, the autograd node of the output of the one linear layer that the loss depends on, or None, the criterion's

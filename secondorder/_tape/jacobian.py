@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from secondorder._tape.factored import Buffer, Jacobian, Part, Piece
-from secondorder._tape.passes import Output, columns_by_passes, gradients_at, gradients_by_seed, output_of, seed
+from secondorder._tape.passes import Output, columns_by_passes, gradients_at, output_of, seed
 from secondorder._tape.plans import Block, Plan
 from secondorder._tape.row_uses import Use
 from secondorder._tape.uses import Uses, find_uses, frontier
+from secondorder._tensors import gradients_by_seed
 
 SEEDS = 2**22  # numbers in the seeds, or in the gradients of one product, of several residuals' passes that run together, at most
 

@@ -1,6 +1,5 @@
 """Backward passes from residuals: those that other modules ask for, and those of parameters that enter in an unknown way."""
 
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -8,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+
+from secondorder._tensors import gradients_by_seed
 
 # vmap takes the backward passes of BATCH residuals together where no matrix product has an operand of more than BATCH_OPERAND
 # numbers: there nodes cost more than numbers. In small nets this is up to 14 times as fast as one pass after another, in large
@@ -44,17 +45,6 @@ def gradients_at(nodes: list[Node], outputs: Sequence[Tensor | GradientEdge], se
     edges = [GradientEdge(node, 0) for node in nodes]
     found = torch.autograd.grad(outputs, edges, seeds, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
     return dict(zip(nodes, found, strict=True))
-
-
-def gradients_by_seed(r: Tensor | GradientEdge, inputs: Sequence[Any], seeds: Tensor) -> Sequence[Tensor | None]:
-    """Returns the gradients of `inputs` for each of the seeds [k, ...], as [k, ...]; by vmap if there are several."""
-    if len(seeds) > 1:
-        # vmap does not know all nodes, as those of compiled graphs and of sparse matrices.
-        with warnings.catch_warnings(), suppress(RuntimeError):
-            warnings.simplefilter("ignore")  # vmap warns of nodes that it takes one after another
-            return torch.autograd.grad(r, inputs, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True)
-    each = [torch.autograd.grad(r, inputs, one, retain_graph=True, allow_unused=True) for one in seeds]
-    return [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]
 
 
 def by_columns(numel: int, rows: int) -> bool:

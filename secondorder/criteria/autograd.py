@@ -1,15 +1,13 @@
 """The Hessian of any criterion with respect to a tensor of the graph, by double backward."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder._tensors import irregular
+from secondorder._tensors import gradients_by_seed, irregular
 from secondorder.criteria.hessians import OutputHessian, check_semidefinite, lowest_eigenvalue
 from secondorder.criteria.roots import GaussianRoot, OutputRoot, dense_root
 from secondorder.errors import second_derivatives
@@ -153,18 +151,12 @@ def _rows_of(loss: Tensor, source: Node, inner: GradientEdge | None) -> tuple[Te
             chosen = torch.arange(begin, min(begin + together, k), device=zero.device)
             units = zero.new_zeros(len(chosen), *zero.shape)
             units[chosen - begin, ..., chosen] = 1
-            found = batched(units) if len(chosen) > 1 else None
-            yield from (product(unit) for unit in units) if found is None else found
-
-    def batched(units: Tensor) -> Tensor | None:
-        with (
-            warnings.catch_warnings(),
-            suppress(RuntimeError),
-        ):  # vmap does not know all nodes, as those of functions of one's own
-            warnings.simplefilter("ignore")
-            (hv,) = torch.autograd.grad(gradient, edge, units, retain_graph=True, allow_unused=True, is_grads_batched=True)
-            return torch.zeros_like(units) if hv is None else hv.detach()
-        return None
+            if together == 1:
+                yield from (product(unit) for unit in units)
+                continue
+            with second_derivatives():
+                (found,) = gradients_by_seed(gradient, [edge], units)
+            yield from torch.zeros_like(units) if found is None else found.detach()
 
     rounding = torch.finfo(hv.dtype).eps ** 0.75 * hv.abs().max()
     return diagonal, rows(), rounding

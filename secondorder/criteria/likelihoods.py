@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secondorder._tensors import gradients_by_seed
 from secondorder.criteria.known import evaluated, normalizer
 from secondorder.criteria.losses import CompositeLoss
 from secondorder.criteria.roots import (
@@ -44,7 +45,8 @@ def likelihood_root(criterion: nn.Module, output: Tensor, *args: Any, **kwargs: 
         root = ScalarRoot(root)
 
     def transposed(columns: Tensor) -> Tensor:
-        (rows,) = torch.autograd.grad(value, leaf, columns.to(value.dtype), retain_graph=True, is_grads_batched=True)
+        (rows,) = gradients_by_seed(value, [leaf], columns.to(value.dtype))
+        assert rows is not None
         return rows
 
     return None if root is None else PulledBackRoot(root, transposed)

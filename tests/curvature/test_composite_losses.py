@@ -205,3 +205,25 @@ def test_rows_of_a_composite_loss_count_as_its_criterions_do():
     outer = nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 2.0]), ignore_index=1)
     masses = row_masses(CompositeLoss(inner, outer), torch.randn(4, 3), y)
     torch.testing.assert_close(masses, torch.tensor([0.5, 2.0, 0.0, 2.0]).double())
+
+
+class Doubled(torch.autograd.Function):
+    """2 z, by a backward pass that looks at its numbers, which vmap refuses."""
+
+    @staticmethod
+    def forward(ctx, z):
+        return 2 * z
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad if grad.isfinite().all() else grad
+
+
+def test_an_inner_function_that_vmap_does_not_take():
+    torch.manual_seed(0)
+    model, (x, y) = nn.Linear(4, 3).double(), (torch.randn(5, 4).double(), torch.randint(3, (5,)))
+    ours, theirs = (
+        so.diagnostics.bias_hessians(model, CompositeLoss(inner, nn.CrossEntropyLoss()), x, y, CURVATURES["kflr"])
+        for inner in (Doubled.apply, lambda z: 2 * z)
+    )
+    torch.testing.assert_close(ours, theirs)
