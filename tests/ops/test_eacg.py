@@ -282,10 +282,6 @@ def test_threads_do_not_matter(threads):
         torch.set_num_threads(before)
     for x, y in zip(actual, expected, strict=True):
         assert torch.equal(x, y)
-    both = start[n + 1].clone()
-    for layer in (1, 3):
-        both += 0.1 * ops.eacg_solve(h[layer], a[layer], b[layer], g[layer], 0.05, 9, 0, False)[1]
-    torch.testing.assert_close(actual[n + 1], both)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
