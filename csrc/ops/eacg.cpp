@@ -1,7 +1,8 @@
 // eacg_solve and eacg_update_: EA-CG's two systems of a layer or of a whole net, and the step along their solutions.
 #include "eacg.h"
 
-#include <unordered_set>
+#include <set>
+#include <utility>
 
 #include "../checks.h"
 
@@ -64,12 +65,13 @@ void check_eacg_update(at::TensorList hessians, at::TensorList mean_inputs, at::
   if (max_norm) check_lengths(op, {{"bias_hessian", hessians.size()}, {"max_norm", max_norm->size()}});
   for (size_t l = 0; max_norm && l < hessians.size(); ++l)
     TORCH_CHECK_VALUE((*max_norm)[l] >= 0, op, ": expected max_norm >= 0, got ", (*max_norm)[l]);
-  std::unordered_set<const void*> targets;
+  std::set<std::pair<const void*, int64_t>> targets;  // by storages, which copy-on-write leaves apart, and offsets
   const auto check_target = [&](const char* name, const at::Tensor& t, const char* like_name, const at::Tensor& like) {
     check_shape(op, name, t, like.sizes());
     check_same(op, name, t, like_name, like);
     check_contiguous(op, name, t);
-    TORCH_CHECK_VALUE(t.numel() == 0 || targets.insert(t.const_data_ptr()).second, op, ": expected a ", name,
+    const bool apart = t.numel() == 0 || targets.emplace(t.storage().unsafeGetStorageImpl(), t.storage_offset()).second;
+    TORCH_CHECK_VALUE(apart, op, ": expected a ", name,
                       " in memory of its own, got one that is written elsewhere, too");
   };
   for (size_t l = 0; l < hessians.size(); ++l) {
