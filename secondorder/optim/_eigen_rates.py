@@ -8,13 +8,13 @@ from torch import Tensor
 
 from secondorder.optim._matrices import Matrix
 from secondorder.optim._numbers import Numbers, check_arguments, check_numbers, warn_of_short_steps
+from secondorder.optim._tables import times_as_far
 
 _NUMBERS: Numbers = {
     "lr": (lambda v: 0 <= v < float("inf"), ">= 0"),
     "weight_decay": (lambda v: 0 <= v < float("inf"), ">= 0"),
     "eps": (lambda v: 0 <= v < float("inf"), ">= 0"),
 }
-TABLE = 2.0  # so many times as far as others moves a table of which a step meets all rows: an element acts alone, not with a row
 SLOW = 100  # steps after which the optimizer warns of an lr that has always been as small as another optimizer's
 
 Group = dict[str, Any]
@@ -93,8 +93,8 @@ def rates_of_matrices(
 ) -> MatrixRates:
     """Returns the rates and weight decays of every matrix.
 
-    A table of which a step meets a share s of the rows moves TABLE / s times as far. What has no gradient is given one of zeros,
-    so that it does not move; it does not decay either.
+    A table of which a step meets a share s of the rows moves further, see `times_as_far`. What has no gradient is given one of
+    zeros, so that it does not move; it does not decay either.
 
     Args:
         matrices: the matrices with a gradient.
@@ -106,7 +106,7 @@ def rates_of_matrices(
     found = MatrixRates([], [], [], [])
     for matrix, state in zip(matrices, states, strict=True):
         share = row_shares.get(matrix, state.get("share"))  # None: it is no table
-        further = 1.0 if share is None else TABLE / share
+        further = 1.0 if share is None else times_as_far(share)
         (lr, decay), (bias_lr, bias_decay) = (rates[group] for group in groups_of[matrix])
         bias = matrix.bias
         found.weights.append(lr * further)

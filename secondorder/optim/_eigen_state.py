@@ -1,6 +1,5 @@
 """EigenAdam's state of a matrix, and of the step length."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,14 +12,9 @@ from secondorder.optim._matrices import Matrix, computed_in
 
 SHARED = ("control", "steps", "refused")  # what the first parameter's state has for all of them
 MOMENTS = ("exp_avg", "exp_avg_sq", "last")  # of a matrix: the first, the second, and some rows of the last step
-COUNTS = ("step", "steps", "renewals")
 FIRST_STEPS = 5  # so many steps renew bases, and count the rows of tables that are looked up
 FIRST_LENGTH = 0.01  # of a step as training begins, once the length has risen
 SAMPLED = 4096  # of a parameter without bases, the slopes of so many elements stand for those of all
-
-
-# Of the states of some parameters: by key what there was, and what took its place.
-Changes = dict[Tensor, dict[str, tuple[Any, Any]]]
 
 
 def new_control(like: Tensor) -> Tensor:
@@ -99,27 +93,6 @@ def captured_share(matrix: Matrix, state: dict[str, Any]) -> Tensor:
         squares = torch.cat([squares, squares.new_zeros(n * p)])
     whole = squares.sum()
     return torch.where(whole > 0, squares[: -n * p].sum() / whole, 0.0)
-
-
-def changes_since(before: Mapping[Tensor, dict[str, Any]], states: Mapping[Tensor, dict[str, Any]]) -> Changes:
-    """Returns what has changed since the states of some parameters were `before`: by key what there was, None if nothing."""
-    return {
-        p: {key: (old.get(key), value) for key, value in states[p].items() if value is not old.get(key)}
-        for p, old in before.items()
-    }
-
-
-def undo(changes: Changes, states: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Takes changes back: counts by what they grew, and all else that nothing has taken the place of since."""
-    for p, own in changes.items():
-        state = states.get(p, {})
-        for key, (old, new) in own.items():
-            if key in COUNTS and key in state:
-                state[key] = max(0, state[key] - (new - (old or 0)))
-            elif state.get(key) is new and old is None:
-                del state[key]
-            elif state.get(key) is new:
-                state[key] = old
 
 
 def forget_state(state: dict[str, Any], *kept: str) -> None:

@@ -131,13 +131,18 @@ class EigenStep:
         before = self._control.clone() if enters else None
         if enters:
             self._control.select(0, LENGTH).clamp_(max=FIRST_LENGTH)
-        self._operators.eigen_step_(
-            self._operands.weights, self._operands.biases, *map(self._moments, MOMENTS), self._of_states("size"), self._control,
-            self._operands.weight_grads, self._operands.bias_grads, self._means,
-            *map(self._of_states, ("basis_out", "basis_in")), *rates, self._of_states("step"), *group["betas"],
-            group["eps"], self._renewal is not None, *self._replay,
-            **({} if rates_on_device is None else {"rate": rates_on_device}),
-        )  # fmt: skip
+        try:
+            self._operators.eigen_step_(
+                self._operands.weights, self._operands.biases, *map(self._moments, MOMENTS), self._of_states("size"),
+                self._control, self._operands.weight_grads, self._operands.bias_grads, self._means,
+                *map(self._of_states, ("basis_out", "basis_in")), *rates, self._of_states("step"), *group["betas"],
+                group["eps"], self._renewal is not None, *self._replay,
+                **({} if rates_on_device is None else {"rate": rates_on_device}),
+            )  # fmt: skip
+        except BaseException:
+            if before is not None:
+                self._control.copy_(before)
+            raise
         if before is not None:
             refused = self._control[REFUSED] > before[REFUSED]
             self._control[LENGTH] = torch.where(refused, before[LENGTH], self._control[LENGTH])

@@ -11,6 +11,7 @@ from secondorder._tensors import device_for, local_rows, real_view
 from secondorder.optim._eigen_state import FIRST_STEPS
 from secondorder.optim._matrices import Matrix
 
+TABLE = 2.0  # times as far as a weight moves a row that every step meets: its elements act alone, a weight with all of its row
 LEAST_SHARE = 0.2  # of a table's rows: fewer that a step meets move by no more
 
 AllReduce = Callable[[Tensor], None]  # sums a tensor over all processes that have inputs, in place
@@ -74,6 +75,11 @@ def share_if_no_map(matrix: Matrix, most: float, all_reduce_: AllReduce | None) 
     if p.dim() == 2 and 0 < met <= most * len(p):
         return _bounded(met / len(p))
     return 1.0 if total**2 > 0.5 * math.prod(matrix.shape) * squares else None
+
+
+def times_as_far(share: float) -> float:
+    """Returns how many times as far as other weights a table moves, of which a step meets this share of the rows."""
+    return TABLE / _bounded(share)
 
 
 def _bounded(share: float) -> float:

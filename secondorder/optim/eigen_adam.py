@@ -1,13 +1,12 @@
 """EigenAdam: Adam in the eigenbasis of the expectation-approximated curvature."""
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secondorder._tensors import Arriving, captured_now, is_sharded
+from secondorder._tensors import captured_now, is_sharded
 from secondorder._warnings import warn
 from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
@@ -16,12 +15,10 @@ from secondorder.optim._amp import outside_autocast
 from secondorder.optim._bias_hessians import BiasHessians
 from secondorder.optim._eigen_observer import ObservingOptimizer
 from secondorder.optim._eigen_rates import SLOW, GroupRates, RateReader, check_group, rates_of_matrices, rates_on_device
+from secondorder.optim._eigen_reports import StepReports
 from secondorder.optim._eigen_state import (
-    Changes,
     captured_share,
-    changes_since,
     forget_state,
-    undo,
 )  # fmt: skip
 from secondorder.optim._eigen_step import EigenStep
 from secondorder.optim._growth import LossGrowth
@@ -162,8 +159,7 @@ class EigenAdam(ObservingOptimizer):
     def _reset(self) -> None:
         super()._reset()
         self._rates = RateReader(type(self).__name__)
-        # Of the steps on CUDA: the control after each, on its way from the device, and what the states have noted of it.
-        self._reports: deque[tuple[Arriving, Changes]] = deque()
+        self._reports = StepReports()
         self._warned: set[str] = set()  # the warnings that were given
         self._growth = LossGrowth(type(self).__name__, "lower lr, or clip the gradients")  # of closures
 
@@ -214,9 +210,9 @@ class EigenAdam(ObservingOptimizer):
             return
         operands = Operands(name, matrices, sign)
         captured = self._captures(matrices)
-        renews = captured or self._renews_now()
         if not captured:
             self._read_reports()
+        renews = captured or self._renews_now()
         self._sketches.expect(captured)
         self._find_maps(matrices)
         states, shared = [self._state_of(matrix) for matrix in matrices], self._shared_state()
@@ -236,10 +232,8 @@ class EigenAdam(ObservingOptimizer):
             step.note_captured()
             self._replays.add(matrices)
         elif self._none_waits(shared["control"]):
-            parameters = dict.fromkeys(p for m in matrices for p in (m.weight, m.bias, self._first_parameter()) if p is not None)
-            before = {p: dict(self.state[p]) for p in parameters}
             self._note_made(step, matrices, row_shares)
-            self._reports.append((Arriving(shared["control"]), changes_since(before, self.state)))
+            self._reports.add(shared["control"], matrices, renews)
         elif self._none_refused(shared["control"].tolist()):
             self._note_made(step, matrices, row_shares)
 
@@ -327,19 +321,16 @@ class EigenAdam(ObservingOptimizer):
         Raises:
             NonFiniteError: one was not made, with nonfinite="error".
         """
-        entries: list[float] | None = None
-        if self._replays:  # replays send no report
-            self._reports.clear()
-            entries = self._shared_state()["control"].tolist()
-        refused = self._shared_state()["refused"]
-        while self._reports and self._reports[0][0].here:
-            report, changes = self._reports.popleft()
-            entries = report.read().tolist()
-            if entries[REFUSED] > refused:  # it was taken for made
-                undo(changes, self.state)
-                refused = int(entries[REFUSED])
-        if entries is not None:
-            self._none_refused(entries)
+        shared = self._shared_state()
+        # Ranks must count alike, so that what they wait for is not what happens to be there.
+        newest = 0 if self._replays else 1 if self._is_distributed else None
+        self._reports.settle(shared, self.state, newest)
+        told = not self._reports.untold
+        self._reports.untold = False
+        if self._replays:  # they send no report
+            told &= self._none_more_refused(shared["control"].tolist())
+        if not told:
+            self._tell_of_refused()
 
     def _none_refused(self, entries: list[float]) -> bool:
         """Returns whether no step was refused since the last look at control, of which these are the entries.
@@ -347,22 +338,44 @@ class EigenAdam(ObservingOptimizer):
         Raises:
             NonFiniteError: a step was refused, with nonfinite="error".
         """
-        shared = self._shared_state()
-        refused = int(entries[REFUSED]) - shared["refused"]
-        if not refused:
+        if self._none_more_refused(entries):
             return True
-        shared["refused"] += refused
+        self._tell_of_refused()
+        return False
+
+    def _none_more_refused(self, entries: list[float]) -> bool:
+        """Returns whether no step was refused since the last look at control; counts those that were."""
+        shared = self._shared_state()
+        before, shared["refused"] = shared["refused"], int(entries[REFUSED])
+        return bool(shared["refused"] == before)
+
+    def _tell_of_refused(self) -> None:
+        """Raises NonFiniteError with nonfinite="error"."""
         if self._nonfinite == "error":
             rates = any(self._on_device(group["lr"]) for group in self.param_groups)  # which no step reads on the host
             raise NonFiniteError(
                 f"{type(self).__name__}.step(): expected finite gradients, got NaN or inf, or numbers whose squares are"
                 f"{', or a learning rate that is negative or not finite' if rates else ''}; no parameter and no state has changed"
             )
-        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state, once it is known which steps were made."""
+        self._settle_reports()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what copies and pickles have, once it is known which steps were made."""
+        self._settle_reports()
+        return super().__getstate__()
+
+    def _settle_reports(self) -> None:
+        """Waits for the reports of all steps; of a refused one the next step tells."""
+        if self._reports:
+            self._reports.settle(self._shared_state(), self.state, newest=0)
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
         super()._restore(state_dict)
-        self._reports.clear()  # of the state before
+        self._reports = StepReports()
 
     @property
     def skipped_steps(self) -> int:

@@ -395,7 +395,7 @@ class Late:
 @pytest.mark.parametrize("bad", [0, 1, 5, 7])
 def test_a_refused_step_whose_report_comes_late_leaves_no_trace(bad, ahead, monkeypatch):
     """Steps in a row with one that is refused, of which the host learns `ahead` steps later, as on CUDA."""
-    monkeypatch.setattr("secondorder.optim.eigen_adam.Arriving", Late)
+    monkeypatch.setattr("secondorder.optim._eigen_reports.Arriving", Late)
     model, data = mixed()
     twin = copy.deepcopy(model)
     optimizer, eager = so.EigenAdam(model, nonfinite="skip"), so.EigenAdam(twin, nonfinite="skip")
@@ -423,7 +423,7 @@ def test_a_refused_step_whose_report_comes_late_leaves_no_trace(bad, ahead, monk
 
 
 def test_reports_that_do_not_arrive_in_time_are_kept(monkeypatch):
-    monkeypatch.setattr("secondorder.optim.eigen_adam.Arriving", Late)
+    monkeypatch.setattr("secondorder.optim._eigen_reports.Arriving", Late)
     model, data = plain()
     optimizer = so.EigenAdam(model)
     monkeypatch.setattr(optimizer, "_none_waits", lambda control: True)
@@ -434,8 +434,90 @@ def test_reports_that_do_not_arrive_in_time_are_kept(monkeypatch):
         if t == 1:
             model[0].weight.grad[0, 0] = math.nan
         optimizer.step()
-    optimizer._reports[0][0].__class__ = type("Here", (Late,), {"here": True})
-    optimizer._reports[1][0].__class__ = type("Here", (Late,), {"here": True})
+    for report in list(optimizer._reports._under_way)[:2]:
+        report.control.__class__ = type("Here", (Late,), {"here": True})
     with pytest.raises(so.NonFiniteError, match="expected finite gradients"):
         optimizer.step()
     assert len(optimizer._reports) == 3
+
+
+@pytest.mark.parametrize("how", ["load", "copy"])
+@pytest.mark.parametrize("bad", [[3], [2, 3], [0]])
+def test_states_are_saved_and_copied_once_it_is_known_which_steps_were_made(how, bad, monkeypatch):
+    monkeypatch.setattr("secondorder.optim._eigen_reports.Arriving", Late)
+    Late.arrived = False
+    model, data = plain()
+    optimizer = so.EigenAdam(model, nonfinite="skip")
+    monkeypatch.setattr(optimizer, "_none_waits", lambda control: True)
+    for t, (x, y) in enumerate(data):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        if t in bad:
+            model[0].weight.grad[0, 0] = math.nan
+        optimizer.step()
+    if how == "copy":
+        _, other = copy.deepcopy((model, optimizer))
+    else:
+        other = so.EigenAdam(copy.deepcopy(model))
+        other.load_state_dict(optimizer.state_dict())
+    made = len(data) - len(bad)
+    for own in (optimizer, other):
+        shared = own._shared_state()
+        assert (shared["steps"], shared["refused"], int(shared["control"][4])) == (made, len(bad), made)
+        assert {state["step"] for state in own.state.values()} == {made}
+
+
+def test_what_a_refused_step_has_seen_stays(monkeypatch):
+    """The mean of the inputs and a table's share are facts of the forward pass, which later steps have used."""
+    monkeypatch.setattr("secondorder.optim._eigen_reports.Arriving", Late)
+    Late.arrived = False
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(1000, 8), nn.Linear(8, 3))
+    optimizer = so.EigenAdam(model, nonfinite="skip")
+    monkeypatch.setattr(optimizer, "_none_waits", lambda control: True)
+    for t in range(8):
+        optimizer.zero_grad()
+        model(torch.randint(1000, (20,))).square().mean().backward()
+        if t == 0:
+            model[1].weight.grad[0, 0] = math.nan
+        optimizer.step()
+    before = optimizer.state[model[1].weight]["mean"].clone()
+    optimizer.state_dict()
+    assert optimizer.state[model[0].weight]["share"] == 0.2
+    assert torch.equal(optimizer.state[model[1].weight]["mean"], before)
+
+
+def test_a_refused_step_that_a_checkpoint_waited_for_is_told_of_by_the_next_one(monkeypatch):
+    monkeypatch.setattr("secondorder.optim._eigen_reports.Arriving", Late)
+    Late.arrived = False
+    model, data = plain()
+    optimizer = so.EigenAdam(model)
+    monkeypatch.setattr(optimizer, "_none_waits", lambda control: True)
+
+    def step(factor=1.0):
+        optimizer.zero_grad()
+        (factor * F.cross_entropy(model(data[0][0]), data[0][1])).backward()
+        optimizer.step()
+
+    step()
+    step(math.inf)
+    optimizer.state_dict()
+    with pytest.raises(so.NonFiniteError, match="expected finite gradients"):
+        step()
+    step()
+
+
+def test_reports_are_read_with_a_lag_of_their_own_where_ranks_must_count_alike(monkeypatch):
+    monkeypatch.setattr("secondorder.optim._eigen_reports.Arriving", Late)
+    model, _ = plain()
+    optimizer = so.EigenAdam(model, nonfinite="skip")
+    shared, reports = optimizer._shared_state(), optimizer._reports
+    shared["steps"] = 3
+    for refused in (0, 1, 2):
+        control = shared["control"].clone()
+        control[5] = refused
+        reports.add(control, [], renewed=False)
+    for Late.arrived in (False, True):
+        reports.settle(shared, optimizer.state, newest=1)
+        assert (len(reports), shared["refused"], shared["steps"]) == (1, 1, 2)
+    assert reports.untold
