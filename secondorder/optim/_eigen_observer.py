@@ -219,8 +219,9 @@ class InputHook:
         if optimizer is None or (optimizer._observing is False and not capturable) or torch.jit.is_tracing():
             return
         captured = captured_now()
+        keywords = rest[0] if len(rest) > 1 else {}
         if capturable or not captured:
-            optimizer._observe(module, args[0] if args else rest[0].get("input"), rest[-1], captured)
+            optimizer._observe(module, args[0] if args else keywords.get("input"), rest[-1], captured)
 
     def install(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Installs the hooks once the parameters of a model with lazy layers are known: a forward pre-hook of the model."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 from secondorder._warnings import warn
@@ -52,10 +53,14 @@ def check_counts(owner: str, least: int, counts: dict[str, Any], optional: bool 
     check_arguments(
         owner,
         [
-            (name, value, (optional and value is None) or (type(value) is int and value >= least), expected)
+            (name, value, (optional and value is None) or (_is_whole(value) and value >= least), expected)
             for name, value in counts.items()
         ],
     )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def warn_of_short_steps(owner: str, lr: float, name: str = "lr") -> None:

@@ -128,6 +128,7 @@ def test_hooks_that_are_copied_without_their_options_show_nothing():
         model[i] = layer
     assert torch.equal(model(x), expected)
     assert torch.equal(torch.nn.Sequential(*model)(input=x), expected)
+    model[0](input=x)
 
 
 def test_what_a_wrapper_keeps_in_the_state_is_saved_with_it():

@@ -3,6 +3,7 @@
 import copy
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from helpers.training import CRITERIA, WIDTHS, assert_same, batch, network, one_step, poison_gradient, poison_input, snapshot
@@ -302,3 +303,7 @@ def test_counts_are_integers(name, value):
         arguments = [network()] if name in ("EigenAdam", "LevenbergMarquardt") else [network(), nn.CrossEntropyLoss()]
         with pytest.raises(ValueError, match=f"{name}: expected {count} to be an int >= [01]"):
             make(*arguments, **{count: value})
+
+
+def test_counts_may_be_numpys():
+    so.EACG(network(), nn.CrossEntropyLoss(), max_cg=np.int64(10), curvature_every=np.int32(2))
