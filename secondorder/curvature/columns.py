@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from secondorder._arguments import is_whole
 from secondorder._tape import (
     LayerRecord,
     has_rows_apart,
@@ -326,7 +327,7 @@ class FisherMC(FisherExact):
     samples: int = 1
 
     def __post_init__(self) -> None:
-        if not (type(self.samples) is int and self.samples >= 1):
+        if not (is_whole(self.samples) and self.samples >= 1):
             raise ValueError(f"expected samples to be an int >= 1, got {self.samples}")
 
     _others: ClassVar[str] = ", or one with a method sample(output) -> target"

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
+from secondorder._arguments import is_whole
 from secondorder._warnings import warn
 
 # name -> whether a value is valid, and what is expected
@@ -53,14 +53,10 @@ def check_counts(owner: str, least: int, counts: dict[str, Any], optional: bool 
     check_arguments(
         owner,
         [
-            (name, value, (optional and value is None) or (_is_whole(value) and value >= least), expected)
+            (name, value, (optional and value is None) or (is_whole(value) and value >= least), expected)
             for name, value in counts.items()
         ],
     )
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def warn_of_short_steps(owner: str, lr: float, name: str = "lr") -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secondorder._arguments import is_whole
 from secondorder._distributed import in_one_process
 from secondorder._tape.factored import Buffer
 from secondorder._warnings import warn
@@ -136,7 +137,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         checks: list[tuple[str, Any, bool, str]] = [
             ("holdout", holdout, holdout is None or type(holdout) is bool, "to be True, False or None"),
             ("solver", solver, solver in SOLVERS, f"one of {', '.join(map(repr, SOLVERS))}"),
-            ("seed", seed, type(seed) is int, "to be an int"),
+            ("seed", seed, is_whole(seed), "to be an int"),
             ("nonfinite", nonfinite, nonfinite in ("error", "skip"), "'error' or 'skip'"),
         ]
         check_arguments(name, checks)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from secondorder import ops
+from secondorder._arguments import is_whole
 from secondorder.errors import NonFiniteError
 
 # What a layer's solver works with: "bias_hessian" [n_out, n_out] and its statistics of the input, by name.
@@ -86,7 +87,7 @@ class SolverOptions:
 
 def check_cg(max_cg: int, eps_cg: float) -> None:
     """Raises ValueError unless conjugate gradients do an iteration at least, and stop at a residual >= 0."""
-    if not (type(max_cg) is int and max_cg >= 1):
+    if not (is_whole(max_cg) and max_cg >= 1):
         raise ValueError(f"expected max_cg to be an int >= 1, got {max_cg}")
     if not eps_cg >= 0:
         raise ValueError(f"expected eps_cg >= 0, got {eps_cg}")
