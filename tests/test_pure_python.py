@@ -104,11 +104,11 @@ def test_setup_names_the_way_without_a_compiler_where_compiling_fails(tmp_path):
 
 
 def test_setup_names_the_way_without_cuda_where_the_toolkit_is_of_another_version(tmp_path):
-    """A torch of CUDA 12.4, as its version says, beside a toolkit of 11.8, as its nvcc says."""
+    """A torch of CUDA 12.4, as its version says, beside a toolkit of 13.0, as its nvcc says."""
     broken_project(tmp_path, "cu")
     nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 11.8, V11.8.89\n")
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.48\n")
     nvcc.chmod(0o755)
     build = (
         "import os, sys, torch; from torch.utils import cpp_extension; torch.version.cuda = '12.4'; "

@@ -118,10 +118,13 @@ class Renewal:
 
 
 def finite_or_zero(sums: Tensor) -> Tensor:
-    """Returns a sketch or bias Hessian; or zeros, which leave the basis alone, if its squares overflow, as no gradient's do."""
+    """Returns a sketch or bias Hessian; or zeros, which leave the basis alone, where the renewal would be refused for its size.
+
+    `ops.eigen_renew_` refuses a sum of squares from a quarter of the dtype's largest number on, and this what comes close to it.
+    """
     if not sums.numel():
         return sums
-    norm = sums.norm()
+    norm, most = sums.norm(), 0.49 * math.sqrt(torch.finfo(sums.dtype).max)
     if sums.is_cpu:
-        return sums if math.isfinite(norm.item()) else torch.zeros_like(sums)
-    return torch.where(norm.isfinite(), sums, 0.0)  # waits for no device
+        return sums if norm.item() < most else torch.zeros_like(sums)
+    return torch.where(norm < most, sums, 0.0)  # waits for no device
