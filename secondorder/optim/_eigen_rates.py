@@ -93,8 +93,8 @@ def rates_of_matrices(
 ) -> MatrixRates:
     """Returns the rates and weight decays of every matrix.
 
-    A table of which a step meets a share s of the rows moves further, see `times_as_far`. What has no gradient is given one of
-    zeros, so that it does not move; it does not decay either.
+    A table of which a step meets a share s of the rows moves `times_as_far(s)` times as far. What has no gradient is given one
+    of zeros, so that it does not move; it does not decay either.
 
     Args:
         matrices: the matrices with a gradient.
