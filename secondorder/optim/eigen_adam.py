@@ -16,10 +16,7 @@ from secondorder.optim._bias_hessians import BiasHessians
 from secondorder.optim._eigen_observer import ObservingOptimizer
 from secondorder.optim._eigen_rates import SLOW, GroupRates, RateReader, check_group, rates_of_matrices, rates_on_device
 from secondorder.optim._eigen_reports import StepReports
-from secondorder.optim._eigen_state import (
-    captured_share,
-    forget_state,
-)  # fmt: skip
+from secondorder.optim._eigen_state import captured_share, forget_state
 from secondorder.optim._eigen_step import EigenStep
 from secondorder.optim._growth import LossGrowth
 from secondorder.optim._matrices import Matrix
@@ -43,9 +40,10 @@ class EigenAdam(ObservingOptimizer):
         C = U^T [G' V, g],   R = [G' V, g] - U C,   T = U^T G' (I - V V^T),   E = (I - U U^T) G' (I - V V^T)
 
     each element follows Adam's rule with Nesterov's look-ahead. The normalised parts, taken back to W and b, give the step S, and
-    W and b move by lr l S. The step length l rises while the loss of fresh batches still falls along the step before, falls while
-    it rises there, and decays with the number of times that it has risen. Where parameters move for the first time after others
-    have trained, as those that are unfrozen, it is at most what it was at first.
+    W and b move by lr l S. The step length l rises to 0.01 over the first 14 steps, or to less if these prove too long. Then it
+    rises, up to 0.1, while the loss of fresh batches still falls along the step before, and falls while that loss rises. With K,
+    the number of steps along which it rose, l decays as (1 + K/25)^(-1/2), and grows no more from K = 25 on. Where parameters
+    move for the first time after others have trained, as those that are unfrozen, l is at most 0.01.
 
     All other parameters (a bias by itself, a norm's weight, an embedding) follow Adam's rule at the same step length. An element
     whose gradient is exactly zero moves by weight decay alone. So a row of an embedding moves only in steps that look it up; if
@@ -424,8 +422,9 @@ class EigenAdam(ObservingOptimizer):
 
         Returns:
             "length": the step length, without lr. "slope": the average slope along the present step, per step length.
-            "slope_ratio": the slope along the step before over "slope", -1 to 1 or so: above 0.1 steps grow, below -0.6 they
-            shrink. "oscillations": how many steps had a negative slope along the step before. "rank": how many directions the
+            "slope_ratio": the average slope along the step before over "slope", -1 to 1 or so. From the 15th step on steps grow
+            where it is above 0.1, until there are 25 oscillations, and shrink where it is below -0.6.
+            "oscillations": how many steps had a negative slope along the step before. "rank": how many directions the
             bases of matrices have, the mean over their sides. "coverage": the share of all numbers with a gradient so far that
             belong to matrices with bases, rather than follow Adam's rule. "seen": the share of these matrices whose inputs the
             last renewal has seen. "captured": the share of a gradient's mean square that lies in the basis of either side, the

@@ -91,7 +91,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         holdout: whether a tenth of the residuals is held out, of terms with 100 or more that data enter through layers. None: if
             there are fewer than 4 residuals for each parameter.
         solver: the system that is solved: "rows" (m x m, by Cholesky's method), "parameters" (P x P, by Cholesky's method),
-            "nystrom" (m x m, by conjugate gradients), or "auto", which chooses by m and P.
+            "nystrom" (m x m, by conjugate gradients), or "auto", which chooses by m and P. With squares of parameters in the loss
+            "rows" takes the place of "nystrom".
         memory: how many bytes J may take. A larger J is not formed: products with it are computed from its factors. With
             solver="parameters", which "auto" takes for fewer parameters than rows, and with squares of parameters in the loss, J
             is formed whatever its size.
@@ -154,8 +155,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     def step(self, closure: Callable[[], Any] = NEEDED) -> Tensor:  # type: ignore[override]
         """Makes one step, or up to `max_iter`: fewer if one of them lowers nothing, with which the call ends.
 
-        A step calls the closure three times or more, or twice or more if it goes on from one of the same call; the first step of
-        all calls it some 50 to 90 times, or 20 to 30 with fewer than 20 parameters. Within a call of `step` every call of the
+        A step calls the closure three times or more (twice without acceleration), and once less if it goes on from one of the same
+        call; with race=True the first step of all calls it some 50 to 90 times, or 20 to 30 with fewer than 20 parameters. Within a call of `step` every call of the
         closure starts from the same state of torch's random generators, so that it draws the same points each time; the next
         call draws new ones.
 
