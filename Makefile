@@ -72,6 +72,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/helpers/typed_use.py
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/cuda_on_cpu -regex '.*\.\(cpp\|cuh?\|h\|inc\)')
 
 # On a machine with a GPU, the CUDA toolkit and, in PYTHON's environment, a CUDA build of torch, numpy, ninja, setuptools,

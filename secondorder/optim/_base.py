@@ -21,7 +21,7 @@ from secondorder.optim._amp import restore_scale, unscaling_factor
 from secondorder.optim._coverage import fallback_reasons, supported_layers, too_wide
 from secondorder.optim._fallback import Fallback
 from secondorder.optim._growth import LossGrowth
-from secondorder.optim._numbers import NUMBERS, Numbers, check_numbers
+from secondorder.optim._numbers import NUMBERS, Numbers, check_flags, check_numbers
 from secondorder.optim._optimizer import WHOLE, SecondOrderOptimizer
 from secondorder.optim._recorded import recorded_layers
 
@@ -44,10 +44,10 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         fallback: "sgd" or "error".
         max_input_dim: layers with more inputs are left to the fallback, >= 1; None: there is no limit.
         maximize: whether to maximise the loss: the whole step, with its curvature, is then that of the negative loss.
-        decoupled_weight_decay: whether weight decay shrinks the parameters by themselves, rather than being part of the gradient;
-            None: it always is part of the gradient, and no group says so.
         nonfinite: what a step does when it meets NaN or inf: "error" raises `secondorder.NonFiniteError`; "skip" changes nothing
             and counts the step in `skipped_steps`.
+        **flags: `decoupled_weight_decay`, of optimizers with either kind of weight decay: whether it shrinks the parameters by
+            themselves, rather than being part of the gradient.
 
     Attributes:
         grad_scaler: the torch.amp.GradScaler in use; needed only where `scaler.unscale_(optimizer)` is called before the step,
@@ -73,8 +73,8 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         fallback: str,
         max_input_dim: int | None = None,
         maximize: bool = False,
-        decoupled_weight_decay: bool | None = True,
         nonfinite: str = "error",
+        **flags: bool,
     ):
         name = type(self).__name__
         model = _whole_module(name, model)
@@ -90,9 +90,9 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         self._parameter_names, self._criterion_parameters = names | own, set(own)
         self._fallback = Fallback(name, fallback, self._parameter_names, fallback_reasons(layers, self._uncovered))
         check_numbers(name, defaults, self._numbers)
-        defaults |= {"maximize": maximize, "skipped_steps": 0}
-        if decoupled_weight_decay is not None:
-            defaults["decoupled_weight_decay"] = decoupled_weight_decay
+        flags["maximize"] = maximize
+        check_flags(name, flags)
+        defaults |= {**flags, "skipped_steps": 0}
         super().__init__([*(p for p in model.parameters() if p.requires_grad), *own], defaults)
         self.grad_scaler: Any = None
         self._model, self._ddp = model, ddp

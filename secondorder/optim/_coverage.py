@@ -9,6 +9,10 @@ from secondorder.optim._numbers import check_counts
 
 def supported_layers(owner: str, model: nn.Module) -> dict[nn.Linear, str]:
     """Returns the model's linear layers with their names, after a check that curvatures can be taken of the trainable ones."""
+    if next(model.parameters(), None) is None:
+        raise ValueError(
+            f"{owner}: expected a model, and then its criterion, got {type(model).__name__} as the model, which has no parameters"
+        )
     layers, reasons = linear_layers(model), uncovered(model)
     lazy = [name for name, module in model.named_modules() if isinstance(module, nn.modules.lazy.LazyModuleMixin)]
     if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):

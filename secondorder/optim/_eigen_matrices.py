@@ -1,12 +1,13 @@
 """EigenAdam's parameters as matrices, a state for each of them, and how states are saved and loaded."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from operator import ge
 from typing import Any, ClassVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import ParamsT
 
 from secondorder._tensors import is_sharded
 from secondorder.optim._eigen_rates import check_group
@@ -53,7 +54,7 @@ class MatrixOptimizer(SecondOrderOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: ParamsT,
         defaults: dict[str, Any],
         *,
         model: nn.Module | None,

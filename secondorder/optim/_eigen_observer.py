@@ -2,12 +2,13 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import ParamsT
 
 from secondorder._layers import linear_layers
 from secondorder._tape.hooks import remove_handles
@@ -40,7 +41,7 @@ class ObservingOptimizer(MatrixOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: ParamsT,
         defaults: dict[str, Any],
         *,
         model: nn.Module | None,

@@ -15,7 +15,7 @@ from secondorder.curvature import Curvature, curvature_by_name
 from secondorder.optim._amp import outside_autocast
 from secondorder.optim._averaging import swapped_with_averages, update_averages
 from secondorder.optim._factors import FactorSource
-from secondorder.optim._numbers import check_counts
+from secondorder.optim._numbers import check_counts, check_flags
 from secondorder.optim._solving import SolvingOptimizer, due
 from secondorder.solvers import Factors, Solver
 
@@ -69,6 +69,7 @@ class LayerwiseOptimizer(SolvingOptimizer):
         name = type(self).__name__
         check_counts(name, 1, {"curvature_every": curvature_every})
         check_counts(name, 1, {"curvature_samples": curvature_samples}, optional=True)
+        check_flags(name, {"average": average})
         try:
             self._curvature = curvature_by_name(curvature)
         except ValueError as error:

@@ -90,7 +90,7 @@ class NewtonOptimizer(LayerwiseOptimizer):
             "lr": lr, "weight_decay": weight_decay, "factor_decay": factor_decay,
             "tau": None, "gamma": None, "loss_trend": None, "rho": None, "coefficients": (0.0, 0.0),
         }  # fmt: skip
-        super().__init__(model, criterion, defaults, keep_inputs=True, decoupled_weight_decay=None, fallback=fallback, **shared)
+        super().__init__(model, criterion, defaults, keep_inputs=True, fallback=fallback, **shared)
         warn_of_short_steps(type(self).__name__, lr)
         self._loop, self._subsample = LevenbergMarquardtLoop(schedule), subsample
         self._closure: Closure | None = None  # of the step under way

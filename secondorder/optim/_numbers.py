@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from secondorder._arguments import is_whole
 from secondorder._warnings import warn
 
@@ -59,7 +61,12 @@ def check_counts(owner: str, least: int, counts: dict[str, Any], optional: bool 
     )
 
 
-def warn_of_short_steps(owner: str, lr: float, name: str = "lr") -> None:
+def check_flags(owner: str, flags: dict[str, Any]) -> None:
+    """Raises ValueError at the first value that is no bool: any string, "no" too, would count as True."""
+    check_arguments(owner, [(name, value, isinstance(value, bool), "to be True or False") for name, value in flags.items()])
+
+
+def warn_of_short_steps(owner: str, lr: float | Tensor, name: str = "lr") -> None:
     """Warns of a learning rate that is another optimizer's, where it multiplies a step that is found."""
     if 0 < lr <= 0.01:
         warn(

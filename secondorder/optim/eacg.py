@@ -16,7 +16,7 @@ from secondorder.optim import _momentum
 from secondorder.optim._docstrings import complete_docstring
 from secondorder.optim._eacg_captured import CapturableOptimizer, UpdateOperands
 from secondorder.optim._layerwise import Groups
-from secondorder.optim._numbers import NUMBERS, Numbers
+from secondorder.optim._numbers import NUMBERS, Numbers, check_flags
 from secondorder.optim._solving import Systems
 from secondorder.solvers import EACGSolver, Factors, Solver, SolverOptions
 
@@ -99,7 +99,7 @@ class EACG(CapturableOptimizer):
         self,
         model: nn.Module,
         criterion: nn.Module | Callable[..., Tensor] | None = None,
-        lr: float = 0.02,
+        lr: float | Tensor = 0.02,
         *,
         curvature: str | Curvature = "pch-abs",
         alpha: float = 0.01,
@@ -122,6 +122,7 @@ class EACG(CapturableOptimizer):
         nonfinite: str = "error",
         capturable: bool = False,
     ):
+        check_flags(type(self).__name__, {"capturable": capturable})
         if lr is None:
             raise ValueError(
                 f"{type(self).__name__}: expected lr >= 0, got None; the optimizer that finds its own step size is "

@@ -1,10 +1,11 @@
 """EigenAdam: Adam in the eigenbasis of the expectation-approximated curvature."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from secondorder._tensors import captured_now, is_sharded
 from secondorder._warnings import warn
@@ -20,7 +21,7 @@ from secondorder.optim._eigen_state import captured_share, forget_state
 from secondorder.optim._eigen_step import EigenStep
 from secondorder.optim._growth import LossGrowth
 from secondorder.optim._matrices import Matrix
-from secondorder.optim._numbers import check_arguments, check_counts, warn_of_short_steps
+from secondorder.optim._numbers import check_arguments, check_counts, check_flags, warn_of_short_steps
 from secondorder.optim._operands import Operands
 from secondorder.optim._sharded_state import local_captured_share
 from secondorder.optim._tables import share_if_no_map
@@ -104,8 +105,8 @@ class EigenAdam(ObservingOptimizer):
 
     def __init__(
         self,
-        params: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float = 1.0,
+        params: nn.Module | ParamsT,
+        lr: float | Tensor = 1.0,
         *,
         model: nn.Module | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -129,6 +130,7 @@ class EigenAdam(ObservingOptimizer):
             )
         check_counts(name, 1, {"rank": rank}, optional=True)
         check_counts(name, 1, {"renew_every": renew_every})
+        check_flags(name, {"maximize": maximize, "capturable": capturable})
         checks: list[tuple[str, Any, bool, str]] = [
             ("nonfinite", nonfinite, nonfinite in ("error", "skip"), "'error' or 'skip'"),
             ("capturable", capturable, not capturable or curvature == "gradient", "False with a bias Hessian's bases"),

@@ -24,7 +24,7 @@ from secondorder.optim._kbfgs_layer import (
     trained_parameters,
 )
 from secondorder.optim._kbfgs_trials import Trials
-from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments
+from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments, check_flags
 from secondorder.optim._recorded import check_instances
 
 _INPUT_INVERSES = ("hessian-action", "exact")
@@ -162,6 +162,7 @@ class KBFGS(QuasiNewtonOptimizer):
             ("max_step", max_step, max_step is None or max_step > 0, "> 0 or None"),
         ]
         check_arguments(type(self).__name__, checks)
+        check_flags(type(self).__name__, {"doubled_batch": doubled_batch, "bias_correction": bias_correction})
         damped, bounded = _PAIRS[pairs]
         defaults = {
             "lr": lr, "damping": damping, "damping_a": damping_a, "damping_g": damping_g, "mu1": mu1, "decay": decay,

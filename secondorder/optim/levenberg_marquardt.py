@@ -2,11 +2,12 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from secondorder._arguments import is_whole
 from secondorder._distributed import in_one_process
@@ -15,7 +16,7 @@ from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
 from secondorder.optim._amp import outside_autocast
 from secondorder.optim._closure import NEEDED, idle_backward, with_graph
-from secondorder.optim._numbers import Numbers, check_arguments, check_counts, check_numbers, warn_of_short_steps
+from secondorder.optim._numbers import Numbers, check_arguments, check_counts, check_flags, check_numbers, warn_of_short_steps
 from secondorder.optim._optimizer import SecondOrderOptimizer
 from secondorder.optim.eigen_adam import EigenAdam
 from secondorder.stepping.checked_jacobian import CheckedJacobian, Plans
@@ -114,8 +115,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
 
     def __init__(
         self,
-        params: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float = 1.0,
+        params: nn.Module | ParamsT,
+        lr: float | Tensor = 1.0,
         *,
         rows: int | None = 300,
         max_rows: int | None = None,
@@ -135,6 +136,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         check_counts(name, 1, {"rows": rows, "max_rows": max_rows}, optional=True)
         check_counts(name, 1, {"max_iter": max_iter})
         check_counts(name, 0, {"memory": memory, "corrections": corrections})
+        check_flags(name, {"acceleration": acceleration, "race": race})
         checks: list[tuple[str, Any, bool, str]] = [
             ("holdout", holdout, holdout is None or type(holdout) is bool, "to be True, False or None"),
             ("solver", solver, solver in SOLVERS, f"one of {', '.join(map(repr, SOLVERS))}"),
@@ -155,10 +157,10 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     def step(self, closure: Callable[[], Any] = NEEDED) -> Tensor:  # type: ignore[override]
         """Makes one step, or up to `max_iter`: fewer if one of them lowers nothing, with which the call ends.
 
-        A step calls the closure three times or more (twice without acceleration), and once less if it goes on from one of the same
-        call; with race=True the first step of all calls it some 50 to 90 times, or 20 to 30 with fewer than 20 parameters. Within a call of `step` every call of the
-        closure starts from the same state of torch's random generators, so that it draws the same points each time; the next
-        call draws new ones.
+        A step calls the closure three times or more (twice without acceleration), and once less if it goes on from one of the
+        same call. With race=True the first step of all calls it some 50 to 90 times, or 20 to 30 with fewer than 20 parameters.
+        Within a call of `step` every call of the closure starts from the same state of torch's random generators, so that it
+        draws the same points each time; the next call draws new ones.
 
         Args:
             closure: returns the loss with its graph: a scalar, or [(residual, weight), ...], which stands for the sum of

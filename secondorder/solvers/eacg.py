@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secondorder import ops
-from secondorder.solvers.base import Factors, Solver, check_cg, finite, mean_inputs, register, shift_of
+from secondorder.solvers.base import Factors, Solver, SolverOptions, check_cg, finite, mean_inputs, register, shift_of
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class EACGSolver(Solver):
 
     factorises = False
 
-    max_cg: int
-    eps_cg: float
+    max_cg: int = SolverOptions.max_cg
+    eps_cg: float = SolverOptions.eps_cg
     truncated: bool = False
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secondorder import ops
 from secondorder.linalg import inverse, shifted
-from secondorder.solvers.base import Factors, Solver, mean_inputs, register, second_moment
+from secondorder.solvers.base import Factors, Solver, SolverOptions, mean_inputs, register, second_moment
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class KFI(Solver):
         max_elements: A = E[h h^T] where n_in^2 is at most this, else a a^T (Eq. 13), by Sherman-Morrison; 0: always that.
     """
 
-    max_elements: int
+    max_elements: int = SolverOptions.max_factor_elements
 
     def statistics(self, inputs: list[Tensor], samples: list[Tensor]) -> list[Factors]:
         """Returns the expectations that the solver needs, of every layer's input [m, n_in]."""

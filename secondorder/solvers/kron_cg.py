@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secondorder.linalg import conjugate_gradient
-from secondorder.solvers.base import Factors, Solver, check_cg, finite, register, second_moment, shift_of
+from secondorder.solvers.base import Factors, Solver, SolverOptions, check_cg, finite, register, second_moment, shift_of
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class KroneckerCG(Solver):
 
     factorises = False
 
-    max_cg: int
-    eps_cg: float
+    max_cg: int = SolverOptions.max_cg
+    eps_cg: float = SolverOptions.eps_cg
 
     def __post_init__(self) -> None:
         check_cg(self.max_cg, self.eps_cg)

@@ -189,6 +189,23 @@ def test_arguments_that_would_do_nothing_are_refused(name, argument):
         ALL[name](network(), nn.CrossEntropyLoss(), **{argument: True})
 
 
+@every
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_flags_are_true_or_false(name, value):
+    parameters = inspect.signature(type(ALL[name](network(), nn.CrossEntropyLoss()))).parameters.values()
+    flags = [p.name for p in parameters if isinstance(p.default, bool)]
+    assert flags
+    for flag in flags:
+        with pytest.raises(ValueError, match=f"expected {flag} to be True or False, got {value!r}"):
+            ALL[name](network(), nn.CrossEntropyLoss(), **{flag: value})
+
+
+@pytest.mark.parametrize("optimizer", [so.EACG, so.LayerwiseNewton, so.KFAC, so.KBFGS])
+def test_model_and_criterion_exchanged(optimizer):
+    with pytest.raises(ValueError, match="expected a model, and then its criterion, got CrossEntropyLoss as the model"):
+        optimizer(nn.CrossEntropyLoss(), network())
+
+
 @pytest.mark.parametrize("name", kinds.NAMES)
 def test_a_step_within_the_capture_of_a_cuda_graph_is_refused(name):
     model, optimizer, step = kinds.made(name)

@@ -23,8 +23,10 @@ def test_a_hopeless_step_is_given_up():
     model = autoencoder()
     optimizer = so.KBFGS(model, nn.MSELoss(), lr=1e12)
     x = torch.randn(64, 7, dtype=torch.float64)
-    before = [p.clone() for p in model.parameters()]
-    optimizer.step(closure_of(optimizer, model, nn.MSELoss(), x, x))
+    before, calls = [p.clone() for p in model.parameters()], []
+    closure = closure_of(optimizer, model, nn.MSELoss(), x, x)
+    optimizer.step(lambda: (calls.append(1), closure())[1])
+    assert len(calls) == 1 + 11  # where it starts; the whole step and ten halves
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all(c["rejected"] == 1 and c["updated"] == c["skipped"] == 0 for c in optimizer.diagnostics().values())
     optimizer.param_groups[0]["lr"] = 0.3

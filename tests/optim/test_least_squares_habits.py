@@ -375,6 +375,7 @@ def test_float32():
         ({"solver": "cg"}, ValueError), ({"memory": -1}, ValueError), ({"nonfinite": "no"}, ValueError),
         ({"seed": None}, ValueError), ({"holdout": 0.1}, ValueError),
         ({"memory": True}, ValueError), ({"seed": True}, ValueError), ({"holdout": 1}, ValueError),
+        ({"race": None}, ValueError), ({"acceleration": "no"}, ValueError),
     ],
 )  # fmt: skip
 def test_arguments_out_of_range_are_refused(options, error):

@@ -201,9 +201,28 @@ def test_rows_grow_where_the_loss_does_not_fall():
     net, x, _ = regression(300, 20)
     y = torch.randn(300, 1)
     optimizer = so.LevenbergMarquardt(net.parameters(), rows=20, holdout=False)
+    rows = []
     for _ in range(60):
         optimizer.step(lambda: mse_loss(net(x), y))
-    assert 45 <= optimizer.metrics()["rows"] <= 300
+        rows.append(optimizer.metrics()["rows"])
+    grown = list(dict.fromkeys(rows))
+    assert len(grown) > 2 and grown == pytest.approx([20 * 1.5**k for k in range(len(grown))])
+
+
+def test_a_step_at_most_doubles_the_whole_loss():
+    """Ten rows of pure noise, fitted by 81 parameters: each step lowers their loss."""
+    torch.manual_seed(1)
+    x, y = torch.rand(300, 2) * 2 - 1, torch.randn(300, 1)
+    net = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 1))
+    optimizer = so.LevenbergMarquardt(
+        net.parameters(), rows=10, damping=1e-6, holdout=False, race=False, acceleration=False, corrections=0
+    )
+    losses = [mse_loss(net(x), y).item()]
+    for _ in range(20):
+        optimizer.step(lambda: mse_loss(net(x), y))
+        losses.append(mse_loss(net(x), y).item())
+    rises = [after / before for before, after in zip(losses, losses[1:])]
+    assert 1.5 < max(rises) < 2.0
 
 
 def test_no_more_rows_are_drawn_than_there_are():

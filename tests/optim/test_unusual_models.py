@@ -326,8 +326,10 @@ def test_noise_of_a_net_that_fits_everything_is_no_growth():
     growth = so.optim._growth.LossGrowth("EACG", "lower lr")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for loss in [1.0, 0.1, *[1e-9] * 50, 0.5, *[1e-9] * 50, float("nan"), 0.9]:
+        # The last losses are above a thousand times the lowest average, but below the first loss.
+        for loss in [1.0, 0.1, *[1e-9] * 150, 0.5, *[1e-9] * 150, float("nan"), *[0.5] * 10]:
             growth.observe(loss)
+        assert 0.4 > growth.average > 1e3 * growth.lowest
         signs = so.optim._growth.LossGrowth("EACG", "lower lr")
         for loss in (-1.0, 1.0, 5000.0):  # a likelihood may be of either sign
             signs.observe(loss)
