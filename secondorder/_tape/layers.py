@@ -1,14 +1,16 @@
 """What was recorded of one layer over all instances since the last step: its calls joined, and what follows it."""
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from secondorder._layers import parameters_of
 from secondorder._tape import elementwise
 from secondorder._tape.elementwise import ElementwiseMap
 from secondorder._tape.records import Counting, LayerCall, Link, LossCall, as_weighted
-from secondorder._tensors import flatten_batch
+from secondorder._tensors import compute_dtype, flatten_batch
 
 
 @dataclass(eq=False, slots=True)
@@ -110,7 +112,56 @@ class LayerRecord:
         return flatten_batch([each.unsqueeze(1) for each in own], samples).squeeze(1)
 
 
-def connect(record: LayerRecord, records: dict[nn.Linear, LayerRecord], repeated: bool) -> None:
+def joined(
+    losses: list[LossCall], names: Mapping[nn.Linear, str], left_out: Container[nn.Linear], samples: int | None
+) -> list[LayerRecord]:
+    """Returns the records of the layers that losses depend on, in the recursion's order.
+
+    Args:
+        losses: those that backward passes have gone through.
+        names: of the layers, for the error.
+        left_out: layers without a record.
+        samples: the curvature's expectations take at most so many instances of each call; None: all.
+
+    Raises:
+        RuntimeError: a layer's input has been written to since the forward pass.
+    """
+    records: dict[nn.Linear, LayerRecord] = {}
+    seen: set[LayerCall] = set()
+    for loss in losses:
+        stack: list[tuple[LayerCall, Link | LossCall]] = [(source, loss) for source in loss.sources]
+        while stack:
+            call, consumer = stack.pop()
+            if call.layer not in records:
+                weight, _ = parameters_of(call.layer)
+                records[call.layer] = LayerRecord(call.layer, weight, compute_dtype(weight.dtype), samples=samples)
+            record = records[call.layer]
+            record.consumers.append(consumer)
+            if call in seen:
+                continue
+            seen.add(call)
+            if call.overwritten:
+                raise RuntimeError(
+                    f"expected the input of layer {names[call.layer]!r} as the forward pass has seen it, but it "
+                    "has been written to since: give each micro-batch a tensor of its own, and write to none before step()"
+                )
+            record.calls.append(call)
+            record.origins.append(loss)
+            stack += [(link.source, link) for link in call.inputs_from]
+    records = {layer: record for layer, record in records.items() if layer not in left_out}
+    for loss in losses:
+        for call, block in loss.blocks.items():
+            if call.layer in records:
+                record = records[call.layer]
+                block = block if loss.scale is None else block * loss.scale.abs()  # a metric, also of a loss that is maximised
+                record.block = block if record.block is None else record.block + block
+    repeated = set().union(*(loss.repeated for loss in losses))
+    for record in records.values():
+        _connect(record, records, record.layer in repeated)
+    return _recursion_order(records)
+
+
+def _connect(record: LayerRecord, records: dict[nn.Linear, LayerRecord], repeated: bool) -> None:
     """Sets what follows a record, from the consumers of its calls; nothing where the layer is `repeated` for a loss."""
     if repeated:
         record.obstacle = "is computed several times for a loss"
@@ -136,7 +187,7 @@ def connect(record: LayerRecord, records: dict[nn.Linear, LayerRecord], repeated
         record.next, record.links = records[links[0].target], links
 
 
-def recursion_order(records: dict[nn.Linear, LayerRecord]) -> list[LayerRecord]:
+def _recursion_order(records: dict[nn.Linear, LayerRecord]) -> list[LayerRecord]:
     """Returns each record after that of the layer which takes its output."""
     ordered: dict[LayerRecord, None] = {}
     for record in records.values():

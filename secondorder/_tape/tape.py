@@ -40,12 +40,12 @@ from secondorder._tape.graph import (
     source_nodes,
 )  # fmt: skip
 from secondorder._tape.hooks import CallHook, EagerForward, remove_handles
-from secondorder._tape.layers import LayerRecord, connect, recursion_order
+from secondorder._tape.layers import LayerRecord, joined
 from secondorder._tape.nodes import COMPILED, kind
 from secondorder._tape.options import TapeOptions
 from secondorder._tape.records import LayerCall, Link, LossCall, ModelCall, version
 from secondorder._tape.ways import keeps_rows, logits_of
-from secondorder._tensors import captured_now, compute_dtype, refuse_capture, refuse_sparse
+from secondorder._tensors import captured_now, refuse_capture, refuse_sparse
 from secondorder.criteria import (
     LateMasses,
     analytic_hessian,
@@ -129,9 +129,8 @@ class Tape:
 
     @property
     def covers_none(self) -> bool:
-        """Tells whether all layers are frozen or too wide, with no records, or all that the losses reach are wide."""
-        trained = (layer for layer in self.names if parameters_of(layer)[0].requires_grad and layer not in self._wide)
-        return next(trained, None) is None or (bool(self.losses) and not self.records())
+        """Tells whether all layers are frozen or too wide."""
+        return not any(parameters_of(layer)[0].requires_grad and layer not in self._wide for layer in self.names)
 
     @property
     def multiplied(self) -> set[Tensor]:
@@ -180,41 +179,12 @@ class Tape:
                 p.grad = gradient
 
     def records(self) -> list[LayerRecord]:
-        """Returns the layers that the losses depend on, each after the layer that takes its output: the recursion's order."""
-        records: dict[nn.Linear, LayerRecord] = {}
-        seen: set[LayerCall] = set()
-        for loss in self.losses:
-            stack: list[tuple[LayerCall, Link | LossCall]] = [(source, loss) for source in loss.sources]
-            while stack:
-                call, consumer = stack.pop()
-                record = records.get(call.layer)
-                if record is None:
-                    weight, _ = parameters_of(call.layer)
-                    dtype = compute_dtype(weight.dtype)
-                    record = records[call.layer] = LayerRecord(call.layer, weight, dtype, samples=self.options.samples)
-                record.consumers.append(consumer)
-                if call in seen:
-                    continue
-                seen.add(call)
-                if call.overwritten:
-                    raise RuntimeError(
-                        f"expected the input of layer {self.names[call.layer]!r} as the forward pass has seen it, but it "
-                        "has been written to since: give each micro-batch a tensor of its own, and write to none before step()"
-                    )
-                record.calls.append(call)
-                record.origins.append(loss)
-                stack += [(link.source, link) for link in call.inputs_from]
-            for call, block in loss.blocks.items():
-                if call.layer in self._wide:
-                    continue
-                record = records[call.layer]
-                block = block if loss.scale is None else block * loss.scale.abs()  # a metric, also of a loss that is maximised
-                record.block = block if record.block is None else record.block + block
-        repeated = set().union(*(loss.repeated for loss in self.losses))
-        records = {layer: record for layer, record in records.items() if layer not in self._wide}
-        for record in records.values():
-            connect(record, records, record.layer in repeated)
-        return recursion_order(records)
+        """Returns the layers that the losses depend on, each after the layer that takes its output: the recursion's order.
+
+        Raises:
+            RuntimeError: a layer's input has been written to since the forward pass.
+        """
+        return joined(self.losses, self.names, self._wide, self.options.samples)
 
     def _on_layer(self, layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Records a call of a layer, with the links from the layers before."""
