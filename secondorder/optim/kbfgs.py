@@ -249,14 +249,14 @@ class KBFGS(QuasiNewtonOptimizer):
                 "(accumulate_grad_batches=1 in Lightning)"
             )
         self._check_gradients()
-        if not first.gradient:
+        if not first.layers:
             raise RuntimeError(
                 f"{name}.step(): expected a closure that calls loss.backward() on what linear layers of the model have computed, "
                 "got gradients, but none w.r.t. their outputs. Gradients that are set by hand, as from torch.autograd.grad, do "
                 "not give these, nor do those of layers that a torch.autograd.Function calls, as of an adjoint method: for these "
                 "take EigenAdam"
             )
-        self._warn_of_other_uses(first.gradient, first.multiplied)
+        self._warn_of_other_uses(first.layers, first.multiplied)
         with self._whole_or_nothing():
             value: float | Tensor = sign * loss
             if self._ranks is not None:
@@ -290,11 +290,12 @@ class KBFGS(QuasiNewtonOptimizer):
         self, closure: Callable[[], Tensor], loss_before: float | Tensor, first: ClosurePass, random: RandomState
     ) -> None:
         """Makes the step from the first call's loss and records."""
-        if first.gradient and not any(first.instances(layer) for layer in first.gradient):
-            check_instances(type(self).__name__, [first.input(layer) for layer in first.gradient])
-        self._idle = {p for n in first.gradient if not first.instances(n) for p in n.parameters(recurse=False)}
+        idle = [layer for layer, own in first.layers.items() if not own.instances]
+        if len(idle) == len(first.layers):
+            check_instances(type(self).__name__, [own.input for own in first.layers.values()])
+        self._idle = {p for layer in idle for p in layer.parameters(recurse=False)}
         groups, gradients = self._groups(), self._gradients()
-        layers = [n for n in self._layers if n in first.gradient and n.weight in gradients and n.weight not in self._uncovered]
+        layers = [n for n in self._layers if n in first.layers and n.weight in gradients and n.weight not in self._uncovered]
         parameters = {layer: trained_parameters(layer, gradients) for layer in layers}
         others = self._fallback.updates(
             self.param_groups, gradients, [p for each in parameters.values() for p in each], self.state
@@ -378,7 +379,7 @@ class KBFGS(QuasiNewtonOptimizer):
         """Returns the loss as a number, if it, all gradients and the squares of all inputs are finite."""
         owners = [layer for layer, each in parameters.items() for _ in each]
         norms = torch._foreach_norm([gradients[p] for each in parameters.values() for p in each]) if owners else ()
-        value, *sizes = host_numbers([loss, *norms, *(first.mean_square(layer) for layer in parameters)])
+        value, *sizes = host_numbers([loss, *norms, *(first.layers[layer].mean_square for layer in parameters)])
         own, of_inputs = sizes[: len(owners)], sizes[len(owners) :]
         bad = dict.fromkeys(layer for layer, size in zip(owners, own, strict=True) if not math.isfinite(size))
         large = [layer for layer, size in zip(parameters, of_inputs, strict=True) if not math.isfinite(size)]
@@ -410,8 +411,9 @@ class KBFGS(QuasiNewtonOptimizer):
             state, group = self.state.get(layer.weight, {}), groups[layer.weight]
             n = layer.in_features + len(each) - 1
             if "step" not in state or state["gradient"].shape[1] != n:  # whether the bias is trained may change
-                moment, rows = first.second_moment(layer)[:n, :n].contiguous(), first.rows(layer, len(each) > 1)
-                state = self._start(layer, moment, damping_of(group, "damping_a"), rows)
+                own = first.layers[layer]
+                moment = own.second_moment[:n, :n].contiguous()
+                state = self._start(layer, moment, damping_of(group, "damping_a"), own.rows(bias=len(each) > 1))
             states.append(state)
             batch = self._batch_gradients(layer, state, {p: gradients[p] for p in each}, groups)
             decay = group["decay"]
