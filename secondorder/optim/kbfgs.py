@@ -232,11 +232,35 @@ class KBFGS(QuasiNewtonOptimizer):
             RuntimeError: there is no closure, it adds to gradients from before it, it evaluates other data at a later call, or a
                 CUDA graph is being captured. As with any error, no parameter and no state has changed.
         """
-        name = type(self).__name__
         self._refuse_capture()
         closure = self._usable(closure)
         random = RandomState.now()
-        sign = -1.0 if self._maximize() else 1.0
+        loss, first = self._first_call(closure)
+        self._check_gradients()
+        if not first.layers:
+            raise RuntimeError(
+                f"{type(self).__name__}.step(): expected a closure that calls loss.backward() on what linear layers of the model "
+                "have computed, got gradients, but none w.r.t. their outputs. Gradients that are set by hand, as from "
+                "torch.autograd.grad, do not give these, nor do those of layers that a torch.autograd.Function calls, as of an "
+                "adjoint method: for these take EigenAdam"
+            )
+        self._warn_of_other_uses(first.layers, first.multiplied)
+        with self._whole_or_nothing():
+            value: float | Tensor = first.sign * loss
+            if self._ranks is not None:
+                covered = [layer for layer in self._layers if layer.weight not in self._uncovered]
+                value = first.average(self._ranks, float(value), covered)
+            self._growth.observe(value)  # first, since a warning may be an error
+            self._update(closure, value, first, random)
+        return loss
+
+    def _first_call(self, closure: Callable[[], Tensor]) -> tuple[Tensor, ClosurePass]:
+        """Calls the closure; returns its loss, and what it has left behind at the layers.
+
+        Raises:
+            RuntimeError: it adds to gradients from before it.
+        """
+        name, sign = type(self).__name__, -1.0 if self._maximize() else 1.0
         before = [p.grad for group in self.param_groups for p in group["params"]]
         self._zeroed[0] = False
         with ClosurePass(self._layers, self._tape.tied, sign, criterion=self.criterion) as first:
@@ -248,23 +272,7 @@ class KBFGS(QuasiNewtonOptimizer):
                 "before it, whose batches no second call would see. Accumulate within the closure, or take a larger batch "
                 "(accumulate_grad_batches=1 in Lightning)"
             )
-        self._check_gradients()
-        if not first.layers:
-            raise RuntimeError(
-                f"{name}.step(): expected a closure that calls loss.backward() on what linear layers of the model have computed, "
-                "got gradients, but none w.r.t. their outputs. Gradients that are set by hand, as from torch.autograd.grad, do "
-                "not give these, nor do those of layers that a torch.autograd.Function calls, as of an adjoint method: for these "
-                "take EigenAdam"
-            )
-        self._warn_of_other_uses(first.layers, first.multiplied)
-        with self._whole_or_nothing():
-            value: float | Tensor = sign * loss
-            if self._ranks is not None:
-                covered = [layer for layer in self._layers if layer.weight not in self._uncovered]
-                value = first.average(self._ranks, float(value), covered)
-            self._growth.observe(value)  # first, since a warning may be an error
-            self._update(closure, value, first, random)
-        return loss
+        return loss, first
 
     def _usable(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Returns the closure; raises RuntimeError if there is none, or a GradScaler, which could not call it again."""
