@@ -48,6 +48,7 @@ from secondorder._tape.ways import keeps_rows, logits_of
 from secondorder._tensors import captured_now, refuse_capture, refuse_sparse
 from secondorder.criteria import (
     LateMasses,
+    OutputHessian,
     analytic_hessian,
     autograd_hessian,
     by_position,
@@ -237,29 +238,42 @@ class Tape:
         if layer in self._wide:
             return [self._blocked(node, layer, f"leads to layer {self.names[layer]!r}, which is too wide for a curvature")]
         source: LayerCall = metadata(node)[self._key]
-        between: ElementwiseMap | None = elementwise.analytic(made_by, call.input, node, source.preactivation)
+        between: ElementwiseMap | str | None = elementwise.analytic(made_by, call.input, node, source.preactivation)
+        if between is None and not self.options.recursive:
+            return [Link(self._use(node, layer), layer, None, "goes through a function that nobody has asked for")]
         if between is None:
-            if not self.options.recursive:
-                return [Link(self._use(node, layer), layer, None, "goes through a function that nobody has asked for")]
-            if COMPILED in passed:
-                raise compiled_error(f"what follows layer {self.names[source.layer]!r} runs")
-            signature = (source.layer, layer, tuple(passed))
-            if signature not in self._not_elementwise:
-                refuse_capture(
-                    f"derivatives by autograd of what follows layer {self.names[source.layer]!r} ({', '.join(passed[:6])})"
-                )
-                try:
-                    with self._differentiating():
-                        between = elementwise.probe(input, node, second=self.options.diagonal)
-                except RuntimeError as error:
-                    obstacle = f"goes through a function that autograd cannot differentiate twice ({error})"
-                    return [self._blocked(node, layer, obstacle)]
-            if between is None:
-                self._not_elementwise.add(signature)  # probing it at every forward pass would cost more than the pass
-                return [self._blocked(node, layer, f"goes through a function that is not elementwise ({', '.join(passed[:6])})")]
+            between = self._probed(source, layer, input, node, passed)
+        if isinstance(between, str):
+            return [self._blocked(node, layer, between)]
         self._use(node, layer)
         source.output = None
         return [Link(source, layer, between)]
+
+    def _probed(self, source: LayerCall, target: nn.Linear, input: Tensor, node: Node, passed: list[str]) -> ElementwiseMap | str:
+        """Returns what lies between a call and the input of the layer after it, by autograd; or why that is no elementwise map.
+
+        Args:
+            source: the call, whose node is `node`.
+            target: the layer after it.
+            input: what it is called on.
+            node: of the call's output.
+            passed: the kinds of the nodes between.
+        """
+        if COMPILED in passed:
+            raise compiled_error(f"what follows layer {self.names[source.layer]!r} runs")
+        not_elementwise = f"goes through a function that is not elementwise ({', '.join(passed[:6])})"
+        signature = (source.layer, target, tuple(passed))
+        if signature in self._not_elementwise:  # probing it at every forward pass would cost more than the pass
+            return not_elementwise
+        refuse_capture(f"derivatives by autograd of what follows layer {self.names[source.layer]!r} ({', '.join(passed[:6])})")
+        try:
+            with self._differentiating():
+                found = elementwise.probe(input, node, second=self.options.diagonal)
+        except RuntimeError as error:
+            return f"goes through a function that autograd cannot differentiate twice ({error})"
+        if found is None:
+            self._not_elementwise.add(signature)
+        return found or not_elementwise
 
     def _refuse_compiled_layers(self, start: Node, passed: list[str]) -> None:
         """Raises if a compiled graph among the nodes passed from `start` has called a layer, whose hook then did not run."""
@@ -365,23 +379,33 @@ class Tape:
             for node in nodes:
                 self._keep_gradient(node)
         elif self.options.recursive and call.sources[0].layer not in self._wide:
-            output = args[0] if args else None
-            width = call.sources[0].layer.out_features
-            if (
-                isinstance(output, Tensor)
-                and output.dim() > 0
-                and output.shape[-1] == width
-                and is_view_of(self._logits_node(output), nodes[0])
-            ):
-                call.hessian = analytic_hessian(self.criterion, output.detach(), *args[1:], **kwargs)
-            if call.hessian is None:
-                refuse_capture(f"Hessian of {self.criterion} by autograd")
-                with self._differentiating():
-                    hessian = self._output_hessian(self.criterion, loss, nodes[0], args, kwargs)
-                call.flat = not bool(hessian.values.any())
-                call.hessian = None if call.flat else hessian
-                if call.flat:
-                    self._keep_gradient(nodes[0])
+            call.hessian = self._hessian(loss, nodes[0], call.sources[0].layer.out_features, args, kwargs)
+            call.flat = call.hessian is None
+            if call.flat:
+                self._keep_gradient(nodes[0])
+
+    def _hessian(
+        self, loss: Tensor, node: Node, width: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> OutputHessian | None:
+        """Returns the criterion's Hessian at a layer's output, by formula if there is one; None: it is zero.
+
+        Args:
+            loss: what the criterion returned.
+            node: of the layer's output.
+            width: how many outputs the layer has.
+            args: of the criterion.
+            kwargs: of the criterion.
+        """
+        output: Any = args[0] if args else None
+        fits = isinstance(output, Tensor) and output.dim() > 0 and output.shape[-1] == width
+        if fits and is_view_of(self._logits_node(output), node):
+            known = analytic_hessian(self.criterion, output.detach(), *args[1:], **kwargs)
+            if known is not None:
+                return known
+        refuse_capture(f"Hessian of {self.criterion} by autograd")
+        with self._differentiating():
+            hessian = self._output_hessian(self.criterion, loss, node, args, kwargs)
+        return hessian if hessian.values.any() else None
 
     def _logits_node(self, output: Tensor) -> Node | None:
         """Returns the node of what the criterion's formula is at: its argument, or what log_softmax was taken of there."""
