@@ -86,16 +86,25 @@ def criterion_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], sources: 
         found = find_way(leaves[trained[0]], lambda n, _: (None, source.preactivation()) if n is node else None)
         arguments.from_layer = None if found is None else found[1]
 
-    def output_of_the_model(node: Node, number: int) -> tuple[tuple[ModelCall, int], Tensor] | None:
-        made = metadata(node).get(key + ".model", {}).get(number)
-        return None if made is None or not made[0].outputs else (made, made[0].outputs[made[1]])
-
-    ways = [find_way(leaves[k], output_of_the_model) for k in trained]
+    ways = [find_way(leaves[k], lambda node, number: _output_of_model(node, number, key)) for k in trained]
     calls = {way[0][0] for way in ways if way is not None}
     if len(calls) == 1 and all(way is not None for way in ways):
         (arguments.model,) = calls
         arguments.from_model = [(way[0][1], way[1]) for way in ways if way is not None]
     return arguments
+
+
+def mark_outputs(call: ModelCall, outputs: list[Any], key: str) -> None:
+    """Notes a call of the model at the nodes of its outputs, for `criterion_arguments` to find; `key`: as there."""
+    for position, output in enumerate(outputs):
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            metadata(output.grad_fn).setdefault(key + ".model", {})[output.output_nr] = call, position
+
+
+def _output_of_model(node: Node, number: int, key: str) -> tuple[tuple[ModelCall, int], Tensor] | None:
+    """Returns the call of the model that an output of a node is one of, its position there, and its values; None: of none."""
+    call, position = metadata(node).get(key + ".model", {}).get(number, (None, 0))
+    return None if call is None or not call.outputs else ((call, position), call.outputs[position])
 
 
 def rows_seen(sources: list[LayerCall], args: tuple[Any, ...]) -> int | None:

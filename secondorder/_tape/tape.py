@@ -25,7 +25,7 @@ from secondorder._tape import elementwise
 from secondorder._tape.backward import BackwardLog
 from secondorder._tape.backward_roots import term_of_its_own
 from secondorder._tape.columns import column_blocks
-from secondorder._tape.criterion_calls import Divisors, criterion_arguments, detached, rows_seen
+from secondorder._tape.criterion_calls import Divisors, criterion_arguments, detached, mark_outputs, rows_seen
 from secondorder._tape.elementwise import ElementwiseMap
 from secondorder._tape.forward_state import ForwardState
 from secondorder._tape.graph import (
@@ -218,11 +218,7 @@ class Tape:
             return
         self._written = (self._written or set()) | begin.written()
         leaves = tree_leaves(output)
-        call = ModelCall(detached(args), detached(kwargs), begin, detached(leaves))
-        for position, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                made = metadata(leaf.grad_fn).setdefault(self._key + ".model", {})
-                made[leaf.output_nr] = call, position
+        mark_outputs(ModelCall(detached(args), detached(kwargs), begin, detached(leaves)), leaves, self._key)
 
     def _links(self, call: LayerCall, input: Tensor, made_by: Node) -> list[Link]:
         """Returns the links from the layers that the input of a layer's call comes from."""
