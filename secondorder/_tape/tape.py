@@ -28,21 +28,12 @@ from secondorder._tape.columns import column_blocks
 from secondorder._tape.criterion_calls import Divisors, criterion_arguments, detached, mark_outputs, rows_seen
 from secondorder._tape.elementwise import ElementwiseMap
 from secondorder._tape.forward_state import ForwardState
-from secondorder._tape.graph import (
-    claim_product,
-    compiled_error,
-    compiled_parameters,
-    in_recomputation,
-    is_reshaping,
-    is_view_of,
-    metadata,
-    multiplied,
-    source_nodes,
-)  # fmt: skip
+from secondorder._tape.graph import compiled_error, compiled_parameters, in_recomputation, is_reshaping, is_view_of
 from secondorder._tape.hooks import CallHook, EagerForward, remove_handles
 from secondorder._tape.layers import LayerRecord, joined
 from secondorder._tape.nodes import COMPILED, kind
 from secondorder._tape.options import TapeOptions
+from secondorder._tape.outputs import LayerOutputs
 from secondorder._tape.records import LayerCall, Link, LossCall, ModelCall, version
 from secondorder._tape.ways import keeps_rows, logits_of
 from secondorder._tensors import captured_now, refuse_capture, refuse_sparse
@@ -82,18 +73,16 @@ class Tape:
         self._wide = {layer for layer in layers if options.widest is not None and layer.out_features > options.widest}
         self.recording = True
         self.missing = _NOT_CALLED  # why there may be no records
-        self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
-        self._claimed = self._key + ".weight"  # likewise of what these multiply their inputs with
+        key = f"secondorder.{id(self)}"  # of what is recorded in the metadata of autograd nodes
         self._muted = False
         self._divisors = Divisors(criterion)
         self._parameters = list((nn.ModuleList(layers) if model is None else model).parameters())
         watches = model is not None and options.keep_inputs
         self._watched = self._parameters if watches else []
-        self._log = BackwardLog(layers, (self._key + ".loss", self._watched) if watches else None)
+        self._log = BackwardLog(layers, (key + ".loss", self._watched) if watches else None)
         self._begin: ForwardState | None = None  # of the forward pass under way
         self._written: set[Tensor] | None = None  # the buffers that forward passes write to
-        self._consumer: dict[nn.Linear, nn.Module] = {}  # what took each layer's output first: a layer, or the criterion
-        self._several_consumers: set[nn.Linear] = set()
+        self._outputs = LayerOutputs(key, self._log)
         self._not_elementwise: set[tuple[nn.Linear, nn.Linear, tuple[str, ...]]] = set()
         self.tied = {} if model is None else tied_layers(model, layers)
         self.handles: list[RemovableHandle | CallHook | EagerForward] = [
@@ -203,10 +192,10 @@ class Tape:
             call.inputs_from = links = self._links(call, input, made_by)
             if self.options.diagonal and len(links) == 1 and links[0].map is not None and links[0].map.curved:
                 self._log.collect(links[0], "grad", made_by, input.output_nr)
-        metadata(node)[self._key] = call
-        claim_product(node, self._claimed)
+        self._outputs.add(node, call)
+        self._outputs.claim_weight(node)
         if self.options.grad_outputs:
-            self._keep_gradient(node)
+            self._outputs.keep_gradient(node)
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: None) -> None:
         self._begin = ForwardState(model, self._written)
@@ -218,30 +207,29 @@ class Tape:
             return
         self._written = (self._written or set()) | begin.written()
         leaves = tree_leaves(output)
-        mark_outputs(ModelCall(detached(args), detached(kwargs), begin, detached(leaves)), leaves, self._key)
+        mark_outputs(ModelCall(detached(args), detached(kwargs), begin, detached(leaves)), leaves, self._outputs.key)
 
     def _links(self, call: LayerCall, input: Tensor, made_by: Node) -> list[Link]:
         """Returns the links from the layers that the input of a layer's call comes from."""
         layer = call.layer
-        nodes, passed, products = source_nodes(made_by, self._key)
-        call.multiplied = multiplied(products, self._claimed)
+        nodes, passed, call.multiplied = self._outputs.before(made_by)
         self._refuse_compiled_layers(made_by, passed)
         if len(nodes) != 1:
-            names = sorted({repr(self.names[metadata(node)[self._key].layer]) for node in nodes[:4]})
+            names = sorted({repr(self.names[self._outputs.call_at(node).layer]) for node in nodes[:4]})
             obstacle = f"is combined with other linear layers ({', '.join(names)}{', ...' if len(nodes) > 4 else ''})"
             return [self._blocked(node, layer, obstacle) for node in nodes]
         (node,) = nodes
         if layer in self._wide:
             return [self._blocked(node, layer, f"leads to layer {self.names[layer]!r}, which is too wide for a curvature")]
-        source: LayerCall = metadata(node)[self._key]
+        source = self._outputs.call_at(node)
         between: ElementwiseMap | str | None = elementwise.analytic(made_by, call.input, node, source.preactivation)
         if between is None and not self.options.recursive:
-            return [Link(self._use(node, layer), layer, None, "goes through a function that nobody has asked for")]
+            return [Link(self._outputs.use(node, layer), layer, None, "goes through a function that nobody has asked for")]
         if between is None:
             between = self._probed(source, layer, input, node, passed)
         if isinstance(between, str):
             return [self._blocked(node, layer, between)]
-        self._use(node, layer)
+        self._outputs.use(node, layer)
         source.output = None
         return [Link(source, layer, between)]
 
@@ -274,31 +262,14 @@ class Tape:
     def _refuse_compiled_layers(self, start: Node, passed: list[str]) -> None:
         """Raises if a compiled graph among the nodes passed from `start` has called a layer, whose hook then did not run."""
         if COMPILED in passed:
-            parameters = compiled_parameters(start, self._key)
+            parameters = compiled_parameters(start, self._outputs.key)
             for layer, name in self.names.items():
                 if parameters_of(layer)[0] in parameters:
                     raise compiled_error(f"layer {name!r} runs")
 
     def _blocked(self, node: Node, consumer: nn.Linear, obstacle: str) -> Link:
-        self._keep_gradient(node)
-        return Link(self._use(node, consumer), consumer, None, obstacle)
-
-    def _use(self, node: Node, consumer: nn.Module) -> LayerCall:
-        """Notes that a layer or the criterion takes the output of a recorded call; returns the call."""
-        call: LayerCall = metadata(node)[self._key]
-        if self._consumer.setdefault(call.layer, consumer) is not consumer:
-            self._several_consumers.add(call.layer)
-        if call.used or call.layer in self._several_consumers:
-            self._keep_gradient(node)
-        call.used = True
-        return call
-
-    def _keep_gradient(self, node: Node) -> None:
-        """Has backward passes leave dL/dz at a recorded call."""
-        call: LayerCall = metadata(node)[self._key]
-        if not call.keeps_gradient:
-            call.keeps_gradient = True
-            self._log.collect(call, "grad_output", node, 0)
+        self._outputs.keep_gradient(node)
+        return Link(self._outputs.use(node, consumer), consumer, None, obstacle)
 
     def _on_criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor) -> None:
         """Records a call of the criterion: the layers that it sees, its weights of targets, and its curvature."""
@@ -309,7 +280,7 @@ class Tape:
             found = "a tensor without a graph" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             self.missing = f"the criterion returned {found} where the loss alone is expected"
             return
-        nodes, passed, products = source_nodes(made_by, self._key)
+        nodes, passed, multiplied = self._outputs.before(made_by)
         self._refuse_compiled_layers(made_by, passed)
         if not nodes:
             self.missing = "the criterion was called, but not on what linear layers returned in training mode" + _hidden_by(
@@ -324,9 +295,9 @@ class Tape:
                 "use reduction='mean' or 'sum', or pass a function that reduces"
             )
         args, kwargs = by_position(criterion, args, kwargs)
-        sources = [self._use(node, criterion) for node in nodes]
+        sources = [self._outputs.use(node, criterion) for node in nodes]
         call = LossCall(sources, None, loss.detach(), self._divisors.of(args, kwargs, made_by, self.muted))
-        call.multiplied = multiplied(products, self._claimed)
+        call.multiplied = multiplied
         call.instances, call.captured = rows_seen(call.sources, args), captured_now()
         if len(args) > 1:
             self._record_masses(call, args, kwargs)
@@ -334,7 +305,7 @@ class Tape:
             own = term_of_its_own(loss, (args, kwargs), self._watched)
             call.outside = own and f"parameters that the criterion takes by itself (by {own})"
             with self._differentiating():
-                call.arguments = criterion_arguments(args, kwargs, nodes, self._key)
+                call.arguments = criterion_arguments(args, kwargs, nodes, self._outputs)
         self._record_curvature(call, nodes, loss, (*args[:1], *tree_map(self._fixed, args[1:])), kwargs)
         self.missing = (
             "the criterion was called, but no backward() has gone through what it returned: gradients that are set by hand, as "
@@ -353,7 +324,7 @@ class Tape:
 
     def _fixed(self, target: Any) -> Any:
         """Detaches a target that no recorded layer has made, as one that another net has made: it is fixed as far as these go."""
-        if not isinstance(target, Tensor) or (target.grad_fn is not None and source_nodes(target.grad_fn, self._key)[0]):
+        if not isinstance(target, Tensor) or (target.grad_fn is not None and self._outputs.before(target.grad_fn)[0]):
             return target
         return target.detach()
 
@@ -365,20 +336,20 @@ class Tape:
             with self._differentiating():
                 edge, root = self.options.columns(self.criterion, loss, nodes[0] if len(nodes) == 1 else None, args, kwargs)
                 if root is not None:
-                    call.blocks = column_blocks(edge, root, self._key, self.options.samples, call.counting, self._wide)
+                    call.blocks = column_blocks(edge, root, self._outputs, self.options.samples, call.counting, self._wide)
             call.flat = root is None
             if call.flat:
                 assert loss.grad_fn is not None
-                for node in source_nodes(loss.grad_fn, self._key, nearest=False)[0]:
-                    self._keep_gradient(node)
+                for node in self._outputs.upstream(loss.grad_fn):
+                    self._outputs.keep_gradient(node)
         elif len(nodes) > 1:  # the recursion starts anew at each of them
             for node in nodes:
-                self._keep_gradient(node)
+                self._outputs.keep_gradient(node)
         elif self.options.recursive and call.sources[0].layer not in self._wide:
             call.hessian = self._hessian(loss, nodes[0], call.sources[0].layer.out_features, args, kwargs)
             call.flat = call.hessian is None
             if call.flat:
-                self._keep_gradient(nodes[0])
+                self._outputs.keep_gradient(nodes[0])
 
     def _hessian(
         self, loss: Tensor, node: Node, width: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -422,10 +393,7 @@ class Tape:
             if link.map is not None:
                 link.map = None
                 link.obstacle = f"leads to layer {self.names[link.target]!r}, which is used several times for a loss"
-        self._several_consumers |= {call.layer for call in kept}
-        for node in source_nodes(made_by, self._key, nearest=False)[0]:
-            if metadata(node)[self._key] in kept:
-                self._keep_gradient(node)
+        self._outputs.keep_gradients_of(kept, made_by)
 
 
 def _hidden_by(kinds: list[str]) -> str:

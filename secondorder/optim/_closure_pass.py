@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from secondorder._distributed import RankReducer, RankTerm
-from secondorder._tape import claim_product, in_recomputation, keeps_rows, metadata, multiplied, source_nodes
+from secondorder._tape import Marks, in_recomputation, keeps_rows
 from secondorder._tensors import compute_dtype, flatten_batch, refuse_sparse
 from secondorder.criteria import LateMasses, by_position
 from secondorder.optim._closure import replaced_backward, torchs_backward
@@ -48,8 +48,7 @@ class ClosurePass:
         self._multiplied: set[Tensor] = set()  # parameters in products between the layers' calls and the loss
         # Of the criterion's calls whose targets may have weights, None where its rows are in another order, and the loss's nodes.
         self._masses: list[tuple[LateMasses | None, Node]] = []
-        self._key = f"secondorder.pass.{id(self)}"  # of the calls in the metadata of their outputs' autograd nodes
-        self._claimed = self._key + ".weight"  # likewise of what these multiply their inputs with
+        self._outputs = Marks(f"secondorder.pass.{id(self)}")  # the calls at their outputs' autograd nodes
         self._handles: list[Any] = []
         self._anchors: list[Tensor] = []
         self._calls = 0
@@ -137,14 +136,14 @@ class ClosurePass:
         anchor.register_post_accumulate_grad_hook(arrived)
         self._anchors.append(anchor)
         if self._parameters and output.grad_fn is not None:
-            claim_product(output.grad_fn, self._claimed)
+            self._outputs.claim_weight(output.grad_fn)
         output.add_(anchor)
-        if self.criterion is not None and output.grad_fn is not None:
-            metadata(output.grad_fn)[self._key] = call
+        if output.grad_fn is not None:
+            self._outputs.add(output.grad_fn, call)
 
     def _multiplied_before(self, end: Node | None) -> set[Tensor]:
         """Returns the parameters in products between a node's output and the calls of layers that it depends on."""
-        return multiplied(source_nodes(end, self._key)[2], self._claimed) if self._parameters and end is not None else set()
+        return self._outputs.before(end)[2] if self._parameters and end is not None else set()
 
     def _record_targets(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
         """Notes the weights of the targets of a criterion's call: a forward hook."""
@@ -160,8 +159,7 @@ class ClosurePass:
         """Has the rows of the layers' calls count by the weights of the targets, but for calls that several losses depend on."""
         found = [None if masses is None else masses() for masses, _ in self._masses]
         if any(masses is not None for masses in found):
-            graphs = [source_nodes(node, self._key, nearest=False)[0] for _, node in self._masses]
-            calls: list[list[Call]] = [[metadata(node)[self._key] for node in nodes] for nodes in graphs]
+            calls: list[list[Call]] = [list(map(self._outputs.at, self._outputs.upstream(loss))) for _, loss in self._masses]
             losses = Counter(call for own in calls for call in own)
             for masses, own in zip(found, calls, strict=True):
                 if masses is not None:
