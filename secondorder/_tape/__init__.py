@@ -4,15 +4,7 @@ from secondorder._tape.backward_roots import term_of_its_own, term_outside, upst
 from secondorder._tape.columns import Columns
 from secondorder._tape.elementwise import AutogradMap, ElementwiseMap, KnownActivation, activation_function, derivatives
 from secondorder._tape.forward_state import ForwardState
-from secondorder._tape.graph import (
-    claim_product,
-    in_recomputation,
-    is_reshaping,
-    is_view_of,
-    metadata,
-    multiplied,
-    source_nodes,
-)  # fmt: skip
+from secondorder._tape.graph import Marks, in_recomputation, is_reshaping, is_view_of
 from secondorder._tape.layers import LayerRecord
 from secondorder._tape.options import OutputHessianOf, TapeOptions
 from secondorder._tape.records import (
@@ -32,8 +24,8 @@ from secondorder._tape.ways import is_affine, is_selecting, keeps_rows, logits_o
 
 __all__ = [
     "AutogradMap", "Columns", "Counting", "CriterionArguments", "ElementwiseMap", "ForwardState", "KnownActivation",
-    "LayerCall", "LayerRecord", "Link", "LossCall", "ModelCall", "OutputHessianOf", "Tape", "TapeOptions", "activation_function",
-    "aligned", "as_weighted", "claim_product", "derivatives", "has_rows_apart", "in_recomputation", "is_affine", "is_recorded",
-    "is_reshaping", "is_selecting", "is_view_of", "keeps_rows", "logits_of", "metadata", "multiplied", "preactivation",
-    "source_nodes", "taken_from", "term_of_its_own", "term_outside", "upstream",
+    "LayerCall", "LayerRecord", "Link", "LossCall", "Marks", "ModelCall", "OutputHessianOf", "Tape", "TapeOptions",
+    "activation_function", "aligned", "as_weighted", "derivatives", "has_rows_apart", "in_recomputation", "is_affine",
+    "is_recorded", "is_reshaping", "is_selecting", "is_view_of", "keeps_rows", "logits_of", "preactivation", "taken_from",
+    "term_of_its_own", "term_outside", "upstream",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from secondorder._tape.graph import metadata, source_nodes
+from secondorder._tape.outputs import LayerOutputs
 from secondorder._tape.records import Counting, LayerCall
 from secondorder._tensors import gradients_by_seed, subsample, to_compute_dtype, without_autocast
 from secondorder.criteria import OutputRoot
@@ -24,7 +24,7 @@ _BUDGET = 2**25
 def column_blocks(
     edge: GradientEdge,
     root: OutputRoot,
-    key: str,
+    outputs: LayerOutputs,
     samples: int | None,
     counting: Callable[[torch.Size], Counting],
     left_out: Container[nn.Linear] = (),
@@ -34,15 +34,15 @@ def column_blocks(
     Args:
         edge: where the columns start.
         root: gives them.
-        key: of the layers' calls in the nodes' metadata.
+        outputs: of the layers.
         samples: the sums are over at most so many instances that count, and stand for all; None: over all.
         counting: which rows of a tensor [*shape, n] count.
         left_out: layers without a block.
     """
-    nodes = [n for n in source_nodes(edge.node, key, nearest=False)[0] if metadata(n)[key].layer not in left_out]
+    nodes = [node for node in outputs.upstream(edge.node) if outputs.call_at(node).layer not in left_out]
     if not nodes:
         return {}
-    calls: list[LayerCall] = [metadata(node)[key] for node in nodes]
+    calls = [outputs.call_at(node) for node in nodes]
     instances = max((call.input.shape[:-1].numel() for call in calls), default=1)
     chunk = max(1, _BUDGET // max(1, sum(instances * call.layer.out_features for call in calls)))
     blocks: dict[LayerCall, Tensor] = {}

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from secondorder._tape.forward_state import ForwardState
 from secondorder._tape.graph import divisor_of_sum, metadata
+from secondorder._tape.outputs import LayerOutputs
 from secondorder._tape.records import CriterionArguments, LayerCall, ModelCall
 from secondorder._tape.ways import find_way
 from secondorder._tensors import refuse_capture
@@ -69,33 +70,44 @@ class Divisors:
         return found
 
 
-def criterion_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], sources: list[Node], key: str) -> CriterionArguments:
+def criterion_arguments(
+    args: tuple[Any, ...], kwargs: dict[str, Any], sources: list[Node], outputs: LayerOutputs
+) -> CriterionArguments:
     """Returns what is needed to evaluate the criterion again.
 
     Args:
         args: of its call.
         kwargs: of its call.
         sources: the nodes of the outputs of the layers that it sees.
-        key: of the layers' calls in the nodes' metadata.
+        outputs: of all layers.
     """
     leaves, trained = _leaves(args, kwargs)
     arguments = CriterionArguments(detached(args), detached(kwargs), trained, None, None, [])
     if len(sources) == 1 and len(trained) == 1:
         (node,) = sources
-        source: LayerCall = metadata(node)[key]
+        source = outputs.call_at(node)
         found = find_way(leaves[trained[0]], lambda n, _: (None, source.preactivation()) if n is node else None)
         arguments.from_layer = None if found is None else found[1]
 
-    def output_of_the_model(node: Node, number: int) -> tuple[tuple[ModelCall, int], Tensor] | None:
-        made = metadata(node).get(key + ".model", {}).get(number)
-        return None if made is None or not made[0].outputs else (made, made[0].outputs[made[1]])
-
-    ways = [find_way(leaves[k], output_of_the_model) for k in trained]
+    ways = [find_way(leaves[k], lambda node, number: _output_of_model(node, number, outputs.key)) for k in trained]
     calls = {way[0][0] for way in ways if way is not None}
     if len(calls) == 1 and all(way is not None for way in ways):
         (arguments.model,) = calls
         arguments.from_model = [(way[0][1], way[1]) for way in ways if way is not None]
     return arguments
+
+
+def mark_outputs(call: ModelCall, outputs: list[Any], key: str) -> None:
+    """Notes a call of the model at the nodes of its outputs, for `criterion_arguments` to find; `key`: that of `LayerOutputs`."""
+    for position, output in enumerate(outputs):
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            metadata(output.grad_fn).setdefault(key + ".model", {})[output.output_nr] = call, position
+
+
+def _output_of_model(node: Node, number: int, key: str) -> tuple[tuple[ModelCall, int], Tensor] | None:
+    """Returns the call of the model that an output of a node is one of, its position there, and its values; None: of none."""
+    call, position = metadata(node).get(key + ".model", {}).get(number, (None, 0))
+    return None if call is None or not call.outputs else ((call, position), call.outputs[position])
 
 
 def rows_seen(sources: list[LayerCall], args: tuple[Any, ...]) -> int | None:

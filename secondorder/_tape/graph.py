@@ -31,7 +31,7 @@ def metadata(node: Node) -> dict[str, Any]:
     return node.metadata  # type: ignore[return-value]  # torch's stub takes the attribute for a method
 
 
-def source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node], list[str], list[Node]]:
+def _source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node], list[str], list[Node]]:
     """Returns the nodes upstream of (or at) `start` with metadata under `key`; of those passed the kinds, and the products.
 
     Args:
@@ -56,29 +56,53 @@ def source_nodes(start: Node, key: str, nearest: bool = True) -> tuple[list[Node
     return found, kinds, products
 
 
-def claim_product(output: Node, key: str) -> None:
-    """Marks by `key` what a linear layer's call multiplies its input with, its weight's transpose, given the output's node."""
-    while is_reshaping(output) and output.next_functions[0][0] is not None:
-        output = output.next_functions[0][0]
-    for operand, _ in output.next_functions:
-        if operand is not None and not is_leaf(operand) and is_turning(operand):
-            metadata(operand)[key] = True
+class Marks:
+    """Marks the autograd nodes of layers' outputs with what is recorded of their calls, as long as the graph lives.
 
-
-def multiplied(products: list[Node], claimed: str) -> set[Tensor]:
-    """Returns the parameters that matrix products take, at most turned or cast, but by no operand that is `claimed`.
-
-    Derivatives of a layer's call (`create_graph=True`) multiply with the operand of that call.
+    Args:
+        key: of what is recorded in the nodes' metadata.
     """
-    found: set[Tensor] = set()
-    for product in products:
-        for operand, _ in product.next_functions:
-            node: Node | None = operand
-            while node is not None and claimed not in metadata(node):
-                if is_leaf(node):
-                    found.add(node.variable)  # type: ignore[attr-defined]
-                node = node.next_functions[0][0] if is_turning(node) else None
-    return found
+
+    def __init__(self, key: str):
+        self.key = key
+        self._claimed = key + ".weight"  # likewise of what the layers multiply their inputs with
+
+    def add(self, output: Node, record: Any) -> None:
+        """Marks the node of a layer's output."""
+        metadata(output)[self.key] = record
+
+    def claim_weight(self, output: Node) -> None:
+        """Marks what a layer's call multiplies its input with, its weight's transpose, given the output's node."""
+        while is_reshaping(output) and output.next_functions[0][0] is not None:
+            output = output.next_functions[0][0]
+        for operand, _ in output.next_functions:
+            if operand is not None and not is_leaf(operand) and is_turning(operand):
+                metadata(operand)[self._claimed] = True
+
+    def at(self, output: Node) -> Any:
+        """Returns what is recorded at a marked node."""
+        return metadata(output)[self.key]
+
+    def before(self, start: Node) -> tuple[list[Node], list[str], set[Tensor]]:
+        """Returns the marked nodes that are met first upstream of (or at) `start`, and of those passed the kinds and parameters.
+
+        The parameters are those that matrix products take, at most turned or cast, outside of the layers' calls. Derivatives of
+        a layer's call (`create_graph=True`) multiply with the operand of that call.
+        """
+        found, passed, products = _source_nodes(start, self.key)
+        multiplied: set[Tensor] = set()
+        for product in products:
+            for operand, _ in product.next_functions:
+                node: Node | None = operand
+                while node is not None and self._claimed not in metadata(node):
+                    if is_leaf(node):
+                        multiplied.add(node.variable)  # type: ignore[attr-defined]
+                    node = node.next_functions[0][0] if is_turning(node) else None
+        return found, passed, multiplied
+
+    def upstream(self, start: Node) -> list[Node]:
+        """Returns all marked nodes upstream of (or at) `start`."""
+        return _source_nodes(start, self.key, nearest=False)[0]
 
 
 def is_turning(node: Node) -> bool:

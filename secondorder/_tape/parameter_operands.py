@@ -23,7 +23,7 @@ class MadeOf(NamedTuple):
 
 def made_of(node: Node | None, index: dict[int, int]) -> list[MadeOf]:
     """Returns the parameters that a tensor is made of by views, constant factors and `weight_norm`; none if by anything else."""
-    flips, steps = 0, list[Back]()
+    flips, steps = 0, list[Back]()  # transposes that come first, and what takes gradients back from there on
     while node is not None:
         name, saved = kind(node), node
         if is_leaf(node):
@@ -31,29 +31,29 @@ def made_of(node: Node | None, index: dict[int, int]) -> list[MadeOf]:
             if id(parameter) not in index or (flips and not steps and parameter.ndim != 2):
                 return []
             return [MadeOf(parameter, flips % 2 == 1, None) if not steps else MadeOf(parameter, False, composed(steps))]
-        if name == "WeightNormInterfaceBackward":
-            leaves = [f for f, _ in node.next_functions]
-            if not all(f is not None and is_leaf(f) and id(f.variable) in index for f in leaves):  # type: ignore[attr-defined]
-                return []
-            steps += [_flip] * (flips % 2) if not steps else []
-            both = _weight_norm(saved)
-            return [
-                MadeOf(f.variable, False, composed([*steps, back]))  # type: ignore[union-attr]
-                for f, back in zip(leaves, both, strict=True)
-            ]
-        if name == "MulBackward" and len(node.next_functions) == 2 and all(f is not None for f, _ in node.next_functions):
-            return _made_of_product(saved, index, [*steps, *([_flip] * (flips % 2) if not steps else [])])
-        if _transposes(saved, name) and not steps:
+        if not steps and _transposes(saved, name):
             flips += 1
         else:
+            steps = steps or [_flip] * (flips % 2)
+            if name == "WeightNormInterfaceBackward":
+                return _made_by_weight_norm(saved, index, steps)
+            if name == "MulBackward" and len(node.next_functions) == 2 and all(f is not None for f, _ in node.next_functions):
+                return _made_of_product(saved, index, steps)
             step = _step_back(saved, name)
             if step is None:
                 return []
-            if not steps and flips % 2:
-                steps.append(_flip)
             steps.append(step)
         node = node.next_functions[0 if node.next_functions[0][0] is not None else -1][0]
     return []
+
+
+def _made_by_weight_norm(node: Any, index: dict[int, int], steps: list[Back]) -> list[MadeOf]:
+    """Returns v and g if a tensor is g v / |v| of these two parameters; none if they are no leaves."""
+    leaves = [f for f, _ in node.next_functions]
+    if not all(f is not None and is_leaf(f) and id(f.variable) in index for f in leaves):
+        return []
+    pairs = zip(leaves, _weight_norm(node), strict=True)
+    return [MadeOf(f.variable, False, composed([*steps, back])) for f, back in pairs]
 
 
 def _made_of_product(node: Any, index: dict[int, int], steps: list[Back]) -> list[MadeOf]:

@@ -1,4 +1,8 @@
-"""What is recorded of one call: of a linear layer, of the model, of the criterion."""
+"""What is recorded of one call: of a linear layer, of the model, of the criterion.
+
+Masses are what the elements of a criterion's target weigh, 0 if they are ignored (see `criteria.element_masses`). Where they
+belong to the rows of a layer, these count by them: `Counting` has the rows whose mass is not 0, and their weights.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

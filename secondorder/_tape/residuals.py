@@ -56,37 +56,20 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
         seen.add(node)
         if not reach(node):
             constant = True
-            continue
-        if _complex_power(node):
-            _refuse(owner, loss, node, _COMPLEX)
-            continue
-        square = _square(node, reach)
-        if square is not None:
+        elif (square := _square(node, reach)) is not None:
             constant |= kind(node) == "BinaryCrossEntropyWithLogitsBackward"  # the entropy of its targets
             if square.residual.is_leaf:  # a parameter, or a copy of one by hooks on saved tensors
                 leaf: Any = get_gradient_edge(square.residual).node
                 penalties.append(square._replace(residual=leaf.variable))
             elif square.residual.numel():
                 squares.append(square._replace(residual=plain(square.residual)))
-            continue
-        name = kind(node)
-        inputs = [f for f, _ in node.next_functions]
-        if name in PRODUCTS:
-            dependent = [f for f in inputs if f is not None and reach(f)]
-            if len(dependent) > 1 or (name == "DivBackward" and not reach(inputs[0])):
-                _refuse(owner, loss, node, _PRODUCT)
-            else:
-                stack.extend(dependent)
-        elif name == "LerpBackward" and len(inputs) == 3 and reach(inputs[2]) and (reach(inputs[0]) or reach(inputs[1])):
-            _refuse(owner, loss, node, _PRODUCT)
-        elif name == _WRITE:
-            written = node
-            stack.extend(f for f in inputs if f is not None)
-        elif is_linear(node):
-            constant |= name in SUMS and (None in inputs or len(inputs) == 1)
-            stack.extend(f for f in inputs if f is not None)
+        elif (obstacle := _obstacle(node, reach)) is not None:
+            _refuse(owner, loss, node, obstacle)
         else:
-            _refuse(owner, loss, node, _NEITHER)
+            inputs = [f for f, _ in node.next_functions]
+            constant |= kind(node) in SUMS and (None in inputs or len(inputs) == 1)
+            written = node if kind(node) == _WRITE else written
+            stack += [f for f in inputs if f is not None and (kind(node) not in PRODUCTS or reach(f))]
     if written is not None and constant:
         _refuse(owner, loss, written, _WRITTEN)
     if not squares:  # a loss of squares of parameters alone: they are its residuals
@@ -135,10 +118,24 @@ def _refuse(owner: str, loss: Tensor, node: Node, what: str) -> None:
     )
 
 
+def _obstacle(node: Node, reach: Reach) -> str | None:
+    """Returns what a node is through which a loss is no sum of squares; None: it is linear, or a write that may be so."""
+    name, inputs = kind(node), [f for f, _ in node.next_functions]
+    if _complex_power(node):
+        return _COMPLEX
+    if name in PRODUCTS:
+        return _PRODUCT if sum(map(reach, inputs)) > 1 or (name == "DivBackward" and not reach(inputs[0])) else None
+    if name == "LerpBackward" and len(inputs) == 3 and reach(inputs[2]) and (reach(inputs[0]) or reach(inputs[1])):
+        return _PRODUCT
+    return None if name == _WRITE or is_linear(node) else _NEITHER
+
+
 def _square(node: Node, reach: Reach) -> Term | None:
-    """Returns the node as a square, if it is one."""
+    """Returns the node as a square of real numbers, if it is one."""
     name = kind(node)
     saved: Any = node
+    if _complex_power(node):
+        return None
     if name == "PowBackward" and all(f is None for f, _ in node.next_functions[1:]):
         exponent = _exponent(saved)
         if exponent == 2:

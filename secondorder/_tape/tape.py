@@ -25,29 +25,21 @@ from secondorder._tape import elementwise
 from secondorder._tape.backward import BackwardLog
 from secondorder._tape.backward_roots import term_of_its_own
 from secondorder._tape.columns import column_blocks
-from secondorder._tape.criterion_calls import Divisors, criterion_arguments, detached, rows_seen
+from secondorder._tape.criterion_calls import Divisors, criterion_arguments, detached, mark_outputs, rows_seen
 from secondorder._tape.elementwise import ElementwiseMap
 from secondorder._tape.forward_state import ForwardState
-from secondorder._tape.graph import (
-    claim_product,
-    compiled_error,
-    compiled_parameters,
-    in_recomputation,
-    is_reshaping,
-    is_view_of,
-    metadata,
-    multiplied,
-    source_nodes,
-)  # fmt: skip
+from secondorder._tape.graph import compiled_error, compiled_parameters, in_recomputation, is_reshaping, is_view_of
 from secondorder._tape.hooks import CallHook, EagerForward, remove_handles
-from secondorder._tape.layers import LayerRecord, connect, recursion_order
+from secondorder._tape.layers import LayerRecord, joined
 from secondorder._tape.nodes import COMPILED, kind
 from secondorder._tape.options import TapeOptions
+from secondorder._tape.outputs import LayerOutputs
 from secondorder._tape.records import LayerCall, Link, LossCall, ModelCall, version
 from secondorder._tape.ways import keeps_rows, logits_of
-from secondorder._tensors import captured_now, compute_dtype, refuse_capture, refuse_sparse
+from secondorder._tensors import captured_now, refuse_capture, refuse_sparse
 from secondorder.criteria import (
     LateMasses,
+    OutputHessian,
     analytic_hessian,
     autograd_hessian,
     by_position,
@@ -81,18 +73,16 @@ class Tape:
         self._wide = {layer for layer in layers if options.widest is not None and layer.out_features > options.widest}
         self.recording = True
         self.missing = _NOT_CALLED  # why there may be no records
-        self._key = f"secondorder.{id(self)}"  # of its calls in the metadata of the autograd nodes of layers' outputs
-        self._claimed = self._key + ".weight"  # likewise of what these multiply their inputs with
+        key = f"secondorder.{id(self)}"  # of what is recorded in the metadata of autograd nodes
         self._muted = False
         self._divisors = Divisors(criterion)
         self._parameters = list((nn.ModuleList(layers) if model is None else model).parameters())
         watches = model is not None and options.keep_inputs
         self._watched = self._parameters if watches else []
-        self._log = BackwardLog(layers, (self._key + ".loss", self._watched) if watches else None)
+        self._log = BackwardLog(layers, (key + ".loss", self._watched) if watches else None)
         self._begin: ForwardState | None = None  # of the forward pass under way
         self._written: set[Tensor] | None = None  # the buffers that forward passes write to
-        self._consumer: dict[nn.Linear, nn.Module] = {}  # what took each layer's output first: a layer, or the criterion
-        self._several_consumers: set[nn.Linear] = set()
+        self._outputs = LayerOutputs(key, self._log)
         self._not_elementwise: set[tuple[nn.Linear, nn.Linear, tuple[str, ...]]] = set()
         self.tied = {} if model is None else tied_layers(model, layers)
         self.handles: list[RemovableHandle | CallHook | EagerForward] = [
@@ -129,9 +119,8 @@ class Tape:
 
     @property
     def covers_none(self) -> bool:
-        """Tells whether all layers are frozen or too wide, with no records, or all that the losses reach are wide."""
-        trained = (layer for layer in self.names if parameters_of(layer)[0].requires_grad and layer not in self._wide)
-        return next(trained, None) is None or (bool(self.losses) and not self.records())
+        """Tells whether all layers are frozen or too wide."""
+        return not any(parameters_of(layer)[0].requires_grad and layer not in self._wide for layer in self.names)
 
     @property
     def multiplied(self) -> set[Tensor]:
@@ -180,41 +169,12 @@ class Tape:
                 p.grad = gradient
 
     def records(self) -> list[LayerRecord]:
-        """Returns the layers that the losses depend on, each after the layer that takes its output: the recursion's order."""
-        records: dict[nn.Linear, LayerRecord] = {}
-        seen: set[LayerCall] = set()
-        for loss in self.losses:
-            stack: list[tuple[LayerCall, Link | LossCall]] = [(source, loss) for source in loss.sources]
-            while stack:
-                call, consumer = stack.pop()
-                record = records.get(call.layer)
-                if record is None:
-                    weight, _ = parameters_of(call.layer)
-                    dtype = compute_dtype(weight.dtype)
-                    record = records[call.layer] = LayerRecord(call.layer, weight, dtype, samples=self.options.samples)
-                record.consumers.append(consumer)
-                if call in seen:
-                    continue
-                seen.add(call)
-                if call.overwritten:
-                    raise RuntimeError(
-                        f"expected the input of layer {self.names[call.layer]!r} as the forward pass has seen it, but it "
-                        "has been written to since: give each micro-batch a tensor of its own, and write to none before step()"
-                    )
-                record.calls.append(call)
-                record.origins.append(loss)
-                stack += [(link.source, link) for link in call.inputs_from]
-            for call, block in loss.blocks.items():
-                if call.layer in self._wide:
-                    continue
-                record = records[call.layer]
-                block = block if loss.scale is None else block * loss.scale.abs()  # a metric, also of a loss that is maximised
-                record.block = block if record.block is None else record.block + block
-        repeated = set().union(*(loss.repeated for loss in self.losses))
-        records = {layer: record for layer, record in records.items() if layer not in self._wide}
-        for record in records.values():
-            connect(record, records, record.layer in repeated)
-        return recursion_order(records)
+        """Returns the layers that the losses depend on, each after the layer that takes its output: the recursion's order.
+
+        Raises:
+            RuntimeError: a layer's input has been written to since the forward pass.
+        """
+        return joined(self.losses, self.names, self._wide, self.options.samples)
 
     def _on_layer(self, layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Records a call of a layer, with the links from the layers before."""
@@ -232,10 +192,10 @@ class Tape:
             call.inputs_from = links = self._links(call, input, made_by)
             if self.options.diagonal and len(links) == 1 and links[0].map is not None and links[0].map.curved:
                 self._log.collect(links[0], "grad", made_by, input.output_nr)
-        metadata(node)[self._key] = call
-        claim_product(node, self._claimed)
+        self._outputs.add(node, call)
+        self._outputs.claim_weight(node)
         if self.options.grad_outputs:
-            self._keep_gradient(node)
+            self._outputs.keep_gradient(node)
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: None) -> None:
         self._begin = ForwardState(model, self._written)
@@ -247,78 +207,69 @@ class Tape:
             return
         self._written = (self._written or set()) | begin.written()
         leaves = tree_leaves(output)
-        call = ModelCall(detached(args), detached(kwargs), begin, detached(leaves))
-        for position, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                made = metadata(leaf.grad_fn).setdefault(self._key + ".model", {})
-                made[leaf.output_nr] = call, position
+        mark_outputs(ModelCall(detached(args), detached(kwargs), begin, detached(leaves)), leaves, self._outputs.key)
 
     def _links(self, call: LayerCall, input: Tensor, made_by: Node) -> list[Link]:
         """Returns the links from the layers that the input of a layer's call comes from."""
         layer = call.layer
-        nodes, passed, products = source_nodes(made_by, self._key)
-        call.multiplied = multiplied(products, self._claimed)
+        nodes, passed, call.multiplied = self._outputs.before(made_by)
         self._refuse_compiled_layers(made_by, passed)
         if len(nodes) != 1:
-            names = sorted({repr(self.names[metadata(node)[self._key].layer]) for node in nodes[:4]})
+            names = sorted({repr(self.names[self._outputs.call_at(node).layer]) for node in nodes[:4]})
             obstacle = f"is combined with other linear layers ({', '.join(names)}{', ...' if len(nodes) > 4 else ''})"
             return [self._blocked(node, layer, obstacle) for node in nodes]
         (node,) = nodes
         if layer in self._wide:
             return [self._blocked(node, layer, f"leads to layer {self.names[layer]!r}, which is too wide for a curvature")]
-        source: LayerCall = metadata(node)[self._key]
-        between: ElementwiseMap | None = elementwise.analytic(made_by, call.input, node, source.preactivation)
+        source = self._outputs.call_at(node)
+        between: ElementwiseMap | str | None = elementwise.analytic(made_by, call.input, node, source.preactivation)
+        if between is None and not self.options.recursive:
+            return [Link(self._outputs.use(node, layer), layer, None, "goes through a function that nobody has asked for")]
         if between is None:
-            if not self.options.recursive:
-                return [Link(self._use(node, layer), layer, None, "goes through a function that nobody has asked for")]
-            if COMPILED in passed:
-                raise compiled_error(f"what follows layer {self.names[source.layer]!r} runs")
-            signature = (source.layer, layer, tuple(passed))
-            if signature not in self._not_elementwise:
-                refuse_capture(
-                    f"derivatives by autograd of what follows layer {self.names[source.layer]!r} ({', '.join(passed[:6])})"
-                )
-                try:
-                    with self._differentiating():
-                        between = elementwise.probe(input, node, second=self.options.diagonal)
-                except RuntimeError as error:
-                    obstacle = f"goes through a function that autograd cannot differentiate twice ({error})"
-                    return [self._blocked(node, layer, obstacle)]
-            if between is None:
-                self._not_elementwise.add(signature)  # probing it at every forward pass would cost more than the pass
-                return [self._blocked(node, layer, f"goes through a function that is not elementwise ({', '.join(passed[:6])})")]
-        self._use(node, layer)
+            between = self._probed(source, layer, input, node, passed)
+        if isinstance(between, str):
+            return [self._blocked(node, layer, between)]
+        self._outputs.use(node, layer)
         source.output = None
         return [Link(source, layer, between)]
+
+    def _probed(self, source: LayerCall, target: nn.Linear, input: Tensor, node: Node, passed: list[str]) -> ElementwiseMap | str:
+        """Returns what lies between a call and the input of the layer after it, by autograd; or why that is no elementwise map.
+
+        Args:
+            source: the call, whose node is `node`.
+            target: the layer after it.
+            input: what it is called on.
+            node: of the call's output.
+            passed: the kinds of the nodes between.
+        """
+        if COMPILED in passed:
+            raise compiled_error(f"what follows layer {self.names[source.layer]!r} runs")
+        not_elementwise = f"goes through a function that is not elementwise ({', '.join(passed[:6])})"
+        signature = (source.layer, target, tuple(passed))
+        if signature in self._not_elementwise:  # probing it at every forward pass would cost more than the pass
+            return not_elementwise
+        refuse_capture(f"derivatives by autograd of what follows layer {self.names[source.layer]!r} ({', '.join(passed[:6])})")
+        try:
+            with self._differentiating():
+                found = elementwise.probe(input, node, second=self.options.diagonal)
+        except RuntimeError as error:
+            return f"goes through a function that autograd cannot differentiate twice ({error})"
+        if found is None:
+            self._not_elementwise.add(signature)
+        return found or not_elementwise
 
     def _refuse_compiled_layers(self, start: Node, passed: list[str]) -> None:
         """Raises if a compiled graph among the nodes passed from `start` has called a layer, whose hook then did not run."""
         if COMPILED in passed:
-            parameters = compiled_parameters(start, self._key)
+            parameters = compiled_parameters(start, self._outputs.key)
             for layer, name in self.names.items():
                 if parameters_of(layer)[0] in parameters:
                     raise compiled_error(f"layer {name!r} runs")
 
     def _blocked(self, node: Node, consumer: nn.Linear, obstacle: str) -> Link:
-        self._keep_gradient(node)
-        return Link(self._use(node, consumer), consumer, None, obstacle)
-
-    def _use(self, node: Node, consumer: nn.Module) -> LayerCall:
-        """Notes that a layer or the criterion takes the output of a recorded call; returns the call."""
-        call: LayerCall = metadata(node)[self._key]
-        if self._consumer.setdefault(call.layer, consumer) is not consumer:
-            self._several_consumers.add(call.layer)
-        if call.used or call.layer in self._several_consumers:
-            self._keep_gradient(node)
-        call.used = True
-        return call
-
-    def _keep_gradient(self, node: Node) -> None:
-        """Has backward passes leave dL/dz at a recorded call."""
-        call: LayerCall = metadata(node)[self._key]
-        if not call.keeps_gradient:
-            call.keeps_gradient = True
-            self._log.collect(call, "grad_output", node, 0)
+        self._outputs.keep_gradient(node)
+        return Link(self._outputs.use(node, consumer), consumer, None, obstacle)
 
     def _on_criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor) -> None:
         """Records a call of the criterion: the layers that it sees, its weights of targets, and its curvature."""
@@ -329,7 +280,7 @@ class Tape:
             found = "a tensor without a graph" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             self.missing = f"the criterion returned {found} where the loss alone is expected"
             return
-        nodes, passed, products = source_nodes(made_by, self._key)
+        nodes, passed, multiplied = self._outputs.before(made_by)
         self._refuse_compiled_layers(made_by, passed)
         if not nodes:
             self.missing = "the criterion was called, but not on what linear layers returned in training mode" + _hidden_by(
@@ -344,9 +295,9 @@ class Tape:
                 "use reduction='mean' or 'sum', or pass a function that reduces"
             )
         args, kwargs = by_position(criterion, args, kwargs)
-        sources = [self._use(node, criterion) for node in nodes]
+        sources = [self._outputs.use(node, criterion) for node in nodes]
         call = LossCall(sources, None, loss.detach(), self._divisors.of(args, kwargs, made_by, self.muted))
-        call.multiplied = multiplied(products, self._claimed)
+        call.multiplied = multiplied
         call.instances, call.captured = rows_seen(call.sources, args), captured_now()
         if len(args) > 1:
             self._record_masses(call, args, kwargs)
@@ -354,7 +305,7 @@ class Tape:
             own = term_of_its_own(loss, (args, kwargs), self._watched)
             call.outside = own and f"parameters that the criterion takes by itself (by {own})"
             with self._differentiating():
-                call.arguments = criterion_arguments(args, kwargs, nodes, self._key)
+                call.arguments = criterion_arguments(args, kwargs, nodes, self._outputs)
         self._record_curvature(call, nodes, loss, (*args[:1], *tree_map(self._fixed, args[1:])), kwargs)
         self.missing = (
             "the criterion was called, but no backward() has gone through what it returned: gradients that are set by hand, as "
@@ -373,7 +324,7 @@ class Tape:
 
     def _fixed(self, target: Any) -> Any:
         """Detaches a target that no recorded layer has made, as one that another net has made: it is fixed as far as these go."""
-        if not isinstance(target, Tensor) or (target.grad_fn is not None and source_nodes(target.grad_fn, self._key)[0]):
+        if not isinstance(target, Tensor) or (target.grad_fn is not None and self._outputs.before(target.grad_fn)[0]):
             return target
         return target.detach()
 
@@ -385,33 +336,43 @@ class Tape:
             with self._differentiating():
                 edge, root = self.options.columns(self.criterion, loss, nodes[0] if len(nodes) == 1 else None, args, kwargs)
                 if root is not None:
-                    call.blocks = column_blocks(edge, root, self._key, self.options.samples, call.counting, self._wide)
+                    call.blocks = column_blocks(edge, root, self._outputs, self.options.samples, call.counting, self._wide)
             call.flat = root is None
             if call.flat:
                 assert loss.grad_fn is not None
-                for node in source_nodes(loss.grad_fn, self._key, nearest=False)[0]:
-                    self._keep_gradient(node)
+                for node in self._outputs.upstream(loss.grad_fn):
+                    self._outputs.keep_gradient(node)
         elif len(nodes) > 1:  # the recursion starts anew at each of them
             for node in nodes:
-                self._keep_gradient(node)
+                self._outputs.keep_gradient(node)
         elif self.options.recursive and call.sources[0].layer not in self._wide:
-            output = args[0] if args else None
-            width = call.sources[0].layer.out_features
-            if (
-                isinstance(output, Tensor)
-                and output.dim() > 0
-                and output.shape[-1] == width
-                and is_view_of(self._logits_node(output), nodes[0])
-            ):
-                call.hessian = analytic_hessian(self.criterion, output.detach(), *args[1:], **kwargs)
-            if call.hessian is None:
-                refuse_capture(f"Hessian of {self.criterion} by autograd")
-                with self._differentiating():
-                    hessian = self._output_hessian(self.criterion, loss, nodes[0], args, kwargs)
-                call.flat = not bool(hessian.values.any())
-                call.hessian = None if call.flat else hessian
-                if call.flat:
-                    self._keep_gradient(nodes[0])
+            call.hessian = self._hessian(loss, nodes[0], call.sources[0].layer.out_features, args, kwargs)
+            call.flat = call.hessian is None
+            if call.flat:
+                self._outputs.keep_gradient(nodes[0])
+
+    def _hessian(
+        self, loss: Tensor, node: Node, width: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> OutputHessian | None:
+        """Returns the criterion's Hessian at a layer's output, by formula if there is one; None: it is zero.
+
+        Args:
+            loss: what the criterion returned.
+            node: of the layer's output.
+            width: how many outputs the layer has.
+            args: of the criterion.
+            kwargs: of the criterion.
+        """
+        output: Any = args[0] if args else None
+        fits = isinstance(output, Tensor) and output.dim() > 0 and output.shape[-1] == width
+        if fits and is_view_of(self._logits_node(output), node):
+            known = analytic_hessian(self.criterion, output.detach(), *args[1:], **kwargs)
+            if known is not None:
+                return known
+        refuse_capture(f"Hessian of {self.criterion} by autograd")
+        with self._differentiating():
+            hessian = self._output_hessian(self.criterion, loss, node, args, kwargs)
+        return hessian if hessian.values.any() else None
 
     def _logits_node(self, output: Tensor) -> Node | None:
         """Returns the node of what the criterion's formula is at: its argument, or what log_softmax was taken of there."""
@@ -432,10 +393,7 @@ class Tape:
             if link.map is not None:
                 link.map = None
                 link.obstacle = f"leads to layer {self.names[link.target]!r}, which is used several times for a loss"
-        self._several_consumers |= {call.layer for call in kept}
-        for node in source_nodes(made_by, self._key, nearest=False)[0]:
-            if metadata(node)[self._key] in kept:
-                self._keep_gradient(node)
+        self._outputs.keep_gradients_of(kept, made_by)
 
 
 def _hidden_by(kinds: list[str]) -> str:

@@ -257,9 +257,7 @@ def _pieces(
     for position, run in enumerate(runs):
         end = run[-1]
         if kind(end[0]) in _FUNCTIONS:
-            function = _FUNCTIONS[kind(end[0])](end[0])
-            pieces.append(function)
-            input = function(input)
+            piece: Callable[[Tensor], Tensor] = _FUNCTIONS[kind(end[0])](end[0])
         else:
             last = position + 1 == len(runs)
             output = argument if last else None
@@ -267,17 +265,20 @@ def _pieces(
                 output = getattr(runs[position + 1][0][0], "_saved_self", None)
                 if output is None:
                     return None  # the constant is not known, for the graph keeps no tensor of what it makes
-            made = end[0]._input_metadata[end[1]]
-            with torch.enable_grad():
-                u = torch.zeros(made.shape, dtype=made.dtype, device=made.device, requires_grad=True)
-                (transposed,) = torch.autograd.grad(GradientEdge(*end), GradientEdge(*begin), u, create_graph=True)
-            zero = torch.zeros_like(input)
-            piece = (
-                LinearPiece(transposed, u, zero, zero.new_zeros(()))
-                if output is None
-                else LinearPiece(transposed, u, input, output.detach())
-            )
-            pieces.append(piece)
-            input = piece(input)
+            piece = _linear_piece(begin, end, input, output)
+        pieces.append(piece)
+        input = piece(input)
         begin = end
     return pieces
+
+
+def _linear_piece(begin: tuple[Node, int], end: tuple[Node, int], input: Tensor, output: Tensor | None) -> LinearPiece:
+    """Returns the linear function between two outputs of nodes, or the affine one that takes `input` to `output`, if given."""
+    made = end[0]._input_metadata[end[1]]
+    with torch.enable_grad():
+        u = torch.zeros(made.shape, dtype=made.dtype, device=made.device, requires_grad=True)
+        (transposed,) = torch.autograd.grad(GradientEdge(*end), GradientEdge(*begin), u, create_graph=True)
+    if output is not None:
+        return LinearPiece(transposed, u, input, output.detach())
+    zero = torch.zeros_like(input)
+    return LinearPiece(transposed, u, zero, zero.new_zeros(()))

@@ -27,13 +27,14 @@ def autograd_hessian(loss: Tensor, source: Node, inner: GradientEdge | None = No
         source: the node of the graph whose tensor is z [..., K].
         inner: where u stands in the graph, between z and L: H_u is then the Hessian there, J_i = du/dz_i; None: it is z itself.
     """
-    diagonal, rows, rounding = _rows_of(loss, source, inner)
-    k = diagonal.shape[-1]
-    if rows is None:
+    hessians = _InstanceHessians(loss, source, inner)
+    k = hessians.sums.shape[-1]
+    if hessians.diagonal:
+        diagonal = hessians.sums
         convex = not diagonal.numel() or lowest_eigenvalue(diagonal, diagonal.dtype) is None
         return OutputHessian((diagonal.clamp(min=0) if convex else diagonal).reshape(-1, k).sum(0), convex)
-    sums, largest = zip(*((row.reshape(-1, k).sum(0), row.abs().max()) for row in rows), strict=True)
-    flat = torch.stack(largest).max() <= rounding
+    sums, largest = zip(*((row.reshape(-1, k).sum(0), row.abs().max()) for row in hessians.rows()), strict=True)
+    flat = torch.stack(largest).max() <= hessians.rounding
     return OutputHessian(torch.stack(sums).masked_fill(flat, 0), convex=False)
 
 
@@ -52,17 +53,19 @@ def autograd_root(loss: Tensor, source: Node, inner: GradientEdge | None = None,
     Raises:
         ValueError: an H_i is not positive semi-definite.
     """
-    diagonal, rows, rounding = _rows_of(loss, source, inner)
-    hessians = diagonal if rows is None else torch.stack(list(rows), -1)
-    if (hessians.abs() <= rounding).all():
+    hessians = _InstanceHessians(loss, source, inner)
+    values = hessians.sums if hessians.diagonal else torch.stack(list(hessians.rows()), -1)
+    if (values.abs() <= hessians.rounding).all():
         return None
-    if rows is None:
+
+    def check(eigenvalues: Tensor) -> None:
         if not convex:
-            check_semidefinite(diagonal, diagonal.dtype)
-        return GaussianRoot(diagonal.clamp(min=0).sqrt())
-    if convex:
-        return dense_root(hessians)
-    return dense_root(hessians, lambda eigenvalues: check_semidefinite(eigenvalues, diagonal.dtype))
+            check_semidefinite(eigenvalues, values.dtype)
+
+    if hessians.diagonal:
+        check(values)
+        return GaussianRoot(values.clamp(min=0).sqrt())
+    return dense_root(values, check)
 
 
 def check_second_derivatives(gradients: Iterable[Tensor | None], inner: Iterable[Node]) -> None:
@@ -113,50 +116,53 @@ def tangent_map(outer: Sequence[GradientEdge], inner: Sequence[GradientEdge]) ->
     return tangent
 
 
-def _rows_of(loss: Tensor, source: Node, inner: GradientEdge | None) -> tuple[Tensor, Iterator[Tensor] | None, Tensor | float]:
-    """Returns every instance's H_i: its diagonal [..., K] and None, or its row sums and its rows, K tensors [..., K].
+class _InstanceHessians:
+    """Every instance's H_i = d^2 L / dz_i dz_i^T [K, K], or J_i^T H_u J_i with u = u(z), by products with vectors [..., K].
 
-    Last the size up to which all rows together may be rounding of zero.
+    Attributes:
+        sums: of each H_i's rows [..., K]: its diagonal, if it is diagonal.
+        diagonal: whether every H_i is diagonal.
+        rounding: the size up to which all numbers of all H_i together may be rounding of zero.
     """
-    z = GradientEdge(source, 0)
-    edge = z if inner is None else inner
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(loss, edge, create_graph=True, allow_unused=True)
-    tangent = None if inner is None else tangent_map([edge], [z])
-    made: Any = source._input_metadata[0]
-    zero = torch.zeros(made.shape, dtype=made.dtype, device=made.device)
-    # A loss that is linear there, or that takes but derivatives of z by what z is made of.
-    if gradient is None or not gradient.requires_grad:
-        return zero, None, 0.0
 
-    def product(v: Tensor) -> Tensor:
-        with second_derivatives():
-            (hv,) = torch.autograd.grad(
-                gradient, edge, v if tangent is None else tangent([v])[0], retain_graph=True, allow_unused=True
-            )
-            if tangent is not None and hv is not None:
-                (hv,) = torch.autograd.grad([edge], [z], [hv], retain_graph=True, allow_unused=True)
-        return zero if hv is None else hv.detach()
+    def __init__(self, loss: Tensor, source: Node, inner: GradientEdge | None):
+        self._z = GradientEdge(source, 0)
+        self._edge = self._z if inner is None else inner
+        with torch.enable_grad():
+            (self._gradient,) = torch.autograd.grad(loss, self._edge, create_graph=True, allow_unused=True)
+        self._tangent = None if inner is None else tangent_map([self._edge], [self._z])
+        made: Any = source._input_metadata[0]
+        self._zero = self.sums = torch.zeros(made.shape, dtype=made.dtype, device=made.device)
+        self.diagonal, self.rounding = True, self._zero.new_zeros(())
+        # A loss that is linear there, or that takes but derivatives of z by what z is made of, has H = 0.
+        if self._gradient is not None and self._gradient.requires_grad:
+            # A diagonal H has H v = (H 1) * v for every v.
+            self.sums, v = self._times(torch.ones_like(self._zero)), irregular(self._zero)
+            hv = self._times(v)
+            self.diagonal = bool(((hv - self.sums * v).abs() <= 1e-4 * self.sums.abs().max()).all())
+            if not self.diagonal:
+                self.rounding = torch.finfo(hv.dtype).eps ** 0.75 * hv.abs().max()
 
-    # A diagonal Hessian has H v = (H 1) * v for every v.
-    diagonal, v = product(torch.ones_like(zero)), irregular(zero)
-    hv = product(v)
-    if ((hv - diagonal * v).abs() <= 1e-4 * diagonal.abs().max()).all():
-        return diagonal, None, 0.0
-
-    def rows() -> Iterator[Tensor]:
-        k = zero.shape[-1]
-        together = max(1, _BATCH // max(1, zero.numel())) if tangent is None else 1
+    def rows(self) -> Iterator[Tensor]:
+        """Yields the K rows of all H_i, each [..., K], by K backward passes."""
+        k = self._zero.shape[-1]
+        together = max(1, _BATCH // max(1, self._zero.numel())) if self._tangent is None else 1
         for begin in range(0, k, together):
-            chosen = torch.arange(begin, min(begin + together, k), device=zero.device)
-            units = zero.new_zeros(len(chosen), *zero.shape)
+            chosen = torch.arange(begin, min(begin + together, k), device=self._zero.device)
+            units = self._zero.new_zeros(len(chosen), *self._zero.shape)
             units[chosen - begin, ..., chosen] = 1
             if together == 1:
-                yield from (product(unit) for unit in units)
+                yield from (self._times(unit) for unit in units)
                 continue
             with second_derivatives():
-                (found,) = gradients_by_seed(gradient, [edge], units)
+                (found,) = gradients_by_seed(self._gradient, [self._edge], units)
             yield from torch.zeros_like(units) if found is None else found.detach()
 
-    rounding = torch.finfo(hv.dtype).eps ** 0.75 * hv.abs().max()
-    return diagonal, rows(), rounding
+    def _times(self, v: Tensor) -> Tensor:
+        """Returns every H_i v_i [..., K]."""
+        with second_derivatives():
+            u = v if self._tangent is None else self._tangent([v])[0]
+            (hv,) = torch.autograd.grad(self._gradient, self._edge, u, retain_graph=True, allow_unused=True)
+            if self._tangent is not None and hv is not None:
+                (hv,) = torch.autograd.grad([self._edge], [self._z], [hv], retain_graph=True, allow_unused=True)
+        return self._zero if hv is None else hv.detach()

@@ -1,9 +1,8 @@
 """EACG's step as a CUDA graph may capture it: what numbers decide is decided on the device, and no number is read."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,21 +10,11 @@ from torch import Tensor, nn
 from secondorder._tensors import captured_now
 from secondorder.errors import NonFiniteError
 from secondorder.optim import _captures, _momentum
+from secondorder.optim._eacg_operands import UpdateOperands
 from secondorder.optim._eacg_replays import EACGReplays, move, rate
 from secondorder.optim._layerwise import Groups, LayerwiseOptimizer
 from secondorder.optim._numbers import check_arguments, check_numbers
 from secondorder.solvers import EACGSolver, Factors
-
-
-class UpdateOperands(NamedTuple):
-    """What `ops.eacg_update_` takes of all layers that a step updates; empty tensors stand for what a layer has not."""
-
-    weights: list[Tensor]
-    biases: list[Tensor]
-    grad_biases: list[Tensor]
-    groups: list[dict[str, Any]]  # of the weights
-    momenta: tuple[list[Tensor], list[Tensor]]
-    started: dict[Tensor, Tensor]  # momenta that are new
 
 
 class CapturableOptimizer(LayerwiseOptimizer):
@@ -52,21 +41,6 @@ class CapturableOptimizer(LayerwiseOptimizer):
         ])  # fmt: skip
         self._capturable = True
         self._forget_replays()
-
-    @abstractmethod
-    def _operands(self, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], groups: Groups) -> UpdateOperands:
-        """Returns what `_updated` takes of the layers to be updated."""
-
-    @abstractmethod
-    def _updated(
-        self,
-        covered: dict[nn.Linear, Factors],
-        gradients: dict[Tensor, Tensor],
-        operands: UpdateOperands,
-        solver: EACGSolver,
-        lr: list[float],
-    ) -> Tensor:
-        """Solves all layers, and updates them if every solution is finite; returns their iterations, -1 where one is not."""
 
     def _forget_replays(self) -> None:
         """Starts anew, as if no graph had captured a step: none has one with the present state."""
@@ -171,7 +145,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
         `factors`, those in `covered` included, are not averaged yet.
         """
         gradients, replays = self._gradients(), self._replays
-        operands = self._operands(covered, gradients, groups)
+        operands = UpdateOperands.of_layers(covered, gradients, groups, self.state)
         if not operands.momenta[0] and any(isinstance(group["lr"], Tensor) for group in operands.groups):
             operands = operands._replace(
                 momenta=([torch.zeros_like(p) for p in operands.weights], [torch.zeros_like(p) for p in operands.biases])
@@ -182,7 +156,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
         averaged = self._averaged(factors, groups)
         made = self._allowed(others, velocities)
         if covered:
-            made = self._updated_if(made, {**covered, **averaged}, gradients, operands, solver)
+            made = self._updated_if(made, {**covered, **averaged}, operands, solver)
         rates = {id(group): rate(group["lr"], made) for group in self.param_groups}
         self._move_by_device_rates(operands, rates)
         for (p, group), v in zip(others, velocities, strict=True):
@@ -212,21 +186,17 @@ class CapturableOptimizer(LayerwiseOptimizer):
         return averaged
 
     def _updated_if(
-        self,
-        allowed: Tensor,
-        covered: dict[nn.Linear, Factors],
-        gradients: dict[Tensor, Tensor],
-        operands: UpdateOperands,
-        solver: EACGSolver,
+        self, allowed: Tensor, covered: dict[nn.Linear, Factors], operands: UpdateOperands, solver: EACGSolver
     ) -> Tensor:
         """Updates all layers if that is allowed and every solution is finite; returns whether it has, a boolean on the device.
 
         The operator takes numbers: where a learning rate is on the device it updates the momenta alone.
         """
-        first = next(iter(covered))  # whose NaN keeps the operator from updating any
-        covered[first] = {**covered[first], "mean_input": torch.where(allowed, covered[first]["mean_input"], math.nan)}
+        first, *others = covered.values()
+        # NaN in one layer keeps the operator from updating any.
+        first = {**first, "mean_input": torch.where(allowed, first["mean_input"], math.nan)}
         lr = [0.0 if isinstance(group["lr"], Tensor) else float(group["lr"]) for group in operands.groups]
-        return (self._updated(covered, gradients, operands, solver, lr) >= 0).all()
+        return (operands.update_([first, *others], solver, lr) >= 0).all()
 
     def _move_by_device_rates(self, operands: UpdateOperands, rates: dict[int, Tensor]) -> None:
         """Moves the layers whose learning rate is on the device by their new momenta."""

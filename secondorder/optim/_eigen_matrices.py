@@ -46,11 +46,8 @@ class MatrixOptimizer(SecondOrderOptimizer):
 
     _process_group: dist.ProcessGroup | None  # the ranks that DDP averages gradients over
     _takes_shards = True
-    _copied: ClassVar[tuple[str, ...]] = (
-        "_model",
-        "_rank",
-        "_renew_every",
-    )  # what copies and pickles have beside groups and state
+    # What copies and pickles have beside groups and state.
+    _copied: ClassVar[tuple[str, ...]] = ("_model", "_rank", "_renew_every")
 
     def __init__(
         self,
@@ -72,43 +69,33 @@ class MatrixOptimizer(SecondOrderOptimizer):
         """Sets up what copies and pickles do not have, since it is found anew or belongs to one process."""
         self._process_group = None
         self._shards: Shards | None = None  # the ranks that share the rows of DTensor parameters
-        self._matrices: list[Matrix] | None = None  # None: to be found anew
-        self._parameter_ids: list[list[int]] = []  # of the groups, as they were when the matrices were found
+        self._matrices: list[Matrix] = []  # of all groups' parameters; none before the first call of a model with lazy layers
+        self._parameter_ids: list[list[int]] = []  # of the groups, as they were when the matrices were found; none before
         self._groups_of: dict[Matrix, tuple[int, int]] = {}  # the positions of the groups of its weight and of its bias
         self._replays = EigenReplays(type(self).__name__)
 
+    # --- the matrices --------------------------------------------------------------------------------------------------------
+
     def _find_anew(self, states: Mapping[Tensor, dict[str, Any]] | None = None) -> None:
-        """Finds the matrices of the present parameters.
+        """Finds the matrices of the present parameters; none before the first call of a model with lazy layers.
 
         Args:
             states: the states of weights that are about to take the place of the present ones, if any.
         """
-        self._matrices = None
-        self._all_matrices(states)
-
-    # --- the matrices --------------------------------------------------------------------------------------------------------
-
-    def _all_matrices(self, states: Mapping[Tensor, dict[str, Any]] | None = None) -> list[Matrix]:
-        """Returns the matrices of all groups' parameters; none before the first call of a model with lazy layers.
-
-        Args:
-            states: the states by which they are found if that is due; None: the present ones.
-        """
-        if self._matrices is None:
-            parameters = self._parameters()
-            if any(isinstance(p, nn.UninitializedParameter) for p in parameters):
-                return []
-            self._shards = self._found_shards()
-            self._matrices = find_matrices(parameters, self._model, self.state if states is None else states)
-            self._parameter_ids = self._present_ids()
-            group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
-            self._groups_of = {m: (group_of[m.weight], group_of[m.weight if m.bias is None else m.bias]) for m in self._matrices}
-            for matrix in self._matrices:
-                if not matrix.layers and has_no_bases(self.state.get(matrix.weight, {})):
-                    matrix.has_bases = False  # its first gradient has shown that it is no map
-                if states is None:
-                    self._drop_unfit_state(matrix)
-        return self._matrices
+        self._matrices, self._parameter_ids = [], []
+        parameters = self._parameters()
+        if any(isinstance(p, nn.UninitializedParameter) for p in parameters):
+            return
+        self._shards = self._found_shards()
+        self._matrices = find_matrices(parameters, self._model, self.state if states is None else states)
+        self._parameter_ids = self._present_ids()
+        group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        self._groups_of = {m: (group_of[m.weight], group_of[m.weight if m.bias is None else m.bias]) for m in self._matrices}
+        for matrix in self._matrices:
+            if not matrix.layers and has_no_bases(self.state.get(matrix.weight, {})):
+                matrix.has_bases = False  # its first gradient has shown that it is no map
+            if states is None:
+                self._drop_unfit_state(matrix)
 
     def _drop_unfit_state(self, matrix: Matrix) -> None:
         """Drops states that were made before the layer was changed, as by pruning, or its bias came into or left the groups."""
@@ -209,13 +196,13 @@ class MatrixOptimizer(SecondOrderOptimizer):
         """Counts the steps that replays of a CUDA graph have made; returns whether there are new ones."""
         if not self._replays:
             return False
-        return self._replays.catch_up(self._shared_state(), self._all_matrices(), self.state, self._renew_every)
+        return self._replays.catch_up(self._shared_state(), self._matrices, self.state, self._renew_every)
 
     # --- groups and checkpoints ----------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group as every torch optimizer does; parameters that were frozen so far move from the group they are in."""
-        constructed = self._matrices is not None
+        constructed = bool(self._parameter_ids)
         with self._group_or_nothing():
             super().add_param_group(self._moved(param_group, lambda p: constructed and not self.state.get(p, {}).get("step")))
             check_group(type(self).__name__, self.param_groups[-1])
@@ -226,7 +213,7 @@ class MatrixOptimizer(SecondOrderOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Returns the state; that of a weight has the same shapes whether it turns out to be a map or not, as DCP demands."""
         self._catch_up()
-        found, weights = super().state_dict(), {matrix.weight: matrix for matrix in self._all_matrices()}
+        found, weights = super().state_dict(), {matrix.weight: matrix for matrix in self._matrices}
         for group, own in zip(found["param_groups"], self.param_groups, strict=True):
             for i, p in zip(group["params"], own["params"], strict=True):
                 if p in weights and i in found["state"]:
@@ -244,7 +231,7 @@ class MatrixOptimizer(SecondOrderOptimizer):
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         known = {i: p for i, p in zip(saved, self._parameters(), strict=False) if state_dict["state"].get(i)}
         self._find_anew({p: state_dict["state"][i] for i, p in known.items()})
-        weights = {matrix.weight: matrix for matrix in self._all_matrices()}
+        weights = {matrix.weight: matrix for matrix in self._matrices}
         try:
             kept = {i: as_kept(name, weights.get(p), state_dict["state"][i]) for i, p in known.items()}
             super().load_state_dict({**state_dict, "state": {**state_dict["state"], **kept}})

@@ -80,13 +80,13 @@ class ObservingOptimizer(MatrixOptimizer):
         remove_handles(self._handles)
         self._forget_passes()
         super()._find_anew(states)
-        matrices = [matrix for matrix in self._all_matrices() if matrix.modules]
+        matrices = [matrix for matrix in self._matrices if matrix.modules]
         self._matrix_of = {matrix.weight: matrix for matrix in matrices}
         if self._shards is not None:  # layers compute with whole weights, which are other tensors
             self._matrix_of |= {module: matrix for matrix in matrices for module in matrix.modules}
         if self._hooked:
             hook = InputHook(self)
-            if self._model is not None and not self._all_matrices():  # the model has lazy layers
+            if self._model is not None and not self._matrices:  # the model has lazy layers
                 self._handles.append(self._model.register_forward_pre_hook(hook.install))
             for matrix in matrices:
                 self._handles += [module.register_forward_hook(hook, with_kwargs=True) for module in matrix.modules]
@@ -94,7 +94,7 @@ class ObservingOptimizer(MatrixOptimizer):
 
     def _lay_tape(self) -> None:
         """Lays a tape on the model's linear layers if bases are to be those of bias Hessians, unless it lies there already."""
-        if self._curvature is None or self._model is None or not self._hooked or not self._all_matrices():
+        if self._curvature is None or self._model is None or not self._hooked or not self._matrices:
             self._hessians = None
         elif self._hessians is None or self._hessians.tape.names != linear_layers(self._model):
             assert self.criterion is not None

@@ -1,4 +1,4 @@
-"""Whether EigenAdam's steps were made, which a GPU tells after they have returned."""
+"""Whether EigenAdam's steps were made or refused, which a GPU tells after they have returned."""
 
 from collections import deque
 from collections.abc import MutableMapping
@@ -20,15 +20,11 @@ class _Report(NamedTuple):
 
 
 class StepReports:
-    """The reports of steps that were taken for made, the oldest first.
-
-    Attributes:
-        untold: whether a refused step was found of which nobody has been told yet.
-    """
+    """Counts the steps that were refused, in the state that belongs to all parameters; has the reports that are under way."""
 
     def __init__(self) -> None:
-        self._under_way: deque[_Report] = deque()
-        self.untold = False
+        self._under_way: deque[_Report] = deque()  # of steps that were taken for made, the oldest first
+        self._untold = False  # whether a refused step was found of which nobody has been told yet
 
     def __len__(self) -> int:
         """Returns how many are under way."""
@@ -53,7 +49,7 @@ class StepReports:
                 continue
             shared["refused"] += 1
             shared["steps"] -= 1
-            self.untold = True
+            self._untold = True
             for matrix in report.matrices:
                 counted = states.get(matrix.weight, {})
                 for count in ("step", "renewals") if report.renewed and matrix.has_bases else ("step",):
@@ -63,3 +59,15 @@ class StepReports:
                     counted["unseen"] = min(counted["unseen"], counted["renewals"])
                 if matrix.bias is not None and "step" in counted:
                     states[matrix.bias]["step"] = counted["step"]
+
+    def look(self, shared: dict[str, Any]) -> bool:
+        """Looks at `control` itself, for which it waits; returns whether no step was refused since it was last looked at."""
+        before, shared["refused"] = shared["refused"], int(shared["control"][REFUSED])
+        made = bool(shared["refused"] == before)
+        self._untold |= not made
+        return made
+
+    def tell(self) -> bool:
+        """Returns whether a refused step was found since it was last asked."""
+        untold, self._untold = self._untold, False
+        return untold

@@ -22,7 +22,7 @@ class QuasiNewtonOptimizer(CurvatureOptimizer):
 
     Args:
         model: any module; its nn.Linear layers are covered.
-        criterion: a module or a function; None: losses are of any kind.
+        criterion: a module or a function (output, target) -> scalar loss.
         defaults: the param_group values.
         damped: whether (s, y) are damped twice before they update H_g.
         bounded: whether pairs that break the bounds update nothing.
@@ -150,9 +150,9 @@ class QuasiNewtonOptimizer(CurvatureOptimizer):
         damping = damping_of(group, "damping_a")
         means = []
         for layer, state in states.items():
-            mean, a = first.mean_input(layer), state["input_second_moment"]
+            mean, a = first.layers[layer].mean_input, state["input_second_moment"]
             if state["step"] > 1:  # at the first step A is that of the start already
-                first.second_moment(layer, a, group["decay"])
+                first.layers[layer].average_second_moment_(a, group["decay"])
             means.append(mean if len(mean) == len(a) else torch.cat([mean, mean.new_ones(1)]))
         inverses, matrices = ([state[key] for state in states.values()] for key in ("inverse_input", "input_second_moment"))
         if not self._exact_inverse:

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from secondorder._distributed import RankReducer, RankTerm
-from secondorder.optim._closure_pass import ClosurePass, layer_input, layer_second_moment
+from secondorder.optim._closure_pass import ClosurePass
+from secondorder.optim._layer_pass import layer_input, layer_second_moment
 
 
 class InputMoments:
@@ -67,10 +68,9 @@ class InputMoments:
             seen = ClosurePass(self._names, self._tied, parameters=False, criterion=criterion)
             with seen:
                 seen.run(closure, self._owner)
-            for layer in seen.gradient:
+            for layer, own in seen.layers.items():
                 if layer in self._wanted:
-                    # A plain mean over the rows of `input` is the mean over the loss.
-                    self._add(layer, seen.input(layer), seen.weight(layer))
+                    self._add(layer, own.input, own.weight)  # a plain mean over the rows of `input` is the mean over the loss
 
     def _add(self, layer: nn.Linear, h: Tensor, weight: float) -> None:
         """Adds inputs h [m, n_in] that count `weight` together."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from secondorder._distributed import RankReducer, RankTerm
 from secondorder._random import RandomState
 from secondorder._tape import ForwardState
 from secondorder._tensors import host_numbers, to_compute_dtype
-from secondorder.optim._closure_pass import ClosurePass, kept_gradients
+from secondorder.optim._closure_pass import ClosurePass
 from secondorder.optim._kbfgs_layer import Pair, move, products
 
 _HALVINGS = 10  # of a step before it is given up
@@ -113,25 +113,23 @@ class Trials:
             p.grad = None
         trial = self._first.again(self._gradients, lend)
         value, same = self._evaluated(trial)
-        unlike = trial.unlike(self._first)  # the means of other rows differ by more than the step
+        both = {layer: (trial.layers[layer], self._first.layers[layer]) for layer in moved if layer in trial.layers}
         pairs = {
-            layer: (
-                trial.mean_preactivation(layer) - self._first.mean_preactivation(layer),
-                trial.gradient[layer] - self._first.gradient[layer],
-            )
-            for layer in moved
-            if layer in trial.gradient and trial.instances(layer) and layer not in unlike  # else the model left it out
+            layer: (after.mean_preactivation - before.mean_preactivation, after.gradient - before.gradient)
+            for layer, (after, before) in both.items()
+            if after.instances and not after.unlike  # the means of other rows differ by more than the step
         }
         # The loss may be finite though a weight is not, where the unit is saturated: so the weights are checked.
         sizes = torch._foreach_norm([p for each in moved.values() for p in each if p.numel()], math.inf)
         usable = [torch.isfinite(s + y).all() for s, y in pairs.values()]
         wanted = [number for s, y in pairs.values() for number in products(s, y)]
         loss, same_here, *rest = host_numbers([value, same, *sizes, *usable, *wanted])
-        trial.check_same_data(bool(same_here), self._owner)
+        _check_same_data(bool(same_here), self._owner)
         if not (math.isfinite(loss) and loss <= limit and all(map(math.isfinite, rest[: len(sizes)]))):
             return None
         good, numbers = rest[len(sizes) :][: len(pairs)], rest[len(sizes) + len(pairs) :]
         usable_pairs = {layer: (*pair, numbers[3 * k : 3 * k + 3]) for k, (layer, pair) in enumerate(pairs.items()) if good[k]}
+        unlike = {layer for layer, own in trial.layers.items() if own.unlike}
         return Step(halvings, usable_pairs, self._finite_gradients(moved) if self._gradients else {}, unlike)
 
     def _evaluated(self, trial: ClosurePass) -> tuple[Tensor | float, Tensor | bool]:
@@ -140,14 +138,15 @@ class Trials:
         def run() -> tuple[Tensor, Tensor | bool]:
             with trial, self._state.buffers_kept():
                 value = trial.sign * trial.run(self._closure, self._owner)
-            return value, trial.same_data(self._first, self._owner)
+            _note_unlike(trial, self._first)
+            return value, _same_data(trial, self._first, self._owner)
 
         def checked() -> float:
             value, same = host_numbers(run())
-            trial.check_same_data(bool(same), self._owner)
+            _check_same_data(bool(same), self._owner)
             return value
 
-        return run() if self._ranks is None else (trial.average(self._ranks, self._ranks.all(checked), first=self._first), True)
+        return run() if self._ranks is None else (trial.average(self._ranks, self._ranks.all(checked)), True)
 
     def _finite_gradients(self, moved: dict[nn.Linear, list[Tensor]]) -> dict[nn.Linear, Tensor]:
         """Returns the gradients of [W | b] that the closure has left, where they are finite."""
@@ -158,8 +157,74 @@ class Trials:
             if len(left[layer]) == len(each)
         }
         if self._ranks is not None:
-            names = self._first.layers
+            names = self._first.names
             averages = self._ranks.average(lambda: [RankTerm(names[layer], g) for layer, g in gradients.items()])
             gradients = dict(zip(gradients, averages, strict=True))
         finite = host_numbers([g.isfinite().all() for g in gradients.values()])
         return {layer: g for (layer, g), good in zip(gradients.items(), finite, strict=True) if good}
+
+
+def _note_unlike(trial: ClosurePass, first: ClosurePass) -> None:
+    """Notes which layers the trial has called on other numbers of rows than the first call of the closure has."""
+    for layer, own in trial.layers.items():
+        own.unlike = layer in first.layers and own.rows_of_calls != first.layers[layer].rows_of_calls
+
+
+def _same_data(trial: ClosurePass, first: ClosurePass, name: str) -> Tensor | bool:
+    """Tells whether the layer that was called first, on whose input no covered weight acts, has the input that it had then.
+
+    Raises:
+        RuntimeError: the layer was called on another number of rows.
+    """
+    if not first.layers:
+        return True
+    calls = ((layer, call) for layer, own in first.layers.items() for call in own.calls)
+    layer, before = min(calls, key=lambda pair: pair[1].order)
+    rows = [sum(each.layers[layer].rows_of_calls) if layer in each.layers else 0 for each in (first, trial)]
+    if rows[0] != rows[1]:
+        raise RuntimeError(
+            f"{name}.step(): expected the closure to evaluate the same mini-batch at every call, but it calls layer "
+            f"{trial.names[layer]!r} on {rows[0]} rows, and then on {rows[1]}. Draw the batch outside of the closure. A "
+            "solver of differential equations whose steps adapt takes others at other weights, by which no means can be "
+            "compared: give it steps of fixed length (method='rk4' in torchdiffeq), or take EigenAdam. No parameter and no "
+            "state has changed."
+        )
+    after = min(trial.layers[layer].calls, key=lambda call: call.order)
+    new, old = after.input.mean(0), before.input.mean(0)
+    # Equal but for the rounding of whatever comes before that layer.
+    return (new - old).norm() <= 1e-3 * old.norm()
+
+
+def _check_same_data(same: bool, name: str) -> None:
+    """Raises RuntimeError where the data is not the same."""
+    if not same:
+        raise RuntimeError(
+            f"{name}.step(): expected the closure to evaluate the same mini-batch at every call, but the first layer's "
+            "input has changed. Draw the batch outside of the closure, and freeze what changes with every call, as spectral_norm "
+            "does. No parameter and no state has changed."
+        )
+
+
+@contextmanager
+def kept_gradients(parameters: Iterable[Tensor], ddp: DistributedDataParallel | None) -> Iterator[Callable[[], None]]:
+    """Leaves p.grad as it was before, whatever happens inside, and keeps DistributedDataParallel from averaging gradients.
+
+    Yields:
+        A function that gives parameters without a gradient copies of those before: a closure may clip them, say, after a
+        backward() that has computed none.
+    """
+    before = [(p, p.grad) for p in parameters]
+    for p, _ in before:
+        p.grad = None
+
+    def lend() -> None:
+        for p, gradient in before:
+            if p.grad is None and gradient is not None:
+                p.grad = gradient.clone()
+
+    try:
+        with nullcontext() if ddp is None else ddp.no_sync():
+            yield lend
+    finally:
+        for p, gradient in before:
+            p.grad = gradient

@@ -107,27 +107,34 @@ class LayerwiseOptimizer(SolvingOptimizer):
         self._check_gradients()
         with self._whole_or_nothing() as taken:
             if taken:
-                groups, ranks = self._groups(), self._ranks
-                records: list[LayerRecord] = []
-                if self._tape.recording:
-                    records = self._records() if ranks is None else ranks.all(self._records)
-                curved = {p: group for p, group in groups.items() if p not in self._uncovered} if self._uncovered else groups
-                factors, idle = {}, [record for record in records if ranks is None and not record.instances]
-                # A layer may be new: frozen before, or an expert that had no instance.
-                if self._renewing() or any(self._lacks_factors(record.weight, curved) for record in records):
-                    # Where a CUDA graph captures the step the device averages them, by its own counts.
-                    factors = self._factors.renewed(records, curved, {} if captured else self.state, ranks)
-                    idle = [record for record in records if record.layer not in factors and record.weight in curved]
-                self._idle = {p for record in idle for p in record.layer.parameters(recurse=False)}
-                if not records:  # it waits for the next renewal, then
-                    new = [layer for layer in self._layers if self._lacks_factors(layer._parameters.get("weight"), curved)]
-                    self._idle |= {p for layer in new for p in layer.parameters(recurse=False)}
+                groups = self._groups()
+                factors = self._renewed(groups, captured)
                 self._advance(self._covered(factors, groups), factors, groups)
                 if self._average and not captured:
                     update_averages([p for group in self.param_groups for p in group["params"]], self.state, self._steps())
         self._tape.clear(release=True)
         self._schedule()
         return loss
+
+    def _renewed(self, groups: Groups, captured: bool) -> dict[nn.Linear, Factors]:
+        """Returns the layers' new factors, if there are any; notes in `_idle` the parameters that have none to be moved by.
+
+        Those are of layers without an instance, and of layers that are new where no record renews factors.
+        """
+        ranks, records = self._ranks, list[LayerRecord]()
+        if self._tape.recording:
+            records = self._records() if ranks is None else ranks.all(self._records)
+        curved = {p: group for p, group in groups.items() if p not in self._uncovered} if self._uncovered else groups
+        factors, idle = {}, [record.layer for record in records if ranks is None and not record.instances]
+        # A layer may be new: frozen before, or an expert that had no instance.
+        if self._renewing() or any(self._lacks_factors(record.weight, curved) for record in records):
+            # Where a CUDA graph captures the step the device averages them, by its own counts.
+            factors = self._factors.renewed(records, curved, {} if captured else self.state, ranks)
+            idle = [record.layer for record in records if record.layer not in factors and record.weight in curved]
+        if not records:  # a new one waits for the next renewal
+            idle += [layer for layer in self._layers if self._lacks_factors(layer._parameters.get("weight"), curved)]
+        self._idle = {p for layer in idle for p in layer.parameters(recurse=False)}
+        return factors
 
     def _captured(self) -> bool:
         """Tells whether a CUDA graph captures this step, which must then be possible."""

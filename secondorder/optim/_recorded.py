@@ -11,7 +11,7 @@ from secondorder._tensors import captured_now
 def recorded_layers(owner: str, tape: Tape) -> list[LayerRecord]:
     """Returns the layers that the losses since an optimizer's last step reach, or an error that says what is missing."""
     records = tape.records()
-    if not records and tape.covers_none:
+    if not records and (tape.losses or tape.covers_none):
         raise RuntimeError(
             f"{owner}.step(): expected a linear layer with a curvature, but every one that the loss reaches is frozen or has "
             "more outputs than max_factor_dim; unfreeze a layer, raise max_factor_dim, or take secondorder.EigenAdam, which "

@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from secondorder import ops
 from secondorder._layers import parameters_of
 from secondorder._tensors import Transfer, captured_now
 from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
 from secondorder.optim import _momentum
 from secondorder.optim._docstrings import complete_docstring
-from secondorder.optim._eacg_captured import CapturableOptimizer, UpdateOperands
+from secondorder.optim._eacg_captured import CapturableOptimizer
+from secondorder.optim._eacg_operands import UpdateOperands, max_norm
 from secondorder.optim._layerwise import Groups
 from secondorder.optim._numbers import NUMBERS, Numbers, check_flags
 from secondorder.optim._solving import Systems
@@ -217,10 +217,10 @@ class EACG(CapturableOptimizer):
     ) -> None:
         """Solves and updates all layers in one call, then commits every state."""
         gradients = self._gradients()
-        operands = self._operands(covered, gradients, groups)
+        operands = UpdateOperands.of_layers(covered, gradients, groups, self.state)
         others = self._fallback.updates(self.param_groups, gradients, [*operands.weights, *operands.biases], self.state)
         if covered:
-            iterations = self._updated(covered, gradients, operands, solver, [float(group["lr"]) for group in operands.groups])
+            iterations = operands.update_(covered.values(), solver, [float(group["lr"]) for group in operands.groups])
             bad = [layer for layer, count in zip(covered, iterations.tolist(), strict=True) if count < 0]
             if bad:
                 raise NonFiniteError(self._not_finite(dict.fromkeys(bad, "the solution overflows"), covered))
@@ -230,54 +230,11 @@ class EACG(CapturableOptimizer):
         for parameter, buffer in operands.started.items():
             self.state[parameter]["momentum"] = buffer
 
-    def _operands(self, covered: dict[nn.Linear, Factors], gradients: dict[Tensor, Tensor], groups: Groups) -> UpdateOperands:
-        weights: list[Tensor] = []
-        biases: list[Tensor] = []
-        grad_biases: list[Tensor] = []
-        for weight, bias in map(parameters_of, covered):
-            grad_bias = None if bias is None else gradients.get(bias)
-            weights.append(weight)
-            biases.append(weight.new_empty(0) if bias is None or grad_bias is None else bias)
-            grad_biases.append(biases[-1] if grad_bias is None else grad_bias)
-        own = [groups[weight] for weight in weights]
-        momenta: tuple[list[Tensor], list[Tensor]] = ([], [])
-        started: dict[Tensor, Tensor] = {}
-        if any(group["momentum"] != 0 for group in own):
-            momenta = (self._momenta(weights, started), self._momenta(biases, started))
-        return UpdateOperands(weights, biases, grad_biases, own, momenta, started)
-
-    def _updated(
-        self,
-        covered: dict[nn.Linear, Factors],
-        gradients: dict[Tensor, Tensor],
-        operands: UpdateOperands,
-        solver: EACGSolver,
-        lr: list[float],
-    ) -> Tensor:
-        """Solves and updates all layers in one call of `ops.eacg_update_`."""
-        return ops.eacg_update_(
-            [each["bias_hessian"] for each in covered.values()],
-            [each["mean_input"] for each in covered.values()],
-            [gradients[weight] for weight in operands.weights],
-            operands.grad_biases,
-            operands.weights,
-            operands.biases,
-            *operands.momenta,
-            lr,
-            [float(group["alpha"]) for group in operands.groups],
-            [float(group["momentum"]) for group in operands.groups],
-            [float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0 for group in operands.groups],
-            solver.max_cg,
-            solver.eps_cg,
-            solver.truncated,
-            [_max_norm(weight, group) for weight, group in zip(operands.weights, operands.groups, strict=True)],
-        )
-
     def _shorten(self, directions: dict[Tensor, Tensor], layers: Iterable[nn.Linear], groups: Groups) -> None:
         """Bounds the directions of each layer by its `max_step`, as `ops.eacg_update_` does."""
         for layer in layers:
             own = [p for p in parameters_of(layer) if p in directions]
-            bound = _max_norm(layer.weight, groups[layer.weight])
+            bound = max_norm(layer.weight, groups[layer.weight])
             if not own or bound == math.inf:
                 continue
             norms = [torch.linalg.vector_norm(directions[p], dtype=torch.float64) for p in own]
@@ -303,21 +260,3 @@ class EACG(CapturableOptimizer):
             if bias is not None:
                 biases.add(bias)
         return True
-
-    def _momenta(self, parameters: list[Tensor], started: dict[Tensor, Tensor]) -> list[Tensor]:
-        """Returns the parameters' momenta; `started` gets new ones, but for those of the empty tensors that stand for no bias."""
-        buffers = []
-        for p in parameters:
-            buffer = self.state.get(p, {}).get("momentum")
-            if buffer is None:
-                buffer = torch.zeros_like(p)
-                if p.numel():
-                    started[p] = buffer
-            buffers.append(buffer)
-        return buffers
-
-
-def _max_norm(weight: Tensor, group: dict[str, Any]) -> float:
-    """Returns the largest length of [P, d] for a weight [n_out, n_in], by its group's `max_step`; older checkpoints lack it."""
-    bound = group.get("max_step")
-    return math.inf if bound is None else float(bound) * math.sqrt(len(weight))

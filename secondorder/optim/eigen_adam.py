@@ -231,11 +231,13 @@ class EigenAdam(ObservingOptimizer):
         if captured:
             step.note_captured()
             self._replays.add(matrices)
-        elif self._none_waits(shared["control"]):
+        elif self._is_reported(shared["control"]):
             self._note_made(step, matrices, row_shares)
             self._reports.add(shared["control"], matrices, renews)
-        elif self._none_refused(shared["control"].tolist()):
+        elif self._reports.look(shared):
             self._note_made(step, matrices, row_shares)
+        else:
+            self._tell_of_refused()
 
     def _matrices_to_step(self, rates: list[GroupRates]) -> list[Matrix]:
         """Returns the matrices with a gradient and a learning rate above 0; none where no step is to be made.
@@ -243,9 +245,9 @@ class EigenAdam(ObservingOptimizer):
         Raises:
             RuntimeError: no step has found a gradient yet.
         """
-        if self._matrices is None or self._present_ids() != self._parameter_ids:
+        if self._present_ids() != self._parameter_ids:
             self._find_anew()  # a group's list of parameters may have been changed by hand
-        matrices = [matrix for matrix in self._all_matrices() if matrix.has_gradient]
+        matrices = [matrix for matrix in self._matrices if matrix.has_gradient]
         if not matrices:
             self._tell_of_no_gradients()
         elif not all(rate.lr for rate in rates):
@@ -311,8 +313,8 @@ class EigenAdam(ObservingOptimizer):
 
     # --- whether steps were made ---------------------------------------------------------------------------------------------
 
-    def _none_waits(self, control: Tensor) -> bool:
-        """Returns whether steps are taken for made, as on CUDA; `_read_reports` learns later whether they were."""
+    def _is_reported(self, control: Tensor) -> bool:
+        """Returns whether steps are taken for made, as on CUDA; reports of them tell later whether they were."""
         return control.is_cuda and self._shards is None  # ranks that share rows wait for each other, and all raise at once
 
     def _read_reports(self) -> None:
@@ -321,37 +323,16 @@ class EigenAdam(ObservingOptimizer):
         Raises:
             NonFiniteError: one was not made, with nonfinite="error".
         """
-        shared = self._shared_state()
         # Ranks must count alike, so that what they wait for is not what happens to be there.
         newest = 0 if self._replays else 1 if self._is_distributed else None
-        self._reports.settle(shared, self.state, newest)
-        told = not self._reports.untold
-        self._reports.untold = False
+        self._reports.settle(self._shared_state(), self.state, newest)
         if self._replays:  # they send no report
-            told &= self._none_more_refused(shared["control"].tolist())
-        if not told:
-            self._tell_of_refused()
-
-    def _none_refused(self, entries: list[float]) -> bool:
-        """Returns whether no step was refused since the last look at control, of which these are the entries.
-
-        Raises:
-            NonFiniteError: a step was refused, with nonfinite="error".
-        """
-        if self._none_more_refused(entries):
-            return True
+            self._reports.look(self._shared_state())
         self._tell_of_refused()
-        return False
-
-    def _none_more_refused(self, entries: list[float]) -> bool:
-        """Returns whether no step was refused since the last look at control; counts those that were."""
-        shared = self._shared_state()
-        before, shared["refused"] = shared["refused"], int(entries[REFUSED])
-        return bool(shared["refused"] == before)
 
     def _tell_of_refused(self) -> None:
-        """Raises NonFiniteError with nonfinite="error"."""
-        if self._nonfinite == "error":
+        """Raises NonFiniteError where a refused step was found since this was last called, with nonfinite="error"."""
+        if self._reports.tell() and self._nonfinite == "error":
             rates = any(self._on_device(group["lr"]) for group in self.param_groups)  # which no step reads on the host
             raise NonFiniteError(
                 f"{type(self).__name__}.step(): expected finite gradients, got NaN or inf, or numbers whose squares are"
@@ -434,7 +415,7 @@ class EigenAdam(ObservingOptimizer):
             step.
         """
         entries = self._shared_state()["control"].tolist()
-        stepped = [(m, self.state[m.weight]) for m in self._all_matrices() if "basis_out" in self.state.get(m.weight, {})]
+        stepped = [(m, self.state[m.weight]) for m in self._matrices if "basis_out" in self.state.get(m.weight, {})]
         of_bases = [(matrix, state) for matrix, state in stepped if matrix.has_bases]
         ranks = [len(state[side]) for _, state in of_bases for side in ("basis_out", "basis_in")]
         captured = [(captured_share if self._shards is None else local_captured_share)(*each) for each in of_bases]

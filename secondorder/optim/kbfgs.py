@@ -233,11 +233,35 @@ class KBFGS(QuasiNewtonOptimizer):
             RuntimeError: there is no closure, it adds to gradients from before it, it evaluates other data at a later call, or a
                 CUDA graph is being captured. As with any error, no parameter and no state has changed.
         """
-        name = type(self).__name__
         self._refuse_capture()
         closure = self._usable(closure)
         random = RandomState.now()
-        sign = -1.0 if self._maximize() else 1.0
+        loss, first = self._first_call(closure)
+        self._check_gradients()
+        if not first.layers:
+            raise RuntimeError(
+                f"{type(self).__name__}.step(): expected a closure that calls loss.backward() on what linear layers of the model "
+                "have computed, got gradients, but none w.r.t. their outputs. Gradients that are set by hand, as from "
+                "torch.autograd.grad, do not give these, nor do those of layers that a torch.autograd.Function calls, as of an "
+                "adjoint method: for these take EigenAdam"
+            )
+        self._warn_of_other_uses(first.layers, first.multiplied)
+        with self._whole_or_nothing():
+            value: float | Tensor = first.sign * loss
+            if self._ranks is not None:
+                covered = [layer for layer in self._layers if layer.weight not in self._uncovered]
+                value = first.average(self._ranks, float(value), covered)
+            self._growth.observe(value)  # first, since a warning may be an error
+            self._update(closure, value, first, random)
+        return loss
+
+    def _first_call(self, closure: Callable[[], Tensor]) -> tuple[Tensor, ClosurePass]:
+        """Calls the closure; returns its loss, and what it has left behind at the layers.
+
+        Raises:
+            RuntimeError: it adds to gradients from before it.
+        """
+        name, sign = type(self).__name__, -1.0 if self._maximize() else 1.0
         before = [p.grad for group in self.param_groups for p in group["params"]]
         self._zeroed[0] = False
         with ClosurePass(self._layers, self._tape.tied, sign, criterion=self.criterion) as first:
@@ -249,23 +273,7 @@ class KBFGS(QuasiNewtonOptimizer):
                 "before it, whose batches no second call would see. Accumulate within the closure, or take a larger batch "
                 "(accumulate_grad_batches=1 in Lightning)"
             )
-        self._check_gradients()
-        if not first.gradient:
-            raise RuntimeError(
-                f"{name}.step(): expected a closure that calls loss.backward() on what linear layers of the model have computed, "
-                "got gradients, but none w.r.t. their outputs. Gradients that are set by hand, as from torch.autograd.grad, do "
-                "not give these, nor do those of layers that a torch.autograd.Function calls, as of an adjoint method: for these "
-                "take EigenAdam"
-            )
-        self._warn_of_other_uses(first.gradient, first.multiplied)
-        with self._whole_or_nothing():
-            value: float | Tensor = sign * loss
-            if self._ranks is not None:
-                covered = [layer for layer in self._layers if layer.weight not in self._uncovered]
-                value = first.average(self._ranks, float(value), covered)
-            self._growth.observe(value)  # first, since a warning may be an error
-            self._update(closure, value, first, random)
-        return loss
+        return loss, first
 
     def _usable(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Returns the closure; raises RuntimeError if there is none, or a GradScaler, which could not call it again."""
@@ -291,11 +299,12 @@ class KBFGS(QuasiNewtonOptimizer):
         self, closure: Callable[[], Tensor], loss_before: float | Tensor, first: ClosurePass, random: RandomState
     ) -> None:
         """Makes the step from the first call's loss and records."""
-        if first.gradient and not any(first.instances(layer) for layer in first.gradient):
-            check_instances(type(self).__name__, [first.input(layer) for layer in first.gradient])
-        self._idle = {p for n in first.gradient if not first.instances(n) for p in n.parameters(recurse=False)}
+        idle = [layer for layer, own in first.layers.items() if not own.instances]
+        if len(idle) == len(first.layers):
+            check_instances(type(self).__name__, [own.input for own in first.layers.values()])
+        self._idle = {p for layer in idle for p in layer.parameters(recurse=False)}
         groups, gradients = self._groups(), self._gradients()
-        layers = [n for n in self._layers if n in first.gradient and n.weight in gradients and n.weight not in self._uncovered]
+        layers = [n for n in self._layers if n in first.layers and n.weight in gradients and n.weight not in self._uncovered]
         parameters = {layer: trained_parameters(layer, gradients) for layer in layers}
         others = self._fallback.updates(
             self.param_groups, gradients, [p for each in parameters.values() for p in each], self.state
@@ -379,7 +388,7 @@ class KBFGS(QuasiNewtonOptimizer):
         """Returns the loss as a number, if it, all gradients and the squares of all inputs are finite."""
         owners = [layer for layer, each in parameters.items() for _ in each]
         norms = torch._foreach_norm([gradients[p] for each in parameters.values() for p in each]) if owners else ()
-        value, *sizes = host_numbers([loss, *norms, *(first.mean_square(layer) for layer in parameters)])
+        value, *sizes = host_numbers([loss, *norms, *(first.layers[layer].mean_square for layer in parameters)])
         own, of_inputs = sizes[: len(owners)], sizes[len(owners) :]
         bad = dict.fromkeys(layer for layer, size in zip(owners, own, strict=True) if not math.isfinite(size))
         large = [layer for layer, size in zip(parameters, of_inputs, strict=True) if not math.isfinite(size)]
@@ -411,8 +420,9 @@ class KBFGS(QuasiNewtonOptimizer):
             state, group = self.state.get(layer.weight, {}), groups[layer.weight]
             n = layer.in_features + len(each) - 1
             if "step" not in state or state["gradient"].shape[1] != n:  # whether the bias is trained may change
-                moment, rows = first.second_moment(layer)[:n, :n].contiguous(), first.rows(layer, len(each) > 1)
-                state = self._start(layer, moment, damping_of(group, "damping_a"), rows)
+                own = first.layers[layer]
+                moment = own.second_moment[:n, :n].contiguous()
+                state = self._start(layer, moment, damping_of(group, "damping_a"), own.rows(bias=len(each) > 1))
             states.append(state)
             batch = self._batch_gradients(layer, state, {p: gradients[p] for p in each}, groups)
             decay = group["decay"]

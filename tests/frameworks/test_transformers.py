@@ -59,7 +59,7 @@ def test_the_optimizer_is_given_and_the_trainer_makes_the_schedule(tmp_path):
     assert fallen(trainer)
     # The default schedule falls from the optimizer's own lr to zero.
     assert logged(trainer, "learning_rate") == pytest.approx([1 - k / 8 for k in range(8)])
-    assert model.classifier.weight in {matrix.weight for matrix in trainer.optimizer.optimizer._all_matrices() if matrix.layers}
+    assert model.classifier.weight in {matrix.weight for matrix in trainer.optimizer.optimizer._matrices if matrix.layers}
 
 
 def test_groups_with_and_without_decay(tmp_path):

@@ -149,10 +149,10 @@ def test_a_captured_step_moves_nothing_between_devices(make, monkeypatch):
         # To index a tensor in Python asks for the device, too.
         monkeypatch.setattr(_layer_inputs, "_patches", lambda module, x: x.new_empty(9, module.weight.flatten(1).shape[1]))
         seen = torch.ones(1, requires_grad=True)
-        for module in {module for matrix in optimizer._all_matrices() for module in matrix.layers}:
+        for module in {module for matrix in optimizer._matrices for module in matrix.layers}:
             optimizer._observe(module, there(inputs[module]), seen, captured=True)
         optimizer.step()
-    assert len(optimizer._replays._weights) == len(optimizer._all_matrices()) > 2
+    assert len(optimizer._replays._weights) == len(optimizer._matrices) > 2
 
 
 def test_learning_rates_on_the_device_are_followed():
@@ -399,7 +399,7 @@ def test_a_refused_step_whose_report_comes_late_leaves_no_trace(bad, ahead, monk
     model, data = mixed()
     twin = copy.deepcopy(model)
     optimizer, eager = so.EigenAdam(model, nonfinite="skip"), so.EigenAdam(twin, nonfinite="skip")
-    monkeypatch.setattr(optimizer, "_none_waits", lambda control: True)
+    monkeypatch.setattr(optimizer, "_is_reported", lambda control: True)
     for t in range(12):
         for own, other in ((model, optimizer), (twin, eager)):
             other.zero_grad()
@@ -426,7 +426,7 @@ def test_reports_that_do_not_arrive_in_time_are_kept(monkeypatch):
     monkeypatch.setattr("secondorder.optim._eigen_reports.Arriving", Late)
     model, data = plain()
     optimizer = so.EigenAdam(model)
-    monkeypatch.setattr(optimizer, "_none_waits", lambda control: True)
+    monkeypatch.setattr(optimizer, "_is_reported", lambda control: True)
     Late.arrived = False
     for t, (x, y) in enumerate(data):
         optimizer.zero_grad()
@@ -448,7 +448,7 @@ def test_states_are_saved_and_copied_once_it_is_known_which_steps_were_made(how,
     Late.arrived = False
     model, data = plain()
     optimizer = so.EigenAdam(model, nonfinite="skip")
-    monkeypatch.setattr(optimizer, "_none_waits", lambda control: True)
+    monkeypatch.setattr(optimizer, "_is_reported", lambda control: True)
     for t, (x, y) in enumerate(data):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
@@ -474,7 +474,7 @@ def test_what_a_refused_step_has_seen_stays(monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(1000, 8), nn.Linear(8, 3))
     optimizer = so.EigenAdam(model, nonfinite="skip")
-    monkeypatch.setattr(optimizer, "_none_waits", lambda control: True)
+    monkeypatch.setattr(optimizer, "_is_reported", lambda control: True)
     for t in range(8):
         optimizer.zero_grad()
         model(torch.randint(1000, (20,))).square().mean().backward()
@@ -492,7 +492,7 @@ def test_a_refused_step_that_a_checkpoint_waited_for_is_told_of_by_the_next_one(
     Late.arrived = False
     model, data = plain()
     optimizer = so.EigenAdam(model)
-    monkeypatch.setattr(optimizer, "_none_waits", lambda control: True)
+    monkeypatch.setattr(optimizer, "_is_reported", lambda control: True)
 
     def step(factor=1.0):
         optimizer.zero_grad()
@@ -520,4 +520,4 @@ def test_reports_are_read_with_a_lag_of_their_own_where_ranks_must_count_alike(m
     for Late.arrived in (False, True):
         reports.settle(shared, optimizer.state, newest=1)
         assert (len(reports), shared["refused"], shared["steps"]) == (1, 1, 2)
-    assert reports.untold
+    assert reports.tell() and not reports.tell()

@@ -10,7 +10,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import secondorder as so
-from secondorder.optim._closure_pass import ClosurePass, kept_gradients
+from secondorder.optim._closure_pass import ClosurePass
+from secondorder.optim._kbfgs_trials import kept_gradients
 
 both = pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
 
@@ -113,10 +114,10 @@ def test_what_a_pass_records_is_what_backward_has_computed(loss, parameters):
         assert parameters or all(p.grad is None for p in model.parameters())
     for layer, pairs in found.items():
         pairs = [(z, g) for z, g in pairs if g is not None]
-        assert (layer in made.gradient) == bool(pairs)
+        assert (layer in made.layers) == bool(pairs)
         if pairs:
-            torch.testing.assert_close(made.gradient[layer], -sum(g.sum(0) for _, g in pairs))
-            torch.testing.assert_close(made.mean_preactivation(layer), torch.cat([z for z, _ in pairs]).mean(0))
+            torch.testing.assert_close(made.layers[layer].gradient, -sum(g.sum(0) for _, g in pairs))
+            torch.testing.assert_close(made.layers[layer].mean_preactivation, torch.cat([z for z, _ in pairs]).mean(0))
 
 
 @pytest.mark.filterwarnings("ignore:secondorder")  # a weight whose layer's output is differentiated away has no curvature
