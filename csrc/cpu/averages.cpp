@@ -17,6 +17,7 @@ namespace {
 
 std::vector<at::Tensor> mean_inputs(at::TensorList inputs) {
   check_mean_inputs(inputs);
+  const Unrecorded guard;
   std::vector<at::Tensor> means, small;
   std::vector<size_t> places;  // of the small ones
   std::vector<int64_t> sizes;

@@ -22,6 +22,7 @@
 #include "../bfgs.h"
 #include "../formulas.h"
 #include "../ops/bfgs.h"
+#include "../tensors.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -237,6 +238,7 @@ at::Tensor bfgs_update_list_(at::TensorList inverses, at::TensorList s, at::Tens
     update(matrices, pairs);
     status = statuses(pairs);
   });
+  written(inverses);
   return status;
 }
 
@@ -281,6 +283,7 @@ at::Tensor damped_bfgs_update_(at::TensorList inverses, at::TensorList s, at::Te
     update(matrices, pairs, bounded ? Bounds{mu1, mu2} : Bounds{});
     status = statuses(pairs);
   });
+  written(inverses);
   return status;
 }
 
@@ -312,6 +315,7 @@ at::Tensor hessian_action_update_(at::TensorList inverses, at::TensorList matric
     update(targets, pairs);
     status = statuses(pairs);
   });
+  written(inverses);
   return status;
 }
 
@@ -336,6 +340,7 @@ struct Memory {
 
   // H v for v [n, columns]
   at::Tensor times(const at::Tensor& v) const {
+    const Unrecorded guard;
     return at::matmul(pairs.t(), at::matmul(k, at::matmul(pairs, v))).add_(v);
   }
 };
@@ -386,6 +391,7 @@ at::Tensor damped_lbfgs_update_(at::TensorList s_pairs, at::TensorList y_pairs, 
       }
       status.mutable_data_ptr<int64_t>()[l] = pair.status;
     });
+  for (const at::TensorList list : {s_pairs, y_pairs}) written(list);
   return status;
 }
 

@@ -135,7 +135,8 @@ Direction<T> solve(const T* hessian, const T* mean_input, const T* grad_weight, 
   across = across < 0 ? 0 : std::sqrt(across);
 
   std::vector<T> weight_rhs(n_out), bias_rhs(grad_bias ? n_out : 0);
-  for (int64_t i = 0; i < n_out; ++i) weight_rhs[i] = s > 0 ? T(-u[i] / root) : T(0);  // with a = 0 nothing is along it
+  // With a = 0 nothing is along it, and u = 0; but a NaN in B or a then stands in u alone, and must reach the solution.
+  for (int64_t i = 0; i < n_out; ++i) weight_rhs[i] = s > 0 ? T(-u[i] / root) : T(u[i]);
   for (size_t i = 0; i < bias_rhs.size(); ++i) bias_rhs[i] = -grad_bias[i];
   ConjugateGradient<T> weight(std::move(weight_rhs), settings.truncated ? -across : 0, alpha, (1 - alpha) * s,
                               settings.tol);
@@ -161,17 +162,17 @@ Direction<T> solve(const T* hessian, const T* mean_input, const T* grad_weight, 
   result.w.resize(n_out);
   result.bias = bias.solution();
   result.iterations = weight.iterations();
-  result.largest = s - s;  // 0, or NaN where the mean input is not finite
+  // 0; NaN where the mean input is not finite, or T cannot hold c.
+  result.largest = std::abs(result.c) <= double(std::numeric_limits<T>::max()) ? s - s : std::nan("");
   const auto enlarge = [&](double bound) {
-    if (!(bound <= result.largest)) result.largest = bound;  // also where it is NaN, for good
+    if (!std::isnan(result.largest) && !(bound <= result.largest)) result.largest = bound;  // NaN comes in, and stays
   };
-  for (int64_t i = 0; i < n_out && !std::isnan(result.largest); ++i) {
+  for (int64_t i = 0; i < n_out; ++i) {
     const double w = s > 0 ? (weight.solution()[i] * root - result.c * u[i]) / s : double(weight.solution()[i]);
     result.w[i] = T(w);
     enlarge(std::abs(result.c) * std::sqrt(squares[i]) + std::abs(w) * std::max(1.0, root));
   }
-  for (size_t i = 0; i < result.bias.size() && !std::isnan(result.largest); ++i)
-    enlarge(std::abs(double(result.bias[i])));
+  for (const T x : result.bias) enlarge(std::abs(double(x)));
   // c B' and v a^T / sqrt(s) are orthogonal.
   result.norm = std::sqrt(result.c * result.c * across * across + dot(weight.solution(), weight.solution()) +
                           dot(result.bias, result.bias));

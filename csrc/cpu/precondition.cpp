@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../ops/precondition.h"
+#include "../tensors.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "strips.h"
@@ -59,6 +60,7 @@ void pack(const Strips<T>& strips, const T* matrix, bool transposed) {
 at::Tensor precondition(const std::optional<at::Tensor>& left_, const at::Tensor& gradient_,
                         const std::optional<at::Tensor>& right_) {
   check_precondition(left_, gradient_, right_);
+  const Unrecorded guard;
   const auto contiguous = [](const std::optional<at::Tensor>& t) { return t ? t->contiguous() : at::Tensor(); };
   const at::Tensor gradient = gradient_.contiguous(), left = contiguous(left_), right = contiguous(right_);
   const int64_t k = gradient.size(0), n = gradient.size(1);

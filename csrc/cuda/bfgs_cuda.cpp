@@ -86,6 +86,7 @@ at::Tensor update_list_(at::TensorList inverses, at::TensorList s, at::TensorLis
   check_bfgs_update(inverses, s, y);
   const Pairs pairs{.inverse = inverses.vec(), .s = contiguous(s), .y = contiguous(y), .status = statuses(inverses)};
   launch_all(pairs, [](auto... arguments) { bfgs_update(arguments...); });
+  written(inverses);
   return pairs.status;
 }
 
@@ -105,6 +106,7 @@ at::Tensor damped_update_(at::TensorList inverses, at::TensorList s, at::TensorL
                     .damped = damped,
                     .bounded = bounded};
   launch_all(pairs, [](auto... arguments) { damped_bfgs_update(arguments...); });
+  written(inverses);
   return pairs.status;
 }
 
@@ -116,6 +118,7 @@ at::Tensor action_update_(at::TensorList inverses, at::TensorList matrices, at::
                     .status = statuses(inverses),
                     .damping = damping};
   launch_all(pairs, [](auto... arguments) { hessian_action_update(arguments...); });
+  written(inverses);
   return pairs.status;
 }
 
@@ -134,6 +137,7 @@ struct Memory {
 
   // H v for v [n, k]
   at::Tensor times(const at::Tensor& v) const {
+    const Unrecorded guard;
     const int64_t p = sy.size(0), k = v.size(1);
     const at::Tensor columns = at::matmul(pairs, v).contiguous(), work = at::empty({k, 2 * p}, sy.options());
     const Launch launch(v);
@@ -180,6 +184,7 @@ at::Tensor damped_limited_update_(at::TensorList s_pairs, at::TensorList y_pairs
     }
   }
   launch_all(pairs, [](auto... arguments) { damped_lbfgs_update(arguments...); });
+  for (const at::TensorList list : {s_pairs, y_pairs}) written(list);
   return pairs.status;
 }
 

@@ -188,27 +188,44 @@ __host__ __device__ bool bounded(const EacgLayer<T>& layer) {
   return layer.max_norm < HUGE_VAL;
 }
 
-// The solve, from rhs to P's factors c and w and to the bias direction, shortened where they are too long. Parallel
-// over layers, a group of blocks each, that must all be resident.
-//   not_finite [1] or null; dynamic shared memory: [kVectors, n_out] vectors, then this block's rows of H, as each fits
+// What the blocks of a group know of their layer, and the two systems that they solve.
 template <typename T>
-__global__ void __launch_bounds__(kGroupThreads, 1)
-    directions_kernel(const Layers<T> __grid_constant__ layers, const Blocks __grid_constant__ division,
-                      EacgSettings settings, int shared_bytes, int* not_finite) {
-  DYN_SHARED(T, shared);
-  __shared__ double partial[kSums][kWarp];
-  __shared__ Scalars system[kSystems];
-  const int l = division.layer(layers.count, blockIdx.x);
-  const EacgLayer<T>& in = layers.layer[l].in;
-  const Work<T>& work = layers.layer[l].work;
-  const int64_t n = in.n_out;
-  const unsigned blocks = division.first[l + 1] - division.first[l], rank = blockIdx.x - division.first[l];
-  const int64_t row_begin = n * rank / blocks, row_end = n * (rank + 1) / blocks;
-  const int warp = threadIdx.x / kWarp;
+struct Group {
+  const EacgLayer<T>& in;
+  const Work<T>& work;
+  const int64_t n;
+  const unsigned blocks, rank;  // of the group, and which of them this one is
+  const int64_t row_begin, row_end;
+  Scalars (&system)[kSystems];  // shared
+  double (*const partial)[kWarp];
+  T* vectors;  // [kVectors, n]: of the group's own for each block
+  const T* h;  // this block's rows of H
+  bool wide;   // whether rows of H and vectors can be read as Vectors
   // The first thread of warp k leads system k, and stores all of it after every change. Between the barriers around
   // that nothing is loaded from it, not even speculatively: what the leader needs is in its registers.
   Scalars led{};
-  const auto lead = [&](auto&& change) {
+
+  // shared: of shared_bytes, for the vectors and then the rows of H, as each fits
+  __device__ __forceinline__ Group(const Layer<T>& layer, unsigned blocks_, unsigned rank_, T* shared, int shared_bytes,
+                                   Scalars (&system_)[kSystems], double (*partial_)[kWarp])
+      : in(layer.in), work(layer.work), n(in.n_out), blocks(blocks_), rank(rank_), row_begin(n * rank / blocks),
+        row_end(n * (rank + 1) / blocks), system(system_), partial(partial_),
+        vectors(work.vectors ? work.vectors + rank * kVectors * n : shared), h(in.bias_hessian + row_begin * n),
+        wide(aligned(n, in.bias_hessian, vectors)) {
+    const int64_t used = work.vectors ? 0 : kVectors * n, rows = (row_end - row_begin) * n;
+    if ((used + rows) * int64_t(sizeof(T)) > shared_bytes) return;
+    if (aligned(rows, h, shared + used)) copy_elements<Vector<T>::kSize>(rows, h, shared + used);
+    else copy_elements<1>(rows, h, shared + used);
+    h = shared + used;
+    wide = aligned(n, h, vectors);
+  }
+
+  // x, r, p, A p (0 to 3) of a system.
+  __device__ __forceinline__ T* vector(int which, int k) const { return vectors + (which * kSystems + k) * n; }
+
+  // change(k) by the leader of each system.
+  template <typename F>
+  __device__ __forceinline__ void lead(F&& change) {
 #pragma unroll
     for (int k = 0; k < kSystems; ++k) {
       if (int(threadIdx.x) != k * kWarp) continue;
@@ -216,53 +233,45 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
       system[k] = led;
     }
     __syncthreads();
-  };
-
-  T* const vectors = work.vectors ? work.vectors + rank * kVectors * n : shared;
-  const auto vector = [&](int which, int system) { return vectors + (which * kSystems + system) * n; };
-  const T* h = in.bias_hessian + row_begin * n;
-  bool wide = aligned(n, in.bias_hessian, vectors);
-  const int64_t used = work.vectors ? 0 : kVectors * n, rows = (row_end - row_begin) * n;
-  if ((used + rows) * int64_t(sizeof(T)) <= shared_bytes) {
-    if (aligned(rows, h, shared + used)) copy_elements<Vector<T>::kSize>(rows, h, shared + used);
-    else copy_elements<1>(rows, h, shared + used);
-    h = shared + used;
-    wide = aligned(n, h, vectors);
   }
 
-  // The right-hand sides: x = 0, r = p = rhs.
-  const bool measured = settings.truncated || bounded(in);
-  const double s = n > 0 ? work.scalars[0] : 0, root = sqrt(s);
-  double sums[kSums] = {};  // |u|^2, |B|^2, |rhs|^2 of either system
-  each_element(n, [&](int64_t i) {
-    const T u = work.u[i];
-    // With a = 0 nothing is along it, and u = 0; but a NaN in B then stands in u alone, and must reach the solution.
-    const T rhs[kSystems] = {s > 0 ? T(-double(u) / root) : u, in.grad_bias ? -in.grad_bias[i] : T(0)};
-    sums[0] += double(u) * double(u);
-    if (measured) sums[1] += work.squares[i];
+  // The right-hand sides: x = 0, r = p = rhs. Returns |B'|, where it is needed.
+  __device__ __forceinline__ double start(const EacgSettings& settings) {
+    const bool measured = settings.truncated || bounded(in);
+    const double s = n > 0 ? work.scalars[0] : 0, root = sqrt(s);
+    double sums[kSums] = {};  // |u|^2, |B|^2, |rhs|^2 of either system
+    each_element(n, [&](int64_t i) {
+      const T u = work.u[i];
+      // With a = 0 nothing is along it, and u = 0; but a NaN in B then stands in u alone, and must reach the solution.
+      const T rhs[kSystems] = {s > 0 ? T(-double(u) / root) : u, in.grad_bias ? -in.grad_bias[i] : T(0)};
+      sums[0] += double(u) * double(u);
+      if (measured) sums[1] += work.squares[i];
 #pragma unroll
-    for (int k = 0; k < kSystems; ++k) {
-      vector(0, k)[i] = T(0);
-      vector(1, k)[i] = vector(2, k)[i] = rhs[k];
-      sums[2 + k] += double(rhs[k]) * double(rhs[k]);
+      for (int k = 0; k < kSystems; ++k) {
+        vector(0, k)[i] = T(0);
+        vector(1, k)[i] = vector(2, k)[i] = rhs[k];
+        sums[2 + k] += double(rhs[k]) * double(rhs[k]);
+      }
+    });
+    block_sum(sums, partial);
+    double across = 0;
+    if (measured) {
+      across = s > 0 ? sums[1] - sums[0] / s : sums[1];
+      // Rounding can leave a small negative number where B is all along a; NaN must stay.
+      across = across < 0 ? 0 : sqrt(across);
     }
-  });
-  block_sum(sums, partial);
-  double across = 0;  // |B'|
-  if (measured) {
-    across = s > 0 ? sums[1] - sums[0] / s : sums[1];
-    // Rounding can leave a small negative number where B is all along a; NaN must stay.
-    across = across < 0 ? 0 : sqrt(across);
+    lead([&](int k) {
+      led.start(in.alpha, k == 0 ? (1 - in.alpha) * s : 1 - in.alpha, sums[2 + k],
+                k == 0 && settings.truncated ? -across : 0, settings.tol);
+    });
+    return across;
   }
-  lead([&](int k) {
-    led.start(in.alpha, k == 0 ? (1 - in.alpha) * s : 1 - in.alpha, sums[2 + k],
-              k == 0 && settings.truncated ? -across : 0, settings.tol);
-  });
 
-  for (int iteration = 0; iteration < settings.max_iter && (system[0].active || system[1].active); ++iteration) {
+  // One iteration of both systems.
+  __device__ __forceinline__ void iterate(int iteration) {
     // The two halves of hp alternate: a block may write the next products while another still reads these.
     T* const hp = work.hp + (iteration & 1) * kSystems * n;
-    for (int64_t row = row_begin + warp; row < row_end; row += kGroupThreads / kWarp) {
+    for (int64_t row = row_begin + threadIdx.x / kWarp; row < row_end; row += kGroupThreads / kWarp) {
       T products[kSystems];
       row_products(n, wide, h + (row - row_begin) * n, vector(2, 0), vector(2, 1), products);
       if (threadIdx.x % kWarp == 0) {
@@ -306,42 +315,64 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
     __syncthreads();
   }
 
-  if (rank != 0) return;
-  // -1/alpha in the closed form; the extra coordinate, undone from its length |B'|, in the truncated one.
-  double c = settings.truncated ? (across == 0 ? 0 : system[0].extra_x / across) : -1 / in.alpha;
-  // |P_ij| <= |c| max_j |B_ij| + |w_i| |a|, and |V| <= max |P| / (1 - mu): neither momentum mu V + P nor update lr V
-  // may overflow, now or later. What is not finite is not below the bound either.
-  const double reach = std::fmax(1.0, std::abs(in.lr)) / std::fmax(1e-3, 1 - in.momentum);
-  bool finite = true;
-  double squares[1] = {};  // |v|^2 + |d|^2
-  each_element(n, [&](int64_t i) {
-    const T x = system[0].finite ? vector(0, 0)[i] : T(NAN), d = system[1].finite ? vector(0, 1)[i] : T(NAN);
-    const T w = s > 0 ? T((double(x) * root - c * double(work.u[i])) / s) : x;
-    work.w[i] = w;
-    work.d[i] = d;
-    squares[0] += double(x) * double(x) + double(d) * double(d);
-    const double bound = std::abs(c) * double(work.largest[i]) + std::abs(double(w)) * std::fmax(1.0, root);
-    finite = finite && bound * reach <= kLargest<T> / 8 && std::abs(double(d)) * reach <= kLargest<T> / 8;
-  });
-  finite = __syncthreads_and(finite);
-  if (bounded(in)) {
-    block_sum(squares, partial);
-    // c B' and v a^T / sqrt(s) are orthogonal.
-    const double norm = sqrt(c * c * across * across + squares[0]);
-    if (norm > in.max_norm) {
-      const double factor = in.max_norm / norm;
-      c *= factor;
-      each_element(n, [&](int64_t i) {
-        work.w[i] = T(factor * work.w[i]);
-        work.d[i] = T(factor * work.d[i]);
-      });
+  // c, w and d from the solutions, shortened where they are too long; the iterations. By one block of the group.
+  __device__ __forceinline__ void finish(bool truncated, double across, int* not_finite) const {
+    const double s = n > 0 ? work.scalars[0] : 0, root = sqrt(s);
+    // -1/alpha in the closed form; the extra coordinate, undone from its length |B'|, in the truncated one.
+    double c = truncated ? (across == 0 ? 0 : system[0].extra_x / across) : -1 / in.alpha;
+    // |P_ij| <= |c| max_j |B_ij| + |w_i| |a|, and |V| <= max |P| / (1 - mu): neither momentum mu V + P nor update lr V
+    // may overflow, now or later. What is not finite is not below the bound either.
+    const double reach = std::fmax(1.0, std::abs(in.lr)) / std::fmax(1e-3, 1 - in.momentum);
+    bool finite = std::abs(c) <= kLargest<T>;
+    double squares[1] = {};  // |v|^2 + |d|^2
+    each_element(n, [&](int64_t i) {
+      const T x = system[0].finite ? vector(0, 0)[i] : T(NAN), d = system[1].finite ? vector(0, 1)[i] : T(NAN);
+      const T w = s > 0 ? T((double(x) * root - c * double(work.u[i])) / s) : x;
+      work.w[i] = w;
+      work.d[i] = d;
+      squares[0] += double(x) * double(x) + double(d) * double(d);
+      const double bound = std::abs(c) * double(work.largest[i]) + std::abs(double(w)) * std::fmax(1.0, root);
+      finite = finite && bound * reach <= kLargest<T> / 8 && std::abs(double(d)) * reach <= kLargest<T> / 8;
+    });
+    finite = __syncthreads_and(finite);
+    if (bounded(in)) {
+      block_sum(squares, partial);
+      // c B' and v a^T / sqrt(s) are orthogonal.
+      const double norm = sqrt(c * c * across * across + squares[0]);
+      if (norm > in.max_norm) {
+        const double factor = in.max_norm / norm;
+        c *= factor;
+        each_element(n, [&](int64_t i) {
+          work.w[i] = T(factor * work.w[i]);
+          work.d[i] = T(factor * work.d[i]);
+        });
+      }
+    }
+    if (threadIdx.x == 0) {
+      work.scalars[1] = c;
+      *in.iterations = finite || !not_finite ? system[0].iterations : -1;
+      if (!finite && not_finite) atomicOr(not_finite, 1);
     }
   }
-  if (threadIdx.x == 0) {
-    work.scalars[1] = c;
-    *in.iterations = finite || !not_finite ? system[0].iterations : -1;
-    if (!finite && not_finite) atomicOr(not_finite, 1);
-  }
+};
+
+// The solve, from rhs to P's factors c and w and to the bias direction, shortened where they are too long. Parallel
+// over layers, a group of blocks each, that must all be resident.
+//   not_finite [1] or null; dynamic shared memory: [kVectors, n_out] vectors, then this block's rows of H, as each fits
+template <typename T>
+__global__ void __launch_bounds__(kGroupThreads, 1)
+    directions_kernel(const Layers<T> __grid_constant__ layers, const Blocks __grid_constant__ division,
+                      EacgSettings settings, int shared_bytes, int* not_finite) {
+  DYN_SHARED(T, shared);
+  __shared__ double partial[kSums][kWarp];
+  __shared__ Scalars system[kSystems];
+  const int l = division.layer(layers.count, blockIdx.x);
+  Group<T> group(layers.layer[l], division.first[l + 1] - division.first[l], blockIdx.x - division.first[l], shared,
+                 shared_bytes, system, partial);
+  const double across = group.start(settings);
+  for (int iteration = 0; iteration < settings.max_iter && (system[0].active || system[1].active); ++iteration)
+    group.iterate(iteration);
+  if (group.rank == 0) group.finish(settings.truncated, across, not_finite);
 }
 
 // Elements [j, j + width) of a row: p = c b + w a; v = momentum v + p where v is given; x = keep x + lr (v or p).

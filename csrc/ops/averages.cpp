@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../tensors.h"
 
 namespace secondorder {
 
@@ -35,6 +36,7 @@ namespace {
 
 std::vector<at::Tensor> mean_inputs(at::TensorList inputs) {
   check_mean_inputs(inputs);
+  const Unrecorded guard;
   std::vector<at::Tensor> means;
   for (const at::Tensor& input : inputs) means.push_back(input.mean(0));
   return means;
@@ -42,6 +44,7 @@ std::vector<at::Tensor> mean_inputs(at::TensorList inputs) {
 
 void average_(at::TensorList news, at::TensorList olds, double share) {
   check_average(news, olds, share);
+  const Unrecorded guard;
   if (!news.empty()) at::_foreach_lerp_(news, olds, share);
 }
 

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
+#include "../tensors.h"
 
 namespace secondorder {
 
@@ -20,6 +21,7 @@ void check_cross_entropy_hessian(const at::Tensor& output, const at::Tensor& tar
 
 at::Tensor cross_entropy_hessian_by_products(const at::Tensor& output, const at::Tensor& target, int64_t ignore_index,
                                              bool mean) {
+  const Unrecorded guard;
   const at::Tensor kept = target.to(at::kLong).ne(ignore_index);  // uint8 has no -100
   const at::Tensor p = at::softmax(output, 1).masked_fill(kept.logical_not().unsqueeze(1), 0);
   at::Tensor mass = kept.to(output.scalar_type());

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../checks.h"
+#include "../tensors.h"
 
 namespace secondorder {
 namespace {
@@ -85,6 +86,7 @@ at::Tensor gathered(const at::Tensor& t, const at::Tensor& rows) {
 
 void jacobian_rows_(const at::Tensor& out, at::TensorList left, at::TensorList right, at::TensorList rows,
                     at::IntArrayRef start, at::IntArrayRef offset) {
+  const Unrecorded guard;
   for (const JacobianBlock& block : check_jacobian_rows(out, left, right, rows, start, offset)) {
     const int64_t a = block.a, b = block.b;
     std::vector<at::Tensor> lefts, rights;

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
+#include "../tensors.h"
 
 namespace secondorder {
 
@@ -27,6 +28,7 @@ namespace {
 at::Tensor precondition(const std::optional<at::Tensor>& left, const at::Tensor& gradient,
                         const std::optional<at::Tensor>& right) {
   check_precondition(left, gradient, right);
+  const Unrecorded guard;
   const at::Tensor half = left ? left->mm(gradient) : gradient;
   return right ? half.mm(*right) : left ? half : half.clone(at::MemoryFormat::Contiguous);
 }

@@ -198,3 +198,16 @@ def eacg_overflow(kernels: Kernels) -> None:
             3, 0.0, False,
         )  # fmt: skip
         assert iterations == on_cpu.tolist()
+
+
+@case
+def eacg_alpha_beyond_the_dtype(kernels: Kernels) -> None:
+    """As eacg_overflow where 1 / alpha itself leaves float32's range, though no direction does: the gradient is zero."""
+    layers = eacg_layers(np.random.default_rng(17), np.float32, [(9, 5), (4, 7)], None)
+    layers[0].grad_weight[:] = 0
+    for alpha, refused in ((1e-37, False), (1e-39, True)):
+        layers[0].alpha = alpha
+        before = copy.deepcopy(layers)
+        assert (kernels.eacg(layers, 3, 0.0, False, True, Device())[0] == -1) == refused
+        assert all(np.isfinite(layer.weight).all() for layer in layers)
+        assert np.array_equal(layers[1].weight, before[1].weight) == refused

@@ -300,6 +300,28 @@ def test_nothing_is_written_where_one_layer_is_not_finite(argument, value, trunc
         assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))
 
 
+@pytest.mark.parametrize("argument", range(4))
+@pytest.mark.parametrize("truncated", [False, True])
+def test_no_row_of_a_solution_is_finite_where_its_system_is_not(argument, truncated):
+    system = [torch.eye(4), torch.rand(3), torch.rand(4, 3), torch.rand(4)]
+    system[argument].view(-1)[0] = float("nan")
+    for library in (ops, reference):
+        weight, bias, _ = library.eacg_solve(*system, 0.1, 10, 0.0, truncated)
+        assert torch.equal(weight.isnan(), torch.full((4, 3), argument != 3))
+        assert torch.equal(bias.isnan(), torch.full((4,), argument in (0, 3)))
+
+
+def test_an_alpha_whose_inverse_the_dtype_cannot_hold_writes_nothing():
+    for alpha, refused in ((1e-37, False), (1e-39, True)):
+        weight, momentum = torch.ones(4, 3), torch.zeros(4, 3)
+        counts = torch.ops.secondorder.eacg_update_(
+            [torch.eye(4)], [torch.rand(3)], [torch.zeros(4, 3)], [torch.empty(0)], [weight], [torch.empty(0)], [momentum],
+            [torch.empty(0)], [1.0], [alpha], [0.9], [0.0], 10, 0.0, False,
+        )  # fmt: skip
+        assert (counts < 0).tolist() == [refused]
+        assert torch.equal(weight, torch.ones(4, 3)) and torch.equal(momentum, torch.zeros(4, 3))
+
+
 def test_opcheck():
     arguments = update_arguments(torch.float32)
     h, a, b, g = (x[:3] for x in arguments[:4])

@@ -20,6 +20,17 @@ def test_steps_equal_the_specification(dtype):
     torch.testing.assert_close(mine, oracle, rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0)
 
 
+def test_a_step_without_matrices_counts():
+    """As everywhere: on a GPU, too, `control` alone tells of it."""
+    found = []
+    for library in (ops, reference):
+        control = controls()
+        library.eigen_step_(*[[]] * 6, control, *[[]] * 10, 0.9, 0.99, 1e-8, False)
+        found.append(control)
+    assert torch.equal(*found)
+    assert found[0][ops.CONTROL.index("steps")] == controls()[ops.CONTROL.index("steps")] + 1
+
+
 @pytest.mark.parametrize("name", ops.CONTROL)
 def test_no_entry_of_control_is_idle(name):
     """Each changes what a step makes of the others or of the weights; but for a count, which optimizers read."""

@@ -272,6 +272,39 @@ def test_plain_pytorch_returns_and_writes_what_the_kernels_do(index, number, els
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+def recorded(t):
+    """Whether autograd has recorded what made a tensor, beyond that its operator is not differentiable."""
+    return isinstance(t, torch.Tensor) and t.grad_fn is not None and "NotImplemented" not in t.grad_fn.name()
+
+
+@pytest.mark.parametrize("index", range(OPERATORS))
+def test_autograd_records_nothing_and_leaves_may_be_written(index, elsewhere):
+    op, arguments = cases(square_problem())[index]
+    for function in (op, lambda *given: elsewhere(op, given)):
+        # Products of this size are torch's own, on the CPU, too.
+        trained = mapped(arguments, lambda t: t.clone().requires_grad_() if t.is_floating_point() else t.clone())
+        result = function(*trained)
+        assert not any(recorded(t) for t in [*leaves(result), *leaves(trained)])
+
+
+def test_autograd_records_nothing_of_large_arguments():
+    h, logits = torch.rand(1 << 8, 1 << 8, requires_grad=True), torch.rand(1 << 7, 1 << 6, requires_grad=True)
+    target = torch.zeros(1 << 7, dtype=torch.int64)
+    for t in (*ops.mean_inputs([h]), ops.cross_entropy_hessian(logits, target, -100, True), ops.precondition(h, h, h)):
+        assert not recorded(t)
+
+
+@pytest.mark.parametrize("index", range(OPERATORS))
+def test_what_is_written_counts_it(index):
+    """So that autograd refuses a backward pass that would need the values before."""
+    op, arguments = cases(square_problem())[index]
+    given = mapped(arguments, torch.clone)
+    versions = [t._version if isinstance(t, torch.Tensor) else 0 for t in leaves(given)]
+    op(*given)
+    for t, before, version in zip(leaves(given), leaves(arguments), versions, strict=True):
+        assert not isinstance(t, torch.Tensor) or same(t, before) or t._version > version
+
+
 @pytest.mark.parametrize("index", range(OPERATORS))
 def test_plain_pytorch_returns_contiguous_tensors_as_the_fake_ones_are(index, elsewhere):
     op, arguments = cases(square_problem())[index]
