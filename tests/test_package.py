@@ -36,15 +36,17 @@ def test_all_lists_every_public_name_and_no_other(name):
     assert own <= set(listed)
 
 
-def test_a_source_distribution_has_all_sources_of_the_extension_and_no_tests(tmp_path):
+def test_a_source_distribution_has_all_sources_and_what_the_readme_links_to(tmp_path):
     """Whether it is made with the extension or without; the list is what setuptools packs."""
     subprocess.run(
         [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path],
         cwd=ROOT, env={**os.environ, "SECONDORDER_EXTENSION": "0"}, check=True, capture_output=True,
     )  # fmt: skip
     packed = (tmp_path / "secondorder.egg-info" / "SOURCES.txt").read_text().splitlines()
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert {path for path in packed if path.startswith(("csrc/", "tests/"))} == sources
+    tracked = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    tracked |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")}
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text())
+    assert len(links) > 20 and tracked | set(links) <= set(packed)
 
 
 def test_architectures_are_those_that_nvcc_and_torch_know(monkeypatch):

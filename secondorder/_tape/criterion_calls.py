@@ -14,7 +14,7 @@ from secondorder._tape.outputs import LayerOutputs
 from secondorder._tape.records import CriterionArguments, LayerCall, ModelCall
 from secondorder._tape.ways import find_way
 from secondorder._tensors import refuse_capture
-from secondorder.criteria import reduction_of, sums_rows
+from secondorder.criteria.reduction import reduction_of, sums_rows
 
 
 class Divisors:

@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 from secondorder import ops
 from secondorder._tape.nodes import kind
 from secondorder._tensors import flatten_batch, irregular
-from secondorder.criteria import check_second_derivatives
+from secondorder.criteria.autograd import check_second_derivatives
 
 # Activations with sigma'' = 0 wherever it exists: their diagonal term vanishes, so its gradient need not be kept.
 _PIECEWISE_LINEAR = {"identity", "relu", "leaky_relu"}

@@ -37,16 +37,8 @@ from secondorder._tape.outputs import LayerOutputs
 from secondorder._tape.records import LayerCall, Link, LossCall, ModelCall, version
 from secondorder._tape.ways import keeps_rows, logits_of
 from secondorder._tensors import captured_now, refuse_capture, refuse_sparse
-from secondorder.criteria import (
-    LateMasses,
-    OutputHessian,
-    analytic_hessian,
-    autograd_hessian,
-    by_position,
-    divides_by_masses,
-    link_of,
-)
-from secondorder.criteria.known import LOG_SOFTMAX
+from secondorder.criteria import OutputHessian, analytic_hessian, autograd_hessian
+from secondorder.criteria.known import LOG_SOFTMAX, LateMasses, by_position, divides_by_masses, link_of
 
 _NOT_CALLED = "the criterion has not been called since the last step or zero_grad()"
 

@@ -8,7 +8,7 @@ from torch.autograd.graph import GradientEdge, Node
 from secondorder._distributed import RankTerm
 from secondorder._tape import Columns, LayerRecord, OutputHessianOf, TapeOptions, is_affine
 from secondorder._tensors import cast
-from secondorder.criteria import is_fixed
+from secondorder.criteria.known import is_fixed
 
 
 class Curvature:

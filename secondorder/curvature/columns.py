@@ -29,23 +29,10 @@ from secondorder._tape import (
 )
 from secondorder._tape.nodes import kind
 from secondorder._tensors import captured_now
-from secondorder.criteria import (
-    CompositeLoss,
-    LikelihoodRoot,
-    OutputRoot,
-    SampledRoot,
-    added_up,
-    autograd_root,
-    densely_added_up,
-    differences_added_up,
-    is_convex,
-    is_fixed,
-    likelihood_root,
-    link_of,
-    of_difference,
-    tangent_map,
-)
-from secondorder.criteria.known import LOG_SOFTMAX
+from secondorder.criteria import CompositeLoss, LikelihoodRoot, OutputRoot, SampledRoot, likelihood_root
+from secondorder.criteria.added_roots import added_up, densely_added_up, differences_added_up
+from secondorder.criteria.autograd import autograd_root, tangent_map
+from secondorder.criteria.known import LOG_SOFTMAX, is_convex, is_fixed, link_of, of_difference
 from secondorder.criteria.roots import ClassesElsewhere, GaussianRoot, PulledBackRoot, ScalarRoot, SoftmaxRoot
 from secondorder.curvature.base import Curvature, convex_argument, register
 from secondorder.curvature.empirical import empirical_fisher

@@ -17,7 +17,8 @@ from secondorder import ops
 from secondorder._distributed import RankTerm
 from secondorder._tape import AutogradMap, KnownActivation, LayerRecord, derivatives
 from secondorder._tensors import cast, host_numbers, refuse_capture
-from secondorder.criteria import OutputHessian, autograd_hessian, is_convex
+from secondorder.criteria import OutputHessian, autograd_hessian
+from secondorder.criteria.known import is_convex
 from secondorder.curvature.base import Curvature, convex_argument, register
 from secondorder.curvature.columns import convex_at
 from secondorder.curvature.empirical import empirical_fisher

@@ -8,8 +8,8 @@ from torch.func import functional_call, grad, jacrev
 
 from secondorder._layers import linear_layers
 from secondorder._random import preserved_generators
-from secondorder.criteria import CompositeLoss, FunctionCriterion, link_of
-from secondorder.criteria.known import LOG_SOFTMAX
+from secondorder.criteria import CompositeLoss, FunctionCriterion
+from secondorder.criteria.known import LOG_SOFTMAX, link_of
 from secondorder.criteria.likelihoods import as_cross_entropy
 from secondorder.diagnostics.copies import Criterion, copied, fixed_values, parameter_names
 from secondorder.linalg import conjugate_gradient

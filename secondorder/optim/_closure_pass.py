@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 from secondorder._distributed import RankReducer, RankTerm
 from secondorder._tape import Marks, in_recomputation, keeps_rows
 from secondorder._tensors import compute_dtype, flatten_batch, refuse_sparse
-from secondorder.criteria import LateMasses, by_position
+from secondorder.criteria.known import LateMasses, by_position
 from secondorder.optim._closure import replaced_backward, torchs_backward
 from secondorder.optim._layer_pass import Call, LayerPass, layer_input, weigh
 

@@ -19,10 +19,10 @@ def recorded_layers(owner: str, tape: Tape) -> list[LayerRecord]:
         )
     if not records:
         raise RuntimeError(
-            f"{owner}.step(): there are gradients, but no call of the criterion that leads to them was recorded. Compute "
-            f"the loss by the criterion given to the optimizer ({tape.criterion!r}; optimizer.criterion(output, target) "
+            f"{owner}.step(): there are gradients, but no call of the criterion that leads to them was recorded: {tape.missing}. "
+            f"Compute the loss by the criterion given to the optimizer ({tape.criterion!r}; optimizer.criterion(output, target) "
             "where it is a function), which returns nothing but the loss, with the model in training mode, and the gradients by "
-            f"loss.backward(); optimizer.zero_grad() forgets the calls before it. Here {tape.missing}."
+            "loss.backward(); optimizer.zero_grad() forgets the calls before it."
         )
     captured = captured_now()
     if any(loss.captured != captured for loss in tape.losses):

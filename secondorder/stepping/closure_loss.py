@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from secondorder._distributed import RankReducer
 from secondorder._tape import ForwardState, Tape, term_of_its_own, term_outside, upstream
 from secondorder._tensors import Later, Transfer, all_finite, host_numbers, to_compute_dtype
-from secondorder.criteria import by_position, known_form
+from secondorder.criteria.hessians import known_form
+from secondorder.criteria.known import by_position
 from secondorder.stepping.gauss_newton_product import GraphQuadratic, differentiable_twice, inner
 from secondorder.stepping.over_ranks import LossOverRanks
 from secondorder.stepping.recorded_loss import tolerance_of

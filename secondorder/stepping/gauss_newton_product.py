@@ -16,7 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secondorder._tape import is_affine, preactivation
 from secondorder._tensors import Later, Transfer, to_compute_dtype
-from secondorder.criteria import KnownForm, OutputHessian, OutputRoot, autograd_hessian, tangent_map
+from secondorder.criteria import OutputHessian, OutputRoot, autograd_hessian
+from secondorder.criteria.autograd import tangent_map
+from secondorder.criteria.hessians import KnownForm
 from secondorder.errors import second_derivatives
 
 # The mean Hessian takes a backward pass through the criterion for each output. With more outputs than this the form over the

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from secondorder._distributed import RankReducer
 from secondorder._tape import LossCall, Tape
 from secondorder._tensors import Later, Transfer, finite, to_compute_dtype
-from secondorder.criteria import row_masses
+from secondorder.criteria.known import row_masses
 from secondorder.stepping.linear_chain import linear_chain
 from secondorder.stepping.over_ranks import LossOverRanks
 from secondorder.stepping.recorded_loss import ChainLoss, RecordedLoss, ReplayedLoss, Rows, chosen_rows

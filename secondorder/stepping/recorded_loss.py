@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from secondorder._tape import CriterionArguments, ForwardState, LossCall
 from secondorder._tensors import Later, Transfer
-from secondorder.criteria import KnownForm, known_form, row_masses
+from secondorder.criteria.hessians import KnownForm, known_form
+from secondorder.criteria.known import row_masses
 from secondorder.stepping.gauss_newton_product import GraphQuadratic, OutputCurvature, differentiable_twice
 from secondorder.stepping.linear_chain import LinearChain
 

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 import secondorder as so
 from secondorder._layers import linear_layers
 from secondorder._tape import Tape, TapeOptions
-from secondorder.criteria import CompositeLoss, row_masses
+from secondorder.criteria import CompositeLoss
+from secondorder.criteria.known import row_masses
 from secondorder.curvature import CURVATURES, FisherMC
 
 
