@@ -1,5 +1,6 @@
 """A Jacobian as the factors of its rows: for one parameter a row is a sum of outer products."""
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -149,6 +150,17 @@ class Jacobian:
             for part in self.parts.get(p, []):
                 if part.dense is not None:
                     target[part.start : part.stop, self.offsets[p] - first : self.offsets[p + 1] - first] += part.dense
+
+    def column_norms(self, penalties: Tensor | None) -> Tensor:
+        """Returns the norms [P] of J's columns, and of the roots of penalties below them."""
+        norms = torch.linalg.vector_norm(self.dense(), dim=0, dtype=torch.float64).to(self.like.dtype)
+        return norms if penalties is None else torch.hypot(norms, penalties.sqrt())
+
+    def times(self, scales: Tensor | float) -> "Jacobian":
+        """Returns J diag(scales), formed."""
+        found = copy.copy(self)
+        found._dense = self.dense() * scales
+        return found
 
     def mv(self, v: Tensor) -> Tensor:
         """Returns J v [m]."""

@@ -1,5 +1,6 @@
 """Autograd nodes: their kinds, which of them are linear, and whether they depend on parameters."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,7 +40,12 @@ def kind(node: Node) -> str:
 
     Such a function may have the name of one of torch's own: `class Mul`.
     """
-    name = node.name()
+    return _kind(node.name())
+
+
+@functools.cache
+def _kind(name: str) -> str:
+    """Returns `kind` of a name; every step asks for that of every node."""
     found = name.rstrip("0123456789")
     return f"{name}()" if found == name and name.endswith("Backward") and name not in _UNNUMBERED else found
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from secondorder._tape.nodes import is_leaf, kind, signed_dim
+from secondorder._tape.nodes import LEAF, is_leaf, kind, signed_dim
 from secondorder._tensors import plain
 
 Back = Callable[[Tensor], Tensor]  # takes m gradients of one tensor to those of another, [m, ...] to [m, ...]
@@ -26,7 +26,7 @@ def made_of(node: Node | None, index: dict[int, int]) -> list[MadeOf]:
     flips, steps = 0, list[Back]()  # transposes that come first, and what takes gradients back from there on
     while node is not None:
         name, saved = kind(node), node
-        if is_leaf(node):
+        if name == LEAF:
             parameter: Tensor = node.variable  # type: ignore[attr-defined]
             if id(parameter) not in index or (flips and not steps and parameter.ndim != 2):
                 return []

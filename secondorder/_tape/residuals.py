@@ -25,6 +25,7 @@ class Term(NamedTuple):
     residual: Tensor  # with its graph, of any shape
     mean: bool  # whether the node is the mean of the squares, rather than the squares or their sum
     summed: tuple[int, ...] = ()  # the residual's dimensions that the node has summed over and no longer has
+    weight: Tensor | None = None  # of its shape: what the node multiplies the squares by; None: 1
 
 
 class Terms(NamedTuple):
@@ -155,6 +156,11 @@ def _square(node: Node, reach: Reach) -> Term | None:
             if other[0] is not None and kind(other[0]) == "ConjBackward" and other[0].next_functions[0] == one:
                 squared: Tensor = torch.view_as_real(getattr(node, z))
                 return Term(node, squared, False, (squared.ndim - 1,))
+        values = [getattr(node, name) for name in factors if reach(first[0]) and reach(second[0])]
+        if len({v.shape for v in values}) == 1 and not values[0].is_complex():
+            for one, other, r in zip((first, second), (second, first), values[::-1], strict=True):
+                if (weight := _weight(one, other, reach, r.device)) is not None:
+                    return Term(node, r, False, weight=weight)
     if name in ROOTS:
         root = ROOTS[name](node)
         return None if root is None else Term(node, root, saved._saved_reduction == 1)
@@ -185,13 +191,9 @@ def _root(square: Any, reach: Reach) -> Term:
     """
     value: Tensor = square._saved_self
     node, factors = square.next_functions[0][0], list[Tensor]()
-    while kind(node) in ("MulBackward", "DivBackward") and sum(reach(f) for f, _ in node.next_functions) == 1:
-        first = reach(node.next_functions[0][0])
-        if not first and kind(node) == "DivBackward":
-            break
-        other = torch.as_tensor(node._saved_other if first else node._saved_self, device=value.device).detach()
-        factors.append(1 / other if kind(node) == "DivBackward" else other)
-        node = node.next_functions[0 if first else 1][0]
+    while (found := _constant_factor(node, reach, value.device)) is not None:
+        factor, (node, _) = found
+        factors.append(factor)
     inner, summed, shape = _within(node)
     if inner is None or value.shape != shape:  # it is neither, or constants have widened it
         return Term(square, value, False)
@@ -199,8 +201,32 @@ def _root(square: Any, reach: Reach) -> Term:
         # Two residuals for each number, its real and its imaginary part, whose squares are summed over the last dimension.
         summed, inner = (*summed, inner.ndim), torch.view_as_real(inner)
     for factor in factors:
-        inner = inner * _unsqueezed(factor.to(value.dtype).expand(shape), summed)
+        inner = inner * _unsqueezed(factor.to(value).expand(shape), summed)
     return Term(square, inner, False, summed)
+
+
+def _constant_factor(node: Any, reach: Reach, device: torch.device) -> tuple[Tensor, tuple[Any, int]] | None:
+    """Returns the constant that a node multiplies something by, and the edge of that thing; None: it does nothing like that."""
+    division = kind(node) == "DivBackward"
+    if not (division or kind(node) == "MulBackward") or sum(reach(f) for f, _ in node.next_functions) != 1:
+        return None
+    first = reach(node.next_functions[0][0])
+    if division and not first:
+        return None
+    other = torch.as_tensor(node._saved_other if first else node._saved_self, device=device).detach()
+    return 1 / other if division else other, node.next_functions[0 if first else 1]
+
+
+def _weight(product: tuple[Any, int], r: tuple[Any, int], reach: Reach, device: torch.device) -> Tensor | None:
+    """Returns w if an edge is that of w * r for constants w, as in w * r * r; None: it is not."""
+    weight: Tensor | None = None
+    while product != r:
+        found = None if product[0] is None else _constant_factor(product[0], reach, device)
+        if found is None:
+            return None
+        factor, product = found
+        weight = factor if weight is None else weight * factor
+    return weight
 
 
 def _within(node: Any) -> tuple[Tensor | None, tuple[int, ...], torch.Size]:
@@ -251,6 +277,7 @@ def arriving(loss: Tensor, terms: list[Term]) -> list[Tensor]:
     for term, c in zip(terms, gradients, strict=True):
         c = c.detach().real  # of z times its conjugate, which is real
         c = c / term.residual.numel() if term.mean else c
+        c = c if term.weight is None else c * term.weight.to(c)
         found.append(_unsqueezed(c, term.summed).expand(term.residual.shape))
     return found
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from secondorder._tape.nodes import is_leaf, kind
+from secondorder._tape.nodes import LEAF, kind
 from secondorder._tape.row_uses import HANDLERS, Use
 from secondorder._tape.signatures import saved_places, zero_patterns
 
@@ -45,7 +45,8 @@ def find_uses(root: Tensor | Node, index: dict[int, int]) -> Uses:
             others[index[id(root)]] = "the residual itself"
     while stack:
         node, user = stack.pop()
-        if is_leaf(node):
+        name = kind(node)
+        if name == LEAF:
             position = index.get(id(node.variable))  # type: ignore[attr-defined]
             if position is not None:
                 others.setdefault(position, user)
@@ -54,7 +55,6 @@ def find_uses(root: Tensor | Node, index: dict[int, int]) -> Uses:
         if node in seen:
             continue
         seen.add(node)
-        name = kind(node)
         signature.append(name)
         handled: set[int] = set()
         if name in HANDLERS:

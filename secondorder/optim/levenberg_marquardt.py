@@ -52,6 +52,9 @@ class LevenbergMarquardt(SecondOrderOptimizer):
 
         theta <- theta - lr (J^T J + diag(t) + mu I)^-1 J^T (r(theta) - (r + lr J d)).
 
+    With fewer than 20 parameters, as a curve has them, mu D^2 takes the place of mu I, with D the largest norms so far of J's
+    columns (and, below them, of the roots of t), so that parameters may be in any units.
+
     The system is solved in m or P dimensions, whichever are fewer, by Cholesky's method, and beyond 1500 rows by conjugate
     gradients with a Nystrom preconditioner of rank 200.
 
@@ -86,8 +89,9 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         acceleration: whether steps are bent by the geodesic acceleration, which costs one more call of the closure in each step.
         corrections: how often a step is corrected at most, >= 0; each costs a call of the closure, one that
             raises the loss two, and no Jacobian.
-        damping: the start of mu, relative to the mean of the diagonal of J J^T, > 0. With race=True, the default, the start from
-            the net as it is begins with it; the one after steps of `EigenAdam` ignores it, and begins with 1e-2 of tr(J J^T).
+        damping: the start of mu, relative to the mean of the diagonal of J J^T (of J D^-2 J^T), > 0. With race=True, the default,
+            the start from the net as it is begins with it; the one after steps of `EigenAdam` ignores it, and begins with 1e-2 of
+            the trace.
         race: whether the first call tries two starts. Without it the first step begins with `damping`.
         holdout: whether a tenth of the residuals is held out, of terms with 100 or more that data enter through layers. None: if
             there are fewer than 4 residuals for each parameter.
@@ -107,10 +111,11 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         TypeError, ValueError: an argument is out of its range, or the parameters are of several dtypes or devices.
 
     The state, kept with the first parameter, has the damping, the rows, the generator, the parameters [P] of the record and which
-    these are. Most memory goes to J [rows, P] and J J^T.
+    these are, and D if it is used. Most memory goes to J [rows, P] and J J^T.
 
-    Source: Levenberg (1944) and Marquardt (1963); Nielsen (1999) for the damping; Transtrum & Sethna (2012) for the acceleration;
-    Fan (2012) for corrections with the same Jacobian; Frangella, Tropp & Udell (2021) for the preconditioner.
+    Source: Levenberg (1944) and Marquardt (1963); Moré (1978) for D; Nielsen (1999) for the damping; Transtrum & Sethna (2012)
+    for the acceleration; Fan (2012) for corrections with the same Jacobian; Frangella, Tropp & Udell (2021) for the
+    preconditioner.
     """
 
     def __init__(
@@ -314,10 +319,11 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         """Returns numbers worth logging.
 
         Returns:
-            "damping": mu relative to tr(J J^T). "rows": how many residuals the next step draws, inf for all. "ratio": the last
-            step's reduction over the predicted one; near 1 where the linear model holds, 0 if no step was accepted. "excess": the
-            mean loss of the residuals held out over that of the others; far above 1 if points are interpolated, 0 if none are
-            held out. "skipped_steps": how many steps NaN or inf has prevented. All are 0 before the first step.
+            "damping": mu relative to tr(J J^T), or to tr(J D^-2 J^T) with fewer than 20 parameters. "rows": how many residuals
+            the next step draws, inf for all. "ratio": the last step's reduction over the predicted one; near 1 where the linear
+            model holds, 0 if no step was accepted. "excess": the mean loss of the residuals held out over that of the others; far
+            above 1 if points are interpolated, 0 if none are held out. "skipped_steps": how many steps NaN or inf has prevented.
+            All are 0 before the first step.
         """
         state = self.state.get(self._first_parameter(), {})
         found = {key: float(state.get(key, 0.0)) for key in ("damping", "rows", "ratio", "excess")}

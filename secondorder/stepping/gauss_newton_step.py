@@ -29,6 +29,7 @@ GROWTH = 1.5  # so many times as many
 OVER = 4  # rows drawn for each parameter, at least, if the parameters are no more than the rows asked for: then they fix a step
 SUSPECT = 2.0  # above this ratio of reduction and predicted reduction the residuals at the start are evaluated and compared anew
 LEAST_DAMPING = 1e-16
+FEW = 20  # with fewer parameters than these, steps do not depend on the parameters' units
 SMALL = 100  # a Jacobian may be rounding, as where derivatives cancel out, below so many times eps |r| / (1 + |theta|)
 HELD_RATIO = 4  # if there are fewer than so many residuals for each parameter
 HELD_PATIENCE = 12  # a step goes back after so many steps without a new record of what residuals held out say of the whole loss,
@@ -55,10 +56,11 @@ class Progress(NamedTuple):
     released: bool = False  # whether no residuals are held out any more
     least: float = LEAST_DAMPING  # a lower bound on mu
     first: float = 0.0  # the whole loss where training began
+    norms: Tensor | None = None  # the largest norms of J's columns so far [P]; None: they are not used
 
     def with_new_record(self) -> "Progress":
         """Returns it for another batch or other parameters, whose residuals held out have no record."""
-        return self._replace(held=math.inf, held_since=0, best=None, released=False)
+        return self._replace(held=math.inf, held_since=0, best=None, released=False, norms=None)
 
 
 class Settings(NamedTuple):
@@ -90,6 +92,11 @@ class _LeastSquares(NamedTuple):
     jacobian: Jacobian  # J of these rows
     r: Tensor  # their weighted residuals [m]
     theta: Tensor  # the parameters [P]
+    units: Tensor | float  # what their changes are measured in, one number or [P]
+
+    def length(self, change: Tensor) -> Tensor:
+        """Returns the norm of a change of the parameters, in units."""
+        return (change / self.units).norm()
 
     def objective(self, r: Tensor, theta: Tensor) -> Tensor:
         """Returns the loss of the rows drawn at residuals r and parameters theta, |r|^2 + sum_j t_j theta_j^2, in float64."""
@@ -130,20 +137,27 @@ class GaussNewtonStep:
         draw = functools.partial(self._draw, here, progress)
         rows, jacobian = self._jacobians.of(here, draw, check=progress.ratio == 0)
         before = [v.detach() for v in here.values]
-        least_squares = _LeastSquares(here, rows, jacobian, rows.taken(here.values), theta)
+        norms = _norms(jacobian, here.penalties, progress.norms)
+        progress = progress._replace(norms=norms)
+        units = 1.0 if norms is None else 1 / norms.where(norms > 0, 1.0)
+        in_units = jacobian if norms is None else jacobian.times(units)
+        penalties = None if here.penalties is None else here.penalties * units**2
+        least_squares = _LeastSquares(here, rows, jacobian, rows.taken(here.values), theta, units)
         problem = DampedLeastSquares(
-            jacobian, here.penalties, self.settings.solver, self.settings.memory, self._generator, self._buffer
+            in_units, penalties, self.settings.solver, self.settings.memory, self._generator, self._buffer
         )
+        size = problem.trace if norms is None else jacobian.squared_norm()
         at_start = least_squares.objective(least_squares.r, theta)
         mu, growth = progress.damping, progress.growth
         for attempt in range(TRIES):
             damping = (mu * problem.trace.double()).to(theta.dtype)
-            solve, failed = problem.at(damping)
-            delta = problem.step(solve, least_squares.r, theta, damping)
+            solve_in_units, failed = problem.at(damping)
+            delta = units * problem.step(solve_in_units, least_squares.r, theta / units, damping)
+            solve = functools.partial(_scaled, units, solve_in_units)
             moved = theta + self._lr * delta
             aim = least_squares.r + jacobian.mv(self._lr * delta)
             linear = least_squares.objective(aim, moved)
-            trace, start, end, fails, length = host_numbers([problem.trace, at_start, linear, failed, theta.norm()])
+            trace, start, end, fails, length = host_numbers([size, at_start, linear, failed, theta.norm()])
             if not math.isfinite(trace):
                 raise NonFiniteError(f"{loss.owner}.step(): the Jacobian holds NaN or inf; no parameter and no state has changed")
             small = SMALL * torch.finfo(theta.dtype).eps * math.sqrt(start) / (1 + length)
@@ -240,7 +254,7 @@ class GaussNewtonStep:
             if not math.isfinite(trial.drawn) or (start - trial.drawn > ENOUGH * (start - end) and trial.whole < limit):
                 break
             reached, correction = self.loss.flat(), self._lr * solve(at.rows.taken(trial.values) - aim)
-            if not bool(correction.norm() < CHORD * (self._lr * delta).norm()):
+            if not bool(at.length(correction) < CHORD * at.length(self._lr * delta)):
                 break
             drawn = trial.drawn
             del trial  # its graph is freed before the next one is made
@@ -256,7 +270,7 @@ class GaussNewtonStep:
         probed = at.rows.taken(self.loss.there(at.here))
         bend = (2 / PROBE) * ((probed - at.r) / PROBE - at.jacobian.mv(delta))
         acceleration = -0.5 * solve(bend)
-        return torch.where(2 * acceleration.norm() < BEND * delta.norm(), acceleration, 0.0)
+        return torch.where(2 * at.length(acceleration) < BEND * at.length(delta), acceleration, 0.0)
 
     def _held_out(self, there: Residuals, progress: Progress, rows: DrawnRows, means: list[float]) -> tuple[Residuals, Progress]:
         """Goes back to the least loss that the residuals held out foretell if only that of the others still falls.
@@ -305,3 +319,20 @@ class GaussNewtonStep:
             return progress._replace(since=progress.since + 1)
         more = max(progress.rows, min(progress.rows * GROWTH, self.settings.max_rows, rows.total))
         return progress._replace(rows=more, record=now, since=0)
+
+
+def _norms(jacobian: Jacobian, penalties: Tensor | None, before: Tensor | None) -> Tensor | None:
+    """Returns the largest norms of J's columns so far [P], one over which parameters are measured in; None: they are many.
+
+    So a step is the same in meters and in nanometers (Marquardt, 1963), and where a column vanishes its parameter goes no further
+    than before (Moré, 1978).
+    """
+    if jacobian.columns >= FEW:
+        return None
+    norms = jacobian.column_norms(penalties)
+    return norms if before is None else torch.maximum(norms, before)
+
+
+def _scaled(units: Tensor | float, solve: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
+    """Returns a solution in units of one."""
+    return units * solve(b)

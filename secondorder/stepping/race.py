@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from secondorder.errors import NonFiniteError
-from secondorder.stepping.gauss_newton_step import GaussNewtonStep, Progress
+from secondorder.stepping.gauss_newton_step import FEW, GaussNewtonStep, Progress
 from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals
 
 STEPS = 6  # of each start
@@ -16,8 +16,6 @@ WARM_UP = 40  # steps of a first-order optimizer that the warm start begins with
 LONGEST = 120  # but no more than these
 ROUNDING = 100  # a race that gains no more than so many eps of the first loss gains nothing
 DAMPING = 1e-2  # mu after these steps, relative to tr(J J^T)
-# With so few parameters the cold start comes first, since it mostly ends the race, and a warm start costs most of a fit.
-FEW = 20
 END = 1e-3  # a start whose loss comes below this share of the first loss ends the race,
 FALL = 0.5  # and so does one whose second half of steps brings the loss below this share of that after the first half
 
@@ -30,6 +28,7 @@ def race(run: GaussNewtonStep, here: Residuals, damping: float, first_order: Fir
     The warm start begins with steps of a first-order optimizer, and is left out if these end where the loss is not finite. The
     cold one begins with the parameters as they are, and with a mu of `damping` times the mean of J J^T's diagonal.
     """
+    # With few parameters the cold start comes first, since it mostly ends the race, and a warm start costs most of a fit.
     loss = run.loss
     theta, first = loss.flat(), here.objective
     rows = min(ROWS, run.settings.rows)

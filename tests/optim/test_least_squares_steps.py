@@ -34,7 +34,22 @@ def test_a_step_is_that_of_the_dense_formula(rows):
     assert metrics["damping"] == pytest.approx(rule * 0.3 / 40)
 
 
-def test_the_acceleration_is_half_the_second_derivative():
+def test_few_parameters_are_damped_in_their_own_units():
+    a, scales = torch.randn(12, 5), torch.tensor([1.0, 1e3, 1e-3, 1e6, 1e-6])
+    theta, y, t = nn.Parameter(torch.zeros(5)), torch.randn(12), 0.1 * scales**2
+    with torch.no_grad():
+        theta += 0.1 / scales
+    before, j = theta.detach().clone(), a * scales
+    squares = j.square().sum(0) + t
+    mu = 0.3 * (j.square().sum(0) / squares).sum() / 12
+    d = -torch.linalg.solve(j.T @ j + torch.diag(t + mu * squares), j.T @ (j @ before - y) + t * before)
+    optimizer = so.LevenbergMarquardt([theta], rows=None, race=False, acceleration=False, corrections=0, damping=0.3)
+    optimizer.step(lambda: (j @ theta - y).square().sum() + (t * theta**2).sum())
+    torch.testing.assert_close((theta.detach() - before) * scales, d * scales, rtol=1e-8, atol=1e-12)
+
+
+def test_the_acceleration_is_half_the_second_derivative(monkeypatch):
+    monkeypatch.setattr(gauss_newton_step, "FEW", 0)
     a, b = torch.randn(12, 5), 0.05 * torch.randn(12, 5, 5)
     theta = nn.Parameter(0.1 * torch.randn(5))
     before = theta.detach().clone()
@@ -58,7 +73,8 @@ def test_the_acceleration_is_half_the_second_derivative():
 @pytest.mark.parametrize(
     ("twist", "corrections", "made"), [(0.0, 0, 0), (0.3, 3, 1), (0.8, 1, 1), (0.8, 2, 2), (0.8, 3, 3), (0.8, 9, 3)]
 )
-def test_corrections_are_chords_by_the_same_jacobian(twist, corrections, made):
+def test_corrections_are_chords_by_the_same_jacobian(twist, corrections, made, monkeypatch):
+    monkeypatch.setattr(gauss_newton_step, "FEW", 0)
     # A narrow valley: along it the residuals hardly fall, and its walls bend by as much.
     mixed = torch.linalg.qr(torch.randn(7, 2))[0]
     theta, penalties, calls = nn.Parameter(torch.zeros(2)), torch.tensor([1e-5, 2e-5]), []
@@ -91,7 +107,8 @@ def test_corrections_are_chords_by_the_same_jacobian(twist, corrections, made):
     torch.testing.assert_close(calls[-1 - made :], places, rtol=1e-8, atol=1e-12)
 
 
-def test_corrections_move_no_parameter_further_than_its_lr():
+def test_corrections_move_no_parameter_further_than_its_lr(monkeypatch):
+    monkeypatch.setattr(gauss_newton_step, "FEW", 0)
     mixed = torch.linalg.qr(torch.randn(7, 2))[0]
     theta, slow = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(()))
     groups = [{"params": [theta]}, {"params": [slow], "lr": 1e-6}]
@@ -155,6 +172,50 @@ def test_a_curve_of_few_parameters_costs_few_calls():
     so.LevenbergMarquardt([p]).step(closure)
     assert calls < 20
     assert closure() < 1e-12
+
+
+UNITS = [(1.0, 1.0), (1e9, 1e-9), (1e-7, 1e8)]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1e-3])
+def test_steps_of_few_parameters_do_not_depend_on_their_units(penalty):
+    found = []
+    for units in map(torch.tensor, UNITS):
+        x = torch.linspace(0.1, 5, 50)
+        p = nn.Parameter(torch.tensor([1.0, 1.0]) * units)
+        optimizer = so.LevenbergMarquardt([p], race=False)
+        for _ in range(6):
+            optimizer.step(
+                lambda p=p, units=units, x=x: (
+                    mse_loss((q := p / units)[0] * x / (q[1] + x), 5 * x / (2 + x))
+                    + penalty * ((1 / units).square() * p.square()).sum()
+                )
+            )
+        found.append(p.detach() / units)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[2], found[0], rtol=1e-6, atol=0)
+
+
+def test_a_curve_in_any_units_is_fitted():
+    x = torch.linspace(-5, 5, 80) * 1e6 + 1e9  # a resonance: hertz and amperes
+    peak = lambda p: p[0] / (1 + ((x - p[1]) / p[2]) ** 2)  # noqa: E731
+    found = torch.tensor([1e-6, 1e9, 1e6])
+    p = nn.Parameter(torch.tensor([5e-7, 1.0005e9, 2e6]))
+    optimizer = so.LevenbergMarquardt([p])
+    for _ in range(15):
+        optimizer.step(lambda: mse_loss(peak(p), peak(found)))
+    torch.testing.assert_close(p.detach(), found, rtol=1e-9, atol=0)
+
+
+def test_a_parameter_whose_column_vanishes_comes_back():
+    w = torch.linspace(1, 10, 60) * 1e5  # a current in a resonant circuit
+    current = lambda p: 1 / torch.sqrt(p[0] ** 2 + (w * p[1] - 1 / (w * p[2])) ** 2)  # noqa: E731
+    found = torch.tensor([50.0, 1e-4, 1e-9])
+    p = nn.Parameter(torch.tensor([100.0, 1e-4, 5e-10]))
+    optimizer = so.LevenbergMarquardt([p])
+    for _ in range(25):
+        optimizer.step(lambda: mse_loss(current(p), current(found)))
+    torch.testing.assert_close(p.detach().abs(), found, rtol=1e-6, atol=0)
 
 
 def test_a_first_call_does_not_undo_earlier_training():

@@ -134,6 +134,29 @@ def test_even_powers_and_conjugates_are_squares(loss, numbers):
     torch.testing.assert_close(*(torch.autograd.grad(v, u, retain_graph=True)[0] for v in (squares, value)))
 
 
+PRODUCTS = {  # of a residual [5, 2] and constants w
+    "weights before": lambda r, w: (w * r * r).sum(),
+    "weights between": lambda r, w: (r * w * r).mean(),
+    "weights behind a square": lambda r, w: (r * (r * w / 3)).sum(),
+    "a column of weights": lambda r, w: (w[:, :1] * r * r * 2).mean(),
+    "a dot product": lambda r, w: torch.dot(w[:, 0] * (e := r[:, 0]), e) + r[:, 1].square().sum(),
+    "a number": lambda r, w: (0.5 * r * r).mean(),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_residual_times_a_multiple_of_itself_is_a_square_with_weights(name):
+    net, x, w = mlp(2, 2), torch.rand(5, 2), torch.rand(5, 2)
+    _, ours, expected = compared(lambda: (net.parameters(), lambda: PRODUCTS[name](net(x) - 1, w)), False)
+    close(ours.dense(), expected)
+    value = PRODUCTS[name](net(x) - 1, w)
+    terms = find_terms(value, Reach(net.parameters()), "test").squares
+    assert sum(t.residual.numel() for t in terms) == 10
+    squares = sum((c * t.residual.square()).sum() for c, t in zip(coefficients(value, terms, "test"), terms, strict=True))
+    found, right = (torch.autograd.grad(v, list(net.parameters()), retain_graph=True) for v in (squares, value))
+    torch.testing.assert_close(found, right)
+
+
 def test_a_norm_that_constants_widen_is_a_residual():
     net, x = mlp(2, 2), torch.rand(5, 2)
     compared(lambda: (net.parameters(), lambda: (net(x).norm() * torch.ones(3)).square().sum()), False)
@@ -152,6 +175,9 @@ def test_a_norm_that_constants_widen_is_a_residual():
         (lambda u: (u**2).mean() / (u**2).mean(), "DivBackward0"),
         (lambda u: (u**2).mean() - 2 * (u[:, 0] ** 2).mean(), "negative coefficient"),
         (lambda u: -(u**2).mean(), "negative coefficient"),
+        (lambda u: ((u[:, 0] - 10).detach() * (r := u[:, 0] + 0) * r).mean(), "negative coefficient"),
+        (lambda u: (u[:, :1] * torch.ones(5, 2) * u).mean(), "MulBackward0"),
+        (lambda u: ((r := u[:, :1]) * torch.ones(5, 2) * r).mean(), "MulBackward0"),
         (lambda u: torch.vdot(u[:, 0], u[:, 1]), "VdotBackward0"),
         (lambda u: torch.vdot((z := torch.view_as_complex(u)).conj(), z).real, "VdotBackward0"),
         (lambda u: 1 + ((z := torch.view_as_complex(u)) * z).real.mean(), "a power of complex numbers"),
