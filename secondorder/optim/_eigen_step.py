@@ -51,6 +51,9 @@ class EigenStep:
         self._operators: Any = ops if shards is None else ShardedOperators(shards, matrices, states)
         self._means = [state["mean"] for state in states]
         self._renewal: Renewal | None = None
+        for i, (matrix, state) in enumerate(zip(matrices, states, strict=True)):
+            if "bounds" in state:
+                operands.hold_back(i, matrix, state["bounds"])
 
     def plan_renewal(self, sketches: Mapping[Matrix, Sketch], hessians: Mapping[Tensor, Tensor]) -> list[str]:
         """Decides what bases are renewed from: the inputs' sketches, and gradients or bias Hessians. Nothing changes yet.
@@ -128,7 +131,7 @@ class EigenStep:
             enters: whether a matrix makes its first step after others have trained. The step length is then again that of a
                 beginning, at most: it may have grown tenfold on what the others could do alone, as a head does.
         """
-        before = self._control.clone() if enters else None
+        before = self._control.clone() if enters or self._operands.single_steps else None
         if enters:
             self._control.select(0, LENGTH).clamp_(max=FIRST_LENGTH)
         try:
@@ -146,6 +149,9 @@ class EigenStep:
         if before is not None:
             refused = self._control[REFUSED] > before[REFUSED]
             self._control[LENGTH] = torch.where(refused, before[LENGTH], self._control[LENGTH])
+            for i, single in self._operands.single_steps:
+                if rates.weights[i]:
+                    self._operands.weights[i].add_(torch.where(refused.to(single.device), 0.0, single))
 
     def note_captured(self) -> None:
         """Notes that a CUDA graph has captured the step, which is not made yet."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from secondorder._tensors import cast, local_rows, real_view
+from secondorder.optim._eigen_bounds import Bounds, held_back
 from secondorder.optim._matrices import Matrix, computed_in
 
 
@@ -18,6 +19,7 @@ class Operands:
         biases: [n] of every matrix, likewise; [0] without one.
         weight_grads: G [n, p] of every matrix; zeros where there is none.
         bias_grads: g [n] of every matrix, likewise; [0] without a bias.
+        single_steps: of weights some elements of which move by themselves, the position and the step.
 
     Args:
         owner: who asks, for errors.
@@ -37,6 +39,7 @@ class Operands:
         self.biases: list[Tensor] = []
         self.weight_grads: list[Tensor] = []
         self.bias_grads: list[Tensor] = []
+        self.single_steps: list[tuple[int, Tensor]] = []
         nothing = torch.empty(0, dtype=self.dtype, device=self._device)
         for matrix in matrices:
             values, grad = self._with_gradient(matrix.weight, matrix)
@@ -52,6 +55,12 @@ class Operands:
             values, grad = (nothing, nothing) if matrix.bias is None else self._with_gradient(matrix.bias, matrix)
             self.biases.append(values)
             self.bias_grads.append(grad)
+
+    def hold_back(self, i: int, matrix: Matrix, bounds: Bounds) -> None:
+        """Leaves out the elements at the bounds that the loop holds the i-th weight in, which move by themselves."""
+        values = self.weights[i]
+        self.weight_grads[i], step = held_back(values, self.weight_grads[i], bounds, matrix.weight.dtype)
+        self.single_steps.append((i, step))
 
     def write_back(self) -> None:
         """Gives the parameters what was written to their copies."""

@@ -14,6 +14,7 @@ from secondorder.errors import NonFiniteError
 from secondorder.ops.eigen import LAST_SLOPE, OSCILLATIONS, REFUSED, SLOPE, eigen_length
 from secondorder.optim._amp import outside_autocast
 from secondorder.optim._bias_hessians import BiasHessians
+from secondorder.optim._eigen_bounds import found_bounds, sample_of
 from secondorder.optim._eigen_observer import ObservingOptimizer
 from secondorder.optim._eigen_rates import SLOW, GroupRates, RateReader, check_group, rates_of_matrices, rates_on_device
 from secondorder.optim._eigen_reports import StepReports
@@ -45,6 +46,10 @@ class EigenAdam(ObservingOptimizer):
     rises, up to 0.1, while the loss of fresh batches still falls along the step before, and falls while that loss rises. With K,
     the number of steps along which it rose, l decays as (1 + K/25)^(-1/2), and grows no more from K = 25 on. Where parameters
     move for the first time after others have trained, as those that are unfrozen, l is at most 0.01.
+
+    Elements of weights that the loop sets after steps, as clamps and masks do, count as those without a gradient, but for a move
+    by one rounding unit, which frees those that it sets no more. Whether it sets any is looked at after steps 1, 2, 4, 8 and so on:
+    at most two constants in the first 4,096 elements, beside others that have not changed.
 
     All other parameters (a bias by itself, a norm's weight, an embedding) follow Adam's rule at the same step length. An element
     whose gradient is exactly zero moves by weight decay alone. So a row of an embedding moves only in steps that look it up; if
@@ -215,6 +220,8 @@ class EigenAdam(ObservingOptimizer):
         renews = captured or self._renews_now()
         self._sketches.expect(captured)
         self._find_maps(matrices)
+        if not captured:
+            self._find_bounds(matrices)
         states, shared = [self._state_of(matrix) for matrix in matrices], self._shared_state()
         replay = (self._renew_every, shared["steps"]) if captured else ()
         step = EigenStep(name, matrices, states, operands, shared["control"], self._shards, replay)
@@ -300,12 +307,23 @@ class EigenAdam(ObservingOptimizer):
             if share is not None and share < 1:
                 self._state_of(matrix)["share"] = share
 
+    def _find_bounds(self, matrices: list[Matrix]) -> None:
+        """Notes which weights the loop has set elements of since the last step, as clamps and masks do."""
+        for matrix in matrices:
+            if matrix.written is not None:
+                bounds, matrix.written = found_bounds(matrix, matrix.written), None
+                if bounds is not None:
+                    self.state[matrix.weight]["bounds"] = bounds
+
     def _note_made(self, step: EigenStep, matrices: list[Matrix], row_shares: dict[Matrix, float]) -> None:
         """Notes and counts a step that was made."""
         step.note_made(row_shares)
         for matrix in matrices:
+            made = self.state[matrix.weight]["step"]
             if matrix.bias is not None:
-                self.state[matrix.bias]["step"] = self.state[matrix.weight]["step"]
+                self.state[matrix.bias]["step"] = made
+            if made.bit_count() == 1:  # seldom, and ever more so, since a GPU is waited for
+                matrix.written = sample_of(matrix)
         shared = self._shared_state()
         shared["steps"] += 1
         if shared["steps"] == SLOW:
