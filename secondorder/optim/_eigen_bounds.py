@@ -20,21 +20,27 @@ def sample_of(matrix: Matrix) -> Tensor:
     return _first_elements(matrix).clone()
 
 
+def changed_since(samples: list[tuple[Matrix, Tensor]]) -> list[Matrix]:
+    """Returns the matrices whose weights are no longer what the last step has left. Waits for the device, once for all.
+
+    Args:
+        samples: matrices, and their first elements as that step has left them.
+    """
+    differ = [(_first_elements(matrix) != written.to(matrix.weight.device)).any() for matrix, written in samples]
+    return [matrix for (matrix, _), differs in zip(samples, torch.stack(differ).tolist(), strict=True) if differs]
+
+
 def found_bounds(matrix: Matrix, written: Tensor) -> Bounds | None:
     """Returns the two constants, which may be equal, that the loop has set some elements to; None if it has not.
 
     Other changes, as of an average of weights that takes their place, give elements many values, or change all of them.
 
     Args:
-        matrix: whose weight is looked at. Waits for the device.
+        matrix: one whose weight has changed.
         written: its first elements, as the last step has left them.
     """
     now = _first_elements(matrix)
-    written = written.to(now)  # the model may have been moved since
-    if torch.equal(now, written):
-        return None
-    changed = now != written
-    values = now[changed]
+    values = now[now != written.to(now.device)]
     if len(values) < FEWEST or len(values) == len(now):
         return None
     low, high = values.aminmax()

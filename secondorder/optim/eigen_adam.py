@@ -14,7 +14,7 @@ from secondorder.errors import NonFiniteError
 from secondorder.ops.eigen import LAST_SLOPE, OSCILLATIONS, REFUSED, SLOPE, eigen_length
 from secondorder.optim._amp import outside_autocast
 from secondorder.optim._bias_hessians import BiasHessians
-from secondorder.optim._eigen_bounds import found_bounds, sample_of
+from secondorder.optim._eigen_bounds import changed_since, found_bounds, sample_of
 from secondorder.optim._eigen_observer import ObservingOptimizer
 from secondorder.optim._eigen_rates import SLOW, GroupRates, RateReader, check_group, rates_of_matrices, rates_on_device
 from secondorder.optim._eigen_reports import StepReports
@@ -48,8 +48,8 @@ class EigenAdam(ObservingOptimizer):
     move for the first time after others have trained, as those that are unfrozen, l is at most 0.01.
 
     Elements of weights that the loop sets after steps, as clamps and masks do, count as those without a gradient, but for a move
-    by one rounding unit, which frees those that it sets no more. Whether it sets any is looked at after steps 1, 2, 4, 8 and so on:
-    at most two constants in the first 4,096 elements, beside others that have not changed.
+    by one rounding unit, which frees those that it sets no more. After steps 1, 2, 4, 8 and so on a weight's first 4,096 elements
+    tell whether some were set, to two constants at most.
 
     All other parameters (a bias by itself, a norm's weight, an embedding) follow Adam's rule at the same step length. An element
     whose gradient is exactly zero moves by weight decay alone. So a row of an embedding moves only in steps that look it up; if
@@ -309,11 +309,14 @@ class EigenAdam(ObservingOptimizer):
 
     def _find_bounds(self, matrices: list[Matrix]) -> None:
         """Notes which weights the loop has set elements of since the last step, as clamps and masks do."""
-        for matrix in matrices:
-            if matrix.written is not None:
-                bounds, matrix.written = found_bounds(matrix, matrix.written), None
-                if bounds is not None:
-                    self.state[matrix.weight]["bounds"] = bounds
+        samples = [(matrix, matrix.written) for matrix in matrices if matrix.written is not None]
+        for matrix in changed_since(samples) if samples else ():
+            assert matrix.written is not None
+            bounds = found_bounds(matrix, matrix.written)
+            if bounds is not None:
+                self.state[matrix.weight]["bounds"] = bounds
+        for matrix, _ in samples:
+            matrix.written = None
 
     def _note_made(self, step: EigenStep, matrices: list[Matrix], row_shares: dict[Matrix, float]) -> None:
         """Notes and counts a step that was made."""
