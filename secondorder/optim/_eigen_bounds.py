@@ -4,10 +4,15 @@ A step in bases moves an element together with others, and with the bias. Where 
 by, the rest need not be a descent, and the loss falls along no step that is made, though it falls along those that are computed.
 """
 
+import math
+from collections import Counter
+from collections.abc import MutableMapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from secondorder._tensors import local_rows, real_view
+from secondorder._tensors import Arriving, device_for, local_rows, real_view
 from secondorder.optim._eigen_state import SAMPLED
 from secondorder.optim._matrices import Matrix
 
@@ -15,36 +20,62 @@ Bounds = tuple[float, float]
 FEWEST = 3  # elements of which it means something that they have two values at most
 
 
-def sample_of(matrix: Matrix) -> Tensor:
-    """Returns a copy of a weight's first elements."""
-    return _first_elements(matrix).clone()
+class LoopChanges:
+    """What the loop has done to weights, looked at after their steps 1, 2, 4, 8 and so on, without waiting for a GPU."""
+
+    def __init__(self) -> None:
+        self._steps: Counter[Matrix] = Counter()
+        self._written: list[tuple[Matrix, Tensor]] = []  # first elements as the last step has left them
+        self._under_way: tuple[list[Matrix], Arriving] | None = None
+
+    def note_made(self, matrices: list[Matrix]) -> None:
+        """Notes that a step of these matrices was made."""
+        for matrix in matrices:
+            self._steps[matrix] += 1
+            if self._steps[matrix].bit_count() == 1 and (first := _first_elements(matrix)).numel():
+                self._written.append((matrix, first.clone()))
+
+    def look(self, states: MutableMapping[Tensor, dict[str, Any]], alike: bool) -> None:
+        """Notes in the states, as "bounds", the constants to which the loop has set elements since the last step.
+
+        Args:
+            states: the parameters' states.
+            alike: whether ranks must note it at the same step. Then the next one waits for what a GPU tells by then.
+        """
+        self._settle(states, alike)
+        if self._written:
+            summaries = torch.stack([_summary(*each) for each in self._written])
+            self._under_way = [matrix for matrix, _ in self._written], Arriving(summaries)
+            self._written = []
+            if not summaries.is_cuda:
+                self._settle(states, True)
+
+    def _settle(self, states: MutableMapping[Tensor, dict[str, Any]], wait: bool) -> None:
+        """Notes what is under way, once it has arrived."""
+        if self._under_way is None or not (wait or self._under_way[1].here):
+            return
+        (matrices, summary), self._under_way = self._under_way, None
+        for matrix, (found, low, high) in zip(matrices, summary.read().tolist(), strict=True):
+            state = states.get(matrix.weight, {})
+            if found and "basis_out" in state:
+                state["bounds"] = (low, high)
 
 
-def changed_since(samples: list[tuple[Matrix, Tensor]]) -> list[Matrix]:
-    """Returns the matrices whose weights are no longer what the last step has left. Waits for the device, once for all.
-
-    Args:
-        samples: matrices, and their first elements as that step has left them.
-    """
-    differ = [(_first_elements(matrix) != written.to(matrix.weight.device)).any() for matrix, written in samples]
-    return [matrix for (matrix, _), differs in zip(samples, torch.stack(differ).tolist(), strict=True) if differs]
-
-
-def found_bounds(matrix: Matrix, written: Tensor) -> Bounds | None:
-    """Returns the two constants, which may be equal, that the loop has set some elements to; None if it has not.
+def _summary(matrix: Matrix, written: Tensor) -> Tensor:
+    """Returns 1 and the two constants, which may be equal, that the loop has set some elements to; else 0 and two numbers, [3].
 
     Other changes, as of an average of weights that takes their place, give elements many values, or change all of them.
 
     Args:
-        matrix: one whose weight has changed.
-        written: its first elements, as the last step has left them.
+        matrix: the matrix.
+        written: its weight's first elements, as the last step has left them.
     """
     now = _first_elements(matrix)
-    values = now[now != written.to(now.device)]
-    if len(values) < FEWEST or len(values) == len(now):
-        return None
-    low, high = values.aminmax()
-    return (low.item(), high.item()) if ((values == low) | (values == high)).all() else None
+    changed = now != written.to(now.device)
+    low, high = now.masked_fill(~changed, math.inf).amin(), now.masked_fill(~changed, -math.inf).amax()
+    two = (~changed | (now == low) | (now == high)).all()
+    found = two & (changed.sum() >= FEWEST) & ~changed.all()
+    return torch.stack([found.to(low.dtype), low, high]).to(device_for(torch.float64, now), torch.float64)
 
 
 def held_back(values: Tensor, grad: Tensor, bounds: Bounds, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

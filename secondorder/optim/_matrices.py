@@ -31,7 +31,6 @@ class Matrix:
         has_bases: whether it has a basis on either side; otherwise every element stands for itself.
         layers: the modules that multiply their inputs with it: what `input_rows` gives are the inputs that it sees.
         lookups: the modules that look up its rows, of a table.
-        written: the weight's first elements as the last step has left them, where the next one compares them; else None.
     """
 
     weight: Tensor
@@ -40,7 +39,6 @@ class Matrix:
     has_bases: bool
     layers: list[nn.Module] = field(default_factory=list)
     lookups: list[nn.Module] = field(default_factory=list)
-    written: Tensor | None = None
 
     @property
     def modules(self) -> list[nn.Module]:

@@ -1,6 +1,6 @@
 """EigenAdam: Adam in the eigenbasis of the expectation-approximated curvature."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from secondorder.errors import NonFiniteError
 from secondorder.ops.eigen import LAST_SLOPE, OSCILLATIONS, REFUSED, SLOPE, eigen_length
 from secondorder.optim._amp import outside_autocast
 from secondorder.optim._bias_hessians import BiasHessians
-from secondorder.optim._eigen_bounds import changed_since, found_bounds, sample_of
+from secondorder.optim._eigen_bounds import LoopChanges
 from secondorder.optim._eigen_observer import ObservingOptimizer
 from secondorder.optim._eigen_rates import SLOW, GroupRates, RateReader, check_group, rates_of_matrices, rates_on_device
 from secondorder.optim._eigen_reports import StepReports
@@ -168,6 +168,10 @@ class EigenAdam(ObservingOptimizer):
         self._warned: set[str] = set()  # the warnings that were given
         self._growth = LossGrowth(type(self).__name__, "lower lr, or clip the gradients")  # of closures
 
+    def _find_anew(self, states: Mapping[Tensor, dict[str, Any]] | None = None) -> None:
+        super()._find_anew(states)
+        self._changes = LoopChanges()
+
     # --- the step ------------------------------------------------------------------------------------------------------------
 
     @outside_autocast
@@ -221,7 +225,7 @@ class EigenAdam(ObservingOptimizer):
         self._sketches.expect(captured)
         self._find_maps(matrices)
         if not captured:
-            self._find_bounds(matrices)
+            self._changes.look(self.state, self._is_distributed)
         states, shared = [self._state_of(matrix) for matrix in matrices], self._shared_state()
         replay = (self._renew_every, shared["steps"]) if captured else ()
         step = EigenStep(name, matrices, states, operands, shared["control"], self._shards, replay)
@@ -307,26 +311,13 @@ class EigenAdam(ObservingOptimizer):
             if share is not None and share < 1:
                 self._state_of(matrix)["share"] = share
 
-    def _find_bounds(self, matrices: list[Matrix]) -> None:
-        """Notes which weights the loop has set elements of since the last step, as clamps and masks do."""
-        samples = [(matrix, matrix.written) for matrix in matrices if matrix.written is not None]
-        for matrix in changed_since(samples) if samples else ():
-            assert matrix.written is not None
-            bounds = found_bounds(matrix, matrix.written)
-            if bounds is not None:
-                self.state[matrix.weight]["bounds"] = bounds
-        for matrix, _ in samples:
-            matrix.written = None
-
     def _note_made(self, step: EigenStep, matrices: list[Matrix], row_shares: dict[Matrix, float]) -> None:
         """Notes and counts a step that was made."""
         step.note_made(row_shares)
         for matrix in matrices:
-            made = self.state[matrix.weight]["step"]
             if matrix.bias is not None:
-                self.state[matrix.bias]["step"] = made
-            if made.bit_count() == 1:  # seldom, and ever more so, since a GPU is waited for
-                matrix.written = sample_of(matrix)
+                self.state[matrix.bias]["step"] = self.state[matrix.weight]["step"]
+        self._changes.note_made(matrices)
         shared = self._shared_state()
         shared["steps"] += 1
         if shared["steps"] == SLOW:

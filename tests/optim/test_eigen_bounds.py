@@ -10,6 +10,9 @@ from helpers.eigen import batch, network, reloaded, train, values
 from torch import nn
 
 import secondorder as so
+from secondorder.optim import _eigen_bounds
+from secondorder.optim._eigen_bounds import LoopChanges
+from secondorder.optim._matrices import Matrix
 
 
 class Positive(nn.Module):
@@ -202,3 +205,47 @@ def test_a_weight_whose_learning_rate_is_zero_moves_nowhere():
     before = [p.detach().clone() for p in weights]
     train(model, frozen, range(3))
     assert all(map(torch.equal, weights, before))
+
+
+def test_a_gpu_is_not_waited_for(monkeypatch):
+    """What the loop has done is noted once a GPU has told, in a later step; where ranks must note it alike, in the next one."""
+    told = {"here": False}
+
+    class Late:
+        def __init__(self, t):
+            self.t = t
+
+        @property
+        def here(self):
+            return told["here"]
+
+        def read(self):
+            assert told["here"] or told["alike"]
+            return self.t
+
+    matrix = Matrix(torch.ones(4, 5), None, "weight", True)
+    states = {matrix.weight: {"basis_out": None}}
+    monkeypatch.setattr(_eigen_bounds, "Arriving", Late)
+    monkeypatch.setattr(_eigen_bounds, "_summary", lambda *each, of=_eigen_bounds._summary: OnGpu(of(*each)))
+    for alike in (False, True):
+        told.update(here=False, alike=alike)
+        changes = LoopChanges()
+        changes.note_made([matrix])
+        matrix.weight[:2] = 0.0
+        changes.look(states, alike)
+        assert "bounds" not in states[matrix.weight]
+        changes.look(states, alike)
+        assert ("bounds" in states[matrix.weight]) == alike
+        told["here"] = True
+        changes.look(states, alike)
+        assert states[matrix.weight].pop("bounds") == (0.0, 0.0)
+        matrix.weight.fill_(1.0)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that says otherwise."""
+
+    is_cuda = True
+
+    def __new__(cls, t):
+        return t.as_subclass(cls)
