@@ -18,6 +18,16 @@ from secondorder.reference.eigen_rows import (
 # The entries of `control`: see `secondorder.ops.CONTROL`.
 LENGTH, OSCILLATIONS, SLOPE, LAST_SLOPE, STEPS, REFUSED, UNRENEWED, _FIRST_SLOPE = range(8)
 
+# The rule of the step length l = L (1 + K / 25)^(-1/2) min(1, (t + 2) / 14).
+BEGINNING = 14  # steps over which l rises
+FIRST_LENGTH = 0.01  # what L is at first, and at most in the beginning
+MOST_OSCILLATIONS = 25  # K from which on L rises no more
+SHORTEST, LONGEST = 1e-6, 0.1  # L is between these
+GROWS, SHRINKS = 0.1, -0.6  # r above which L rises, and below which it falls,
+CHANGE = 0.05  # by exp(0.05 d), where d is how far r is beyond, at most 1
+SHORTENED = 0.7  # times as long is L where the first steps are too long
+AVERAGED = 0.2  # the weight of a new slope in the averages
+
 
 def eigen_sketch_(
     sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor, control: Tensor | None = None, renew_every: int = 0
@@ -124,7 +134,8 @@ def _idle(control: Tensor | None, renew_every: int) -> bool:
 
 def eigen_length(entries: Sequence[float]) -> float:
     """Returns the step length that the entries of `control` give, without lr."""
-    return entries[LENGTH] / (1 + entries[OSCILLATIONS] / 25) ** 0.5 * min(1.0, (entries[STEPS] + 2) / 14)
+    falling = (1 + entries[OSCILLATIONS] / MOST_OSCILLATIONS) ** 0.5
+    return entries[LENGTH] / falling * min(1.0, (entries[STEPS] + 2) / BEGINNING)
 
 
 def eigen_control_(control: Tensor, slope: float, last_slope: float, renewed: bool) -> None:
@@ -133,23 +144,23 @@ def eigen_control_(control: Tensor, slope: float, last_slope: float, renewed: bo
     if t == 0:
         average = first = slope
     else:
-        average += 0.2 * (slope - average)
+        average += AVERAGED * (slope - average)
         if not renewed:
-            last_average += 0.2 * (last_slope - last_average)
+            last_average += AVERAGED * (last_slope - last_average)
             oscillations += last_slope < 0
-            if t <= 14 and first > 0:  # the length rises
-                if last_slope > 0.1 * average:
-                    length = min(length / 0.7, 0.01)
-                    first *= length < 0.01
+            if t <= BEGINNING and first > 0:
+                if last_slope > GROWS * average:
+                    length = min(length / SHORTENED, FIRST_LENGTH)
+                    first *= length < FIRST_LENGTH
                 elif last_average < 0 or average > first:
-                    length *= 0.7
-    if t > 14 and average != 0:
+                    length *= SHORTENED
+    if t > BEGINNING and average != 0:
         r = last_average / abs(average)
-        if r > 0.1 and oscillations < 25:
-            length *= math.exp(0.05 * min(1.0, r - 0.1))
-        elif r < -0.6:
-            length *= math.exp(0.05 * max(-1.0, r + 0.6))
-        length = min(max(length, 1e-6), 0.1)
+        if r > GROWS and oscillations < MOST_OSCILLATIONS:
+            length *= math.exp(CHANGE * min(1.0, r - GROWS))
+        elif r < SHRINKS:
+            length *= math.exp(CHANGE * max(-1.0, r - SHRINKS))
+        length = min(max(length, SHORTEST), LONGEST)
     entries = [length, oscillations, average, last_average, t + 1, refused, unrenewed, first]
     control.copy_(torch.tensor(entries, dtype=control.dtype, device="cpu"))
 
