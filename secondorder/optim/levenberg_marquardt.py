@@ -75,9 +75,10 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     stand for themselves, such as a field's values, are held out.
 
     **The first call** of `step` does more, since first steps decide which minimum is reached. It takes 6 steps from each of two
-    starts and goes on from the least loss, that of the beginning included. One start is the net after 40 steps of `EigenAdam`, or
-    up to 120 until the loss has halved; the other is the net as it is. The second is left out if the first ends below a
-    thousandth of the first loss, or has halved it in its last three steps. With fewer than 20 parameters the order is reversed.
+    starts and goes on from the least loss, that of the beginning included. One start is the net after 40 steps of `EigenAdam`,
+    after fewer if these bring the loss below a tenth, or after up to 120 until it has halved; the other is the net as it is. The
+    second is left out if the first ends below a thousandth of the first loss, or has halved it in its last three steps. With
+    fewer than 20 parameters the order is reversed.
 
     Args:
         params: a model, parameters, or param_groups, of one floating dtype on one device. Coefficients of an equation that are to

@@ -12,7 +12,10 @@ from secondorder.stepping.least_squares_loss import LeastSquaresLoss, Residuals
 
 STEPS = 6  # of each start
 ROWS = 150  # drawn in these steps
-WARM_UP = 40  # steps of a first-order optimizer that the warm start begins with, and more until the loss has halved,
+# The warm start begins with steps of a first-order optimizer:
+WARM_UP = 40  # so many,
+EARLY = 0.1  # or fewer, if the loss is below this share of the first one by then,
+HALVED = 0.5  # or more until it is below this share,
 LONGEST = 120  # but no more than these
 ROUNDING = 100  # a race that gains no more than so many eps of the first loss gains nothing
 DAMPING = 1e-2  # mu after these steps, relative to tr(J J^T)
@@ -73,7 +76,7 @@ def _warmed_up(loss: LeastSquaresLoss, here: Residuals, first_order: FirstOrder)
     try:
         for step in range(LONGEST):
             values = loss.there(here)
-            if step >= WARM_UP and loss.objective(values, here) < here.objective / 2:
+            if loss.objective(values, here) < (EARLY if step < WARM_UP else HALVED) * here.objective:
                 break
             with torch.enable_grad():
                 total = sum((c * r.square()).sum() for c, r in zip(here.weights, values, strict=True))

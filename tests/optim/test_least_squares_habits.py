@@ -390,12 +390,17 @@ def test_parameters_of_several_dtypes_are_refused():
         so.LevenbergMarquardt(nn.Linear(2, 1).bfloat16().parameters())
 
 
-def test_the_warm_up_goes_on_until_the_loss_has_halved(monkeypatch):
+def test_the_warm_up_ends_at_a_tenth_of_the_loss_or_goes_on_until_it_has_halved(monkeypatch):
     steps = []
     own = so.EigenAdam.step
     monkeypatch.setattr(so.EigenAdam, "step", lambda self, closure=None: steps.append(1) or own(self, closure))
     fast, x, y = regression()
     so.LevenbergMarquardt(fast.parameters()).step(lambda: mse_loss(fast(x), y))
+    assert 5 < len(steps) < race.WARM_UP
+    steps.clear()
+    noisy = regression()[0]
+    y = y + 0.5 * y.std() * torch.randn(y.shape)  # a fifth of the mean square is noise
+    so.LevenbergMarquardt(noisy.parameters()).step(lambda: mse_loss(noisy(x), y))
     assert len(steps) == race.WARM_UP
     steps.clear()
     slow = nn.Linear(20, 1)
