@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
 #include <initializer_list>
@@ -56,9 +57,22 @@ inline void check_same(const char* op, const char* name, const at::Tensor& t, co
   check_same_device(op, name, t, like_name, like);
 }
 
-// `t` is written in place.
+// `t` is dense, in the order of its indices.
 inline void check_contiguous(const char* op, const char* name, const at::Tensor& t) {
   TORCH_CHECK_VALUE(t.is_contiguous(), op, ": expected a contiguous ", name, ", got strides ", t.strides());
+}
+
+// `t` may be written in place. ATen refuses to count a write to an inference tensor outside of inference mode, but only
+// when the kernel has made it.
+inline void check_mutable(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK(!t.is_inference() || c10::InferenceMode::is_enabled(), op, ": expected ", name,
+              " that may be written, got an inference tensor outside of torch.inference_mode()");
+}
+
+// `t` is what a kernel can write in place.
+inline void check_writable(const char* op, const char* name, const at::Tensor& t) {
+  check_contiguous(op, name, t);
+  check_mutable(op, name, t);
 }
 
 }  // namespace secondorder

@@ -69,7 +69,7 @@ void check_eacg_update(at::TensorList hessians, at::TensorList mean_inputs, at::
   const auto check_target = [&](const char* name, const at::Tensor& t, const char* like_name, const at::Tensor& like) {
     check_shape(op, name, t, like.sizes());
     check_same(op, name, t, like_name, like);
-    check_contiguous(op, name, t);
+    check_writable(op, name, t);
     const bool apart = t.numel() == 0 || targets.emplace(t.storage().unsafeGetStorageImpl(), t.storage_offset()).second;
     TORCH_CHECK_VALUE(apart, op, ": expected a ", name,
                       " in memory of its own, got one that is written elsewhere, too");

@@ -24,7 +24,7 @@ void check_written(const char* op, const char* name, const at::Tensor& t, at::In
                    const at::Tensor& like) {
   check_shape(op, name, t, shape);
   check_same(op, name, t, "grad_weight", like);
-  check_contiguous(op, name, t);
+  check_writable(op, name, t);
 }
 
 // What a matrix of a step and of a renewal has in common; the sizes of the parts of its gradient.
@@ -65,7 +65,7 @@ void check_eigen_sketch(const at::Tensor& sketch, const at::Tensor& inputs, cons
   check_same(op, "shift", shift, "inputs", inputs);
   check_shape(op, "sketch", sketch, {k + 1, p});
   check_same(op, "sketch", sketch, "inputs", inputs);
-  check_contiguous(op, "sketch", sketch);
+  check_writable(op, "sketch", sketch);
   check_replay(op, renew_every, 0);
   TORCH_CHECK_VALUE(control.has_value() || !renew_every, op, ": expected control with renew_every > 0, got None");
   if (!control) return;
@@ -92,6 +92,7 @@ void check_eigen_renew(at::TensorList mean, at::TensorList basis_out, at::Tensor
                      {"rows", rows.size()},
                      {"share", share.size()}});
   check_control(op, control);
+  check_mutable(op, "control", control);
   check_replay(op, renew_every, since);
   TORCH_CHECK_VALUE(decay >= 0 && decay < 1, op, ": expected decay in [0, 1), got ", decay);
   for (size_t l = 0; l < grad_weight.size(); ++l) {
@@ -141,6 +142,7 @@ void check_eigen_step(at::TensorList weight, at::TensorList bias, at::TensorList
                      {"decay_bias", decay_bias.size()},
                      {"step", step.size()}});
   check_control(op, control);
+  check_mutable(op, "control", control);
   check_replay(op, renew_every, since);
   if (rate) {
     check_shape(op, "rate", *rate, {int64_t(grad_weight.size()), 2});
@@ -163,7 +165,7 @@ void check_eigen_step(at::TensorList weight, at::TensorList bias, at::TensorList
     check_written(op, "second", second[l], {sizes.parts()}, g);
     check_dim(op, "last", last[l], 1);
     check_same(op, "last", last[l], "grad_weight", g);
-    check_contiguous(op, "last", last[l]);
+    check_writable(op, "last", last[l]);
     const int64_t sampled = last[l].numel() - sizes.rest();  // of E: whole rows
     TORCH_CHECK_VALUE(sampled >= 0 && sampled % sizes.p == 0 && (sampled > 0) == (sizes.residual() > 0) &&
                           sampled <= sizes.residual(),
@@ -173,6 +175,7 @@ void check_eigen_step(at::TensorList weight, at::TensorList bias, at::TensorList
     TORCH_CHECK_TYPE(size[l].scalar_type() == at::kDouble, op, ": expected size of dtype float64, got ",
                      size[l].scalar_type());
     check_same_device(op, "size", size[l], "control", control);
+    check_mutable(op, "size", size[l]);
     TORCH_CHECK_VALUE(step[l] >= 0, op, ": expected step >= 0, got ", step[l]);
     TORCH_CHECK_VALUE(lr[l] >= 0 && lr_bias[l] >= 0, op, ": expected lr >= 0, got ", lr[l], " and ", lr_bias[l]);
     TORCH_CHECK_VALUE(decay[l] >= 0 && decay_bias[l] >= 0, op, ": expected decay >= 0, got ", decay[l], " and ",

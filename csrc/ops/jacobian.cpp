@@ -22,6 +22,7 @@ void check_out(const at::Tensor& out) {
   TORCH_CHECK_VALUE((n < 2 || out.stride(1) == 1) && (m < 2 || out.stride(0) >= n), kOp,
                     ": expected out with contiguous rows that do not overlap, got shape ", out.sizes(), " and strides ",
                     out.strides());
+  check_mutable(kOp, "out", out);
 }
 
 // One piece, as a block of its own.

@@ -305,6 +305,33 @@ def test_what_is_written_counts_it(index):
         assert not isinstance(t, torch.Tensor) or same(t, before) or t._version > version
 
 
+@needs_kernels
+@pytest.mark.parametrize("index", range(OPERATORS))
+def test_inference_tensors_are_written_in_inference_mode_alone(index):
+    """Elsewhere ATen refuses to count the write, which must not have been made then. What is read may be one anywhere."""
+    op, arguments = cases(square_problem())[index]
+    with torch.inference_mode():
+        locked = mapped(arguments, torch.clone)
+        op(*mapped(arguments, torch.clone))
+    fresh = mapped(arguments, torch.clone)
+    writes = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
+    op(*(f if written else r for f, r, written in zip(fresh, locked, writes[: len(fresh)], strict=True)))
+    for place, tensors in enumerate(arguments):
+        for chosen in leaves((tensors,)) if writes[place] else []:
+            given = mapped(arguments, torch.clone)
+            taken = mapped((tensors,), lambda t, chosen=chosen: locked_copy(t) if t is chosen else t.clone())
+            given = (*given[:place], *taken, *given[place + 1 :])
+            with pytest.raises(RuntimeError, match="that may be written, got an inference tensor outside of"):
+                op(*given)
+            for a, b in zip(leaves(given), leaves(arguments), strict=True):
+                assert not isinstance(a, torch.Tensor) or same(a, b)
+
+
+def locked_copy(t):
+    with torch.inference_mode():
+        return t.clone()
+
+
 @pytest.mark.parametrize("index", range(OPERATORS))
 def test_plain_pytorch_returns_contiguous_tensors_as_the_fake_ones_are(index, elsewhere):
     op, arguments = cases(square_problem())[index]
