@@ -36,7 +36,7 @@ class LoopChanges:
                 self._written.append((matrix, first.clone()))
 
     def look(self, states: MutableMapping[Tensor, dict[str, Any]], alike: bool) -> None:
-        """Notes in the states, as "bounds", the constants to which the loop has set elements since the last step.
+        """Notes in the states, as "low" and "high", the constants to which the loop has set elements since the last step.
 
         Args:
             states: the parameters' states.
@@ -58,7 +58,7 @@ class LoopChanges:
         for matrix, (found, low, high) in zip(matrices, summary.read().tolist(), strict=True):
             state = states.get(matrix.weight, {})
             if found and "basis_out" in state:
-                state["bounds"] = (low, high)
+                state |= {"low": low, "high": high}
 
 
 def _summary(matrix: Matrix, written: Tensor) -> Tensor:
@@ -78,11 +78,11 @@ def _summary(matrix: Matrix, written: Tensor) -> Tensor:
     return torch.stack([found.to(low.dtype), low, high]).to(device_for(torch.float64, now), torch.float64)
 
 
-def held_back(values: Tensor, grad: Tensor, bounds: Bounds, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns a gradient without the elements at the bounds, and a step for these: a rounding unit downhill.
+def held_back(values: Tensor, grad: Tensor, bounds: Bounds, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns a gradient without the elements at the bounds, which these are, and where they move: a rounding unit downhill.
 
     The loop takes that step back as long as it holds the element; one that it holds no more is off its bound, and moves with the
-    others from the next step on.
+    others from the next step on. Weight decay, too, would take elements off their bounds.
 
     Args:
         values: the weight.
@@ -90,10 +90,10 @@ def held_back(values: Tensor, grad: Tensor, bounds: Bounds, dtype: torch.dtype) 
         bounds: what the loop has set elements to.
         dtype: the parameter's own.
     """
-    held = (values == bounds[0]) | (values == bounds[1])
+    held = ((values == bounds[0]) | (values == bounds[1])) & (grad != 0)
     unit = torch.finfo(dtype)
-    step = -grad.sign() * (unit.eps * values.abs() + unit.tiny)
-    return grad * ~held, torch.where(held, step, 0.0)  # what is not finite stays, so that the step is refused
+    moved = values - grad.sign() * (unit.eps * values.abs() + unit.tiny)
+    return grad * ~held, held, moved  # what is not finite stays, so that the step is refused
 
 
 def _first_elements(matrix: Matrix) -> Tensor:

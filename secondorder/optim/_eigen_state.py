@@ -1,5 +1,6 @@
 """EigenAdam's state of a matrix, and of the step length."""
 
+import math
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ def new_bases(matrix: Matrix, rank: int) -> dict[str, Any]:
         "scale_out": torch.zeros(ku, device=device, dtype=dtype), "scale_in": torch.zeros(kv, device=device, dtype=dtype),
         "mean": torch.zeros(p if matrix.bias is not None else 0, device=device, dtype=dtype),
         "size": torch.zeros(1, device=device_for(torch.float64, matrix.weight), dtype=torch.float64),
+        "low": math.inf, "high": -math.inf,  # what the loop sets elements to; as long as low > high, it sets none
     }  # fmt: skip
 
 

@@ -52,8 +52,9 @@ class EigenStep:
         self._means = [state["mean"] for state in states]
         self._renewal: Renewal | None = None
         for i, (matrix, state) in enumerate(zip(matrices, states, strict=True)):
-            if "bounds" in state:
-                operands.hold_back(i, matrix, state["bounds"])
+            bounds = state.get("low", math.inf), state.get("high", -math.inf)
+            if bounds[0] <= bounds[1]:
+                operands.hold_back(i, matrix, bounds)
 
     def plan_renewal(self, sketches: Mapping[Matrix, Sketch], hessians: Mapping[Tensor, Tensor]) -> list[str]:
         """Decides what bases are renewed from: the inputs' sketches, and gradients or bias Hessians. Nothing changes yet.
@@ -131,7 +132,7 @@ class EigenStep:
             enters: whether a matrix makes its first step after others have trained. The step length is then again that of a
                 beginning, at most: it may have grown tenfold on what the others could do alone, as a head does.
         """
-        before = self._control.clone() if enters or self._operands.single_steps else None
+        before = self._control.clone() if enters or self._operands.held else None
         if enters:
             self._control.select(0, LENGTH).clamp_(max=FIRST_LENGTH)
         try:
@@ -149,9 +150,10 @@ class EigenStep:
         if before is not None:
             refused = self._control[REFUSED] > before[REFUSED]
             self._control[LENGTH] = torch.where(refused, before[LENGTH], self._control[LENGTH])
-            for i, single in self._operands.single_steps:
+            for i, held, moved in self._operands.held:
+                weight = self._operands.weights[i]
                 if rates.weights[i]:
-                    self._operands.weights[i].add_(torch.where(refused.to(single.device), 0.0, single))
+                    weight.copy_(torch.where(held & ~refused.to(held.device), moved, weight))
 
     def note_captured(self) -> None:
         """Notes that a CUDA graph has captured the step, which is not made yet."""

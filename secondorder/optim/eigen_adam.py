@@ -47,9 +47,9 @@ class EigenAdam(ObservingOptimizer):
     the number of steps along which it rose, l decays as (1 + K/25)^(-1/2), and grows no more from K = 25 on. Where parameters
     move for the first time after others have trained, as those that are unfrozen, l is at most 0.01.
 
-    Elements of weights that the loop sets after steps, as clamps and masks do, count as those without a gradient, but for a move
-    by one rounding unit, which frees those that it sets no more. After steps 1, 2, 4, 8 and so on a weight's first 4,096 elements
-    tell whether some were set, to two constants at most.
+    Elements of weights that the loop sets after steps, as clamps and masks do, count as those without a gradient. In place of
+    weight decay they move by one rounding unit, which frees those that it sets no more. After steps 1, 2, 4, 8 and so on a
+    weight's first 4,096 elements tell whether some were set, to two constants at most.
 
     All other parameters (a bias by itself, a norm's weight, an embedding) follow Adam's rule at the same step length. An element
     whose gradient is exactly zero moves by weight decay alone. So a row of an embedding moves only in steps that look it up; if

@@ -5,14 +5,30 @@ import io
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from helpers.eigen import batch, network, reloaded, train, values
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 import secondorder as so
 from secondorder.optim import _eigen_bounds
 from secondorder.optim._eigen_bounds import LoopChanges
 from secondorder.optim._matrices import Matrix
+
+NONE = {"low": float("inf"), "high": -float("inf")}
+
+
+def bounds(state):
+    """What a state says that the loop sets elements to; None: it sets none, or it is a bias' state."""
+    found = tuple(state[key] for key in NONE if key in state)
+    return found if found and found != tuple(NONE.values()) else None
 
 
 class Positive(nn.Module):
@@ -54,6 +70,23 @@ def clamped(make, low, high):
 def test_clamped_weights_train(low, high):
     adam = clamped(lambda model: torch.optim.Adam(model.parameters(), 1e-2), low, high)
     assert clamped(so.EigenAdam, low, high) < 1.2 * adam
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_weight_decay_takes_no_element_off_its_bound(decay):
+    """An element that is pushed against its bound stays there, in every step."""
+    model = network()
+    optimizer = so.EigenAdam(model, weight_decay=decay)
+    weight = model[2].weight
+    for seed in range(4):
+        train(model, optimizer, [seed])
+        weight.data.clamp_(-0.05, 0.05)
+    assert bounds(optimizer.state[weight]) == (-0.05, 0.05)
+    gradients(model, 9)
+    outwards = (weight.abs() == 0.05) & (weight * weight.grad < 0)
+    assert outwards.any()
+    optimizer.step()
+    assert (weight[outwards].abs() > 0.05).all()
 
 
 def masks_of(model):
@@ -110,7 +143,8 @@ def test_elements_that_the_loop_sets_count_as_those_without_a_gradient():
     before = [p.detach().clone() for p in model.parameters()]
     downhill = [-p.grad.sign() for p in model.parameters()]
     for p in other.parameters():
-        assert plain.state[p].pop("bounds", None) == ((0.0, 0.0) if p.dim() == 2 else None)
+        assert bounds(plain.state[p]) == ((0.0, 0.0) if p.dim() == 2 else None)
+        plain.state[p].update(NONE)
         p.grad *= p != 0
     optimizer.step()
     plain.step()
@@ -137,7 +171,7 @@ def test_a_convolution_that_masks_its_weight_in_its_forward():
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
-    assert [optimizer.state[model[i].weight]["bounds"] for i in (0, 2)] == [(0.0, 0.0)] * 2
+    assert [bounds(optimizer.state[model[i].weight]) for i in (0, 2)] == [(0.0, 0.0)] * 2
 
 
 @pytest.mark.parametrize("how", ["average", "noise", "shrink", "restore", "rescale"])
@@ -158,7 +192,7 @@ def test_other_changes_by_the_loop_hold_nothing(how):
                     p.copy_(old[name])
                 elif p.dim() == 2:
                     p.copy_(p.renorm(2, 0, 0.5))
-    assert not any("bounds" in state for state in optimizer.state.values())
+    assert not any(map(bounds, optimizer.state.values()))
 
 
 @pytest.mark.parametrize("where", ["held", "free"])
@@ -182,6 +216,45 @@ def test_a_resumed_run_is_the_same_to_the_bit():
     other = torch.load(file, weights_only=False)
     resumed = so.EigenAdam(other)
     resumed.load_state_dict(reloaded(optimizer.state_dict()))
+    assert masks_go_on_alike(model, optimizer, (other, resumed))
+
+
+def saved_by_dcp(model, optimizer, path):
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=path)
+
+
+def loaded_by_dcp(model, optimizer, path):
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    dcp.load({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_dcp_resumes_is_the_same_to_the_bit(tmp_path):
+    model, optimizer = trained_with_masks()
+    saved_by_dcp(model, optimizer, tmp_path)
+    other = network()
+    resumed = so.EigenAdam(other)
+    loaded_by_dcp(other, resumed, tmp_path)
+    assert masks_go_on_alike(model, optimizer, (other, resumed))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_from_before_the_loop_set_elements_is_loaded(tmp_path):
+    model, optimizer = trained_with_masks(1)
+    saved_by_dcp(model, optimizer, tmp_path)
+    other, resumed = trained_with_masks()
+    loaded_by_dcp(other, resumed, tmp_path)
+    assert not any(map(bounds, resumed.state.values()))
+
+
+def test_a_flattened_state_has_what_the_loop_sets_elements_to():
+    model, optimizer = trained_with_masks()
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    other = copy.deepcopy(model)
+    resumed = so.EigenAdam(other)
+    set_optimizer_state_dict(other, resumed, get_optimizer_state_dict(model, optimizer, options=flat), options=flat)
     assert masks_go_on_alike(model, optimizer, (other, resumed))
 
 
@@ -224,7 +297,7 @@ def test_a_gpu_is_not_waited_for(monkeypatch):
             return self.t
 
     matrix = Matrix(torch.ones(4, 5), None, "weight", True)
-    states = {matrix.weight: {"basis_out": None}}
+    states = {matrix.weight: {"basis_out": None, **NONE}}
     monkeypatch.setattr(_eigen_bounds, "Arriving", Late)
     monkeypatch.setattr(_eigen_bounds, "_summary", lambda *each, of=_eigen_bounds._summary: OnGpu(of(*each)))
     for alike in (False, True):
@@ -233,12 +306,13 @@ def test_a_gpu_is_not_waited_for(monkeypatch):
         changes.note_made([matrix])
         matrix.weight[:2] = 0.0
         changes.look(states, alike)
-        assert "bounds" not in states[matrix.weight]
+        assert not bounds(states[matrix.weight])
         changes.look(states, alike)
-        assert ("bounds" in states[matrix.weight]) == alike
+        assert bool(bounds(states[matrix.weight])) == alike
         told["here"] = True
         changes.look(states, alike)
-        assert states[matrix.weight].pop("bounds") == (0.0, 0.0)
+        assert bounds(states[matrix.weight]) == (0.0, 0.0)
+        states[matrix.weight].update(NONE)
         matrix.weight.fill_(1.0)
 
 
