@@ -32,7 +32,9 @@ REFUSED = (*DIVERGED, TypeError, ValueError, RuntimeError)  # a guest's
 
 def environment() -> str:
     """What the seconds were measured on."""
-    return f"{cpu_name()}, {so.build_info()['vectors']} vectors, 1 thread, torch {torch.__version__}"
+    built = so.build_info()
+    kernels = f"{built['vectors']} vectors" if built["extension"] else "without the extension"
+    return f"{cpu_name()}, {kernels}, 1 thread, torch {torch.__version__}"
 
 
 def _rounded(value: float) -> float:

@@ -459,6 +459,7 @@ def test_opcheck():
         torch.library.opcheck(op, arguments)
 
 
+@needs_kernels
 def test_noncontiguous_arguments():
     torch.manual_seed(0)
     h, s, y = positive_definite(6), torch.randn(12).double()[::2], torch.randn(6, 2).double()[:, 1]

@@ -107,6 +107,7 @@ def test_no_outputs_and_no_inputs():
     assert ops.bias_hessian(torch.eye(3), torch.zeros(3, 0), torch.zeros(2, 0), None, None, 0.0).shape == (0, 0)
 
 
+@needs_kernels
 def test_any_strides():
     h, w, d1, d2, g = problem(20, 50, 40)
     expected = ops.bias_hessian(h, w, d1, d2, g, -1.0)

@@ -75,10 +75,11 @@ def made(make=network, criterion=F.cross_entropy, **options):
 
 
 def assert_alike(model, optimizer, twin, eager):
-    """Shares and learning rates are rounded elsewhere."""
-    torch.testing.assert_close(values(model), values(twin), rtol=1e-9, atol=1e-9)
+    """Shares and learning rates are rounded elsewhere; without kernels a solve may end elsewhere."""
+    close = {key: 1e-9 if so.build_info()["extension"] else 1e-5 for key in ("rtol", "atol")}
+    torch.testing.assert_close(values(model), values(twin), **close)
     own, other = optimizer.state_dict(), eager.state_dict()
-    torch.testing.assert_close(own["state"], other["state"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(own["state"], other["state"], **close)
     assert [group["skipped_steps"] for group in own["param_groups"]] == [g["skipped_steps"] for g in other["param_groups"]]
 
 
