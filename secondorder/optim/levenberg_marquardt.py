@@ -164,7 +164,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         """Makes one step, or up to `max_iter`: fewer if one of them lowers nothing, with which the call ends.
 
         A step calls the closure three times or more (twice without acceleration), and once less if it goes on from one of the
-        same call. With race=True the first step of all calls it some 50 to 90 times, or 20 to 30 with fewer than 20 parameters.
+        same call. With race=True the first step of all calls it some 40 to 100 times, or 20 to 30 with fewer than 20 parameters.
         Within a call of `step` every call of the closure starts from the same state of torch's random generators, so that it
         draws the same points each time; the next call draws new ones.
 
