@@ -21,7 +21,7 @@ from secondorder.optim._amp import restore_scale, unscaling_factor
 from secondorder.optim._coverage import fallback_reasons, supported_layers, too_wide
 from secondorder.optim._fallback import Fallback
 from secondorder.optim._growth import LossGrowth
-from secondorder.optim._numbers import NUMBERS, Numbers, check_flags, check_numbers
+from secondorder.optim._numbers import NUMBERS, Numbers, check_flags, check_nonfinite, check_numbers
 from secondorder.optim._optimizer import WHOLE, SecondOrderOptimizer
 from secondorder.optim._recorded import recorded_layers
 
@@ -79,8 +79,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         name = type(self).__name__
         model = _whole_module(name, model)
         self.criterion = as_criterion(name, criterion)
-        if nonfinite not in ("error", "skip"):
-            raise ValueError(f"{name}: expected nonfinite 'error' or 'skip', got {nonfinite!r}")
+        check_nonfinite(name, nonfinite)
         ddp = model if isinstance(model, DistributedDataParallel) else None
         called, model = model, model if ddp is None else ddp.module
         names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}

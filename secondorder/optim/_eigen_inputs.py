@@ -11,8 +11,6 @@ from secondorder import ops
 from secondorder.optim._matrices import Matrix
 from secondorder.optim._tables import AllReduce
 
-Replay = tuple[()] | tuple[Tensor, int]
-
 
 @dataclass
 class Sketch:
@@ -50,7 +48,9 @@ class Sketches:
             self.by_matrix.clear()
             self._captured = captured
 
-    def add(self, matrix: Matrix, state: dict[str, Any], rows: Tensor, alone: bool, replay: Replay = ()) -> None:
+    def add(
+        self, matrix: Matrix, state: dict[str, Any], rows: Tensor, alone: bool, control: Tensor | None, renew_every: int
+    ) -> None:
         """Adds inputs to a matrix' sketch.
 
         Args:
@@ -58,7 +58,8 @@ class Sketches:
             state: its state.
             rows: the inputs [m, p].
             alone: whether no other process has inputs, and the mean of inputs is known without a wait for a device.
-            replay: the control and how often bases are renewed, if a CUDA graph captures this call.
+            control: of the step length, if a CUDA graph captures this call; see `ops.eigen_sketch_`.
+            renew_every: how often bases are renewed, if a graph captures it; else 0.
         """
         sketch = self.by_matrix.get(matrix)
         if sketch is None:
@@ -66,7 +67,7 @@ class Sketches:
             if not state["renewals"] and shift.numel() and alone and (mean := rows.mean(0)).isfinite().all():
                 shift = mean  # the state gets it with the next step, even if that is of another forward pass
             sketch = self.by_matrix[matrix] = Sketch(rows.new_zeros(len(state["basis_in"]) + 1, rows.shape[1]), shift)
-        ops.eigen_sketch_(sketch.sums, rows, state["basis_in"], sketch.shift, *replay)
+        ops.eigen_sketch_(sketch.sums, rows, state["basis_in"], sketch.shift, control, renew_every)
         sketch.rows += len(rows)
 
     def averaged(

@@ -140,8 +140,9 @@ class ObservingOptimizer(MatrixOptimizer):
         if rows.shape[1] != matrix.shape[1]:
             return  # the weight has another shape, as the step will say
         state = self._state_of(matrix, len(rows))
-        replay = (self._shared_state()["control"], self._renew_every) if captured else ()
-        self._sketches.add(matrix, state, rows, not (self._is_distributed or rows.is_cuda or captured), replay)
+        alone = not (self._is_distributed or rows.is_cuda or captured)
+        control, renew_every = (self._shared_state()["control"], self._renew_every) if captured else (None, 0)
+        self._sketches.add(matrix, state, rows, alone, control, renew_every)
 
     def _renews_now(self) -> bool:
         """Returns whether this step renews bases: with a tape, what was decided before the forward pass."""

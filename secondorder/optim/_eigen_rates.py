@@ -105,8 +105,8 @@ def rates_of_matrices(
     """
     found = MatrixRates([], [], [], [])
     for matrix, state in zip(matrices, states, strict=True):
-        share = row_shares.get(matrix, state.get("share"))  # None: it is no table
-        further = 1.0 if share is None else times_as_far(share)
+        row_share = row_shares.get(matrix, state.get("share"))  # None: it is no table
+        further = 1.0 if row_share is None else times_as_far(row_share)
         (lr, decay), (bias_lr, bias_decay) = (rates[group] for group in groups_of[matrix])
         bias = matrix.bias
         found.weights.append(lr * further)

@@ -5,7 +5,7 @@ replays, and catches up when it reads its counts again.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,6 +15,13 @@ from secondorder.optim._eigen_state import FIRST_STEPS, is_current
 from secondorder.optim._matrices import Matrix, computed_in
 
 States = Mapping[Tensor, dict[str, Any]]
+
+
+class Replay(NamedTuple):
+    """What operators are told of a step that a CUDA graph captures, so that replays go on from there; see `ops.eigen`."""
+
+    renew_every: int
+    since: int  # how many steps were made before it
 
 
 class EigenReplays:

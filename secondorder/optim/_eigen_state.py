@@ -10,11 +10,11 @@ from secondorder import ops
 from secondorder._tensors import device_for
 from secondorder.ops.eigen import LENGTH
 from secondorder.optim._matrices import Matrix, computed_in
+from secondorder.reference.eigen import FIRST_LENGTH
 
 SHARED = ("control", "steps", "refused")  # what the first parameter's state has for all of them
 MOMENTS = ("exp_avg", "exp_avg_sq", "last")  # of a matrix: the first, the second, and some rows of the last step
 FIRST_STEPS = 5  # so many steps renew bases, and count the rows of tables that are looked up
-FIRST_LENGTH = 0.01  # of a step as training begins, once the length has risen
 SAMPLED = 4096  # of a parameter without bases, the slopes of so many elements stand for those of all
 
 
@@ -88,7 +88,7 @@ def is_current(state: dict[str, Any], p: Tensor) -> bool:
     return "basis_out" in state and state["basis_out"].dtype is computed_in(p) and state["basis_out"].device == p.device
 
 
-def captured_share(matrix: Matrix, state: dict[str, Any]) -> Tensor:
+def share_in_bases(matrix: Matrix, state: dict[str, Any]) -> Tensor:
     """Returns the share of a gradient's mean square that lies in either basis: all of it but E."""
     (n, p), squares = matrix.shape, state["exp_avg_sq"].double()  # E comes last in it
     if len(state["basis_out"]) == n or len(state["basis_in"]) == p:

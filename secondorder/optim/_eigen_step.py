@@ -12,12 +12,13 @@ from secondorder.ops.eigen import LENGTH, REFUSED, STEPS, UNRENEWED
 from secondorder.optim._eigen_inputs import Sketch
 from secondorder.optim._eigen_rates import MatrixRates
 from secondorder.optim._eigen_renewal import DECAY, Renewal, finite_or_zero
-from secondorder.optim._eigen_state import FIRST_LENGTH, MOMENTS
+from secondorder.optim._eigen_replays import Replay
 from secondorder.optim._matrices import Matrix
 from secondorder.optim._operands import Operands
 from secondorder.optim._sharded import Shards
 from secondorder.optim._sharded_state import local_moments
 from secondorder.optim._sharded_step import ShardedOperators
+from secondorder.reference.eigen import FIRST_LENGTH
 
 LONGEST = 5.0  # times |G| / |g|, the longest mean input of rows that count
 
@@ -32,7 +33,7 @@ class EigenStep:
         operands: their weights, biases and gradients, as operators take them.
         control: what finds the step length; see `ops.eigen_step_`.
         shards: the ranks that share the rows of the matrices, if any.
-        replay: where a CUDA graph captures the step, `renew_every` and the number of steps before it, from which replays go on.
+        replay: what operators are told where a CUDA graph captures the step; None: none does.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class EigenStep:
         operands: Operands,
         control: Tensor,
         shards: Shards | None,
-        replay: tuple[int, int] | tuple[()],
+        replay: Replay | None,
     ):
         self._owner, self._matrices, self._states = owner, matrices, states
         self._operands, self._control, self._replay = operands, control, replay
@@ -66,7 +67,7 @@ class EigenStep:
         Returns:
             The names of the layers whose inputs are not seen any more.
         """
-        self._renewal = Renewal(self._owner, self._matrices, self._states, sketches, hessians, captured=bool(self._replay))
+        self._renewal = Renewal(self._owner, self._matrices, self._states, sketches, hessians, captured=self._replay is not None)
         self._means = self._renewal.means
         return self._renewal.lost
 
@@ -79,11 +80,21 @@ class EigenStep:
         seen = [i for i, given in enumerate(renewal.given) if given.sketch.rows and self._means[i].numel()]
         inputs = [self._means[i] + sums[i].select(0, -1) / renewal.given[i].sketch.rows for i in seen]
         self._operators.eigen_renew_(
-            self._means, *map(self._of_states, ("basis_out", "basis_in", "scale_out", "scale_in")),
-            self._moments("exp_avg"), self._control, self._operands.weight_grads, self._operands.bias_grads, sums,
-            [finite_or_zero(given.hessian) for given in renewal.given], [given.sketch.rows for given in renewal.given],
-            [given.share for given in renewal.given], *((*self._replay, DECAY) if self._replay else ()),
-        )  # fmt: skip
+            mean=self._means,
+            basis_out=self._of_states("basis_out"),
+            basis_in=self._of_states("basis_in"),
+            scale_out=self._of_states("scale_out"),
+            scale_in=self._of_states("scale_in"),
+            first=self._moments("exp_avg"),
+            control=self._control,
+            grad_weight=self._operands.weight_grads,
+            grad_bias=self._operands.bias_grads,
+            sketch=sums,
+            bias_hessian=[finite_or_zero(given.hessian) for given in renewal.given],
+            rows=[given.sketch.rows for given in renewal.given],
+            share=[given.share for given in renewal.given],
+            **({} if self._replay is None else {**self._replay._asdict(), "decay": DECAY}),
+        )
         if seen:
             self._bound_means(renewal, seen, inputs)
 
@@ -114,7 +125,7 @@ class EigenStep:
 
     def _share_now(self, share: float) -> Any:
         """Returns how much a renewal counts: in a CUDA graph that of the replay, 0 where it renews no bases."""
-        if not self._replay:
+        if self._replay is None:
             return share
         every, since = self._replay
         steps = self._control.select(0, STEPS)
@@ -137,12 +148,30 @@ class EigenStep:
             self._control.select(0, LENGTH).clamp_(max=FIRST_LENGTH)
         try:
             self._operators.eigen_step_(
-                self._operands.weights, self._operands.biases, *map(self._moments, MOMENTS), self._of_states("size"),
-                self._control, self._operands.weight_grads, self._operands.bias_grads, self._means,
-                *map(self._of_states, ("basis_out", "basis_in")), *rates, self._of_states("step"), *group["betas"],
-                group["eps"], self._renewal is not None, *self._replay,
+                weight=self._operands.weights,
+                bias=self._operands.biases,
+                first=self._moments("exp_avg"),
+                second=self._moments("exp_avg_sq"),
+                last=self._moments("last"),
+                size=self._of_states("size"),
+                control=self._control,
+                grad_weight=self._operands.weight_grads,
+                grad_bias=self._operands.bias_grads,
+                mean=self._means,
+                basis_out=self._of_states("basis_out"),
+                basis_in=self._of_states("basis_in"),
+                lr=rates.weights,
+                lr_bias=rates.biases,
+                decay=rates.weight_decays,
+                decay_bias=rates.bias_decays,
+                step=self._of_states("step"),
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                renewed=self._renewal is not None,
+                **({} if self._replay is None else self._replay._asdict()),
                 **({} if rates_on_device is None else {"rate": rates_on_device}),
-            )  # fmt: skip
+            )
         except BaseException:
             if before is not None:
                 self._control.copy_(before)

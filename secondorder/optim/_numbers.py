@@ -66,6 +66,11 @@ def check_flags(owner: str, flags: dict[str, Any]) -> None:
     check_arguments(owner, [(name, value, isinstance(value, bool), "to be True or False") for name, value in flags.items()])
 
 
+def check_nonfinite(owner: str, nonfinite: Any) -> None:
+    """Raises ValueError unless it is "error" or "skip": what a step does that meets NaN or inf."""
+    check_arguments(owner, [("nonfinite", nonfinite, nonfinite in ("error", "skip"), "'error' or 'skip'")])
+
+
 def warn_of_short_steps(owner: str, lr: float | Tensor, name: str = "lr") -> None:
     """Warns of a learning rate that is another optimizer's, where it multiplies a step that is found."""
     if 0 < lr <= 0.01:

@@ -57,7 +57,7 @@ def local_moments(matrix: Matrix, state: dict[str, Any], name: str) -> dict[str,
     }
 
 
-def local_captured_share(matrix: Matrix, state: dict[str, Any]) -> Tensor | None:
+def local_share_in_bases(matrix: Matrix, state: dict[str, Any]) -> Tensor | None:
     """Returns the share of a gradient's mean square that is not in E, by this rank's rows; None: it has none."""
     rows, squares = matrix.local_shape[0], local_moments(matrix, state, "exp_avg_sq")
     if not rows:

@@ -30,7 +30,8 @@ class ShardedOperators:
         self._shards, self._starts = shards, [first_row(matrix) for matrix in matrices]
         self._rows, self._width = zip(*[whole_shape(matrix) for matrix in matrices], strict=True)
         self._sampled = [sampled_count(matrix, state) for matrix, state in zip(matrices, states, strict=True)]
-        self._shares = [1 / copies(matrix, shards) for matrix in matrices]
+        # What a matrix' terms of this rank count in sums over all ranks, some of which may have the same rows.
+        self._fractions = [1 / copies(matrix, shards) for matrix in matrices]
 
     def eigen_renew_(
         self,
@@ -115,17 +116,17 @@ class ShardedOperators:
             gradients: G and g of every matrix, to be checked.
             sketches: sums over inputs, to be checked.
         """
-        checked = [(t, share) for pair, share in zip(gradients, self._shares, strict=True) for t in pair]
+        checked = [(t, fraction) for pair, fraction in zip(gradients, self._fractions, strict=True) for t in pair]
         checked += [(sketch, 1 / self._shards.ranks) for sketch in sketches]
-        every = [(_check(checked), 1.0), *zip(tasks, self._shares, strict=True)]
+        every = [(_check(checked), 1.0), *zip(tasks, self._fractions, strict=True)]
         asked, returned = [(*each, next(each[0])) for each in every], {}
         try:
             while asked:
-                sums = self._summed([[share * piece.double() for piece in pieces] for _, share, pieces in asked])
+                sums = self._summed([[fraction * piece.double() for piece in pieces] for _, fraction, pieces in asked])
                 going = []
-                for (task, share, pieces), got in zip(asked, sums, strict=True):
+                for (task, fraction, pieces), got in zip(asked, sums, strict=True):
                     try:
-                        going.append((task, share, task.send([g.to(p.dtype) for g, p in zip(got, pieces, strict=True)])))
+                        going.append((task, fraction, task.send([g.to(p.dtype) for g, p in zip(got, pieces, strict=True)])))
                     except StopIteration as end:
                         returned[task] = end.value
                 asked = going
@@ -150,7 +151,7 @@ def _nothing() -> Rows:
 
 def _check(checked: list[tuple[Tensor, float]]) -> Rows:
     """Raises if the sum of a tensor's squares over all ranks is not finite, or nearly so. Waits for the device."""
-    (sums,) = yield [torch.stack([share * t.double().square().sum() for t, share in checked])]
+    (sums,) = yield [torch.stack([fraction * t.double().square().sum() for t, fraction in checked])]
     limits = [torch.finfo(t.dtype).max / 4 for t, _ in checked]
     if not all(value < limit for value, limit in zip(sums.tolist(), limits, strict=True)):
         raise _NotFiniteError

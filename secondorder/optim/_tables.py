@@ -12,7 +12,7 @@ from secondorder.optim._eigen_state import FIRST_STEPS
 from secondorder.optim._matrices import Matrix
 
 TABLE = 2.0  # times as far as a weight moves a row that every step meets: its elements act alone, a weight with all of its row
-LEAST_SHARE = 0.2  # of a table's rows: fewer that a step meets move by no more
+LEAST_ROW_SHARE = 0.2  # of a table's rows: fewer that a step meets move by no more
 
 AllReduce = Callable[[Tensor], None]  # sums a tensor over all processes that have inputs, in place
 
@@ -51,7 +51,7 @@ class Lookups:
         return {m: _bounded(count / m.shape[0]) for m, count in zip(tables, counts, strict=True) if count}
 
 
-def share_if_no_map(matrix: Matrix, most: float, all_reduce_: AllReduce | None) -> float | None:
+def row_share_if_no_map(matrix: Matrix, most: float, all_reduce_: AllReduce | None) -> float | None:
     """Returns the share of its rows that a step meets, of a matrix whose first gradient is no map's; None if it may be one's.
 
     A table is met where a batch indexes it: its other rows' gradients are zero. Numbers that stand for themselves, as deviations,
@@ -77,10 +77,10 @@ def share_if_no_map(matrix: Matrix, most: float, all_reduce_: AllReduce | None) 
     return 1.0 if total**2 > 0.5 * math.prod(matrix.shape) * squares else None
 
 
-def times_as_far(share: float) -> float:
+def times_as_far(row_share: float) -> float:
     """Returns how many times as far as other weights a table moves, of which a step meets this share of the rows."""
-    return TABLE / _bounded(share)
+    return TABLE / _bounded(row_share)
 
 
-def _bounded(share: float) -> float:
-    return min(max(share, LEAST_SHARE), 1.0)
+def _bounded(row_share: float) -> float:
+    return min(max(row_share, LEAST_ROW_SHARE), 1.0)

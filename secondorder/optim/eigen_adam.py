@@ -17,15 +17,16 @@ from secondorder.optim._bias_hessians import BiasHessians
 from secondorder.optim._eigen_bounds import LoopChanges
 from secondorder.optim._eigen_observer import ObservingOptimizer
 from secondorder.optim._eigen_rates import SLOW, GroupRates, RateReader, check_group, rates_of_matrices, rates_on_device
+from secondorder.optim._eigen_replays import Replay
 from secondorder.optim._eigen_reports import StepReports
-from secondorder.optim._eigen_state import captured_share, forget_state
+from secondorder.optim._eigen_state import forget_state, share_in_bases
 from secondorder.optim._eigen_step import EigenStep
 from secondorder.optim._growth import LossGrowth
 from secondorder.optim._matrices import Matrix
-from secondorder.optim._numbers import check_arguments, check_counts, check_flags, warn_of_short_steps
+from secondorder.optim._numbers import check_arguments, check_counts, check_flags, check_nonfinite, warn_of_short_steps
 from secondorder.optim._operands import Operands
-from secondorder.optim._sharded_state import local_captured_share
-from secondorder.optim._tables import share_if_no_map
+from secondorder.optim._sharded_state import local_share_in_bases
+from secondorder.optim._tables import row_share_if_no_map
 
 
 class EigenAdam(ObservingOptimizer):
@@ -136,11 +137,10 @@ class EigenAdam(ObservingOptimizer):
         check_counts(name, 1, {"rank": rank}, optional=True)
         check_counts(name, 1, {"renew_every": renew_every})
         check_flags(name, {"maximize": maximize, "capturable": capturable})
-        checks: list[tuple[str, Any, bool, str]] = [
-            ("nonfinite", nonfinite, nonfinite in ("error", "skip"), "'error' or 'skip'"),
-            ("capturable", capturable, not capturable or curvature == "gradient", "False with a bias Hessian's bases"),
-        ]
-        check_arguments(name, checks)
+        check_nonfinite(name, nonfinite)
+        check_arguments(name, [
+            ("capturable", capturable, not capturable or curvature == "gradient", "False with a bias Hessian's bases")
+        ])  # fmt: skip
         if callable(lr):
             raise TypeError(
                 f"{name}: expected lr to be a number, got {type(lr).__name__}; EigenAdam(model) needs no criterion, and takes a "
@@ -227,7 +227,7 @@ class EigenAdam(ObservingOptimizer):
         if not captured:
             self._changes.look(self.state, self._is_distributed)
         states, shared = [self._state_of(matrix) for matrix in matrices], self._shared_state()
-        replay = (self._renew_every, shared["steps"]) if captured else ()
+        replay = Replay(self._renew_every, shared["steps"]) if captured else None
         step = EigenStep(name, matrices, states, operands, shared["control"], self._shards, replay)
         row_shares: dict[Matrix, float] = {}
         if renews:
@@ -304,12 +304,12 @@ class EigenAdam(ObservingOptimizer):
                 continue
             # Without a model this looks at every layer's weight, and an instance leaves half of a layer's ReLUs idle.
             most = 0.25 if self._model is None else 0.5
-            share = share_if_no_map(matrix, most, self._all_reduce_ if is_sharded(matrix.weight) else None)
-            if matrix.has_bases != (share is None):
-                matrix.has_bases = share is None
+            row_share = row_share_if_no_map(matrix, most, self._all_reduce_ if is_sharded(matrix.weight) else None)
+            if matrix.has_bases != (row_share is None):
+                matrix.has_bases = row_share is None
                 forget_state(self.state[matrix.weight])  # what a step that was refused has left
-            if share is not None and share < 1:
-                self._state_of(matrix)["share"] = share
+            if row_share is not None and row_share < 1:
+                self._state_of(matrix)["share"] = row_share
 
     def _note_made(self, step: EigenStep, matrices: list[Matrix], row_shares: dict[Matrix, float]) -> None:
         """Notes and counts a step that was made."""
@@ -430,8 +430,8 @@ class EigenAdam(ObservingOptimizer):
         stepped = [(m, self.state[m.weight]) for m in self._matrices if "basis_out" in self.state.get(m.weight, {})]
         of_bases = [(matrix, state) for matrix, state in stepped if matrix.has_bases]
         ranks = [len(state[side]) for _, state in of_bases for side in ("basis_out", "basis_in")]
-        captured = [(captured_share if self._shards is None else local_captured_share)(*each) for each in of_bases]
-        shares = [share for share in captured if share is not None]
+        in_bases = [(share_in_bases if self._shards is None else local_share_in_bases)(*each) for each in of_bases]
+        shares = [share for share in in_bases if share is not None]
         return {
             "length": eigen_length(entries),
             "slope": entries[SLOPE],

@@ -16,7 +16,15 @@ from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
 from secondorder.optim._amp import outside_autocast
 from secondorder.optim._closure import NEEDED, idle_backward, with_graph
-from secondorder.optim._numbers import Numbers, check_arguments, check_counts, check_flags, check_numbers, warn_of_short_steps
+from secondorder.optim._numbers import (
+    Numbers,
+    check_arguments,
+    check_counts,
+    check_flags,
+    check_nonfinite,
+    check_numbers,
+    warn_of_short_steps,
+)
 from secondorder.optim._optimizer import SecondOrderOptimizer
 from secondorder.optim.eigen_adam import EigenAdam
 from secondorder.stepping.checked_jacobian import CheckedJacobian, Plans
@@ -147,9 +155,9 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             ("holdout", holdout, holdout is None or type(holdout) is bool, "to be True, False or None"),
             ("solver", solver, solver in SOLVERS, f"one of {', '.join(map(repr, SOLVERS))}"),
             ("seed", seed, is_whole(seed), "to be an int"),
-            ("nonfinite", nonfinite, nonfinite in ("error", "skip"), "'error' or 'skip'"),
         ]
         check_arguments(name, checks)
+        check_nonfinite(name, nonfinite)
         self._settings = Settings(
             min(rows or math.inf, max_rows or math.inf), max_rows or math.inf, acceleration, corrections, holdout, solver, memory
         )
