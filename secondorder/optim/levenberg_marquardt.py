@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -195,25 +195,12 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         name = type(self).__name__
         self._refuse_capture()
         self._check_closure(closure)
-        # torch warns of a parameter that is given twice, and takes it.
-        parameters = list(
-            dict.fromkeys(p for group in self.param_groups for p in group["params"] if p.requires_grad and p.numel())
-        )
-        if not parameters:
-            raise RuntimeError(f"{name}.step(): expected a parameter that requires a gradient, got none")
-        for group in self.param_groups:
-            check_numbers(f"{name}.step()", group, _NUMBERS)
-        rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        moving = [p for p in parameters if rates[p] != 0]
-        generator = torch.Generator().manual_seed(self._seed)
-        if state := self.state.get(self._first_parameter()):
-            generator.set_state(state["generator"].cpu())
-        before = [p.detach().clone() for p in parameters]
+        rates = self._rates()
+        parameters, moving = list(rates), [p for p, rate in rates.items() if rate != 0]
         loss = LeastSquaresLoss(name, with_graph(name, closure, parameters), moving or parameters)
-        lr, slow = _by_element(moving, rates), functools.partial(self._warn_of_passes, moving)
-        jacobians = CheckedJacobian(loss, self._plans, slow, self._buffer)
-        run = GaussNewtonStep(loss, jacobians, self._settings, generator, lr, self._buffer)
+        run = self._run(loss, rates)
         value: Tensor | None = None
+        kept = [p.detach().clone() for p in parameters]
         try:
             with idle_backward(name), in_one_process(name):
                 here = loss.here()
@@ -222,14 +209,14 @@ class LevenbergMarquardt(SecondOrderOptimizer):
                     self._check_finite(here)
                     if not moving:
                         break
-                    there, called = self._advance(run, here, moving, generator)
-                    before = [p.detach().clone() for p in parameters]
+                    there, called = self._advance(run, here)
+                    kept = [p.detach().clone() for p in parameters]
                     self._warn_of_interpolation(run)
                     if left == 0 or (there is here and called):  # nothing lowers the loss
                         break
                     here = loss.here(called)
         except BaseException as error:
-            for p, old in zip(parameters, before, strict=True):
+            for p, old in zip(parameters, kept, strict=True):
                 p.copy_(old)
             if (explained := self._explained(error, parameters, loss.calling)) is not None:
                 raise explained from error
@@ -240,6 +227,26 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         finally:
             loss.leave()
         return value
+
+    def _rates(self) -> dict[Tensor, float]:
+        """Returns the learning rate of every parameter that requires a gradient, once the groups are known to be valid."""
+        # torch warns of a parameter that is given twice, and takes it: here it is one.
+        groups = {p: group for group in self.param_groups for p in group["params"] if p.requires_grad and p.numel()}
+        if not groups:
+            raise RuntimeError(f"{type(self).__name__}.step(): expected a parameter that requires a gradient, got none")
+        for group in self.param_groups:
+            check_numbers(f"{type(self).__name__}.step()", group, _NUMBERS)
+        return {p: float(group["lr"]) for p, group in groups.items()}
+
+    def _run(self, loss: LeastSquaresLoss, rates: dict[Tensor, float]) -> GaussNewtonStep:
+        """Returns what makes the steps of one call."""
+        generator = torch.Generator().manual_seed(self._seed)
+        if state := self.state.get(self._first_parameter()):
+            generator.set_state(state["generator"].cpu())
+        slow = functools.partial(self._warn_of_passes, loss.parameters)
+        jacobians = CheckedJacobian(loss, self._plans, slow, self._buffer)
+        lr = _by_element(loss.parameters, rates)
+        return GaussNewtonStep(loss, jacobians, self._settings, generator, lr, self._buffer)
 
     def _check_closure(self, closure: Any) -> None:
         """Raises where a step has no closure that it can call."""
@@ -292,17 +299,15 @@ class LevenbergMarquardt(SecondOrderOptimizer):
                 "parameter and no state has changed"
             )
 
-    def _advance(
-        self, run: GaussNewtonStep, here: Residuals, moving: list[Tensor], generator: torch.Generator
-    ) -> tuple[Residuals, bool]:
-        """Makes one step of the parameters `moving`, or the race of starts before the first one; keeps its state.
+    def _advance(self, run: GaussNewtonStep, here: Residuals) -> tuple[Residuals, bool]:
+        """Makes one step, or the race of starts before the first one; keeps its state.
 
         Returns:
             The loss where it leads, `here` itself if nothing lowers it; whether the closure was called last there.
         """
         state, raced = self.state.get(self._first_parameter(), {}), False
         positions = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        moved = tuple(positions[p] for p in moving)
+        moved = tuple(positions[p] for p in run.loss.parameters)
         if state:
             progress = Progress(**{key: state[key] for key in Progress._fields})
             there, progress = run.step(here, progress if state["moved"] == moved else progress.with_new_record())
@@ -315,7 +320,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             start = Progress(self._damping / min(rows, self._settings.rows), self._settings.rows, first=here.objective)
             there, progress = run.step(here, start)
         steps = state.get("step", 0) + 1
-        own = {"generator": generator.get_state(), "step": steps, "moved": moved}
+        own = {"generator": run.generator.get_state(), "step": steps, "moved": moved}
         self.state[self._first_parameter()] = {**progress._asdict(), **own}
         return there, not raced
 
@@ -391,7 +396,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         self._warned: set[Tensor | str] = set()
         self._buffer = Buffer()
 
-    def _warn_of_passes(self, parameters: list[Tensor], nodes: dict[int, str]) -> None:
+    def _warn_of_passes(self, parameters: Sequence[Tensor], nodes: dict[int, str]) -> None:
         """Says once of every parameter, by its position among these, that its columns cost a backward pass for each residual."""
         new = {parameters[position]: node for position, node in nodes.items() if parameters[position] not in self._warned}
         if not new:
@@ -409,11 +414,11 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         )
 
 
-def _by_element(parameters: list[Tensor], rates: dict[Tensor, float]) -> float | Tensor:
+def _by_element(parameters: Sequence[Tensor], rates: dict[Tensor, float]) -> float | Tensor:
     """Returns the learning rate of all parameters, or that of each element [P] where they differ."""
     each = [rates[p] for p in parameters]
-    if len(set(each)) <= 1:
-        return each[0] if each else 0.0
+    if len(set(each)) == 1:
+        return each[0]
     return torch.cat(
         [torch.full((p.numel(),), rate, dtype=p.dtype, device=p.device) for p, rate in zip(parameters, each, strict=True)]
     )

@@ -125,7 +125,7 @@ class GaussNewtonStep:
         self._jacobians, self._buffer = jacobians, buffer
         self.interpolates = False  # whether a step has gone back, since only the residuals drawn still fell
         self.loss, self.settings = loss, settings
-        self._generator, self._lr = generator, lr
+        self.generator, self._lr = generator, lr
 
     def step(self, here: Residuals, progress: Progress) -> tuple[Residuals, Progress]:
         """Makes one step; returns the residuals where it leads, and what it leaves to the next step."""
@@ -144,7 +144,7 @@ class GaussNewtonStep:
         penalties = None if here.penalties is None else here.penalties * units**2
         least_squares = _LeastSquares(here, rows, jacobian, rows.taken(here.values), theta, units)
         problem = DampedLeastSquares(
-            in_units, penalties, self.settings.solver, self.settings.memory, self._generator, self._buffer
+            in_units, penalties, self.settings.solver, self.settings.memory, self.generator, self._buffer
         )
         size = problem.trace if norms is None else jacobian.squared_norm()
         at_start = least_squares.objective(least_squares.r, theta)
@@ -209,7 +209,7 @@ class GaussNewtonStep:
             rows = min(max(rows, OVER * parameters), self.settings.max_rows)
         few = sum(block.size for block in plan.blocks) < HELD_RATIO * parameters
         holds = not progress.released and (few if self.settings.holdout is None else self.settings.holdout)
-        return draw_rows(plan.blocks, here, rows, self._generator, lambda block: holds and self._fed(block, uses))
+        return draw_rows(plan.blocks, here, rows, self.generator, lambda block: holds and self._fed(block, uses))
 
     def _fed(self, block: Block, uses: list[Uses]) -> bool:
         """Returns whether the loss of some of a block's residuals tells something of that of the others.
