@@ -84,8 +84,8 @@ class _Trial(NamedTuple):
     held: list[float]  # what `held_losses` returns
 
 
-class _LeastSquares(NamedTuple):
-    """The problem that a step solves: the linear model of the rows drawn, where it begins."""
+class _LinearModel(NamedTuple):
+    """What a step goes by: the linear model of the rows drawn, where it begins."""
 
     here: Residuals  # all residuals
     rows: DrawnRows
@@ -136,27 +136,22 @@ class GaussNewtonStep:
         same, progress = self._entered(progress, whole, theta)
         draw = functools.partial(self._draw, here, progress)
         rows, jacobian = self._jacobians.of(here, draw, check=progress.ratio == 0)
-        before = [v.detach() for v in here.values]
         norms = _norms(jacobian, here.penalties, progress.norms)
         progress = progress._replace(norms=norms)
         units = 1.0 if norms is None else 1 / norms.where(norms > 0, 1.0)
-        in_units = jacobian if norms is None else jacobian.times(units)
-        penalties = None if here.penalties is None else here.penalties * units**2
-        least_squares = _LeastSquares(here, rows, jacobian, rows.taken(here.values), theta, units)
-        problem = DampedLeastSquares(
-            in_units, penalties, self.settings.solver, self.settings.memory, self.generator, self._buffer
-        )
+        model = _LinearModel(here, rows, jacobian, rows.taken(here.values), theta, units)
+        problem = self._problem(model)
         size = problem.trace if norms is None else jacobian.squared_norm()
-        at_start = least_squares.objective(least_squares.r, theta)
+        at_start = model.objective(model.r, theta)
         mu, growth = progress.damping, progress.growth
         for attempt in range(TRIES):
             damping = (mu * problem.trace.double()).to(theta.dtype)
             solve_in_units, failed = problem.at(damping)
-            delta = units * problem.step(solve_in_units, least_squares.r, theta / units, damping)
+            delta = units * problem.step(solve_in_units, model.r, theta / units, damping)
             solve = functools.partial(_scaled, units, solve_in_units)
             moved = theta + self._lr * delta
-            aim = least_squares.r + jacobian.mv(self._lr * delta)
-            linear = least_squares.objective(aim, moved)
+            aim = model.r + jacobian.mv(self._lr * delta)
+            linear = model.objective(aim, moved)
             trace, start, end, fails, length = host_numbers([size, at_start, linear, failed, theta.norm()])
             if not math.isfinite(trace):
                 raise NonFiniteError(f"{loss.owner}.step(): the Jacobian holds NaN or inf; no parameter and no state has changed")
@@ -169,24 +164,14 @@ class GaussNewtonStep:
                 mu = max(10 * mu, LEAST_DAMPING)
                 continue
             if self.settings.acceleration:
-                moved = moved + self._lr**2 * self._acceleration(least_squares, solve, delta)
+                moved = moved + self._lr**2 * self._acceleration(model, solve, delta)
             limit = whole if rows.whole else RISE * (min(whole, progress.record) if same else whole)
-            trial = self._corrected(moved, least_squares, aim, solve, delta, (start, end, limit))
+            trial = self._corrected(moved, model, aim, solve, delta, (start, end, limit))
             if trial.drawn < start and trial.whole < limit and start > end:
-                ratio = (start - trial.drawn) / (start - end)
-                if ratio > SUSPECT:
-                    reached = loss.flat()
-                    loss.move(theta)
-                    loss.check_same(before, here, 1e-2)
-                    trial = self._trial(least_squares, reached)
-                least = max(HELD_DECAY * progress.least, LEAST_DAMPING)
-                mu = max(mu * max(1 / 3, 1 - (2 * ratio - 1) ** 3), least)
-                progress = progress._replace(damping=mu, least=least, growth=2.0, ratio=ratio, whole=trial.whole)
-                progress = self._recorded(progress, trial.whole, rows)
-                return self._held_out(here._replace(values=trial.values, objective=trial.whole), progress, rows, trial.held)
+                return self._accepted(trial, model, progress, mu, (start - trial.drawn) / (start - end))
             mu, growth = mu * growth, 2 * growth
         loss.move(theta)
-        loss.check_same(before, here, 1e-2)
+        loss.check_same(here, 1e-2)
         progress = progress._replace(damping=min(10 * progress.damping, 1.0), growth=2.0, ratio=0.0)
         return self._held_out(here, progress, rows, host_numbers(rows.held_losses(here.values)))
 
@@ -222,17 +207,40 @@ class GaussNewtonStep:
         own = [uses[block.term].uses[k] for k in block.uses]
         return any(u.operand is not None and 2 * u.blocks * int(u.operand.count_nonzero()) > u.operand.numel() for u in own)
 
-    def _trial(self, at: _LeastSquares, theta: Tensor) -> _Trial:
+    def _problem(self, model: _LinearModel) -> DampedLeastSquares:
+        """Returns the least squares problem of a model, for changes of the parameters in units."""
+        jacobian, penalties, units = model.jacobian, model.here.penalties, model.units
+        if isinstance(units, Tensor):
+            jacobian, penalties = jacobian.times(units), None if penalties is None else penalties * units**2
+        return DampedLeastSquares(jacobian, penalties, self.settings.solver, self.settings.memory, self.generator, self._buffer)
+
+    def _accepted(
+        self, trial: _Trial, model: _LinearModel, progress: Progress, mu: float, ratio: float
+    ) -> tuple[Residuals, Progress]:
+        """Returns the residuals where an accepted trial has led, and what it leaves to the next step."""
+        if ratio > SUSPECT:
+            reached = self.loss.flat()
+            self.loss.move(model.theta)
+            self.loss.check_same(model.here, 1e-2)
+            trial = self._trial(model, reached)
+        least = max(HELD_DECAY * progress.least, LEAST_DAMPING)
+        mu = max(mu * max(1 / 3, 1 - (2 * ratio - 1) ** 3), least)
+        progress = progress._replace(damping=mu, least=least, growth=2.0, ratio=ratio, whole=trial.whole)
+        progress = self._recorded(progress, trial.whole, model.rows)
+        there = model.here._replace(values=trial.values, objective=trial.whole)
+        return self._held_out(there, progress, model.rows, trial.held)
+
+    def _trial(self, model: _LinearModel, theta: Tensor) -> _Trial:
         """Moves the parameters, and evaluates the residuals there."""
         self.loss.move(theta)
-        values = self.loss.there(at.here)
-        whole = self.loss.objective(values, at.here)
-        drawn = whole if at.rows.whole else at.objective(at.rows.taken(values), theta)
-        now, of_drawn, *held = host_numbers([whole, drawn, *at.rows.held_losses(values)])
+        values = self.loss.there(model.here)
+        whole = self.loss.objective(values, model.here)
+        drawn = whole if model.rows.whole else model.objective(model.rows.taken(values), theta)
+        now, of_drawn, *held = host_numbers([whole, drawn, *model.rows.held_losses(values)])
         return _Trial(values, now, of_drawn, held)
 
     def _corrected(
-        self, moved: Tensor, at: _LeastSquares, aim: Tensor, solve: Callable[[Tensor], Tensor], delta: Tensor,
+        self, moved: Tensor, model: _LinearModel, aim: Tensor, solve: Callable[[Tensor], Tensor], delta: Tensor,
         losses: tuple[float, float, float],
     ) -> _Trial:  # fmt: skip
         """Makes a step, and corrects it by chords until it is as good as the linear model promises, or cannot be corrected.
@@ -242,35 +250,35 @@ class GaussNewtonStep:
 
         Args:
             moved: where the step leads.
-            at: where it began.
+            model: the linear model.
             aim: the residuals r + lr J delta.
             solve: the step's solve, at its damping.
             delta: the step without acceleration.
             losses: of the rows drawn that at the start, and that of `aim`; and the limit of the whole loss.
         """
         start, end, limit = losses
-        trial = self._trial(at, moved)
+        trial = self._trial(model, moved)
         for _ in range(self.settings.corrections if end < start else 0):
             if not math.isfinite(trial.drawn) or (start - trial.drawn > ENOUGH * (start - end) and trial.whole < limit):
                 break
-            reached, correction = self.loss.flat(), self._lr * solve(at.rows.taken(trial.values) - aim)
-            if not bool(at.length(correction) < CHORD * at.length(self._lr * delta)):
+            reached, correction = self.loss.flat(), self._lr * solve(model.rows.taken(trial.values) - aim)
+            if not bool(model.length(correction) < CHORD * model.length(self._lr * delta)):
                 break
             drawn = trial.drawn
             del trial  # its graph is freed before the next one is made
-            trial = self._trial(at, reached - correction)
+            trial = self._trial(model, reached - correction)
             if not trial.drawn < drawn:
                 del trial
-                return self._trial(at, reached)
+                return self._trial(model, reached)
         return trial
 
-    def _acceleration(self, at: _LeastSquares, solve: Callable[[Tensor], Tensor], delta: Tensor) -> Tensor:
+    def _acceleration(self, model: _LinearModel, solve: Callable[[Tensor], Tensor], delta: Tensor) -> Tensor:
         """Returns half of the geodesic acceleration along a step if it is small, else zero (Transtrum & Sethna, 2012)."""
-        self.loss.move(at.theta + PROBE * delta)
-        probed = at.rows.taken(self.loss.there(at.here))
-        bend = (2 / PROBE) * ((probed - at.r) / PROBE - at.jacobian.mv(delta))
+        self.loss.move(model.theta + PROBE * delta)
+        probed = model.rows.taken(self.loss.there(model.here))
+        bend = (2 / PROBE) * ((probed - model.r) / PROBE - model.jacobian.mv(delta))
         acceleration = -0.5 * solve(bend)
-        return torch.where(2 * at.length(acceleration) < BEND * at.length(delta), acceleration, 0.0)
+        return torch.where(2 * model.length(acceleration) < BEND * model.length(delta), acceleration, 0.0)
 
     def _held_out(self, there: Residuals, progress: Progress, rows: DrawnRows, means: list[float]) -> tuple[Residuals, Progress]:
         """Goes back to the least loss that the residuals held out foretell if only that of the others still falls.

@@ -79,9 +79,9 @@ class LeastSquaresLoss:
             )
         return values
 
-    def check_same(self, values: Sequence[Tensor], here: Residuals, tolerance: float) -> None:
-        """Raises RuntimeError if the closure's residuals at the present parameters are no longer these values."""
-        pairs = zip(values, self.there(here), strict=True)
+    def check_same(self, here: Residuals, tolerance: float) -> None:
+        """Raises RuntimeError if the closure's residuals at the present parameters are no longer these."""
+        pairs = zip(here.values, self.there(here), strict=True)
         norms = host_numbers([norm for old, new in pairs for norm in ((old - new).norm(), old.norm())])
         for difference, size in zip(norms[::2], norms[1::2], strict=True):
             if not difference <= tolerance * size:
