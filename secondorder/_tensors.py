@@ -1,4 +1,4 @@
-"""Helpers on tensors: batches as rows, subsamples of them, and the dtype that numbers are computed in."""
+"""Helpers on tensors: batches as rows, the dtype that numbers are computed in, and numbers that come to the host together."""
 
 import warnings
 from collections.abc import Callable, Sequence

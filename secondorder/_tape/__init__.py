@@ -1,4 +1,8 @@
-"""What a forward and backward pass leaves behind: per linear layer its input, what follows it, and the gradients there."""
+"""What a forward and backward pass leaves behind: per linear layer its input, what follows it, and the gradients there.
+
+Beside the tape there is what LevenbergMarquardt reads in the graph of a loss, without a tape: `residuals`, `uses` of parameters,
+`plans`, and the `jacobian` by them.
+"""
 
 from secondorder._tape.backward_roots import term_of_its_own, term_outside, upstream
 from secondorder._tape.columns import Columns

@@ -53,8 +53,11 @@ class Tape:
         model: the module that the layers are part of. torch.compile leaves its forward, and the criterion's, alone in training
             mode. A layer of it that shares the parameters of one of `layers` is recorded as that one.
 
-    `recording` may be switched off and on at any time. `tied` are the layers that are recorded as another one. `missing` says why
-    there are no records.
+    Attributes:
+        names: the layers, with their names.
+        recording: whether calls are recorded; may be switched at any time.
+        tied: the layers that are recorded as another one, with that one.
+        missing: why there are no records, if there are none.
     """
 
     def __init__(self, layers: dict[nn.Linear, str], criterion: nn.Module, options: TapeOptions, model: nn.Module | None = None):
@@ -64,7 +67,7 @@ class Tape:
         self._output_hessian = options.output_hessian or (lambda criterion, loss, source, *_: autograd_hessian(loss, source))
         self._wide = {layer for layer in layers if options.widest is not None and layer.out_features > options.widest}
         self.recording = True
-        self.missing = _NOT_CALLED  # why there may be no records
+        self.missing = _NOT_CALLED
         key = f"secondorder.{id(self)}"  # of what is recorded in the metadata of autograd nodes
         self._muted = False
         self._divisors = Divisors(criterion)

@@ -1,4 +1,9 @@
-"""Parameters as matrices [n, p], each with the bias that belongs to it and the modules that use it."""
+"""EigenAdam's parameters as matrices [n, p], each with the bias that belongs to it and the modules that use it.
+
+A matrix that multiplies inputs is a map, and has a basis on either side. One that is no map has none: a table, whose rows are
+looked up, or numbers that each stand for themselves. Where no module is known to use a matrix, its first gradient tells which of
+these it is (`_tables`).
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +33,7 @@ class Matrix:
         weight: its values, [n, ...].
         bias: [n], or None.
         name: the weight's name.
-        has_bases: whether it has a basis on either side; otherwise every element stands for itself.
+        has_bases: whether it is a map, with a basis on either side, as far as is known; otherwise every element stands for itself.
         layers: the modules that multiply their inputs with it: what `input_rows` gives are the inputs that it sees.
         lookups: the modules that look up its rows, of a table.
     """

@@ -1,4 +1,4 @@
-"""The parameters of matrices and their gradients, as an operator takes them."""
+"""The parameters of matrices and their gradients, as EigenAdam's operators take them."""
 
 import math
 
@@ -11,7 +11,7 @@ from secondorder.optim._matrices import Matrix, computed_in
 
 
 class Operands:
-    """The parameters of matrices as an operator takes them, with the gradients of what is minimised.
+    """The parameters of matrices as EigenAdam's operators take them, with the gradients of what is minimised.
 
     Attributes:
         dtype: what all are computed in.

@@ -10,7 +10,7 @@ from secondorder._layers import parameters_of
 from secondorder._tensors import Later, Transfer, all_finite, finite
 from secondorder.errors import NonFiniteError
 from secondorder.linalg import unchecked
-from secondorder.optim._base import CurvatureOptimizer
+from secondorder.optim._curvature_optimizer import CurvatureOptimizer
 from secondorder.optim._numbers import check_arguments, check_counts
 from secondorder.solvers import Factors, Solver, SolverOptions, solver_by_name
 

@@ -1,6 +1,7 @@
 """The Levenberg-Marquardt loop: a step from the quadratic model, its trial, and the dampings that follow from how it went.
 
-The loop knows no optimizer: it asks a loss for trial values and quadratic terms, and a function for directions at a damping.
+It is that of KFAC and of the optimizers like it; the optimizer `LevenbergMarquardt` has its own, in `gauss_newton_step`. The loop
+knows no optimizer: it asks a loss for trial values and quadratic terms, and a function for directions at a damping.
 (Botev et al., Appendix B; Martens & Grosse, 2015, sections 6 and 7.)
 """
 
