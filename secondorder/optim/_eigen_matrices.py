@@ -238,10 +238,10 @@ class MatrixOptimizer(SecondOrderOptimizer):
         except BaseException:
             self._find_anew()
             raise
-        self._replays = EigenReplays(type(self).__name__)  # CUDA graphs have the old tensors
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
         super()._restore(state_dict)
+        self._replays = EigenReplays(type(self).__name__)  # CUDA graphs have the old tensors
         for p in [p for p, state in self.state.items() if "basis_out" in state]:
             self.state[p] = cast_state(self.state[p], p)
 

@@ -177,14 +177,8 @@ class ObservingOptimizer(MatrixOptimizer):
                 state.setdefault("curved", False)
         return found
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state as every torch optimizer does, in the dtype that each parameter is computed in.
-
-        Raises:
-            ValueError: it is the state of another kind of optimizer, of other parameters, or of an EigenAdam that was made with
-                other arguments.
-        """
-        super().load_state_dict(state_dict)
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        super()._restore(state_dict)
         self._observing = None
         self._schedule_recording()
 

@@ -33,7 +33,7 @@ class Matrix:
         weight: its values, [n, ...].
         bias: [n], or None.
         name: the weight's name.
-        has_bases: whether it is a map, with a basis on either side, as far as is known; otherwise every element stands for itself.
+        has_bases: whether it is a map, with a basis on either side, as far as is known; else it has none.
         layers: the modules that multiply their inputs with it: what `input_rows` gives are the inputs that it sees.
         lookups: the modules that look up its rows, of a table.
     """
