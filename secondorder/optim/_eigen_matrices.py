@@ -198,6 +198,10 @@ class MatrixOptimizer(SecondOrderOptimizer):
             return False
         return self._replays.catch_up(self._shared_state(), self._matrices, self.state, self._renew_every)
 
+    def _settle(self) -> None:
+        """Waits until it is known which steps were made, before states are saved or copied."""
+        self._catch_up()
+
     # --- groups and checkpoints ----------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -212,7 +216,7 @@ class MatrixOptimizer(SecondOrderOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state; that of a weight has the same shapes whether it turns out to be a map or not, as DCP demands."""
-        self._catch_up()
+        self._settle()
         found, weights = super().state_dict(), {matrix.weight: matrix for matrix in self._matrices}
         for group, own in zip(found["param_groups"], self.param_groups, strict=True):
             for i, p in zip(group["params"], own["params"], strict=True):
@@ -247,7 +251,7 @@ class MatrixOptimizer(SecondOrderOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state and the arguments of construction, without what `_reset` sets up."""
-        self._catch_up()
+        self._settle()
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in self._copied}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

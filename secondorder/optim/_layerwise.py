@@ -81,7 +81,6 @@ class LayerwiseOptimizer(SolvingOptimizer):
         self._curvature_name = f"{curvature} by {solver}"
         self._factors = FactorSource(self._curvature, self._solver, curvature_samples, self._layers)
         self._curvature_every, self._average = curvature_every, average
-        self._warned_flat = False  # whether the warning of a criterion without curvature has been given
 
     @outside_autocast
     @torch.no_grad()
@@ -160,11 +159,11 @@ class LayerwiseOptimizer(SolvingOptimizer):
         if not captured_now():
             mean = torch.stack([each.loss.double() for each in self._tape.losses]).mean()
             self._growth.observe(-mean if self._maximize() else mean)
-        if self._curvature.columns and not self._warned_flat and any(record.without_columns for record in records):
-            self._warned_flat = True
-            warn(
+        if self._curvature.columns and any(record.without_columns for record in records):
+            self._warn_once(
+                "flat",
                 f"the Hessian of {self.criterion} is zero, or is in sum over instances that it compares; the layers get their "
-                "empirical Fisher blocks."
+                "empirical Fisher blocks.",
             )
         new: dict[str, list[str]] = {}  # names of layers by obstacle
         for record in records:

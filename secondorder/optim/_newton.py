@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from secondorder._tape import ForwardState
 from secondorder._tensors import Later, Transfer
-from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
 from secondorder.optim._closure import idle_backward
 from secondorder.optim._layerwise import Groups, LayerwiseOptimizer
@@ -95,7 +94,6 @@ class NewtonOptimizer(LayerwiseOptimizer):
         self._loop, self._subsample = LevenbergMarquardtLoop(schedule), subsample
         self._closure: Closure | None = None  # of the step under way
         self._evaluating = False  # whether a closure is being called for a trial
-        self._warned = False  # whether the warning that the model does not repeat itself has been given
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state as every torch optimizer does, also what an optimizer with lr=None has saved before version 0.2.
@@ -195,13 +193,13 @@ class NewtonOptimizer(LayerwiseOptimizer):
             except CannotReplay as error:
                 obstacle = str(error)
         if recorded is not None and (recorded.faithful or self._closure is None):
-            if not recorded.faithful and not self._warned:
-                self._warned = True
-                warn(
+            if not recorded.faithful:
+                self._warn_once(
+                    "unfaithful",
                     "the model, or the criterion, gives something else when it is evaluated again, though the model's random "
                     "numbers, buffers and attributes are those of its forward pass: its weights were others then, or the "
                     "criterion draws numbers or keeps a state; steps are judged by a loss that is not the recorded one. Pass a "
-                    f"closure to {type(self).__name__}.step, or take EACG, which has a learning rate instead"
+                    f"closure to {type(self).__name__}.step, or take EACG, which has a learning rate instead",
                 )
             return recorded
         if self._closure is None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from secondorder._tensors import captured_now, device_for, is_sharded
+from secondorder._warnings import warn
 
 WHOLE = (
     "expected whole parameters on every rank, as under DistributedDataParallel, since the curvature of a layer needs its whole "
@@ -167,6 +168,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _on_device(self, lr: Any) -> bool:
         """Tells whether a captured step reads this learning rate on the device."""
         return isinstance(lr, Tensor) and lr.device == self._first_parameter().device
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        """Gives a warning, unless this optimizer has given one of its kind before."""
+        given: set[str] = self.__dict__.setdefault("_warned", set())
+        if kind not in given:
+            given.add(kind)
+            warn(message)
 
     def _first_parameter(self) -> Tensor:
         """Returns the first parameter, whose state may hold that of all."""

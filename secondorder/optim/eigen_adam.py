@@ -165,7 +165,6 @@ class EigenAdam(ObservingOptimizer):
         super()._reset()
         self._rates = RateReader(type(self).__name__)
         self._reports = StepReports()
-        self._warned: set[str] = set()  # the warnings that were given
         self._growth = LossGrowth(type(self).__name__, "lower lr, or clip the gradients")  # of closures
 
     def _find_anew(self, states: Mapping[Tensor, dict[str, Any]] | None = None) -> None:
@@ -351,20 +350,11 @@ class EigenAdam(ObservingOptimizer):
                 f"{', or a learning rate that is negative or not finite' if rates else ''}; no parameter and no state has changed"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state, once it is known which steps were made."""
-        self._settle_reports()
-        return super().state_dict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Returns what copies and pickles have, once it is known which steps were made."""
-        self._settle_reports()
-        return super().__getstate__()
-
-    def _settle_reports(self) -> None:
+    def _settle(self) -> None:
         """Waits for the reports of all steps; of a refused one the next step tells."""
         if self._reports:
             self._reports.settle(self._shared_state(), self.state, newest=0)
+        super()._settle()
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
         super()._restore(state_dict)
@@ -405,12 +395,6 @@ class EigenAdam(ObservingOptimizer):
         """Warns once of a closure's loss that has grown a thousandfold."""
         if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1 and not captured_now()):
             self._growth.observe(-loss if self._maximize() else loss)
-
-    def _warn_once(self, kind: str, message: str) -> None:
-        """Gives a warning, unless one of its kind was given before."""
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warn(message)
 
     def metrics(self) -> dict[str, float]:
         """Returns numbers worth logging. Waits for the device; a step does not compute them.

@@ -278,13 +278,13 @@ class LevenbergMarquardt(SecondOrderOptimizer):
 
     def _warn_of_interpolation(self, run: GaussNewtonStep) -> None:
         """Says once that a step has gone back since only the residuals drawn still fell."""
-        if run.interpolates and "interpolation" not in self._warned:
-            self._warned.add("interpolation")
-            warn(
+        if run.interpolates:
+            self._warn_once(
+                "interpolation",
                 f"{type(self).__name__}: the residuals held out lie above the others, or rise, and have brought no record for "
                 f"{HELD_PATIENCE} steps: the points are being interpolated, or noise is fitted. It has gone back, with more "
                 "damping. More points, or new ones in every step, let it go on; so does holdout=False, for data without noise or "
-                "where the least loss itself is sought."
+                "where the least loss itself is sought.",
             )
 
     def _check_finite(self, here: Residuals) -> None:
@@ -393,15 +393,15 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     def _reset(self) -> None:
         """Sets up what is no part of the state."""
         self._plans = Plans()
-        self._warned: set[Tensor | str] = set()
+        self._slow: set[Tensor] = set()  # the parameters of which `_warn_of_passes` has told
         self._buffer = Buffer()
 
     def _warn_of_passes(self, parameters: Sequence[Tensor], nodes: dict[int, str]) -> None:
         """Says once of every parameter, by its position among these, that its columns cost a backward pass for each residual."""
-        new = {parameters[position]: node for position, node in nodes.items() if parameters[position] not in self._warned}
+        new = {parameters[position]: node for position, node in nodes.items() if parameters[position] not in self._slow}
         if not new:
             return
-        self._warned |= new.keys()
+        self._slow |= new.keys()
         names = {
             p: f"{known!r} {tuple(p.shape)}" if known else f"the parameter of shape {tuple(p.shape)}"
             for group in self.param_groups
