@@ -70,8 +70,8 @@ class RateReader:
             self._highest = max(self._highest, found[-1].lr)
             if group is first:
                 continue
-            for name in ("betas", "eps"):
-                if tuple(group["betas"]) != tuple(first["betas"]) or group["eps"] != first["eps"]:
+            for name, same in (("betas", tuple(group["betas"]) == tuple(first["betas"])), ("eps", group["eps"] == first["eps"])):
+                if not same:
                     raise ValueError(
                         f"{self._owner}.step(): expected {name} to be the same in all param_groups, got "
                         f"{first[name]!r} and {group[name]!r}"

@@ -13,6 +13,7 @@ from secondorder.ops.eigen import STEPS
 from secondorder.optim import _captures
 from secondorder.optim._eigen_state import FIRST_STEPS, is_current
 from secondorder.optim._matrices import Matrix, computed_in
+from secondorder.reference.eigen import renewals_before
 
 States = Mapping[Tensor, dict[str, Any]]
 
@@ -86,7 +87,7 @@ class EigenReplays:
     def catch_up(self, shared: dict[str, Any], matrices: Sequence[Matrix], states: States, renew_every: int) -> bool:
         """Brings Python's counts to those of the device, for which it waits; returns whether they were others."""
         now, before = int(shared["control"][STEPS]), shared["steps"]
-        renewals = -(-now // renew_every) + -before // renew_every  # multiples of renew_every from `before` on, below `now`
+        renewals = renewals_before(now, renew_every) - renewals_before(before, renew_every)
         for matrix in matrices:
             if matrix.weight not in self._weights:
                 continue

@@ -18,7 +18,7 @@ from secondorder.optim._operands import Operands
 from secondorder.optim._sharded import Shards
 from secondorder.optim._sharded_state import local_moments
 from secondorder.optim._sharded_step import ShardedOperators
-from secondorder.reference.eigen import FIRST_LENGTH
+from secondorder.reference.eigen import FIRST_LENGTH, renewals_before
 
 LONGEST = 5.0  # times |G| / |g|, the longest mean input of rows that count
 
@@ -129,7 +129,7 @@ class EigenStep:
             return share
         every, since = self._replay
         steps = self._control.select(0, STEPS)
-        renewals = (steps / every).ceil() - math.ceil(since / every)
+        renewals = (steps / every).ceil() - renewals_before(since, every)
         now = (1 - DECAY) / (1 - (1 - (1 - DECAY) / share) * DECAY**renewals)
         return torch.where(steps % every == 0, now, 0.0).to(self._means[0])
 
@@ -176,7 +176,7 @@ class EigenStep:
             if before is not None:
                 self._control.copy_(before)
             raise
-        if before is not None:
+        if before is not None:  # a refused step changes neither the length nor what moves by itself
             refused = self._control[REFUSED] > before[REFUSED]
             self._control[LENGTH] = torch.where(refused, before[LENGTH], self._control[LENGTH])
             for i, held, moved in self._operands.held:

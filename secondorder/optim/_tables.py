@@ -11,7 +11,8 @@ from secondorder._tensors import device_for, local_rows, real_view
 from secondorder.optim._eigen_state import FIRST_STEPS
 from secondorder.optim._matrices import Matrix
 
-TABLE = 2.0  # times as far as a weight moves a row that every step meets: its elements act alone, a weight with all of its row
+# So many times as far as a weight moves a row that every step meets: its elements act alone, a weight's with all of its row.
+OF_WHOLE_TABLE = 2.0
 LEAST_ROW_SHARE = 0.2  # of a table's rows: fewer that a step meets move by no more
 
 AllReduce = Callable[[Tensor], None]  # sums a tensor over all processes that have inputs, in place
@@ -79,7 +80,7 @@ def row_share_if_no_map(matrix: Matrix, most: float, all_reduce_: AllReduce | No
 
 def times_as_far(row_share: float) -> float:
     """Returns how many times as far as other weights a table moves, of which a step meets this share of the rows."""
-    return TABLE / _bounded(row_share)
+    return OF_WHOLE_TABLE / _bounded(row_share)
 
 
 def _bounded(row_share: float) -> float:

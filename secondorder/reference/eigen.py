@@ -65,7 +65,7 @@ def eigen_renew_(
         return
     for i, w in enumerate(share):
         if renew_every:  # 1 / w = 1 + decay + decay^2 + ... has a term more for each renewal since then
-            for _ in range(-(-since // renew_every), -(-int(control[STEPS]) // renew_every)):
+            for _ in range(renewals_before(since, renew_every), renewals_before(int(control[STEPS]), renew_every)):
                 w = 1 / (1 + decay / w)
         (n, p), ku, kv = grad_weight[i].shape, len(basis_out[i]), len(basis_in[i])
         moments = eigen_split(first[i], eigen_shapes(n, p, ku, kv, grad_bias[i].numel() > 0))
@@ -127,8 +127,13 @@ def eigen_step_(
     eigen_control_(control, slope, last_slope, renewed and not _idle(control, renew_every))
 
 
+def renewals_before(step: int, renew_every: int) -> int:
+    """Returns how many of the steps 0, 1, ... before this one renew bases: those that `renew_every` divides."""
+    return -(-step // renew_every)
+
+
 def _idle(control: Tensor | None, renew_every: int) -> bool:
-    """Whether `renew_every` > 0 says that the step after those of `control` renews no bases."""
+    """Tells whether `renew_every` > 0 says that the step after those of `control` renews no bases."""
     return control is not None and renew_every > 0 and int(control[STEPS]) % renew_every != 0
 
 

@@ -1,5 +1,6 @@
 """EigenAdam's learning rates: groups, schedulers, and rates of other optimizers."""
 
+import re
 import warnings
 
 import pytest
@@ -85,11 +86,12 @@ def test_groups_must_agree_where_one_number_serves_all():
         so.EigenAdam([{"params": model.parameters(), "lr": -5}])
     with pytest.raises(ValueError, match="more than one parameter group"):
         so.EigenAdam([{"params": model.parameters()}, {"params": [model[0].weight]}])
-    optimizer = so.EigenAdam(
-        [{"params": model[0].parameters()}, {"params": model[2].parameters(), "betas": (0.5, 0.5)}], model=model
-    )
-    with pytest.raises(ValueError, match="expected betas to be the same in all param_groups"):
-        train(model, optimizer, [0])
+    for name, other in (("betas", (0.5, 0.5)), ("eps", 1e-3)):
+        optimizer = so.EigenAdam([{"params": model[0].parameters()}, {"params": model[2].parameters(), name: other}], model=model)
+        with pytest.raises(
+            ValueError, match=rf"expected {name} to be the same in all param_groups, got .* and {re.escape(repr(other))}"
+        ):
+            train(model, optimizer, [0])
 
 
 def test_one_cycle_with_the_rate_of_another_optimizer_is_warned_of():
