@@ -63,3 +63,17 @@ def compared(make, drawing):
 
 def close(actual, expected):
     assert float((actual - expected).norm()) <= 1e-12 * float(expected.norm())
+
+
+def assert_rows_are_those_of_backward_passes(make, drawing):
+    """Compares a Jacobian, and all products with it, with one backward pass for each residual."""
+    _, ours, expected = compared(make, drawing)
+    u, v = torch.randn(len(expected), 2), torch.randn(expected.shape[1], 2)
+    products = [(ours.mm(v), expected @ v), (ours.rmm(u), expected.T @ u), (ours.gram().tril(), (expected @ expected.T).tril())]
+    for actual, right in products:  # from the factors
+        close(actual, right)
+    close(ours.squared_norm(), expected.square().sum())
+    close(ours.dense(), expected)
+    close(ours.gram().tril(), (expected @ expected.T).tril())
+    close(ours.mv(v[:, 0]), expected @ v[:, 0])
+    close(ours.rmv(u[:, 0]), expected.T @ u[:, 0])
