@@ -7,7 +7,7 @@ by, the rest need not be a descent, and the loss falls along no step that is mad
 import math
 from collections import Counter
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ from secondorder.optim._matrices import Matrix
 
 Bounds = tuple[float, float]
 FEWEST = 3  # elements of which it means something that they have two values at most
+
+
+class Held(NamedTuple):
+    """The elements of a weight that are at the bounds which the loop holds it in."""
+
+    which: Tensor  # whether an element is one of them, of the weight's shape
+    moved: Tensor  # where they move, likewise
 
 
 class LoopChanges:
@@ -78,8 +85,8 @@ def _summary(matrix: Matrix, written: Tensor) -> Tensor:
     return torch.stack([found.to(low.dtype), low, high]).to(device_for(torch.float64, now), torch.float64)
 
 
-def held_back(values: Tensor, grad: Tensor, bounds: Bounds, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns a gradient without the elements at the bounds, which these are, and where they move: a rounding unit downhill.
+def held_back(values: Tensor, grad: Tensor, bounds: Bounds, dtype: torch.dtype) -> tuple[Tensor, Held]:
+    """Returns a gradient without the elements at the bounds, and these elements, which move by a rounding unit downhill.
 
     The loop takes that step back as long as it holds the element; one that it holds no more is off its bound, and moves with the
     others from the next step on. Weight decay, too, would take elements off their bounds.
@@ -93,7 +100,7 @@ def held_back(values: Tensor, grad: Tensor, bounds: Bounds, dtype: torch.dtype) 
     held = ((values == bounds[0]) | (values == bounds[1])) & (grad != 0)
     unit = torch.finfo(dtype)
     moved = values - grad.sign() * (unit.eps * values.abs() + unit.tiny)
-    return grad * ~held, held, moved  # what is not finite stays, so that the step is refused
+    return grad * ~held, Held(held, moved)  # what is not finite stays, so that the step is refused
 
 
 def _first_elements(matrix: Matrix) -> Tensor:

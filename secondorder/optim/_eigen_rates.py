@@ -1,6 +1,6 @@
 """What EigenAdam's step reads in its param_groups: learning rates and weight decays, checked and dealt out to the matrices."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +22,11 @@ OnDevice = Callable[[Any], bool]  # whether the operators read this learning rat
 
 
 class GroupRates(NamedTuple):
-    """The learning rate of a group, 1 if the operators read it on the device, and its weight decay."""
+    """The learning rate of a group, and its weight decay."""
 
-    lr: float
+    lr: float  # 1 where there is one on the device
     weight_decay: float
+    on_device: Tensor | None  # the learning rate, where the operators read it; else None
 
 
 class MatrixRates(NamedTuple):
@@ -35,6 +36,7 @@ class MatrixRates(NamedTuple):
     biases: list[float]
     weight_decays: list[float]
     bias_decays: list[float]
+    on_device: Tensor | None  # further factors of the step lengths, which the operators read [matrices, 2]; None: there are none
 
 
 def check_group(owner: str, group: Group) -> None:
@@ -61,9 +63,10 @@ class RateReader:
         """Returns every group's learning rate and weight decay, once all numbers are valid."""
         first, found = groups[0], []
         for group in groups:
-            on_host = {**group, "lr": 1.0} if on_device(group["lr"]) else group
+            read_later = group["lr"] if on_device(group["lr"]) else None
+            on_host = group if read_later is None else {**group, "lr": 1.0}
             check_group(f"{self._owner}.step()", on_host)
-            found.append(GroupRates(float(on_host["lr"]), float(group["weight_decay"])))
+            found.append(GroupRates(float(on_host["lr"]), float(group["weight_decay"]), read_later))
             if "max_lr" in group and not self._has_max_lr:  # OneCycleLR's
                 self._has_max_lr = True
                 warn_of_short_steps(self._owner, group["max_lr"], "max_lr")
@@ -90,6 +93,7 @@ def rates_of_matrices(
     row_shares: dict[Matrix, float],
     rates: list[GroupRates],
     groups_of: dict[Matrix, tuple[int, int]],
+    control: Tensor,
 ) -> MatrixRates:
     """Returns the rates and weight decays of every matrix.
 
@@ -102,34 +106,21 @@ def rates_of_matrices(
         row_shares: of the tables that were counted for this step, the share of rows; other tables have theirs in the state.
         rates: every group's.
         groups_of: of each matrix, the positions of the groups of its weight and of its bias.
+        control: rates on the device get its dtype and device.
     """
-    found = MatrixRates([], [], [], [])
+    on_device: Tensor | None = None
+    if any(rate.on_device is not None for rate in rates):
+        one = control.new_ones(())
+        factors = [one if rate.on_device is None else rate.on_device.to(control).reshape(()) for rate in rates]
+        on_device = torch.stack([factors[group] for matrix in matrices for group in groups_of[matrix]]).view(-1, 2)
+    found = MatrixRates([], [], [], [], on_device)
     for matrix, state in zip(matrices, states, strict=True):
         row_share = row_shares.get(matrix, state.get("share"))  # None: it is no table
         further = 1.0 if row_share is None else times_as_far(row_share)
-        (lr, decay), (bias_lr, bias_decay) = (rates[group] for group in groups_of[matrix])
+        own, of_bias = (rates[group] for group in groups_of[matrix])
         bias = matrix.bias
-        found.weights.append(lr * further)
-        found.biases.append(bias_lr)
-        found.weight_decays.append(decay / further if decay and matrix.weight.grad is not None else 0.0)
-        found.bias_decays.append(bias_decay if bias_decay and bias is not None and bias.grad is not None else 0.0)
+        found.weights.append(own.lr * further)
+        found.biases.append(of_bias.lr)
+        found.weight_decays.append(own.weight_decay / further if matrix.weight.grad is not None else 0.0)
+        found.bias_decays.append(of_bias.weight_decay if bias is not None and bias.grad is not None else 0.0)
     return found
-
-
-def rates_on_device(
-    groups: Sequence[Group], on_device: OnDevice, groups_of: Iterable[tuple[int, int]], control: Tensor
-) -> Tensor | None:
-    """Returns the learning rates that the operators read, 1 for the others, [matrices, 2]; None if they read none.
-
-    Args:
-        groups: the param_groups.
-        on_device: tells whether the operators read a learning rate on the device.
-        groups_of: of each matrix, the positions of the groups of its weight and of its bias.
-        control: the rates get its dtype and device.
-    """
-    read = [on_device(group["lr"]) for group in groups]
-    if not any(read):
-        return None
-    one = control.new_ones(())
-    rates = [group["lr"].to(control).reshape(()) if on else one for group, on in zip(groups, read, strict=True)]
-    return torch.stack([rates[group] for pair in groups_of for group in pair]).view(-1, 2)

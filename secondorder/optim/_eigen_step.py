@@ -133,13 +133,12 @@ class EigenStep:
         now = (1 - DECAY) / (1 - (1 - (1 - DECAY) / share) * DECAY**renewals)
         return torch.where(steps % every == 0, now, 0.0).to(self._means[0])
 
-    def move(self, rates: MatrixRates, group: Mapping[str, Any], rates_on_device: Tensor | None, enters: bool = False) -> None:
+    def move(self, rates: MatrixRates, group: Mapping[str, Any], enters: bool) -> None:
         """Moves all weights and biases, unless a number is not finite, which `control` tells.
 
         Args:
             rates: of every weight and bias.
             group: has the betas and eps of all.
-            rates_on_device: further factors of the step lengths that operators read, [matrices, 2]; None: there are none.
             enters: whether a matrix makes its first step after others have trained. The step length is then again that of a
                 beginning, at most: it may have grown tenfold on what the others could do alone, as a head does.
         """
@@ -170,7 +169,7 @@ class EigenStep:
                 eps=group["eps"],
                 renewed=self._renewal is not None,
                 **({} if self._replay is None else self._replay._asdict()),
-                **({} if rates_on_device is None else {"rate": rates_on_device}),
+                **({} if rates.on_device is None else {"rate": rates.on_device}),
             )
         except BaseException:
             if before is not None:
@@ -179,10 +178,10 @@ class EigenStep:
         if before is not None:  # a refused step changes neither the length nor what moves by itself
             refused = self._control[REFUSED] > before[REFUSED]
             self._control[LENGTH] = torch.where(refused, before[LENGTH], self._control[LENGTH])
-            for i, held, moved in self._operands.held:
+            for i, held in self._operands.held.items():
                 weight = self._operands.weights[i]
                 if rates.weights[i]:
-                    weight.copy_(torch.where(held & ~refused.to(held.device), moved, weight))
+                    weight.copy_(torch.where(held.which & ~refused.to(weight.device), held.moved, weight))
 
     def note_captured(self) -> None:
         """Notes that a CUDA graph has captured the step, which is not made yet."""

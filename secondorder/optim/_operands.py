@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from secondorder._tensors import cast, local_rows, real_view
-from secondorder.optim._eigen_bounds import Bounds, held_back
+from secondorder.optim._eigen_bounds import Bounds, Held, held_back
 from secondorder.optim._matrices import Matrix, computed_in
 
 
@@ -19,7 +19,7 @@ class Operands:
         biases: [n] of every matrix, likewise; [0] without one.
         weight_grads: G [n, p] of every matrix; zeros where there is none.
         bias_grads: g [n] of every matrix, likewise; [0] without a bias.
-        held: of weights some elements of which move by themselves, the position, which these are, and where they move.
+        held: what of weights moves by itself, by their positions.
 
     Args:
         owner: who asks, for errors.
@@ -39,7 +39,7 @@ class Operands:
         self.biases: list[Tensor] = []
         self.weight_grads: list[Tensor] = []
         self.bias_grads: list[Tensor] = []
-        self.held: list[tuple[int, Tensor, Tensor]] = []
+        self.held: dict[int, Held] = {}
         nothing = torch.empty(0, dtype=self.dtype, device=self._device)
         for matrix in matrices:
             values, grad = self._with_gradient(matrix.weight, matrix)
@@ -58,8 +58,7 @@ class Operands:
 
     def hold_back(self, i: int, matrix: Matrix, bounds: Bounds) -> None:
         """Leaves out the elements at the bounds that the loop holds the i-th weight in, which move by themselves."""
-        self.weight_grads[i], held, moved = held_back(self.weights[i], self.weight_grads[i], bounds, matrix.weight.dtype)
-        self.held.append((i, held, moved))
+        self.weight_grads[i], self.held[i] = held_back(self.weights[i], self.weight_grads[i], bounds, matrix.weight.dtype)
 
     def write_back(self) -> None:
         """Gives the parameters what was written to their copies."""

@@ -16,7 +16,7 @@ from secondorder.optim._amp import outside_autocast
 from secondorder.optim._bias_hessians import BiasHessians
 from secondorder.optim._eigen_bounds import LoopChanges
 from secondorder.optim._eigen_observer import ObservingOptimizer
-from secondorder.optim._eigen_rates import SLOW, GroupRates, RateReader, check_group, rates_of_matrices, rates_on_device
+from secondorder.optim._eigen_rates import SLOW, GroupRates, RateReader, check_group, rates_of_matrices
 from secondorder.optim._eigen_replays import Replay
 from secondorder.optim._eigen_reports import StepReports
 from secondorder.optim._eigen_state import forget_state, share_in_bases
@@ -232,12 +232,10 @@ class EigenAdam(ObservingOptimizer):
         if renews:
             row_shares = self._lookups.row_shares(matrices, states, self._all_reduce_ if self._is_distributed else None)
             self._plan_renewal(step, matrices, recorded, sign)
-        matrix_rates = rates_of_matrices(matrices, states, row_shares, rates, self._groups_of)
-        groups_of = [self._groups_of[matrix] for matrix in matrices]
-        on_device = rates_on_device(self.param_groups, self._on_device, groups_of, shared["control"])
+        matrix_rates = rates_of_matrices(matrices, states, row_shares, rates, self._groups_of, shared["control"])
         step.renew()  # so far no parameter and no basis has changed
         enters = shared["steps"] > 0 and not all(state["step"] for state in states)
-        step.move(matrix_rates, self.param_groups[0], on_device, enters)
+        step.move(matrix_rates, self.param_groups[0], enters)
         if captured:
             step.note_captured()
             self._replays.add(matrices)
