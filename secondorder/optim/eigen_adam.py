@@ -163,7 +163,7 @@ class EigenAdam(ObservingOptimizer):
 
     def _reset(self) -> None:
         super()._reset()
-        self._rates = RateReader(type(self).__name__)
+        self._rate_reader = RateReader(type(self).__name__)
         self._reports = StepReports()
         self._growth = LossGrowth(type(self).__name__, "lower lr, or clip the gradients")  # of closures
 
@@ -212,7 +212,7 @@ class EigenAdam(ObservingOptimizer):
         """Renews the bases if that is due, moves all parameters, and notes in the states what came of it."""
         name, sign = f"{type(self).__name__}.step()", -1 if self._maximize() else 1
         recorded = self._hessians  # before hooks for other parameters may lay another tape
-        rates = self._rates.read(self.param_groups, self._on_device)
+        rates = self._rate_reader.read(self.param_groups, self._on_device)
         matrices = self._matrices_to_step(rates)
         if not matrices:
             return
@@ -318,7 +318,7 @@ class EigenAdam(ObservingOptimizer):
         shared = self._shared_state()
         shared["steps"] += 1
         if shared["steps"] == SLOW:
-            self._rates.warn_if_slow(self.defaults["lr"])
+            self._rate_reader.warn_if_slow(self.defaults["lr"])
 
     # --- whether steps were made ---------------------------------------------------------------------------------------------
 
