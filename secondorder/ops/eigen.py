@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from secondorder.ops._library import library, operator
+from secondorder.reference.eigen import FIRST_LENGTH as FIRST_LENGTH
 from secondorder.reference.eigen import LAST_SLOPE as LAST_SLOPE
 from secondorder.reference.eigen import LENGTH as LENGTH
 from secondorder.reference.eigen import OSCILLATIONS as OSCILLATIONS
@@ -31,6 +32,7 @@ from secondorder.reference.eigen import SLOPE as SLOPE
 from secondorder.reference.eigen import STEPS as STEPS
 from secondorder.reference.eigen import UNRENEWED as UNRENEWED
 from secondorder.reference.eigen import eigen_length as eigen_length
+from secondorder.reference.eigen import renewals_before as renewals_before
 
 CONTROL = ("length", "oscillations", "slope", "last_slope", "steps", "refused", "unrenewed", "first_slope")
 """What the entries of a control tensor are.

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from secondorder.ops.eigen import STEPS
+from secondorder.ops.eigen import STEPS, renewals_before
 from secondorder.optim import _captures
 from secondorder.optim._eigen_state import FIRST_STEPS, is_current
 from secondorder.optim._matrices import Matrix, computed_in
-from secondorder.reference.eigen import renewals_before
 
 States = Mapping[Tensor, dict[str, Any]]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secondorder import ops
-from secondorder.ops.eigen import LENGTH, REFUSED, STEPS, UNRENEWED
+from secondorder.ops.eigen import FIRST_LENGTH, LENGTH, REFUSED, STEPS, UNRENEWED, renewals_before
 from secondorder.optim._eigen_inputs import Sketch
 from secondorder.optim._eigen_rates import MatrixRates
 from secondorder.optim._eigen_renewal import DECAY, Renewal, finite_or_zero
@@ -18,7 +18,6 @@ from secondorder.optim._operands import Operands
 from secondorder.optim._sharded import Shards
 from secondorder.optim._sharded_state import local_moments
 from secondorder.optim._sharded_step import ShardedOperators
-from secondorder.reference.eigen import FIRST_LENGTH, renewals_before
 
 LONGEST = 5.0  # times |G| / |g|, the longest mean input of rows that count
 
