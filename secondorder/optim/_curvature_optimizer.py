@@ -197,7 +197,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
             "coverage": the share of all trained numbers that a curvature has covered, rather than the fallback.
             "skipped_steps": how many steps NaN or inf has prevented.
         """
-        trained = {p for group in self.param_groups for p in group["params"] if p.requires_grad}
+        trained = {p for p in self._parameters() if p.requires_grad}
         stepped = [layer for layer in self._layers if self.state.get(layer.weight, {}).get("step")]
         covered = trained & {p for layer in stepped for p in layer.parameters(recurse=False)}
         numbers = sum(p.numel() for p in trained)
@@ -211,7 +211,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         lines = [super().__repr__()]
         for layer, name in self._layers.items():
             lines.append(f"{name or '(the model)'} ({layer.in_features} -> {layer.out_features}): {self._described(layer)}")
-        others = [self._parameter_names[p] for group in self.param_groups for p in group["params"] if p in self._fallback.warned]
+        others = [self._parameter_names[p] for p in self._parameters() if p in self._fallback.warned]
         return "\n".join([*lines, f"fallback (SGD): {', '.join(others)}"] if others else lines)
 
     def _described(self, layer: nn.Linear) -> str:
@@ -283,7 +283,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
 
     def _check_gradients(self) -> None:
         """Raises RuntimeError where there are no gradients, or a layer has lost its weight, or has one of another shape."""
-        if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
+        if not any(p.grad is not None for p in self._parameters()):
             name = type(self).__name__
             raise RuntimeError(
                 f"{name}.step(): expected gradients, found none; call loss.backward() first. They must be those of "

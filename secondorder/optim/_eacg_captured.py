@@ -207,7 +207,7 @@ class CapturableOptimizer(LayerwiseOptimizer):
 
     def _check_state(self, operands: UpdateOperands, with_momentum: list[Tensor]) -> None:
         """Raises where a tensor of the state is missing, since a captured step writes to tensors that are there."""
-        averages = [p for group in self.param_groups for p in group["params"]] if self._average else []
+        averages = self._parameters() if self._average else []
         made = not operands.started and self._replays.ready
         for name, parameters in (("factors", operands.weights), ("momentum", with_momentum), ("average", averages)):
             made = made and all(name in self.state.get(p, {}) for p in parameters)

@@ -106,10 +106,6 @@ class MatrixOptimizer(SecondOrderOptimizer):
         if matrix.bias is not None:
             forget_state(self.state.get(matrix.bias, {}), "step")
 
-    def _parameters(self) -> list[Tensor]:
-        """Returns the parameters of all groups."""
-        return [p for group in self.param_groups for p in group["params"]]
-
     def _present_ids(self) -> list[list[int]]:
         """Returns the identities of the groups' parameters."""
         return [list(map(id, group["params"])) for group in self.param_groups]

@@ -110,7 +110,7 @@ class LayerwiseOptimizer(SolvingOptimizer):
                 factors = self._renewed(groups, captured)
                 self._advance(self._covered(factors, groups), factors, groups)
                 if self._average and not captured:
-                    update_averages([p for group in self.param_groups for p in group["params"]], self.state, self._steps())
+                    update_averages(self._parameters(), self.state, self._steps())
         self._tape.clear(release=True)
         self._schedule()
         return loss
@@ -223,7 +223,7 @@ class LayerwiseOptimizer(SolvingOptimizer):
         """
         if not self._average:
             raise RuntimeError(f"{type(self).__name__}.averaged_parameters(): expected an optimizer made with average=True")
-        return swapped_with_averages([p for group in self.param_groups for p in group["params"]], self.state)
+        return swapped_with_averages(self._parameters(), self.state)
 
     def _steps(self) -> int:
         return max((state.get("step", 0) for state in self.state.values()), default=0)

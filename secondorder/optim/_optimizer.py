@@ -117,8 +117,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                     f"{', '.join(missing)}"
                 )
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        for position, (i, p) in enumerate(zip(saved, own, strict=False)):  # torch refuses other numbers of parameters itself
+        # Not strict: torch refuses other numbers of parameters itself.
+        for position, (i, p) in enumerate(zip(saved, self._parameters(), strict=False)):
             state = state_dict["state"].get(i, {})
             shapes = self._shapes(p, state)
             if shapes is None:
@@ -136,8 +136,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _restore(self, state_dict: dict[str, Any]) -> None:
         """Takes the state once more, in its own dtype and without sharing memory with `state_dict`."""
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, own, strict=True):
+        for i, p in zip(saved, self._parameters(), strict=True):
             if i in state_dict["state"]:
                 self.state[p] = tree_map(
                     lambda leaf, p=p: leaf.to(device_for(leaf.dtype, p), copy=True) if isinstance(leaf, Tensor) else leaf,
@@ -175,6 +174,10 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if kind not in given:
             given.add(kind)
             warn(message)
+
+    def _parameters(self) -> list[Tensor]:
+        """Returns the parameters of all groups."""
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _first_parameter(self) -> Tensor:
         """Returns the first parameter, whose state may hold that of all."""

@@ -262,11 +262,11 @@ class KBFGS(QuasiNewtonOptimizer):
             RuntimeError: it adds to gradients from before it.
         """
         name, sign = type(self).__name__, -1.0 if self._maximize() else 1.0
-        before = [p.grad for group in self.param_groups for p in group["params"]]
+        before = [p.grad for p in self._parameters()]
         self._zeroed[0] = False
         with ClosurePass(self._layers, self._tape.tied, sign, criterion=self.criterion) as first:
             loss = first.run(closure, name)
-        after = [p.grad for group in self.param_groups for p in group["params"]]
+        after = [p.grad for p in self._parameters()]
         if not self._zeroed[0] and any(g is not None and g is old for g, old in zip(after, before, strict=True)):
             raise RuntimeError(
                 f"{name}.step(): expected a closure that calls optimizer.zero_grad() first, got one that adds to gradients from "
@@ -314,7 +314,7 @@ class KBFGS(QuasiNewtonOptimizer):
         directions, updates = self._directions(parameters, gradients, first, groups)
         limit = math.inf if self._max_increase == math.inf else loss + self._max_increase * abs(loss)
         trials = Trials(
-            type(self).__name__, closure, first, random, self._model, [p for group in self.param_groups for p in group["params"]],
+            type(self).__name__, closure, first, random, self._model, self._parameters(),
             self._doubled, self._ddp, self._ranks,
         )  # fmt: skip
         with trials.taken(parameters, directions, groups, limit) as step:

@@ -306,7 +306,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
             The loss where it leads, `here` itself if nothing lowers it; whether the closure was called last there.
         """
         state, raced = self.state.get(self._first_parameter(), {}), False
-        positions = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        positions = {p: i for i, p in enumerate(self._parameters())}
         moved = tuple(positions[p] for p in run.loss.parameters)
         if state:
             progress = Progress(**{key: state[key] for key in Progress._fields})
