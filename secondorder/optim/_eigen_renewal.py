@@ -117,14 +117,16 @@ class Renewal:
             state["unseen"] = min(unseen, state["unseen"])
 
 
-def finite_or_zero(sums: Tensor) -> Tensor:
-    """Returns a sketch or bias Hessian; or zeros, which leave the basis alone, where the renewal would be refused for its size.
+def finite_or_zero(given: list[Tensor]) -> list[Tensor]:
+    """Returns sketches or bias Hessians; zeros, which leave the basis alone, for one whose renewal would be refused for its size.
 
     `ops.eigen_renew_` refuses a sum of squares from a quarter of the dtype's largest number on, and this what comes close to it.
     """
-    if not sums.numel():
-        return sums
-    norm, most = sums.norm(), 0.49 * math.sqrt(torch.finfo(sums.dtype).max)
-    if sums.is_cpu:
-        return sums if norm.item() < most else torch.zeros_like(sums)
-    return torch.where(norm < most, sums, 0.0)  # waits for no device
+    some = [i for i, each in enumerate(given) if each.numel()]
+    if not some:
+        return given
+    fits = torch.stack(torch._foreach_norm([given[i] for i in some])) < 0.49 * math.sqrt(torch.finfo(given[some[0]].dtype).max)
+    if fits.is_cpu and fits.all():
+        return given
+    kept = {i: torch.where(fit, given[i], 0.0) for i, fit in zip(some, fits, strict=True)}  # waits for no device
+    return [kept.get(i, each) for i, each in enumerate(given)]

@@ -62,7 +62,7 @@ class StepReports:
 
     def look(self, shared: dict[str, Any]) -> bool:
         """Looks at `control` itself, for which it waits; returns whether no step was refused since it was last looked at."""
-        before, shared["refused"] = shared["refused"], int(shared["control"][REFUSED])
+        before, shared["refused"] = shared["refused"], int(shared["control"].tolist()[REFUSED])
         made = bool(shared["refused"] == before)
         self._untold |= not made
         return made

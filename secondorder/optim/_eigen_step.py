@@ -75,7 +75,7 @@ class EigenStep:
         renewal = self._renewal
         if renewal is None or not renewal.renewed:
             return
-        sums = [finite_or_zero(given.sketch.sums) for given in renewal.given]
+        sums = finite_or_zero([given.sketch.sums for given in renewal.given])
         seen = [i for i, given in enumerate(renewal.given) if given.sketch.rows and self._means[i].numel()]
         inputs = [self._means[i] + sums[i].select(0, -1) / renewal.given[i].sketch.rows for i in seen]
         self._operators.eigen_renew_(
@@ -89,7 +89,7 @@ class EigenStep:
             grad_weight=self._operands.weight_grads,
             grad_bias=self._operands.bias_grads,
             sketch=sums,
-            bias_hessian=[finite_or_zero(given.hessian) for given in renewal.given],
+            bias_hessian=finite_or_zero([given.hessian for given in renewal.given]),
             rows=[given.sketch.rows for given in renewal.given],
             share=[given.share for given in renewal.given],
             **({} if self._replay is None else {**self._replay._asdict(), "decay": DECAY}),
@@ -109,15 +109,15 @@ class EigenStep:
             seen: the positions of the matrices that have a mean, and whose inputs were seen.
             inputs: E[h] of each of them in this batch.
         """
-        gradients = [[grads[i] for i in seen] for grads in (self._operands.weight_grads, self._operands.bias_grads)]
-        norms = torch.stack([torch.stack(torch._foreach_norm(each)) for each in gradients])
-        if self._shards is not None:
-            norms = self._shards.norms(norms)  # only their ratios matter, so that copies may count
-        of_weights, of_biases = norms.unbind()
-        longest, length = LONGEST * of_weights, of_biases * torch.stack(torch._foreach_norm(inputs))
-        too_long = (length > longest) & length.isfinite() & (self._control.select(0, UNRENEWED) == 0).to(length.device)
+        gradients = [grads[i] for grads in (self._operands.weight_grads, self._operands.bias_grads) for i in seen]
+        of_weights, of_biases, of_inputs = torch.stack(torch._foreach_norm([*gradients, *inputs])).view(3, -1)
+        if self._shards is not None:  # only ratios of the gradients' matter, so that copies may count
+            of_weights, of_biases = self._shards.norms(torch.stack([of_weights, of_biases]))
+        longest, length = LONGEST * of_weights, of_biases * of_inputs
+        too_long = (length > longest) & length.isfinite()
         if length.is_cpu and not too_long.any():
             return
+        too_long &= (self._control.select(0, UNRENEWED) == 0).to(length.device)
         excess = torch.where(too_long, 1 - longest / length, 0.0).unbind()
         for i, mean, part in zip(seen, inputs, excess, strict=True):
             self._means[i].addcmul_(mean, part * self._share_now(renewal.given[i].share), value=-1)

@@ -30,10 +30,12 @@ def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
     if not isinstance(module, LINEAR):
         return _patches(module, inputs)
     rows = inputs.reshape(-1, inputs.shape[-1])
+    if len(rows) <= ROWS:
+        return rows
     stride, sequence = math.ceil(len(rows) / ROWS), math.prod(inputs.shape[1:-1])
     while math.gcd(stride, sequence) > 1:  # it would meet some places of each sequence alone
         stride += 1
-    return rows[::stride] if stride > 1 else rows
+    return rows[::stride]
 
 
 def _patches(module: Any, inputs: Tensor) -> Tensor:
