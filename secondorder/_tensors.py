@@ -175,7 +175,7 @@ class Arriving:
         if t.is_cuda:
             self._copy = torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True).copy_(self._copy, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(t.device))  # where the copy is; the current device may be another
 
     @property
     def here(self) -> bool:

@@ -220,6 +220,16 @@ def test_compiles_without_spills(source: Path) -> None:
 
 
 @needs_nvcc
+def test_the_driver_compiles_for_a_gpu(tmp_path: Path) -> None:
+    """It links with the kernels, and Python finds there what it calls."""
+    kernels = harness.Kernels(harness.build_for_gpu(tmp_path, "sm_90"))
+    entries = re.findall(r"int (\w+)_##suffix", (harness.HERE / "driver.cpp").read_text())
+    assert len(entries) >= 8
+    for entry in entries:
+        assert getattr(kernels.library, f"{entry}_float32")
+
+
+@needs_nvcc
 @pytest.mark.parametrize("glue", sorted((ROOT / "csrc" / "cuda").glob("*_cuda.cpp")), ids=lambda path: path.stem)
 def test_glue_compiles_against_a_cpu_torch(glue: Path, tmp_path: Path) -> None:
     """The classic c10 headers need one stub there: the file in which a CUDA build of torch records its configuration."""

@@ -1,5 +1,9 @@
 """The CUDA operators on a GPU, against float64 oracles and the CPU's operators and without any wait for the device; every
-optimizer on a GPU against itself on the CPU. Skipped without a GPU."""
+optimizer on a GPU against itself on the CPU.
+
+Without a GPU the CPU stands in for it, so that what the tests themselves call and give stays right. They then take fewer sizes,
+and what only a GPU has is skipped.
+"""
 
 import copy
 
@@ -12,33 +16,35 @@ from torch.utils._pytree import tree_map
 import secondorder as so
 from secondorder import ops, reference
 
-pytestmark = [
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or so.build_info()["cuda_architectures"] is None,
-        reason="needs a GPU and secondorder built with CUDA",
-    ),
-    # torch's own, where the first product that a process makes is one of a thread of autograd's.
-    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
-]
+GPU = torch.cuda.is_available() and so.build_info()["cuda_architectures"] is not None
+DEVICE = "cuda" if GPU else "cpu"
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU and secondorder built with CUDA")
+# torch's own, where the first product that a process makes is one of a thread of autograd's.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context")
 
 DTYPES = [torch.float32, torch.float64]
-SIZES = [(1, 1, 1), (2, 3, 17), (17, 129, 5), (129, 64, 33), (256, 1024, 1000), (1024, 2050, 300)]  # (n_out, n_in, batch)
+SIZES = [(1, 1, 1), (2, 3, 17), (17, 129, 5), (129, 64, 33)]  # (n_out, n_in, batch)
+SIZES += [(256, 1024, 1000), (1024, 2050, 300)] if GPU else []
 
 
 @pytest.fixture(autouse=True)
 def _switches():
     """A test that fails leaves neither the ban on synchronisation nor TF32 behind."""
     yield
-    torch.cuda.set_sync_debug_mode("default")
+    if GPU:
+        torch.cuda.set_sync_debug_mode("default")
     torch.set_float32_matmul_precision("highest")
 
 
 def moved(value, device):
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, value)
+    """A copy on the device, each tensor anew."""
+    return tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
 def without_waiting(function, *arguments):
     """function(*arguments), where any synchronisation that PyTorch knows of is an error."""
+    if not GPU:
+        return function(*arguments)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     result = function(*arguments)
@@ -48,7 +54,7 @@ def without_waiting(function, *arguments):
 
 def on_gpu(function, *arguments):
     """function(*arguments) on the GPU, without waiting; its tensors on the CPU."""
-    return moved(without_waiting(function, *moved(arguments, "cuda")), "cpu")
+    return moved(without_waiting(function, *moved(arguments, DEVICE)), "cpu")
 
 
 def to_double(arguments):
@@ -109,8 +115,8 @@ def test_averages(dtype):
     new, old = ([torch.randn(shape, dtype=dtype) for shape in [(3, 17), (129, 5), (1, 1)]] for _ in range(2))
     for actual, h in zip(on_gpu(ops.mean_inputs, new), new, strict=True):
         torch.testing.assert_close(actual, h.mean(0))
-    here = moved(new, "cuda")
-    without_waiting(ops.average_, here, moved(old, "cuda"), 0.7)
+    here = moved(new, DEVICE)
+    without_waiting(ops.average_, here, moved(old, DEVICE), 0.7)
     for actual, x, y in zip(moved(here, "cpu"), new, old, strict=True):
         torch.testing.assert_close(actual, x.lerp(y, 0.7))
 
@@ -138,13 +144,14 @@ def test_jacobian_rows(size, dtype):
     pieces = [[*x, x[0, :m]], [*y, absent[0]], [*rows, absent[1]]]
     places = [1, 1, 0], [1, 1, 1 + a * b]
     out = torch.randn(m + 1, a * b + a + 2, dtype=torch.float64).to(dtype)
-    here, plain, exact = out.cuda(), out.clone(), out.double()
-    without_waiting(ops.jacobian_rows_, here, *moved(pieces, "cuda"), *places)
+    here, plain, exact = moved(out, DEVICE), out.clone(), out.double()
+    without_waiting(ops.jacobian_rows_, here, *moved(pieces, DEVICE), *places)
     reference.jacobian_rows_(plain, *pieces, *places)
     reference.jacobian_rows_(exact, *to_double(pieces[:2]), pieces[2], *places)
     assert_as_accurate(here.cpu(), plain, exact, ulps=64)
 
 
+@needs_gpu
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_bias_hessian_obeys_the_matmul_precision(size):
     """TF32 where PyTorch is allowed it: the bound of its 2^-11, which float32 is far inside of."""
@@ -161,6 +168,7 @@ def test_bias_hessian_obeys_the_matmul_precision(size):
     assert errors["high"].max() > errors["highest"].max()
 
 
+@needs_gpu
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has the older switch alone")
 def test_bias_hessian_obeys_the_newer_switch():
     """Where it is set, torch refuses to answer by the older name."""
@@ -229,7 +237,7 @@ def net_arguments(device, layers=((300, 40), (40, 130), (130, 3))):
 
 @pytest.mark.parametrize("bound", [float("inf"), 1.0])
 def test_eacg_update_equals_the_cpu_operator(bound):
-    on_cpu, on_cuda = net_arguments("cpu"), net_arguments("cuda")
+    on_cpu, on_cuda = net_arguments("cpu"), net_arguments(DEVICE)
     for arguments in (on_cpu, on_cuda):
         arguments.append([bound] * len(arguments[0]))
     expected = ops.eacg_update_(*on_cpu)
@@ -241,7 +249,7 @@ def test_eacg_update_equals_the_cpu_operator(bound):
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e307])
 def test_eacg_update_leaves_everything_where_a_layer_is_not_finite(number):
-    arguments = net_arguments("cuda")
+    arguments = net_arguments(DEVICE)
     arguments[2][1][0, 0] = number
     before = copy.deepcopy(arguments[4:8])
     iterations = ops.eacg_update_(*arguments)
@@ -250,6 +258,7 @@ def test_eacg_update_leaves_everything_where_a_layer_is_not_finite(number):
         assert all(torch.equal(x, y) for x, y in zip(now, old, strict=True))
 
 
+@needs_gpu
 def test_cuda_graph_replays_the_update():
     arguments, expected = net_arguments("cuda"), net_arguments("cuda")
     for _ in range(2):  # the warm-up, then the replay
@@ -301,11 +310,28 @@ def bfgs_calls(h, s, y, a, s_pairs, y_pairs):
 
 def test_the_operators_of_kbfgs_equal_the_cpus():
     on_cpu = bfgs_arguments()
-    on_cuda = moved(on_cpu, "cuda")
+    on_cuda = moved(on_cpu, DEVICE)
     for (function, expected_arguments), (_, arguments) in zip(bfgs_calls(*on_cpu), bfgs_calls(*on_cuda), strict=True):
         expected, actual = function(*expected_arguments), moved(without_waiting(function, *arguments), "cpu")
         torch.testing.assert_close(actual, moved(expected, "cpu"), rtol=1e-8, atol=1e-8, equal_nan=True)
         torch.testing.assert_close(moved(on_cuda, "cpu"), moved(on_cpu, "cpu"), rtol=1e-8, atol=1e-8, equal_nan=True)
+
+
+@pytest.mark.parametrize("pairs", [33, 100, 128, 129])
+def test_limited_memory_of_many_pairs(pairs):
+    """More than a lane has one element of, as many as fit the registers, and one more."""
+    s, y, v = (torch.randn(count, 1000, dtype=torch.float64) for count in (pairs, pairs, 9))
+    y = s + 0.1 * y
+    s[0] = y[0] = 0
+    on_cpu = [s], [y], [v.T.contiguous()]
+    on_cuda = moved(on_cpu, DEVICE)
+    expected, actual = ops.lbfgs_product(*on_cpu), without_waiting(ops.lbfgs_product, *on_cuda)
+    torch.testing.assert_close(moved(actual, "cpu"), expected, rtol=1e-8, atol=1e-8)
+    for (s_pairs, y_pairs, columns), call in ((on_cpu, lambda f, *a: f(*a)), (on_cuda, without_waiting)):
+        last = columns[0][:, 0].contiguous()
+        call(ops.damped_lbfgs_update_, s_pairs, y_pairs, [last], [last], 0.2, 0.1)
+    assert torch.equal(on_cpu[0][0][-1], v[0])
+    torch.testing.assert_close(moved(on_cuda, "cpu"), moved(on_cpu, "cpu"), rtol=0, atol=0)
 
 
 def eigen_arguments(dtype=torch.float64, seed=0):
@@ -341,7 +367,7 @@ def eigen_arguments(dtype=torch.float64, seed=0):
     second = each(lambda *size: normal(rest(*size) + residual(*size)).square() + 0.5)
     last = each(lambda *size: normal(rest(*size) + (size[1] if residual(*size) else 0)))
     parameters = [each(lambda n, p, ku, kv, bias: normal(n, p)), each(lambda n, p, ku, kv, bias: normal(n if bias else 0))]
-    control = torch.tensor([0.01, 3, 5, -2, 20, 0, 0], dtype=torch.float64)
+    control = torch.tensor([0.01, 3, 5, -2, 20, 0, 0, 0], dtype=torch.float64)
     size = [torch.full((1,), 0.9, dtype=torch.float64) for _ in sizes]
     sketch = each(lambda n, p, ku, kv, bias: normal(kv + 1, p) if p > 33 else normal(0))
     hessian = each(lambda n, p, ku, kv, bias: normal(n, n) if p in (1030, 33) else normal(0))
@@ -356,7 +382,7 @@ def eigen_arguments(dtype=torch.float64, seed=0):
 
 def test_eigen_operators_equal_the_specification():
     """Steps and renewals in a row, in float64; the specification runs on the GPU, for its own waits are no matter."""
-    (renewal, step), expected = moved(eigen_arguments(), "cuda"), moved(eigen_arguments(), "cuda")
+    (renewal, step), expected = moved(eigen_arguments(), DEVICE), moved(eigen_arguments(), DEVICE)
     # `moved` copies each list anew: what both operators take must be one tensor again.
     for twin in ((renewal, step), expected):
         twin[1][2], twin[1][6], twin[1][9:12] = twin[0][5], twin[0][6], twin[0][:3]
@@ -372,7 +398,7 @@ def test_eigen_operators_equal_the_specification():
 
 def test_eigen_step_is_as_accurate_as_plain_pytorch():
     twins = [eigen_arguments(torch.float32)[1] for _ in range(3)]
-    actual = moved(twins[0], "cuda")
+    actual = moved(twins[0], DEVICE)
     without_waiting(ops.eigen_step_, *actual, False)
     exact = to_double(twins[2])
     reference.eigen_step_(*twins[1], False)
@@ -384,7 +410,7 @@ def test_eigen_step_is_as_accurate_as_plain_pytorch():
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e300])
 def test_eigen_operators_leave_everything_where_a_gradient_is_not_finite(number):
-    renewal, step = moved(eigen_arguments(), "cuda")
+    renewal, step = moved(eigen_arguments(), DEVICE)
     renewal[7][3][2, 5] = step[7][3][2, 5] = number
     before, control = copy.deepcopy([renewal[:6], step[:6]]), step[6].clone()
     ops.eigen_step_(*step, False)
@@ -405,8 +431,8 @@ def test_eigen_sketch(size, dtype):
         torch.randn(*shape, dtype=torch.float64).to(dtype) for shape in ((batch, n_in), (n_in,), (k + 1, n_in))
     )
     basis = torch.linalg.qr(torch.randn(n_in, k, dtype=torch.float64))[0].T.contiguous().to(dtype)
-    actual, plain, exact = sketch.cuda(), sketch.clone(), sketch.double()
-    without_waiting(ops.eigen_sketch_, actual, *moved([inputs, basis, shift], "cuda"))
+    actual, plain, exact = moved(sketch, DEVICE), sketch.clone(), sketch.double()
+    without_waiting(ops.eigen_sketch_, actual, *moved([inputs, basis, shift], DEVICE))
     reference.eigen_sketch_(plain, inputs, basis, shift)
     reference.eigen_sketch_(exact, *to_double([inputs, basis, shift]))
     assert_as_accurate(actual.cpu(), plain, exact, ulps=64)
@@ -416,7 +442,7 @@ def test_eigen_step_is_the_same_every_time():
     """Sums in one order, whatever block comes first: to the bit."""
     results = []
     for _ in range(3):
-        renewal, step = moved(eigen_arguments(torch.float32), "cuda")
+        renewal, step = moved(eigen_arguments(torch.float32), DEVICE)
         ops.eigen_renew_(*renewal)
         ops.eigen_step_(*step, True)
         results.append([*renewal[:7], *step[:7]])
@@ -463,7 +489,7 @@ def trained(make, device, steps=8):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_trains_as_on_the_cpu(name):
-    losses, parameters = trained(OPTIMIZERS[name], "cuda")
+    losses, parameters = trained(OPTIMIZERS[name], DEVICE)
     assert losses[-1] < losses[0]
     if name == "KFAC":  # draws labels, other ones on every device
         return
@@ -472,6 +498,7 @@ def test_every_optimizer_trains_as_on_the_cpu(name):
     torch.testing.assert_close(parameters, expected_parameters, rtol=1e-5, atol=1e-6)
 
 
+@needs_gpu
 def test_eigen_adam_waits_for_nothing_and_tells_later_of_what_is_not_finite():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 33), nn.Tanh(), nn.Linear(33, 5)).cuda()
@@ -500,6 +527,7 @@ def test_eigen_adam_waits_for_nothing_and_tells_later_of_what_is_not_finite():
     assert optimizer._shared_state()["steps"] == 16
 
 
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["linear", "convolutions"])
 def test_replays_of_a_captured_step_make_eigen_adams_steps(kind, dtype):
@@ -554,6 +582,7 @@ def test_replays_of_a_captured_step_make_eigen_adams_steps(kind, dtype):
     torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=tolerance, atol=tolerance)
 
 
+@needs_gpu
 @pytest.mark.filterwarnings("ignore:secondorder:")  # of the fallback and of the empirical Fisher block
 @pytest.mark.parametrize("lr", ["number", "tensor"])
 @pytest.mark.parametrize("kind", ["linear", "normalized"])
@@ -616,6 +645,7 @@ def test_replays_of_a_captured_step_make_eacgs_steps(kind, lr):
     assert_alike()
 
 
+@needs_gpu
 def test_a_replay_of_eacg_that_is_refused_is_told_of():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 33), nn.Tanh(), nn.Linear(33, 5)).cuda()
@@ -668,14 +698,14 @@ def test_levenberg_marquardt_steps_as_on_the_cpu(solver):
         return torch.cat([p.detach().flatten() for p in model.parameters()]).cpu()
 
     tolerance = 1e-2 if solver == "nystrom" else 1e-6  # conjugate gradients end at a hundredth
-    torch.testing.assert_close(trained("cuda"), trained("cpu"), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(trained(DEVICE), trained("cpu"), rtol=tolerance, atol=tolerance)
 
 
 def test_a_criterion_with_a_table_of_the_batchs_rows_is_evaluated_on_the_host():
     """Taken twice, the batch indexes the table beyond its end, which no process survives on a GPU."""
     torch.manual_seed(0)
-    model, x, y = nn.Linear(4, 3).cuda(), torch.randn(8, 4, device="cuda"), torch.randn(8, 3, device="cuda")
-    table = torch.linspace(1, 2, 8, device="cuda")
+    model, x, y = nn.Linear(4, 3).to(DEVICE), torch.randn(8, 4, device=DEVICE), torch.randn(8, 3, device=DEVICE)
+    table = torch.linspace(1, 2, 8, device=DEVICE)
 
     def criterion(z, y):
         return (table[torch.arange(len(z), device=z.device)] * (z - y).square().sum(1)).sum()

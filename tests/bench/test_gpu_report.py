@@ -82,6 +82,14 @@ def test_a_step_is_stopped_at_its_limit():
     assert gpu_report.run("fails", [sys.executable, "-c", "raise SystemExit(3)"], 60)["status"] == 3
 
 
+def test_the_sanitizers_run_no_test_that_captures():
+    """They have torch's caching allocator switched off, without which nothing can be captured."""
+    tests = (Path(__file__).parents[1] / "test_gpu.py").read_text().split("\ndef ")
+    capturing = [source.split("(")[0] for source in tests if "CUDAGraph()" in source]
+    assert len(capturing) >= 4
+    assert all(any(word in name for word in gpu_report.UNSANITIZED) for name in capturing)
+
+
 def test_the_report_is_written_as_far_as_it_has_come(tmp_path):
     report = {"GPU": "none", "driver": "none", "torch": "none", "CUDA": None, "steps": []}
     gpu_report.write(report, tmp_path)

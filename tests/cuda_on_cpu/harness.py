@@ -66,6 +66,22 @@ def build(out: Path, bugs: Sequence[Bug]) -> dict[str, Path]:
     return libraries
 
 
+def build_for_gpu(out: Path, architecture: str) -> Path:
+    """A shared library of all kernels and the driver by nvcc, in `out`, which runs them on a GPU ("native": of this machine)."""
+    command = ["nvcc", "-std=c++17", "-O3", f"-arch={architecture}", "-Xcompiler", "-fPIC", f"-I{KERNELS}"]
+
+    def run(source: Path) -> Path:
+        target = out / f"{source.stem}.o"
+        subprocess.run([*command, "-x", "cu", "-c", source, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(run, [*SOURCES, HERE / "driver.cpp"]))
+    library = out / "kernels.so"
+    subprocess.run(["nvcc", "-shared", f"-arch={architecture}", *objects, "-o", library], check=True)
+    return library
+
+
 def plant(kernels: Path, bugs: Sequence[Bug]) -> None:
     """Changes the kernels' source so that each bug is there where the emulation's `planted` has its number."""
     for number, bug in enumerate(bugs):

@@ -9,7 +9,7 @@ from helpers.host_reads import HostReads
 from torch import nn
 
 import secondorder as so
-from secondorder._tensors import Transfer
+from secondorder._tensors import Arriving, Transfer
 
 pytestmark = pytest.mark.skipif(not so.build_info()["extension"], reason="plain PyTorch reads more")
 
@@ -206,3 +206,24 @@ def test_reads_are_counted() -> None:
         number = x[0].sum().cpu()
         float(number), torch.zeros(2, device=x.device).tolist(), torch.zeros(2, device="cpu").tolist()
     assert sum(reads.found.values()) == 5
+
+
+class OnSecondGpu(torch.Tensor):
+    """A tensor of the CPU that says otherwise."""
+
+    is_cuda, device = True, torch.device("cuda:1")
+
+
+def test_what_arrives_is_waited_for_where_it_comes_from(monkeypatch):
+    """Not on the current device, which need not be the tensor's: its stream knows nothing of the copy."""
+    recorded = []
+
+    class Event:
+        def record(self, stream=None):
+            recorded.append(stream or torch.cuda.current_stream())
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"the stream of {device or 'cuda:0'}")
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, of=torch.empty, **options: of(*args, **options))
+    Arriving(torch.ones(3).as_subclass(OnSecondGpu))
+    assert recorded == ["the stream of cuda:1"]
