@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from secondorder._tape.nodes import LEAF, PRODUCTS, SUMS, Reach, is_leaf, is_linear, kind, signed_dim
+from secondorder._tape.nodes import LEAF, PRODUCTS, SUMS, Reach, is_leaf, is_linear, kind, linear_node, signed_dim
 from secondorder._tape.square_roots import ROOTS
 from secondorder._tensors import host_numbers, plain
 
@@ -100,6 +100,7 @@ _INSTEAD = {
     (LEAF,): "Give trained weights of the terms to another optimizer",
     ("CompiledFunction",): "Compile the net, and leave the loss out of torch.compile",
 }
+_FORM = "For a quadratic form, r @ A @ r, write ((r @ L) ** 2).sum() with A = L @ L.T, as torch.linalg.cholesky(A) gives it"
 
 
 def _refuse(owner: str, loss: Tensor, node: Node, what: str) -> None:
@@ -110,13 +111,31 @@ def _refuse(owner: str, loss: Tensor, node: Node, what: str) -> None:
             return
     trained = [f for f, _ in node.next_functions if f is not None and is_leaf(f)]  # factors that are parameters
     names = [node.name()] if what in (_NEITHER, _WRITTEN) else [f.name() for f in trained]
-    hint = next((text + ". " for starts, text in _INSTEAD.items() for name in names if name.startswith(starts)), "")
+    hints = [text for starts, text in _INSTEAD.items() for name in names if name.startswith(starts)]
+    if what == _PRODUCT and _is_form(node):
+        hints = [_FORM]
+    hint = hints[0] + ". " if hints else ""
     raise RuntimeError(
         f"{owner}.step(): expected the loss to be a sum of means or sums of squares, each times a constant, but {node.name()} "
         f"is {what}. {hint}Take squares of residuals (r ** 2, nn.functional.mse_loss), Huber's loss, smooth L1, the soft margin, "
         "binary cross-entropy with logits or cross-entropy; detach weights that are computed from residuals; or return "
         "[(residual, weight), ...] from the closure. EigenAdam takes any loss."
     )
+
+
+def _is_form(product: Node) -> bool:
+    """Returns whether one of two factors is a linear function of the other one, as far as the graph shows."""
+    factors = [f for f, _ in product.next_functions if f is not None]
+    for factor, other in zip(factors, factors[::-1], strict=True):
+        stack, seen = [factor], set[Node]()
+        while stack:
+            node = stack.pop()
+            if node is other:
+                return True
+            if node not in seen and linear_node(node):
+                stack += [f for f, _ in node.next_functions if f is not None]
+            seen.add(node)
+    return False
 
 
 def _obstacle(node: Node, reach: Reach) -> str | None:
@@ -291,6 +310,7 @@ def check_signs(negative: list[float], owner: str) -> None:
     """Raises RuntimeError if an entry of what `negative` returns is true."""
     if any(negative):
         raise RuntimeError(
-            f"{owner}.step(): expected a sum of squares, got a negative coefficient; a loss that is unbounded below has no "
+            f"{owner}.step(): expected a sum of squares, got a negative coefficient: some square is subtracted. Take the squares "
+            "of what is to vanish, as (U - V).abs() ** 2 in place of 1 - overlap.abs() ** 2; a loss that is unbounded below has no "
             "Gauss-Newton step"
         )

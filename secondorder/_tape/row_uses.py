@@ -133,9 +133,9 @@ def _vector(node: Any, index: dict[int, int], position: int, scale: float, other
 
     If it is repeated between its dimensions, as a bias [members, 1, n] is, row i of member j gives e_j x G_ji.
     """
-    edge, whole = node.next_functions[position], edge_shape((node, 0))
+    edge = node.next_functions[position]
     for made in made_of(edge[0], index):
-        shape = edge_shape(edge)
+        shape, whole = edge_shape(edge), edge_shape((node, 0))
         aligned = (1,) * (len(whole) - len(shape)) + tuple(shape)
         last = next(i for i in range(len(whole) + 1) if aligned[i:] == whole[i:])
         before = [i for i in range(last) if aligned[i] > 1]

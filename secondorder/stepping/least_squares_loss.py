@@ -88,8 +88,8 @@ class LeastSquaresLoss:
                 raise RuntimeError(
                     f"{self.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, "
                     "but they differ at the same parameters. Draw the batch outside of the closure, or by torch's own "
-                    "generators, which start every call of a step alike; layers that change with every call, as spectral_norm "
-                    "does, belong in eval mode."
+                    "generators, which start every call of a step alike; update weights of residuals after the step; layers that "
+                    "change with every call, as spectral_norm does, belong in eval mode."
                 )
 
     def again(self, start: Residuals) -> Residuals:

@@ -441,6 +441,7 @@ def test_a_loss_beside_other_backward_passes_is_refused():
 def test_messages_say_what_to_do():
     net, x, y = regression()
     k = nn.Parameter(torch.tensor(2.0))
+    metric = 2 * torch.eye(3) + 1
     optimizer = so.LevenbergMarquardt([*net.parameters(), k])
     before = flat(net)
 
@@ -451,12 +452,20 @@ def test_messages_say_what_to_do():
         assert k.grad.norm() >= 0
         return loss
 
+    weights = torch.ones_like(y)
+
+    def weighs_by_itself():
+        r = net(x) - y
+        weights.mul_(0.5).add_(r.detach().abs())
+        return ((weights.clone() * r) ** 2).mean()
+
     def projects():
         with torch.no_grad():
             k.clamp_(0, 1)
         return mse_loss(k * net(x), y)
 
     for closure, error, message in [
+        (weighs_by_itself, RuntimeError, "update weights of residuals after the step"),
         (reads_gradients, RuntimeError, "computes no gradients. Take them by torch.autograd.grad"),
         (projects, RuntimeError, r"writes to the one of shape \(\). Clamp or project it after the step"),
         (lambda: (mse_loss(net(x), y), 1.0), RuntimeError, "return the loss alone"),
@@ -473,7 +482,12 @@ def test_messages_say_what_to_do():
             "is of class indices",
         ),
         (lambda: (k * (net(x) - y) ** 2).mean(), RuntimeError, "Give trained weights of the terms to another optimizer"),
+        (lambda: (k * (k * net(x) - y) ** 2).mean(), RuntimeError, "Give trained weights of the terms to another optimizer"),
         (lambda: (-k).exp() * mse_loss(net(x), y) + k, RuntimeError, "another optimizer|detach weights"),
+        (lambda: (r := (net(x) - y)[:3, 0]) @ metric @ r, RuntimeError, r"DotBackward0 .* write \(\(r @ L\) \*\* 2\).sum\(\)"),
+        (lambda: mse_loss(net(x), y) + (b := net[0].bias) @ torch.eye(len(b)) @ b, RuntimeError, "For a quadratic form"),
+        (lambda: ((r := net(x)[:3].T) @ metric * r).sum(), RuntimeError, "For a quadratic form"),
+        (lambda: 1 - (net(x) * y).sum() ** 2, RuntimeError, r"in place of 1 - overlap.abs\(\) \*\* 2"),
         (
             lambda: mse_loss(checkpoint(net, x.requires_grad_(), use_reentrant=True), y),
             RuntimeError,
