@@ -311,6 +311,6 @@ def check_signs(negative: list[float], owner: str) -> None:
     if any(negative):
         raise RuntimeError(
             f"{owner}.step(): expected a sum of squares, got a negative coefficient: some square is subtracted. Take the squares "
-            "of what is to vanish, as (U - V).abs() ** 2 in place of 1 - overlap.abs() ** 2; a loss that is unbounded below has no "
+            "of what is to vanish, as (U - V).abs() ** 2 in place of 1 - overlap.abs() ** 2; what is unbounded below has no "
             "Gauss-Newton step"
         )
