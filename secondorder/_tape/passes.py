@@ -65,12 +65,12 @@ def columns_by_passes(
         largest: how many numbers the largest operand of a matrix product has.
     """
     found: dict[int, Tensor] = {}
+    batch = BATCH if largest <= BATCH_OPERAND else 1
     few = [(p, t) for p, t in parameters if by_columns(t.numel(), len(elements))]
     with suppress(RuntimeError):  # a compiled graph has no second derivatives
-        found.update(_by_columns(r, weights, elements, few))
+        found.update(_by_columns(r, weights, elements, few, batch))
     rest = [(p, t) for p, t in parameters if p not in found]
     if rest:
-        batch = BATCH if largest <= BATCH_OPERAND else 1
         rows = _by_rows(r, weights.flatten(), elements, [t for _, t in rest], batch)
         found.update({p: each for (p, _), each in zip(rest, rows, strict=True)})
     return found
@@ -89,8 +89,10 @@ def _by_rows(r: Tensor, weights: Tensor, elements: Tensor, parameters: list[Tens
     return found
 
 
-def _by_columns(r: Tensor, weights: Tensor, elements: Tensor, parameters: list[tuple[int, Tensor]]) -> dict[int, Tensor]:
-    """Returns the columns [m, numel] of parameters, by a backward pass through a backward pass for each column.
+def _by_columns(
+    r: Tensor, weights: Tensor, elements: Tensor, parameters: list[tuple[int, Tensor]], batch: int
+) -> dict[int, Tensor]:
+    """Returns the columns [m, numel] of parameters, by a backward pass through a backward pass for each, `batch` at a time.
 
     Left out are parameters whose gradient is not the sum of what these passes find, as it is not where a function of the user's
     own computes a part of it that autograd does not see.
@@ -108,9 +110,9 @@ def _by_columns(r: Tensor, weights: Tensor, elements: Tensor, parameters: list[t
         if gradient is None:
             found[p] = r.new_zeros(len(elements), t.numel())
         elif gradient.requires_grad:
-            ones = torch.eye(len(gradient), dtype=r.dtype, device=r.device)
-            columns = [torch.autograd.grad(gradient, dual, one, retain_graph=True)[0].flatten()[elements] for one in ones]
-            each = torch.stack(columns, 1) * scale
+            ones = torch.eye(len(gradient), dtype=gradient.dtype, device=r.device)
+            columns = [gradients_by_seed(gradient, [dual], some)[0] for some in ones.split(batch)]
+            each = torch.cat(columns).flatten(1)[:, elements].T * scale
             tolerance = 1e-10 if r.dtype == torch.float64 else 1e-3
             if torch.allclose(each.sum(0), gradient.detach(), rtol=tolerance, atol=tolerance * float(each.norm())):
                 found[p] = each
