@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import unpack_dual
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -89,26 +90,32 @@ def _not_differentiable(overload: Any) -> Callable[..., Any]:
             writes = [arg for arg, of in zip(args, schema.arguments, strict=False) if of.alias_info and of.alias_info.is_write]
             made = [t for t in _tensors(writes) if not (t.is_leaf and t.requires_grad)] + _tensors(results)
             made = [t for t in made if t.is_floating_point()]
-            _Undifferentiated.apply(name, len(made), *made, *given)
+            NotImplementedDerivative.note(name, len(made), *made, *given)
         return results
 
     return computed
 
 
-class _Undifferentiated(torch.autograd.Function):
+class NotImplementedDerivative(torch.autograd.Function):
     """Has a backward pass raise that comes to what an operator has made."""
+
+    @classmethod
+    def note(cls, *args: Any) -> None:
+        """Does what `apply` does, but at one level of torch.func, where autograd's kernels are called."""
+        with enable_single_level_autograd_function():
+            super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, name: str, made: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Changes nothing."""
-        ctx.name = name
+        ctx.operator = name
         ctx.mark_dirty(*tensors[:made])
         return tensors[:made]
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         """Raises RuntimeError."""
-        raise RuntimeError(f"derivative for {ctx.name} is not implemented")
+        raise RuntimeError(f"derivative for {ctx.operator} is not implemented")
 
 
 def _stand_in(twin: Callable[..., Any]) -> Callable[..., Any]:

@@ -43,8 +43,9 @@ def check_group(owner: str, group: Group) -> None:
     """Raises TypeError or ValueError where a group's numbers are not what they must be."""
     check_numbers(owner, group, _NUMBERS)
     betas = group["betas"]
-    decays = list(map(as_number, betas)) if isinstance(betas, tuple | list) else []
-    valid = len(decays) == 2 and None not in decays and 0 <= decays[0] < 1 and 0 < decays[1] < 1
+    given = betas if isinstance(betas, tuple | list) else ()
+    decays = [number for beta in given if (number := as_number(beta)) is not None]
+    valid = len(given) == len(decays) == 2 and 0 <= decays[0] < 1 and 0 < decays[1] < 1
     check_arguments(owner, [("betas", betas, valid, "to be two numbers, in [0, 1) and (0, 1)")])
 
 

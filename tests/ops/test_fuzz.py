@@ -378,7 +378,7 @@ def test_a_tensor_that_would_be_written_twice_is_refused(index):
 
     if any(isinstance(arguments[place], list) for place in places):
         op(*doubled())
-    twice = [(p, 0, p, 1) for p in places if isinstance(arguments[p], list) and floating(arguments[p])]
+    twice = [(p, 0, p, len(arguments[p])) for p in places if isinstance(arguments[p], list) and floating(arguments[p])]
     twice += [(p, 0, q, 0) for p, q in itertools.combinations(places, 2) if alike(arguments[p], arguments[q])]
     for p, i, q, j in twice:
         given = doubled()
