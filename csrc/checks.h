@@ -6,10 +6,14 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <sstream>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 namespace secondorder {
 
@@ -69,10 +73,36 @@ inline void check_mutable(const char* op, const char* name, const at::Tensor& t)
               " that may be written, got an inference tensor outside of torch.inference_mode()");
 }
 
-// `t` is what a kernel can write in place.
-inline void check_writable(const char* op, const char* name, const at::Tensor& t) {
-  check_contiguous(op, name, t);
-  check_mutable(op, name, t);
+// The tensors that a call writes in place. None may be there twice: threads write them at a time, and what one update
+// leaves is not what the other is of. Storages, which copy-on-write leaves apart, and offsets tell them apart.
+class Targets {
+ public:
+  explicit Targets(const char* op) : op_(op) {}
+
+  void add(const char* name, const at::Tensor& t) {
+    check_contiguous(op_, name, t);
+    check_mutable(op_, name, t);
+    if (t.numel() > 0) found_.emplace_back(t.storage().unsafeGetStorageImpl(), t.storage_offset(), name);
+  }
+
+  void check_apart() {
+    const auto place = [](const auto& target) { return std::pair(std::get<0>(target), std::get<1>(target)); };
+    std::sort(found_.begin(), found_.end(), [&](const auto& a, const auto& b) { return place(a) < place(b); });
+    const auto twice = std::adjacent_find(found_.begin(), found_.end(),
+                                          [&](const auto& a, const auto& b) { return place(a) == place(b); });
+    TORCH_CHECK_VALUE(twice == found_.end(), op_, ": expected a ", std::get<2>(*twice),
+                      " in memory of its own, got one that is written elsewhere, too");
+  }
+
+ private:
+  const char* op_;
+  std::vector<std::tuple<const void*, int64_t, const char*>> found_;
+};
+
+// A number >= 0 that is finite.
+inline void check_not_negative(const char* op, const char* name, double value) {
+  TORCH_CHECK_VALUE(value >= 0 && value <= std::numeric_limits<double>::max(), op, ": expected ", name,
+                    " >= 0 and finite, got ", value);
 }
 
 }  // namespace secondorder

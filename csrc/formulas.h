@@ -82,10 +82,17 @@ struct Softplus {  // v = z, e0 = sigmoid(beta z), p = beta; linear beyond beta 
   }
 };
 
+// z, or +-1024 where it is further from 0: there the derivatives of SiLU and of both GELUs are their limits, in
+// float64, too. Powers of a larger z overflow, and their product with what vanishes is NaN. NaN stays NaN.
+template <typename T>
+SECONDORDER_HD T before_limits(T z) {
+  return z > T(1024) ? T(1024) : z < T(-1024) ? T(-1024) : z;
+}
+
 struct Silu {  // v = z, e0 = sigmoid(z)
   template <typename T>
-  static SECONDORDER_HD void derivatives(T z, T s, T, T, T& d1, T& d2) {
-    const T ds = s * (T(1) - s);
+  static SECONDORDER_HD void derivatives(T v, T s, T, T, T& d1, T& d2) {
+    const T z = before_limits(v), ds = s * (T(1) - s);
     d1 = s + z * ds;
     d2 = ds * (T(2) + z * (T(1) - s - s));
   }
@@ -93,8 +100,8 @@ struct Silu {  // v = z, e0 = sigmoid(z)
 
 struct Gelu {  // v = z, e0 = erf(z / sqrt 2), e1 = exp(-z^2 / 2)
   template <typename T>
-  static SECONDORDER_HD void derivatives(T z, T erf, T exp, T, T& d1, T& d2) {
-    const T phi = T(0.39894228040143267794) * exp;  // the normal density at z
+  static SECONDORDER_HD void derivatives(T v, T erf, T exp, T, T& d1, T& d2) {
+    const T z = before_limits(v), phi = T(0.39894228040143267794) * exp;  // the normal density at z
     d1 = T(0.5) * (T(1) + erf) + z * phi;
     d2 = phi * (T(2) - z * z);
   }
@@ -102,7 +109,8 @@ struct Gelu {  // v = z, e0 = erf(z / sqrt 2), e1 = exp(-z^2 / 2)
 
 struct GeluTanh {  // v = z, e0 = sigmoid(-2 |y|), y = sqrt(2/pi) (z + 0.044715 z^3): 1 - |tanh y| without cancellation
   template <typename T>
-  static SECONDORDER_HD void derivatives(T z, T s, T, T, T& d1, T& d2) {
+  static SECONDORDER_HD void derivatives(T v, T s, T, T, T& d1, T& d2) {
+    const T z = before_limits(v);
     const T dy = T(0.79788456080286535588) * (T(1) + T(3 * 0.044715) * z * z);
     const T d2y = T(0.79788456080286535588 * 6 * 0.044715) * z;
     const T small = s + s, large = T(1) - small + T(1);  // 1 - |tanh y|, 1 + |tanh y|

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include "autograd.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -29,4 +30,5 @@ PYBIND11_MODULE(_C, m) {
     info["vectors"] = secondorder::cpu::kernels<float>().name;
     return info;
   });
+  m.def("refuse_derivatives", &secondorder::refuse_derivatives, py::arg("name"));
 }

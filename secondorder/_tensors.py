@@ -1,5 +1,6 @@
 """Helpers on tensors: batches as rows, the dtype that numbers are computed in, and numbers that come to the host together."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., Any])
 Later = Callable[[], T]  # returns a value that depends on numbers of the device, and waits for them
 
 _WHOLE = (Tensor, nn.Parameter)  # types that are certainly no DTensor
@@ -41,6 +43,19 @@ def refuse_capture(what: str) -> None:
         raise RuntimeError(
             f"expected no {what} where a CUDA graph is being captured, since numbers of the device decide about it"
         )
+
+
+def outside_inference_mode(function: Function) -> Function:
+    """Makes a function leave torch.inference_mode for its time, since what is made there could never be written to elsewhere."""
+
+    @functools.wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return outside  # type: ignore[return-value]
 
 
 def plain(t: Any) -> Any:

@@ -23,13 +23,15 @@ void check_average(at::TensorList news, at::TensorList olds, double share) {
   constexpr const char* op = "average_";
   check_lengths(op, {{"new", news.size()}, {"old", olds.size()}});
   TORCH_CHECK_VALUE(share >= 0 && share < 1, op, ": expected share in [0, 1), got ", share);
+  Targets targets(op);
   for (size_t i = 0; i < news.size(); ++i) {
     check_floating(op, "new", news[i]);
-    check_writable(op, "new", news[i]);
     check_shape(op, "old", olds[i], news[i].sizes());
     check_same(op, "old", olds[i], "new", news[i]);
     check_same_device(op, "new", news[i], "the first one", news[0]);
+    targets.add("new", news[i]);
   }
+  targets.check_apart();
 }
 
 namespace {

@@ -13,12 +13,15 @@ void check_damping(const char* op, double mu1, double mu2) {
 
 // One matrix per layer, of one dtype on one device; `written` in place.
 void check_matrices(const char* op, const char* name, at::TensorList matrices, bool written) {
+  Targets targets(op);
   for (const at::Tensor& h : matrices) {
     check_square(op, name, h);
     check_floating(op, name, h);
     check_same(op, name, h, "the first one", matrices[0]);
-    if (written) check_writable(op, name, h);
+    if (!written) continue;
+    targets.add(name, h);
   }
+  targets.check_apart();
 }
 
 // A layer's s and y, [n] each, as `like` in dtype and device.
@@ -66,7 +69,7 @@ void check_hessian_action_update(at::TensorList inverses, at::TensorList matrice
                                  double damping) {
   constexpr const char* op = "hessian_action_update_";
   check_lengths(op, {{"inverse", inverses.size()}, {"matrix", matrices.size()}, {"vector", vectors.size()}});
-  TORCH_CHECK_VALUE(damping >= 0, op, ": expected damping >= 0, got ", damping);
+  check_not_negative(op, "damping", damping);
   check_matrices(op, "inverse", inverses, /*written=*/true);
   for (size_t l = 0; l < vectors.size(); ++l) {
     check_shape(op, "matrix", matrices[l], inverses[l].sizes());
@@ -92,15 +95,17 @@ void check_damped_lbfgs_update(at::TensorList s_pairs, at::TensorList y_pairs, a
   constexpr const char* op = "damped_lbfgs_update_";
   check_damping(op, mu1, mu2);
   check_lengths(op, {{"s_pairs", s_pairs.size()}, {"y_pairs", y_pairs.size()}, {"s", s.size()}, {"y", y.size()}});
+  Targets targets(op);
   for (size_t l = 0; l < s.size(); ++l) {
     check_memory(op, s_pairs[l], y_pairs[l]);
     check_same(op, "s_pairs", s_pairs[l], "the first one", s_pairs[0]);
     TORCH_CHECK_VALUE(s_pairs[l].size(0) >= 1, op, ": expected room for at least one pair, got s_pairs of shape ",
                       s_pairs[l].sizes());
-    check_writable(op, "s_pairs", s_pairs[l]);
-    check_writable(op, "y_pairs", y_pairs[l]);
+    targets.add("s_pairs", s_pairs[l]);
+    targets.add("y_pairs", y_pairs[l]);
     check_pair(op, s[l], y[l], "s_pairs", s_pairs[l], s_pairs[l].size(1));
   }
+  targets.check_apart();
 }
 
 }  // namespace secondorder

@@ -1,9 +1,6 @@
 // eacg_solve and eacg_update_: EA-CG's two systems of a layer or of a whole net, and the step along their solutions.
 #include "eacg.h"
 
-#include <set>
-#include <utility>
-
 #include "../checks.h"
 
 namespace secondorder {
@@ -65,22 +62,23 @@ void check_eacg_update(at::TensorList hessians, at::TensorList mean_inputs, at::
   if (max_norm) check_lengths(op, {{"bias_hessian", hessians.size()}, {"max_norm", max_norm->size()}});
   for (size_t l = 0; max_norm && l < hessians.size(); ++l)
     TORCH_CHECK_VALUE((*max_norm)[l] >= 0, op, ": expected max_norm >= 0, got ", (*max_norm)[l]);
-  std::set<std::pair<const void*, int64_t>> targets;  // by storages, which copy-on-write leaves apart, and offsets
+  Targets targets(op);
   const auto check_target = [&](const char* name, const at::Tensor& t, const char* like_name, const at::Tensor& like) {
     check_shape(op, name, t, like.sizes());
     check_same(op, name, t, like_name, like);
-    check_writable(op, name, t);
-    const bool apart = t.numel() == 0 || targets.emplace(t.storage().unsafeGetStorageImpl(), t.storage_offset()).second;
-    TORCH_CHECK_VALUE(apart, op, ": expected a ", name,
-                      " in memory of its own, got one that is written elsewhere, too");
+    targets.add(name, t);
   };
   for (size_t l = 0; l < hessians.size(); ++l) {
+    check_not_negative(op, "lr", lr[l]);
+    check_not_negative(op, "weight_decay", weight_decay[l]);
+    TORCH_CHECK_VALUE(momentum[l] >= 0 && momentum[l] < 1, op, ": expected momentum in [0, 1), got ", momentum[l]);
     check_target("weight", weights[l], "grad_weight", grad_weights[l]);
     check_target("bias", biases[l], "grad_bias", grad_biases[l]);
     if (!keep) continue;
     check_target("weight_momentum", weight_momenta[l], "weight", weights[l]);
     check_target("bias_momentum", bias_momenta[l], "bias", biases[l]);
   }
+  targets.check_apart();
 }
 
 }  // namespace secondorder

@@ -20,11 +20,11 @@ void check_replay(const char* op, int64_t renew_every, int64_t since) {
 }
 
 // A tensor of this shape, as `like` in dtype and device, that is written in place.
-void check_written(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape,
-                   const at::Tensor& like) {
+void check_written(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape, const at::Tensor& like,
+                   Targets& targets) {
   check_shape(op, name, t, shape);
   check_same(op, name, t, "grad_weight", like);
-  check_writable(op, name, t);
+  targets.add(name, t);
 }
 
 // What a matrix of a step and of a renewal has in common; the sizes of the parts of its gradient.
@@ -65,7 +65,7 @@ void check_eigen_sketch(const at::Tensor& sketch, const at::Tensor& inputs, cons
   check_same(op, "shift", shift, "inputs", inputs);
   check_shape(op, "sketch", sketch, {k + 1, p});
   check_same(op, "sketch", sketch, "inputs", inputs);
-  check_writable(op, "sketch", sketch);
+  Targets(op).add("sketch", sketch);
   check_replay(op, renew_every, 0);
   TORCH_CHECK_VALUE(control.has_value() || !renew_every, op, ": expected control with renew_every > 0, got None");
   if (!control) return;
@@ -92,7 +92,8 @@ void check_eigen_renew(at::TensorList mean, at::TensorList basis_out, at::Tensor
                      {"rows", rows.size()},
                      {"share", share.size()}});
   check_control(op, control);
-  check_mutable(op, "control", control);
+  Targets targets(op);
+  targets.add("control", control);
   check_replay(op, renew_every, since);
   TORCH_CHECK_VALUE(decay >= 0 && decay < 1, op, ": expected decay in [0, 1), got ", decay);
   for (size_t l = 0; l < grad_weight.size(); ++l) {
@@ -100,12 +101,12 @@ void check_eigen_renew(at::TensorList mean, at::TensorList basis_out, at::Tensor
     const EigenSizes sizes = check_matrix(op, g, grad_bias[l], mean[l], basis_out[l], basis_in[l]);
     check_same(op, "grad_weight", g, "the first one", grad_weight[0]);
     check_same_device(op, "grad_weight", g, "control", control);
-    check_written(op, "mean", mean[l], {sizes.bias ? sizes.p : 0}, g);
-    check_written(op, "basis_out", basis_out[l], {sizes.ku, sizes.n}, g);
-    check_written(op, "basis_in", basis_in[l], {sizes.kv, sizes.p}, g);
-    check_written(op, "scale_out", scale_out[l], {sizes.ku}, g);
-    check_written(op, "scale_in", scale_in[l], {sizes.kv}, g);
-    check_written(op, "first", first[l], {sizes.parts()}, g);
+    check_written(op, "mean", mean[l], {sizes.bias ? sizes.p : 0}, g, targets);
+    check_written(op, "basis_out", basis_out[l], {sizes.ku, sizes.n}, g, targets);
+    check_written(op, "basis_in", basis_in[l], {sizes.kv, sizes.p}, g, targets);
+    check_written(op, "scale_out", scale_out[l], {sizes.ku}, g, targets);
+    check_written(op, "scale_in", scale_in[l], {sizes.kv}, g, targets);
+    check_written(op, "first", first[l], {sizes.parts()}, g, targets);
     const bool seen = sketch[l].numel() > 0;
     if (seen) check_shape(op, "sketch", sketch[l], {sizes.kv + 1, sizes.p});
     check_same(op, "sketch", sketch[l], "grad_weight", g);
@@ -116,6 +117,7 @@ void check_eigen_renew(at::TensorList mean, at::TensorList basis_out, at::Tensor
                       sketch[l].sizes());
     TORCH_CHECK_VALUE(share[l] > 0 && share[l] <= 1, op, ": expected share in (0, 1], got ", share[l]);
   }
+  targets.check_apart();
 }
 
 void check_eigen_step(at::TensorList weight, at::TensorList bias, at::TensorList first, at::TensorList second,
@@ -142,7 +144,8 @@ void check_eigen_step(at::TensorList weight, at::TensorList bias, at::TensorList
                      {"decay_bias", decay_bias.size()},
                      {"step", step.size()}});
   check_control(op, control);
-  check_mutable(op, "control", control);
+  Targets targets(op);
+  targets.add("control", control);
   check_replay(op, renew_every, since);
   if (rate) {
     check_shape(op, "rate", *rate, {int64_t(grad_weight.size()), 2});
@@ -153,19 +156,19 @@ void check_eigen_step(at::TensorList weight, at::TensorList bias, at::TensorList
   }
   TORCH_CHECK_VALUE(beta1 >= 0 && beta1 < 1, op, ": expected beta1 in [0, 1), got ", beta1);
   TORCH_CHECK_VALUE(beta2 > 0 && beta2 < 1, op, ": expected beta2 in (0, 1), got ", beta2);
-  TORCH_CHECK_VALUE(eps >= 0, op, ": expected eps >= 0, got ", eps);
+  check_not_negative(op, "eps", eps);
   for (size_t l = 0; l < grad_weight.size(); ++l) {
     const at::Tensor& g = grad_weight[l];
     const EigenSizes sizes = check_matrix(op, g, grad_bias[l], mean[l], basis_out[l], basis_in[l]);
     check_same(op, "grad_weight", g, "the first one", grad_weight[0]);
     check_same_device(op, "grad_weight", g, "control", control);
-    check_written(op, "weight", weight[l], {sizes.n, sizes.p}, g);
-    check_written(op, "bias", bias[l], {sizes.bias ? sizes.n : 0}, g);
-    check_written(op, "first", first[l], {sizes.parts()}, g);
-    check_written(op, "second", second[l], {sizes.parts()}, g);
+    check_written(op, "weight", weight[l], {sizes.n, sizes.p}, g, targets);
+    check_written(op, "bias", bias[l], {sizes.bias ? sizes.n : 0}, g, targets);
+    check_written(op, "first", first[l], {sizes.parts()}, g, targets);
+    check_written(op, "second", second[l], {sizes.parts()}, g, targets);
     check_dim(op, "last", last[l], 1);
     check_same(op, "last", last[l], "grad_weight", g);
-    check_writable(op, "last", last[l]);
+    targets.add("last", last[l]);
     const int64_t sampled = last[l].numel() - sizes.rest();  // of E: whole rows
     TORCH_CHECK_VALUE(sampled >= 0 && sampled % sizes.p == 0 && (sampled > 0) == (sizes.residual() > 0) &&
                           sampled <= sizes.residual(),
@@ -175,12 +178,15 @@ void check_eigen_step(at::TensorList weight, at::TensorList bias, at::TensorList
     TORCH_CHECK_TYPE(size[l].scalar_type() == at::kDouble, op, ": expected size of dtype float64, got ",
                      size[l].scalar_type());
     check_same_device(op, "size", size[l], "control", control);
-    check_mutable(op, "size", size[l]);
+    targets.add("size", size[l]);
     TORCH_CHECK_VALUE(step[l] >= 0, op, ": expected step >= 0, got ", step[l]);
-    TORCH_CHECK_VALUE(lr[l] >= 0 && lr_bias[l] >= 0, op, ": expected lr >= 0, got ", lr[l], " and ", lr_bias[l]);
-    TORCH_CHECK_VALUE(decay[l] >= 0 && decay_bias[l] >= 0, op, ": expected decay >= 0, got ", decay[l], " and ",
-                      decay_bias[l]);
+    for (const auto& [name, value] : {std::pair<const char*, double>{"lr", lr[l]},
+                                      {"lr_bias", lr_bias[l]},
+                                      {"decay", decay[l]},
+                                      {"decay_bias", decay_bias[l]}})
+      check_not_negative(op, name, value);
   }
+  targets.check_apart();
 }
 
 }  // namespace secondorder

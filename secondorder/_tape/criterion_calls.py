@@ -24,12 +24,14 @@ class Divisors:
 
     Args:
         criterion: whose calls they are of.
+
+    `most_rows`, of the batches so far, decides what a constant counts as: it is part of an optimizer's state.
     """
 
     def __init__(self, criterion: nn.Module):
         self._criterion = criterion
         self._sums: bool | None = None  # whether a criterion that does not say so sums over its rows; None: that is not known
-        self._most_rows = 3  # of the batches; a half of a sum over two is rather part of every row's loss
+        self.most_rows = 3  # or more; a half of a sum over two is rather part of every row's loss
         self._unsaid: tuple[Any, list[int]] | None = None  # the last arguments of such a criterion, to call it with
 
     def release(self) -> None:
@@ -54,8 +56,8 @@ class Divisors:
         divisor = divisor_of_sum(loss)
         if isinstance(divisor, Tensor) and trained:
             # Less than the rows of the largest batch is part of every row's loss, as of (z - y)^2 / 2.
-            self._most_rows = max(self._most_rows, leaves[trained[0]].shape[:1].numel())
-            divisor = divisor.where(divisor > 0.99 * self._most_rows, 1.0)
+            self.most_rows = max(self.most_rows, leaves[trained[0]].shape[:1].numel())
+            divisor = divisor.where(divisor > 0.99 * self.most_rows, 1.0)
         if self._sums:
             return lambda: divisor
         self._unsaid = detached((args, kwargs)), trained

@@ -70,7 +70,7 @@ class Tape:
         self.missing = _NOT_CALLED
         key = f"secondorder.{id(self)}"  # of what is recorded in the metadata of autograd nodes
         self._muted = False
-        self._divisors = Divisors(criterion)
+        self.divisors = Divisors(criterion)
         self._parameters = list((nn.ModuleList(layers) if model is None else model).parameters())
         watches = model is not None and options.keep_inputs
         self._watched = self._parameters if watches else []
@@ -100,7 +100,7 @@ class Tape:
         """
         self._log.clear(release)
         if release:
-            self._divisors.release()
+            self.divisors.release()
         self.missing = _NOT_CALLED
 
     def rescaled(self, factor: float) -> AbstractContextManager[None]:
@@ -291,7 +291,7 @@ class Tape:
             )
         args, kwargs = by_position(criterion, args, kwargs)
         sources = [self._outputs.use(node, criterion) for node in nodes]
-        call = LossCall(sources, None, loss.detach(), self._divisors.of(args, kwargs, made_by, self.muted))
+        call = LossCall(sources, None, loss.detach(), self.divisors.of(args, kwargs, made_by, self.muted))
         call.multiplied = multiplied
         call.instances, call.captured = rows_seen(call.sources, args), captured_now()
         if len(args) > 1:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secondorder import reference
@@ -46,8 +48,13 @@ def operator(schema: str, plain: Callable[..., Any] | None = None) -> Callable[[
             twin = plain or getattr(reference, name.removesuffix(".list").replace(".", "_"))
             _fragment.impl(name, _stand_in(twin), "CompositeExplicitAutograd")
         packet, _, overload = name.partition(".")
+        function_of_torch = getattr(getattr(library, packet), overload or "default")
         for key in _autocast:
-            _fragment.impl(name, _without_autocast(getattr(getattr(library, packet), overload or "default")), key)
+            _fragment.impl(name, _without_autocast(function_of_torch), key)
+        if compiled is None:
+            _fragment.impl(name, _not_differentiable(function_of_torch), "Autograd", with_keyset=True)
+        else:
+            compiled.refuse_derivatives(name)  # at a tenth of the cost
         return function
 
     return register
@@ -65,6 +72,50 @@ def _without_autocast(overload: Callable[..., Any]) -> Callable[..., Any]:
             return overload(*args)
 
     return computed
+
+
+def _not_differentiable(overload: Any) -> Callable[..., Any]:
+    """Makes what csrc/autograd.cpp is with the extension: it refuses tangents, and backward passes when they come there."""
+    name, schema = overload._schema.name, overload._schema
+
+    def computed(keys: Any, *args: Any) -> Any:
+        given = _tensors(args)
+        if any(unpack_dual(t).tangent is not None for t in given):
+            raise NotImplementedError(
+                f"{name}: expected tensors without tangents, got some of forward-mode AD; no operator of secondorder is "
+                "differentiable"
+            )
+        results = overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+            writes = [arg for arg, of in zip(args, schema.arguments, strict=False) if of.alias_info and of.alias_info.is_write]
+            made = [t for t in _tensors(writes) if not (t.is_leaf and t.requires_grad)] + _tensors(results)
+            made = [t for t in made if t.is_floating_point()]
+            NotImplementedDerivative.note(name, len(made), *made, *given)
+        return results
+
+    return computed
+
+
+class NotImplementedDerivative(torch.autograd.Function):
+    """Has a backward pass raise that comes to what an operator has made."""
+
+    @classmethod
+    def note(cls, *args: Any) -> None:
+        """Does what `apply` does, but at one level of torch.func, where autograd's kernels are called."""
+        with enable_single_level_autograd_function():
+            super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+    @staticmethod
+    def forward(ctx: Any, name: str, made: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Changes nothing."""
+        ctx.operator = name
+        ctx.mark_dirty(*tensors[:made])
+        return tensors[:made]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        """Raises RuntimeError."""
+        raise RuntimeError(f"derivative for {ctx.operator} is not implemented")
 
 
 def _stand_in(twin: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ from secondorder.optim._fallback import Fallback
 from secondorder.optim._growth import LossGrowth
 from secondorder.optim._numbers import NUMBERS, Numbers, check_flags, check_nonfinite, check_numbers
 from secondorder.optim._optimizer import WHOLE, SecondOrderOptimizer
-from secondorder.optim._recorded import recorded_layers
+from secondorder.optim._recorded import recorded_layers, take_largest_batch
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DataParallel")
 
@@ -157,6 +157,7 @@ class CurvatureOptimizer(SecondOrderOptimizer):
         if recording is not None:
             self._tape = self._new_tape()
             self._tape.recording = recording
+            take_largest_batch(self._tape, self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, and with them what the tape recorded for them."""
@@ -227,7 +228,9 @@ class CurvatureOptimizer(SecondOrderOptimizer):
     def _groups(self) -> dict[Tensor, dict[str, Any]]:
         """Returns the param_group of every parameter, once the groups' numbers are known to be valid."""
         for group in self.param_groups:
-            check_numbers(f"{type(self).__name__}.step()", group, self._numbers)
+            name = f"{type(self).__name__}.step()"
+            check_numbers(name, group, self._numbers)
+            check_flags(name, {key: group[key] for key in ("decoupled_weight_decay",) if key in group})
             self._check_known(group["params"], "step")
         return {p: group for group in self.param_groups for p in group["params"]}
 

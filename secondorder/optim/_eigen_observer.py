@@ -19,6 +19,7 @@ from secondorder.optim._eigen_inputs import Sketch, Sketches
 from secondorder.optim._eigen_matrices import MatrixOptimizer
 from secondorder.optim._layer_inputs import input_rows, is_plain
 from secondorder.optim._matrices import Matrix, computed_in, multiplies
+from secondorder.optim._recorded import note_largest_batch, take_largest_batch
 from secondorder.optim._sharded import Shards
 from secondorder.optim._tables import Lookups
 
@@ -99,6 +100,7 @@ class ObservingOptimizer(MatrixOptimizer):
         elif self._hessians is None or self._hessians.tape.names != linear_layers(self._model):
             assert self.criterion is not None
             self._hessians = BiasHessians(type(self).__name__, self._curvature, self.criterion, self._model)
+            take_largest_batch(self._hessians.tape, self.param_groups)
         self._schedule_recording()
 
     def _schedule_recording(self) -> None:
@@ -171,6 +173,8 @@ class ObservingOptimizer(MatrixOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state; that of a weight has the same keys before and after its first bias Hessian, as DCP demands."""
+        if self._hessians is not None:
+            note_largest_batch(self._hessians.tape, self.param_groups)
         found = super().state_dict()
         for state in found["state"].values() if self._curvature is not None else ():
             if "basis_out" in state:
@@ -179,8 +183,16 @@ class ObservingOptimizer(MatrixOptimizer):
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
         super()._restore(state_dict)
+        if self._hessians is not None:
+            take_largest_batch(self._hessians.tape, self.param_groups)
         self._observing = None
         self._schedule_recording()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what copies and pickles have."""
+        if self._hessians is not None:
+            note_largest_batch(self._hessians.tape, self.param_groups)
+        return super().__getstate__()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, and with them what was recorded for them."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from secondorder.optim._matrices import Matrix
-from secondorder.optim._numbers import Numbers, check_arguments, check_numbers, warn_of_short_steps
+from secondorder.optim._numbers import Numbers, as_number, check_arguments, check_numbers, warn_of_short_steps
 from secondorder.optim._tables import times_as_far
 
 _NUMBERS: Numbers = {
@@ -43,7 +43,9 @@ def check_group(owner: str, group: Group) -> None:
     """Raises TypeError or ValueError where a group's numbers are not what they must be."""
     check_numbers(owner, group, _NUMBERS)
     betas = group["betas"]
-    valid = isinstance(betas, tuple | list) and len(betas) == 2 and 0 <= betas[0] < 1 and 0 < betas[1] < 1
+    given = betas if isinstance(betas, tuple | list) else ()
+    decays = [number for beta in given if (number := as_number(beta)) is not None]
+    valid = len(given) == len(decays) == 2 and 0 <= decays[0] < 1 and 0 < decays[1] < 1
     check_arguments(owner, [("betas", betas, valid, "to be two numbers, in [0, 1) and (0, 1)")])
 
 

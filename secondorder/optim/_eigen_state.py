@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from secondorder import ops
-from secondorder._tensors import device_for
+from secondorder._tensors import device_for, outside_inference_mode
 from secondorder.ops.eigen import FIRST_LENGTH, LENGTH
 from secondorder.optim._matrices import Matrix, computed_in
 
@@ -17,6 +17,7 @@ FIRST_STEPS = 5  # so many steps renew bases, and count the rows of tables that 
 SAMPLED = 4096  # of a parameter without bases, the slopes of so many elements stand for those of all
 
 
+@outside_inference_mode
 def new_control(like: Tensor) -> Tensor:
     """Returns the control of the step length [8], in float64, as training begins; see `ops.eigen_step_`."""
     control = torch.zeros(len(ops.CONTROL), dtype=torch.float64, device=device_for(torch.float64, like))

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from secondorder._tape import LayerRecord
-from secondorder._tensors import captured_now
+from secondorder._tensors import captured_now, outside_inference_mode
 from secondorder._warnings import warn
 from secondorder.curvature import Curvature, curvature_by_name
 from secondorder.optim._amp import outside_autocast
 from secondorder.optim._averaging import swapped_with_averages, update_averages
 from secondorder.optim._factors import FactorSource
 from secondorder.optim._numbers import check_counts, check_flags
+from secondorder.optim._recorded import note_largest_batch, take_largest_batch
 from secondorder.optim._solving import SolvingOptimizer, due
 from secondorder.solvers import Factors, Solver
 
@@ -82,6 +83,7 @@ class LayerwiseOptimizer(SolvingOptimizer):
         self._factors = FactorSource(self._curvature, self._solver, curvature_samples, self._layers)
         self._curvature_every, self._average = curvature_every, average
 
+    @outside_inference_mode
     @outside_autocast
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -211,7 +213,18 @@ class LayerwiseOptimizer(SolvingOptimizer):
                 )
         state = {key: _nested(each) for key, each in state_dict["state"].items()}
         super().load_state_dict({**state_dict, "state": state})
+        take_largest_batch(self._tape, self.param_groups)
         self._schedule()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state, as every torch optimizer does."""
+        note_largest_batch(self._tape, self.param_groups)
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what copies and pickles have."""
+        note_largest_batch(self._tape, self.param_groups)
+        return super().__getstate__()
 
     def averaged_parameters(self) -> AbstractContextManager[None]:
         """Gives the model's parameters their averages over the steps, within it (Botev et al., Eq. 44, 45); not for training.

@@ -21,6 +21,14 @@ NUMBERS: Numbers = {
 }
 
 
+def as_number(value: Any) -> float | None:
+    """Returns the value of a number, or of a tensor of one element; None: it is neither, as text is not that names a number."""
+    try:
+        return None if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
 def check_numbers(owner: str, values: dict[str, Any], numbers: Numbers) -> None:
     """Raises where a value is not what its entry in `numbers` demands; values without an entry may be anything.
 
@@ -34,10 +42,9 @@ def check_numbers(owner: str, values: dict[str, Any], numbers: Numbers) -> None:
         value = values[name]
         if value is None and "None" in expected:
             continue
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise TypeError(f"{owner}: expected {name} to be a number, got {value!r}") from None
+        number = as_number(value)
+        if number is None:
+            raise TypeError(f"{owner}: expected {name} to be a number, got {value!r}")
         if not valid(number):
             raise ValueError(f"{owner}: expected {name} {expected}, got {value!r}")
 

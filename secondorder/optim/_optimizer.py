@@ -1,5 +1,6 @@
 """What every optimizer of the package does as torch's own do, whatever it computes."""
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from secondorder._tensors import captured_now, device_for, is_sharded
+from secondorder._tensors import captured_now, device_for, is_sharded, outside_inference_mode
 from secondorder._warnings import warn
+from secondorder.optim._numbers import check_flags
 
 WHOLE = (
     "expected whole parameters on every rank, as under DistributedDataParallel, since the curvature of a layer needs its whole "
@@ -80,6 +82,14 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             if is_sharded(p):
                 raise TypeError(f"{type(self).__name__}: {WHOLE}, got a DTensor of placements {p.placements}")
 
+    @outside_inference_mode
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Returns what copy.deepcopy makes by itself."""
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+    @outside_inference_mode
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state as every torch optimizer does, but keeps its dtype: under bfloat16 parameters factors are float32.
 
@@ -186,7 +196,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def _maximize(self) -> bool:
         """Tells whether the loss is maximised: one answer for all groups, for one loss."""
-        maximize = {bool(group["maximize"]) for group in self.param_groups}
+        for group in self.param_groups:
+            check_flags(f"{type(self).__name__}.step()", {"maximize": group["maximize"]})
+        maximize = {group["maximize"] for group in self.param_groups}
         if len(maximize) > 1:
             raise ValueError(f"{type(self).__name__}.step(): expected maximize to be the same in all param_groups")
         return maximize.pop()

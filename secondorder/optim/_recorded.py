@@ -1,6 +1,7 @@
 """What a step needs of the tape's records: layers that the losses reach, and instances."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
@@ -40,3 +41,14 @@ def check_instances(owner: str, inputs: Iterable[Tensor]) -> None:
         raise ValueError(
             f"{owner}.step(): expected at least one instance, got an empty batch; an expectation over it is undefined: skip it"
         )
+
+
+def note_largest_batch(tape: Tape, groups: list[dict[str, Any]]) -> None:
+    """Puts the rows of the largest batch so far, which the meaning of constants in a criterion depends on, into the groups."""
+    for group in groups:
+        group["largest_batch"] = tape.divisors.most_rows
+
+
+def take_largest_batch(tape: Tape, groups: list[dict[str, Any]]) -> None:
+    """Has a tape go on with what `note_largest_batch` has put into the groups; other versions have put nothing there."""
+    tape.divisors.most_rows = groups[0].get("largest_batch", tape.divisors.most_rows)

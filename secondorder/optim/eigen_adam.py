@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from secondorder._tensors import captured_now, is_sharded
+from secondorder._tensors import captured_now, is_sharded, outside_inference_mode
 from secondorder._warnings import warn
 from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
@@ -173,6 +173,7 @@ class EigenAdam(ObservingOptimizer):
 
     # --- the step ------------------------------------------------------------------------------------------------------------
 
+    @outside_inference_mode
     @outside_autocast
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

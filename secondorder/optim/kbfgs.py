@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder._random import RandomState
-from secondorder._tensors import host_numbers
+from secondorder._tensors import host_numbers, outside_inference_mode
 from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
 from secondorder.optim._amp import outside_autocast
@@ -179,6 +179,7 @@ class KBFGS(QuasiNewtonOptimizer):
         self._unlike: set[nn.Linear] = set()  # the layers of which `_warn_of_unlike` has told
         self._zeroed = [False]  # whether zero_grad was called in a closure; a list, since Lightning calls it on a shallow copy
 
+    @outside_inference_mode
     @torch.no_grad()
     def initialize(self, inputs: Iterable[Any], loss: Callable[[Any], Tensor] | None = None) -> None:
         """Sets A = E[h h^T] over all the given batches, as the paper does, and H_a = (A + lambda_A I)^-1 from it.
@@ -216,6 +217,7 @@ class KBFGS(QuasiNewtonOptimizer):
         for layer, start in starts.items():
             self.state[layer.weight].update(start)
 
+    @outside_inference_mode
     @outside_autocast
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] = NEEDED) -> Tensor:  # type: ignore[override]

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from secondorder._arguments import is_whole
 from secondorder._distributed import in_one_process
 from secondorder._tape.factored import Buffer
+from secondorder._tensors import outside_inference_mode
 from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
 from secondorder.optim._amp import outside_autocast
@@ -166,6 +167,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         super().__init__(list(params.parameters()) if isinstance(params, nn.Module) else params, {"lr": lr, "skipped_steps": 0})
         warn_of_short_steps(name, lr)
 
+    @outside_inference_mode
     @outside_autocast
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] = NEEDED) -> Tensor:  # type: ignore[override]

@@ -6,6 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# From here on the derivatives of SiLU and of both GELUs are their limits; powers of a larger z overflow.
+_FAR = 1024.0
+
 
 def activation_derivatives(saved: Tensor, activation: str, parameter: float = 1.0) -> tuple[Tensor, Tensor]:
     """Sigma' and sigma'' from what autograd saves of an activation: its output h, or its preactivation z."""
@@ -22,16 +25,19 @@ def _softplus(z: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def _silu(z: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    z = z.clamp(-_FAR, _FAR)
     s = torch.sigmoid(z)
     return s + z * s * (1 - s), s * (1 - s) * (2 + z * (1 - 2 * s))
 
 
 def _gelu(z: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    z = z.clamp(-_FAR, _FAR)
     density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
     return (1 + torch.erf(z / math.sqrt(2))) / 2 + z * density, density * (2 - z * z)
 
 
 def _gelu_tanh(z: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    z = z.clamp(-_FAR, _FAR)
     scale, cubic = math.sqrt(2 / math.pi), 0.044715  # z (1 + tanh(y)) / 2 = z sigmoid(2 y), y = scale (z + cubic z^3)
     y, dy, d2y = scale * (z + cubic * z**3), scale * (1 + 3 * cubic * z * z), 6 * scale * cubic * z
     s, dt = torch.sigmoid(2 * y), 4 * torch.sigmoid(2 * y) * torch.sigmoid(-2 * y)

@@ -31,6 +31,19 @@ def activation_derivatives(kernels: Kernels) -> None:
                     np.testing.assert_allclose(result, x.numpy(), rtol=0, atol=2e-6 if dtype is np.float32 else 1e-14)
 
 
+@case
+def activation_derivatives_far_from_zero(kernels: Kernels) -> None:
+    """Up to the largest number, and at infinity, where powers of z overflow."""
+    for activation in ("softplus", "silu", "gelu", "gelu_tanh"):
+        for dtype in case_tools.DTYPES:
+            far = np.array([20.0, 1e3, 1e9, 2e10, 1e20, np.finfo(dtype).max, np.inf], dtype)
+            z = exact_size(np.concatenate([-far, far]))
+            out = exact_size(np.full_like(z, np.nan)), exact_size(np.full_like(z, np.nan))
+            results = kernels.activation_derivatives(z, activation, 1.0, out)
+            for result, x in zip(results, reference.activation_derivatives(same(z), activation, 1.0), strict=True):
+                np.testing.assert_allclose(result, x.numpy(), rtol=0, atol=2e-6 if dtype is np.float32 else 1e-14)
+
+
 def check_bias_hessian(
     kernels: Kernels,
     k: int,

@@ -1,5 +1,6 @@
 """The empirical Fisher blocks of criteria that do not say whether they are a mean or a sum."""
 
+import copy
 import functools
 import gc
 import weakref
@@ -104,6 +105,50 @@ def test_a_constant_is_part_of_every_rows_loss_in_small_batches_too(function, si
         for name, g in expected.items():
             found = optimizer.state[model[int(name)].weight]["factors"]["bias_hessian"]
             torch.testing.assert_close(found, g.T @ g)
+
+
+OPTIMIZERS = {
+    "EACG": lambda m, c: so.EACG(m, c, lr=0.1, curvature="fisher-empirical"),
+    "LayerwiseNewton": lambda m, c: so.LayerwiseNewton(m, c, curvature="fisher-empirical", curvature_every=1),
+    "EigenAdam": lambda m, c: so.EigenAdam(m, curvature="fisher-empirical", criterion=c, renew_every=1),
+}
+
+
+def tenth(z, y):
+    """With batches of more than 10 rows a constant of every row's loss, which batches of 8 alone do not tell."""
+    return (z - y).square().sum() / 10
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_a_constant_counts_as_goes_on_in_resumed_runs_and_copies(name):
+    def steps(model, optimizer, sizes):
+        for m in sizes:
+            generator = torch.Generator().manual_seed(m)
+            x, y = torch.randn(m, 4, generator=generator).double(), torch.randn(m, 3, generator=generator).double()
+            optimizer.zero_grad()
+            optimizer.criterion(model(x), y).backward()
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def made():
+        torch.manual_seed(0)
+        model = network([4, 6, 3], nn.Tanh())
+        return model, OPTIMIZERS[name](model, tenth)
+
+    model, optimizer = made()
+    steps(model, optimizer, (32,))
+    resumed, theirs = made()
+    resumed.load_state_dict(model.state_dict())
+    theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    copied = copy.deepcopy((model, optimizer))
+    back = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    expected = steps(model, optimizer, (8, 7))
+    assert torch.equal(steps(resumed, theirs, (8, 7)), expected)
+    assert torch.equal(steps(*copied, (8, 7)), expected)
+    steps(model, optimizer, (64,))
+    model.load_state_dict(back[0])
+    optimizer.load_state_dict(back[1])
+    assert torch.equal(steps(model, optimizer, (8, 7)), expected)
 
 
 def test_a_summing_function_has_the_blocks_of_the_summing_module():

@@ -1,3 +1,6 @@
+import math
+import warnings
+
 import pytest
 import torch
 from helpers.kernels import needs_kernels
@@ -48,6 +51,33 @@ def test_kinks_are_torchs(name):
     for module in (ops, reference):
         d1, _ = module.activation_derivatives(function(z).detach(), name, parameter)
         assert d1.item() == expected.item()
+
+
+LIMITS = {"identity": (1.0, 1.0), "sigmoid": (0.0, 0.0), "tanh": (0.0, 0.0), "leaky_relu": (0.2, 1.0)}  # of d1; others 0 and 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_derivatives_far_from_zero_are_autograds_or_their_limits(name, dtype):
+    """Up to the largest number, and at infinity. There autograd's own are NaN where a power of z has overflowed."""
+    function, parameter, from_output = ACTIVATIONS[name]
+    largest = torch.finfo(dtype).max
+    far = torch.cat([torch.logspace(0, math.log10(largest), 400, dtype=torch.float64)[:-1], torch.tensor([largest, math.inf])])
+    z = torch.cat([-far, far]).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's, of the overflow
+        plain = scalar_derivatives(function, z)
+    limits = [torch.where(z < 0, *map(z.new_tensor, LIMITS.get(name, (0.0, 1.0)))), torch.zeros_like(z)]
+    for module in (ops, reference):
+        found = module.activation_derivatives(function(z).nan_to_num() if from_output else z, name, parameter)
+        for a, p, limit in zip(found, plain, limits, strict=True):
+            assert a.isfinite().all()
+            known = p.isfinite()
+            torch.testing.assert_close(a[known], p[known], rtol=32 * torch.finfo(dtype).eps, atol=32 * torch.finfo(dtype).eps)
+            assert torch.equal(a[z.abs() > 1e4], limit[z.abs() > 1e4])
+    nan = z.new_tensor([math.nan])
+    if not from_output:
+        assert all(d.isnan().all() for module in (ops, reference) for d in module.activation_derivatives(nan, name, parameter))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 5), (1,), (3, 17), (2, 129, 3), (1000, 70)])

@@ -112,7 +112,7 @@ def test_opcheck(name):
         ("step", lambda a: a[0].__setitem__(1, a[0][1].T.contiguous().T), ValueError, "expected a contiguous weight"),
         ("step", lambda a: a[10].__setitem__(1, a[10][1].double()), TypeError, "expected basis_out of dtype Float"),
         ("step", lambda a: a.__setitem__(17, 1.0), ValueError, r"expected beta1 in \[0, 1\), got 1"),
-        ("step", lambda a: a[12].__setitem__(0, -1.0), ValueError, "expected lr >= 0, got -1"),
+        ("step", lambda a: a[12].__setitem__(0, -1.0), ValueError, "expected lr >= 0 and finite, got -1"),
     ],
 )
 def test_bad_input(name, change, error, message):

@@ -1,6 +1,7 @@
 """Arguments of every operator, drawn at random: the same numbers in any layout, a Python error for wrong ones, never a crash."""
 
 import importlib
+import itertools
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -9,6 +10,7 @@ import torch
 from helpers.kernels import needs_kernels
 from hypothesis import given
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from secondorder import ops, reference
 from secondorder.ops import _library
@@ -285,6 +287,117 @@ def test_autograd_records_nothing_and_leaves_may_be_written(index, elsewhere):
         trained = mapped(arguments, lambda t: t.clone().requires_grad_() if t.is_floating_point() else t.clone())
         result = function(*trained)
         assert not any(recorded(t) for t in [*leaves(result), *leaves(trained)])
+
+
+NOT_DIFFERENTIABLE = (
+    "expected tensors without tangents, got some of forward-mode AD; no operator of secondorder is differentiable"
+)
+
+
+def written_at(op):
+    """The positions of the arguments that an operator writes."""
+    return [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+
+def floating(arguments):
+    return [t for t in leaves(arguments) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()]
+
+
+@pytest.mark.parametrize("index", range(OPERATORS))
+def test_tangents_are_refused(index):
+    """Of any argument, whether gradients are computed or not: results without tangents would count as constants."""
+    op, arguments = cases(square_problem())[index]
+    for chosen in floating(arguments):
+
+        def called(t, chosen=chosen):
+            return op(*mapped(arguments, lambda each: t if each is chosen else each.clone()))
+
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), forward_ad.dual_level():
+                dual = forward_ad.make_dual(chosen.clone(), torch.ones_like(chosen))
+                with pytest.raises(NotImplementedError, match=NOT_DIFFERENTIABLE):
+                    called(dual)
+            assert torch.equal(dual, chosen)
+            with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match=NOT_DIFFERENTIABLE):
+                torch.func.jvp(called, (chosen,), (torch.ones_like(chosen),))
+
+
+@pytest.mark.parametrize("index", range(OPERATORS))
+def test_backward_passes_are_refused(index):
+    """Through whatever an operator has made of what needs a gradient, or has written; leaves that it has written go on."""
+    op, arguments = cases(square_problem())[index]
+    for chosen in floating(arguments):
+
+        def called(t, chosen=chosen):
+            own = mapped(arguments, lambda each: t * 1 if each is chosen else each.clone())
+            results = op(*own)
+            return [r for r in leaves([results, *(own[i] for i in written_at(op))]) if r is not None and r.is_floating_point()]
+
+        results = called(chosen.clone().requires_grad_())
+        for result in results:
+            with pytest.raises(RuntimeError, match=rf"derivative for {op._schema.name} is not implemented"):
+                result.sum().backward()
+        if results:
+            with pytest.raises(RuntimeError, match=rf"derivative for {op._schema.name} is not implemented"):
+                torch.func.grad(lambda t, called=called: sum(r.sum() for r in called(t)))(chosen)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("index", range(OPERATORS))
+def test_vmap_is_a_loop_or_refused(index):
+    op, arguments = cases(square_problem())[index]
+    for chosen in floating(arguments):
+
+        def called(t, chosen=chosen):
+            own = mapped(arguments, lambda each: t if each is chosen else each.clone())
+            return [r for r in leaves([op(*own)]) if r is not None]
+
+        batch = torch.stack([chosen, 2 * chosen])
+        kept = batch.clone()
+        try:
+            batched = torch.func.vmap(called)(batch)
+        except RuntimeError as error:
+            assert "Batching rule not implemented" in str(error) or "vmap" in str(error)  # noqa: PT017
+            assert torch.equal(batch, kept)
+        else:
+            for i, t in enumerate(kept):
+                for a, b in zip(batched, called(t.clone()), strict=True):
+                    torch.testing.assert_close(a[i], b)
+
+
+@needs_kernels
+@pytest.mark.parametrize("index", range(OPERATORS))
+def test_a_tensor_that_would_be_written_twice_is_refused(index):
+    op, arguments = cases(square_problem())[index]
+    places = written_at(op)
+
+    def doubled():
+        """The arguments of two such layers, each with tensors of its own."""
+        first, second = (mapped(arguments, torch.clone) for _ in range(2))
+        return [a + b if isinstance(a, list) else a for a, b in zip(first, second, strict=True)]
+
+    if any(isinstance(arguments[place], list) for place in places):
+        op(*doubled())
+    twice = [(p, 0, p, len(arguments[p])) for p in places if isinstance(arguments[p], list) and floating(arguments[p])]
+    twice += [(p, 0, q, 0) for p, q in itertools.combinations(places, 2) if alike(arguments[p], arguments[q])]
+    for p, i, q, j in twice:
+        given = doubled()
+        given[q][j] = given[p][i]
+        before = mapped(given, torch.clone)
+        name = op._schema.name.removeprefix("secondorder::")
+        with pytest.raises(
+            ValueError, match=rf"{name}: expected an? \w+ in memory of its own, got one that is written elsewhere"
+        ):
+            op(*given)
+        for a, b in zip(leaves(given), leaves(before), strict=True):
+            assert not isinstance(a, torch.Tensor) or same(a, b)
+
+
+def alike(a, b):
+    """Whether two written arguments are lists of tensors of one kind."""
+    if not (isinstance(a, list) and isinstance(b, list) and floating(a) and floating(b)):
+        return False
+    return a[0].shape == b[0].shape and a[0].dtype == b[0].dtype
 
 
 def test_autograd_records_nothing_of_large_arguments():
