@@ -386,8 +386,8 @@ class EigenAdam(ObservingOptimizer):
             self._warn_once(
                 "unseen",
                 f"{type(self).__name__} sees no inputs of {', '.join(layers)}: the layers run in a compiled graph or under "
-                "torch.func, have been pruned, parametrized or given another forward since the optimizer was made, are not "
-                "called as modules, or get sparse or nested inputs. Their bases are those of their gradients.",
+                "torch.func or torch.no_grad, have been pruned, parametrized or given another forward since the optimizer was "
+                "made, are not called as modules, or get sparse or nested inputs. Their bases are those of their gradients.",
             )
 
     def _warn_of_growth(self, loss: Any) -> None:

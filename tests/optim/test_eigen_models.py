@@ -277,6 +277,29 @@ def test_layers_that_are_pruned_later_are_told_of_once_and_go_on():
     assert optimizer.state[model[0].weight]["unseen"] == 0
 
 
+def test_gradients_that_are_estimated_under_no_grad_are_told_of():
+    """An evolution strategy goes through the model without autograd, and writes p.grad itself."""
+    model = network()
+    optimizer = so.EigenAdam(model)
+    x, parameters = torch.randn(9, 25).double(), list(model.parameters())
+
+    @torch.no_grad()
+    def step():
+        noise = [0.01 * torch.randn_like(p) for p in parameters]
+        before = model(x).square().mean()
+        torch._foreach_add_(parameters, noise)
+        change = model(x).square().mean() - before
+        torch._foreach_sub_(parameters, noise)
+        for p, z in zip(parameters, noise, strict=True):
+            p.grad = change * z
+        optimizer.step()
+
+    step()  # at the first, a lazy layer has shown no inputs
+    with pytest.warns(UserWarning, match="sees no inputs of 0.weight, .* or torch.no_grad"):
+        step()
+    assert optimizer.metrics()["seen"] == 0
+
+
 def test_transforms_of_the_model_are_left_alone():
     model = network()
     optimizer = so.EigenAdam(model)
