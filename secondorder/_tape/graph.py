@@ -13,7 +13,7 @@ RESHAPING = {
     "ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward", "_DDPSinkBackward",
 }  # fmt: skip
 # Nodes that keep the numbers and change their order or dtype.
-_TURNING = {"TBackward", "TransposeBackward", "PermuteBackward", "ExpandBackward", "CloneBackward", "ToCopyBackward"}
+TURNING = {"TBackward", "TransposeBackward", "PermuteBackward", "ExpandBackward", "CloneBackward", "ToCopyBackward"}
 # Products of matrices and vectors.
 MATRIX_PRODUCTS = {
     "MmBackward",
@@ -107,7 +107,7 @@ class Marks:
 
 def is_turning(node: Node) -> bool:
     """Tells whether a node keeps the numbers, in another shape, order or dtype."""
-    return is_reshaping(node) or kind(node) in _TURNING
+    return is_reshaping(node) or kind(node) in TURNING
 
 
 def compiled_parameters(start: Node, key: str) -> set[Tensor]:

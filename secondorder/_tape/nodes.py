@@ -18,10 +18,19 @@ _LINEAR = {
     "TrilBackward", "TriuBackward", "FlipBackward", "RollBackward", "Rot90Backward", "RepeatBackward", "UnfoldBackward",
     "TakeBackward", "ConstantPadNdBackward", "AvgPool2DBackward", "AvgPool3DBackward", "AdaptiveAvgPool2DBackward",
     "AdaptiveAvgPool3DBackward", "ScatterBackward", "ScatterAddBackward", "IndexAddBackward", "IndexCopyBackward",
-    "IndexPutBackward", "ViewAsRealBackward", "LerpBackward", "torch::autograd::CopyBackwards",
+    "IndexPutBackward", "ViewAsRealBackward", "LerpBackward", "torch::autograd::CopyBackwards", "UpsampleNearest1DBackward",
+    "UpsampleNearest2DBackward", "UpsampleNearest3DBackward", "UpsampleNearestExact1DBackward", "UpsampleNearestExact2DBackward",
+    "UpsampleNearestExact3DBackward", "UpsampleLinear1DBackward", "UpsampleBilinear2DBackward", "UpsampleTrilinear3DBackward",
+    "UpsampleBicubic2DBackward", "UpsampleBilinear2DAaBackward", "UpsampleBicubic2DAaBackward",
 }  # fmt: skip
 # Products, which are linear in one factor if the others do not depend on the parameters.
 PRODUCTS = {"MulBackward", "DivBackward", "DotBackward", "VdotBackward", "MvBackward", "MmBackward", "BmmBackward"}
+# Products that are fused with a sum: which of their inputs are the factors. The others are added.
+FUSED = {
+    "AddmmBackward": slice(1, 3), "BaddbmmBackward": slice(1, 3), "AddbmmBackward": slice(1, 3), "AddmvBackward": slice(1, 3),
+    "AddrBackward": slice(1, 3), "AddcmulBackward": slice(1, 3), "AddcdivBackward": slice(1, 3), "LinearBackward": slice(0, 2),
+    "ConvolutionBackward": slice(0, 2),
+}  # fmt: skip
 # Additive nodes, where an input without a node is a constant that the graph does not hold.
 SUMS = {
     "AddBackward", "SubBackward", "RsubBackward", "StackBackward", "CatBackward", "WhereBackward", "MaskedFillBackward",
@@ -29,6 +38,8 @@ SUMS = {
     "IndexCopyBackward", "IndexPutBackward", "LerpBackward",
 }  # fmt: skip
 
+# A write to a part of a tensor, which hides by what operation.
+WRITE = "torch::autograd::CopySlices"
 LEAF = "torch::autograd::AccumulateGrad"
 # The name of a compiled graph's autograd node.
 COMPILED = "CompiledFunctionBackward"
@@ -74,9 +85,14 @@ def is_linear(node: Any) -> bool:
     return name in _LINEAR or (name == "ScatterReduceBackward" and node._saved_reduce in ("sum", "mean"))
 
 
-def adds_constant(node: Node) -> bool:
+def adds_constant(node: Any) -> bool:
     """Returns whether a linear node may add a constant that its graph does not hold."""
-    return kind(node) in SUMS
+    name, inputs = kind(node), [f for f, _ in node.next_functions]
+    if name == "ConvolutionBackward":
+        return inputs[2] is None and bool(getattr(node, "_saved_bias_sym_sizes_opt", True))
+    if name in FUSED:
+        return any(f is None for i, f in enumerate(inputs) if i not in range(*FUSED[name].indices(len(inputs))))
+    return name in SUMS and (None in inputs or len(inputs) == 1)
 
 
 class Reach:
@@ -109,3 +125,10 @@ class Reach:
                 known[child] = id(child.variable) in self._parameters  # type: ignore[attr-defined]
             path.append((child, iter(further)))
         return known[node]
+
+
+def linear_inputs(node: Node, reach: Reach) -> list[Node]:
+    """Returns the inputs that a linear node is a sum over; factors of products that do not depend on the parameters are none."""
+    name, inputs = kind(node), [f for f, _ in node.next_functions]
+    factors = range(len(inputs)) if name in PRODUCTS else range(*FUSED.get(name, slice(0)).indices(len(inputs)))
+    return [f for i, f in enumerate(inputs) if f is not None and (i not in factors or reach(f))]

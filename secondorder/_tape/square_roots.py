@@ -38,7 +38,7 @@ def _linear_beyond(u: Tensor, bound: float, factor: float) -> Tensor:
 
 
 def _binary_cross_entropy(node: Any) -> Tensor | None:
-    """Returns the root of softplus(z) - t z, less its least value, the entropy of t in [0, 1].
+    """Returns the root of binary cross-entropy, less its least value, the entropy of t in [0, 1].
 
     A positive class that counts p times is another target, p t / s, with the weight s = p t + 1 - t.
     """
@@ -49,14 +49,19 @@ def _binary_cross_entropy(node: Any) -> Tensor | None:
         positive = node._saved_pos_weight * t
         scale = (positive + (1 - t)).clamp(min=torch.finfo(z.dtype).tiny)
         t, weight = positive / scale, scale if weight is None else weight * scale
+    root = bernoulli_root(z, t)
+    return root if weight is None else root * weight.sqrt()
+
+
+def bernoulli_root(z: Tensor, t: Tensor) -> Tensor:
+    """Returns the root of softplus(z) - t z, less its least value, the entropy of t in [0, 1]."""
     entropy = -torch.xlogy(t, t) - torch.xlogy(1 - t, 1 - t)
     least = torch.logit(t).clamp(-1e4, 1e4)  # where the least value is
     near = (z - least).abs() < torch.finfo(z.dtype).eps ** 0.2
     phi = F.softplus(-z) + (1 - t) * z - entropy
     floor = torch.finfo(z.dtype).tiny
     far = torch.sign(torch.sigmoid(z.detach()) - t) * torch.where(near, 1.0, phi).clamp(min=floor).sqrt()
-    root = far if not bool(near.any()) else torch.where(near, _near(z, least, t), far)
-    return root if weight is None else root * weight.sqrt()
+    return far if not bool(near.any()) else torch.where(near, _near(z, least, t), far)
 
 
 def _near(z: Tensor, least: Tensor, t: Tensor) -> Tensor:
@@ -90,6 +95,16 @@ def _cross_entropy(node: Any) -> Tensor | None:
     return phi.where(counts, 0).clamp(min=torch.finfo(phi.dtype).tiny).sqrt()
 
 
+def poisson_root(z: Tensor, t: Tensor) -> Tensor:
+    """Returns the root of exp(z) - t z, less its least value, which is at log(t) for t > 0."""
+    some = t > 0
+    mean = t.where(some, 1)
+    d = torch.where(some, z - mean.log(), 0)
+    # (exp(d) - 1 - d) / d^2
+    half = ratio(lambda d: (torch.expm1(d) - d) / d, d, [1 / math.factorial(k + 2) for k in range(12)], 0.1)
+    return torch.where(some, d * (mean * half).sqrt(), torch.exp(z / 2))
+
+
 # rho by the node's name; None: not of these arguments
 ROOTS: dict[str, Callable[[Any], Tensor | None]] = {
     "MseLossBackward": _mse,
@@ -100,3 +115,42 @@ ROOTS: dict[str, Callable[[Any], Tensor | None]] = {
     "NllLossBackward": _cross_entropy,
     "NllLoss2DBackward": _cross_entropy,
 }
+
+
+def _softplus(node: Any) -> tuple[Tensor, float, float]:
+    z = F.softplus(node._saved_self, float(node._saved_beta), float(node._saved_threshold))
+    return _positive(z), 1.0, 0.0
+
+
+def _positive(phi: Tensor) -> Tensor:
+    """Returns the root of numbers above zero that may underflow."""
+    return phi.clamp(min=torch.finfo(phi.dtype).tiny).sqrt()
+
+
+# Functions of one number that are monotone and nowhere zero, or have their minimum at zero: rho, s and a constant for each
+# node's name, whose value is s rho^2 + constant.
+POSITIVE: dict[str, Callable[[Any], tuple[Tensor, float, float]]] = {
+    "ExpBackward": lambda node: (_positive(node._saved_result), 1.0, 0.0),
+    "SoftplusBackward": _softplus,
+    "LogSigmoidBackward": lambda node: (_positive(F.softplus(-node._saved_self)), -1.0, 0.0),
+    "CoshBackward": lambda node: (2**0.5 * torch.sinh(node._saved_self / 2), 1.0, 1.0),
+}
+
+
+def first_order(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """Returns a function's value with a graph that has its first derivative, and no branches that change with the values."""
+    leaf = t.detach().requires_grad_()
+    with torch.enable_grad():
+        value = function(leaf)
+    (slope,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach() + slope * (t - leaf.detach())
+
+
+def ratio(function: Callable[[Tensor], Tensor], u: Tensor, series: list[float], bound: float = 1e-2) -> Tensor:
+    """Returns function(u) / u, for |u| below the bound by its power series."""
+    near = u.abs() < bound
+    far = u.where(~near, 1)
+    small, total = u.where(near, 0), torch.zeros_like(u)
+    for coefficient in reversed(series):
+        total = total * small + coefficient
+    return torch.where(near, total, function(far) / far)

@@ -49,7 +49,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     that is, any combination of means and sums of squares. The residuals r and their coefficients c are found in the loss's
     autograd graph, also if they are made of derivatives by `torch.autograd.grad(..., create_graph=True)`. Squares of the
     parameters themselves become t. Huber's loss, smooth L1, the soft margin, binary cross-entropy with logits and cross-entropy
-    count as the squares of their roots, whose curvature is phi'^2 / (2 phi).
+    count as the squares of their roots, whose curvature is phi'^2 / (2 phi), phi less its least value. So do functions of squares
+    that are written out, log(cosh(r)), sqrt(1 + r^2), log(1 + r^2), |r|^p for p > 1, and softplus(z) and exp(z), also less t z.
 
     J [m, P], the Jacobian of the weighted residuals, comes from one backward pass: wherever a parameter acts row by row, J's rows
     are sums of outer products of the gradients that arrive there and the other operand. A step is

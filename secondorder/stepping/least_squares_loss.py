@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from secondorder._random import RandomState
-from secondorder._tape.nodes import Reach
-from secondorder._tape.residuals import Term, Terms, arriving, check_signs, coefficients, find_terms, negative
+from secondorder._tape.nodes import Reach, kind
+from secondorder._tape.residuals import Terms, check_signs, coefficients, find_terms, negative
+from secondorder._tape.square_roots import POSITIVE
+from secondorder._tape.squares import Term, arriving
 from secondorder._tensors import host_numbers, plain
 
 Closure = Callable[[], Any]
@@ -195,14 +197,14 @@ class LeastSquaresLoss:
             return torch.stack([(plain(weight) * plain(r).square()).mean() for r, weight in result]).sum()
 
     def _is_loss(self, r: Tensor) -> bool:
-        """Tells whether the graph of a scalar shows a sum of squares and nothing beside it, as it does not for |u|^2 - 1."""
+        """Tells whether a scalar's graph shows a sum of squares and nothing beside it: neither |u|^2 - 1 nor exp(u)."""
         try:
             with torch.enable_grad():
                 terms = find_terms(r, Reach(self.parameters), self.owner)
             coefficients(r, [*terms.squares, *terms.penalties], self.owner)
         except RuntimeError:
             return False
-        return not terms.constant
+        return not terms.constant and not any(term.whole or kind(term.node) in POSITIVE for term in terms.squares)
 
     def _penalties(self, terms: list[Term], weights: list[Tensor]) -> Tensor | None:
         if not terms:

@@ -60,6 +60,38 @@ def test_closures_in_any_words_give_the_same_steps():
         torch.testing.assert_close(trained(net, other), expected, rtol=rtol, atol=1e-9)
 
 
+def pseudo_huber(d):
+    return d / (1 + (1 + d**2).sqrt()).sqrt()  # its square is sqrt(1 + d^2) - 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "root"),
+    [
+        (lambda d: ((1 + d**2).sqrt() - 1).mean(), pseudo_huber),
+        (lambda d: (1 + d**2).sqrt().mean(), pseudo_huber),
+        (lambda d: (0.25 * torch.log(torch.cosh(2 * d))).mean(), lambda d: d.sign() * (torch.cosh(2 * d).log() / 4).sqrt()),
+        (lambda d: torch.log1p(d**2).mean(), lambda d: d.sign() * torch.log1p(d**2).sqrt()),
+        (lambda d: d.abs().pow(1.5).mean(), lambda d: d.sign() * d.abs() ** 0.75),
+        (lambda d: torch.nn.functional.softplus(d).mean(), lambda d: torch.nn.functional.softplus(d).sqrt()),
+        (lambda d: ((d - 1) * (d - 1)).mean(), lambda d: d - 1),
+    ],
+)
+def test_robust_functions_give_the_steps_of_their_roots(loss, root):
+    net, x, y = regression()
+    found = trained(net, lambda model, _: lambda: loss(model(x) - y), race=False)
+    expected = trained(net, lambda model, _: lambda: [(root(model(x) - y), 1.0)], race=False)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_scalar_residual_that_is_positive_is_a_residual():
+    k = nn.Parameter(torch.tensor(1.0))
+    optimizer = so.LevenbergMarquardt([k], race=False)
+    for _ in range(20):
+        optimizer.step(lambda: [(k.exp(), 1.0), (k - 1, 1.0)])
+    (slope,) = torch.autograd.grad((2 * k).exp() + (k - 1) ** 2, k)
+    assert abs(float(slope)) < 1e-4
+
+
 def test_a_detached_loss_is_that_of_the_backward_passes_and_of_nothing_else():
     net, x, y = regression()
     before, optimizer = flat(net), so.LevenbergMarquardt(net.parameters())
@@ -475,7 +507,7 @@ def test_messages_say_what_to_do():
         (lambda: mse_loss(net(x), y).log(), RuntimeError, "Leave out the root, norm or logarithm"),
         (lambda: (net(x) - y).abs().mean(), RuntimeError, "take nn.HuberLoss"),
         (lambda: (net(x).square() - net(x)).mean(), RuntimeError, "In an energy .* complete the square"),
-        (lambda: (net(x) - y).cosh().log().mean(), RuntimeError, r"in place of log\(cosh\(r\)\), .* take Huber's loss"),
+        (lambda: (net(x) - y).square().sqrt().sum(), RuntimeError, r"\(r \*\* 2 \+ eps\).sqrt\(\), let eps be no less"),
         (
             lambda: nn.functional.cross_entropy(net(x).expand(-1, 2), y.expand(-1, 2).softmax(1)),
             RuntimeError,
@@ -485,7 +517,7 @@ def test_messages_say_what_to_do():
         (lambda: (k * (k * net(x) - y) ** 2).mean(), RuntimeError, "Give trained weights of the terms to another optimizer"),
         (lambda: (-k).exp() * mse_loss(net(x), y) + k, RuntimeError, "another optimizer|detach weights"),
         (lambda: (r := (net(x) - y)[:3, 0]) @ metric @ r, RuntimeError, r"DotBackward0 .* write \(\(r @ L\) \*\* 2\).sum\(\)"),
-        (lambda: mse_loss(net(x), y) + (b := net[0].bias) @ torch.eye(len(b)) @ b, RuntimeError, "For a quadratic form"),
+        (lambda: mse_loss(net(x), y) + (b := net[0].bias) @ (torch.eye(len(b)) + 0.1) @ b, RuntimeError, "For a quadratic form"),
         (lambda: ((r := net(x)[:3].T) @ metric * r).sum(), RuntimeError, "For a quadratic form"),
         (lambda: 1 - (net(x) * y).sum() ** 2, RuntimeError, r"in place of 1 - overlap.abs\(\) \*\* 2"),
         (

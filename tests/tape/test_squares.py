@@ -4,7 +4,17 @@ import pytest
 import torch
 from helpers.least_squares import float64  # noqa: F401
 from helpers.residuals import close, compared, mlp, of_loss
-from torch.nn.functional import avg_pool1d, avg_pool2d, pad, pairwise_distance
+from torch.nn.functional import (
+    avg_pool1d,
+    avg_pool2d,
+    conv1d,
+    conv2d,
+    conv_transpose2d,
+    interpolate,
+    linear,
+    pad,
+    pairwise_distance,
+)
 
 from secondorder._tape.nodes import Reach
 from secondorder._tape.residuals import coefficients, find_terms
@@ -30,6 +40,17 @@ NORMS = {  # of a residual [5, 2] and a target of its shape
     "an absolute value with weights": lambda r, y: (r.abs() * y).square().sum(),
     "complex": lambda r, y: (torch.view_as_complex(r).abs() * y[:, 0]).square().sum(),
     "constants with gradients of their own": lambda r, y: (r.norm() * (y.norm() + torch.ones((), requires_grad=True))) ** 2,
+    "a variance": lambda r, y: r.var(),
+    "variances of columns": lambda r, y: (y[0] * r.var(0, correction=0)).sum(),
+    "variances of rows with their dimension": lambda r, y: (y[:, :1] * torch.var(r, 1, keepdim=True)).mean(),
+    "a standard deviation": lambda r, y: (3 * r.std()) ** 2,
+    "standard deviations of columns": lambda r, y: (y[0] * r.std(0)).square().sum(),
+    "a variance written out": lambda r, y: (r - r.mean()).square().mean(),
+    "distances to each other": lambda r, y: torch.cdist(r, torch.ones(1, 2)).square().mean(),
+    "distances to each other, by a product": lambda r, y: (
+        torch.cdist(r, torch.ones(1, 2), compute_mode="use_mm_for_euclid_dist") ** 2
+    ).sum(),
+    "the power 1": lambda r, y: ((r**2) ** 1.0).mean(),
     "by trapezoids": lambda r, y: torch.trapezoid(r**2, dx=0.1).sum() + torch.trapezoid(r**2)[0],
 }
 
@@ -81,6 +102,26 @@ LINEAR = {  # of squares [5, 2]
     "writes to rows": lambda s: (written(torch.zeros(6, 2), slice(1, 6), s) * torch.arange(1.0, 7).view(6, 1)).sum(),
     "sums written to a vector": lambda s: written(written(torch.zeros(3), 0, s.mean()), 2, 4 * s[:, 1].sum()).sum(),
     "weights written over rows": lambda s: ((e := s + s)[:3].mul_(7.0), e[1, :1].fill_(0.0), e.mean())[2],
+    "interpolate": lambda s: (interpolate(s.view(1, 1, 5, 2), scale_factor=2) * torch.arange(1.0, 5)).sum(),
+    "interpolate, bilinear": lambda s: (
+        interpolate(s.view(1, 1, 5, 2), size=(4, 3), mode="bilinear") * torch.arange(1.0, 4)
+    ).sum(),
+    "interpolate, linear": lambda s: interpolate(s.view(1, 2, 5), size=3, mode="linear").sum() + s.sum(),
+    "interpolate, area": lambda s: interpolate(s.view(1, 2, 5), size=3, mode="area").sum() + s.sum(),
+    "conv1d": lambda s: (conv1d(s.T.unsqueeze(0), torch.tensor([[[1.0, 2.0], [3.0, 0.5]]])) * torch.arange(1.0, 5)).sum(),
+    "conv2d with a bias": lambda s: conv2d(s.view(1, 1, 5, 2), torch.full((2, 1, 2, 2), 0.3), torch.ones(2), padding=1).mean(),
+    "conv_transpose2d": lambda s: conv_transpose2d(s.view(1, 1, 5, 2), torch.tensor([[[[1.0, 2.0], [0.5, 3.0]]]])).mean(),
+    "linear": lambda s: (linear(s, torch.tensor([[1.0, 2.0], [0.5, 0.0]])) * torch.arange(1.0, 6).view(5, 1)).sum(),
+    "linear with a bias": lambda s: linear(s, torch.tensor([[1.0, 2.0]]), torch.ones(1)).mean(),
+    "addmm": lambda s: torch.addmm(torch.ones(2, 2), torch.ones(2, 5), s, alpha=3).sum(),
+    "addmm to squares": lambda s: torch.addmm(s[:2], torch.ones(2, 5), s, beta=0.5).sum(),
+    "addmv and addr": lambda s: torch.addmv(s[:, 1], torch.eye(5), s[:, 0]).sum() + torch.addr(s, s[:, 0], torch.ones(2)).sum(),
+    "baddbmm and addbmm": lambda s: (
+        torch.baddbmm(s[None], torch.eye(5)[None], s[None]).sum() + torch.addbmm(s, torch.eye(5)[None], s[None]).sum()
+    ),
+    "addcmul and addcdiv": lambda s: (
+        torch.addcmul(s, s, torch.full((5, 2), 2.0), value=0.5) + torch.addcdiv(torch.ones(5, 2), s, torch.full((5, 2), 4.0))
+    ).sum(),
     "rot90 and take": lambda s: (s.rot90() * torch.arange(1.0, 6)).sum() + s.take(ROWS).sum(),
 }
 
@@ -103,7 +144,7 @@ def test_what_is_not_linear_is_refused_by_name():
     for loss, name in (
         (lambda s: torch.zeros(3).scatter_reduce(0, ROWS, s[:, 0], "amax").sum(), "ScatterReduceBackward0 is neither"),
         (lambda s: torch.lerp(s[:, 0], torch.ones(5), s[:, 1]).sum(), "LerpBackward1 is a product"),
-        (lambda s: 1 + written(torch.zeros(2), 1, s.mean()).exp_().sum(), "ExpBackward0 is neither"),
+        (lambda s: 1 + written(torch.zeros(2), 1, s.mean()).sin_().sum(), "SinBackward0 is neither"),
         (lambda s: 1 + written(torch.zeros(2), 1, s.mean()).sum(), "CopySlices is a write .* torch.stack, torch.cat"),
     ):
         with pytest.raises(RuntimeError, match=name):
@@ -141,6 +182,25 @@ PRODUCTS = {  # of a residual [5, 2] and constants w
     "a column of weights": lambda r, w: (w[:, :1] * r * r * 2).mean(),
     "a dot product": lambda r, w: torch.dot(w[:, 0] * (e := r[:, 0]), e) + r[:, 1].square().sum(),
     "a number": lambda r, w: (0.5 * r * r).mean(),
+    "written twice": lambda r, w: ((r - w) * (r - w)).sum(),
+    "written twice, with weights": lambda r, w: (w * (r - w) * (r - w)).sum(),
+    "written twice, one of them turned round": lambda r, w: (-(w - 2 * r) * (r + r - w)).mean(),
+    "sums written twice": lambda r, w: ((r.sum(1) - w[:, 0]) * (r.sum(1) - w[:, 0])).sum() + (r[:, 0] ** 2).sum(),
+    "views": lambda r, w: torch.dot(r.view(-1), r.view(-1)),
+    "flattened": lambda r, w: r.flatten() @ r.flatten(),
+    "flattened copies": lambda r, w: torch.dot(r.T.flatten(), r.T.reshape(-1)),
+    "vdot": lambda r, w: torch.vdot(r.flatten(), r.flatten()),
+    "inner": lambda r, w: torch.inner(r.flatten(), r.view(-1)),
+    "vecdot": lambda r, w: torch.linalg.vecdot(r.flatten(), r.flatten()),
+    "vecdot of rows": lambda r, w: torch.linalg.vecdot(r, r.view(5, 2)).mean(),
+    "a row times a column": lambda r, w: (r.view(1, -1) @ r.view(-1, 1)).squeeze(),
+    "a column times itself": lambda r, w: (r.view(-1, 1).T @ r.view(-1, 1)).sum(),
+    "a row times a vector": lambda r, w: (r.view(1, -1) @ r.flatten()).sum(),
+    "einsum": lambda r, w: torch.einsum("ij,ij->", r, r),
+    "einsum with weights": lambda r, w: torch.einsum("ij,ij,ij->", w, r, r),
+    "einsum of rows": lambda r, w: (w[:, 0] * torch.einsum("ij,ij->i", r, r)).sum(),
+    "batches": lambda r, w: (w[:, 0] * torch.bmm(r.unsqueeze(1), r.unsqueeze(2)).flatten()).sum(),
+    "batches with weights": lambda r, w: torch.bmm((w * r).unsqueeze(1), r.unsqueeze(2)).sum(),
 }
 
 
@@ -173,6 +233,14 @@ def test_a_norm_that_constants_widen_is_a_residual():
         (lambda u: (2 ** (u.sum() * 0 + 2)).mean(), "PowBackward"),
         (lambda u: (u**2).mean().sqrt(), "SqrtBackward0"),
         (lambda u: (u**2).mean() / (u**2).mean(), "DivBackward0"),
+        (lambda u: torch.addcdiv(torch.ones(5, 2), torch.ones(5, 2), u**2).sum(), "AddcdivBackward0"),
+        (lambda u: torch.addcmul(torch.ones(5, 2), u**2, u**2).sum(), "AddcmulBackward0"),
+        (lambda u: ((u - 1) * (u - 1 - 1e-9)).sum(), "MulBackward0"),
+        (lambda u: ((u - 1) * (u - torch.ones(2, requires_grad=True) * 2)).sum(), "MulBackward0"),
+        (lambda u: (u @ u.T).trace() + (u.T @ u).sum(), "MmBackward0"),
+        (lambda u: torch.dot(u.flatten(), u.T.flatten()), "DotBackward0"),
+        (lambda u: interpolate((u**2).view(1, 1, 5, 2), size=(9, 9), mode="bicubic")[0, 0, 1, 1], "negative coefficient"),
+        (lambda u: conv1d((u**2).T, torch.tensor([[[1.0], [-2.0]]])).sum(), "negative coefficient"),
         (lambda u: (u**2).mean() - 2 * (u[:, 0] ** 2).mean(), "negative coefficient"),
         (lambda u: -(u**2).mean(), "negative coefficient"),
         (lambda u: ((u[:, 0] - 10).detach() * (r := u[:, 0] + 0) * r).mean(), "negative coefficient"),
@@ -197,7 +265,7 @@ def test_what_is_no_sum_of_squares_is_refused(loss, message):
         lambda u, w: 0.0 * u.abs().sum(),
         lambda u, w: torch.zeros(()) * (u.exp() * u).sum(),
         lambda u, w: torch.add(torch.zeros(()), w.sum(), alpha=0) + 0 * w[0],
-        lambda u, w: (torch.tensor([0.0, 0.0]) * u.sum(0).sqrt().exp()).sum() / 3,
+        lambda u, w: (torch.tensor([0.0, 0.0]) * u.sum(0).sqrt().sin()).sum() / 3,
         lambda u, w: 0 * (u.to(torch.complex128) ** 2).real.sum(),
     ],
 )
