@@ -1,5 +1,5 @@
-// What stands for autograd before every operator, on every device. None is differentiable: tangents are refused at once, and
-// a backward pass that would go through an operator is refused when it comes there.
+// What stands for autograd before every operator, on every device. None is differentiable: tangents are refused at
+// once, and a backward pass that would go through an operator is refused when it comes there.
 #include "autograd.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>

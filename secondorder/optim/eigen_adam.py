@@ -13,20 +13,20 @@ from secondorder.curvature import Curvature
 from secondorder.errors import NonFiniteError
 from secondorder.ops.eigen import LAST_SLOPE, OSCILLATIONS, REFUSED, SLOPE, eigen_length
 from secondorder.optim._amp import outside_autocast
-from secondorder.optim._bias_hessians import BiasHessians
-from secondorder.optim._eigen_bounds import LoopChanges
-from secondorder.optim._eigen_observer import ObservingOptimizer
-from secondorder.optim._eigen_rates import SLOW, GroupRates, RateReader, check_group, rates_of_matrices
-from secondorder.optim._eigen_replays import Replay
-from secondorder.optim._eigen_reports import StepReports
-from secondorder.optim._eigen_state import forget_state, share_in_bases
-from secondorder.optim._eigen_step import EigenStep
+from secondorder.optim._eigen.bias_hessians import BiasHessians
+from secondorder.optim._eigen.bounds import LoopChanges
+from secondorder.optim._eigen.matrices import Matrix
+from secondorder.optim._eigen.observing_optimizer import ObservingOptimizer
+from secondorder.optim._eigen.operands import Operands
+from secondorder.optim._eigen.rates import SLOW, GroupRates, RateReader, check_group, rates_of_matrices
+from secondorder.optim._eigen.replays import Replay
+from secondorder.optim._eigen.reports import StepReports
+from secondorder.optim._eigen.sharded_state import local_share_in_bases
+from secondorder.optim._eigen.state import forget_state, share_in_bases
+from secondorder.optim._eigen.step import EigenStep
+from secondorder.optim._eigen.tables import row_share_if_no_map
 from secondorder.optim._growth import LossGrowth
-from secondorder.optim._matrices import Matrix
 from secondorder.optim._numbers import check_arguments, check_counts, check_flags, check_nonfinite, warn_of_short_steps
-from secondorder.optim._operands import Operands
-from secondorder.optim._sharded_state import local_share_in_bases
-from secondorder.optim._tables import row_share_if_no_map
 
 
 class EigenAdam(ObservingOptimizer):

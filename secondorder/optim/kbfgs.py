@@ -13,17 +13,17 @@ from secondorder._warnings import warn
 from secondorder.errors import NonFiniteError
 from secondorder.optim._amp import outside_autocast
 from secondorder.optim._closure import NEEDED
-from secondorder.optim._closure_pass import ClosurePass
-from secondorder.optim._kbfgs_factors import COUNTS, QuasiNewtonOptimizer
-from secondorder.optim._kbfgs_inputs import InputMoments
-from secondorder.optim._kbfgs_layer import (
+from secondorder.optim._kbfgs.closure_pass import ClosurePass
+from secondorder.optim._kbfgs.factors import COUNTS, QuasiNewtonOptimizer
+from secondorder.optim._kbfgs.inputs import InputMoments
+from secondorder.optim._kbfgs.layer import (
     averaged_gradient,
     bounded,
     columns,
     damping_of,
     trained_parameters,
 )
-from secondorder.optim._kbfgs_trials import Trials
+from secondorder.optim._kbfgs.trials import Trials
 from secondorder.optim._numbers import NUMBERS, Numbers, check_arguments, check_flags
 from secondorder.optim._recorded import check_instances
 

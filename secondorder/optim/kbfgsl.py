@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from secondorder import ops
 from secondorder.optim._docstrings import complete_docstring
-from secondorder.optim._kbfgs_layer import alike, damping_of, scaled_gradients
+from secondorder.optim._kbfgs.layer import alike, damping_of, scaled_gradients
 from secondorder.optim._numbers import check_counts
 from secondorder.optim.kbfgs import KBFGS
 

@@ -22,7 +22,7 @@ def test_steps_equal_the_specification():
     for seed in range(12):
         train(own, optimizer, [seed])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("secondorder.optim._eigen_step.ops", _Twins)
+            patch.setattr("secondorder.optim._eigen.step.ops", _Twins)
             train(other, twin, [seed])
         for a, b in zip(own.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)

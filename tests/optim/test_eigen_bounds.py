@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import secondorder as so
-from secondorder.optim import _eigen_bounds
-from secondorder.optim._eigen_bounds import LoopChanges
-from secondorder.optim._matrices import Matrix
+from secondorder.optim._eigen import bounds as of_bounds
+from secondorder.optim._eigen.bounds import LoopChanges
+from secondorder.optim._eigen.matrices import Matrix
 
 NONE = {"low": float("inf"), "high": -float("inf")}
 
@@ -298,8 +298,8 @@ def test_a_gpu_is_not_waited_for(monkeypatch):
 
     matrix = Matrix(torch.ones(4, 5), None, "weight", True)
     states = {matrix.weight: {"basis_out": None, **NONE}}
-    monkeypatch.setattr(_eigen_bounds, "Arriving", Late)
-    monkeypatch.setattr(_eigen_bounds, "_summary", lambda *each, of=_eigen_bounds._summary: OnGpu(of(*each)))
+    monkeypatch.setattr(of_bounds, "Arriving", Late)
+    monkeypatch.setattr(of_bounds, "_summary", lambda *each, of=of_bounds._summary: OnGpu(of(*each)))
     for alike in (False, True):
         told.update(here=False, alike=alike)
         changes = LoopChanges()

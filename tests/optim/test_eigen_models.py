@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 
 import secondorder as so
-from secondorder.optim._layer_inputs import input_rows
-from secondorder.optim._matrices import find_matrices
+from secondorder.optim._eigen.layer_inputs import input_rows
+from secondorder.optim._eigen.matrices import find_matrices
 
 
 class Attention(nn.Module):

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import secondorder as so
 from secondorder.ops.eigen import STEPS
-from secondorder.optim import _captures, _layer_inputs
+from secondorder.optim import _captures
+from secondorder.optim._eigen import layer_inputs
 
 
 class Mixed(nn.Module):
@@ -147,7 +148,7 @@ def test_a_captured_step_moves_nothing_between_devices(make, monkeypatch):
         optimizer._find_anew()  # knows by the state what is a map
         monkeypatch.setattr(_captures, "has_kernels", lambda device: True)
         # To index a tensor in Python asks for the device, too.
-        monkeypatch.setattr(_layer_inputs, "_patches", lambda module, x: x.new_empty(9, module.weight.flatten(1).shape[1]))
+        monkeypatch.setattr(layer_inputs, "_patches", lambda module, x: x.new_empty(9, module.weight.flatten(1).shape[1]))
         seen = torch.ones(1, requires_grad=True)
         for module in {module for matrix in optimizer._matrices for module in matrix.layers}:
             optimizer._observe(module, there(inputs[module]), seen, captured=True)
@@ -352,22 +353,22 @@ def test_other_parameters_than_the_captured_ones_are_refused():
 
 
 def test_places_that_a_graph_computes_are_not_kept():
-    _layer_inputs._KEPT.clear()
-    _layer_inputs._READ_BY_GRAPHS.clear()
+    layer_inputs._KEPT.clear()
+    layer_inputs._READ_BY_GRAPHS.clear()
     conv, x = nn.Conv2d(2, 3, 3), torch.randn(2, 2, 6, 7)
     with capturing():
-        rows = _layer_inputs.input_rows(conv, x)
-    assert not _layer_inputs._KEPT
-    assert torch.equal(_layer_inputs.input_rows(conv, x), rows)
+        rows = layer_inputs.input_rows(conv, x)
+    assert not layer_inputs._KEPT
+    assert torch.equal(layer_inputs.input_rows(conv, x), rows)
     with capturing():
-        assert torch.equal(_layer_inputs.input_rows(conv, x), rows)
-    assert len(_layer_inputs._KEPT) == 1
-    read = next(iter(_layer_inputs._KEPT.values()))
+        assert torch.equal(layer_inputs.input_rows(conv, x), rows)
+    assert len(layer_inputs._KEPT) == 1
+    read = next(iter(layer_inputs._KEPT.values()))
     for size in range(7, 60):
-        _layer_inputs.input_rows(conv, torch.randn(1, 2, size, 6))
-    assert len(_layer_inputs._KEPT) == 32
-    assert not any(each is read for each in _layer_inputs._KEPT.values())
-    assert {read} == _layer_inputs._READ_BY_GRAPHS  # a graph goes on to read it
+        layer_inputs.input_rows(conv, torch.randn(1, 2, size, 6))
+    assert len(layer_inputs._KEPT) == 32
+    assert not any(each is read for each in layer_inputs._KEPT.values())
+    assert {read} == layer_inputs._READ_BY_GRAPHS  # a graph goes on to read it
 
 
 def test_a_bias_hessian_is_not_captured():
@@ -395,7 +396,7 @@ class Late:
 @pytest.mark.parametrize("bad", [0, 1, 5, 7])
 def test_a_refused_step_whose_report_comes_late_leaves_no_trace(bad, ahead, monkeypatch):
     """Steps in a row with one that is refused, of which the host learns `ahead` steps later, as on CUDA."""
-    monkeypatch.setattr("secondorder.optim._eigen_reports.Arriving", Late)
+    monkeypatch.setattr("secondorder.optim._eigen.reports.Arriving", Late)
     model, data = mixed()
     twin = copy.deepcopy(model)
     optimizer, eager = so.EigenAdam(model, nonfinite="skip"), so.EigenAdam(twin, nonfinite="skip")
@@ -423,7 +424,7 @@ def test_a_refused_step_whose_report_comes_late_leaves_no_trace(bad, ahead, monk
 
 
 def test_reports_that_do_not_arrive_in_time_are_kept(monkeypatch):
-    monkeypatch.setattr("secondorder.optim._eigen_reports.Arriving", Late)
+    monkeypatch.setattr("secondorder.optim._eigen.reports.Arriving", Late)
     model, data = plain()
     optimizer = so.EigenAdam(model)
     monkeypatch.setattr(optimizer, "_is_reported", lambda control: True)
@@ -444,7 +445,7 @@ def test_reports_that_do_not_arrive_in_time_are_kept(monkeypatch):
 @pytest.mark.parametrize("how", ["load", "copy"])
 @pytest.mark.parametrize("bad", [[3], [2, 3], [0]])
 def test_states_are_saved_and_copied_once_it_is_known_which_steps_were_made(how, bad, monkeypatch):
-    monkeypatch.setattr("secondorder.optim._eigen_reports.Arriving", Late)
+    monkeypatch.setattr("secondorder.optim._eigen.reports.Arriving", Late)
     Late.arrived = False
     model, data = plain()
     optimizer = so.EigenAdam(model, nonfinite="skip")
@@ -469,7 +470,7 @@ def test_states_are_saved_and_copied_once_it_is_known_which_steps_were_made(how,
 
 def test_what_a_refused_step_has_seen_stays(monkeypatch):
     """The mean of the inputs and a table's share are facts of the forward pass, which later steps have used."""
-    monkeypatch.setattr("secondorder.optim._eigen_reports.Arriving", Late)
+    monkeypatch.setattr("secondorder.optim._eigen.reports.Arriving", Late)
     Late.arrived = False
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(1000, 8), nn.Linear(8, 3))
@@ -488,7 +489,7 @@ def test_what_a_refused_step_has_seen_stays(monkeypatch):
 
 
 def test_a_refused_step_that_a_checkpoint_waited_for_is_told_of_by_the_next_one(monkeypatch):
-    monkeypatch.setattr("secondorder.optim._eigen_reports.Arriving", Late)
+    monkeypatch.setattr("secondorder.optim._eigen.reports.Arriving", Late)
     Late.arrived = False
     model, data = plain()
     optimizer = so.EigenAdam(model)
@@ -508,7 +509,7 @@ def test_a_refused_step_that_a_checkpoint_waited_for_is_told_of_by_the_next_one(
 
 
 def test_reports_are_read_with_a_lag_of_their_own_where_ranks_must_count_alike(monkeypatch):
-    monkeypatch.setattr("secondorder.optim._eigen_reports.Arriving", Late)
+    monkeypatch.setattr("secondorder.optim._eigen.reports.Arriving", Late)
     model, _ = plain()
     optimizer = so.EigenAdam(model, nonfinite="skip")
     shared, reports = optimizer._shared_state(), optimizer._reports

@@ -10,8 +10,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import secondorder as so
-from secondorder.optim._closure_pass import ClosurePass
-from secondorder.optim._kbfgs_trials import kept_gradients
+from secondorder.optim._kbfgs.closure_pass import ClosurePass
+from secondorder.optim._kbfgs.trials import kept_gradients
 
 both = pytest.mark.parametrize("cls", [so.KBFGS, so.KBFGSL])
 

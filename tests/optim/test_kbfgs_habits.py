@@ -9,8 +9,8 @@ from helpers.kbfgs import autoencoder, closure_of
 from torch import nn
 
 import secondorder as so
-from secondorder.optim._kbfgs_layer import damped_inverse
-from secondorder.optim._kbfgs_trials import Trials
+from secondorder.optim._kbfgs.layer import damped_inverse
+from secondorder.optim._kbfgs.trials import Trials
 
 
 def test_a_failure_after_the_trial_changes_nothing(monkeypatch):

@@ -138,7 +138,7 @@ CASES = {  # by name and ranks: maker, dtype, mesh's dimensions, whether `scale`
 
 def bound_of_means(maker):
     """Mean inputs are bounded as rows that the loss leaves out have it, though there are none."""
-    return patch("secondorder.optim._eigen_step.LONGEST", 0.1 if maker == "bounded" else 5.0)
+    return patch("secondorder.optim._eigen.step.LONGEST", 0.1 if maker == "bounded" else 5.0)
 
 
 def collectives(step):

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secondorder.optim._eigen_inputs import Sketch
-from secondorder.optim._matrices import Matrix
+from secondorder.optim._eigen.matrices import Matrix
+from secondorder.optim._eigen.sketches import Sketch
 
 DECAY = 0.9  # of the averages behind a basis, from one renewal to the next
 PATIENCE = 5  # renewals in a row at which a layer that has shown its inputs may show none

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from secondorder.ops.eigen import STEPS, renewals_before
 from secondorder.optim import _captures
-from secondorder.optim._eigen_state import FIRST_STEPS, is_current
-from secondorder.optim._matrices import Matrix, computed_in
+from secondorder.optim._eigen.matrices import Matrix, computed_in
+from secondorder.optim._eigen.state import FIRST_STEPS, is_current
 
 States = Mapping[Tensor, dict[str, Any]]
 

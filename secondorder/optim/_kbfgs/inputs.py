@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from secondorder._distributed import RankReducer, RankTerm
-from secondorder.optim._closure_pass import ClosurePass
-from secondorder.optim._layer_pass import layer_input, layer_second_moment
+from secondorder.optim._kbfgs.closure_pass import ClosurePass
+from secondorder.optim._kbfgs.layer_pass import layer_input, layer_second_moment
 
 
 class InputMoments:

@@ -9,7 +9,7 @@ from torch import Tensor
 from secondorder import ops
 from secondorder._tensors import device_for, outside_inference_mode
 from secondorder.ops.eigen import FIRST_LENGTH, LENGTH
-from secondorder.optim._matrices import Matrix, computed_in
+from secondorder.optim._eigen.matrices import Matrix, computed_in
 
 SHARED = ("control", "steps", "refused")  # what the first parameter's state has for all of them
 MOMENTS = ("exp_avg", "exp_avg_sq", "last")  # of a matrix: the first, the second, and some rows of the last step

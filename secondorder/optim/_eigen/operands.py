@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from secondorder._tensors import cast, local_rows, real_view
-from secondorder.optim._eigen_bounds import Bounds, Held, held_back
-from secondorder.optim._matrices import Matrix, computed_in
+from secondorder.optim._eigen.bounds import Bounds, Held, held_back
+from secondorder.optim._eigen.matrices import Matrix, computed_in
 
 
 class Operands:

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from secondorder import ops
 from secondorder.ops.eigen import FIRST_LENGTH, LENGTH, REFUSED, STEPS, UNRENEWED, renewals_before
-from secondorder.optim._eigen_inputs import Sketch
-from secondorder.optim._eigen_rates import MatrixRates
-from secondorder.optim._eigen_renewal import DECAY, Renewal, finite_or_zero
-from secondorder.optim._eigen_replays import Replay
-from secondorder.optim._matrices import Matrix
-from secondorder.optim._operands import Operands
-from secondorder.optim._sharded import Shards
-from secondorder.optim._sharded_state import local_moments
-from secondorder.optim._sharded_step import ShardedOperators
+from secondorder.optim._eigen.matrices import Matrix
+from secondorder.optim._eigen.operands import Operands
+from secondorder.optim._eigen.rates import MatrixRates
+from secondorder.optim._eigen.renewal import DECAY, Renewal, finite_or_zero
+from secondorder.optim._eigen.replays import Replay
+from secondorder.optim._eigen.sharded_state import local_moments
+from secondorder.optim._eigen.sharded_step import ShardedOperators
+from secondorder.optim._eigen.shards import Shards
+from secondorder.optim._eigen.sketches import Sketch
 
 LONGEST = 5.0  # times |G| / |g|, the longest mean input of rows that count
 

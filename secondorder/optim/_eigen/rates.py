@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secondorder.optim._matrices import Matrix
+from secondorder.optim._eigen.matrices import Matrix
+from secondorder.optim._eigen.tables import times_as_far
 from secondorder.optim._numbers import Numbers, as_number, check_arguments, check_numbers, warn_of_short_steps
-from secondorder.optim._tables import times_as_far
 
 _NUMBERS: Numbers = {
     "lr": (lambda v: 0 <= v < float("inf"), ">= 0"),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from secondorder._tensors import Arriving, device_for, local_rows, real_view
-from secondorder.optim._eigen_state import SAMPLED
-from secondorder.optim._matrices import Matrix
+from secondorder.optim._eigen.matrices import Matrix
+from secondorder.optim._eigen.state import SAMPLED
 
 Bounds = tuple[float, float]
 FEWEST = 3  # elements of which it means something that they have two values at most

@@ -10,10 +10,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import ParamsT
 
 from secondorder._tensors import is_sharded
-from secondorder.optim._eigen_rates import check_group
-from secondorder.optim._eigen_replays import EigenReplays
-from secondorder.optim._eigen_saved import as_kept, with_room
-from secondorder.optim._eigen_state import (
+from secondorder.optim._eigen.matrices import Matrix, find_matrices
+from secondorder.optim._eigen.rates import check_group
+from secondorder.optim._eigen.replays import EigenReplays
+from secondorder.optim._eigen.saved import as_kept, with_room
+from secondorder.optim._eigen.sharded_state import new_sharded_state
+from secondorder.optim._eigen.shards import Shards, found_shards
+from secondorder.optim._eigen.state import (
     FIRST_STEPS,
     SHARED,
     basis_sizes,
@@ -25,10 +28,7 @@ from secondorder.optim._eigen_state import (
     new_control,
     new_state,
 )  # fmt: skip
-from secondorder.optim._matrices import Matrix, find_matrices
 from secondorder.optim._optimizer import SecondOrderOptimizer
-from secondorder.optim._sharded import Shards, found_shards
-from secondorder.optim._sharded_state import new_sharded_state
 
 MANY_ROWS = 256  # of a layer's inputs: from here on its bases have twice as many directions
 

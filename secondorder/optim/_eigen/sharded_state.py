@@ -7,9 +7,9 @@ from torch import Tensor
 
 from secondorder import reference
 from secondorder._tensors import is_sharded, local_rows
-from secondorder.optim._eigen_state import MOMENTS, new_bases, sampled_rows
-from secondorder.optim._matrices import Matrix
-from secondorder.optim._sharded import first_row, whole_shape
+from secondorder.optim._eigen.matrices import Matrix
+from secondorder.optim._eigen.shards import first_row, whole_shape
+from secondorder.optim._eigen.state import MOMENTS, new_bases, sampled_rows
 
 
 def new_sharded_state(matrix: Matrix, rank: int) -> dict[str, Any]:

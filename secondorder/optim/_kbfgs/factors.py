@@ -10,9 +10,9 @@ from secondorder import ops
 from secondorder._tape import TapeOptions
 from secondorder._tensors import Transfer
 from secondorder.errors import NonFiniteError
-from secondorder.optim._closure_pass import ClosurePass
 from secondorder.optim._curvature_optimizer import CurvatureOptimizer
-from secondorder.optim._kbfgs_layer import Pair, alike, damped_inverse, damping_of, scaled_gradients, update_scale
+from secondorder.optim._kbfgs.closure_pass import ClosurePass
+from secondorder.optim._kbfgs.layer import Pair, alike, damped_inverse, damping_of, scaled_gradients, update_scale
 
 COUNTS = ("step", "halvings", "rejected", "updated", "damped_s", "damped_y", "skipped", "input_skipped")
 

@@ -14,14 +14,14 @@ from secondorder._layers import linear_layers
 from secondorder._tape.hooks import remove_handles
 from secondorder._tensors import captured_now, cast
 from secondorder.curvature import Curvature
-from secondorder.optim._bias_hessians import BiasHessians, chosen_curvature
-from secondorder.optim._eigen_inputs import Sketch, Sketches
-from secondorder.optim._eigen_matrices import MatrixOptimizer
-from secondorder.optim._layer_inputs import input_rows, is_plain
-from secondorder.optim._matrices import Matrix, computed_in, multiplies
+from secondorder.optim._eigen.bias_hessians import BiasHessians, chosen_curvature
+from secondorder.optim._eigen.layer_inputs import input_rows, is_plain
+from secondorder.optim._eigen.matrices import Matrix, computed_in, multiplies
+from secondorder.optim._eigen.matrix_optimizer import MatrixOptimizer
+from secondorder.optim._eigen.shards import Shards
+from secondorder.optim._eigen.sketches import Sketch, Sketches
+from secondorder.optim._eigen.tables import Lookups
 from secondorder.optim._recorded import note_largest_batch, take_largest_batch
-from secondorder.optim._sharded import Shards
-from secondorder.optim._tables import Lookups
 
 
 class ObservingOptimizer(MatrixOptimizer):

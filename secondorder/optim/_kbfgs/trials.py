@@ -13,8 +13,8 @@ from secondorder._distributed import RankReducer, RankTerm
 from secondorder._random import RandomState
 from secondorder._tape import ForwardState
 from secondorder._tensors import host_numbers, to_compute_dtype
-from secondorder.optim._closure_pass import ClosurePass
-from secondorder.optim._kbfgs_layer import Pair, move, products
+from secondorder.optim._kbfgs.closure_pass import ClosurePass
+from secondorder.optim._kbfgs.layer import Pair, move, products
 
 _HALVINGS = 10  # of a step before it is given up
 

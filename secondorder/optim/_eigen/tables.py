@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from secondorder._tensors import device_for, local_rows, real_view
-from secondorder.optim._eigen_state import FIRST_STEPS
-from secondorder.optim._matrices import Matrix
+from secondorder.optim._eigen.matrices import Matrix
+from secondorder.optim._eigen.state import FIRST_STEPS
 
 # So many times as far as a weight moves a row that every step meets: its elements act alone, a weight's with all of its row.
 OF_WHOLE_TABLE = 2.0

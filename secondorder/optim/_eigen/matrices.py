@@ -2,7 +2,7 @@
 
 A matrix that multiplies inputs is a map, and has a basis on either side. One that is no map has none: a table, whose rows are
 looked up, or numbers that each stand for themselves. Where no module is known to use a matrix, its first gradient tells which of
-these it is (`_tables`).
+these it is (`tables`).
 """
 
 from collections.abc import Iterable, Mapping

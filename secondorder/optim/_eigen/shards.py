@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from secondorder._tensors import is_sharded
-from secondorder.optim._matrices import Matrix
+from secondorder.optim._eigen.matrices import Matrix
 
 
 class Shards:

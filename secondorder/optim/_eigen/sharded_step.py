@@ -8,9 +8,9 @@ from torch import Tensor
 
 from secondorder import ops, reference
 from secondorder.ops.eigen import REFUSED, UNRENEWED
-from secondorder.optim._matrices import Matrix
-from secondorder.optim._sharded import Shards, copies, first_row, whole_shape
-from secondorder.optim._sharded_state import sampled_count
+from secondorder.optim._eigen.matrices import Matrix
+from secondorder.optim._eigen.sharded_state import sampled_count
+from secondorder.optim._eigen.shards import Shards, copies, first_row, whole_shape
 
 # A generator that works on this rank's rows of a matrix: it yields terms, and is sent their sums over all ranks.
 Rows = Generator[list[Tensor], list[Tensor], Any]

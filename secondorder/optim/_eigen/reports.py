@@ -8,7 +8,7 @@ from torch import Tensor
 
 from secondorder._tensors import Arriving
 from secondorder.ops.eigen import REFUSED
-from secondorder.optim._matrices import Matrix
+from secondorder.optim._eigen.matrices import Matrix
 
 
 class _Report(NamedTuple):

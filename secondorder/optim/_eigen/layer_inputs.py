@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder._tensors import captured_now
-from secondorder.optim._matrices import LINEAR
+from secondorder.optim._eigen.matrices import LINEAR
 
 # At most so many are looked at in a call:
 ROWS = 4096  # of a linear layer's input

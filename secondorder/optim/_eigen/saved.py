@@ -12,9 +12,9 @@ from torch import Tensor
 
 from secondorder._tensors import is_sharded
 from secondorder.ops import CONTROL
-from secondorder.optim._eigen_state import MOMENTS, SHARED, basis_sizes, check_state, has_no_bases, moment_lengths, sampled_rows
-from secondorder.optim._matrices import Matrix
-from secondorder.optim._sharded_state import part_shapes, placed, relaid
+from secondorder.optim._eigen.matrices import Matrix
+from secondorder.optim._eigen.sharded_state import part_shapes, placed, relaid
+from secondorder.optim._eigen.state import MOMENTS, SHARED, basis_sizes, check_state, has_no_bases, moment_lengths, sampled_rows
 
 
 def with_room(matrix: Matrix, state: dict[str, Any], rank: int) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from secondorder import ops
-from secondorder.optim._matrices import Matrix
-from secondorder.optim._tables import AllReduce
+from secondorder.optim._eigen.matrices import Matrix
+from secondorder.optim._eigen.tables import AllReduce
 
 
 @dataclass

@@ -14,7 +14,7 @@ from secondorder._tape import Marks, in_recomputation, keeps_rows
 from secondorder._tensors import compute_dtype, flatten_batch, refuse_sparse
 from secondorder.criteria.known import LateMasses, by_position
 from secondorder.optim._closure import replaced_backward, torchs_backward
-from secondorder.optim._layer_pass import Call, LayerPass, layer_input, weigh
+from secondorder.optim._kbfgs.layer_pass import Call, LayerPass, layer_input, weigh
 
 
 class ClosurePass:

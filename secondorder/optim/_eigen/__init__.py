@@ -1,0 +1,1 @@
+"""What EigenAdam is made of; nothing else uses it."""

@@ -1,0 +1,1 @@
+"""What KBFGS and KBFGSL are made of; nothing else uses it."""
