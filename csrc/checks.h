@@ -11,7 +11,6 @@
 #include <limits>
 #include <optional>
 #include <sstream>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -73,8 +72,8 @@ inline void check_mutable(const char* op, const char* name, const at::Tensor& t)
               " that may be written, got an inference tensor outside of torch.inference_mode()");
 }
 
-// The tensors that a call writes in place. None may be there twice: threads write them at a time, and what one update
-// leaves is not what the other is of. Storages, which copy-on-write leaves apart, and offsets tell them apart.
+// The tensors that a call writes in place. None may share memory with another one: threads write them at a time, and
+// what one update leaves is not what the other is of. Copy-on-write leaves storages apart.
 class Targets {
  public:
   explicit Targets(const char* op) : op_(op) {}
@@ -82,21 +81,29 @@ class Targets {
   void add(const char* name, const at::Tensor& t) {
     check_contiguous(op_, name, t);
     check_mutable(op_, name, t);
-    if (t.numel() > 0) found_.emplace_back(t.storage().unsafeGetStorageImpl(), t.storage_offset(), name);
+    const int64_t begin = t.storage_offset() * int64_t(t.itemsize());
+    if (t.numel() > 0) found_.push_back({t.storage().unsafeGetStorageImpl(), begin, begin + int64_t(t.nbytes()), name});
   }
 
   void check_apart() {
-    const auto place = [](const auto& target) { return std::pair(std::get<0>(target), std::get<1>(target)); };
-    std::sort(found_.begin(), found_.end(), [&](const auto& a, const auto& b) { return place(a) < place(b); });
-    const auto twice = std::adjacent_find(found_.begin(), found_.end(),
-                                          [&](const auto& a, const auto& b) { return place(a) == place(b); });
-    TORCH_CHECK_VALUE(twice == found_.end(), op_, ": expected a ", std::get<2>(*twice),
+    const auto place = [](const Target& target) { return std::pair(target.storage, target.begin); };
+    std::sort(found_.begin(), found_.end(), [&](const Target& a, const Target& b) { return place(a) < place(b); });
+    const auto shared = std::adjacent_find(found_.begin(), found_.end(), [](const Target& a, const Target& b) {
+      return a.storage == b.storage && b.begin < a.end;
+    });
+    TORCH_CHECK_VALUE(shared == found_.end(), op_, ": expected a ", shared->name,
                       " in memory of its own, got one that is written elsewhere, too");
   }
 
  private:
+  struct Target {
+    const void* storage;
+    int64_t begin, end;  // bytes
+    const char* name;
+  };
+
   const char* op_;
-  std::vector<std::tuple<const void*, int64_t, const char*>> found_;
+  std::vector<Target> found_;
 };
 
 // A number >= 0 that is finite.

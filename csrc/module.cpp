@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
-#include "autograd.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -30,5 +29,4 @@ PYBIND11_MODULE(_C, m) {
     info["vectors"] = secondorder::cpu::kernels<float>().name;
     return info;
   });
-  m.def("refuse_derivatives", &secondorder::refuse_derivatives, py::arg("name"));
 }

@@ -19,8 +19,11 @@ from secondorder import ops, reference
 GPU = torch.cuda.is_available() and so.build_info()["cuda_architectures"] is not None
 DEVICE = "cuda" if GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU and secondorder built with CUDA")
-# torch's own, where the first product that a process makes is one of a thread of autograd's.
-pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available() and not GPU, reason="needs secondorder built with CUDA"),
+    # torch's own, where the first product that a process makes is one of a thread of autograd's.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
+]
 
 DTYPES = [torch.float32, torch.float64]
 SIZES = [(1, 1, 1), (2, 3, 17), (17, 129, 5), (129, 64, 33)]  # (n_out, n_in, batch)

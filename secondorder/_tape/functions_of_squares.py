@@ -113,7 +113,8 @@ def expanded(found: OfSquares, c: Tensor) -> tuple[list[Term], bool] | None:
             b = summed([torch.full_like(r, term.constant) for r, term in zip(squares, found.squares, strict=True)]).detach()
         if b is None or bool((function.outside(b) | function.outside(b + t)).any()):
             return None
-        beside = bool((function.least(b) * c).any())
+        # Where a constant of b is taken off again, as that of log(1 + r ** 2), its rounding is left.
+        beside = found.constant or any(t.constant for t in found.squares) or bool((function.least(b) * c).any())
     weights = arriving(found.argument, found.squares, c * first_order(lambda t: function.quotient(t, b), t))
     terms = []
     for term, w in zip(found.squares, weights, strict=True):

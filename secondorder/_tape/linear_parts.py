@@ -25,7 +25,11 @@ def _softplus(node: Any) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor], fl
 # Of a node z, the root of the function less t z, and the largest t.
 _FUNCTIONS: dict[str, Callable[[Any], tuple[Tensor, Callable[[Tensor, Tensor], Tensor], float]]] = {
     "SoftplusBackward": _softplus,
-    "ExpBackward": lambda node: (node._saved_result.log(), poisson_root, float("inf")),
+    "ExpBackward": lambda node: (
+        node._saved_result.clamp(min=torch.finfo(node._saved_result.dtype).tiny).log(),
+        poisson_root,
+        float("inf"),
+    ),
 }
 
 
@@ -73,7 +77,7 @@ def _root(term: Term, inner: GradientEdge, c: Tensor, slope: Tensor) -> Tensor |
         torch.autograd.grad(GradientEdge(*argument), inner, each, retain_graph=True)[0].reshape(c.shape)
         for each in (torch.ones_like(c), v)
     )
-    if bool(((av - a * v).abs() > 1e-4 * a.abs() * v.abs()).any()):
+    if bool(((av - a * v).abs() > 32 * torch.finfo(v.dtype).eps * a.abs() * v.abs()).any()):
         return None
     scale = c * a
     t = -slope.reshape(c.shape) / scale.where(scale != 0, 1)

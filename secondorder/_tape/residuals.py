@@ -19,6 +19,10 @@ _WRITTEN = "a write to a part of a tensor, and something beside it adds a consta
 Refuse = Callable[[Node, str], None]  # raises unless a node does not count, given what it is
 
 
+class UnknownHere(RuntimeError):
+    """A function of squares is outside of its domain, or its constant is not known at these parameters; it may be at others."""
+
+
 class Terms(NamedTuple):
     """The squares that a loss is a combination of."""
 
@@ -60,7 +64,7 @@ def find_terms(loss: Tensor, reach: Reach, owner: str) -> Terms:
             if not bool(c.any()):
                 continue
             if (found := expanded(f, c)) is None:
-                _refuse(owner, loss, f.node, NEITHER)
+                _refuse(owner, loss, f.node, NEITHER, UnknownHere)
                 continue
             squares += found[0]
             constant |= found[1]
@@ -159,8 +163,8 @@ _INSTEAD = {
 _FORM = "For a quadratic form, r @ A @ r, write ((r @ L) ** 2).sum() with A = L @ L.T, as torch.linalg.cholesky(A) gives it"
 
 
-def _refuse(owner: str, loss: Tensor, node: Node, what: str) -> None:
-    """Raises RuntimeError, unless the loss has the coefficient zero there, as that of 0 * penalty; all nodes above are linear."""
+def _refuse(owner: str, loss: Tensor, node: Node, what: str, error: type[RuntimeError] = RuntimeError) -> None:
+    """Raises an error, unless the loss has the coefficient zero there, as that of 0 * penalty; all nodes above are linear."""
     if len(node._input_metadata) == 1:
         (coefficient,) = torch.autograd.grad(loss, [GradientEdge(node, 0)], retain_graph=True)
         if not bool(coefficient.any()):
@@ -171,7 +175,7 @@ def _refuse(owner: str, loss: Tensor, node: Node, what: str) -> None:
     if what == PRODUCT and _is_form(node):
         hints = [_FORM]
     hint = hints[0] + ". " if hints else ""
-    raise RuntimeError(
+    raise error(
         f"{owner}.step(): expected the loss to be a sum of means or sums of squares, each times a constant, but {node.name()} "
         f"is {what}. {hint}Take squares of residuals (r ** 2, nn.functional.mse_loss), Huber's loss, smooth L1, the soft margin, "
         "binary cross-entropy with logits or cross-entropy; detach weights that are computed from residuals; or return "

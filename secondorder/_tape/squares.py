@@ -112,8 +112,8 @@ def below(edge: Edge, reach: Reach) -> dict[Edge, None]:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Returns whether numbers are equal but for rounding."""
-    return bool(((a - b).abs() <= 32 * torch.finfo(a.dtype).eps * torch.maximum(a.abs(), b.abs()).amax()).all())
+    """Returns whether numbers are equal but for rounding; what is not finite counts as equal, for the step to refuse it."""
+    return not bool(((a - b).abs() > 32 * torch.finfo(a.dtype).eps * torch.maximum(a.abs(), b.abs()).amax()).any())
 
 
 # --- squares ---
@@ -159,7 +159,7 @@ def square(node: Node, reach: Reach) -> Term | None:
 def positive(node: Node) -> Term | None:
     """Returns the node as a function that is positive wherever it is, or negative, less a constant: as a square of its root."""
     name = kind(node)
-    if name not in POSITIVE:
+    if name not in POSITIVE or node._input_metadata[0].dtype.is_complex:
         return None
     found, sign, constant = POSITIVE[name](node)
     return Term(node, found, weight=None if sign == 1 else torch.tensor(sign, device=found.device), constant=constant)

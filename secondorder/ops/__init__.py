@@ -4,7 +4,7 @@ Notation (docs/math.md): a linear layer computes z = W h + b. H is its bias Hess
 [n_in], B and g the gradients of the mean loss with respect to W [n_out, n_in] and b [n_out]. All tensors of a call have one
 dtype (float32 or float64) and one device; they need not be contiguous unless an operator writes to them. Wrong shapes,
 devices and values raise ValueError, wrong dtypes TypeError, before anything is computed. No operator is differentiable:
-tangents of forward mode raise NotImplementedError, and a backward pass that comes to an operator raises RuntimeError.
+tangents of forward mode raise NotImplementedError, and backward passes warn, as torch has them do.
 """
 
 from secondorder.ops.activation import activation_derivatives

@@ -1,19 +1,21 @@
 """How an operator is registered: its schema, its fake implementation, and plain PyTorch where it has no kernel."""
 
 from collections.abc import Callable
-from functools import reduce
+from functools import reduce, wraps
 from operator import or_
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secondorder import reference
 from secondorder._extension import compiled  # importing it registers the kernels
 from secondorder._warnings import warn
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 library = torch.ops.secondorder
 _fragment = torch.library.Library("secondorder", "FRAGMENT")
@@ -48,16 +50,28 @@ def operator(schema: str, plain: Callable[..., Any] | None = None) -> Callable[[
             twin = plain or getattr(reference, name.removesuffix(".list").replace(".", "_"))
             _fragment.impl(name, _stand_in(twin), "CompositeExplicitAutograd")
         packet, _, overload = name.partition(".")
-        function_of_torch = getattr(getattr(library, packet), overload or "default")
         for key in _autocast:
-            _fragment.impl(name, _without_autocast(function_of_torch), key)
-        if compiled is None:
-            _fragment.impl(name, _not_differentiable(function_of_torch), "Autograd", with_keyset=True)
-        else:
-            compiled.refuse_derivatives(name)  # at a tenth of the cost
+            _fragment.impl(name, _without_autocast(getattr(getattr(library, packet), overload or "default")), key)
         return function
 
     return register
+
+
+def without_tangents(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes an operator refuse tangents of forward-mode AD, which torch would drop without a word: none is differentiable."""
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if forward_ad._current_level >= 0:
+            given = _tensors([args, kwargs])
+            if any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+                raise NotImplementedError(
+                    f"{function.__name__}: expected tensors without tangents, got some of forward-mode AD; no operator of "
+                    "secondorder is differentiable"
+                )
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def _tensors(args: Any) -> list[Tensor]:
@@ -72,50 +86,6 @@ def _without_autocast(overload: Callable[..., Any]) -> Callable[..., Any]:
             return overload(*args)
 
     return computed
-
-
-def _not_differentiable(overload: Any) -> Callable[..., Any]:
-    """Makes what csrc/autograd.cpp is with the extension: it refuses tangents, and backward passes when they come there."""
-    name, schema = overload._schema.name, overload._schema
-
-    def computed(keys: Any, *args: Any) -> Any:
-        given = _tensors(args)
-        if any(unpack_dual(t).tangent is not None for t in given):
-            raise NotImplementedError(
-                f"{name}: expected tensors without tangents, got some of forward-mode AD; no operator of secondorder is "
-                "differentiable"
-            )
-        results = overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-            writes = [arg for arg, of in zip(args, schema.arguments, strict=False) if of.alias_info and of.alias_info.is_write]
-            made = [t for t in _tensors(writes) if not (t.is_leaf and t.requires_grad)] + _tensors(results)
-            made = [t for t in made if t.is_floating_point()]
-            NotImplementedDerivative.note(name, len(made), *made, *given)
-        return results
-
-    return computed
-
-
-class NotImplementedDerivative(torch.autograd.Function):
-    """Has a backward pass raise that comes to what an operator has made."""
-
-    @classmethod
-    def note(cls, *args: Any) -> None:
-        """Does what `apply` does, but at one level of torch.func, where autograd's kernels are called."""
-        with enable_single_level_autograd_function():
-            super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-
-    @staticmethod
-    def forward(ctx: Any, name: str, made: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Changes nothing."""
-        ctx.operator = name
-        ctx.mark_dirty(*tensors[:made])
-        return tensors[:made]
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        """Raises RuntimeError."""
-        raise RuntimeError(f"derivative for {ctx.operator} is not implemented")
 
 
 def _stand_in(twin: Callable[..., Any]) -> Callable[..., Any]:

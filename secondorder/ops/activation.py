@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from secondorder.ops._library import library, operator
+from secondorder.ops._library import library, operator, without_tangents
 
 
+@without_tangents
 def activation_derivatives(saved: Tensor, activation: str, parameter: float = 1.0) -> tuple[Tensor, Tensor]:
     """Computes the first and second derivative of an activation, d1 = sigma'(z) and d2 = sigma''(z), elementwise.
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from secondorder.ops._library import library, operator
+from secondorder.ops._library import library, operator, without_tangents
 
 
+@without_tangents
 def mean_inputs(input: Sequence[Tensor]) -> list[Tensor]:
     """Returns the mean inputs of all layers of a net, a = E[h] = 1/m sum_i h_i.
 
@@ -24,6 +25,7 @@ def _(input: list[Tensor]) -> list[Tensor]:
     return [h.new_empty(h.shape[1]) for h in input]
 
 
+@without_tangents
 def average_(new: Sequence[Tensor], old: Sequence[Tensor], share: float) -> None:
     """Sets new <- (1 - share) new + share old for all tensors of two lists.
 

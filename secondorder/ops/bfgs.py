@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from secondorder import reference
-from secondorder.ops._library import library, operator
+from secondorder.ops._library import library, operator, without_tangents
 
 UPDATED, DAMPED_S, DAMPED_Y = 1, 2, 4
 """The bits of the status of a BFGS update: H was updated; s was damped (theta1 < 1); y was damped (theta2 != 1)."""
@@ -24,6 +24,7 @@ def double_damping(s: Tensor, y: Tensor, inverse_hessian: Tensor, mu1: float, mu
 def double_damping(
     s: Sequence[Tensor], y: Sequence[Tensor], inverse_hessian: Sequence[Tensor], mu1: float, mu2: float
 ) -> tuple[list[Tensor], list[Tensor]]: ...
+@without_tangents
 def double_damping(
     s: Tensor | Sequence[Tensor],
     y: Tensor | Sequence[Tensor],
@@ -71,6 +72,7 @@ def _(
 def bfgs_update_(inverse_hessian: Tensor, s: Tensor, y: Tensor) -> Tensor: ...
 @overload
 def bfgs_update_(inverse_hessian: Sequence[Tensor], s: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor: ...
+@without_tangents
 def bfgs_update_(
     inverse_hessian: Tensor | Sequence[Tensor], s: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor]
 ) -> Tensor:
@@ -107,6 +109,7 @@ def _(inverse_hessian: list[Tensor], s: list[Tensor], y: list[Tensor]) -> Tensor
     return _statuses(inverse_hessian)
 
 
+@without_tangents
 def damped_bfgs_update_(
     inverse_hessian: Sequence[Tensor],
     s: Sequence[Tensor],
@@ -143,6 +146,7 @@ def _(inverse_hessian: list[Tensor], *rest: object) -> Tensor:
     return _statuses(inverse_hessian)
 
 
+@without_tangents
 def hessian_action_update_(
     inverse: Sequence[Tensor], matrix: Sequence[Tensor], vector: Sequence[Tensor], damping: float
 ) -> Tensor:
@@ -172,6 +176,7 @@ def _(inverse: list[Tensor], matrix: list[Tensor], vector: list[Tensor], damping
 def lbfgs_product(s_pairs: Tensor, y_pairs: Tensor, v: Tensor) -> Tensor: ...
 @overload
 def lbfgs_product(s_pairs: Sequence[Tensor], y_pairs: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]: ...
+@without_tangents
 def lbfgs_product(
     s_pairs: Tensor | Sequence[Tensor], y_pairs: Tensor | Sequence[Tensor], v: Tensor | Sequence[Tensor]
 ) -> Tensor | list[Tensor]:
@@ -207,6 +212,7 @@ def _(s_pairs: list[Tensor], y_pairs: list[Tensor], v: list[Tensor]) -> list[Ten
     return [t.new_empty(t.shape) for t in v]
 
 
+@without_tangents
 def damped_lbfgs_update_(
     s_pairs: Sequence[Tensor],
     y_pairs: Sequence[Tensor],

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from secondorder.ops._library import library, operator
+from secondorder.ops._library import library, operator, without_tangents
 
 
+@without_tangents
 def bias_hessian(
     bias_hessian: Tensor, weight: Tensor, d1: Tensor, d2: Tensor | None, grad_input: Tensor | None, gamma: float
 ) -> Tensor:
@@ -36,6 +37,7 @@ def _(bias_hessian: Tensor, weight: Tensor, *rest: object) -> Tensor:
     return bias_hessian.new_empty(weight.shape[1], weight.shape[1])
 
 
+@without_tangents
 def bias_hessian_activation(
     bias_hessian: Tensor,
     weight: Tensor,
@@ -73,6 +75,7 @@ def _(bias_hessian: Tensor, weight: Tensor, *rest: object) -> Tensor:
     return bias_hessian.new_empty(weight.shape[1], weight.shape[1])
 
 
+@without_tangents
 def bias_hessian_chain(
     bias_hessian: Tensor,
     weight: Sequence[Tensor],

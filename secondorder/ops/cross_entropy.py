@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from secondorder.ops._library import library, operator
+from secondorder.ops._library import library, operator, without_tangents
 
 
+@without_tangents
 def cross_entropy_hessian(output: Tensor, target: Tensor, ignore_index: int = -100, mean: bool = True) -> Tensor:
     """Returns the Hessian of cross-entropy with class indices, summed over its instances, from which the recursion starts.
 

@@ -6,9 +6,10 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from secondorder.ops._library import library, operator
+from secondorder.ops._library import library, operator, without_tangents
 
 
+@without_tangents
 def eacg_hvp(bias_hessian: Tensor, mean_input: Tensor, p: Tensor) -> Tensor:
     """Computes EA-CG's Hessian-vector product H P a a^T (Chen et al., Eq. 11b).
 
@@ -61,6 +62,7 @@ def eacg_solve(
     tol: float,
     truncated: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]: ...
+@without_tangents
 def eacg_solve(
     bias_hessian: Tensor | Sequence[Tensor],
     mean_input: Tensor | Sequence[Tensor],
@@ -131,6 +133,7 @@ def _(
     )
 
 
+@without_tangents
 def eacg_update_(
     bias_hessian: list[Tensor],
     mean_input: list[Tensor],

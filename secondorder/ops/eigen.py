@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from secondorder.ops._library import library, operator
+from secondorder.ops._library import library, operator, without_tangents
 from secondorder.reference.eigen import FIRST_LENGTH as FIRST_LENGTH
 from secondorder.reference.eigen import LAST_SLOPE as LAST_SLOPE
 from secondorder.reference.eigen import LENGTH as LENGTH
@@ -43,6 +43,7 @@ step was refused; the slope along the first step, or 0 once the length has prove
 """
 
 
+@without_tangents
 def eigen_sketch_(
     sketch: Tensor, inputs: Tensor, basis: Tensor, shift: Tensor, control: Tensor | None = None, renew_every: int = 0
 ) -> None:
@@ -68,6 +69,7 @@ def _(*args: object) -> None:
     return None
 
 
+@without_tangents
 def eigen_renew_(
     mean: Sequence[Tensor],
     basis_out: Sequence[Tensor],
@@ -133,6 +135,7 @@ def _(*args: object) -> None:
     return None
 
 
+@without_tangents
 def eigen_step_(
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],

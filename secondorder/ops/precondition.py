@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from secondorder.ops._library import library, operator
+from secondorder.ops._library import library, operator, without_tangents
 
 
+@without_tangents
 def precondition(left: Tensor | None, gradient: Tensor, right: Tensor | None) -> Tensor:
     """Computes L G R: a layer's gradient between the inverses of its two Kronecker factors (KFI, K-BFGS).
 

@@ -82,6 +82,7 @@ class LayerwiseOptimizer(SolvingOptimizer):
         self._curvature_name = f"{curvature} by {solver}"
         self._factors = FactorSource(self._curvature, self._solver, curvature_samples, self._layers)
         self._curvature_every, self._average = curvature_every, average
+        note_largest_batch(self._tape, self.param_groups)
 
     @outside_inference_mode
     @outside_autocast

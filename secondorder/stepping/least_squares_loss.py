@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secondorder._random import RandomState
 from secondorder._tape.nodes import Reach, kind
-from secondorder._tape.residuals import Terms, check_signs, coefficients, find_terms, negative
+from secondorder._tape.residuals import Terms, UnknownHere, check_signs, coefficients, find_terms, negative
 from secondorder._tape.square_roots import POSITIVE
 from secondorder._tape.squares import Term, arriving
 from secondorder._tensors import host_numbers, plain
@@ -72,8 +72,16 @@ class LeastSquaresLoss:
         return found._replace(value=value, objective=objective)
 
     def there(self, start: Residuals) -> list[Tensor]:
-        """Returns the residuals at the parameters' present values, each of the shape that it had at the start."""
-        values = self._in_own_dtype(self._called()[1].squares)
+        """Returns the residuals at the parameters' present values, each of the shape that it had at the start.
+
+        Where the loss is no sum of squares there, as a logarithm outside of its domain, they are NaN: no step leads there.
+        """
+        try:
+            values = self._in_own_dtype(self._called()[1].squares)
+        except UnknownHere:
+            with torch.enable_grad():
+                nothing = torch.stack([p.sum() for p in self.parameters]).sum() * math.nan
+            return [nothing.expand(v.shape) for v in start.values]
         if [v.shape for v in values] != [v.shape for v in start.values]:
             raise RuntimeError(
                 f"{self.owner}.step(): expected the closure to evaluate the same residuals at every call of a step, got shapes "

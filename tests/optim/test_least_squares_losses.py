@@ -607,3 +607,71 @@ def test_a_compiled_model(monkeypatch):
     for _ in range(3):
         optimizer.step(lambda: mse_loss(compiled(x), y))
     torch.testing.assert_close(flat(net), expected, rtol=1e-6, atol=1e-9)
+
+
+CONVERGING = {
+    "log(1 + r ** 2)": lambda r: (1 + r**2).log().mean(),
+    "log(cosh(r))": lambda r: r.cosh().log().mean(),
+    "Student's t": lambda r: 2.5 * (1 + r**2 / 4).log().mean(),
+    "(1 + r ** 2).sqrt()": lambda r: ((1 + r**2).sqrt() - 1).mean(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CONVERGING)
+def test_robust_functions_converge_to_where_rounding_is_all_that_is_left(name, dtype):
+    """log(1 + r ** 2) rounds 1 + r ** 2, so that the loss is not the sum of its squares to all digits any more."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1)).to(dtype)
+    x = torch.linspace(-1, 1, 64, dtype=dtype)[:, None]
+    optimizer = so.LevenbergMarquardt(net.parameters(), holdout=False)
+    for _ in range(40):
+        optimizer.step(lambda: CONVERGING[name](net(x) - torch.sin(3 * x)))
+    assert (net(x) - torch.sin(3 * x)).abs().max() < (3e-3 if dtype == torch.float32 else 5e-5)
+
+
+PRODUCTS = {
+    "w * r * r": lambda w, r: (w * r * r).mean(),
+    "r * (w * r)": lambda w, r: (r * (w * r)).mean(),
+    "einsum": lambda w, r: torch.einsum("i,i->", r, r),
+    "views": lambda w, r: r.view(1, -1) @ r.view(-1),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_residuals_that_overflow_in_a_trial_refuse_the_trial(name):
+    torch.manual_seed(0)
+    x = torch.linspace(0, 10, 30)
+    w, p = torch.rand(30), nn.Parameter(torch.tensor([1.0, 0.01]))
+    optimizer = so.LevenbergMarquardt([p], race=False)
+    losses = [
+        optimizer.step(lambda: PRODUCTS[name](w, p[0] * torch.exp(4 * p[1] * x) - 3 * torch.exp(0.5 * x))) for _ in range(30)
+    ]
+    assert losses[-1] < 1e-3 * losses[0]
+    start = nn.Parameter(torch.tensor([1.0, 30.0]))
+    with pytest.raises(so.NonFiniteError):
+        so.LevenbergMarquardt([start]).step(lambda: PRODUCTS[name](w, start[0] * torch.exp(4 * start[1] * x)))
+
+
+@pytest.mark.parametrize("race", [True, False])
+def test_a_trial_outside_of_the_domain_of_a_function_is_refused(race):
+    """The barrier's logarithm ends at 2; without it the minimum is at 3."""
+    x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = so.LevenbergMarquardt([x], race=race)
+    for _ in range(60):
+        optimizer.step(lambda: ((x - 3) ** 2).sum() - 0.01 * (4 - x**2).log().sum())
+    t = x.detach().requires_grad_()
+    ((t - 3) ** 2).sum().sub(0.01 * (4 - t**2).log().sum()).backward()
+    assert t.grad.abs().max() < 1e-4
+
+
+def test_counts_that_underflow_are_no_nan():
+    """exp(-119) is zero in float32."""
+    net = nn.Linear(1, 1)
+    with torch.no_grad():
+        net.weight.fill_(-60.0), net.bias.fill_(1.0)
+    x, y = torch.tensor([[0.0], [1], [2]]), torch.tensor([[3.0], [1], [0]])
+    optimizer = so.LevenbergMarquardt(net.parameters())
+    for _ in range(20):
+        loss = optimizer.step(lambda: nn.functional.poisson_nll_loss(net(x), y))
+    assert loss < 0.31

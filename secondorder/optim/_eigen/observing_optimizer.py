@@ -99,8 +99,11 @@ class ObservingOptimizer(MatrixOptimizer):
             self._hessians = None
         elif self._hessians is None or self._hessians.tape.names != linear_layers(self._model):
             assert self.criterion is not None
+            if self._hessians is not None:
+                note_largest_batch(self._hessians.tape, self.param_groups)
             self._hessians = BiasHessians(type(self).__name__, self._curvature, self.criterion, self._model)
             take_largest_batch(self._hessians.tape, self.param_groups)
+            note_largest_batch(self._hessians.tape, self.param_groups)
         self._schedule_recording()
 
     def _schedule_recording(self) -> None:
