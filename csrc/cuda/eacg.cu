@@ -100,11 +100,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   }
 }
 
-// Waits until every block of the group has arrived `generation` times, and makes what they wrote before visible. One
-// block, as a layer of up to 90 outputs in float32 has, meets itself without device memory.
+// Waits until every block of the group has arrived `generation` times, and makes what they wrote before visible.
 __device__ __forceinline__ void group_barrier(unsigned* arrived, unsigned blocks, unsigned generation) {
   __syncthreads();
-  if (blocks == 1) return;
   if (threadIdx.x == 0) {
     __threadfence();
     atomicAdd(arrived, 1u);

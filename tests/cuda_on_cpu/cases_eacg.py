@@ -173,7 +173,7 @@ def eacg_overflow(kernels: Kernels) -> None:
     for name, change, refused in (
         ("grad_weight", {}, False),
         ("grad_weight", {"lr": 1e3}, True),
-        ("grad_bias", {"lr": -1e3}, True),
+        ("grad_bias", {"lr": 1e3}, True),
         ("grad_weight", {"momentum": 0.99}, True),
         ("grad_bias", {"momentum": 0.99}, True),
         ("grad_bias", {"lr": 1e-30}, False),

@@ -223,7 +223,7 @@ class Kernels:
         self.library = ctypes.CDLL(str(self.path))
         for name in ("message", "launches", *(["races"] if "races" in self.path.parts else [])):
             getattr(self.library, name).restype = ctypes.c_char_p
-        for distance, size in static_shared(self.path).items():
+        for distance, size in static_shared(self.path).items() if hasattr(self.library, "set_static_shared") else ():
             self.library.set_static_shared(ctypes.c_int64(distance), ctypes.c_size_t(size))
         self.configure("forward")
 
