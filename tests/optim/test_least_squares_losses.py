@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import torch._functorch.config
 from helpers.least_squares import dense_jacobian, flat, float64, regression  # noqa: F401
 from torch import nn
 from torch.nn.functional import mse_loss
@@ -596,8 +597,8 @@ def test_backward_passes_for_residuals_are_the_same_one_by_one(monkeypatch):
         torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-7)
 
 
-def test_a_compiled_model(monkeypatch):
-    monkeypatch.setattr("torch._functorch.config.donated_buffer", False)
+@torch._functorch.config.patch(donated_buffer=False)  # what monkeypatch restores there counts as deleted
+def test_a_compiled_model():
     net, x, y = regression(20, 4)
     compiled = torch.compile(net, backend="aot_eager")
     expected = trained(net, lambda model, _: lambda: mse_loss(model(x), y), race=False)
